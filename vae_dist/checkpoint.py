@@ -1,0 +1,167 @@
+"""Checkpoints: named tensors and a small JSON state, written so that a kill never costs the last one.
+
+Folder `step_00001000/` holds `NAME.safetensors` for each group of tensors (model, ema, optimizer),
+`state.json`, and `manifest.json` with the size and CRC-32 of each file. It is written under a
+temporary name, synced and renamed; then `latest` names it; then older ones are removed. A folder
+whose files differ from its manifest is torn: it is reported and the one before it is used.
+Nothing that is read back can run code: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.files import sync_folder, write_durably
+
+Tensors = dict[str, torch.Tensor]
+
+
+class TornCheckpoint(ValueError):
+    """A checkpoint folder whose files are not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one folder held: groups of tensors on CPU, and the JSON state (with `step`)."""
+
+    step: int
+    tensors: dict[str, Tensors]
+    state: dict[str, Any]
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps of all complete-looking folders, oldest first."""
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step_" + "[0-9]" * 8))
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep_last: int
+    ) -> Path:
+        """Write a checkpoint durably, point `latest` at it, keep the `keep_last` newest ones."""
+        target = self.folder / step_name(step)
+        temporary = self.folder / f".{target.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = {
+            f"{name}.safetensors": safetensors.torch.save(
+                {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            )
+            for name, group in tensors.items()
+        }
+        files["state.json"] = json.dumps({"step": step, **state}, indent=1).encode()
+        manifest = {
+            name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()
+        }
+        files["manifest.json"] = json.dumps(manifest, indent=1).encode()
+        for name, data in files.items():
+            write_durably(temporary / name, data)
+        if target.exists():  # torn, or the same step of a run that went back
+            self._discard(target)
+        os.replace(temporary, target)
+        sync_folder(self.folder)
+        write_durably(self.folder / "latest", target.name.encode())
+        for old in self.steps()[:-keep_last]:
+            if old < step:
+                self._discard(self.folder / step_name(old))
+        return target
+
+    def load(self, step: int) -> Checkpoint:
+        """Read one checkpoint, checking every byte. Raises TornCheckpoint."""
+        folder = self.folder / step_name(step)
+        files = self._checked_files(folder)
+        state = json.loads(files.pop("state.json"))
+        tensors = {
+            name.removesuffix(".safetensors"): safetensors.torch.load(data)
+            for name, data in files.items()
+        }
+        return Checkpoint(step=int(state["step"]), tensors=tensors, state=state)
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; torn ones are named on stderr and left behind."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except TornCheckpoint as torn:
+                print(f"warning: {torn}; trying the checkpoint before it", file=sys.stderr)
+        return None
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left half written. Only for the holder of the run's lock."""
+        for path in self.folder.glob(".*"):
+            if path.name.endswith(".tmp") and path.is_file():
+                path.unlink()
+            elif path.name.endswith((".tmp", ".old")):
+                shutil.rmtree(path)
+
+    def discard_after(self, step: int) -> None:
+        """Remove checkpoints newer than `step`: torn ones that the run goes back behind."""
+        for newer in self.steps():
+            if newer > step:
+                self._discard(self.folder / step_name(newer))
+
+    def _discard(self, folder: Path) -> None:
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+    def _checked_files(self, folder: Path) -> dict[str, bytes]:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise TornCheckpoint(f"{folder} has no readable manifest.json ({error})") from None
+        files = {}
+        for name, expected in manifest.items():
+            if Path(name).name != name:
+                raise TornCheckpoint(f"{folder}/manifest.json names {name!r}, outside its folder")
+            try:
+                data = (folder / name).read_bytes()
+            except OSError as error:
+                raise TornCheckpoint(f"{folder}/{name} cannot be read ({error.strerror})") from None
+            if len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]:
+                raise TornCheckpoint(
+                    f"{folder}/{name} is damaged: {len(data)} bytes with CRC {zlib.crc32(data)}, "
+                    f"its manifest says {expected['bytes']} bytes with CRC {expected['crc32']}"
+                )
+            files[name] = data
+        if "state.json" not in files:
+            raise TornCheckpoint(f"{folder}/manifest.json does not list state.json")
+        return files
+
+
+def load_checkpoint(folder: Path, which: str) -> Checkpoint:
+    """`which` is "latest" or a step number. Raises ConfigError when there is no such checkpoint."""
+    checkpoints = Checkpoints(folder)
+    if which == "latest":
+        found = checkpoints.load_newest()
+        if found is None:
+            raise ConfigError(f"{folder} holds no checkpoint: has the run reached its first one?")
+        return found
+    if not which.isdigit() or int(which) not in checkpoints.steps():
+        have = ", ".join(str(step) for step in checkpoints.steps()) or "none"
+        raise ConfigError(f"checkpoint={which} is not in {folder}; there are: latest, {have}")
+    try:
+        return checkpoints.load(int(which))
+    except TornCheckpoint as torn:
+        raise ConfigError(f"checkpoint={which}: {torn}; choose another one") from None

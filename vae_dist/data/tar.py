@@ -1,0 +1,158 @@
+"""Plain tars, read by position: the headers of a shard, and the members of a piece of it.
+
+In: a tar without compression. Out: where samples begin, or `{"fname", "data", "__url__"}` records
+for webdataset's `group_by_keys`. Unlike `tarfile`, a damaged header is an error and not the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from webdataset.tariterators import base_plus_ext
+
+from vae_dist.config.errors import ConfigError
+
+BLOCK = 512  # bytes; headers and data begin at multiples of it
+LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
+SPECIAL = (LONG_NAME, PAX, b"K", b"g")
+REGULAR = (b"0", b"\0")
+_PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
+
+
+class ShardError(ConfigError):
+    """A shard cannot be read as its index says; the message names shard, byte and remedy."""
+
+
+class DamagedSampleError(ValueError):
+    """One sample cannot be read; the message is the reason."""
+
+
+class Header(NamedTuple):
+    name: bytes
+    size: int  # bytes of data
+    kind: bytes
+
+
+def parse_header(block: bytes) -> Header:
+    """The header in 512 bytes. Raises DamagedSampleError when checksum or size is wrong."""
+    if len(block) < BLOCK:
+        raise DamagedSampleError("the tar ends inside a header")
+    try:
+        checksum = int(block[148:156].rstrip(b" \0"), 8)
+        field = block[124:136]
+        # GNU tar writes sizes from 8 GiB on in base 256, marked by the first bit
+        size = int.from_bytes(field[1:], "big") if field[0] & 128 else int(field.rstrip(b" \0"), 8)
+    except ValueError:
+        raise DamagedSampleError("damaged tar header") from None
+    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
+        raise DamagedSampleError("damaged tar header")
+    name = block[:100].split(b"\0", 1)[0]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+    return Header(name, size, block[156:157])
+
+
+def members(data: bytes, url: str) -> Iterator[dict[str, Any]]:
+    """The regular files in the bytes of one or more samples, as webdataset's expander gives them.
+
+    Raises DamagedSampleError at a damaged header and where the bytes end too early.
+    """
+    at, long_name = 0, None
+    while at < len(data) and data[at]:
+        header = parse_header(data[at : at + BLOCK])
+        content = data[at + BLOCK : at + BLOCK + header.size]
+        if len(content) < header.size:
+            raise DamagedSampleError("the tar ends inside a file")
+        at += BLOCK + _padded(header.size)
+        if header.kind in SPECIAL:
+            long_name = _long_name(header.kind, content) or long_name
+            continue
+        if header.kind in REGULAR:
+            yield {"fname": _decoded(long_name or header.name), "data": content, "__url__": url}
+        long_name = None
+
+
+def sample_starts(path: str) -> tuple[list[int], int]:
+    """Byte offsets at which the samples of a shard begin, and the end of the last one.
+
+    A sample is a run of files with one basename, after webdataset's rule. Raises ShardError.
+    """
+    starts: list[int] = []
+    key, end = None, 0
+    for start, stop, name in _hops(path, 0):
+        sample_key = _sample_key(name)
+        if sample_key is not None:
+            if sample_key != key:
+                starts.append(start)
+            key, end = sample_key, stop
+    return starts, end
+
+
+def end_of_samples(path: str, end: int) -> bool:
+    """Whether a shard's samples end at byte `end`, as its index says: at a border, none after."""
+    if end % BLOCK or end > os.path.getsize(path):
+        return False
+    try:
+        return all(_sample_key(name) is None for _, _, name in _hops(path, end))
+    except ShardError:
+        return False
+
+
+def _sample_key(name: bytes) -> str | None:
+    text = _decoded(name)
+    return None if text.startswith("__") else base_plus_ext(text)[0]
+
+
+def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes]]:
+    """(first byte with its long name, byte after the padded data, name) of the regular files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        start, long_name = at, None
+        while True:
+            block = os.pread(descriptor, BLOCK, at)
+            if len(block) == BLOCK and not any(block):
+                return
+            if not block:
+                raise _shard_error(path, at, "the tar ends without its end mark, it is cut off")
+            try:
+                header = parse_header(block)
+            except DamagedSampleError as error:
+                raise _shard_error(path, at, str(error)) from None
+            stop = at + BLOCK + _padded(header.size)
+            if at + BLOCK + header.size > size:
+                raise _shard_error(path, at, "the tar ends inside a file, it is cut off")
+            if header.kind in SPECIAL:
+                content = os.pread(descriptor, header.size, at + BLOCK)
+                long_name = _long_name(header.kind, content) or long_name
+            else:
+                if header.kind in REGULAR:
+                    yield start, stop, long_name or header.name
+                start, long_name = stop, None
+            at = stop
+    finally:
+        os.close(descriptor)
+
+
+def _shard_error(path: str, at: int, reason: str) -> ShardError:
+    return ShardError(
+        f"{path}: byte {at}: {reason}; copy the shard again, or take it out of the data set"
+    )
+
+
+def _long_name(kind: bytes, content: bytes) -> bytes | None:
+    if kind == LONG_NAME:
+        return content.rstrip(b"\0")
+    found = _PAX_PATH.findall(content) if kind == PAX else []
+    return found[-1] if found else None
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

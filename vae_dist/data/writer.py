@@ -1,0 +1,126 @@
+"""Writes samples as plain WebDataset shards with their index, all or nothing.
+
+In: samples `{"__key__": "000123", "png": bytes, "cls": b"7"}`.
+Out: a folder with `NAME-000000.tar`, ..., a sidecar `NAME-000000.tar.idx` for each, `_info.json`.
+The same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import webdataset as wds
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.index import index_shard, write_info, write_sidecar
+
+
+def write_shards(
+    samples: Iterable[Mapping[str, str | bytes]],
+    folder: str | Path,
+    *,
+    num_shards: int | None = None,
+    shard_bytes: int | None = None,
+    name: str = "shard",
+) -> list[Path]:
+    """Write the samples and return the paths of the shards.
+
+    num_shards: sample i goes to shard i mod num_shards. shard_bytes: consecutive samples share a
+    shard until it holds that many bytes. Exactly one of the two is given.
+    `folder` must not exist or be empty. It appears by one rename after everything is on disk.
+    Raises ConfigError when the folder is in use or a key would break the grouping into samples.
+    """
+    assert (num_shards is None) != (shard_bytes is None), "give num_shards or shard_bytes"
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists already: remove it, or write the shards elsewhere")
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir(parents=True)
+    try:
+        if num_shards is not None:
+            names = _write_in_turn(samples, partial, num_shards, name)
+        else:
+            assert shard_bytes is not None
+            names = _write_in_sequence(samples, partial, shard_bytes, name)
+        shards = [partial / shard for shard in names]
+        for shard in shards:
+            write_sidecar(shard, index_shard(shard))
+        write_info(shards, split=name)
+        os.rename(partial, folder)
+        _fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [folder / shard for shard in names]
+
+
+def _write_in_turn(
+    samples: Iterable[Mapping[str, str | bytes]], folder: Path, num_shards: int, name: str
+) -> list[str]:
+    writers = [_ShardWriter(folder / f"{name}-{s:06d}.tar") for s in range(num_shards)]
+    for i, sample in enumerate(samples):
+        writers[i % num_shards].write(sample)
+    for writer in writers:
+        writer.close()
+    return [writer.path.name for writer in writers]
+
+
+def _write_in_sequence(
+    samples: Iterable[Mapping[str, str | bytes]], folder: Path, shard_bytes: int, name: str
+) -> list[str]:
+    names: list[str] = []
+    writer: _ShardWriter | None = None
+    for sample in samples:
+        if writer is None or writer.num_bytes >= shard_bytes:
+            if writer is not None:
+                writer.close()
+            writer = _ShardWriter(folder / f"{name}-{len(names):06d}.tar")
+            names.append(writer.path.name)
+        writer.write(sample)
+    if writer is not None:
+        writer.close()
+    return names
+
+
+class _ShardWriter:
+    """One tar: USTAR headers with mtime 0, so no extended header of 1 KiB per member."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0, user="", group="")
+        self._tar.tarstream.format = tarfile.USTAR_FORMAT
+        self._last_key: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self._tar.tarstream.offset
+
+    def write(self, sample: Mapping[str, str | bytes]) -> None:
+        key = sample["__key__"]
+        assert isinstance(key, str)
+        if "." in key.rpartition("/")[2] or key == self._last_key:
+            raise ConfigError(
+                f"the key {key!r} of a sample holds a dot or follows its equal: WebDataset would "
+                "merge it with its neighbours; choose unique keys without dots"
+            )
+        self._last_key = key
+        self._tar.write(dict(sample))
+
+    def close(self) -> None:
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

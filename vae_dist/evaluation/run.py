@@ -1,0 +1,143 @@
+"""The ELBO of a model on a data set, each image once over all ranks.
+
+What goes in: a VAE and this rank's evaluation batches. What comes out: means over all images of
+
+    -ELBO = distortion + rate,   distortion = -log p(x|z),   rate = KL(q(z|x) || p(z)),   z ~ q
+
+in nats per image (beta = 1), and bits per dim = (-ELBO as nats of 8-bit levels) / (C H W ln 2).
+The draws belong to the sample's number, so they are the same at every evaluation; sums are float64.
+The figures are therefore equal for any number of ranks and any batch size to 1e-5.
+
+Legend: b images of a rank's batch, C H W an image, D = C H W.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.stream import EvaluationBatch
+from vae_dist.models.likelihoods import bits_per_dim
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import torch_generator
+from vae_dist.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Means over `num_images` images; nats are per image."""
+
+    neg_elbo_nats: float
+    rate_nats: float
+    distortion_nats: float
+    bits_per_dim: float
+    num_images: int
+    num_skipped: int  # images that could not be read and count nowhere
+    variance_at_floor_fraction: float | None  # part of all values; None: no learned variance
+
+    def row(self) -> dict[str, float]:
+        row = {
+            "eval/neg_elbo_nats": self.neg_elbo_nats,
+            "eval/rate_nats": self.rate_nats,
+            "eval/distortion_nats": self.distortion_nats,
+            "eval/bits_per_dim": self.bits_per_dim,
+            "eval/num_images": float(self.num_images),
+            "eval/skipped_samples": float(self.num_skipped),
+        }
+        if self.variance_at_floor_fraction is not None:
+            row["eval/variance_at_floor_fraction"] = self.variance_at_floor_fraction
+        return row
+
+
+def evaluate(
+    model: VAE,
+    batches: Iterable[EvaluationBatch],
+    *,
+    runtime: Runtime,
+    seed: int,
+    autocast: bool = False,
+    stop_requested: Callable[[], bool] | None = None,
+) -> EvaluationResult | None:
+    """Evaluate on every rank together; the result is the same on each.
+
+    `model` is unwrapped, on `runtime.device`; it is put in eval mode meanwhile. `autocast` runs its
+    forward in the runtime's precision, else float32. `stop_requested` is called before each batch
+    by every rank and must answer the same on each; after a True the result is None. Raises
+    ConfigError when no image can be read.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device=runtime.device)
+    num_dims = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            if stop_requested is not None and stop_requested():
+                return None
+            num_dims = batch.images[0].numel()
+            with runtime.autocast() if autocast else contextlib.nullcontext():
+                sums += _sums(model, batch, seed=seed, device=runtime.device)
+    finally:
+        model.train(was_training)
+    return _result(model, runtime.sum_over_ranks(sums), num_dims)
+
+
+@torch.inference_mode()
+def _sums(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device) -> Tensor:
+    """[distortion, rate, floor fraction, images, skipped] summed over a batch, float64 (5,)."""
+    images_u8 = batch.images.to(device)  # (b, C, H, W)
+    samples = batch.samples.tolist()
+    height, width = images_u8.shape[-2:]
+    noise = _draws(torch.randn, seed, "eval-posterior", samples, model.latent_shape(height, width))
+    uniform = None
+    if model.likelihood.needs_uniform:
+        shape = tuple(images_u8.shape[1:])
+        uniform = _draws(torch.rand, seed, "eval-levels", samples, shape).to(device)
+    output = model(model.likelihood.prepare(images_u8, uniform), noise.to(device))
+    at_floor = model.likelihood.at_floor_fraction(output.params)
+    per_image = torch.stack(
+        [
+            -output.log_likelihood.double(),
+            output.kl.double().sum(1),
+            torch.zeros_like(output.log_likelihood).double() if at_floor is None else at_floor,
+            torch.ones_like(output.log_likelihood).double(),
+        ]
+    )  # (4, b)
+    # where, not a product: what padding evaluates to, infinity included, must not count
+    counts = batch.weights.to(device) > 0
+    sums = torch.where(counts, per_image, 0.0).sum(1)
+    return torch.cat([sums, sums.new_tensor([len(batch.skipped)])])
+
+
+def _draws(
+    draw: Callable[..., Tensor], seed: int, purpose: str, samples: list[int], shape: tuple[int, ...]
+) -> Tensor:
+    """One draw per sample number, float32 (b, *shape), made on CPU so that devices agree."""
+    return torch.stack(
+        [draw(shape, generator=torch_generator(seed, purpose, max(0, sample))) for sample in samples]
+    )
+
+
+def _result(model: VAE, sums: Tensor, num_dims: int) -> EvaluationResult:
+    distortion, rate, at_floor, num_images, num_skipped = sums.tolist()
+    if num_images == 0:
+        raise ConfigError(
+            f"there is no image to evaluate on ({num_skipped:.0f} could not be read); "
+            "look at the shards of data.validation"
+        )
+    distortion, rate = distortion / num_images, rate / num_images
+    level_nats = model.likelihood.nats_to_level_nats(distortion + rate, num_dims=num_dims)
+    has_floor = model.likelihood.has_learned_variance
+    return EvaluationResult(
+        neg_elbo_nats=distortion + rate,
+        rate_nats=rate,
+        distortion_nats=distortion,
+        bits_per_dim=bits_per_dim(level_nats, num_dims=num_dims),
+        num_images=int(num_images),
+        num_skipped=int(num_skipped),
+        variance_at_floor_fraction=at_floor / num_images if has_floor else None,
+    )

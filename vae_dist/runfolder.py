@@ -1,0 +1,223 @@
+"""The folder of one run: its config, its status, its lock, and where everything else lies.
+
+One run folder, one trainer. The lock file names its holder (host, pid, start time, job) and is
+touched every few seconds; a second trainer is refused with that name. A lock is stale when its
+process is gone (same host) or when it has not been touched for STALE_AFTER_S (other hosts).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae_dist.checkpoint import Checkpoints
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.load import from_yaml, to_yaml
+from vae_dist.config.schema import TrainConfig
+from vae_dist.files import write_durably
+
+HEARTBEAT_S = 5.0
+STALE_AFTER_S = 60.0
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
+
+
+class RunFolder:
+    """Paths and small files of a run folder."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.log_path = self.path / "log.jsonl"
+        self.status_path = self.path / "status.json"
+        self.stop_path = self.path / "STOP"
+        self.lock_path = self.path / "lock.json"
+        self.images = self.path / "images"
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    def create(self) -> None:
+        """Make the folders. Raises ConfigError when they cannot be written."""
+        try:
+            for folder in (self.path, self.images, self.checkpoints.folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"run={self.path}: cannot be written ({error.strerror}); "
+                "choose a folder on a writable disk with run=FOLDER"
+            ) from None
+
+    def has_config(self) -> bool:
+        return self.config_path.exists()
+
+    def config(self) -> TrainConfig:
+        """The resolved config of the run. Raises ConfigError when this is no run folder."""
+        try:
+            text = self.config_path.read_text()
+        except OSError:
+            raise ConfigError(
+                f"run={self.path}: no run folder (it has no config.yaml); "
+                "give the folder that vae_dist.train wrote, for example runs/mnist"
+            ) from None
+        return from_yaml(text)
+
+    def write_config(self, config: TrainConfig) -> None:
+        write_durably(self.config_path, to_yaml(config).encode())
+
+    def status(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.status_path.read_bytes()))
+        except (OSError, ValueError):
+            return {}
+
+    def write_status(self, status: str, *, step: int, reason: str) -> None:
+        """status: running | finished | interrupted | failed."""
+        record = {"status": status, "step": step, "reason": reason, "time": time.time()}
+        write_durably(self.status_path, json.dumps(record).encode())
+
+    def write_token(self) -> str:
+        """A fresh mark that every rank must be able to read, if the file system is shared."""
+        token = uuid.uuid4().hex
+        write_durably(self.path / ".token", token.encode())
+        return token
+
+    def sees_token(self, token: str, *, timeout_s: float = 20.0) -> bool:
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                if (self.path / ".token").read_text() == token:
+                    return True
+            except OSError:
+                pass
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)  # a network file system shows a new file with some delay
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a run folder."""
+
+    host: str
+    pid: int
+    started: str  # of the process: a pid alone may be used again
+    namespace: str  # pids of different containers do not compare
+    job: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=_process_start(os.getpid()),
+            namespace=_pid_namespace(),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+        )
+
+    def is_gone(self, *, heartbeat_age_s: float) -> bool:
+        if self.host == socket.gethostname() and self.namespace == _pid_namespace():
+            return _process_start(self.pid) != self.started
+        return heartbeat_age_s > STALE_AFTER_S
+
+    def __str__(self) -> str:
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+class RunLock:
+    """The lock of a run folder, with its heartbeat. Use as a context manager."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.lock_path
+        self._released = threading.Event()
+        self._heartbeat = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+
+    def __enter__(self) -> RunLock:
+        holder = json.dumps(Holder.this_process().__dict__)
+        mine = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
+        mine.write_text(holder)
+        try:
+            while not self._take(mine):
+                self._remove_if_stale(mine)
+        finally:
+            mine.unlink()
+        self._heartbeat.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._released.set()
+        self._heartbeat.join()
+        self.path.unlink(missing_ok=True)
+
+    def _take(self, mine: Path) -> bool:
+        try:
+            os.link(mine, self.path)  # atomic also on NFS, and the content is there at once
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                return False
+            with open(descriptor, "w") as file:
+                file.write(mine.read_text())
+        return True
+
+    def _remove_if_stale(self, mine: Path) -> None:
+        try:
+            seen = self.path.stat()
+            age_s = mine.stat().st_mtime - seen.st_mtime  # both by the file server's clock
+            holder = Holder(**json.loads(self.path.read_text()))
+        except FileNotFoundError:
+            return  # released in between
+        except (ValueError, TypeError):  # cut off while it was written
+            holder = Holder(host="an unknown host", pid=0, started="", namespace="", job="")
+        if not holder.is_gone(heartbeat_age_s=age_s):
+            raise ConfigError(
+                f"run={self.path.parent}: in use by {holder} (last sign of life {max(0, age_s):.0f} "
+                "s ago); wait for it, stop it, or choose another folder with run=FOLDER"
+            )
+        stale = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.stale")
+        try:
+            os.rename(self.path, stale)
+        except FileNotFoundError:  # another process took it over first
+            return
+        if stale.stat().st_ino != seen.st_ino:  # the lock of one that was faster: give it back
+            os.link(stale, self.path)
+        stale.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_S):
+            try:
+                os.utime(self.path)
+            except OSError:  # the folder may be unreachable for a while; training goes on
+                continue
+
+
+def _process_start(pid: int) -> str:
+    """Start time of a process in clock ticks since boot, or "" when there is none."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        return f"{process.create_time():.1f}"
+    except psutil.Error:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

@@ -1,0 +1,47 @@
+"""Metric rows as text: what goes in is a row {"group/name": number}, what comes out is for people.
+
+Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_second`.
+"""
+
+from __future__ import annotations
+
+import math
+
+_IMPLIED_GROUPS = ("train/", "time/")
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, without an exponent from 0.001 up to a billion."""
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value)):
+        return f"{int(value)}" if abs(value) < 1e9 else f"{value:.4g}"
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def short_name(key: str) -> str:
+    """The key as the console shows it: `train/` and `time/` go without saying, others stay."""
+    for group in _IMPLIED_GROUPS:
+        if key.startswith(group):
+            return key[len(group) :]
+    return key
+
+
+def format_row(step: int, row: dict[str, float]) -> str:
+    """`step=200 loss=104.2 ...`, in the order of the row."""
+    pairs = [f"{short_name(key)}={format_number(value)}" for key, value in row.items()]
+    return " ".join([f"step={step}", *pairs])
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `3m05s`, `2h10m`, `4d03h`; `?` while unknown (not finite or negative)."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

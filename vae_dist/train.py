@@ -1,0 +1,41 @@
+"""Train a VAE: `accelerate launch -m vae_dist.train config=mnist [key=value ...]`.
+
+The same command goes on where the run stands; a finished run says so. Exit codes: 0 finished, 75
+interrupted (run the same command again), 2 wrong config or data, 1 failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vae_dist.config.checks import default_slots, world_size_problem
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.load import help_text, load_train_config, wants_help
+from vae_dist.config.schema import TrainConfig
+
+USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
+INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv):
+        print(help_text(TrainConfig, usage=USAGE, intro=INTRO))
+        return 0
+    try:
+        config = load_train_config(argv)
+        slots = config.data.slots or default_slots(config.training.batch_size)
+        if problem := world_size_problem(slots, int(os.environ.get("WORLD_SIZE", "1"))):
+            raise ConfigError(problem)
+        from vae_dist.session import run_session  # torch is imported once the config is right
+
+        return run_session(config)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
