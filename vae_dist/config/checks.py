@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.max_skipped_fraction": (0, 1),
     "data.max_pixels": (1, math.inf),
     "model.latent_channels": (1, math.inf),
+    "model.patch": (1, math.inf),
     "model.blocks": (1, math.inf),
     "model.norm_groups": (1, math.inf),
     "objective.beta": (0, math.inf),
@@ -196,18 +197,18 @@ def _slots(config: TrainConfig) -> Iterator[Violation]:
         return
     microbatch = config.training.microbatch_size
     per_slot = batch_size // (slots or default_slots(batch_size))
-    names = (*names, "training.microbatch_size")
+    involved = (*names, "training.microbatch_size")
     given = f"training.microbatch_size={microbatch}"
     if microbatch > batch_size:
         yield Violation(
-            names,
+            involved,
             f"{given} is more than training.batch_size={batch_size}; "
             "use 0 for the whole share of a process",
         )
     elif microbatch % per_slot:
         fitting = max(per_slot, microbatch - microbatch % per_slot)
         yield Violation(
-            names,
+            involved,
             f"{given} is not a multiple of the {per_slot} images of a slot "
             f"(training.batch_size / data.slots); try {fitting}",
         )
@@ -257,8 +258,7 @@ def _optimizer(config: TrainConfig) -> Iterator[Violation]:
     for name in ("optimizer.warmup_steps", "objective.beta_warmup_steps"):
         if (steps := _get(config, name)) > training.steps:
             sentence = (
-                f"is more than training.steps={training.steps}; "
-                f"try {name}={training.steps // 10}"
+                f"is more than training.steps={training.steps}; try {name}={training.steps // 10}"
             )
             yield _rule(name, steps, sentence, "training.steps")
 
@@ -266,20 +266,20 @@ def _optimizer(config: TrainConfig) -> Iterator[Violation]:
 # ---- slots, processes and what `auto` stands for ----
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     return [part for part in range(1, number + 1) if number % part == 0]
 
 
 def default_slots(batch_size: int) -> int:
     """What data.slots=0 stands for: one image a slot, but at most 64 slots."""
-    return max(part for part in _divisors(batch_size) if part <= MAX_AUTOMATIC_SLOTS)
+    return max(part for part in divisors(batch_size) if part <= MAX_AUTOMATIC_SLOTS)
 
 
 def world_size_problem(slots: int, world: int) -> str | None:
     """Why `world` processes cannot share `slots` slots, or None when they can."""
     if slots % world == 0:
         return None
-    fitting = ", ".join(str(part) for part in _divisors(slots))
+    fitting = ", ".join(str(part) for part in divisors(slots))
     return (
         f"{world} processes cannot share data.slots={slots} evenly; the numbers of processes that "
         f"work are {fitting}. Start one of these, or begin a run with data.slots set to a multiple "
@@ -287,9 +287,7 @@ def world_size_problem(slots: int, world: int) -> str | None:
     )
 
 
-def resolve(
-    config: TrainConfig, *, mean_sample_bytes: float, has_accelerator: bool
-) -> TrainConfig:
+def resolve(config: TrainConfig, *, mean_sample_bytes: float, has_accelerator: bool) -> TrainConfig:
     """A copy in which data.slots, data.window and training.precision have concrete values.
 
     `mean_sample_bytes` comes from the index of the training shards: so slots and window are

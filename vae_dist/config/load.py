@@ -72,24 +72,22 @@ def load_train_config(argv: list[str]) -> TrainConfig:
     """The config that `argv` asks for. Raises ConfigError with all problems at once."""
     problems: list[str] = []
     given = _parse_arguments(TrainConfig, argv, problems)
-    chosen = [setting.text for setting in given if setting.name == "config" and setting.text]
-    if not chosen:
-        names = ", ".join(config_names()) or "none here"
-        problems.append(f"config is missing; for example config=mnist (there are: {names})")
+    chosen = [setting.text for setting in given if setting.name == "config"]
     inherited: list[_Setting] = []
     try:
-        if chosen:
-            inherited = _file_settings(_find(chosen[-1], key="config"), chain=())
+        if not chosen:
+            raise ConfigError("config is missing; for example config=mnist" + _there_are())
+        inherited = _file_settings(_find(chosen[-1], key="config"), chain=())
+        file_was_read = True
     except ConfigError as error:
         problems += error.problems
-    config, wrong = _fill(TrainConfig, [*inherited, *given], problems)
-    if not inherited:
-        # Without a file most keys are not the ones meant: report only what was typed.
-        raise ConfigError([line for line in problems if " is missing: " not in line])
-    if not config.run:
-        config.run = f"runs/{Path(chosen[-1]).stem}"
-    # A rule between keys says nothing useful while one of its keys has no good value.
-    problems += [rule.text for rule in checks.violations(config) if not wrong & set(rule.keys)]
+        file_was_read = False
+    config, missing, wrong = _fill(TrainConfig, [*inherited, *given], problems)
+    if file_was_read:
+        config.run = config.run or f"runs/{Path(chosen[-1]).stem}"
+        problems += missing
+        # A rule between keys says nothing useful while one of its keys has no good value.
+        problems += [rule.text for rule in checks.violations(config) if not wrong & set(rule.keys)]
     if problems:
         raise ConfigError(problems)
     return config
@@ -98,9 +96,9 @@ def load_train_config(argv: list[str]) -> TrainConfig:
 def load_command(cls: type[T], argv: list[str]) -> T:
     """The keys of another command. Raises ConfigError with all problems at once."""
     problems: list[str] = []
-    command, wrong = _fill(cls, _parse_arguments(cls, argv, problems), problems)
+    command, missing, wrong = _fill(cls, _parse_arguments(cls, argv, problems), problems)
     rules = checks.command_violations(command)
-    problems += [rule.text for rule in rules if not wrong & set(rule.keys)]
+    problems += missing + [rule.text for rule in rules if not wrong & set(rule.keys)]
     if problems:
         raise ConfigError(problems)
     return command
@@ -113,7 +111,9 @@ def to_yaml(config: TrainConfig) -> str:
 def from_yaml(text: str, *, origin: str = "config.yaml") -> TrainConfig:
     """The config that `to_yaml` wrote. Keys and types are checked, rules between keys are not."""
     problems: list[str] = []
-    config, _ = _fill(TrainConfig, list(_flat(_parse_yaml(text, origin), "", origin)), problems)
+    settings = _flat(_parse_yaml(text, origin), "", origin)
+    config, missing, _ = _fill(TrainConfig, settings, problems)
+    problems += [f"{origin}: {line}" for line in missing]
     if problems:
         raise ConfigError(problems)
     return config
@@ -134,6 +134,10 @@ def config_names() -> list[str]:
     return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
 
 
+def _there_are() -> str:
+    return f" (there are: {', '.join(config_names()) or 'none here'}; or give a YAML file's path)"
+
+
 def _find(name: str, *, key: str, beside: Path | None = None) -> Path:
     """The file of a name or a path; `beside` is the folder of the file that has the `base`."""
     if "/" in name or name.endswith((".yaml", ".yml")):
@@ -145,13 +149,9 @@ def _find(name: str, *, key: str, beside: Path | None = None) -> Path:
         path = folder / f"{name}.yaml"
         if path.is_file():
             return path
-    names = config_names()
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(
-        f"{key}={name}: no config has this name; {hint}there are: {', '.join(names) or 'none'} "
-        "(or give the path of a YAML file)"
-    )
+    close = difflib.get_close_matches(name, config_names(), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"{key}={name}: no config has this name{hint}" + _there_are())
 
 
 def _file_settings(path: Path, *, chain: tuple[Path, ...]) -> list[_Setting]:
@@ -180,7 +180,9 @@ def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
         tree = OmegaConf.create(text) if text.strip() else OmegaConf.create()
         values = OmegaConf.to_container(tree, resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{origin}: not readable as YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: holds no keys; write one `key: value` per line")
     return {str(key): value for key, value in values.items()}
@@ -202,7 +204,9 @@ def _parse_arguments(cls: type, argv: Iterable[str], problems: list[str]) -> lis
     for argument in argv:
         name, equals, text = argument.partition("=")
         if not equals or not name or name != name.strip():
-            problems.append(f"{argument!r} is not key=value (no spaces around =; --help lists keys)")
+            problems.append(
+                f"{argument!r} is not key=value (no spaces around =; --help lists keys)"
+            )
             continue
         if name.startswith("-"):
             problems.append(f"{argument}: keys take no dashes; write {argument.lstrip('-')}")
@@ -214,7 +218,7 @@ def _parse_arguments(cls: type, argv: Iterable[str], problems: list[str]) -> lis
 
 def _parse_value(text: str, key: Key | None) -> Any:
     """YAML's reading of `text`, or `text` itself where the key wants text (run=007)."""
-    wants_text = key is not None and str in (key.type, *get_args(key.type))
+    wants_text = key is not None and key.type in (str, str | None)
     try:
         tree = OmegaConf.from_dotlist([f"value={text}"])
         value = OmegaConf.to_container(tree, resolve=False)["value"]  # type: ignore[index,call-overload]
@@ -228,10 +232,12 @@ def _parse_value(text: str, key: Key | None) -> Any:
 # ---- filling ----
 
 
-def _fill(cls: type[T], settings: Iterable[_Setting], problems: list[str]) -> tuple[T, set[str]]:
-    """A `cls` with every good setting, and the names of keys that have no good value.
+def _fill(
+    cls: type[T], settings: Iterable[_Setting], problems: list[str]
+) -> tuple[T, list[str], set[str]]:
+    """A `cls` with every good setting, a line for each missing key, and the keys without a value.
 
-    Appends what is wrong to `problems`; the result is for further checks only if there are any.
+    Appends what is wrong with the settings to `problems`; then the result is for checks only.
     """
     tree = OmegaConf.structured(cls)
     known = keys(cls)
@@ -242,7 +248,9 @@ def _fill(cls: type[T], settings: Iterable[_Setting], problems: list[str]) -> tu
             problems.append(setting.problem(_unknown(cls, setting.name)))
         elif "${" in str(setting.value):
             # OmegaConf would evaluate it (environment, other keys, resolvers).
-            problems.append(setting.problem(f"{key.name}: ${{...}} is not evaluated; write the value"))
+            problems.append(
+                setting.problem(f"{key.name}: ${{...}} is not evaluated; write the value")
+            )
             wrong.add(key.name)
         else:
             try:
@@ -250,14 +258,15 @@ def _fill(cls: type[T], settings: Iterable[_Setting], problems: list[str]) -> tu
             except OmegaConfBaseException:
                 problems.append(setting.problem(_wrong_value(key, setting)))
                 wrong.add(key.name)
+    missing = []
     for name, key in known.items():
         if OmegaConf.is_missing(_parent(tree, name), name.rpartition(".")[2]):
             if name not in wrong:
-                problems.append(f"{name} is missing: {key.help}{_known_values(name, cls)}")
+                missing.append(f"{name} is missing: {key.help}; give {name}=...")
             wrong.add(name)
             OmegaConf.update(tree, name, "")  # lets the other keys be checked
     config: Any = OmegaConf.to_object(tree)
-    return config, wrong
+    return config, missing, wrong
 
 
 def _parent(tree: Any, name: str) -> Any:
@@ -287,12 +296,6 @@ def _unknown(cls: type, name: str) -> str:
     return f"{name}: there is no such key{hint} (--help lists all)"
 
 
-def _known_values(name: str, cls: type) -> str:
-    if name == "config" and cls is TrainConfig:
-        return f" (there are: {', '.join(config_names())}), for example config=mnist"
-    return f", for example {name}=..."
-
-
 def _wrong_value(key: Key, setting: _Setting) -> str:
     given = f"{key.name}={setting.text}"
     if setting.value is None:
@@ -310,8 +313,7 @@ def _expected(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_expected(part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return f"a list of which each item is {_expected(get_args(kind)[0])}, as in [1, 2]"
+        items = {int: "whole numbers, as in [1, 2]", float: "numbers, as in [0.5, 1]"}
+        return "a list of " + items.get(get_args(kind)[0], "words, as in [a, b]")
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(kind, "null" if kind is type(None) else "a value")
-
-

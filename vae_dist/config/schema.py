@@ -66,6 +66,9 @@ class ModelConfig:
     channels: list[int] = knob(
         [64, 128, 256], "width of each level; each level after the first halves the resolution"
     )
+    patch: int = knob(
+        1, "squares of patch x patch pixels are folded into channels before the first level"
+    )
     blocks: int = knob(2, "residual blocks of a level in the encoder; the decoder has one more")
     attention: bool = knob(True, "self-attention in the middle of both towers")
     norm_groups: int = knob(32, "groups of GroupNorm; must divide every width")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -37,21 +37,16 @@ class EvaluationResult:
     distortion_nats: float
     bits_per_dim: float
     num_images: int
-    num_skipped: int  # images that could not be read and count nowhere
+    skipped_samples: int  # images that could not be read and count nowhere
     variance_at_floor_fraction: float | None  # part of all values; None: no learned variance
 
+    def figures(self) -> dict[str, float]:
+        """What there is, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def row(self) -> dict[str, float]:
-        row = {
-            "eval/neg_elbo_nats": self.neg_elbo_nats,
-            "eval/rate_nats": self.rate_nats,
-            "eval/distortion_nats": self.distortion_nats,
-            "eval/bits_per_dim": self.bits_per_dim,
-            "eval/num_images": float(self.num_images),
-            "eval/skipped_samples": float(self.num_skipped),
-        }
-        if self.variance_at_floor_fraction is not None:
-            row["eval/variance_at_floor_fraction"] = self.variance_at_floor_fraction
-        return row
+        """The same as a row of metrics."""
+        return {f"eval/{name}": value for name, value in self.figures().items()}
 
 
 def evaluate(
@@ -70,7 +65,7 @@ def evaluate(
     by every rank and must answer the same on each; after a True the result is None. Raises
     ConfigError when no image can be read.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=runtime.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=runtime.device)
     num_dims = 0
     was_training = model.training
     model.eval()
@@ -88,7 +83,8 @@ def evaluate(
 
 @torch.inference_mode()
 def _sums(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device) -> Tensor:
-    """[distortion, rate, floor fraction, images, skipped] summed over a batch, float64 (5,)."""
+    """Sums over a batch, float64 (6,): distortion, rate, fraction at the floor, images that have a
+    floor, images, and what was skipped."""
     images_u8 = batch.images.to(device)  # (b, C, H, W)
     samples = batch.samples.tolist()
     height, width = images_u8.shape[-2:]
@@ -99,14 +95,16 @@ def _sums(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device
         uniform = _draws(torch.rand, seed, "eval-levels", samples, shape).to(device)
     output = model(model.likelihood.prepare(images_u8, uniform), noise.to(device))
     at_floor = model.likelihood.at_floor_fraction(output.params)
+    one = torch.ones_like(output.log_likelihood)
     per_image = torch.stack(
         [
-            -output.log_likelihood.double(),
-            output.kl.double().sum(1),
-            torch.zeros_like(output.log_likelihood).double() if at_floor is None else at_floor,
-            torch.ones_like(output.log_likelihood).double(),
+            -output.log_likelihood,
+            output.kl.sum(1),
+            0 * one if at_floor is None else at_floor,
+            0 * one if at_floor is None else one,
+            one,
         ]
-    )  # (4, b)
+    ).double()  # (5, b)
     # where, not a product: what padding evaluates to, infinity included, must not count
     counts = batch.weights.to(device) > 0
     sums = torch.where(counts, per_image, 0.0).sum(1)
@@ -118,12 +116,15 @@ def _draws(
 ) -> Tensor:
     """One draw per sample number, float32 (b, *shape), made on CPU so that devices agree."""
     return torch.stack(
-        [draw(shape, generator=torch_generator(seed, purpose, max(0, sample))) for sample in samples]
+        [
+            draw(shape, generator=torch_generator(seed, purpose, max(0, sample)))
+            for sample in samples
+        ]
     )
 
 
 def _result(model: VAE, sums: Tensor, num_dims: int) -> EvaluationResult:
-    distortion, rate, at_floor, num_images, num_skipped = sums.tolist()
+    distortion, rate, at_floor, num_with_floor, num_images, num_skipped = sums.tolist()
     if num_images == 0:
         raise ConfigError(
             f"there is no image to evaluate on ({num_skipped:.0f} could not be read); "
@@ -131,13 +132,12 @@ def _result(model: VAE, sums: Tensor, num_dims: int) -> EvaluationResult:
         )
     distortion, rate = distortion / num_images, rate / num_images
     level_nats = model.likelihood.nats_to_level_nats(distortion + rate, num_dims=num_dims)
-    has_floor = model.likelihood.has_learned_variance
     return EvaluationResult(
         neg_elbo_nats=distortion + rate,
         rate_nats=rate,
         distortion_nats=distortion,
         bits_per_dim=bits_per_dim(level_nats, num_dims=num_dims),
         num_images=int(num_images),
-        num_skipped=int(num_skipped),
-        variance_at_floor_fraction=at_floor / num_images if has_floor else None,
+        skipped_samples=int(num_skipped),
+        variance_at_floor_fraction=at_floor / num_with_floor if num_with_floor else None,
     )

@@ -1,8 +1,8 @@
 """From a config to a model: VAE = build_vae(config, (H, W)), with weights that depend on the seed.
 
 The initial weights are a function of `config.seed` alone: every rank and every world size builds
-the same model, and the caller's random state is untouched. Under `torch.device("meta")` no memory is
-used, for shapes and counts.
+the same model, and the caller's random state is untouched. Under `torch.device("meta")` the model
+has shapes and no memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
     """The model for images of (H, W) pixels, float32, on the CPU (or meta, if that is the default
     device). With a spatial latent the size binds nothing."""
     model, data = config.model, config.data
-    stride = 2 ** (len(model.channels) - 1)
+    stride = model.patch * 2 ** (len(model.channels) - 1)
     is_spatial = model.latent == "spatial"
     height, width = image_size
-    feature_size = (
-        None if is_spatial else (math.ceil(height / stride), math.ceil(width / stride))
-    )
+    feature_size = None if is_spatial else (math.ceil(height / stride), math.ceil(width / stride))
     device = "meta" if torch.get_default_device().type == "meta" else "cpu"
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.random.default_generator.manual_seed(derive_seed(config.seed, "init"))
@@ -39,6 +37,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
             blocks=model.blocks,
             norm_groups=model.norm_groups,
             attention=model.attention,
+            patch=model.patch,
             feature_size=feature_size,
         )
         decoder = Decoder(
@@ -48,6 +47,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
             blocks=model.blocks,
             norm_groups=model.norm_groups,
             attention=model.attention,
+            patch=model.patch,
             feature_size=feature_size,
         )
         return VAE(

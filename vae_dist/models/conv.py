@@ -4,7 +4,8 @@
     decoder: first layer -> middle -> level n-1 -> up -> ... -> level 0 -> norm, silu -> conv_out
 
 Level i has width `channels[i]`; a level of the encoder holds `blocks` residual blocks, one of the
-decoder `blocks + 1`. With n levels the stride is f = 2^(n-1). Two forms of the latent:
+decoder `blocks + 1`. Squares of patch x patch pixels are channels of level 0 (space to depth), so
+with n levels the stride is f = patch * 2^(n-1). Two forms of the latent:
 
     spatial (feature_size=None): last and first layer are 3x3 convolutions, any H and W
     vector  (feature_size=(h, w)): linear layers on the whole last feature map of h x w positions
@@ -16,6 +17,7 @@ The last layer of each tower is float32 outside autocast: one bfloat16 step of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from vae_dist.models.blocks import AttentionBlock, Downsample, ResidualBlock, Up
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x) in float32, whatever autocast says around it."""
+    if not torch.amp.is_autocast_available(x.device.type):  # such as meta
+        return layer(x.float())
     with torch.autocast(device_type=x.device.type, enabled=False):
         h: Tensor = layer(x.float())
         return h
@@ -40,7 +44,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.resnets = nn.ModuleList(
-            ResidualBlock(a, b, norm_groups=norm_groups) for a, b in zip(widths, widths[1:])
+            ResidualBlock(a, b, norm_groups=norm_groups) for a, b in pairwise(widths)
         )
 
 
@@ -101,14 +105,16 @@ class Encoder(nn.Module):
         blocks: int,
         norm_groups: int,
         attention: bool,
+        patch: int = 1,
         feature_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.patch = patch
+        self.conv_in = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
         self.down_blocks = nn.ModuleList(
             DownLevel(a, b, blocks=blocks, norm_groups=norm_groups, down=i < len(channels) - 1)
-            for i, (a, b) in enumerate(zip(widths, widths[1:]))
+            for i, (a, b) in enumerate(pairwise(widths))
         )
         self.mid_block = Middle(channels[-1], norm_groups=norm_groups, attention=attention)
         self.conv_norm_out = group_norm(norm_groups, channels[-1])
@@ -120,7 +126,7 @@ class Encoder(nn.Module):
         self.is_spatial = feature_size is None
 
     def forward(self, images: Tensor) -> Tensor:
-        h: Tensor = self.conv_in(images)
+        h: Tensor = self.conv_in(F.pixel_unshuffle(images, self.patch))
         for level in self.down_blocks:
             h = level(h)
         h = F.silu(self.conv_norm_out(self.mid_block(h)))
@@ -142,9 +148,11 @@ class Decoder(nn.Module):
         blocks: int,
         norm_groups: int,
         attention: bool,
+        patch: int = 1,
         feature_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.patch = patch
         last = channels[-1]
         if feature_size is None:
             self.conv_in = nn.Conv2d(in_channels, last, 3, padding=1)
@@ -156,10 +164,10 @@ class Decoder(nn.Module):
         widths = [last, *reversed(channels)]
         self.up_blocks = nn.ModuleList(
             UpLevel(a, b, blocks=blocks + 1, norm_groups=norm_groups, up=i < len(channels) - 1)
-            for i, (a, b) in enumerate(zip(widths, widths[1:]))
+            for i, (a, b) in enumerate(pairwise(widths))
         )
         self.conv_norm_out = group_norm(norm_groups, channels[0])
-        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[0], out_channels * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         if self.feature_size is None:
@@ -170,4 +178,4 @@ class Decoder(nn.Module):
         for level in self.up_blocks:
             h = level(h)
         h = F.silu(self.conv_norm_out(h))
-        return in_float32(self.conv_out, h)
+        return F.pixel_shuffle(in_float32(self.conv_out, h), self.patch)

@@ -8,8 +8,8 @@ as `prepare` made them from uint8. Out: log p(x|z) in nats per image, float32 (B
 
 The variance v of a Gaussian is `fixed`, or v = min_sigma^2 + exp(raw) with one learned `raw`
 (`shared`) or one decoder output per value (`per_pixel`): a smooth floor, as if noise of min_sigma
-were added. A density on [-1, 1] turns into a probability of 8-bit levels by the change of variables:
-the range of one level has width 1/128 (dequantised: x = (level + u)/128 - 1) or 1/127.5.
+were added. A density on [-1, 1] becomes a probability of 8-bit levels by the change of variables:
+one level is 1/128 wide (dequantised: x = (level + u)/128 - 1) or 1/127.5 wide.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
-        """One draw of x given z, float32 (B, C, H, W); `generator` lives on the device of params."""
+        """One draw of x given z, float32 (B, C, H, W); `generator` is of the device of params."""
 
     @abstractmethod
     def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:

@@ -4,8 +4,8 @@
             = lr * (f + (1 - f) * (1 + cos(pi * t)) / 2)                  after it, schedule=cosine
     beta(k) = beta * min(k / warmup, 1)
 
-with t = (k + 1 - warmup) / (steps - warmup): lr is lr itself at the end of the warm-up and f * lr at
-the last step, f = final_lr_fraction.
+with t = (k + 1 - warmup) / (steps - warmup) and f = final_lr_fraction: the rate is lr at the end of
+the warm-up and f * lr at the last step.
 """
 
 from __future__ import annotations

@@ -66,6 +66,12 @@ def side_by_side(
     return _canvas(rows, columns=columns, gaps=gaps[:-1])
 
 
+def single(image: torch.Tensor) -> Image.Image:
+    """One image (C, H, W) at its own size, pixel for pixel."""
+    pixels = to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write `image`, whole or not at all; folders are made. OSError when that is impossible."""
     path = Path(path)

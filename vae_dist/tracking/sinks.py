@@ -7,6 +7,7 @@ W&B run (`vae_dist.tracking.wandb_sink`). Sinks belong to the main process alone
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -17,7 +18,14 @@ from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import format_duration, format_number, format_row
@@ -112,8 +120,8 @@ class ConsoleSink:
     def __init__(
         self,
         *,
-        total_steps: int,
-        first_step: int = 0,
+        start_step: int,
+        stop_step: int,
         stream: TextIO | None = None,
         terminal: bool | None = None,
     ) -> None:
@@ -134,9 +142,10 @@ class ConsoleSink:
                 transient=True,
             )
             self._task = self._progress.add_task(
-                "training", total=total_steps, completed=first_step, figures="starting"
+                "training", total=stop_step, completed=start_step, figures="starting"
             )
             self._progress.start()
+            atexit.register(self._progress.stop)  # else an error leaves the cursor hidden
 
     def say(self, text: str) -> None:
         if self._progress is not None:
@@ -144,6 +153,11 @@ class ConsoleSink:
         else:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             print(f"{stamp} {text}", file=self._stream, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the bar between two rows; without a terminal this prints nothing."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
 
     def log(self, step: int, row: dict[str, float]) -> None:
         if self._progress is None:

@@ -10,6 +10,7 @@ Only `mode=online`, asked for by name, is a promise: where it cannot be kept, Co
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import secrets
@@ -17,12 +18,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import WandbConfig
+from vae_dist.config.keys import flatten
+from vae_dist.config.schema import TrainConfig
 from vae_dist.files import write_durably
 
 STEP_KEY = "trainer/step"
@@ -48,18 +50,16 @@ class WandbSink:
     """Sink for the main process; `mode` tells what came of it: online, offline or disabled.
 
     `folder` is the run folder: it gets `wandb/` and `wandb_id`, the run id by which a resumed run
-    goes on in the same W&B run. `config` is shown in W&B; flat dotted keys suit its tables. `say`
-    prints a line to the user, also from the worker thread. Raises ConfigError when online was
-    asked for (wandb.mode or WANDB_MODE, which wins) and cannot be had.
+    goes on in the same W&B run. `say` prints a line to the user, also from the worker thread.
+    Raises ConfigError when online was asked for (wandb.mode or WANDB_MODE, which wins) and cannot
+    be had.
     """
 
     def __init__(
         self,
+        config: TrainConfig,
         folder: Path,
-        cfg: WandbConfig,
         *,
-        name: str,
-        config: Mapping[str, object],
         resume_step: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -74,10 +74,10 @@ class WandbSink:
         # Rows up to here are on the server already, from before an interruption.
         self._floor = -1
         self.mode = "disabled"
-        asked, source = _asked_mode(cfg.mode)
+        asked, source = _asked_mode(config.wandb.mode)
         if asked == "disabled":
             return
-        obstacle = self._start(folder, cfg, asked, name, config, resume_step)
+        obstacle = self._start(config, folder, asked, resume_step)
         if self.mode != "online" and asked == "online":
             raise ConfigError(
                 f"{source}=online but {obstacle}; mend that, or set wandb.mode=offline or auto"
@@ -122,24 +122,17 @@ class WandbSink:
             closer.join(0.05)
         if closer.is_alive() or self._broken:
             self._abandon()
+            online = "--include-online " if self.mode == "online" else ""
             self._say(
                 "W&B did not finish cleanly; upload what it has with: "
-                f"wandb sync --include-online {self._sync_dir}"
+                f"wandb sync {online}{self._sync_dir}"
             )
         elif self._num_dropped:
             self._say(f"W&B missed {self._num_dropped} rows; log.jsonl has them all.")
 
     # --- start ---
 
-    def _start(
-        self,
-        folder: Path,
-        cfg: WandbConfig,
-        asked: str,
-        name: str,
-        config: Mapping[str, object],
-        resume_step: int,
-    ) -> str:
+    def _start(self, config: TrainConfig, folder: Path, asked: str, resume_step: int) -> str:
         """Set `_run` and `mode`; the reason why `mode` is not online, or ""."""
         # Error reports go to W&B's servers also offline, and delay the exit where nothing answers.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -155,13 +148,13 @@ class WandbSink:
         except Exception as error:  # a broken installation shows as almost any exception
             return f"wandb cannot be imported ({_first_line(error)})"
         obstacle = "" if asked == "offline" else _obstacle_to_online(wandb, asked)
-        modes = ["online"] if asked == "online" else ["online", "offline"]
+        modes: list[Any] = ["online"] if asked == "online" else ["online", "offline"]
         if asked == "offline" or (asked == "auto" and obstacle):
             modes = ["offline"]
         elif obstacle:
             return obstacle
         stop = self._stop_requested
-        settings = {
+        settings: dict[str, Any] = {
             "silent": True,
             "console": "off",
             "init_timeout": _INIT_SECONDS,
@@ -176,12 +169,12 @@ class WandbSink:
                     id=run_id,
                     resume="allow" if is_resumed else None,
                     dir=str(folder),
-                    project=cfg.project,
-                    entity=cfg.entity,
-                    group=cfg.group,
-                    tags=list(cfg.tags),
-                    name=name,
-                    config=dict(config),
+                    project=config.wandb.project,
+                    entity=config.wandb.entity,
+                    group=config.wandb.group,
+                    tags=list(config.wandb.tags),
+                    name=folder.resolve().name,
+                    config=flatten(config),
                     settings=wandb.Settings(**known),
                 )
                 self._run.define_metric(STEP_KEY)
@@ -248,12 +241,16 @@ class WandbSink:
         """Kill the wandb-core that this process started: wandb's exit hook would wait for it."""
         import psutil
 
+        self._broken = True
         for child in psutil.Process().children():
             try:
                 if child.name().startswith("wandb-core"):
                     child.kill()
             except psutil.Error:
                 continue
+        # Takes the exit hook away, which would print a traceback, and then misses the dead core.
+        with contextlib.suppress(Exception, SystemExit):
+            self._wandb.teardown()
 
 
 def _asked_mode(configured: str) -> tuple[str, str]:

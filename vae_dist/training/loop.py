@@ -80,7 +80,7 @@ class Trainer:
         self._evaluated_step = -1
         self._skipped_before = 0  # skipped samples over all ranks, before this process started
         self._skipped_here = 0  # on this rank since
-        self._named_samples: set[tuple[str, str]] = set()
+        self._named_samples: set[tuple[str, int]] = set()
         self._last_row: Row = {}
 
     # the loop
@@ -91,7 +91,9 @@ class Trainer:
         Raises TrainingFailed when the numbers or the data make it pointless to go on.
         """
         last_step = self.config.training.steps
-        meter = Meter(start_step=self.step, stop_step=last_step)
+        meter = Meter(
+            total_steps=last_step, first_step=self.step, world=self.runtime.world
+        )
         if self._evaluation_is_due() and self.step > 0 and not self._evaluate({}, stop):
             return "interrupted"
         stream = iter(batches)
@@ -102,7 +104,7 @@ class Trainer:
             self.guard.observe(self.step, report.found_inf, batch.shards)
             self._count_skipped(batch)
             self.step += 1
-            meter.step(self.config.training.batch_size)
+            meter.step(len(batch.images))
             self._advance()
             row = self._training_row(report, meter) if self._log_is_due() else {}
             if not self._evaluate_and_log(row, meter, stop):
@@ -193,7 +195,7 @@ class Trainer:
         if self.console is not None:
             self.console.advance(self.step)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.console is not None:
             self.console.say(text)
         else:  # a rank other than the main one
@@ -204,12 +206,9 @@ class Trainer:
     def _count_skipped(self, batch: Batch) -> None:
         self._skipped_here += len(batch.skipped)
         for lost in batch.skipped:
-            if (lost.shard, lost.key) not in self._named_samples:
-                self._named_samples.add((lost.shard, lost.key))
-                self._say(
-                    f"warning: step {batch.step}: sample {lost.key} of {lost.shard} is lost "
-                    f"({lost.reason}); {lost.replaced_by} takes its place"
-                )
+            if (lost.shard, lost.index) not in self._named_samples:
+                self._named_samples.add((lost.shard, lost.index))
+                self.say(f"warning: step {batch.step}: cannot read {lost}")
 
     def _check_skipped(self, skipped_here: int) -> int:
         skipped = self._skipped_before + skipped_here

@@ -1,0 +1,131 @@
+"""Imports of vae_dist go downward only, and rooms of one layer do not import each other.
+
+In: the package folder (first argument; default: vae_dist). Out: one line per wrong import, exit
+code 1 if there is one. Every import statement counts, also those inside functions. Inside one room
+modules may import each other as long as no circle arises.
+
+    commands > session | command > pictures > plan > training | evaluation | inference
+             > objectives > models | data | runfolder | tracking > checkpoint
+             > runtime | randomness | files > config
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "vae_dist"
+LAYERS: tuple[frozenset[str], ...] = (  # from the top
+    frozenset({"train", "evaluate", "sample", "reconstruct", "index"}),
+    frozenset({"session", "command"}),
+    frozenset({"pictures"}),
+    frozenset({"plan"}),
+    frozenset({"training", "evaluation", "inference"}),
+    frozenset({"objectives"}),
+    frozenset({"models", "data", "runfolder", "tracking"}),
+    frozenset({"checkpoint"}),
+    frozenset({"runtime", "randomness", "files"}),
+    frozenset({"config"}),
+)
+
+
+def layer_of(room: str) -> int | None:
+    """The place of a room from the top, 0 for commands; None when it has no place yet."""
+    return next((place for place, rooms in enumerate(LAYERS) if room in rooms), None)
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The folder or file right under the package; empty for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported(tree: ast.AST, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, module) for each import of the package; an empty module for a relative import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [""]
+        elif isinstance(node, ast.ImportFrom):
+            # `from package import x` is the module x if there is one, else a name of the package.
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            whole = node.module == PACKAGE  # its __init__ is empty: a name of it is a module
+            names = [name if whole or name in modules else str(node.module) for name in inner]
+        else:
+            continue
+        for name in names:
+            if not name or name.split(".")[0] == PACKAGE:
+                yield node.lineno, name
+
+
+def wrong_direction(importer: str, target: str) -> str | None:
+    """Why a module of one room may not import a module of another, or None when it may."""
+    room, other = room_of(importer), room_of(target)
+    if room == other:
+        return None
+    if not room or not other:
+        return f"{importer} imports {target}: the package's own __init__ stands outside the layers"
+    above, below = layer_of(room), layer_of(other)
+    if above is None or below is None:
+        return None  # reported once for the room
+    if above == below:
+        return f"{room} and {other} are of one layer, so neither imports the other"
+    return f"{room} lies below {other}, so it cannot import it" if above > below else None
+
+
+def circle(edges: dict[str, set[str]]) -> list[str] | None:
+    """A circle among the modules, or None."""
+    done: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        for target in sorted(edges.get(module, ())):
+            if found := follow(target, [*path, module]):
+                return found
+        done.add(module)
+        return None
+
+    return next((found for module in sorted(edges) if (found := follow(module, []))), None)
+
+
+def problems(root: Path) -> list[str]:
+    """Everything that is wrong under the package folder `root`."""
+    files = {module_name(path, root): path for path in sorted(root.rglob("*.py"))}
+    found: list[str] = []
+    inside: dict[str, set[str]] = {module: set() for module in files}
+    for room in sorted({room_of(module) for module in files} - {""}):
+        if layer_of(room) is None:
+            found.append(f"{root / room}: has no layer yet; give it one in .ci/check_imports.py")
+    for module, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        for line, target in imported(tree, set(files)):
+            if not target:
+                found.append(f"{path}:{line}: relative import; write the absolute one")
+            elif problem := wrong_direction(module, target):
+                found.append(f"{path}:{line}: {problem}")
+            elif room_of(module) == room_of(target) and module != target:
+                inside[module].add(target)
+    if loop := circle(inside):
+        found.append(f"circle of imports: {' -> '.join(loop)}")
+    return found
+
+
+def main() -> int:
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else PACKAGE)
+    found = problems(root)
+    print("\n".join(found) or f"imports of {root}: downward only")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The checks that CI runs catch a wrong sample of what they are there for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest_plugins = ["pytester"]
+CI = Path(__file__).resolve().parents[2] / ".ci"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check_imports = load("check_imports")
+check_skips = load("check_skips")
+check_smoke = load("check_smoke")
+
+
+# ---- import directions ----
+
+
+def package(tmp_path: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = tmp_path / "vae_dist" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "vae_dist"
+
+
+def test_downward_imports_pass(tmp_path: Path) -> None:
+    root = package(
+        tmp_path,
+        {
+            "__init__.py": "",
+            "train.py": "import vae_dist.training.loop\nfrom vae_dist.config import load\n",
+            "training/loop.py": "from vae_dist.objectives.elbo import terms\nimport torch.nn\n",
+            "objectives/elbo.py": "from vae_dist.models.vae import VAE\n",
+            "models/vae.py": "from vae_dist.models.conv import Encoder\n",
+            "models/conv.py": "from vae_dist.randomness import derive_seed\n",
+            "randomness.py": "import numpy\n",
+            "config/load.py": "from vae_dist.config import checks\n",
+            "config/checks.py": "",
+        },
+    )
+    assert check_imports.problems(root) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"models/vae.py": "\nimport vae_dist.training.loop\n"}, "models lies below training"),
+        ({"config/load.py": "from vae_dist import randomness\n"}, "config lies below randomness"),
+        ({"data/index.py": "def f():\n    import vae_dist.train\n"}, "data lies below train"),
+        (
+            {"models/vae.py": "from vae_dist.data.order import Order\n"},
+            "models and data are of one",
+        ),
+        ({"sample.py": "import vae_dist.train\n"}, "sample and train are of one layer"),
+        ({"models/vae.py": "from .conv import Encoder\n"}, "vae.py:1: relative import"),
+        ({"models/vae.py": "import vae_dist\n"}, "stands outside the layers"),
+        ({"misc/strings.py": ""}, "has no layer yet"),
+        (
+            {
+                "models/a.py": "import vae_dist.models.b\n",
+                "models/b.py": "from vae_dist.models import c\n",
+                "models/c.py": "def f():\n    from vae_dist.models.a import x\n",
+            },
+            "vae_dist.models.a -> vae_dist.models.b -> vae_dist.models.c -> vae_dist.models.a",
+        ),
+    ],
+)
+def test_a_wrong_import_is_caught(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    (problem,) = check_imports.problems(package(tmp_path, {"__init__.py": "", **files}))
+    assert expected in problem
+
+
+def test_the_place_of_a_wrong_import_is_named(tmp_path: Path) -> None:
+    root = package(tmp_path, {"models/vae.py": "\n\nimport vae_dist.training.loop\n"})
+    assert check_imports.problems(root)[0].startswith(f"{root}/models/vae.py:3: ")
+
+
+def test_this_package_passes() -> None:
+    assert check_imports.problems(CI.parent / "vae_dist") == []
+
+
+# ---- skips ----
+
+OUTPUT = """\
+..s [100%]
+SKIPPED [1] tests/data/test_stream.py:18: needs CUDA
+SKIPPED [2] tests/models/test_vae.py: too lazy today
+3 passed, 3 skipped
+"""
+
+
+def test_a_skip_needs_a_reason_that_holds_on_this_machine() -> None:
+    idle = "tests/models/test_vae.py: too lazy today"
+    assert check_skips.unjustified(OUTPUT, {"needs CUDA": True}) == [idle]
+    assert check_skips.unjustified(OUTPUT, {"needs CUDA": False}) == [
+        "tests/data/test_stream.py:18: needs CUDA",
+        idle,
+    ]
+
+
+@pytest.mark.slow
+def test_the_skip_check_reads_what_pytest_writes(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "import pytest\n"
+        "@pytest.mark.skip(reason='marked')\n"
+        "def test_a(): pass\n"
+        "def test_b(): pytest.skip('called')\n"
+        "@pytest.mark.parametrize('x', [])\n"
+        "def test_c(x): pass\n"
+    )
+    output = str(pytester.runpytest_inprocess("-rs").stdout)
+    found = check_skips.unjustified(output, {"needs CUDA": True})
+    reasons = sorted(line.partition(": ")[2].split(" for")[0] for line in found)
+    assert reasons == ["called", "got empty parameter set", "marked"]
+
+
+# ---- smoke run ----
+
+
+def run_folder(tmp_path: Path, *neg_elbos: float) -> Path:
+    for name in ("images", "checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "images" / "samples.png").write_bytes(bytes(200))
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000010")
+    rows = [{"step": step, "eval/neg_elbo_nats": value} for step, value in enumerate(neg_elbos)]
+    rows.append({"step": len(rows), "train/loss": 1.0})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_last_evaluation_counts(tmp_path: Path) -> None:
+    run = run_folder(tmp_path, 200.0, 95.9)
+    assert check_smoke.problems(run, 96) == []
+    (problem,) = check_smoke.problems(run, 95)
+    assert "95.9" in problem
+
+
+def test_a_run_without_figures_pictures_or_checkpoint_fails(tmp_path: Path) -> None:
+    run = run_folder(tmp_path, float("nan"))
+    (run / "images" / "samples.png").unlink()
+    (run / "checkpoints" / "latest").unlink()
+    assert len(check_smoke.problems(run, 96)) == 3
+    assert len(check_smoke.problems(tmp_path / "nothing", 96)) == 3

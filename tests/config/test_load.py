@@ -1,0 +1,301 @@
+"""What a person types, and what comes out: values, precedence, and the text of every refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vae_dist.config import load
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.load import (
+    changed_numbers,
+    flatten,
+    from_yaml,
+    help_text,
+    load_command,
+    load_train_config,
+    to_yaml,
+    wants_help,
+)
+from vae_dist.config.schema import IndexCommand, SampleCommand, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = "data:\n  train: shards/train\n  validation: shards/validation\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with configs/plain.yaml; the shipped configs are out of sight."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "PACKAGE", tmp_path / "installed")
+    write("configs/plain.yaml", DATA)
+    return tmp_path
+
+
+def write(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+
+
+def refused(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_train_config(list(argv))
+    return list(caught.value.problems)
+
+
+# ---- values ----
+
+
+def test_arguments_win_over_file_over_base_over_defaults() -> None:
+    write("configs/parent.yaml", DATA + "seed: 1\ntraining: {steps: 500, batch_size: 32}\n")
+    write("configs/child.yaml", "base: parent\nseed: 2\ntraining: {steps: 600}\n")
+    config = load_train_config(["config=child", "seed=3"])
+    assert (config.seed, config.training.steps, config.training.batch_size) == (3, 600, 32)
+    assert config.training.ema_decay == TrainConfig().training.ema_decay
+
+
+def test_the_result_is_a_plain_dataclass_instance() -> None:
+    config = load_train_config(["config=plain", "model.channels=[32, 64]"])
+    assert type(config) is TrainConfig
+    assert type(config.model.channels) is list
+    assert config.model.channels == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("optimizer.lr=3e-4", "optimizer.lr", 3e-4),
+        ("optimizer.betas=[0.5,1e-1]", "optimizer.betas", [0.5, 0.1]),
+        ("training.precision=no", "training.precision", "no"),
+        ("data.flip=true", "data.flip", True),
+        ("run=007", "run", "007"),
+        ("wandb.entity=1e3", "wandb.entity", "1e3"),
+        ("wandb.entity=null", "wandb.entity", None),
+        ("wandb.tags=[a, b]", "wandb.tags", ["a", "b"]),
+        ("data.train={a,b}.tar", "data.train", "{a,b}.tar"),
+        ("data.train=x-{000..009}.tar", "data.train", "x-{000..009}.tar"),
+        ("data.train=[a, b]", "data.train", ["a", "b"]),
+        ("data.resolution=[178, 218]", "data.resolution", [178, 218]),
+        ("data.resolution=64", "data.resolution", 64),
+        ("run=a=b", "run", "a=b"),
+    ],
+)
+def test_values_follow_yaml_except_where_text_is_wanted(
+    argument: str, name: str, value: object
+) -> None:
+    found = flatten(load_train_config(["config=plain", argument]))[name]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_last_of_equal_arguments_wins() -> None:
+    assert load_train_config(["config=plain", "seed=1", "seed=2"]).seed == 2
+
+
+def test_a_key_without_values_in_a_file_keeps_its_defaults() -> None:
+    write("configs/hollow.yaml", DATA + "training:\n")
+    assert load_train_config(["config=hollow"]).training == TrainConfig().training
+
+
+def test_run_folder_is_named_after_the_config() -> None:
+    write("mine/faces.yaml", DATA)
+    assert load_train_config(["config=plain"]).run == "runs/plain"
+    assert load_train_config(["config=mine/faces.yaml"]).run == "runs/faces"
+    assert load_train_config(["config=plain", "run=elsewhere"]).run == "elsewhere"
+
+
+# ---- where files are found ----
+
+
+def test_own_configs_come_before_those_of_the_package() -> None:
+    write("installed/configs/plain.yaml", DATA + "seed: 5\n")
+    write("installed/configs/shipped.yaml", DATA + "seed: 6\n")
+    assert load_train_config(["config=plain"]).seed == 0
+    assert load_train_config(["config=shipped"]).seed == 6
+
+
+def test_base_is_found_beside_the_file_that_names_it() -> None:
+    write("mine/common.yaml", DATA + "seed: 7\n")
+    write("mine/faces.yaml", "base: common\n")
+    write("mine/deeper/eyes.yaml", "base: ../faces.yaml\n")
+    assert load_train_config(["config=mine/faces.yaml"]).seed == 7
+    assert load_train_config(["config=mine/deeper/eyes.yaml"]).seed == 7
+
+
+def test_a_circle_of_bases_is_refused_with_its_links() -> None:
+    write("configs/a.yaml", "base: b\n")
+    write("configs/b.yaml", "base: a\n")
+    (problem,) = refused("config=a")
+    assert "a.yaml -> b.yaml -> a.yaml" in problem
+
+
+def test_an_unknown_config_name_lists_what_there_is() -> None:
+    (problem,) = refused("config=plan")
+    assert problem.startswith("config=plan: no config has this name; did you mean plain?")
+    assert "there are: plain" in problem
+
+
+def test_a_missing_config_argument_names_the_key() -> None:
+    (problem,) = refused("seed=1")
+    assert problem.startswith("config is missing") and "plain" in problem
+
+
+def test_a_missing_file_is_named() -> None:
+    assert refused("config=no/such.yaml") == ["config=no/such.yaml: no such file: no/such.yaml"]
+    write("configs/orphan.yaml", "base: nobody\n")
+    (problem,) = refused("config=orphan")
+    assert problem.startswith("configs/orphan.yaml: base=nobody: no config has this name")
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("model.chanels=[1]", "model.chanels: there is no such key; did you mean model.channels?"),
+        ("steps=5", "steps: there is no such key; did you mean training.steps?"),
+        ("batch_size=5", "did you mean training.batch_size or evaluation.batch_size?"),
+        ("lerning_rate=5", "lerning_rate: there is no such key"),
+        ("data=3", "data is a section; set its keys, for example data.train"),
+        ("model.channels.0=3", "model.channels is one value; give it whole"),
+        ("model.channels[0]=3", "model.channels is one value; give it whole"),
+        ("base=plain", "base belongs in a YAML file"),
+        ("training.steps=abc", "training.steps=abc is not a whole number"),
+        ("training.steps=1e5", "training.steps=1e5 is not a whole number; write training.steps=1"),
+        ("training.steps=2.5", "training.steps=2.5 is not a whole number"),
+        ("seed=true", "seed=true is not a whole number"),
+        ("seed=", "seed= gives no value; it takes a whole number"),
+        ("optimizer.lr=fast", "optimizer.lr=fast is not a number"),
+        ("data.flip=maybe", "data.flip=maybe is not true or false"),
+        ("training.precision=bf17", "one of auto, no, bf16, fp16; did you mean bf16?"),
+        ("training.precision=yes", "training.precision=yes is not one of auto, no, bf16, fp16"),
+        ("model.channels=64", "model.channels=64 is not a list of whole numbers, as in"),
+        ("model.channels=[a]", "model.channels=[a] is not a list of whole numbers, as in"),
+        ("seed", "'seed' is not key=value"),
+        ("--seed=3", "--seed=3: keys take no dashes; write seed=3"),
+        ("data.train=${oc.env:HOME}", "data.train: ${...} is not evaluated"),
+        ("data.train=[a, '${seed}']", "data.train: ${...} is not evaluated"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_its_key(argument: str, expected: str) -> None:
+    (problem,) = refused("config=plain", argument)
+    assert expected in problem
+
+
+def test_all_problems_come_at_once() -> None:
+    write("configs/bad.yaml", "sede: 1\ntraining: {steps: many, batch_size: 100}\ndata: {slots: 7}")
+    problems = refused("config=bad", "optimizer.lr=-1", "data.validation=v", "oops")
+    assert len(problems) == 6
+    for part in (
+        "'oops' is not key=value",
+        "configs/bad.yaml: sede: there is no such key; did you mean seed?",
+        "configs/bad.yaml: training.steps=many is not a whole number",
+        "data.train is missing",
+        "optimizer.lr=-1 must be more than 0",
+        "training.batch_size=100 is not a multiple of data.slots=7",
+    ):
+        assert sum(part in problem for problem in problems) == 1, part
+    assert str(ConfigError(problems)) == "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: [1\n", "configs/odd.yaml: not readable as YAML"),
+        ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML"),
+        ("- seed\n", "configs/odd.yaml: holds no keys"),
+        ("base: [a, b]\n", "base=[a, b] is not the name or path of one config"),
+        ("data: 3\n", "configs/odd.yaml: data is a section"),
+        ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "configs/odd.yaml: not readable as YAML"),
+    ],
+)
+def test_a_damaged_file_is_named(text: str, expected: str) -> None:
+    write("configs/odd.yaml", text)
+    assert any(expected in problem for problem in refused("config=odd"))
+
+
+# ---- YAML of run folders ----
+
+
+def test_yaml_gives_back_the_same_config() -> None:
+    config = load_train_config(
+        ["config=plain", "training.precision=no", "optimizer.lr=3e-4", "data.train=[a, b]"]
+    )
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_yaml_with_a_foreign_key_is_refused() -> None:
+    text = to_yaml(load_train_config(["config=plain"])) + "colour: blue\n"
+    with pytest.raises(ConfigError, match="there: colour: there is no such key"):
+        from_yaml(text, origin="there")
+
+
+def test_yaml_without_a_mandatory_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"old: data\.train is missing"):
+        from_yaml("config: plain\n", origin="old")
+
+
+def test_changed_numbers_leaves_neutral_keys_out() -> None:
+    old = load_train_config(["config=plain"])
+    new = load_train_config(
+        ["config=plain", "optimizer.lr=0.001", "log.every=7", "model.channels=[32, 64]"]
+    )
+    assert changed_numbers(old, new) == [
+        "model.channels: [64, 128, 256] -> [32, 64]",
+        "optimizer.lr: 0.0002 -> 0.001",
+    ]
+    assert changed_numbers(old, old) == []
+
+
+# ---- other commands and help ----
+
+
+def test_commands_load_and_refuse_alike() -> None:
+    command = load_command(
+        SampleCommand, ["run=runs/mnist", "checkpoint=1000", "resolution=[8, 9]"]
+    )
+    assert (command.checkpoint, command.resolution, command.num_images) == ("1000", [8, 9], 64)
+    with pytest.raises(ConfigError) as caught:
+        load_command(SampleCommand, ["checkpoint=newest", "num_image=3", "batch_size=0"])
+    assert caught.value.problems == (
+        "num_image: there is no such key; did you mean num_images? (--help lists all)",
+        "run is missing: run folder, for example runs/mnist; give run=...",
+        "batch_size=0 must be at least 1",
+        "checkpoint=newest is neither latest nor a step number",
+    )
+
+
+def test_help_lists_every_key_with_default_and_description() -> None:
+    text = help_text(TrainConfig, usage="train config=NAME", intro="Trains.")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    words = " ".join(text.split())
+    for name, key in load.keys(TrainConfig).items():
+        assert f"  {name}=" in text
+        assert key.help in words
+    assert "training.precision=auto" in text and "[auto | no | bf16 | fp16]" in words
+    assert "data.train=... required:" in words
+    assert "overwrite=false" in help_text(IndexCommand, usage="index", intro="")
+
+
+def test_help_is_asked_for_in_three_ways() -> None:
+    assert all(wants_help(["config=plain", word]) for word in ("-h", "--help", "help"))
+    assert not wants_help(["config=help", "run=--help"])
+
+
+@pytest.mark.slow
+def test_config_does_not_import_torch() -> None:
+    code = (
+        "import sys, vae_dist.config as c; from vae_dist.config.schema import TrainConfig; "
+        "c.help_text(TrainConfig, usage='', intro=''); sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )

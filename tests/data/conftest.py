@@ -1,0 +1,64 @@
+"""Small shards whose images say who they are: pixels (shard, index // 256, index % 256)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vae_dist.data.index import index_shard, write_sidecar
+from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.writer import write_shards
+
+LENGTHS = (0, 1, 7, 30, 2, 45, 19, 5, 1, 12)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def marked_png(shard: int, index: int) -> bytes:
+    return png(np.array([[shard, index // 256, index % 256]], np.uint8))
+
+
+def identities(images: np.ndarray) -> list[tuple[int, int]]:
+    """(shard, index) of each of the images (b, 1, 1, 3)."""
+    return [(int(s), 256 * int(high) + int(low)) for s, high, low in images.reshape(-1, 3)]
+
+
+def make_shards(folder: Path, lengths: Sequence[int] = LENGTHS) -> list[str]:
+    """One tar for each length, with sidecars, in a folder of their own."""
+    folder.mkdir()
+    paths = []
+    for shard, length in enumerate(lengths):
+        samples = (
+            {"__key__": f"{i:04d}", "png": marked_png(shard, i), "cls": str(shard).encode()}
+            for i in range(length)
+        )
+        (written,) = write_shards(samples, folder / "part", num_shards=1)
+        path = folder / f"set-{shard:02d}.tar"
+        written.rename(path)
+        for rest in (folder / "part").iterdir():
+            rest.unlink()
+        (folder / "part").rmdir()
+        write_sidecar(path, index_shard(path))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards") / "set"
+    make_shards(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def marked() -> ImageSettings:
+    return ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)

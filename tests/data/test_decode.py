@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vae_dist.data.decode import decode_sample
+from vae_dist.data.tar import DamagedSampleError
+
+GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
+COLOUR = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(96)).astype(np.uint8)
+
+
+def encode(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    data = io.BytesIO()
+    image.save(data, image_format, **options)
+    return data.getvalue()
+
+
+def decode(data: bytes, suffix: str = "png", *, channels: int = 1, **kwargs: int) -> np.ndarray:
+    settings = {"max_pixels": 10_000, **kwargs}
+    return decode_sample({"__key__": "k", suffix: data}, channels=channels, **settings)[0]
+
+
+def test_png_is_exact() -> None:
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(GREY))), GREY[None])
+    colour = decode(encode(Image.fromarray(COLOUR)), channels=3)
+    np.testing.assert_array_equal(colour, COLOUR.transpose(2, 0, 1))
+    assert colour.dtype == np.uint8 and colour.flags.c_contiguous
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("source", [GREY, COLOUR, SMOOTH, np.zeros_like(GREY)])
+def test_png_of_every_kind_of_filter(source: np.ndarray, level: int) -> None:
+    image = Image.fromarray(source)
+    got = decode(encode(image, compress_level=level), channels=3 if source.ndim == 3 else 1)
+    np.testing.assert_array_equal(got.transpose(1, 2, 0).squeeze(), source)
+
+
+def test_grey_and_colour_become_what_is_asked() -> None:
+    grey_as_colour = decode(encode(Image.fromarray(GREY)), channels=3)
+    np.testing.assert_array_equal(grey_as_colour, np.broadcast_to(GREY, (3, 5, 7)))
+    luma = decode(encode(Image.fromarray(COLOUR)), channels=1)[0]
+    np.testing.assert_allclose(luma, COLOUR @ np.array([0.299, 0.587, 0.114]), atol=1)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
+def test_other_modes_are_converted(mode: str) -> None:
+    image = Image.fromarray(COLOUR).convert(mode)
+    suffix, image_format = ("jpg", "JPEG") if mode == "CMYK" else ("png", "PNG")
+    assert decode(encode(image, image_format), suffix, channels=3).shape == (3, 5, 7)
+
+
+@pytest.mark.parametrize(("suffix", "image_format"), [("jpg", "JPEG"), ("JPEG", "JPEG"),
+                                                      ("webp", "WEBP"), ("view.jpg", "JPEG")])
+def test_lossy_formats(suffix: str, image_format: str) -> None:
+    data = encode(Image.fromarray(SMOOTH), image_format, quality=95)
+    error = np.abs(decode(data, suffix.lower())[0].astype(int) - SMOOTH)
+    assert np.median(error) <= 3
+
+
+def test_a_large_jpeg_is_decoded_smaller_but_not_below_twice_the_target() -> None:
+    data = encode(Image.fromarray(np.zeros((640, 960), np.uint8)), "JPEG")
+    sample = {"__key__": "k", "jpg": data}
+    image, _ = decode_sample(sample, channels=1, max_pixels=10**6, at_least=(64, 64))
+    assert image.shape == (1, 160, 240)
+
+
+def png_16_bit_rgb() -> bytes:
+    """Pillow cannot write one: header, one row of zeros, end."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    head = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(bytes(13))), chunk(b"IEND", b"")]
+    )
+
+
+RGBA = Image.fromarray(COLOUR).convert("RGBA")
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"png": encode(Image.fromarray(GREY))[:60]}, "damaged PNG|no readable PNG"),
+        ({"png": b"not an image"}, "no readable PNG"),
+        ({"png": b""}, "no readable PNG"),
+        ({"jpg": encode(Image.fromarray(SMOOTH), "JPEG")[:400]}, "JPEG"),
+        ({"jpg": encode(Image.fromarray(GREY))}, "no readable JPEG"),
+        ({"png": png_16_bit_rgb()}, "more than 8 bits"),
+        ({"png": encode(Image.fromarray(GREY.astype(np.uint16) * 257))}, "more than 8 bits"),
+        ({"png": encode(RGBA)}, "transparency"),
+        ({"png": encode(Image.fromarray(GREY).convert("LA"))}, "transparency"),
+        ({"png": encode(Image.fromarray(GREY), transparency=3)}, "transparency"),
+        ({"png": encode(Image.fromarray(np.zeros((101, 100), np.uint8)))}, "data.max_pixels=10000"),
+        ({"pyd": b"cos\nsystem\n(S'x'\ntR."}, "no .png"),
+        ({"a.png": b"", "b.png": b""}, "this one has a.png, b.png"),
+        ({"png": encode(Image.fromarray(GREY)), "cls": b"cat"}, ".cls is no integer: b'cat'"),
+    ],
+)
+def test_what_must_not_be_decoded_is_refused(files: dict[str, bytes], reason: str) -> None:
+    with pytest.raises(DamagedSampleError, match=reason):
+        decode_sample({"__key__": "k", **files}, channels=1, max_pixels=10_000)
+
+
+def test_every_flipped_byte_is_refused_or_gives_an_image_of_the_right_kind() -> None:
+    data = encode(Image.fromarray(GREY))
+    refused = 0
+    for i in range(len(data)):
+        broken = bytearray(data)
+        broken[i] ^= 0xFF
+        try:
+            assert decode(bytes(broken)).dtype == np.uint8
+        except DamagedSampleError:
+            refused += 1
+    assert refused > len(data) / 2
+
+
+@pytest.mark.parametrize(("cls", "label"), [(b"7", 7), (b" 12\n", 12), (None, -1)])
+def test_labels(cls: bytes | None, label: int) -> None:
+    files = {"png": encode(Image.fromarray(GREY))} | ({} if cls is None else {"cls": cls})
+    assert decode_sample(files, channels=1, max_pixels=100)[1] == label

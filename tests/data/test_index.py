@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import LENGTHS
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.index import (
+    ShardError,
+    index_shard,
+    load_index,
+    resolve_shards,
+    write_index,
+)
+
+
+@pytest.fixture
+def copied(shards: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+def test_folder_brace_pattern_and_list_name_the_same_shards(shards: str) -> None:
+    folder = resolve_shards(shards, key="data.train")
+    assert [os.path.basename(p) for p in folder] == [f"set-{i:02d}.tar" for i in range(10)]
+    assert resolve_shards(f"{shards}/set-{{00..09}}.tar", key="data.train") == folder
+    parts = [f"{shards}/set-00.tar", f"{shards}/set-{{01..09}}.tar"]
+    assert resolve_shards(parts, key="data.train") == folder
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", r"^data\.train=nowhere: no such folder; put WebDataset shards there"),
+        ("{shards}/set-{{08..17}}.tar", r"8 of 10 shards are missing: .*set-10\.tar.* and 3 more"),
+        ("{shards}/set-{{08..17.tar", r"data\.train=.*set-\{08"),
+        ("{empty}", r"the folder holds no \*\.tar file"),
+        ("{shards}/set-00.tar.idx", r"a file, but no \.tar shard"),
+        ("https://host/set-{{00..09}}.tar", "only local files"),
+        ("pipe:cat x.tar", "only local files"),
+        (7, "data.train=7 is no path"),
+        ([], "names no shard"),
+    ],
+)
+def test_wrong_specs_are_named(shards: str, tmp_path: Path, spec: object, message: str) -> None:
+    if isinstance(spec, str):
+        spec = spec.format(shards=shards, empty=tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        resolve_shards(spec, key="data.train")
+
+
+def write_foreign_tar(path: Path, tar_format: int) -> None:
+    """A tar of `tarfile` itself: folders, long and umlaut names, a sample of three files."""
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        folder = tarfile.TarInfo("pictures")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for key in ("pictures/a", "pictures/" + "b" * 120, "pictures/\u00e4", "pictures/d"):
+            for suffix, size in (("png", 700), ("cls", 1), ("json", 512)):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size, member.mtime = size, 1.5  # PAX puts this into a record of its own
+                tar.addfile(member, fileobj=open(os.devnull, "rb") if size == 0 else Zeros())
+
+
+class Zeros:
+    def read(self, count: int) -> bytes:
+        return bytes(count)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int) -> None:
+    path = tmp_path / "foreign.tar"
+    write_foreign_tar(path, tar_format)
+    with tarfile.open(path) as tar:
+        files = [member for member in tar if member.isreg()]
+    # a sample begins with the extended header of its first file, which tarfile calls its offset
+    starts = [member.offset for member in files if member.name.endswith(".png")]
+    end = files[-1].offset_data + 512
+    assert index_shard(path).tolist() == [*starts, end]
+
+
+def test_loading_makes_what_is_missing_and_then_reads_it(copied: Path) -> None:
+    before = load_index(str(copied), key="data.train", create=False)
+    (copied / "set-03.tar.idx").unlink()
+    with pytest.raises(ConfigError, match=r"set-03\.tar has no index; .*vae_dist\.index data="):
+        load_index(str(copied), key="data.train", create=False)
+    after = load_index(str(copied), key="data.train", create=True)
+    assert after.lengths.tolist() == list(LENGTHS) == before.lengths.tolist()
+    assert after.fingerprint == before.fingerprint
+    assert after.num_samples == sum(LENGTHS)
+    sizes = sum(path.stat().st_size for path in copied.glob("*.tar"))
+    assert after.mean_sample_bytes == pytest.approx(sizes / sum(LENGTHS))
+    info = json.loads((copied / "_info.json").read_text())["splits"]["copy"]
+    assert info["shard_lengths"] == list(LENGTHS) and info["num_samples"] == sum(LENGTHS)
+    assert info["filenames"] == [f"set-{i:02d}.tar" for i in range(10)]
+
+
+def test_an_info_file_of_others_is_kept(copied: Path) -> None:
+    (copied / "_info.json").write_text("theirs")
+    (copied / "set-03.tar.idx").unlink()
+    load_index(str(copied), key="data.train", create=True)
+    assert (copied / "_info.json").read_text() == "theirs"
+
+
+def test_fingerprint_tells_data_sets_apart(copied: Path) -> None:
+    whole = load_index(str(copied), key="data.train", create=False)
+    (copied / "set-09.tar").unlink()
+    fewer = load_index(str(copied), key="data.train", create=False)
+    assert whole.fingerprint != fewer.fingerprint
+
+
+def test_parts_of_the_offsets(shards: str) -> None:
+    index = load_index(shards, key="data.train", create=False)
+    whole = index.offsets(5)
+    assert len(whole) == LENGTHS[5] + 1
+    np.testing.assert_array_equal(index.offsets(5, 10, 14), whole[10:15])
+
+
+def cut(path: Path, count: int) -> None:
+    os.truncate(path, count)
+
+
+def overwrite(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(b"\xff" * 100)
+
+
+def test_damage_is_reported_with_its_byte(copied: Path) -> None:
+    cut(copied / "set-03.tar", 5 * 2048 + 100)
+    cut(copied / "set-05.tar", 5 * 2048)
+    overwrite(copied / "set-06.tar", 3 * 2048 + 1024)
+    paths = resolve_shards(str(copied), key="data.train")
+    damage = {
+        os.path.basename(path): str(error)
+        for path, error in write_index(paths, overwrite=True).items()
+        if error is not None
+    }
+    assert damage.keys() == {"set-03.tar", "set-05.tar", "set-06.tar"}
+    assert "byte 10240: the tar ends inside a header" in damage["set-03.tar"]
+    assert "byte 10240: the tar ends without its end mark" in damage["set-05.tar"]
+    assert "byte 7168: damaged tar header" in damage["set-06.tar"]
+    assert not (copied / "set-05.tar.idx").exists()
+    with pytest.raises(ShardError, match="byte 10240: .*copy the shard again"):
+        load_index(str(copied), key="data.train", create=True)
+
+
+def test_a_sidecar_that_does_not_fit_is_refused(copied: Path) -> None:
+    message = r"set-05\.tar\.idx does not fit .*overwrite=true"
+    shutil.copy(copied / "set-03.tar", copied / "set-05.tar")
+    with pytest.raises(ShardError, match=message):  # shorter than the index says
+        load_index(str(copied), key="data.train", create=True)
+    shutil.copy(copied / "set-05.tar.idx", copied / "set-03.tar.idx")
+    shutil.copy(copied / "set-09.tar.idx", copied / "set-05.tar.idx")
+    with pytest.raises(ShardError, match=r"set-03\.tar\.idx does not fit"):
+        load_index(str(copied), key="data.train", create=True)
+
+
+def test_a_sidecar_that_ends_too_early_is_refused(copied: Path) -> None:
+    offsets = np.fromfile(copied / "set-05.tar.idx", "<u8")
+    offsets[:-3].tofile(copied / "set-05.tar.idx")
+    with pytest.raises(ShardError, match=r"set-05\.tar\.idx does not fit"):
+        load_index(str(copied), key="data.train", create=False)
+
+
+def test_offsets_that_do_not_rise_are_refused(copied: Path) -> None:
+    offsets = np.fromfile(copied / "set-05.tar.idx", "<u8")
+    offsets[7] = 0
+    offsets.tofile(copied / "set-05.tar.idx")
+    index = load_index(str(copied), key="data.train", create=False)
+    with pytest.raises(ShardError, match="offsets 5 to 9 are damaged"):
+        index.offsets(5, 5, 9)
+
+
+def test_a_folder_that_cannot_be_written(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / "set-03.tar.idx").unlink()
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("vae_dist.data.index._write_atomically", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied.*copy the sh"):
+        load_index(str(copied), key="data.train", create=True)
+
+
+def test_shards_without_a_sample_are_refused(copied: Path) -> None:
+    with pytest.raises(ConfigError, match="hold no sample"):
+        load_index(str(copied / "set-00.tar"), key="data.train", create=False)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vae_dist.data.order import Order
+
+LENGTHS = [0, 1, 7, 60, 33, 2, 90, 128, 45, 45, 13, 77, 1, 100, 64, 3, 50, 0, 5]
+ALL = {(shard, i) for shard, length in enumerate(LENGTHS) for i in range(length)}
+
+
+def take(order: Order, start: int, stop: int) -> list[tuple[int, int]]:
+    return [order.sample_at(g)[1:] for g in range(start, stop)]
+
+
+@pytest.mark.parametrize("window", [1, 8, 1000])
+def test_each_sample_once_per_epoch(window: int) -> None:
+    order = Order(LENGTHS, lanes=16, window=window, seed=3)
+    epochs = [take(order, e * len(ALL), (e + 1) * len(ALL)) for e in range(3)]
+    assert all(len(epoch) == len(ALL) and set(epoch) == ALL for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum),
+    lanes=st.integers(1, 12),
+    window=st.integers(1, 7),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_shape_of_a_data_set(
+    lengths: list[int], lanes: int, window: int, seed: int
+) -> None:
+    order = Order(lengths, lanes=lanes, window=window, seed=seed)
+    num_samples = sum(lengths)
+    want = {(shard, i) for shard, length in enumerate(lengths) for i in range(length)}
+    for epoch in range(2):
+        got = [order.sample_at(g) for g in range(epoch * num_samples, (epoch + 1) * num_samples)]
+        assert Counter(sample[1:] for sample in got) == Counter(want)
+        assert {sample[0] for sample in got} == {epoch}
+
+
+def test_windows_follow_each_other_and_can_be_entered_anywhere() -> None:
+    order = Order(LENGTHS, lanes=16, window=8, seed=0)
+    rows = [w for w in islice(order.lane_windows(5, 0), 20)]
+    assert [w.first_row for w in rows] == [0] + [w.end_row for w in rows[:-1]]
+    for row in range(rows[-1].end_row):
+        entered = next(Order(LENGTHS, lanes=16, window=8, seed=0).lane_windows(5, row))
+        (same,) = (w for w in rows if w.first_row <= row < w.end_row)
+        assert (entered.first_row, entered.runs, entered.epoch) == (
+            same.first_row,
+            same.runs,
+            same.epoch,
+        )
+        np.testing.assert_array_equal(entered.order, same.order)
+
+
+def test_windows_are_permuted_and_no_longer_than_asked() -> None:
+    order = Order([1000], lanes=4, window=32, seed=0)
+    windows = list(islice(order.lane_windows(1, 0), 6))
+    assert all(len(w.order) <= 32 for w in windows)
+    assert all(sorted(w.order) == list(range(len(w.order))) for w in windows)
+    assert any((w.order != np.arange(len(w.order))).any() for w in windows)
+
+
+def test_lanes_read_their_windows_at_different_steps() -> None:
+    order = Order([6400], lanes=16, window=8, seed=0)
+    ends = Counter(order.window_at(lane, 0).end_row for lane in range(16))
+    assert set(ends) == set(range(1, 9)) and max(ends.values()) == 2
+
+
+def test_a_shard_is_read_front_to_back_by_one_or_two_lanes() -> None:
+    order = Order([100] * 32, lanes=8, window=10, seed=0)
+    readers: dict[int, set[int]] = {}
+    for lane in range(8):
+        last: dict[int, int] = {}
+        window = order.window_at(lane, 0)
+        while window.epoch == 0:
+            for run in window.runs:
+                readers.setdefault(run.shard, set()).add(lane)
+                if run.shard in last:  # again only where the turn has cut a shard in two
+                    assert run.start >= last[run.shard] or run.start == 0
+                last[run.shard] = run.stop
+            window = order.window_at(lane, window.end_row)
+    assert max(map(len, readers.values())) <= 3
+    assert sum(len(lanes) for lanes in readers.values()) <= 32 + 8 + 1
+
+
+def test_seed_changes_the_order() -> None:
+    one, two = (take(Order(LENGTHS, lanes=8, window=4, seed=s), 0, 50) for s in (0, 1))
+    assert one != two
+
+
+def test_a_batch_mixes_class_sorted_shards() -> None:
+    """1,000 shards of one class each: a batch of 64 holds nearly 64 classes."""
+    order = Order([20] * 1000, lanes=64, window=8, seed=0)
+    classes = [len({order.sample_at(g)[1] for g in range(64 * k, 64 * k + 64)}) for k in (0, 9)]
+    assert min(classes) >= 60
+
+
+def test_many_shards_cost_little() -> None:
+    """10^8 samples in 10^4 shards: any sample is found without going through the others."""
+    order = Order([10_000] * 10_000, lanes=1024, window=32, seed=0)
+    epoch, shard, index = order.sample_at(7 * 10**8 + 12345)
+    assert epoch == 7 and 0 <= shard < 10_000 and 0 <= index < 10_000

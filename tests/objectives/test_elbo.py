@@ -1,0 +1,48 @@
+"""The loss is a sum over images: parts add up, beta weighs the rate alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vae_dist.models.vae import VAEOutput
+from vae_dist.objectives.elbo import elbo_terms
+
+
+def output(log_likelihood: torch.Tensor, kl: torch.Tensor) -> VAEOutput:
+    rest = torch.empty(len(log_likelihood), 0)
+    return VAEOutput(log_likelihood, kl, rest, rest, rest, rest)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0, 4.0])
+def test_loss_is_distortion_plus_beta_rate(beta: float) -> None:
+    log_likelihood = torch.tensor([-3.0, -5.0])
+    kl = torch.tensor([[1.0, 2.0], [0.5, 0.0]])  # two groups of latents
+    terms = elbo_terms(output(log_likelihood, kl), beta=beta)
+    assert terms.distortion_sum.item() == 8.0
+    assert terms.rate_sum.item() == 3.5
+    assert terms.loss_sum.item() == 8.0 + beta * 3.5
+    assert all(term.shape == () and term.dtype == torch.float32 for term in terms)
+
+
+def test_microbatches_add_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_likelihood = torch.randn(12, generator=generator)
+    kl = torch.rand(12, 1, generator=generator)
+    whole = elbo_terms(output(log_likelihood, kl), beta=0.7)
+    parts = [
+        elbo_terms(output(log_likelihood[s], kl[s]), beta=0.7)
+        for s in (slice(0, 1), slice(1, 8), slice(8, 12))
+    ]
+    for name in whole._fields:
+        total = sum(getattr(part, name) for part in parts)
+        torch.testing.assert_close(total, getattr(whole, name))
+
+
+def test_gradient_of_the_loss_weighs_the_terms() -> None:
+    log_likelihood = torch.zeros(2, requires_grad=True)
+    kl = torch.ones(2, 1, requires_grad=True)
+    elbo_terms(output(log_likelihood, kl), beta=0.25).loss_sum.backward()
+    assert log_likelihood.grad is not None and kl.grad is not None
+    assert log_likelihood.grad.tolist() == [-1.0, -1.0]
+    assert kl.grad.tolist() == [[0.25], [0.25]]

@@ -1,0 +1,95 @@
+import json
+import os
+
+import pytest
+import torch
+
+from vae_dist.checkpoint import Checkpoints, TornCheckpoint, load_checkpoint
+from vae_dist.config.errors import ConfigError
+
+
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((3, 2), value)}, "ema": {"w": torch.full((3, 2), -value)}}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    folder = Checkpoints(tmp_path / "checkpoints")
+    for step in (10, 20, 30):
+        folder.save(step, tensors(step), {"scalars": {"skipped": step}}, keep_last=2)
+    return folder
+
+
+def test_what_is_saved_comes_back(checkpoints):
+    loaded = checkpoints.load(30)
+    assert loaded.step == 30 and loaded.state["scalars"] == {"skipped": 30}
+    assert torch.equal(loaded.tensors["model"]["w"], torch.full((3, 2), 30.0))
+    assert torch.equal(loaded.tensors["ema"]["w"], torch.full((3, 2), -30.0))
+
+
+def test_the_newest_ones_are_kept_and_latest_names_the_last(checkpoints):
+    assert checkpoints.steps() == [20, 30]
+    assert (checkpoints.folder / "latest").read_text() == "step_00000030"
+    assert not list(checkpoints.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(checkpoints, capsys, name, damage):
+    path = checkpoints.folder / "step_00000030" / name
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "remove":
+        path.unlink()
+    elif name == "manifest.json":
+        path.write_bytes(b"{" + data)
+    else:
+        data[-1] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(TornCheckpoint, match="step_00000030"):
+        checkpoints.load(30)
+    loaded = checkpoints.load_newest()
+    assert loaded is not None and loaded.step == 20
+    assert "step_00000030" in capsys.readouterr().err
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(checkpoints):
+    path = checkpoints.folder / "step_00000030" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["../../secret"] = manifest["state.json"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(TornCheckpoint, match="outside"):
+        checkpoints.load(30)
+
+
+def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
+    def killed(source, target):
+        if os.path.basename(target).startswith("step_"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(40, tensors(40), {}, keep_last=1)
+    monkeypatch.undo()
+    newest = checkpoints.load_newest()
+    assert newest is not None and newest.step == 30
+    checkpoints.remove_leftovers()
+    assert not list(checkpoints.folder.glob(".*"))
+
+
+def test_saving_a_step_again_replaces_a_torn_one(checkpoints):
+    (checkpoints.folder / "step_00000030" / "state.json").unlink()
+    checkpoints.save(30, tensors(31), {}, keep_last=2)
+    assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 31
+
+
+def test_choosing_a_checkpoint(checkpoints, tmp_path):
+    assert load_checkpoint(checkpoints.folder, "20").step == 20
+    assert load_checkpoint(checkpoints.folder, "latest").step == 30
+    with pytest.raises(ConfigError, match=r"checkpoint=25.*20, 30"):
+        load_checkpoint(checkpoints.folder, "25")
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path, "latest")

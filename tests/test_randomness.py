@@ -1,0 +1,33 @@
+import numpy as np
+import torch
+
+from vae_dist.randomness import derive_seed, numpy_generator, torch_generator
+
+
+def test_the_same_position_gives_the_same_draw():
+    a = torch.randn(4, generator=torch_generator(3, "posterior", 10, 2))
+    b = torch.randn(4, generator=torch_generator(3, "posterior", 10, 2))
+    assert torch.equal(a, b)
+    assert numpy_generator(3, "order", 1).integers(1 << 60) == numpy_generator(3, "order", 1).integers(
+        1 << 60
+    )
+
+
+def test_every_part_of_the_position_matters():
+    seeds = {
+        derive_seed(seed, purpose, *position)
+        for seed in range(4)
+        for purpose in ("posterior", "levels")
+        for position in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2**40, 1)]
+    }
+    assert len(seeds) == 4 * 2 * 7
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_neighbouring_draws_are_independent():
+    draws = torch.stack(
+        [torch.randn(64, generator=torch_generator(0, "posterior", step)) for step in range(2000)]
+    )
+    correlation = np.corrcoef(draws[:-1].flatten(), draws[1:].flatten())[0, 1]
+    assert abs(correlation) < 0.01
+    assert abs(draws.mean()) < 0.01 and abs(draws.std() - 1) < 0.01

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vae_dist.tracking.images import enlargement, grid, save_png, side_by_side, single, to_uint8
+
+
+def flat(levels: list[int], *, channels: int = 1, size: int = 28) -> torch.Tensor:
+    """Images of one level each, uint8."""
+    values = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return values.expand(-1, channels, size, size)
+
+
+def test_to_uint8_inverts_the_scaling_of_all_levels() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels.float() / 127.5 - 1.0), levels)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(("size", "factor"), [(28, 3), (32, 3), (48, 2), (64, 1), (1024, 1)])
+def test_small_images_are_enlarged_by_whole_factors(size: int, factor: int) -> None:
+    assert enlargement(size, size) == factor
+
+
+def test_grid_places_images_row_by_row() -> None:
+    picture = np.asarray(grid(flat([10, 20, 30, 40, 50]), columns=3))
+    pitch = 84 + 2  # 28 pixels three times, and a line of two
+    assert picture.shape == (2 * pitch + 2, 3 * pitch + 2)
+    centres = picture[44::pitch, 44::pitch]
+    ground = picture[0, 0]
+    assert centres.tolist() == [[10, 20, 30], [40, 50, ground]]
+    assert (picture[:, [0, 1, pitch, pitch + 1]] == ground).all()
+
+
+def test_enlargement_repeats_pixels_without_blending() -> None:
+    image = torch.randint(0, 256, (1, 3, 28, 20), dtype=torch.uint8)
+    picture = np.asarray(grid(image))
+    inner = picture[2:-2, 2:-2]
+    assert inner.shape == (84, 60, 3)
+    assert (inner[1::3, 1::3] == image[0].permute(1, 2, 0).numpy()).all()
+    assert (inner[0::3, 2::3] == inner[2::3, 0::3]).all()
+
+
+def test_grid_is_by_default_at_least_as_wide_as_high() -> None:
+    assert grid(flat([1] * 64)).size == (8 * 86 + 2, 8 * 86 + 2)
+    assert grid(flat([1] * 5)).size == (3 * 86 + 2, 2 * 86 + 2)
+
+
+def test_reconstructions_stand_directly_below_their_inputs() -> None:
+    picture = np.asarray(side_by_side(flat([1, 2, 3]), flat([101, 102, 103]), columns=2))
+    column = picture[:, 44]
+    order = [level for level in dict.fromkeys(column.tolist()) if level != picture[0, 0]]
+    assert order == [1, 101, 3, 103]
+    starts = {level: int(np.argmax(column == level)) for level in order}
+    within, between = starts[101] - starts[1] - 84, starts[3] - starts[101] - 84
+    assert 0 < within < between
+
+
+def test_side_by_side_refuses_different_shapes() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        side_by_side(flat([1, 2]), flat([1]))
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 2, 8, 8), (1, 8, 8)])
+def test_grid_refuses_what_is_no_picture(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"N, 1 or 3, H, W"):
+        grid(torch.zeros(shape))
+
+
+def test_single_keeps_the_size(tmp_path: Path) -> None:
+    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    path = save_png(single(image), tmp_path / "deep" / "one.png")
+    assert (np.asarray(Image.open(path)) == image.permute(1, 2, 0).numpy()).all()
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_png(grid(flat([7])), tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(grid(flat([9])), path)
+    assert path.read_bytes() == before

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vae_dist.tracking.sinks import ConsoleSink, JsonlSink
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, steps: range) -> None:
+    sink = JsonlSink(path, resume_step=0)
+    for step in steps:
+        sink.log(step, {"train/loss": step / 2})
+    sink.close("interrupted")
+
+
+def test_each_row_is_one_object_with_the_step_first(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    sink = JsonlSink(path, resume_step=0)
+    sink.log(50, {"train/loss": 1.5, "train/rate_nats": 2.0})
+    assert path.read_text() == '{"step": 50, "train/loss": 1.5, "train/rate_nats": 2.0}\n'
+    sink.close("finished")
+    sink.close("finished")
+
+
+def test_resume_cuts_later_rows_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(1, 8))
+    with path.open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    sink = JsonlSink(path, resume_step=4)
+    sink.log(5, {"train/loss": 0.0})
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
+    assert rows(path)[-1]["train/loss"] == 0.0
+
+
+def test_a_line_that_is_no_row_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(1, 3))
+    path.write_text(path.read_text() + "\0\0\0\n[1]\n{}\n")
+    JsonlSink(path, resume_step=9).close("finished")
+    assert [row["step"] for row in rows(path)] == [1, 2]
+
+
+def test_a_clean_log_is_not_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(1, 4))
+    inode = path.stat().st_ino
+    JsonlSink(path, resume_step=3).close("finished")
+    assert path.stat().st_ino == inode
+
+
+def test_what_json_has_no_word_for_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    sink = JsonlSink(path, resume_step=0)
+    sink.log(1, {"train/loss": math.nan, "optim/grad_norm": math.inf, "optim/lr": 0.1})
+    assert rows(path) == [{"step": 1, "train/loss": None, "optim/grad_norm": None, "optim/lr": 0.1}]
+
+
+ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_seconds": 92.0}
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
+    sink.log(200, ROW)
+    sink.image(200, "images/samples", Path("runs/a/images/samples.png"), "step 200")
+    sink.close("finished")
+    first, second = stream.getvalue().splitlines()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+    assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left_seconds=92", first)
+    assert re.fullmatch(stamp + "step=200 images/samples=runs/a/images/samples.png", second)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    return io.StringIO()
+
+
+def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
+    sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal, terminal=True)
+    sink.log(200, ROW)
+    sink.log(250, {"eval/neg_elbo_nats": 95.5})
+    sink.say("[brackets] stay")
+    sink.close("finished")
+    sink.close("finished")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "200/300" in text
+    assert "loss 104.2  1834 images/s  1m32s left" in text
+    assert "step=200" not in text
+    assert "step=250 eval/neg_elbo_nats=95.5" in text
+    assert "[brackets] stay" in text
+
+
+def test_a_row_between_close_and_exit_is_a_line(terminal: io.StringIO) -> None:
+    sink = ConsoleSink(start_step=0, stop_step=300, stream=terminal, terminal=True)
+    sink.close("failed")
+    sink.log(200, ROW)
+    assert terminal.getvalue().rstrip().endswith("left_seconds=92")

@@ -1,0 +1,140 @@
+"""Which sample is read when: pure arithmetic on the lengths of the shards.
+
+An epoch is one long tape: the shards in an order drawn from (seed, epoch), turned by a random
+offset. The tape is cut into `lanes` equal pieces, and all pieces are read at once, front to back.
+The number g = 0, 1, 2, ... of a sample over the whole run says everything, N samples an epoch:
+
+    lane = g mod lanes      row = g div lanes      epoch = g div N
+
+Within a lane and an epoch, windows of `window` consecutive samples are permuted by
+(seed, epoch, lane, window). With lanes = batch size, step k takes row k of every lane.
+
+In: lengths of the shards, lanes, window, seed. Out: windows of lanes, as runs of samples of shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vae_dist.randomness import numpy_generator
+
+NUM_CACHED_EPOCHS = 3  # a lane reads in one epoch, looks back into the last, lanes change in turn
+
+
+class Run(NamedTuple):
+    """Consecutive samples start, ..., stop - 1 of a shard."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive samples of a lane: row first_row + i takes sample order[i] of the joined runs."""
+
+    epoch: int
+    lane: int
+    first_row: int
+    runs: tuple[Run, ...]
+    order: np.ndarray  # int64 permutation of range(num_samples)
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + len(self.order)
+
+    def sample(self, position: int) -> tuple[int, int]:
+        """(shard, index in the shard) of a position of the joined runs."""
+        for run in self.runs:
+            if position < run.stop - run.start:
+                return run.shard, run.start + position
+            position -= run.stop - run.start
+        raise IndexError(position)
+
+
+class _Plan(NamedTuple):
+    """One epoch: its shards, their ends on the tape, the turn, and by lane its rows and start."""
+
+    shards: np.ndarray
+    ends: np.ndarray
+    turn: int
+    first_row: np.ndarray
+    end_row: np.ndarray
+    start: np.ndarray
+
+
+class Order:
+    """The order of all samples over all epochs, for ever; any part of it in O(window)."""
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, *, lanes: int, window: int, seed: int):
+        self.lengths = np.asarray(lengths, np.int64)
+        self.num_samples = int(self.lengths.sum())
+        self.lanes, self.window, self.seed = lanes, window, seed
+        assert self.num_samples > 0 and lanes > 0 and window > 0, (self.num_samples, lanes, window)
+        self._plans: dict[int, _Plan] = {}
+
+    def epoch(self, g: int) -> int:
+        return g // self.num_samples
+
+    def lane_windows(self, lane: int, row: int) -> Iterator[Window]:
+        """The windows of a lane, for ever, from the one that holds `row` on."""
+        while True:
+            window = self.window_at(lane, row)
+            yield window
+            row = window.end_row
+
+    def window_at(self, lane: int, row: int) -> Window:
+        """The window of a lane that holds a row (counted over the whole run)."""
+        epoch = self.epoch(row * self.lanes + lane)
+        plan = self._plan(epoch)
+        first, end = int(plan.first_row[lane]), int(plan.end_row[lane])
+        # The first window of each lane has another length, so that not all lanes read at once.
+        head = self.window - lane * self.window // self.lanes
+        number = 0 if row - first < head else 1 + (row - first - head) // self.window
+        low = first if number == 0 else first + head + (number - 1) * self.window
+        high = min(end, first + head + number * self.window)
+        runs = self._runs(plan, int(plan.start[lane]) + low - first, high - low)
+        generator = numpy_generator(self.seed, "window", epoch, lane, number)
+        return Window(epoch, lane, low, tuple(runs), generator.permutation(high - low))
+
+    def sample_at(self, g: int) -> tuple[int, int, int]:
+        """(epoch, shard, index in the shard) of sample number g of the run."""
+        window = self.window_at(g % self.lanes, g // self.lanes)
+        shard, index = window.sample(int(window.order[g // self.lanes - window.first_row]))
+        return window.epoch, shard, index
+
+    def _plan(self, epoch: int) -> _Plan:
+        if epoch not in self._plans:
+            while len(self._plans) >= NUM_CACHED_EPOCHS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = self._make_plan(epoch)
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        generator = numpy_generator(self.seed, "order", epoch)
+        shards = generator.permutation(np.flatnonzero(self.lengths))
+        turn = int(generator.integers(self.num_samples))
+        lanes = np.arange(self.lanes)
+        # rows of lane l before sample k * N of the run: how many g < k * N have g mod lanes == l
+        first, end = (
+            (k * self.num_samples - lanes + self.lanes - 1) // self.lanes
+            for k in (epoch, epoch + 1)
+        )
+        start = np.cumsum(end - first) - (end - first)
+        return _Plan(shards, np.cumsum(self.lengths[shards]), turn, first, end, start)
+
+    def _runs(self, plan: _Plan, position: int, count: int) -> Iterator[Run]:
+        """`count` samples of the epoch from a position on, counted from the turn."""
+        at = (position + plan.turn) % self.num_samples
+        while count > 0:
+            i = int(np.searchsorted(plan.ends, at, "right"))
+            shard = int(plan.shards[i])
+            start = int(self.lengths[shard]) - (int(plan.ends[i]) - at)
+            stop = min(int(self.lengths[shard]), start + count)
+            yield Run(shard, start, stop)
+            count -= stop - start
+            at = (at + stop - start) % self.num_samples
