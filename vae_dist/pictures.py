@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from PIL import Image
 from torch import nn
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import EvaluationStream
+from vae_dist.inference.load import Images, first_images
 from vae_dist.inference.sampling import reconstruct, sample_prior
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Data
@@ -29,6 +28,7 @@ class RunPainter:
         self, config: TrainConfig, folder: RunFolder, data: Data, sinks: Iterable[Sink]
     ) -> None:
         self._config, self._folder, self._data = config, folder, data
+        self._validation = Images(data.validation, data.settings.without_augmentation())
         self._sinks = list(sinks)
 
     def __call__(self, model: nn.Module, step: int) -> None:
@@ -43,18 +43,11 @@ class RunPainter:
             batch_size=config.evaluation.batch_size,
         )
         self._show(grid(samples), step, "samples")
-        inputs = self._validation_images(max(1, num_images // 2))
+        inputs = first_images(self._validation, max(1, num_images // 2))
         outputs = reconstruct(
             model, inputs, seed=config.seed, batch_size=config.evaluation.batch_size
         )
         self._show(side_by_side(inputs, outputs), step, "reconstructions")
-
-    def _validation_images(self, num_images: int) -> torch.Tensor:
-        settings = self._data.settings.without_augmentation()
-        stream = EvaluationStream(
-            self._data.validation, settings, batch_size=num_images, max_images=num_images
-        )
-        return torch.cat([batch.images[batch.weights > 0] for batch in stream])
 
     def _show(self, picture: Image.Image, step: int, name: str) -> None:
         path = save_png(picture, self._folder.images / f"{name}_{step:08d}.png")

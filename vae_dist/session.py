@@ -97,6 +97,7 @@ def _locked(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
             folder.create()
             held.enter_context(RunLock(folder))
             folder.checkpoints.remove_leftovers()
+            folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
             return folder.write_token()
 
         token = runtime.on_main(take)

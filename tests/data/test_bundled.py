@@ -22,13 +22,6 @@ def test_digits_are_the_bytes_that_ship() -> None:
     assert hashlib.md5(images.tobytes()).hexdigest() == "eb2514c9b94be0fa2ad6f5eeeb6692e1"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "data" / "mnist10k"
-    assert bundled.make_digits(folder) is True
-    return folder
-
-
 def stored(folder: Path, split: str) -> tuple[list[bytes], list[int]]:
     index = load_index(str(folder / split), key="data.train", create=False)
     settings = image_settings(index, channels=1, resolution="native", max_pixels=10**6)
@@ -38,22 +31,22 @@ def stored(folder: Path, split: str) -> tuple[list[bytes], list[int]]:
     return images, [label for batch in batches for label in batch.labels.tolist()]
 
 
-def test_the_shards_hold_each_digit_once(folder: Path) -> None:
+def test_the_shards_hold_each_digit_once(digits: Path) -> None:
     images, labels = bundled.load_digits()
     want = Counter(zip((image.tobytes() for image in images), labels.tolist(), strict=True))
-    parts = [stored(folder, split) for split in ("train", "validation")]
+    parts = [stored(digits, split) for split in ("train", "validation")]
     assert [len(part[0]) for part in parts] == [9_000, 1_000]
     got = Counter(pair for part in parts for pair in zip(*part, strict=True))
     assert got == want
     assert Counter(parts[1][1]) == dict.fromkeys(range(10), 100)
     assert len(set(parts[0][1][:100])) == 10, "shuffled"
-    assert len(list((folder / "train").glob("*.tar"))) == 8
-    assert [path.name for path in folder.parent.iterdir()] == ["mnist10k"]
+    assert len(list((digits / "train").glob("*.tar"))) == 8
+    assert [path.name for path in digits.parent.iterdir()] == [digits.name]
 
 
-def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_made_once(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "load_digits", lambda: pytest.fail("read again"))
-    assert bundled.make_digits(folder) is False
+    assert bundled.make_digits(digits) is False
 
 
 def test_what_is_in_the_way_is_not_touched(tmp_path: Path) -> None:

@@ -56,8 +56,10 @@ def test_other_modes_are_converted(mode: str) -> None:
     assert decode(encode(image, image_format), suffix, channels=3).shape == (3, 5, 7)
 
 
-@pytest.mark.parametrize(("suffix", "image_format"), [("jpg", "JPEG"), ("JPEG", "JPEG"),
-                                                      ("webp", "WEBP"), ("view.jpg", "JPEG")])
+@pytest.mark.parametrize(
+    ("suffix", "image_format"),
+    [("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP"), ("view.jpg", "JPEG")],
+)
 def test_lossy_formats(suffix: str, image_format: str) -> None:
     data = encode(Image.fromarray(SMOOTH), image_format, quality=95)
     error = np.abs(decode(data, suffix.lower())[0].astype(int) - SMOOTH)

@@ -33,9 +33,7 @@ def test_each_sample_once_per_epoch(window: int) -> None:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_any_shape_of_a_data_set(
-    lengths: list[int], lanes: int, window: int, seed: int
-) -> None:
+def test_any_shape_of_a_data_set(lengths: list[int], lanes: int, window: int, seed: int) -> None:
     order = Order(lengths, lanes=lanes, window=window, seed=seed)
     num_samples = sum(lengths)
     want = {(shard, i) for shard, length in enumerate(lengths) for i in range(length)}
@@ -47,7 +45,7 @@ def test_any_shape_of_a_data_set(
 
 def test_windows_follow_each_other_and_can_be_entered_anywhere() -> None:
     order = Order(LENGTHS, lanes=16, window=8, seed=0)
-    rows = [w for w in islice(order.lane_windows(5, 0), 20)]
+    rows = list(islice(order.lane_windows(5, 0), 20))
     assert [w.first_row for w in rows] == [0] + [w.end_row for w in rows[:-1]]
     for row in range(rows[-1].end_row):
         entered = next(Order(LENGTHS, lanes=16, window=8, seed=0).lane_windows(5, row))

@@ -22,6 +22,7 @@ def tiny_config(
 ) -> TrainConfig:
     config = TrainConfig()
     config.config = "tiny"
+    config.data.train = config.data.validation = "shards"
     config.data.channels = channels
     config.data.workers = 0
     config.model.latent = latent  # type: ignore[assignment]

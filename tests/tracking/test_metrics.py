@@ -30,6 +30,12 @@ def test_format_row_keeps_groups_that_say_something() -> None:
     assert format_row(200, row) == text
 
 
+def test_format_row_leaves_out_what_goes_without_saying() -> None:
+    row = {"train/loss": 1.5, "train/beta": 1.0, "data/skipped_samples": 0.0}
+    assert format_row(1, row) == "step=1 loss=1.5"
+    assert format_row(1, {"data/skipped_samples": 2.0}) == "step=1 data/skipped_samples=2"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(41.6, "42s"), (185, "3m05s"), (7800, "2h10m"), (356400, "4d03h"), (math.nan, "?")],

@@ -72,12 +72,13 @@ ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_second
 def test_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
-    sink.log(200, ROW)
+    sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
     sink.image(200, "images/samples", Path("runs/a/images/samples.png"), "step 200")
     sink.close("finished")
-    first, second = stream.getvalue().splitlines()
+    first, evaluation, second = stream.getvalue().splitlines()
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left_seconds=92", first)
+    assert re.fullmatch(stamp + "step=200 eval/neg_elbo_nats=95.5", evaluation)
     assert re.fullmatch(stamp + "step=200 images/samples=runs/a/images/samples.png", second)
 
 

@@ -8,7 +8,6 @@ Out: `<folder>/train` with 9,000 images in 8 shards and `<folder>/validation` wi
 from __future__ import annotations
 
 import gzip
-import io
 import os
 import secrets
 import shutil
@@ -17,9 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.data.png import encode_plain
 from vae_dist.data.writer import write_shards
 from vae_dist.randomness import numpy_generator
 
@@ -102,10 +101,8 @@ def _samples(
     images: np.ndarray, labels: np.ndarray, numbers: np.ndarray
 ) -> Iterator[dict[str, str | bytes]]:
     for number in numbers:
-        png = io.BytesIO()
-        Image.fromarray(images[number]).save(png, "PNG", compress_level=1)
         yield {
             "__key__": f"{number:06d}",
-            "png": png.getvalue(),
+            "png": encode_plain(images[number]),
             "cls": str(labels[number]).encode(),
         }

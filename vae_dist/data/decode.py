@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vae_dist.data.png import decode_plain
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
@@ -60,6 +61,10 @@ def _decode_image(
     max_pixels: int,
     at_least: tuple[int, int] | None,
 ) -> np.ndarray:
+    if image_format == "PNG":
+        plain = decode_plain(data, max_pixels=max_pixels)
+        if plain is not None and (channels == 1) == (plain.ndim == 2):
+            return _channels_first(plain)
     try:
         image = Image.open(io.BytesIO(data), formats=(image_format,))
     except Exception as error:  # Pillow raises many kinds on damaged bytes
@@ -77,7 +82,11 @@ def _decode_image(
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except Exception as error:
         raise DamagedSampleError(f"damaged {image_format} ({_short(error)})") from None
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return _channels_first(pixels)
+
+
+def _channels_first(pixels: np.ndarray) -> np.ndarray:
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _refuse_what_would_change(image: Image.Image, data: bytes, image_format: str) -> None:

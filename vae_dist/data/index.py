@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
+from webdataset.shardlists import expand_urls
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.tar import ShardError, end_of_samples, sample_starts
+from vae_dist.files import write_durably
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
@@ -110,8 +111,8 @@ def _resolve_one(part: Any, key: str) -> list[str]:
         return shards
     if text.endswith(".tar"):
         try:
-            return list(braceexpand.braceexpand(text))
-        except braceexpand.UnbalancedBracesError as error:
+            return list(expand_urls(text))
+        except ValueError as error:
             raise ConfigError(f"{key}={text}: {error}; write it like s-{{00..12}}.tar") from error
     kind = "a file, but no .tar shard" if os.path.exists(text) else "no such folder"
     raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key)}")
@@ -134,7 +135,7 @@ def index_shard(path: str | Path) -> np.ndarray:
 
 
 def write_sidecar(path: str | Path, offsets: np.ndarray) -> None:
-    _write_atomically(Path(f"{path}.idx"), offsets.astype("<u8").tobytes())
+    write_durably(Path(f"{path}.idx"), offsets.astype("<u8").tobytes())
 
 
 def write_info(paths: Sequence[str | Path], *, split: str) -> None:
@@ -148,7 +149,7 @@ def write_info(paths: Sequence[str | Path], *, split: str) -> None:
         "shard_bytes": [os.path.getsize(path) for path in paths],
     }
     text = json.dumps({"splits": {split: info}}, indent=1)
-    _write_atomically(Path(paths[0]).parent / "_info.json", text.encode())
+    write_durably(Path(paths[0]).parent / "_info.json", text.encode())
 
 
 def write_index(
@@ -236,15 +237,3 @@ def _checked_length(path: str, key: str, spec: Any) -> int:
 
 def _shown(spec: Any) -> str:
     return f"[{','.join(map(str, spec))}]" if isinstance(spec, list | tuple) else str(spec)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

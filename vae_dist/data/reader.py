@@ -7,6 +7,7 @@ undecoded sample: uint8 image (C, H, W) of the wanted size, and label.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from vae_dist.data.transforms import ImageSettings, transform
 NUM_PROBED = 100  # samples that are tried for the size of native images
 
 
-class SkippedSample(NamedTuple):
+@dataclass(frozen=True)
+class SkippedSample:
     """A sample that could not be read; training shows `replaced_by` in its place."""
 
     shard: str
@@ -45,7 +47,8 @@ class SampleReader:
 
     def __init__(self, index: ShardIndex, settings: ImageSettings, *, seed: int) -> None:
         self.index, self.settings, self.seed = index, settings, seed
-        self._first_number = np.cumsum(index.lengths) - index.lengths
+        self._first_number = (np.cumsum(index.lengths) - index.lengths).tolist()
+        self._shape = settings.shape
 
     def read(self, shard: int, start: int, stop: int) -> list[bytes]:
         """The bytes of the samples start, ..., stop - 1, by one read. Raises ShardError."""
@@ -78,9 +81,9 @@ class SampleReader:
             max_pixels=settings.max_pixels,
             at_least=settings.size if settings.resize else None,
         )
-        number = int(self._first_number[shard]) + index
+        number = self._first_number[shard] + index
         image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number)
-        if image.shape != settings.shape:
+        if image.shape != self._shape:
             raise ShardError(
                 f"{self.index.paths[shard]} sample {index}: the image is {_size(image.shape[1:])} "
                 f"pixels, but the first one of the training shards is {_size(settings.size)}; "

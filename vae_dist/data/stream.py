@@ -267,8 +267,13 @@ class EvaluationStream:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for images, labels, samples, weights, skipped in self._pool:
-            arrays = (torch.from_numpy(array) for array in (images, labels, samples, weights))
-            yield EvaluationBatch(*arrays, tuple(skipped))
+            yield EvaluationBatch(
+                images=torch.from_numpy(images),
+                labels=torch.from_numpy(labels),
+                samples=torch.from_numpy(samples),
+                weights=torch.from_numpy(weights),
+                skipped=tuple(skipped),
+            )
 
 
 class _EvaluationWork:

@@ -61,5 +61,5 @@ def _cover(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     if scaled == (height, width):
         return image
-    tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
+    tensor = torch.from_numpy(image.copy())[None]
     return interpolate(tensor, scaled, mode="bicubic", antialias=True)[0].numpy()

@@ -18,6 +18,7 @@ import webdataset as wds
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import index_shard, write_info, write_sidecar
+from vae_dist.files import sync_folder
 
 
 def write_shards(
@@ -52,7 +53,7 @@ def write_shards(
             write_sidecar(shard, index_shard(shard))
         write_info(shards, split=name)
         os.rename(partial, folder)
-        _fsync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return [folder / shard for shard in names]
@@ -116,11 +117,3 @@ class _ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

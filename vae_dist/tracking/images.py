@@ -57,7 +57,7 @@ def side_by_side(
             " differ in shape"
         )
     above, below = _cells(inputs), _cells(reconstructions)
-    columns = min(columns or 2 * _square_columns(len(above)), len(above))
+    columns = min(columns or _square_columns(2 * len(above)), len(above))
     rows: list[np.ndarray] = []
     gaps: list[int] = []
     for start in range(0, len(above), columns):

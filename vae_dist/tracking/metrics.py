@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 
 _IMPLIED_GROUPS = ("train/", "time/")
+# A line for people leaves out what other figures of it say; log.jsonl and W&B have every key.
+_UNSAID = {"train/neg_elbo_nats", "train/beta", "time/step_seconds", "data/images_seen"}
+_UNSAID_WHEN_ZERO = {"optim/skipped_steps", "data/skipped_samples", "eval/skipped_samples"}
 
 
 def format_number(value: float) -> str:
@@ -28,8 +31,12 @@ def short_name(key: str) -> str:
 
 
 def format_row(step: int, row: dict[str, float]) -> str:
-    """`step=200 loss=104.2 ...`, in the order of the row."""
-    pairs = [f"{short_name(key)}={format_number(value)}" for key, value in row.items()]
+    """`step=200 loss=104.2 ...`, in the order of the row, without what goes without saying."""
+    pairs = [
+        f"{short_name(key)}={format_number(value)}"
+        for key, value in row.items()
+        if key not in _UNSAID and (value or key not in _UNSAID_WHEN_ZERO)
+    ]
     return " ".join([f"step={step}", *pairs])
 
 

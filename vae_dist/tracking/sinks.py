@@ -113,7 +113,7 @@ def _row_step(line: str) -> float:
 class ConsoleSink:
     """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row.
 
-    On a terminal, training rows move the bar and rows with `eval/` keys are printed above it.
+    On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
     `say` prints a line of text that does not disturb the bar; print nothing else meanwhile.
     """
 
@@ -160,13 +160,13 @@ class ConsoleSink:
             self._progress.update(self._task, completed=step)
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        if self._progress is None:
-            self.say(format_row(step, row))
-            return
         evaluation = {key: value for key, value in row.items() if key.startswith("eval/")}
+        training = {key: value for key, value in row.items() if key not in evaluation}
+        if training and self._progress is None:
+            self.say(format_row(step, training))
         if evaluation:
             self.say(format_row(step, evaluation))
-        if "train/loss" in row:
+        if "train/loss" in row and self._progress is not None:
             self._progress.update(self._task, completed=step, figures=_bar_figures(row))
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:

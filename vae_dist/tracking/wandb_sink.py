@@ -86,7 +86,7 @@ class WandbSink:
             say(f"W&B is off: {obstacle}. Training goes on; log.jsonl has every metric.")
             return
         if self.mode == "offline":
-            because = "" if asked == "offline" else f" ({obstacle})"
+            because = "" if asked == "offline" else f": {obstacle}"
             say(f"W&B is offline{because}; upload this run with: wandb sync {self._sync_dir}")
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUED_ROWS)
         self._worker = threading.Thread(target=self._work, name="wandb-rows", daemon=True)

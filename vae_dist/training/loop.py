@@ -82,6 +82,7 @@ class Trainer:
         self._skipped_here = 0  # on this rank since
         self._named_samples: set[tuple[str, int]] = set()
         self._last_row: Row = {}
+        self._pending_row: Row = {}  # of a step whose evaluation was interrupted
 
     # the loop
 
@@ -94,8 +95,9 @@ class Trainer:
         meter = Meter(
             total_steps=last_step, first_step=self.step, world=self.runtime.world
         )
-        if self._evaluation_is_due() and self.step > 0 and not self._evaluate({}, stop):
-            return "interrupted"
+        if self.step > 0 and self._evaluation_is_due():  # it was interrupted last time
+            if not self._evaluate(self._pending_row, stop):
+                return "interrupted"
         stream = iter(batches)
         while self.step < last_step:
             with meter.data_wait():
@@ -129,8 +131,9 @@ class Trainer:
         model = self.training_step.ema.module
         metrics = self.evaluator(model, stop.agreed)
         if metrics is None:
+            self._pending_row = row
             return False
-        self._evaluated_step = self.step
+        self._evaluated_step, self._pending_row = self.step, {}
         self._log(row | metrics)
         every = self.config.log.images_every or self.config.evaluation.every
         if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
@@ -238,7 +241,11 @@ class Trainer:
                 "ema": step.ema.module.state_dict(),
                 "optimizer": optimizer_tensors(step.optimizer, step.vae),
             }
-            state = {**self.identity, "scalars": self.scalars(int(skipped))}
+            state = {
+                **self.identity,
+                "scalars": self.scalars(int(skipped)),
+                "pending_row": self._pending_row,
+            }
             self.folder.checkpoints.save(
                 self.step, tensors, state, keep_last=self.config.checkpoint.keep_last
             )
@@ -262,6 +269,7 @@ class Trainer:
         step.loss_scale.load_state(scalars)
         self._skipped_before = scalars["skipped_samples"]
         self._evaluated_step = scalars["evaluated_step"]
+        self._pending_row = checkpoint.state["pending_row"]
         self.step = self._saved_step = checkpoint.step
 
     def summary(self) -> str:

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vae_dist.data.writer import write_shards
+from vae_dist.index import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    samples = ({"__key__": f"{i:03d}", "cls": b"1"} for i in range(10))
+    write_shards(samples, tmp_path / "set", num_shards=2)
+    for sidecar in (tmp_path / "set").glob("*.idx"):
+        sidecar.unlink()
+    return tmp_path / "set"
+
+
+def test_shards_are_indexed_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"data={folder}"]) == 0
+    assert sorted(p.name for p in folder.glob("*.idx")) == [
+        "shard-000000.tar.idx",
+        "shard-000001.tar.idx",
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("shard-000000.tar: samples=5 bytes=10240")
+    assert lines[-1] == "shards=2 indexed=2 damaged=0 samples=10"
+    assert main([f"data={folder}"]) == 0
+    assert capsys.readouterr().out.endswith("shards=2 indexed=0 damaged=0 samples=10\n")
+
+
+def test_a_damaged_shard_is_named_and_fails_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.truncate(folder / "shard-000001.tar", 1024)
+    assert main([f"data={folder}", "overwrite=true"]) == 1
+    out, err = capsys.readouterr()
+    assert "shard-000001.tar: byte 1024: the tar ends without its end mark" in err
+    assert out.endswith("shards=2 indexed=1 damaged=1 samples=5\n")
+
+
+def test_wrong_keys_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data=nowhere"]) == 2
+    assert "data=nowhere: no such folder" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "overwrite=false" in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""A run is a function of its config: not of the number of ranks, microbatches or interruptions."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.training import losses, rows, same_weights, status, train, weights
+from vae_dist.training.loop import Trainer
+
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, digits) -> Path:
+    """50 float32 steps on one process."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    assert train(run, digits, f"training.steps={STEPS}") == [0]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("world", "microbatch"), [(2, 0), (2, 8), (1, 16)], ids=["2", "2 in parts of 8", "1 of 16"]
+)
+def test_losses_do_not_depend_on_ranks_or_microbatches(
+    reference, tmp_path, digits, world, microbatch
+):
+    run = tmp_path / "run"
+    overrides = (f"training.steps={STEPS}", f"training.microbatch_size={microbatch}")
+    assert train(run, digits, *overrides, world=world) == [0] * world
+    torch.testing.assert_close(losses(run), losses(reference), rtol=1e-4, atol=0)
+    evaluated = [rows(r)[STEPS]["eval/neg_elbo_nats"] for r in (run, reference)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_an_interrupted_run_goes_on_with_another_number_of_ranks(
+    reference, tmp_path, digits, monkeypatch, first, second
+):
+    run = tmp_path / "run"
+    stop_after(monkeypatch, 23)
+    overrides = (f"training.steps={STEPS}", "checkpoint.every=0")
+    assert train(run, digits, *overrides, world=first) == [75] * first
+    # ranks agree one step after the first of them was asked
+    assert status(run)["status"] == "interrupted" and status(run)["step"] == 22 + first
+    monkeypatch.undo()
+    assert train(run, digits, *overrides, world=second) == [0] * second
+    torch.testing.assert_close(losses(run), losses(reference), rtol=1e-4, atol=0)
+
+
+def test_an_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
+    reference, tmp_path, digits, monkeypatch
+):
+    run = tmp_path / "run"
+    for step in (7, 40):  # 40: an evaluation is due at that step
+        stop_after(monkeypatch, step)
+        assert train(run, digits, f"training.steps={STEPS}") == [75]
+        monkeypatch.undo()
+    assert train(run, digits, f"training.steps={STEPS}") == [0]
+    assert same_weights(run, reference, STEPS)
+    assert torch.equal(losses(run), losses(reference))
+    evaluated = [rows(r)[40]["eval/neg_elbo_nats"] for r in (run, reference)]
+    assert evaluated[0] == evaluated[1]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM to the last rank alone when a step is done; forked ranks inherit this."""
+    advance = Trainer._advance
+
+    def advance_and_stop(self: Trainer) -> None:
+        advance(self)
+        if self.step == step and self.runtime.rank == self.runtime.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_advance", advance_and_stop)
+
+
+def test_a_finished_run_says_so_and_computes_nothing(reference, digits, capfd):
+    before = (reference / "log.jsonl").read_bytes()
+    assert train(reference, digits, f"training.steps={STEPS}") == [0]
+    assert f"finished: {reference} stands at step {STEPS}" in capfd.readouterr().out
+    assert (reference / "log.jsonl").read_bytes() == before
+    assert weights(reference, STEPS)

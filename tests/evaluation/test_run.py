@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+from tests.support.distributed import run_ranks
+from tests.support.tiny_run import tiny_config
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.data.stream import EvaluationBatch
+from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.models.build import build_vae
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import torch_generator
+from vae_dist.runtime import Runtime
+
+NUM_IMAGES = 13
+IMAGES = torch.randint(
+    0, 256, (NUM_IMAGES, 1, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+)
+
+
+def tiny_model(**keys: str) -> VAE:
+    model = build_vae(tiny_config(**keys), (6, 5))
+    with torch.no_grad():  # leave the symmetric start, so that every term counts
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch_generator(number, ""))
+            )
+    return model
+
+
+def batches(batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[EvaluationBatch]:
+    """Rank's share, padded with images that would ruin any mean that they entered."""
+    for low in range(0, NUM_IMAGES, batch_size * world):
+        samples = torch.arange(low + rank * batch_size, low + (rank + 1) * batch_size)
+        counts = samples < NUM_IMAGES
+        images = IMAGES[samples.clamp(max=NUM_IMAGES - 1)].clone()
+        images[~counts] = 255
+        yield EvaluationBatch(
+            images=images,
+            labels=torch.full((batch_size,), -1),
+            samples=torch.where(counts, samples, -1),
+            weights=counts.float(),
+            skipped=(),
+        )
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    return Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
+
+
+def run(model: VAE, runtime: Runtime, batch_size: int) -> EvaluationResult:
+    result = evaluate(model, batches(batch_size), runtime=runtime, seed=3)
+    assert result is not None
+    return result
+
+
+def test_figures_against_torch_distributions(runtime: Runtime) -> None:
+    model = tiny_model()
+    distortion = rate = 0.0
+    with torch.no_grad():
+        for sample, image_u8 in enumerate(IMAGES):
+            uniform = torch.rand(1, 6, 5, generator=torch_generator(3, "eval-levels", sample))
+            ink = (uniform < image_u8 / 255).double()
+            mean, log_variance = model.encode(2 * ink.float()[None] - 1)
+            posterior = Normal(mean.double(), (log_variance / 2).exp().double())
+            prior = Normal(torch.zeros_like(posterior.mean), 1.0)
+            noise = torch.randn(
+                mean.shape[1:], generator=torch_generator(3, "eval-posterior", sample)
+            )
+            z = posterior.mean + posterior.stddev * noise
+            logits = model.decode(z.float(), (6, 5)).double()
+            distortion -= float(Independent(Bernoulli(logits=logits), 3).log_prob(ink[None]))
+            rate += float(kl_divergence(posterior, prior).sum())
+    result = run(model, runtime, batch_size=13)
+    assert result.distortion_nats == pytest.approx(distortion / NUM_IMAGES, rel=1e-6)
+    assert result.rate_nats == pytest.approx(rate / NUM_IMAGES, rel=1e-5)
+    assert result.rate_nats > 1e-3
+    assert result.neg_elbo_nats == pytest.approx((distortion + rate) / NUM_IMAGES, rel=1e-6)
+    assert result.bits_per_dim == pytest.approx(result.neg_elbo_nats / (30 * math.log(2)))
+    assert result.variance_at_floor_fraction is None
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
+def test_batch_size_and_padding_do_not_matter(runtime: Runtime, kind: str) -> None:
+    model = tiny_model(kind=kind)
+    whole, parts = run(model, runtime, 13), run(model, runtime, 4)
+    assert whole.num_images == parts.num_images == NUM_IMAGES
+    for name, value in whole.figures().items():
+        assert parts.figures()[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_bits_per_dim_of_a_density_count_8_bit_levels(runtime: Runtime) -> None:
+    result = run(tiny_model(kind="gaussian"), runtime, 13)
+    # x = (level + u) / 128 - 1: a level is 1/128 wide
+    level_nats = result.neg_elbo_nats + 30 * math.log(128)
+    assert result.bits_per_dim == pytest.approx(level_nats / (30 * math.log(2)))
+    assert result.variance_at_floor_fraction == 0.0
+
+
+def test_the_draws_belong_to_seed_and_sample(runtime: Runtime) -> None:
+    model = tiny_model()
+    assert run(model, runtime, 5) == run(model, runtime, 5)
+    other = evaluate(model, batches(5), runtime=runtime, seed=4)
+    assert other is not None
+    assert other.neg_elbo_nats != run(model, runtime, 5).neg_elbo_nats
+
+
+def test_row_has_the_names_that_scripts_rely_on(runtime: Runtime) -> None:
+    row = run(tiny_model(), runtime, 13).row()
+    assert set(row) == {
+        "eval/neg_elbo_nats",
+        "eval/rate_nats",
+        "eval/distortion_nats",
+        "eval/bits_per_dim",
+        "eval/num_images",
+        "eval/skipped_samples",
+    }
+
+
+def test_it_stops_between_batches_when_asked(runtime: Runtime) -> None:
+    answers = iter([False, True])
+    model = tiny_model().train()
+    result = evaluate(
+        model, batches(4), runtime=runtime, seed=3, stop_requested=lambda: next(answers)
+    )
+    assert result is None
+    assert model.training
+    assert next(answers, None) is None
+
+
+def test_nothing_to_evaluate_is_an_error(runtime: Runtime) -> None:
+    padding = [batch._replace(weights=torch.zeros(4)) for batch in batches(4)]
+    with pytest.raises(ConfigError, match="no image to evaluate on"):
+        evaluate(tiny_model(), padding, runtime=runtime, seed=3)
+
+
+def on_a_rank(_: Path) -> EvaluationResult | None:
+    runtime = Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
+    assert runtime.world == 2
+    shares = batches(2, rank=runtime.rank, world=2)
+    return evaluate(tiny_model(), shares, runtime=runtime, seed=3)
+
+
+def test_two_ranks_agree_with_one_process(runtime: Runtime, tmp_path: Path) -> None:
+    alone = run(tiny_model(), runtime, 13)
+    first, second = run_ranks(2, on_a_rank, tmp_path)
+    assert first == second
+    assert first.num_images == NUM_IMAGES
+    for name, value in alone.figures().items():
+        assert first.figures()[name] == pytest.approx(value, rel=1e-5), name

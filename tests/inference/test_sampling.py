@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.tiny_run import tiny_config
+from vae_dist.inference.sampling import prior_latents, reconstruct, sample_prior
+from vae_dist.models.build import build_vae
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import torch_generator
+
+
+@pytest.fixture(scope="module", params=["vector", "spatial"])
+def model(request: pytest.FixtureRequest) -> VAE:
+    model = build_vae(tiny_config(latent=request.param), (8, 6)).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(
+                0.3 * torch.randn(parameter.shape, generator=torch_generator(number, ""))
+            )
+    return model
+
+
+def test_samples_are_grey_levels(model: VAE) -> None:
+    images = sample_prior(model, 5, (8, 6), seed=0)
+    assert (images.dtype, tuple(images.shape)) == (torch.uint8, (5, 1, 8, 6))
+    assert len({tuple(image.flatten().tolist()) for image in images}) == 5
+
+
+def test_sample_i_depends_on_seed_and_i_alone(model: VAE) -> None:
+    images = sample_prior(model, 7, (8, 6), seed=1, batch_size=7)
+    for num_images, batch_size in ((7, 1), (7, 3), (4, 4)):
+        again = sample_prior(model, num_images, (8, 6), seed=1, batch_size=batch_size)
+        # sums of another batch may round to a neighbouring level
+        assert (again.int() - images[:num_images].int()).abs().max() <= 1
+    other = sample_prior(model, 7, (8, 6), seed=2)
+    assert (other.int() - images.int()).abs().max() > 1
+
+
+def test_latents_are_standard_normal_times_temperature(model: VAE) -> None:
+    z = prior_latents(model, 500, (8, 6), seed=0)
+    assert z.mean().abs() < 0.1
+    assert z.std() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(prior_latents(model, 500, (8, 6), seed=0, temperature=0.5), 0.5 * z)
+    assert torch.equal(prior_latents(model, 2, (8, 6), seed=0, first=3), z[3:5])
+
+
+def test_temperature_zero_leaves_one_image(model: VAE) -> None:
+    images = sample_prior(model, 3, (8, 6), seed=0, temperature=0.0, batch_size=3)
+    assert torch.equal(images[0], images[2])
+
+
+def test_reconstruction_i_depends_on_image_seed_and_i_alone(model: VAE) -> None:
+    images = torch.randint(0, 256, (5, 1, 8, 6), dtype=torch.uint8)
+    outputs = reconstruct(model, images, seed=0, batch_size=5)
+    assert (outputs.dtype, outputs.shape) == (torch.uint8, images.shape)
+    again = reconstruct(model, images, seed=0, batch_size=2)
+    assert (again.int() - outputs.int()).abs().max() <= 1
+
+
+def test_reconstruction_is_the_mean_at_the_posterior_mean(model: VAE) -> None:
+    """With images of black and white alone no draw matters, so this needs none."""
+    images = torch.randint(0, 2, (3, 1, 8, 6)).to(torch.uint8) * 255
+    with torch.no_grad():
+        mean, _ = model.encode(images.float() / 127.5 - 1)
+        expected = torch.sigmoid(model.decode(mean, (8, 6))) * 255
+    assert (reconstruct(model, images, seed=9).float() - expected).abs().max() < 0.51
+
+
+def test_a_spatial_latent_makes_other_sizes() -> None:
+    model = build_vae(tiny_config(latent="spatial"), (8, 6)).eval()
+    assert sample_prior(model, 1, (13, 16), seed=0).shape == (1, 1, 13, 16)

@@ -1,0 +1,67 @@
+"""Short training runs of the real `train` command, in forked processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from tests.support.distributed import run_ranks
+from vae_dist.train import main
+
+
+def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
+    """config=debug on real digits, no loader processes, no W&B, one thread."""
+    return [
+        "config=debug",
+        f"run={run}",
+        f"data.train={digits}/train",
+        f"data.validation={digits}/validation",
+        "data.bundled=none",
+        "data.workers=0",
+        "wandb.mode=disabled",
+        "runtime.threads=1",
+        *overrides,
+    ]
+
+
+def train(run: Path, digits: Path, *overrides: str, world: int = 1) -> list[int]:
+    """Exit code of each rank."""
+    return run_ranks(world, main, arguments(run, digits, *overrides), timeout_s=100)
+
+
+def rows(run: Path) -> dict[int, dict[str, Any]]:
+    """The rows of log.jsonl by step. Fails when a step has two."""
+    parsed = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    by_step = {row["step"]: row for row in parsed}
+    assert len(by_step) == len(parsed)
+    return by_step
+
+
+def losses(run: Path) -> torch.Tensor:
+    """train/loss of steps 1, 2, ... without a gap."""
+    found = rows(run)
+    assert sorted(found) == list(range(1, len(found) + 1))
+    return torch.tensor([found[step]["train/loss"] for step in sorted(found)])
+
+
+def status(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
+
+
+def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return safetensors.torch.load_file(folder / f"{name}.safetensors")
+
+
+def same_weights(one: Path, other: Path, step: int) -> bool:
+    """Whether all tensors of two runs' checkpoints are equal bit for bit."""
+    return all(
+        torch.equal(a, weights(other, step, name)[key])
+        for name in ("model", "ema", "optimizer")
+        for key, a in weights(one, step, name).items()
+    )
