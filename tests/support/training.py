@@ -23,6 +23,7 @@ def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
         "data.bundled=none",
         "data.workers=0",
         "wandb.mode=disabled",
+        "optimizer.warmup_steps=2",
         "runtime.threads=1",
         *overrides,
     ]

@@ -8,6 +8,7 @@ Out: `<folder>/train` with 9,000 images in 8 shards and `<folder>/validation` wi
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import secrets
 import shutil
@@ -16,9 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.png import encode_plain
 from vae_dist.data.writer import write_shards
 from vae_dist.randomness import numpy_generator
 
@@ -103,6 +104,12 @@ def _samples(
     for number in numbers:
         yield {
             "__key__": f"{number:06d}",
-            "png": encode_plain(images[number]),
+            "png": _png(images[number]),
             "cls": str(labels[number]).encode(),
         }
+
+
+def _png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", optimize=True)
+    return file.getvalue()

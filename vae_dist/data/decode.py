@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vae_dist.data.png import decode_plain
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
@@ -61,10 +60,6 @@ def _decode_image(
     max_pixels: int,
     at_least: tuple[int, int] | None,
 ) -> np.ndarray:
-    if image_format == "PNG":
-        plain = decode_plain(data, max_pixels=max_pixels)
-        if plain is not None and (channels == 1) == (plain.ndim == 2):
-            return _channels_first(plain)
     try:
         image = Image.open(io.BytesIO(data), formats=(image_format,))
     except Exception as error:  # Pillow raises many kinds on damaged bytes
@@ -82,10 +77,6 @@ def _decode_image(
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except Exception as error:
         raise DamagedSampleError(f"damaged {image_format} ({_short(error)})") from None
-    return _channels_first(pixels)
-
-
-def _channels_first(pixels: np.ndarray) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
