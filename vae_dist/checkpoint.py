@@ -1,4 +1,4 @@
-"""Checkpoints: named tensors and a small JSON state, written so that a kill never costs the last one.
+"""Checkpoints: named tensors and a small JSON state, written so that a kill costs none.
 
 Folder `step_00001000/` holds `NAME.safetensors` for each group of tensors (model, ema, optimizer),
 `state.json`, and `manifest.json` with the size and CRC-32 of each file. It is written under a

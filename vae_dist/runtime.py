@@ -88,7 +88,9 @@ class Runtime:
             gradient_accumulation_steps=1,  # microbatches are accumulated by the training step
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, broadcast_buffers=False
+                ),
             ],
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -137,15 +139,15 @@ class Runtime:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on the main process alone; its result, or its ConfigError, reaches every rank."""
-        outcome: tuple[T | None, list[str] | None] = (None, None)
+        outcome: tuple[T | None, tuple[str, ...]] = (None, ())
         if self.is_main:
             try:
-                outcome = (function(), None)
+                outcome = (function(), ())
             except ConfigError as error:
-                outcome = (None, error.problems)
+                outcome = (None, tuple(error.problems))
         result, problems = self.broadcast(outcome)
-        if problems is not None:
-            raise ConfigError(problems)
+        if problems:
+            raise ConfigError(list(problems))
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:

@@ -114,8 +114,10 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
     if checkpoint is not None and _is_finished(config, checkpoint):
         if runtime.is_main:
             folder.write_status("finished", step=checkpoint.step, reason="all steps are done")
-            print(f"finished: {folder.path} stands at step {checkpoint.step} of "
-                  f"{config.training.steps}; nothing is left to do")
+            print(
+                f"finished: {folder.path} stands at step {checkpoint.step} of "
+                f"{config.training.steps}; nothing is left to do"
+            )
         return 0
     data = _load_data(config, runtime)
     config = checks.resolve(
@@ -340,8 +342,7 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
     run = trainer.folder.path
     if status == "interrupted":
         return [
-            f"interrupted at step {trainer.step} ({reason}); "
-            "the same command goes on from there"
+            f"interrupted at step {trainer.step} ({reason}); the same command goes on from there"
         ]
     return [
         f"finished: step {trainer.step}, validation {trainer.summary()} (averaged weights)",
@@ -361,5 +362,7 @@ def _dry_run(config: TrainConfig, runtime: Runtime) -> int:
         has_accelerator=has_accelerator(config.runtime),
     )
     if runtime.is_main:
-        print("\n".join([*plan(config, data, runtime, first_step=0), *costs(config, data, runtime)]))
+        print(
+            "\n".join([*plan(config, data, runtime, first_step=0), *costs(config, data, runtime)])
+        )
     return 0

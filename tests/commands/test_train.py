@@ -234,7 +234,8 @@ def test_dry_run_shows_the_plan_and_leaves_no_folder(tmp_path, digits, capfd):
 
 def test_help_lists_every_key_without_importing_torch():
     code = (
-        "import sys; from vae_dist.train import main; main(['--help']); assert 'torch' not in sys.modules"
+        "import sys; from vae_dist.train import main; main(['--help']); "
+        "assert 'torch' not in sys.modules"
     )
     process = start(["-c", code])
     output, _ = process.communicate(timeout=60)

@@ -42,7 +42,9 @@ def test_restored_state_continues_bit_for_bit():
     for seed in (2, 3):
         train(model, optimizer, seed)
         train(other, restored, seed)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_found_inf_skips_the_update_and_its_count():
@@ -52,5 +54,5 @@ def test_found_inf_skips_the_update_and_its_count():
     before = [p.detach().clone() for p in model.parameters()]
     count = optimizer_tensors(optimizer, model)["step/0.weight"].clone()
     train(model, optimizer, 2, flag=1)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert optimizer_tensors(optimizer, model)["step/0.weight"] == count == 1

@@ -42,7 +42,7 @@ class DataConfig:
     dequantize: bool = knob(True, "add uniform noise of one level (gaussian likelihood only)")
     slots: int = knob(
         0,
-        "parts of a batch that stay together; the number of processes must divide it (0: automatic)",
+        "parts of a batch that stay together; the number of processes divides it (0: automatic)",
     )
     window: Any = knob(
         "auto", "samples that are read and shuffled together in one lane (auto: up to 32)"
@@ -113,7 +113,8 @@ class TrainingConfig:
     steps: int = knob(10_000, "optimizer steps of the whole run", neutral=True)
     batch_size: int = knob(256, "images per optimizer step, over all processes")
     microbatch_size: int = knob(
-        0, "images per forward of one process (0: its whole share); changes memory, not results",
+        0,
+        "images per forward of one process (0: its whole share); changes memory, not results",
         neutral=True,
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
@@ -140,9 +141,7 @@ class CheckpointConfig:
 @dataclass
 class LogConfig:
     every: int = knob(50, "steps between rows of log.jsonl, the console and W&B", neutral=True)
-    images_every: int = knob(
-        0, "steps between picture grids (0: at each evaluation)", neutral=True
-    )
+    images_every: int = knob(0, "steps between picture grids (0: at each evaluation)", neutral=True)
     num_images: int = knob(64, "images of a picture grid", neutral=True)
 
 
@@ -171,7 +170,8 @@ class RuntimeConfig:
 @dataclass
 class ResumeConfig:
     allow_changes: bool = knob(
-        False, "go on although the config differs from the run's in ways that change numbers",
+        False,
+        "go on although the config differs from the run's in ways that change numbers",
         neutral=True,
     )
 

@@ -18,12 +18,12 @@ class Ema:
     def __init__(self, module: nn.Module, *, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
-        self._averages = list(self.module.parameters())
-        self._sources = list(module.parameters())
+        self._averages: list[torch.Tensor] = list(self.module.parameters())
+        self._sources: list[torch.Tensor] = list(module.parameters())
 
     @torch.no_grad()
     def update(self, step: int, *, found_inf: torch.Tensor) -> None:
-        """After the update of step `step` (from 0); a skipped step (found_inf = 1) moves nothing."""
+        """After the update of step `step` (from 0); found_inf = 1 moves nothing."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weight = (1 - decay) * (1 - found_inf)
         difference = torch._foreach_sub(self._sources, self._averages)

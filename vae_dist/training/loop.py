@@ -92,12 +92,10 @@ class Trainer:
         Raises TrainingFailed when the numbers or the data make it pointless to go on.
         """
         last_step = self.config.training.steps
-        meter = Meter(
-            total_steps=last_step, first_step=self.step, world=self.runtime.world
-        )
-        if self.step > 0 and self._evaluation_is_due():  # it was interrupted last time
-            if not self._evaluate(self._pending_row, stop):
-                return "interrupted"
+        meter = Meter(total_steps=last_step, first_step=self.step, world=self.runtime.world)
+        was_interrupted = self.step > 0 and self._evaluation_is_due()
+        if was_interrupted and not self._evaluate(self._pending_row, stop):
+            return "interrupted"
         stream = iter(batches)
         while self.step < last_step:
             with meter.data_wait():
@@ -158,9 +156,7 @@ class Trainer:
         self.guard.check()
         local = [report.loss_sum, report.distortion_sum, report.rate_sum]
         sums = torch.stack([t.double() for t in local])
-        count = torch.tensor(
-            [float(self._skipped_here)], dtype=torch.float64, device=sums.device
-        )
+        count = torch.tensor([float(self._skipped_here)], dtype=torch.float64, device=sums.device)
         totals = self.runtime.sum_over_ranks(torch.cat([sums, count])).tolist()
         batch_size = self.config.training.batch_size
         loss, distortion, rate = (total / batch_size for total in totals[:3])

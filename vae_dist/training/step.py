@@ -38,7 +38,7 @@ class StepReport(NamedTuple):
 
 
 class LossScale:
-    """Dynamic scale of an fp16 loss, on the device: halved at an overflow, doubled after a while."""
+    """Dynamic scale of an fp16 loss, on the device: halved by an overflow, doubled in time."""
 
     GROWTH_INTERVAL = 2000  # steps, as torch.amp.GradScaler
 
@@ -97,7 +97,7 @@ class TrainingStep:
             is_last = start + share >= len(images)
             with contextlib.nullcontext() if is_last else self._no_sync():
                 terms = elbo_terms(self.wrapped(images[part], noise[part]), beta=beta)
-                (terms.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
+                (terms.loss_sum * scale).backward()
             sums += torch.stack([t.detach() for t in terms])
         grad_norm, found_inf = self._unscale_and_clip()
         for group in self.optimizer.param_groups:
@@ -125,9 +125,7 @@ class TrainingStep:
         noise, uniform = [], []
         for slot in range(self.runtime.rank * slots, (self.runtime.rank + 1) * slots):
             # latents are small: drawn on the CPU, the same on every device
-            self._generator.manual_seed(
-                derive_seed(self.config.seed, "posterior", step, slot)
-            )
+            self._generator.manual_seed(derive_seed(self.config.seed, "posterior", step, slot))
             noise.append(torch.randn(latent, generator=self._generator))
             if likelihood.needs_uniform:
                 self._device_generator.manual_seed(
