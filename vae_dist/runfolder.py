@@ -184,7 +184,8 @@ class RunLock:
         if not holder.is_gone(heartbeat_age_s=age_s):
             raise ConfigError(
                 f"run={self.path.parent}: in use by {holder} (last sign of life "
-                f"{max(0, age_s):.0f} s ago); wait for it, stop it, or choose another folder with run=FOLDER"
+                f"{max(0, age_s):.0f} s ago); wait for it, stop it, or choose another folder "
+                "with run=FOLDER"
             )
         stale = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.stale")
         try:
