@@ -7,6 +7,7 @@ process is gone (same host) or when it has not been touched for STALE_AFTER_S (o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -55,6 +56,14 @@ class RunFolder:
                 f"run={self.path}: cannot be written ({error.strerror}); "
                 "choose a folder on a writable disk with run=FOLDER"
             ) from None
+
+    def remove_if_unused(self) -> None:
+        """Take back what `create` made, where a run was refused before it began."""
+        if not self.has_config():
+            (self.path / ".token").unlink(missing_ok=True)
+            for folder in (self.checkpoints.folder, self.images, self.path):
+                with contextlib.suppress(OSError):  # not empty: not ours to remove
+                    folder.rmdir()
 
     def has_config(self) -> bool:
         return self.config_path.exists()

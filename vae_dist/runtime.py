@@ -147,7 +147,9 @@ class Runtime:
                 outcome = (None, tuple(error.problems))
         result, problems = self.broadcast(outcome)
         if problems:
-            raise ConfigError(list(problems))
+            error = ConfigError(problems)
+            error.is_agreed = True
+            raise error
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:

@@ -22,7 +22,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import changed_numbers
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.bundled import make_digits
-from vae_dist.data.index import load_index
+from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.order import Order
 from vae_dist.data.reader import image_settings
 from vae_dist.data.stream import EvaluationStream, TrainingStream
@@ -46,8 +46,7 @@ def run_session(config: TrainConfig) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
-    if not config.dry_run:
-        config = _as_in_run_folder(config, folder)
+    config = _as_in_run_folder(config, folder)
     accelerated = has_accelerator(config.runtime)
     if config.training.precision == "auto":
         config.training.precision = "bf16" if accelerated else "no"
@@ -95,7 +94,9 @@ def _locked(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
 
         def take() -> str:
             folder.create()
+            after_release = held.enter_context(contextlib.ExitStack())
             held.enter_context(RunLock(folder))
+            after_release.callback(folder.remove_if_unused)
             folder.checkpoints.remove_leftovers()
             folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
             return folder.write_token()
@@ -127,13 +128,13 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
     )
     if checkpoint is not None:
         _check_identity(checkpoint, data, config, folder)
-    if runtime.is_main:
-        folder.write_config(config)
     start_step = checkpoint.step if checkpoint is not None else 0
     sinks, console = _open_sinks(config, runtime, folder, start_step)
     trainer = _build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
+        _restore(trainer, checkpoint)
+    if runtime.is_main:
+        folder.write_config(config)
     if console is not None:
         for line in plan(config, data, runtime, first_step=start_step):
             console.say(line)
@@ -189,6 +190,17 @@ def _newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None
     return folder.checkpoints.load(step)
 
 
+def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    try:
+        trainer.restore(checkpoint)
+    except (RuntimeError, KeyError) as error:  # torch lists each name and shape that differs
+        raise ConfigError(
+            f"run={trainer.folder.path}: the weights of step {checkpoint.step} do not fit this "
+            "config's model; take back what changed under model, likelihood and data.channels, or "
+            f"start anew with run=OTHER_FOLDER ({error})"
+        ) from None
+
+
 def _is_finished(config: TrainConfig, checkpoint: Checkpoint) -> bool:
     scalars = checkpoint.state["scalars"]
     return checkpoint.step >= config.training.steps and (
@@ -225,8 +237,7 @@ def _load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Indexes of the shards, made by the main process where they are missing."""
 
     def load(*, create: bool) -> Data:
-        train = load_index(config.data.train, key="data.train", create=create)
-        validation = load_index(config.data.validation, key="data.validation", create=create)
+        train, validation = _both_indexes(config, create=create)
         settings = image_settings(
             train,
             channels=config.data.channels,
@@ -244,6 +255,22 @@ def _load_data(config: TrainConfig, runtime: Runtime) -> Data:
 
     runtime.on_main(prepare)
     return load(create=False)
+
+
+def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, ShardIndex]:
+    """Of training and validation; what is wrong with either is said of both."""
+    indexes, problems = [], []
+    for key, spec in (
+        ("data.train", config.data.train),
+        ("data.validation", config.data.validation),
+    ):
+        try:
+            indexes.append(load_index(spec, key=key, create=create))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return indexes[0], indexes[1]
 
 
 def _training_stream(

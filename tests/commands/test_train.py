@@ -36,11 +36,12 @@ def start(argv: list[str], **changes: str) -> subprocess.Popen[str]:
 
 def wait_for_row(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until log.jsonl has a row of that step."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
             return
         time.sleep(0.02)
+    process.kill()
     pytest.fail(f"no row of step {step}: {process.communicate()[0]}")
 
 
@@ -80,6 +81,7 @@ def test_a_folder_without_shards_is_refused(tmp_path, digits, capfd):
     (tmp_path / "empty").mkdir()
     assert train(tmp_path / "run", digits, f"data.train={tmp_path}/empty") == [2]
     assert "holds no *.tar" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_run_folder_is_refused(tmp_path, digits, capfd):
@@ -197,10 +199,11 @@ def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(tmp_path, digits):
 
 def test_a_second_trainer_in_one_folder_is_refused(tmp_path, digits, capfd):
     run = tmp_path / "run"
-    first = start(["-m", "vae_dist.train", *arguments(run, digits, "training.steps=100000")])
+    long = ("training.steps=100000", "evaluation.every=0", "checkpoint.every=0")
+    first = start(["-m", "vae_dist.train", *arguments(run, digits, *long)])
     try:
         wait_for_row(run, 1, first)
-        assert train(run, digits, "training.steps=100000") == [2]
+        assert train(run, digits, *long) == [2]
         assert f"in use by process {first.pid}" in capfd.readouterr().err
         first.send_signal(signal.SIGTERM)
         output, _ = first.communicate(timeout=60)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vae_dist.checkpoint import Checkpoint
+from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
 from vae_dist.models.likelihoods import bits_per_dim
@@ -94,8 +95,11 @@ class Trainer:
         last_step = self.config.training.steps
         meter = Meter(total_steps=last_step, first_step=self.step, world=self.runtime.world)
         was_interrupted = self.step > 0 and self._evaluation_is_due()
-        if was_interrupted and not self._evaluate(self._pending_row, stop):
-            return "interrupted"
+        if was_interrupted:
+            if not self._evaluate(self._pending_row, stop):
+                return "interrupted"
+            self._saved_step = -1  # the checkpoint of this step does not know of its evaluation
+            self.save()
         stream = iter(batches)
         while self.step < last_step:
             with meter.data_wait():
@@ -135,7 +139,10 @@ class Trainer:
         self._log(row | metrics)
         every = self.config.log.images_every or self.config.evaluation.every
         if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
-            self.painter(model, self.step)
+            try:
+                self.painter(model, self.step)
+            except (OSError, ConfigError) as error:  # pictures are no reason to stop
+                self.say(f"warning: step {self.step}: no pictures ({error})")
         return True
 
     def _interrupt(self) -> str:
