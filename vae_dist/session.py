@@ -11,6 +11,7 @@ import contextlib
 import copy
 import faulthandler
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -163,8 +164,14 @@ def _fit(trainer: Trainer, data: Data) -> int:
         record("failed", str(failure))
         trainer.say(f"failed: {failure}")
         return 1
+    except ConfigError as error:  # a shard that this rank cannot read; the others only see it go
+        folder.write_status("failed", step=trainer.step, reason=f"rank {runtime.rank}: {error}")
+        if not runtime.is_main:
+            print(f"rank {runtime.rank}: {error}", file=sys.stderr, flush=True)
+        raise
     except BaseException as error:
-        record("failed", f"{type(error).__name__}: {error}")
+        if folder.status().get("status") != "failed":  # by the rank that failed first
+            record("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         for sink in trainer.sinks:
@@ -180,13 +187,18 @@ def _fit(trainer: Trainer, data: Data) -> int:
 
 def _newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that the main process chose, read by every rank."""
-    mine = folder.checkpoints.load_newest() if runtime.is_main else None
-    step = runtime.broadcast(mine.step if mine is not None else -1)
-    if step < 0:
-        return None
-    if runtime.is_main:
-        folder.checkpoints.discard_after(step)
-        return mine
+    found: list[Checkpoint | None] = [None]
+
+    def choose() -> int:
+        found[0] = folder.checkpoints.load_newest()
+        if found[0] is None:
+            return -1
+        folder.checkpoints.set_aside_after(found[0].step)
+        return found[0].step
+
+    step = runtime.on_main(choose)
+    if step < 0 or runtime.is_main:
+        return found[0]
     return folder.checkpoints.load(step)
 
 
@@ -221,7 +233,7 @@ def _check_identity(
     if differences:
         raise ConfigError(
             [
-                f"run={folder.path}: the shards of data.train are not those that the run began "
+                f"run={folder.path}: the shards are not those that the run began "
                 "with, so it cannot go on exactly:",
                 *(f"  {line}" for line in differences),
                 "put the shards back, or start anew with run=OTHER_FOLDER, or go on all the same "
@@ -259,7 +271,8 @@ def _load_data(config: TrainConfig, runtime: Runtime) -> Data:
 
 def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, ShardIndex]:
     """Of training and validation; what is wrong with either is said of both."""
-    indexes, problems = [], []
+    indexes: list[ShardIndex] = []
+    problems: list[str] = []
     for key, spec in (
         ("data.train", config.data.train),
         ("data.validation", config.data.validation),

@@ -10,12 +10,7 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """One or more problems with what the user asked for; `problems` holds them in order.
-
-    `is_agreed` tells that all ranks raise it, so that one of them says it for all.
-    """
-
-    is_agreed = False
+    """One or more problems with what the user asked for; `problems` holds them in order."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems: tuple[str, ...] = (
