@@ -134,8 +134,9 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
     trainer = _build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    places = runtime.places()
     if console is not None:
-        for line in plan(config, data, runtime, first_step=start_step):
+        for line in [*plan(config, data, runtime, first_step=start_step), *places]:
             console.say(line)
         console.say(f"output {folder.path}")
     return _fit(trainer, data)

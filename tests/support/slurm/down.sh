@@ -20,7 +20,7 @@ for signal in TERM KILL; do
     alive "$pid" "$start" || continue
     left+=("$guard")
     if [[ $signal == TERM ]]; then
-      kill -TERM "$(<"$lab/pid/init-${guard##*/guard-}.pid")"
+      kill -TERM "$(<"$lab/pid/init-${guard##*/guard-}.pid")" 2>/dev/null
     else
       kill -KILL "$pid" # its child goes with it, and with that the pid namespace
     fi

@@ -32,7 +32,11 @@ munged --socket="$lab/munge/munge.sock" --key-file="$lab/munge/munge.key" \
 # configuration
 for gpu in 0 1; do mknod "$lab/gpu/nvidia$gpu" c 1 3; done # /dev/null, to be counted as a GPU
 echo "NodeName=n[1-2] Name=gpu File=$lab/gpu/nvidia[0-1] Flags=nvidia_gpu_env" >"$lab/etc/slurm/gres.conf"
-printf '%s\n' "127.0.0.1 localhost" "$net.1 login" "$net.11 n1" "$net.12 n2" >"$lab/etc/hosts"
+for pair in "1 login" "11 n1" "12 n2"; do
+  echo "$net.$pair"
+  echo "::ffff:$net.$pair" # torch asks for the name behind a mapped address
+done >"$lab/etc/hosts"
+echo "127.0.0.1 localhost" >>"$lab/etc/hosts"
 sed -e "s|@LAB@|$lab|g" -e "s|@NET@|$net|g" -e "s|@PROCTRACK@|${PROCTRACK:-linuxproc}|" \
   -e "s|@KILL_WAIT@|${KILL_WAIT:-10}|" -e "s|@GRACE@|${GRACE:-20}|" \
   -e "s|@NODE_TIMEOUT@|${NODE_TIMEOUT:-10}|" -e "s|@FIRST_JOB@|$((1000 + $(date +%s) % 600000))|" \
@@ -59,36 +63,21 @@ add_netns() {
   ip netns add "$prefix-$1"
   ip -n "$prefix-$1" link set lo up
 }
-boot() { # NAME login|node
-  setsid nsenter --net="/run/netns/$prefix-$1" unshare --uts --ipc --mount --pid --fork \
-    --kill-child=KILL --mount-proc bash "$here/node_init.sh" "$lab" "$1" "$2" \
-    </dev/null >"$lab/log/init-$1.log" 2>&1 &
-  local guard=$! child=""
-  for _ in $(seq 100); do
-    child=$(cat "/proc/$guard/task/$guard/children")
-    [[ -z $child ]] || break
-    sleep 0.05
-  done
-  [[ -n $child ]] || die "$1 did not start"
-  # with the start time, so that down.sh never ends a stranger with the same number
-  echo "$guard $(sed 's/.*) //' "/proc/$guard/stat" | cut -d' ' -f20)" >"$lab/pid/guard-$1"
-  echo "${child% }" >"$lab/pid/init-$1.pid"
-}
 add_netns login
 ip -n "$prefix-login" link add br0 type bridge
 ip -n "$prefix-login" addr add "$net.1/24" dev br0
 ip -n "$prefix-login" link set br0 up
-boot login login
+bash "$here/boot.sh" "$lab" login
 for number in 1 2; do
   add_netns "n$number"
   ip -n "$prefix-login" link add "v$number" type veth peer name eth0 netns "$prefix-n$number"
   ip -n "$prefix-login" link set "v$number" master br0 up
   ip -n "$prefix-n$number" addr add "$net.1$number/24" dev eth0
   ip -n "$prefix-n$number" link set eth0 up
-  boot "n$number" node
+  bash "$here/boot.sh" "$lab" "n$number"
 done
 for _ in $(seq 100); do
-  idle=$(timeout 5 "$lab/bin/sinfo" -h -N -p main -t idle -o %N 2>/dev/null | wc -l)
+  idle=$( (timeout 5 "$lab/bin/sinfo" -h -N -p main -t idle -o %N || true) 2>/dev/null | wc -l)
   ((idle < 2)) || exit 0
   sleep 0.2
 done
