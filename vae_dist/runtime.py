@@ -140,7 +140,7 @@ class Runtime:
 
     def places(self) -> list[str]:
         """Where each rank sits, one line a host, on every rank."""
-        here = (socket.gethostname(), str(self.device))
+        here = (socket.gethostname(), self.device.type)
         if self.device.type == "cuda":
             here = (here[0], f"{self.device} ({torch.cuda.get_device_name(self.device)})")
         everyone: list[Any] = [here]
