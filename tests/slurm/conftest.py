@@ -25,7 +25,7 @@ def started(**settings: str) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def linuxproc() -> Iterator[Cluster]:
     """Signals reach every process of a task."""
-    yield from started(PROCTRACK="linuxproc", NODE_TIMEOUT="10")
+    yield from started(PROCTRACK="linuxproc", KILL_WAIT="30")
 
 
 @pytest.fixture(scope="session")
@@ -33,4 +33,4 @@ def cgroup() -> Iterator[Cluster]:
     """Signals reach the task alone, as on most real clusters."""
     if not lacking() and not has_freezer():
         pytest.skip("needs the cgroup v1 freezer")
-    yield from started(PROCTRACK="cgroup")
+    yield from started(PROCTRACK="cgroup", KILL_WAIT="30")

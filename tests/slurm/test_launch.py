@@ -41,7 +41,7 @@ class Job:
 
     def reached(self, step: int) -> None:
         """Wait for a row of that step."""
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         log = self.run / "log.jsonl"
         while not (log.exists() and f'"step": {step},' in log.read_text()):
             state = self.cluster.job(self.number)["JobState"]

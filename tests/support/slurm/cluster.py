@@ -73,7 +73,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", job).split("\n\n")[0]
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, job: str, *, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *, timeout_s: float = 240) -> dict[str, str]:
         """Until the job has ended; the pause of two minutes after a requeue is cut short."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -86,7 +86,7 @@ class Cluster:
             time.sleep(0.2)
         raise AssertionError(f"job {job} after {timeout_s} s: {self.job(job)}")
 
-    def wait_for_requeue(self, job: str, *, timeout_s: float = 120) -> None:
+    def wait_for_requeue(self, job: str, *, timeout_s: float = 240) -> None:
         """Until the job waits for its next start."""
         end = time.monotonic() + timeout_s
         while self.job(job)["JobState"] != "PENDING":
