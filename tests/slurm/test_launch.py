@@ -208,7 +208,7 @@ def test_cancelled_it_saves_and_is_not_requeued(
     end = time.monotonic() + 30
     while "not requeued" not in job.said() and time.monotonic() < end:
         time.sleep(0.1)
-    assert "cancelled: not requeued" in job.said()
+    assert "ended from outside: not requeued" in job.said()
     assert status(job.run)["status"] == "interrupted" and status(job.run)["step"] >= 2
     assert (job.run / "checkpoints" / "latest").exists()
     assert cluster.job(job.number)["JobState"] == "CANCELLED"
