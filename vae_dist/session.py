@@ -56,7 +56,11 @@ def run_session(config: TrainConfig) -> int:
         if config.dry_run:
             return _dry_run(config, runtime)
         with _locked(folder, runtime):
-            return _train(config, runtime, folder)
+            code = _train(config, runtime, folder)
+        # Nobody leaves before the main process has written all: srun and elastic agents end the
+        # ranks that are left.
+        runtime.barrier()
+        return code
     finally:
         runtime.stop()
 
