@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = re.compile(r"^SKIPPED \[\d+\] (?P<place>.*?\.py(?::\d+)?): (?P<reason>.*)$")
 
 
@@ -18,10 +20,16 @@ def lacking() -> dict[str, bool]:
     """Prefix of a skip reason: whether this machine really lacks it."""
     import torch
 
+    # Exit code 1: no package that could be installed would help.
+    slurm = subprocess.run(["bash", ROOT / "tests/support/slurm/lacks.sh"], capture_output=True)
     return {
         "needs CUDA": not torch.cuda.is_available(),
         "needs several GPUs": torch.cuda.device_count() < 2,
         "needs a user other than root": os.geteuid() == 0,
+        "needs a SLURM cluster": slurm.returncode == 1,
+        "needs the cgroup v1 freezer": not os.access(
+            "/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK
+        ),
     }
 
 

@@ -81,3 +81,17 @@ def test_status_and_token(folder):
     }
     assert folder.sees_token(folder.write_token())
     assert not folder.sees_token("another", timeout_s=0.0)
+
+
+def test_a_job_that_was_started_again_waits_for_the_lock_of_its_lost_start(folder, monkeypatch):
+    """A node died with the lock; the same job runs elsewhere before the lock is stale."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr("vae_dist.runfolder.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("vae_dist.runfolder.STALE_AFTER_S", 0.1)
+    write_lock(folder, host="elsewhere", job="77", start="0")
+    with pytest.raises(ConfigError, match=r"on elsewhere, job 77"):
+        RunLock(folder).__enter__()  # not while it is the same start: that one is alive
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    write_lock(folder, host="elsewhere", job="77", start="0")
+    with RunLock(folder):
+        assert json.loads(folder.lock_path.read_text())["start"] == "1"

@@ -121,6 +121,7 @@ class Holder:
     started: str  # of the process: a pid alone may be used again
     namespace: str  # pids of different containers do not compare
     job: str
+    start: str = ""  # of that job: SLURM starts a preempted one again under the same number
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -130,7 +131,12 @@ class Holder:
             started=_process_start(os.getpid()),
             namespace=_pid_namespace(),
             job=os.environ.get("SLURM_JOB_ID", ""),
+            start=os.environ.get("SLURM_RESTART_COUNT", "0"),
         )
+
+    def is_earlier_start_of(self, other: Holder) -> bool:
+        """Whether SLURM ended this one, on a node that could not give the lock back."""
+        return bool(self.job) and self.job == other.job and self.start != other.start
 
     def is_gone(self, *, heartbeat_age_s: float) -> bool:
         if self.host == socket.gethostname() and self.namespace == _pid_namespace():
@@ -201,6 +207,10 @@ class RunLock:
         except (ValueError, TypeError):  # cut off while it was written
             holder = Holder(host="an unknown host", pid=0, started="", namespace="", job="")
         if not holder.is_gone(heartbeat_age_s=age_s):
+            if holder.is_earlier_start_of(Holder.this_process()):
+                time.sleep(HEARTBEAT_S / 5)  # its last sign of life grows old
+                os.utime(mine)
+                return
             raise ConfigError(
                 f"run={self.path.parent}: in use by {holder} (last sign of life "
                 f"{max(0, age_s):.0f} s ago); wait for it, stop it, or choose another folder "

@@ -12,6 +12,7 @@ the run, so a setting that differs from the config is refused.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -139,6 +140,20 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def places(self) -> list[str]:
+        """Where each rank sits, one line a host, on every rank."""
+        here = (socket.gethostname(), self.device.type)
+        if self.device.type == "cuda":
+            here = (here[0], f"{self.device} ({torch.cuda.get_device_name(self.device)})")
+        everyone: list[Any] = [here]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, here)
+        hosts: dict[str, list[str]] = {}
+        for rank, (host, device) in enumerate(everyone):
+            hosts.setdefault(host, []).append(f"rank {rank} {device}")
+        return [f"on {host}: {', '.join(ranks)}" for host, ranks in hosts.items()]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on the main process alone; its result, or its ConfigError, reaches every rank."""

@@ -56,7 +56,11 @@ def run_session(config: TrainConfig) -> int:
         if config.dry_run:
             return _dry_run(config, runtime)
         with _locked(folder, runtime):
-            return _train(config, runtime, folder)
+            code = _train(config, runtime, folder)
+        # Nobody leaves before the main process has written all: srun and elastic agents end the
+        # ranks that are left.
+        runtime.barrier()
+        return code
     finally:
         runtime.stop()
 
@@ -136,8 +140,9 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
         _restore(trainer, checkpoint)
     if runtime.is_main:
         folder.write_config(config)
+    places = runtime.places()
     if console is not None:
-        for line in plan(config, data, runtime, first_step=start_step):
+        for line in [*plan(config, data, runtime, first_step=start_step), *places]:
             console.say(line)
         console.say(f"output {folder.path}")
     return _fit(trainer, data)

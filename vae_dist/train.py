@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vae_dist.config.checks import default_slots, world_size_problem
+from vae_dist.config.checks import default_slots, launch_problem, world_size_problem
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
 from vae_dist.config.schema import TrainConfig
@@ -18,16 +18,27 @@ USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
 INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."
 
 
+def checked_config(argv: list[str]) -> TrainConfig:
+    """The config, if it is right and these processes can train it; imports no torch.
+
+    Raises ConfigError. launch/slurm.sbatch calls this before it starts the trainer.
+    """
+    if problem := launch_problem(os.environ):
+        raise ConfigError(problem)
+    config = load_train_config(argv)
+    slots = config.data.slots or default_slots(config.training.batch_size)
+    if problem := world_size_problem(slots, int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ConfigError(problem)
+    return config
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(TrainConfig, usage=USAGE, intro=INTRO))
         return 0
     try:
-        config = load_train_config(argv)
-        slots = config.data.slots or default_slots(config.training.batch_size)
-        if problem := world_size_problem(slots, int(os.environ.get("WORLD_SIZE", "1"))):
-            raise ConfigError(problem)
+        config = checked_config(argv)
         from vae_dist.session import run_session  # torch is imported once the config is right
 
         return run_session(config)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -284,6 +284,33 @@ def world_size_problem(slots: int, world: int) -> str | None:
         f"{world} processes cannot share data.slots={slots} evenly; the numbers of processes that "
         f"work are {fitting}. Start one of these, or begin a run with data.slots set to a multiple "
         f"of {world} that divides training.batch_size"
+    )
+
+
+def launch_problem(environment: Mapping[str, str]) -> str | None:
+    """Why these processes are not those that the launcher promised, or None when they are.
+
+    A promise is EXPECTED_WORLD_SIZE, which a launch script sets, or, inside a step of srun,
+    SLURM_NTASKS: each task starts at least one process, and all of them are of one run.
+    """
+    world = int(environment.get("WORLD_SIZE", "1"))
+    expected = environment.get("EXPECTED_WORLD_SIZE", "")
+    if expected:
+        if world == int(expected):
+            return None
+        return (
+            f"EXPECTED_WORLD_SIZE={expected} processes were promised but WORLD_SIZE={world}: the "
+            "launcher's options do not fit the launch script, and each part would train alone. "
+            "Start with launch/slurm.sbatch or `accelerate launch --multi_gpu --num_processes "
+            f"{expected}`, or unset EXPECTED_WORLD_SIZE"
+        )
+    tasks = int(environment.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_ID" not in environment or world % tasks == 0:
+        return None
+    return (
+        f"srun started SLURM_NTASKS={tasks} tasks but WORLD_SIZE={world}: each task would train "
+        "alone. Start with `sbatch launch/slurm.sbatch ...`, or set EXPECTED_WORLD_SIZE="
+        f"{world} if each task is meant to be a run of its own"
     )
 
 
