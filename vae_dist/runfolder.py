@@ -7,6 +7,7 @@ process is gone (same host) or when it has not been touched for STALE_AFTER_S (o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -156,7 +157,8 @@ class RunLock:
     def __exit__(self, *exception: object) -> None:
         self._released.set()
         self._heartbeat.join()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that is gone has no lock to hold
+            self.path.unlink(missing_ok=True)
 
     def _take(self, mine: Path) -> bool:
         try:
