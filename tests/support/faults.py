@@ -167,6 +167,7 @@ def _rank(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115  (pytest has its own)
     faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(
