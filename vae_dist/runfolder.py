@@ -80,6 +80,10 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, 0 when there is none."""
+        return max(self.checkpoints.steps(), default=0)
+
     def write_status(self, status: str, *, step: int, reason: str) -> None:
         """status: running | finished | interrupted | failed."""
         record = {"status": status, "step": step, "reason": reason, "time": time.time()}

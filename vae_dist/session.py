@@ -160,7 +160,8 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
     def record(status: str, reason: str, *, writes: bool = runtime.is_main) -> None:
         if not writes:
             return
-        step = trainer.step if status == "running" else trainer.writer.written_step
+        saved = trainer.writer.written_step if runtime.is_main else folder.newest_step()
+        step = trainer.step if status == "running" else saved
         try:
             folder.write_status(status, step=max(0, step), reason=reason)
         except OSError as error:

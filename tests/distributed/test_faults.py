@@ -16,7 +16,7 @@ def ranks(tmp_path, digits, *overrides, prepare=None) -> Ranks:
     return Ranks(2, argv, output=tmp_path / "output", prepare=prepare)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_frozen_rank_is_named_by_the_others_in_time(tmp_path, digits, frozen):
     with ranks(tmp_path, digits, "runtime.timeout_s=4") as group:
         group.wait_for_step(5)
@@ -37,7 +37,14 @@ def test_a_killed_rank_is_named_by_the_other_at_once(tmp_path, digits):
         assert "frozen or gone: rank 1" in reason and "noticed as" in reason
 
 
-@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)], ids=["main", "other", "all"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param((0,), marks=pytest.mark.slow, id="main"),
+        pytest.param((1,), id="other"),
+        pytest.param((0, 1), marks=pytest.mark.slow, id="all"),
+    ],
+)
 def test_a_signal_to_some_ranks_stops_all_at_one_step(tmp_path, digits, chosen):
     with ranks(tmp_path, digits) as group:
         group.wait_for_step(3)
@@ -50,8 +57,8 @@ def test_a_signal_to_some_ranks_stops_all_at_one_step(tmp_path, digits, chosen):
         assert group.orphans() == []
 
 
-def slow_evaluation(rank: int) -> None:
-    """An evaluation that only ends when it is stopped: it sends the signal itself."""
+def stopped_evaluation(rank: int) -> None:
+    """Rank 1 gets a signal in its second batch."""
     sums = evaluation._sums
     calls = 0
 
@@ -67,7 +74,7 @@ def slow_evaluation(rank: int) -> None:
 
 def test_a_signal_during_evaluation_stops_it_in_the_middle(tmp_path, digits):
     options = ("evaluation.every=4", "evaluation.batch_size=20", "checkpoint.every=0")
-    with ranks(tmp_path, digits, *options, prepare=slow_evaluation) as group:
+    with ranks(tmp_path, digits, *options, prepare=stopped_evaluation) as group:
         assert group.wait() == [75, 75], group.text()
         found = status(tmp_path / "run")
         assert (found["status"], found["step"]) == ("interrupted", 4)
@@ -86,6 +93,21 @@ def signal_at_once(rank: int) -> None:
         return start(*args)
 
     session.run_session = signalled
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_rank_that_waits_for_a_frozen_one(tmp_path, digits):
+    with ranks(tmp_path, digits) as group:
+        group.wait_for_step(7)
+        group.signal(signal.SIGSTOP, 1)
+        group.signal(signal.SIGTERM, 0)
+        assert group.wait(0, timeout_s=3) == [None]  # it waits for the other, inside a collective
+        group.signal(signal.SIGTERM, 0)
+        assert group.wait(0, timeout_s=10) == [128 + signal.SIGTERM]
+    options = arguments(tmp_path / "run", digits, *LONG, "training.steps=12")
+    with Ranks(2, options, output=tmp_path / "again") as group:
+        assert group.wait() == [0, 0], group.text()
+        assert "steps from step 5 to 12" in group.text()
 
 
 def test_a_signal_during_start_up_stops_before_training(tmp_path, digits):

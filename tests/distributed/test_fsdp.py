@@ -58,8 +58,12 @@ def three_steps(parallel: str, microbatch_size: int, clip: float, bad_step: int)
 
 @pytest.mark.parametrize(
     ("microbatch_size", "clip", "bad_step"),
-    [(0, 0.0, -1), (2, 0.0, -1), (2, 500.0, -1), (0, 0.0, 1)],
-    ids=["whole", "accumulated", "clipped", "a nan on one rank"],
+    [
+        pytest.param(0, 0.0, -1, id="whole", marks=pytest.mark.slow),
+        pytest.param(2, 0.0, -1, id="accumulated", marks=pytest.mark.slow),
+        pytest.param(2, 500.0, -1, id="accumulated and clipped"),
+        pytest.param(0, 0.0, 1, id="a nan on one rank"),
+    ],
 )
 def test_steps_equal_those_of_one_process(microbatch_size, clip, bad_step):
     ((norms, state, flags, count, size),) = run_ranks(1, three_steps, "ddp", 0, clip, bad_step)
