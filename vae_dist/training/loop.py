@@ -105,7 +105,8 @@ class Trainer:
             self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
             if startup is not None:
                 startup.mark("first step")
-                self.say(startup.line())
+                if self.console is not None:
+                    self.console.say(startup.line())
                 startup = None
             self._count_skipped(batch)
             self.step += 1
