@@ -136,12 +136,21 @@ class Checkpoints:
         return Checkpoint(step=int(state["step"]), tensors=tensors, state=state)
 
     def load_newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; torn ones are named on stderr and left behind."""
-        for step in reversed(self.steps()):
+        """The newest checkpoint that is whole; torn ones are named on stderr and left behind.
+
+        None where there is none; ConfigError where there are some but none is whole.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
             try:
                 return self.load(step)
             except TornCheckpoint as torn:
                 print(f"warning: {torn}; trying the checkpoint before it", file=sys.stderr)
+        if steps:
+            raise ConfigError(
+                f"none of the {len(steps)} checkpoints in {self.folder} is whole; put one back "
+                "from a copy, or start anew with run=OTHER_FOLDER"
+            )
         return None
 
     def remove_leftovers(self) -> None:
@@ -152,11 +161,13 @@ class Checkpoints:
             elif path.name.endswith((".tmp", ".old")):
                 shutil.rmtree(path)
 
-    def discard_after(self, step: int) -> None:
-        """Remove checkpoints newer than `step`: torn ones that the run goes back behind."""
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints newer than `step`: torn ones, which the run is going to write anew."""
         for newer in self.steps():
             if newer > step:
-                self._discard(self.folder / step_name(newer))
+                torn = self.folder / f"torn_{step_name(newer)}"
+                shutil.rmtree(torn, ignore_errors=True)
+                os.replace(self.folder / step_name(newer), torn)
 
     def _discard(self, folder: Path) -> None:
         doomed = folder.with_name(f".{folder.name}.old")
@@ -167,7 +178,7 @@ class Checkpoints:
     def _checked_files(self, folder: Path) -> dict[str, bytes]:
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise TornCheckpoint(f"{folder} has no readable manifest.json ({error})") from None
         files = {}
         for name, expected in manifest.items():
@@ -175,8 +186,8 @@ class Checkpoints:
                 raise TornCheckpoint(f"{folder}/manifest.json names {name!r}, outside its folder")
             try:
                 data = (folder / name).read_bytes()
-            except OSError as error:
-                raise TornCheckpoint(f"{folder}/{name} cannot be read ({error.strerror})") from None
+            except FileNotFoundError:  # any other trouble of the disk is no sign of a torn write
+                raise TornCheckpoint(f"{folder}/{name} is missing") from None
             if len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]:
                 raise TornCheckpoint(
                     f"{folder}/{name} is damaged: {len(data)} bytes with CRC {zlib.crc32(data)}, "

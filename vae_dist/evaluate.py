@@ -30,7 +30,9 @@ INTRO = "Evaluate a trained model on its validation shards, or others, and write
 def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.runtime import Runtime
 
-    runtime = Runtime.start(RuntimeConfig(device=command.device), precision="no")
+    runtime = Runtime.start(
+        RuntimeConfig(device=command.device), precision="no", launcher_decides_nothing=True
+    )
     try:
         _evaluate(command, runtime)
     finally:

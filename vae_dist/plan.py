@@ -39,7 +39,11 @@ class Data:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"image_size": list(self.image_size), "train_data": self.train.fingerprint}
+        return {
+            "image_size": list(self.image_size),
+            "train_data": self.train.fingerprint,
+            "validation_data": self.validation.fingerprint,
+        }
 
 
 def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) -> list[str]:
@@ -101,12 +105,13 @@ def _activation_bytes_per_image(
     leaves = [module for module in vae.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(count) for module in leaves]
     with torch.device("meta"), torch.no_grad():
-        images = torch.empty(1, config.data.channels, *image_size)
-        noise = torch.empty(1, *vae.latent_shape(*image_size))  # type: ignore[operator]
+        # two: GroupNorm refuses one image of one pixel
+        images = torch.empty(2, config.data.channels, *image_size)
+        noise = torch.empty(2, *vae.latent_shape(*image_size))  # type: ignore[operator]
         vae(images, noise)
     for hook in hooks:
         hook.remove()
-    return float(total)
+    return total / 2
 
 
 def _megabytes(num_bytes: float) -> str:

@@ -57,6 +57,14 @@ class RunFolder:
                 "choose a folder on a writable disk with run=FOLDER"
             ) from None
 
+    def remove_if_unused(self) -> None:
+        """Take back what `create` made, where a run was refused before it began."""
+        if not self.has_config():
+            (self.path / ".token").unlink(missing_ok=True)
+            for folder in (self.checkpoints.folder, self.images, self.path):
+                with contextlib.suppress(OSError):  # not empty: not ours to remove
+                    folder.rmdir()
+
     def has_config(self) -> bool:
         return self.config_path.exists()
 
@@ -143,6 +151,7 @@ class RunLock:
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.lock_path
+        self._inode = -1
         self._released = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="run-lock", daemon=True)
 
@@ -155,14 +164,23 @@ class RunLock:
                 self._remove_if_stale(mine)
         finally:
             mine.unlink()
+        self._inode = self.path.stat().st_ino
         self._heartbeat.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._released.set()
         self._heartbeat.join()
-        with contextlib.suppress(OSError):  # a disk that is gone has no lock to hold
-            self.path.unlink(missing_ok=True)
+        if self._is_mine():
+            with contextlib.suppress(OSError):  # a disk that is gone has no lock to hold
+                self.path.unlink(missing_ok=True)
+
+    def _is_mine(self) -> bool:
+        """False after another host took the lock over, believing this process dead."""
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
 
     def _take(self, mine: Path) -> bool:
         try:
@@ -199,15 +217,16 @@ class RunLock:
         except FileNotFoundError:  # another process took it over first
             return
         if stale.stat().st_ino != seen.st_ino:  # the lock of one that was faster: give it back
-            os.link(stale, self.path)
+            with contextlib.suppress(FileExistsError):
+                os.link(stale, self.path)
         stale.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
-            try:
-                os.utime(self.path)
-            except OSError:  # the folder may be unreachable for a while; training goes on
-                continue
+            # the folder may be unreachable for a while; training goes on
+            with contextlib.suppress(OSError):
+                if self._is_mine():
+                    os.utime(self.path)
 
 
 def _process_start(pid: int) -> str:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,8 +80,15 @@ class Runtime:
         self.is_main = accelerator.is_main_process
 
     @classmethod
-    def start(cls, config: RuntimeConfig, *, precision: str) -> Runtime:
-        """Join the other ranks. Raises ConfigError where launcher and config disagree."""
+    def start(
+        cls, config: RuntimeConfig, *, precision: str, launcher_decides_nothing: bool = False
+    ) -> Runtime:
+        """Join the other ranks. Raises ConfigError where launcher and config disagree.
+
+        `launcher_decides_nothing`: what the launcher says of training has no bearing here.
+        """
+        if launcher_decides_nothing:
+            os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         if problems := launcher_problems(precision):
             raise ConfigError(problems)
         if precision == "fp16" and not has_accelerator(config):
@@ -135,9 +142,6 @@ class Runtime:
             with nullcontext() if is_last else self.accelerator.no_sync(wrapped):
                 yield
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
-
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks, on every rank."""
         if self.world > 1:
@@ -175,7 +179,7 @@ class Runtime:
                 outcome = (None, tuple(error.problems))
         result, problems = self.broadcast(outcome)
         if problems:
-            raise ConfigError(list(problems))
+            raise ConfigError(problems)
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:

@@ -21,6 +21,9 @@ def sample(command: SampleCommand) -> None:
     from vae_dist.inference.sampling import sample_prior
     from vae_dist.tracking.images import grid, save_png, single
 
+    out = Path(command.out)
+    if out.suffix.lower() not in ("", ".png"):
+        raise ConfigError(f"out={out}: give a name that ends in .png, or a folder for single PNGs")
     loaded = load_model(command)
     size = loaded.image_size
     if command.resolution != "trained":
@@ -36,7 +39,6 @@ def sample(command: SampleCommand) -> None:
         temperature=command.temperature,
         batch_size=command.batch_size,
     )
-    out = Path(command.out)
     try:
         if out.suffix.lower() == ".png":
             save_png(grid(images), out)

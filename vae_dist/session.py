@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import checks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.bundled import make_digits
-from vae_dist.data.index import load_index
+from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.order import Order
 from vae_dist.data.reader import image_settings
 from vae_dist.data.stream import EvaluationStream, TrainingStream
@@ -59,8 +60,7 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
     startup.mark("imports")
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
-    if not config.dry_run:
-        config = as_in_run_folder(config, folder)
+    config = as_in_run_folder(config, folder)
     accelerated = has_accelerator(config.runtime)
     if config.training.precision == "auto":
         config.training.precision = "bf16" if accelerated else "no"
@@ -83,7 +83,9 @@ def _locked(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
 
         def take() -> str:
             folder.create()
+            after_release = held.enter_context(contextlib.ExitStack())
             held.enter_context(RunLock(folder))
+            after_release.callback(folder.remove_if_unused)
             folder.checkpoints.remove_leftovers()
             folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
             return folder.write_token()
@@ -125,17 +127,17 @@ def _train(
     if checkpoint is None and config.init_from:
         with torch.device("meta"):
             weights = initial_weights(config.init_from, build_vae(config, data.image_size))
-    if runtime.is_main:
-        folder.write_config(config)
     startup.mark("data")
     if stop.agreed_now():
         return _stopped_before_training(runtime, folder, start_step, stop)
     sinks, console = _open_sinks(config, runtime, folder, start_step)
     trainer = _build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
+        _restore(trainer, checkpoint)
     elif weights is not None:
         trainer.initialize(weights)
+    if runtime.is_main:
+        folder.write_config(config)
     if console is not None:
         for line in plan(config, data, runtime, first_step=start_step):
             console.say(line)
@@ -182,17 +184,27 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
         ):
             try:
                 status = trainer.fit(batches, stop, watch, startup)
+            except ConfigError as error:
+                watch.fail(error)
+                raise
             except (RuntimeError, OSError) as error:
                 if isinstance(error, TrainingFailed) or not (cause := watch.explain(error)):
                     raise
                 raise TrainingFailed(f"{cause} (noticed as {type(error).__name__})") from error
         record(status, stop.reason or "all steps are done")
     except TrainingFailed as failure:
-        record("failed", str(failure))
+        if folder.status().get("status") != "failed":  # by the rank that failed first
+            record("failed", str(failure))
         trainer.say(f"failed: {failure}")
         return 1
+    except ConfigError as error:  # a shard that this rank cannot read; the others only see it go
+        folder.write_status("failed", step=trainer.step, reason=f"rank {runtime.rank}: {error}")
+        if not runtime.is_main:
+            print(f"rank {runtime.rank}: {error}", file=sys.stderr, flush=True)
+        raise
     except BaseException as error:
-        record("failed", f"{type(error).__name__}: {error}")
+        if folder.status().get("status") != "failed":  # by the rank that failed first
+            record("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         for sink in trainer.sinks:
@@ -204,6 +216,17 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
     return 0 if status == "finished" else EXIT_INTERRUPTED
 
 
+def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    try:
+        trainer.restore(checkpoint)
+    except (RuntimeError, KeyError) as error:  # torch lists each name and shape that differs
+        raise ConfigError(
+            f"run={trainer.folder.path}: the weights of step {checkpoint.step} do not fit this "
+            "config's model; take back what changed under model, likelihood and data.channels, or "
+            f"start anew with run=OTHER_FOLDER ({error})"
+        ) from None
+
+
 # data
 
 
@@ -211,8 +234,7 @@ def _load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Indexes of the shards, made by the main process where they are missing."""
 
     def load(*, create: bool) -> Data:
-        train = load_index(config.data.train, key="data.train", create=create)
-        validation = load_index(config.data.validation, key="data.validation", create=create)
+        train, validation = _both_indexes(config, create=create)
         settings = image_settings(
             train,
             channels=config.data.channels,
@@ -230,6 +252,23 @@ def _load_data(config: TrainConfig, runtime: Runtime) -> Data:
 
     runtime.on_main(prepare)
     return load(create=False)
+
+
+def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, ShardIndex]:
+    """Of training and validation; what is wrong with either is said of both."""
+    indexes: list[ShardIndex] = []
+    problems: list[str] = []
+    for key, spec in (
+        ("data.train", config.data.train),
+        ("data.validation", config.data.validation),
+    ):
+        try:
+            indexes.append(load_index(spec, key=key, create=create))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return indexes[0], indexes[1]
 
 
 def _training_stream(

@@ -48,9 +48,16 @@ def part_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def load_full(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy full values into a module, cut or not. Its names and shapes are those of `tensors`."""
+    """Copy full values into a module, cut or not.
+
+    Raises RuntimeError with every name whose shape differs or that only one side has.
+    """
     state = module.state_dict()
-    assert state.keys() == tensors.keys(), sorted(state.keys() ^ tensors.keys())
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != found:
+        names = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
+        raise RuntimeError("; ".join(f"{k}: {found.get(k)} -> {wanted.get(k)}" for k in names))
     with torch.no_grad():
         for name, value in state.items():
             local_part(value).copy_(local_part(part_like(tensors[name], value)))

@@ -1,5 +1,6 @@
 """`vae_dist.train` as a user meets it: what it refuses, what it survives, what it leaves behind."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import pytest
 from tests.support.distributed import LAUNCHER_VARIABLES
 from tests.support.training import arguments, rows, same_weights, status, train
 from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.tar import ShardError
 from vae_dist.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +39,12 @@ def start(argv: list[str], **changes: str) -> subprocess.Popen[str]:
 
 def wait_for_row(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until log.jsonl has a row of that step."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
         if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
             return
         time.sleep(0.02)
+    process.kill()
     pytest.fail(f"no row of step {step}: {process.communicate()[0]}")
 
 
@@ -80,6 +84,7 @@ def test_a_folder_without_shards_is_refused(tmp_path, digits, capfd):
     (tmp_path / "empty").mkdir()
     assert train(tmp_path / "run", digits, f"data.train={tmp_path}/empty") == [2]
     assert "holds no *.tar" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_run_folder_is_refused(tmp_path, digits, capfd):
@@ -114,6 +119,17 @@ def test_a_changed_config_is_refused_with_the_differences(tmp_path, digits, capf
     assert "optimizer.lr: 0.001 -> 0.5" in errors and "log.every" not in errors
     assert train(run, digits, *changed, "resume.allow_changes=true") == [0]
     assert status(run)["step"] == 6
+
+
+def test_a_model_that_does_not_fit_the_weights_leaves_the_run_as_it_was(tmp_path, digits, capfd):
+    run = tmp_path / "run"
+    options = ("training.steps=4", "evaluation.every=0")
+    assert train(run, digits, *options) == [0]
+    before = (run / "config.yaml").read_text()
+    changed = ("training.steps=6", "model.latent_channels=9", "resume.allow_changes=true")
+    assert train(run, digits, *changed) == [2]
+    assert "do not fit this config's model" in capfd.readouterr().err
+    assert (run / "config.yaml").read_text() == before
 
 
 def test_other_shards_under_an_old_run_are_refused(tmp_path, digits, capfd):
@@ -175,6 +191,41 @@ def test_a_torn_newest_checkpoint_falls_back_and_the_end_is_the_same(tmp_path, d
     assert sorted(rows(run)) == list(range(1, 13))
 
 
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, digits, capfd):
+    run = tmp_path / "run"
+    assert train(run, digits, "training.steps=4", "evaluation.every=0") == [0]
+    (run / "checkpoints" / "step_00000004" / "state.json").unlink()
+    assert train(run, digits, "training.steps=4", "evaluation.every=0") == [2]
+    assert "none of the 1 checkpoints" in capfd.readouterr().err
+    assert sorted(rows(run)) == [1, 2, 3, 4]
+
+
+def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(tmp_path, digits, capfd):
+    copy, run = tmp_path / "digits", tmp_path / "run"
+    shutil.copytree(digits, copy)
+    index = load_index(str(copy / "validation"), key="data.validation", create=False)
+    for sample in range(2):
+        damage_png(index, 0, sample)
+    assert train(run, copy, "training.steps=4", "log.num_images=4") == [0]
+    assert "no pictures" in capfd.readouterr().out
+    assert rows(run)[4]["eval/num_images"] == 998
+
+
+def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path, digits, capfd, monkeypatch):
+    read, reads = SampleReader.read, itertools.count()
+
+    def vanishing(self: SampleReader, *run: int) -> list[bytes]:
+        if os.environ["RANK"] == "1" and next(reads) > 40:  # after the first windows
+            raise ShardError("train-000005.tar: cannot be read")
+        return read(self, *run)
+
+    monkeypatch.setattr(SampleReader, "read", vanishing)
+    with pytest.raises(AssertionError, match="rank 0"):  # its collective breaks off
+        train(tmp_path / "run", digits, world=2)
+    assert "rank 1: train-000005.tar" in capfd.readouterr().err
+    assert "rank 1: train-000005.tar" in status(tmp_path / "run")["reason"]
+
+
 def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(tmp_path, digits):
     run, whole = tmp_path / "run", tmp_path / "whole"
     options = ("training.steps=60", "checkpoint.every=10", "evaluation.every=30")
@@ -197,10 +248,11 @@ def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(tmp_path, digits):
 
 def test_a_second_trainer_in_one_folder_is_refused(tmp_path, digits, capfd):
     run = tmp_path / "run"
-    first = start(["-m", "vae_dist.train", *arguments(run, digits, "training.steps=100000")])
+    long = ("training.steps=100000", "evaluation.every=0", "checkpoint.every=0")
+    first = start(["-m", "vae_dist.train", *arguments(run, digits, *long)])
     try:
         wait_for_row(run, 1, first)
-        assert train(run, digits, "training.steps=100000") == [2]
+        assert train(run, digits, *long) == [2]
         assert f"in use by process {first.pid}" in capfd.readouterr().err
         first.send_signal(signal.SIGTERM)
         output, _ = first.communicate(timeout=60)

@@ -130,3 +130,11 @@ def test_every_flipped_byte_is_refused_or_gives_an_image_of_the_right_kind() -> 
 def test_labels(cls: bytes | None, label: int) -> None:
     files = {"png": encode(Image.fromarray(GREY))} | ({} if cls is None else {"cls": cls})
     assert decode_sample(files, channels=1, max_pixels=100)[1] == label
+
+
+def test_a_label_beyond_64_bits_is_damage() -> None:
+    file = io.BytesIO()
+    Image.new("L", (2, 2)).save(file, "PNG")
+    sample = {"__key__": "a", "png": file.getvalue(), "cls": b"99999999999999999999999"}
+    with pytest.raises(DamagedSampleError, match="64 bits"):
+        decode_sample(sample, channels=1, max_pixels=4)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings, transform
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
@@ -65,3 +66,10 @@ def test_evaluation_draws_nothing() -> None:
     quiet = settings.without_augmentation()
     images = {run(PHOTO, quiet, sample).tobytes() for sample in range(10)}
     assert images == {run(PHOTO, ImageSettings(3, (30, 30), True, 10**6)).tobytes()}
+
+
+def test_an_image_that_would_grow_beyond_the_limit_is_damage() -> None:
+    settings = ImageSettings(channels=1, size=(64, 64), resize=True, max_pixels=2**20)
+    line = np.zeros((1, 1, 400_000), np.uint8)
+    with pytest.raises(DamagedSampleError, match="before the crop"):
+        transform(line, settings, seed=0, epoch=0, sample=0)

@@ -65,6 +65,24 @@ def test_an_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
     assert evaluated[0] == evaluated[1]
 
 
+def test_an_interrupted_last_evaluation_is_made_up_for_once(
+    reference, tmp_path, digits, monkeypatch, capfd
+):
+    run = tmp_path / "run"
+    options = ("training.steps=20", "log.every=10")
+    stop_after(monkeypatch, 20)
+    assert train(run, digits, *options) == [75]
+    monkeypatch.undo()
+    assert 20 not in rows(run)
+    assert train(run, digits, *options) == [0]
+    row = rows(run)[20]
+    assert "train/loss" in row and "eval/neg_elbo_nats" in row
+    capfd.readouterr()
+    assert train(run, digits, *options) == [0]
+    assert "nothing is left to do" in capfd.readouterr().out
+    assert rows(run)[20] == row
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM to the last rank alone when a step is done; forked ranks inherit this."""
     advance = Trainer._advance

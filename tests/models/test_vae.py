@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
 from vae_dist.models import VAE, build_vae
-from vae_dist.models.blocks import AttentionBlock
+from vae_dist.models.blocks import AttentionBlock, ResidualBlock
 from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -35,6 +35,15 @@ def small(latent: str, kind: str = "shared", *, seed: int = 0, **model: Any) -> 
         model=ModelConfig(latent=latent, **{**SMALL, **model}),
         likelihood=KINDS[kind],
     )
+
+
+def away_from_zero(model: nn.Module) -> None:
+    """Noise on the layers that start at zero, as training would leave them."""
+    generator = torch_generator(0, "test")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def inputs(model: VAE, batch: int, channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -81,6 +90,7 @@ def test_shapes_and_types(latent: str, kind: str, patch: int) -> None:
 def test_gradients_reach_every_parameter(latent: str, kind: str) -> None:
     config = small(latent, kind)
     model = build_vae(config, (8, 12))
+    away_from_zero(model)
     output = model(*inputs(model, 3, config.data.channels, (8, 12)))
     (output.kl.sum() - output.log_likelihood.sum()).backward()
     # Softmax does not see a shift of all keys, so the bias of to_k has no gradient.
@@ -97,6 +107,7 @@ def test_gradients_reach_every_parameter(latent: str, kind: str) -> None:
 def test_padding_has_no_part_in_the_likelihood(latent: str) -> None:
     size = (37, 53)
     model = build_vae(small(latent), size)
+    away_from_zero(model)
     images, noise = inputs(model, 2, 3, size)
     output = model(images, noise)
     expected = model.likelihood.log_prob(output.params, images)
@@ -107,6 +118,7 @@ def test_padding_has_no_part_in_the_likelihood(latent: str) -> None:
     columns = torch.arange(56).clamp(max=52)
     padded = images[:, :, rows][:, :, :, columns]
     by_hand = build_vae(small(latent), (40, 56))
+    by_hand.load_state_dict(model.state_dict())
     mean, _ = by_hand.encode(padded)
     torch.testing.assert_close(mean, output.mean)
     params = by_hand.decode(output.mean, (40, 56))[:, :, :37, :53]
@@ -124,6 +136,7 @@ def test_a_spatial_model_takes_other_sizes_and_a_vector_one_refuses_them() -> No
 def test_each_image_is_on_its_own() -> None:
     """No layer mixes images, so microbatches add up to the batch."""
     model = build_vae(small("spatial"), (8, 8))
+    away_from_zero(model)
     images, noise = inputs(model, 4, 3, (8, 8))
     whole = model(images, noise)
     parts = [model(images[i : i + 1], noise[i : i + 1]) for i in range(4)]
@@ -172,8 +185,17 @@ def test_last_layers_are_float32_under_autocast(latent: str) -> None:
     torch.testing.assert_close(output.log_likelihood, exact.log_likelihood, rtol=0.05, atol=0)
 
 
+def test_blocks_start_as_the_identity() -> None:
+    x = torch.randn(2, 8, 3, 5, generator=torch_generator(0, "test"))
+    assert torch.equal(AttentionBlock(8, norm_groups=4)(x), x)
+    assert torch.equal(ResidualBlock(8, 8, norm_groups=4)(x), x)
+    wider = ResidualBlock(8, 12, norm_groups=4)
+    assert torch.equal(wider(x), wider.conv_shortcut(x))
+
+
 def test_attention_is_softmax_attention() -> None:
     block = AttentionBlock(8, norm_groups=4)
+    away_from_zero(block)
     x = torch.randn(2, 8, 3, 5, generator=torch_generator(0, "test"))
     normed = nn.functional.group_norm(
         x, 4, block.group_norm.weight, block.group_norm.bias, eps=1e-6

@@ -61,8 +61,9 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
 
 def same_weights(one: Path, other: Path, step: int) -> bool:
     """Whether all tensors of two runs' checkpoints are equal bit for bit."""
-    return all(
-        torch.equal(a, weights(other, step, name)[key])
-        for name in ("model", "ema", "optimizer")
-        for key, a in weights(one, step, name).items()
-    )
+    for name in ("model", "ema", "optimizer"):
+        ours, theirs = weights(one, step, name), weights(other, step, name)
+        assert ours and ours.keys() == theirs.keys()
+        if not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            return False
+    return True

@@ -28,8 +28,11 @@ def section(cls: type) -> Any:
 
 @dataclass
 class DataConfig:
-    train: Any = knob("???", "training shards: folder of *.tar, brace pattern, or list of these")
-    validation: Any = knob("???", "validation shards, given as data.train is")
+    # neutral: a checkpoint knows the shards by their fingerprint, wherever they lie
+    train: Any = knob(
+        "???", "training shards: folder of *.tar, brace pattern, or list of these", neutral=True
+    )
+    validation: Any = knob("???", "validation shards, given as data.train is", neutral=True)
     bundled: Literal["none", "digits"] = knob(
         "none", "digits: write the shards from the digits that ship with vae_dist if missing"
     )

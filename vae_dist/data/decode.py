@@ -48,9 +48,12 @@ def _label(sample: Mapping[str, Any]) -> int:
     if text is None:
         return NO_LABEL
     try:
-        return int(text)
+        label = int(text)
     except ValueError:
         raise DamagedSampleError(f".cls is no integer: {text[:20]!r}") from None
+    if abs(label) >= 2**63:
+        raise DamagedSampleError(f".cls is no integer of 64 bits: {text[:20]!r}")
+    return label
 
 
 def _decode_image(

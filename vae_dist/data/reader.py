@@ -86,8 +86,9 @@ class SampleReader:
         if image.shape != self._shape:
             raise ShardError(
                 f"{self.index.paths[shard]} sample {index}: the image is {_size(image.shape[1:])} "
-                f"pixels, but the first one of the training shards is {_size(settings.size)}; "
-                f"set data.resolution, for example data.resolution={min(settings.size)}"
+                f"pixels, but the first one of its data set is {_size(settings.size)}; with "
+                "data.resolution=native images share a size, else train with one, for example "
+                f"data.resolution={min(settings.size)}"
             )
         return LoadedSample(image, label)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from vae_dist.data.tar import DamagedSampleError
 from vae_dist.randomness import numpy_generator
 
 
@@ -42,7 +43,7 @@ def transform(
     random = settings.flip or (settings.crop == "random" and settings.resize)
     generator = numpy_generator(seed, "augment", epoch, sample) if random else None
     if settings.resize:
-        image = _cover(image, settings.size)
+        image = _cover(image, settings.size, max_pixels=settings.max_pixels)
         spare = [have - want for have, want in zip(image.shape[1:], settings.size, strict=True)]
         if generator is not None and settings.crop == "random":
             top, left = (int(generator.integers(n + 1)) for n in spare)
@@ -54,12 +55,17 @@ def transform(
     return image
 
 
-def _cover(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _cover(image: np.ndarray, size: tuple[int, int], *, max_pixels: int) -> np.ndarray:
     """Scaled, aspect kept, to the smallest size that covers `size`."""
     height, width = image.shape[1:]
     scale = max(size[0] / height, size[1] / width)
     scaled = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     if scaled == (height, width):
         return image
+    if scaled[0] * scaled[1] > max_pixels:
+        raise DamagedSampleError(
+            f"{height} x {width} pixels would become {scaled[0]} x {scaled[1]} before the crop, "
+            f"more than data.max_pixels={max_pixels}"
+        )
     tensor = torch.from_numpy(image.copy())[None]
     return interpolate(tensor, scaled, mode="bicubic", antialias=True)[0].numpy()

@@ -13,7 +13,6 @@ Legend: b images of a rank's batch, C H W an image, D = C H W.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -55,15 +54,13 @@ def evaluate(
     *,
     runtime: Runtime,
     seed: int,
-    autocast: bool = False,
     stop_requested: Callable[[], bool] | None = None,
 ) -> EvaluationResult | None:
     """Evaluate on every rank together; the result is the same on each.
 
-    `model` is unwrapped, on `runtime.device`; it is put in eval mode meanwhile. `autocast` runs its
-    forward in the runtime's precision, else float32. `stop_requested` is called before each batch
-    by every rank and must answer the same on each; after a True the result is None. Raises
-    ConfigError when no image can be read.
+    `model` is unwrapped, on `runtime.device`; it is put in eval mode meanwhile, its
+    forward is float32. `stop_requested` is called before each batch by every rank and must answer
+    the same on each; after a True the result is None. Raises ConfigError when no image can be read.
     """
     sums = torch.zeros(6, dtype=torch.float64, device=runtime.device)
     num_dims = 0
@@ -74,8 +71,7 @@ def evaluate(
             if stop_requested is not None and stop_requested():
                 return None
             num_dims = batch.images[0].numel()
-            with runtime.autocast() if autocast else contextlib.nullcontext():
-                sums += _sums(model, batch, seed=seed, device=runtime.device)
+            sums += _sums(model, batch, seed=seed, device=runtime.device)
     finally:
         model.train(was_training)
     return _result(model, runtime.sum_over_ranks(sums), num_dims)

@@ -5,6 +5,9 @@ In and out: feature maps (B, C, H, W). Names and shapes of the parameters are th
 
     residual:   h = x' + conv2(silu(norm2(conv1(silu(norm1(x))))))     x' = x or conv_shortcut(x)
     attention:  h = x + to_out(softmax(q k^T / sqrt(C)) v)             one head over all positions
+
+The last layer of each sum starts at zero: a block is x' before training, and a deep tower of them
+takes a higher learning rate (Zhang et al. 2019, "Fixup Initialization").
 """
 
 from __future__ import annotations
@@ -13,6 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+
+
+def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
@@ -27,7 +37,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = group_norm(norm_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(norm_groups, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = (
             None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
@@ -47,7 +57,7 @@ class AttentionBlock(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape

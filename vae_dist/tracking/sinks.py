@@ -31,7 +31,7 @@ from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import format_duration, format_number, format_row
 from vae_dist.tracking.wandb_sink import WandbSink
 
-__all__ = ["ConsoleSink", "JsonlSink", "Sink", "Sinks", "WandbSink"]
+__all__ = ["ConsoleSink", "JsonlSink", "Sink", "WandbSink"]
 
 
 class Sink(Protocol):
@@ -42,25 +42,6 @@ class Sink(Protocol):
     def close(self, status: str) -> None:
         """`status` is finished, interrupted or failed. Closing twice does no harm."""
         ...
-
-
-class Sinks:
-    """Several sinks as one."""
-
-    def __init__(self, *sinks: Sink) -> None:
-        self._sinks = sinks
-
-    def log(self, step: int, row: dict[str, float]) -> None:
-        for sink in self._sinks:
-            sink.log(step, row)
-
-    def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        for sink in self._sinks:
-            sink.image(step, key, png_path, caption)
-
-    def close(self, status: str) -> None:
-        for sink in self._sinks:
-            sink.close(status)
 
 
 class JsonlSink:

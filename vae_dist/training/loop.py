@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vae_dist.checkpoint import Checkpoint
+from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
 from vae_dist.models.likelihoods import bits_per_dim
@@ -93,8 +94,10 @@ class Trainer:
         last_step = self.config.training.steps
         meter = Meter(total_steps=last_step, first_step=self.step, world=self.runtime.world)
         was_interrupted = self.step > 0 and self._evaluation_is_due()
-        if was_interrupted and not self._evaluate(self._pending_row, stop, watch):
-            return self._interrupt(stop)
+        if was_interrupted:
+            if not self._evaluate(self._pending_row, stop, watch):
+                return self._interrupt(stop)
+            self.save()  # the checkpoint of this step does not know of its evaluation
         stream = iter(batches)
         while self.step < last_step:
             watch.at(self.step, "data")
@@ -262,10 +265,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _disk(self, what: str) -> Iterator[None]:
-        """A disk that is full or gone costs a warning, not the run."""
+        """A disk that is full or gone, or pictures that fail, cost a warning, not the run."""
         try:
             yield
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             problem = f"{what}: {error}"
             if problem != self._disk_problem:
                 self._disk_problem = problem

@@ -52,13 +52,18 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that the main process chose, read by every rank."""
-    mine = folder.checkpoints.load_newest() if runtime.is_main else None
-    step = runtime.broadcast(mine.step if mine is not None else -1)
-    if step < 0:
-        return None
-    if runtime.is_main:
-        folder.checkpoints.discard_after(step)
-        return mine
+    found: list[Checkpoint | None] = [None]
+
+    def choose() -> int:
+        found[0] = folder.checkpoints.load_newest()
+        if found[0] is None:
+            return -1
+        folder.checkpoints.set_aside_after(found[0].step)
+        return found[0].step
+
+    step = runtime.on_main(choose)
+    if step < 0 or runtime.is_main:
+        return found[0]
     return folder.checkpoints.load(step)
 
 
@@ -82,8 +87,8 @@ def check_identity(
     if differences:
         raise ConfigError(
             [
-                f"run={folder.path}: the shards of data.train are not those that the run began "
-                "with, so it cannot go on exactly:",
+                f"run={folder.path}: the shards are not those that the run began with, so it "
+                "cannot go on exactly:",
                 *(f"  {line}" for line in differences),
                 f"put the shards back, or {WAYS_OUT}",
             ]

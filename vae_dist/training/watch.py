@@ -78,20 +78,23 @@ class RankWatch:
         self._moved_at = time.monotonic()
 
     def explain(self, error: BaseException) -> str | None:
-        """After an error of this rank: which other rank caused it, or None when none did.
-
-        Says first to the others that this rank failed.
-        """
+        """After an error of this rank: which other rank caused it, or None when none did."""
         if self._world == 1:
             return None
+        self.fail(error)
+        with self._one_at_a_time:
+            message, blamed = self._diagnosis()
+        return message if blamed else None
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank fails, and why, before they notice that it is gone."""
+        if self._world == 1:
+            return
         with contextlib.suppress(RuntimeError):
             order = self._asking.add(f"{self._prefix}/failures", 1)
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             self._state["failed"] = [order, text]
             self._publish()
-        with self._one_at_a_time:
-            message, blamed = self._diagnosis()
-        return message if blamed else None
 
     # the thread
 
