@@ -6,7 +6,7 @@ modules may import each other as long as no circle arises.
 
     commands > session | command > pictures > plan > training | evaluation | inference
              > objectives > models | data | runfolder | tracking > checkpoint
-             > runtime | randomness | files > config
+             > runtime | randomness | files > sharding > config
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset({"models", "data", "runfolder", "tracking"}),
     frozenset({"checkpoint"}),
     frozenset({"runtime", "randomness", "files"}),
+    frozenset({"sharding"}),
     frozenset({"config"}),
 )
 

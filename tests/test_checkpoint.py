@@ -15,6 +15,7 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture
 def checkpoints(tmp_path):
     folder = Checkpoints(tmp_path / "checkpoints")
+    folder.folder.mkdir()
     for step in (10, 20, 30):
         folder.save(step, tensors(step), {"scalars": {"skipped": step}}, keep_last=2)
     return folder

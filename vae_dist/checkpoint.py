@@ -2,8 +2,9 @@
 
 Folder `step_00001000/` holds `NAME.safetensors` for each group of tensors (model, ema, optimizer),
 `state.json`, and `manifest.json` with the size and CRC-32 of each file. It is written under a
-temporary name, synced and renamed; then `latest` names it; then older ones are removed. A folder
-whose files differ from its manifest is torn: it is reported and the one before it is used.
+temporary name, synced and renamed; then `latest` names it; then older ones are removed, but for the
+one that `best` names. A folder whose files differ from its manifest is torn: it is reported and the
+one before it is used. A write that fails leaves all others as they were.
 Nothing that is read back can run code: tensors are safetensors, the rest is JSON.
 """
 
@@ -56,13 +57,59 @@ class Checkpoints:
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_" + "[0-9]" * 8))
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep_last: int
+        self,
+        step: int,
+        tensors: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        *,
+        keep_last: int,
+        best_step: int | None = None,
     ) -> Path:
-        """Write a checkpoint durably, point `latest` at it, keep the `keep_last` newest ones."""
+        """Write a checkpoint durably, point `latest` at it, keep the `keep_last` newest ones.
+
+        `best_step` is kept as well, and `best` names it. Raises OSError when the disk does not take
+        it; nothing that was there before is harmed then.
+        """
         target = self.folder / step_name(step)
         temporary = self.folder / f".{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # not its parents: where these are gone, the disk of the run is
+            temporary.mkdir()
+            self._write(temporary, step, tensors, state)
+            if target.exists():  # torn, or saved before its evaluation was done
+                self._discard(target)
+            os.replace(temporary, target)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(self.folder)
+        write_durably(self.folder / "latest", target.name.encode())
+        kept = set(self.steps()[-keep_last:])
+        if best_step is not None:
+            self.name_best(best_step)
+            kept.add(best_step)
+        for old in self.steps():
+            if old < step and old not in kept:
+                self._discard(self.folder / step_name(old))
+        return target
+
+    def name_best(self, step: int) -> None:
+        """Let `best` name the checkpoint of a step."""
+        if self.best_step() != step:
+            write_durably(self.folder / "best", step_name(step).encode())
+
+    def best_step(self) -> int | None:
+        """The step that `best` names, if its checkpoint is there."""
+        try:
+            name = (self.folder / "best").read_text()
+        except OSError:
+            return None
+        return next((step for step in self.steps() if step_name(step) == name), None)
+
+    def _write(
+        self, folder: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
+    ) -> None:
         files = {
             f"{name}.safetensors": safetensors.torch.save(
                 {key: value.detach().cpu().contiguous() for key, value in group.items()}
@@ -75,16 +122,7 @@ class Checkpoints:
         }
         files["manifest.json"] = json.dumps(manifest, indent=1).encode()
         for name, data in files.items():
-            write_durably(temporary / name, data)
-        if target.exists():  # torn, or the same step of a run that went back
-            self._discard(target)
-        os.replace(temporary, target)
-        sync_folder(self.folder)
-        write_durably(self.folder / "latest", target.name.encode())
-        for old in self.steps()[:-keep_last]:
-            if old < step:
-                self._discard(self.folder / step_name(old))
-        return target
+            write_durably(folder / name, data)
 
     def load(self, step: int) -> Checkpoint:
         """Read one checkpoint, checking every byte. Raises TornCheckpoint."""
@@ -162,13 +200,21 @@ class Checkpoints:
 
 
 def load_checkpoint(folder: Path, which: str) -> Checkpoint:
-    """`which` is "latest" or a step number. Raises ConfigError when there is no such checkpoint."""
+    """`which` is "latest", "best" or a step number. Raises ConfigError when there is none such."""
     checkpoints = Checkpoints(folder)
     if which == "latest":
         found = checkpoints.load_newest()
         if found is None:
             raise ConfigError(f"{folder} holds no checkpoint: has the run reached its first one?")
         return found
+    if which == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise ConfigError(
+                f"checkpoint=best: {folder} has none; it comes with the first evaluation of a run "
+                "with checkpoint.keep_best=true; use checkpoint=latest"
+            )
+        which = str(best)
     if not which.isdigit() or int(which) not in checkpoints.steps():
         have = ", ".join(str(step) for step in checkpoints.steps()) or "none"
         raise ConfigError(f"checkpoint={which} is not in {folder}; there are: latest, {have}")
@@ -176,3 +222,28 @@ def load_checkpoint(folder: Path, which: str) -> Checkpoint:
         return checkpoints.load(int(which))
     except TornCheckpoint as torn:
         raise ConfigError(f"checkpoint={which}: {torn}; choose another one") from None
+
+
+def load_weights(source: Path) -> Tensors:
+    """Weights of a run folder (averaged, newest), a checkpoint folder (averaged) or a file.
+
+    Raises ConfigError, blaming `init_from`.
+    """
+    if source.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load(source.read_bytes())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"init_from={source}: cannot be read ({error})") from None
+    if source.name.startswith("step_"):
+        folder, which = source.parent, source.name[5:]
+    else:
+        folder, which = source / "checkpoints", "latest"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"init_from={source}: no run folder, checkpoint folder or .safetensors file; give for "
+            "example runs/mnist or runs/mnist/checkpoints/step_00001000"
+        )
+    try:
+        return load_checkpoint(folder, which).tensors["ema"]
+    except ConfigError as error:
+        raise ConfigError([f"init_from={source}: {line}" for line in error.problems]) from None

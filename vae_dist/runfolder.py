@@ -88,6 +88,10 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, 0 when there is none."""
+        return max(self.checkpoints.steps(), default=0)
+
     def write_status(self, status: str, *, step: int, reason: str) -> None:
         """status: running | finished | interrupted | failed."""
         record = {"status": status, "step": step, "reason": reason, "time": time.time()}
@@ -174,7 +178,8 @@ class RunLock:
         self._released.set()
         self._heartbeat.join()
         if self._is_mine():
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is gone has no lock to hold
+                self.path.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         """False after another host took the lock over, believing this process dead."""

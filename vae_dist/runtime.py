@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,8 +25,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.sharding import shard, sync_gradients
 
 T = TypeVar("T")
+
+MARGIN_S = 60  # that a collective waits longer than runtime.timeout_s
 
 
 def has_accelerator(config: RuntimeConfig) -> bool:
@@ -49,7 +53,7 @@ def launcher_problems(precision: str) -> list[str]:
         )
     for name, remedy in (
         ("ACCELERATE_USE_DEEPSPEED", "vae_dist trains with DDP; launch without DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "vae_dist trains with DDP; launch without --use_fsdp"),
+        ("ACCELERATE_USE_FSDP", "launch without --use_fsdp and set runtime.parallel=fsdp"),
         ("ACCELERATE_USE_MEGATRON_LM", "vae_dist trains with DDP; launch without Megatron-LM"),
     ):
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
@@ -68,8 +72,9 @@ def launcher_problems(precision: str) -> list[str]:
 class Runtime:
     """Rank facts and collectives of one process."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, *, parallel: str = "ddp") -> None:
         self.accelerator = accelerator
+        self.is_sharded = parallel == "fsdp" and accelerator.num_processes > 1
         self.device = accelerator.device
         self.rank = accelerator.process_index
         self.world = accelerator.num_processes
@@ -94,7 +99,8 @@ class Runtime:
             mixed_precision=precision,
             gradient_accumulation_steps=1,  # microbatches are accumulated by the training step
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+                # later than training's own watch, which can say whom the others wait for
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s + MARGIN_S)),
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True, broadcast_buffers=False
                 ),
@@ -115,11 +121,27 @@ class Runtime:
             torch.set_num_threads(config.threads or max(1, cores // local))
         elif config.threads:
             torch.set_num_threads(config.threads)
-        return cls(accelerator)
+        return cls(accelerator, parallel=config.parallel)
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model on the device, wrapped for training: DDP, autocast around its forward."""
+        """The model on the device, wrapped for training: DDP or FSDP, autocast in its forward.
+
+        Both average gradients over the ranks. FSDP cuts the model itself, in place.
+        """
+        if self.is_sharded:
+            shard(model)
+            return self.accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone
         return self.accelerator.prepare_model(model)
+
+    @contextmanager
+    def accumulating(self, wrapped: torch.nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Around the forward and backward of a microbatch: the last one sums over the ranks."""
+        if self.is_sharded:
+            sync_gradients(wrapped, wanted=is_last)
+            yield
+        else:
+            with nullcontext() if is_last else self.accelerator.no_sync(wrapped):
+                yield
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over the ranks, on every rank."""
@@ -143,17 +165,20 @@ class Runtime:
 
     def places(self) -> list[str]:
         """Where each rank sits, one line a host, on every rank."""
-        here = (socket.gethostname(), self.device.type)
-        if self.device.type == "cuda":
-            here = (here[0], f"{self.device} ({torch.cuda.get_device_name(self.device)})")
-        everyone: list[Any] = [here]
-        if self.world > 1:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, here)
+        device = self.device.type
+        if device == "cuda":
+            device = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
         hosts: dict[str, list[str]] = {}
-        for rank, (host, device) in enumerate(everyone):
-            hosts.setdefault(host, []).append(f"rank {rank} {device}")
+        for rank, (host, place) in enumerate(self.gather((socket.gethostname(), device))):
+            hosts.setdefault(host, []).append(f"rank {rank} {place}")
         return [f"on {host}: {', '.join(ranks)}" for host, ranks in hosts.items()]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. For small objects of our own making."""
+        values: list[T] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on the main process alone; its result, or its ConfigError, reaches every rank."""

@@ -15,12 +15,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config import checks
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.load import changed_numbers
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.bundled import make_digits
 from vae_dist.data.index import ShardIndex, load_index
@@ -37,59 +37,47 @@ from vae_dist.runtime import Runtime, has_accelerator
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from vae_dist.training.ema import Ema
 from vae_dist.training.guard import TrainingFailed
-from vae_dist.training.loop import Row, Trainer
+from vae_dist.training.hooks import Row
+from vae_dist.training.loop import Trainer
 from vae_dist.training.optimizer import build_optimizer
 from vae_dist.training.preemption import StopRequest
+from vae_dist.training.resume import (
+    as_in_run_folder,
+    check_identity,
+    initial_weights,
+    is_finished,
+    newest_checkpoint,
+)
+from vae_dist.training.signals import StopSignals
+from vae_dist.training.startup import Startup
 from vae_dist.training.step import TrainingStep
+from vae_dist.training.watch import RankWatch
 
 
-def run_session(config: TrainConfig) -> int:
+def run_session(config: TrainConfig, signals: StopSignals) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
+    startup = Startup()
+    startup.mark("imports")
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
-    config = _as_in_run_folder(config, folder)
+    config = as_in_run_folder(config, folder)
     accelerated = has_accelerator(config.runtime)
     if config.training.precision == "auto":
         config.training.precision = "bf16" if accelerated else "no"
     runtime = Runtime.start(config.runtime, precision=config.training.precision)
+    startup.mark("ranks")
     try:
         if config.dry_run:
             return _dry_run(config, runtime)
         with _locked(folder, runtime):
-            code = _train(config, runtime, folder)
+            stop = StopRequest(runtime, folder.stop_path, signals)
+            code = _train(config, runtime, folder, stop, startup)
         # Nobody leaves before the main process has written all: srun and elastic agents end the
         # ranks that are left.
         runtime.barrier()
         return code
     finally:
         runtime.stop()
-
-
-def _as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """What the config leaves automatic is as the run in the folder resolved it.
-
-    Raises ConfigError with the differences that would change the run's numbers.
-    """
-    if not folder.has_config() or not folder.checkpoints.steps():
-        return config  # nothing is there that could be lost
-    previous = folder.config()
-    config = copy.deepcopy(config)
-    config.data.slots = config.data.slots or previous.data.slots
-    if config.data.window == "auto":
-        config.data.window = previous.data.window
-    if config.training.precision == "auto":
-        config.training.precision = previous.training.precision
-    changes = changed_numbers(previous, config)
-    if changes and not config.resume.allow_changes:
-        raise ConfigError(
-            [
-                f"run={folder.path}: this config would change the numbers of the run in it:",
-                *(f"  {line}" for line in changes),
-                "take these back, or start anew with run=OTHER_FOLDER, or go on all the same with "
-                "resume.allow_changes=true",
-            ]
-        )
-    return config
 
 
 @contextlib.contextmanager
@@ -115,9 +103,13 @@ def _locked(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
         yield
 
 
-def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
-    checkpoint = _newest_checkpoint(runtime, folder)
-    if checkpoint is not None and _is_finished(config, checkpoint):
+def _train(
+    config: TrainConfig, runtime: Runtime, folder: RunFolder, stop: StopRequest, startup: Startup
+) -> int:
+    checkpoint = newest_checkpoint(runtime, folder)
+    startup.mark("checkpoint")
+    start_step = checkpoint.step if checkpoint is not None else 0
+    if checkpoint is not None and is_finished(config, checkpoint):
         if runtime.is_main:
             folder.write_status("finished", step=checkpoint.step, reason="all steps are done")
             print(
@@ -125,6 +117,8 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
                 f"{config.training.steps}; nothing is left to do"
             )
         return 0
+    if stop.agreed_now():
+        return _stopped_before_training(runtime, folder, start_step, stop)
     data = _load_data(config, runtime)
     config = checks.resolve(
         config,
@@ -132,12 +126,20 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
         has_accelerator=has_accelerator(config.runtime),
     )
     if checkpoint is not None:
-        _check_identity(checkpoint, data, config, folder)
-    start_step = checkpoint.step if checkpoint is not None else 0
+        check_identity(checkpoint, data.identity, config, folder)
+    weights = None
+    if checkpoint is None and config.init_from:
+        with torch.device("meta"):
+            weights = initial_weights(config.init_from, build_vae(config, data.image_size))
+    startup.mark("data")
+    if stop.agreed_now():
+        return _stopped_before_training(runtime, folder, start_step, stop)
     sinks, console = _open_sinks(config, runtime, folder, start_step)
     trainer = _build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
         _restore(trainer, checkpoint)
+    elif weights is not None:
+        trainer.initialize(weights)
     if runtime.is_main:
         folder.write_config(config)
     places = runtime.places()
@@ -145,28 +147,59 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
         for line in [*plan(config, data, runtime, first_step=start_step), *places]:
             console.say(line)
         console.say(f"output {folder.path}")
-    return _fit(trainer, data)
+    startup.mark("model and trackers")
+    return _fit(trainer, data, stop, startup)
 
 
-def _fit(trainer: Trainer, data: Data) -> int:
+def _stopped_before_training(
+    runtime: Runtime, folder: RunFolder, step: int, stop: StopRequest
+) -> int:
+    if runtime.is_main:
+        folder.write_status("interrupted", step=step, reason=stop.reason)
+        print(f"interrupted before training ({stop.reason}); the same command starts it again")
+    return EXIT_INTERRUPTED
+
+
+def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> int:
     """Run the loop; record in status.json how it ended."""
     config, runtime, folder = trainer.config, trainer.runtime, trainer.folder
 
-    def record(status: str, reason: str) -> None:
-        if runtime.is_main:
-            folder.write_status(status, step=trainer.step, reason=reason)
+    def record(status: str, reason: str, *, writes: bool = runtime.is_main) -> None:
+        if not writes:
+            return
+        saved = trainer.writer.written_step if runtime.is_main else folder.newest_step()
+        step = trainer.step if status == "running" else saved
+        try:
+            folder.write_status(status, step=max(0, step), reason=reason)
+        except OSError as error:
+            trainer.say(f"warning: cannot write {folder.status_path}: {error}")
+
+    def on_lost(message: str, blamed: list[int]) -> None:
+        able = [rank for rank in range(runtime.world) if rank not in blamed]
+        record("failed", message, writes=able[:1] == [runtime.rank])
+        print(f"rank {runtime.rank}: {message}", file=sys.stderr, flush=True)
 
     record("running", "")
     status = "failed"
+    watch = RankWatch(runtime, timeout_s=config.runtime.timeout_s, on_lost=on_lost)
     try:
         with (
-            StopRequest(runtime, folder.stop_path) as stop,
             contextlib.closing(_training_stream(config, runtime, data, trainer.step)) as batches,
+            watch,
         ):
-            status = trainer.fit(batches, stop)
+            try:
+                status = trainer.fit(batches, stop, watch, startup)
+            except ConfigError as error:
+                watch.fail(error)
+                raise
+            except (RuntimeError, OSError) as error:
+                if isinstance(error, TrainingFailed) or not (cause := watch.explain(error)):
+                    raise
+                raise TrainingFailed(f"{cause} (noticed as {type(error).__name__})") from error
         record(status, stop.reason or "all steps are done")
     except TrainingFailed as failure:
-        record("failed", str(failure))
+        if folder.status().get("status") != "failed":  # by the rank that failed first
+            record("failed", str(failure))
         trainer.say(f"failed: {failure}")
         return 1
     except ConfigError as error:  # a shard that this rank cannot read; the others only see it go
@@ -180,31 +213,12 @@ def _fit(trainer: Trainer, data: Data) -> int:
         raise
     finally:
         for sink in trainer.sinks:
-            sink.close(status)
+            with contextlib.suppress(OSError):
+                sink.close(status)
     if runtime.is_main:
         for line in _farewell(trainer, status, stop.reason):
             print(line)
     return 0 if status == "finished" else EXIT_INTERRUPTED
-
-
-# the run that is in the folder
-
-
-def _newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
-    """The checkpoint that the main process chose, read by every rank."""
-    found: list[Checkpoint | None] = [None]
-
-    def choose() -> int:
-        found[0] = folder.checkpoints.load_newest()
-        if found[0] is None:
-            return -1
-        folder.checkpoints.set_aside_after(found[0].step)
-        return found[0].step
-
-    step = runtime.on_main(choose)
-    if step < 0 or runtime.is_main:
-        return found[0]
-    return folder.checkpoints.load(step)
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -216,35 +230,6 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
             "config's model; take back what changed under model, likelihood and data.channels, or "
             f"start anew with run=OTHER_FOLDER ({error})"
         ) from None
-
-
-def _is_finished(config: TrainConfig, checkpoint: Checkpoint) -> bool:
-    scalars = checkpoint.state["scalars"]
-    return checkpoint.step >= config.training.steps and (
-        scalars["evaluated_step"] == checkpoint.step
-    )
-
-
-def _check_identity(
-    checkpoint: Checkpoint, data: Data, config: TrainConfig, folder: RunFolder
-) -> None:
-    if config.resume.allow_changes:
-        return
-    differences = [
-        f"{key}: {checkpoint.state[key]} -> {value}"
-        for key, value in data.identity.items()
-        if checkpoint.state[key] != value
-    ]
-    if differences:
-        raise ConfigError(
-            [
-                f"run={folder.path}: the shards are not those that the run began "
-                "with, so it cannot go on exactly:",
-                *(f"  {line}" for line in differences),
-                "put the shards back, or start anew with run=OTHER_FOLDER, or go on all the same "
-                "with resume.allow_changes=true",
-            ]
-        )
 
 
 # data
@@ -331,11 +316,13 @@ def _build_trainer(
     console: ConsoleSink | None,
 ) -> Trainer:
     vae = build_vae(config, data.image_size).to(runtime.device)
-    ema = Ema(vae, decay=config.training.ema_decay)
+    replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
+    wrapped = runtime.prepare(vae)
+    ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
     training_step = TrainingStep(
         config,
         runtime,
-        wrapped=runtime.prepare(vae),
+        wrapped=wrapped,
         vae=vae,
         optimizer=build_optimizer(vae, config.optimizer),
         ema=ema,
@@ -387,7 +374,8 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
     run = trainer.folder.path
     if status == "interrupted":
         return [
-            f"interrupted at step {trainer.step} ({reason}); the same command goes on from there"
+            f"interrupted at step {trainer.writer.written_step} ({reason}); "
+            "the same command goes on from there"
         ]
     return [
         f"finished: step {trainer.step}, validation {trainer.summary()} (averaged weights)",

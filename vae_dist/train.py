@@ -13,6 +13,7 @@ from vae_dist.config.checks import default_slots, launch_problem, world_size_pro
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
 from vae_dist.config.schema import TrainConfig
+from vae_dist.training.signals import StopSignals
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
 INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."
@@ -39,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config = checked_config(argv)
-        from vae_dist.session import run_session  # torch is imported once the config is right
+        with StopSignals() as signals:
+            from vae_dist.session import run_session  # torch, once the config is right
 
-        return run_session(config)
+            return run_session(config, signals)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)

@@ -267,7 +267,7 @@ def test_commands_load_and_refuse_alike() -> None:
         "num_image: there is no such key; did you mean num_images? (--help lists all)",
         "run is missing: run folder, for example runs/mnist; give run=...",
         "batch_size=0 must be at least 1",
-        "checkpoint=newest is neither latest nor a step number",
+        "checkpoint=newest is none of latest, best and a step number",
     )
 
 

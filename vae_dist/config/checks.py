@@ -45,6 +45,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "training.batch_size": (1, math.inf),
     "training.microbatch_size": (0, math.inf),
     "training.max_consecutive_nonfinite": (1, math.inf),
+    "training.spike_factor": (0, math.inf),
+    "training.checksum_every": (0, math.inf),
     "evaluation.every": (0, math.inf),
     "evaluation.batch_size": (1, math.inf),
     "checkpoint.every": (0, math.inf),
@@ -87,8 +89,9 @@ def command_violations(command: Any) -> Iterator[Violation]:
     yield from _ranges(command)
     if isinstance(command, RunCommand):
         checkpoint = command.checkpoint
-        if checkpoint != "latest" and not (checkpoint.isascii() and checkpoint.isdigit()):
-            yield _rule("checkpoint", checkpoint, "is neither latest nor a step number")
+        is_step = checkpoint.isascii() and checkpoint.isdigit()
+        if checkpoint not in ("latest", "best") and not is_step:
+            yield _rule("checkpoint", checkpoint, "is none of latest, best and a step number")
     resolution = getattr(command, "resolution", "trained")
     if resolution != "trained" and not _is_size(resolution):
         yield _rule("resolution", resolution, "is none of trained, N and [H, W] in pixels")

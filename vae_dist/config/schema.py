@@ -125,7 +125,15 @@ class TrainingConfig:
     )
     ema_decay: float = knob(0.999, "decay per step of the averaged weights")
     max_consecutive_nonfinite: int = knob(
-        20, "steps in a row with a non-finite gradient before the run fails", neutral=True
+        20,
+        "steps in a row whose gradient is skipped (not finite, or a spike) before the run fails",
+        neutral=True,
+    )
+    spike_factor: float = knob(
+        0.0, "skip a gradient of this many times the 0.9 quantile of recent norms (0: never)"
+    )
+    checksum_every: int = knob(
+        1000, "steps between comparisons of the weights across ranks (0: never)", neutral=True
     )
 
 
@@ -139,6 +147,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int = knob(1000, "steps between checkpoints (0: only at the end)", neutral=True)
     keep_last: int = knob(2, "newest checkpoints that are kept", neutral=True)
+    keep_best: bool = knob(
+        True, "also keep the one of the lowest eval/neg_elbo_nats, named best", neutral=True
+    )
 
 
 @dataclass
@@ -168,6 +179,9 @@ class RuntimeConfig:
         0, "CPU threads of one process (0: this machine's cores / its processes)", neutral=True
     )
     timeout_s: int = knob(600, "seconds that a rank waits for the others", neutral=True)
+    parallel: Literal["ddp", "fsdp"] = knob(
+        "ddp", "ddp: each process holds the model; fsdp: it is cut over the processes", neutral=True
+    )
 
 
 @dataclass
@@ -186,6 +200,9 @@ class TrainConfig:
     config: str = knob("???", "name of a shipped config, or a path to a YAML file", neutral=True)
     run: str = knob(
         "", "run folder (default: runs/<config name>); all nodes must see it", neutral=True
+    )
+    init_from: str = knob(
+        "", "weights that a run begins with: run folder, checkpoint folder or .safetensors file"
     )
     dry_run: bool = knob(False, "check everything, print the plan, train nothing", neutral=True)
     seed: int = knob(0, "every random draw is a function of this seed and its position")
@@ -208,7 +225,7 @@ class RunCommand:
     """Keys that every command on a run folder takes."""
 
     run: str = knob("???", "run folder, for example runs/mnist")
-    checkpoint: str = knob("latest", "latest, or a step number")
+    checkpoint: str = knob("latest", "latest, best, or a step number")
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
     seed: int = knob(0, "seed of the draws")

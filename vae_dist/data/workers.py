@@ -6,7 +6,9 @@ worker 0's first, worker 1's first, ..., worker 0's second, ...
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vae_dist.config.errors import ConfigError
 
 Work = Callable[[int, int], Iterator[Any]]
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PREFETCHED = 2  # shares that each worker prepares ahead
 
 
@@ -77,7 +80,10 @@ def _as_it_is(share: Any) -> Any:
 def _start_worker(worker: int) -> None:
     """Signals that stop a run go to whole process groups; only the trainer answers to them.
 
-    A worker lives until its trainer closes it, or dies: DataLoader's watchdog sees to the latter.
+    A worker lives until its trainer closes it, or dies. Of the latter DataLoader's watchdog hears
+    only between two shares: a worker whose share nobody reads waits for ever. So the kernel tells.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -105,7 +105,7 @@ class Gaussian(Likelihood):
         self.fixed_log_variance = 2 * math.log(config.sigma)
         self.floor_log_variance = 2 * math.log(config.min_sigma)
         if self.variance == "shared":
-            self.raw_log_variance = nn.Parameter(torch.zeros(()))
+            self.raw_log_variance = nn.Parameter(torch.zeros(1))  # FSDP shards no 0-dim one
 
     def num_params(self, channels: int) -> int:
         return 2 * channels if self.variance == "per_pixel" else channels

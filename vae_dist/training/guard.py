@@ -1,8 +1,18 @@
-"""Non-finite gradients: counted on the device, read by the host now and then, fatal in a row."""
+"""Gradients that are not used: not finite, or far above what the run is used to.
+
+In: the gradient norm of a step, the same number on all ranks. Out: a device flag that makes the
+update of every rank nothing, and counts that the host reads now and then. A spike is
+
+    norm > spike_factor * (0.9 quantile of the last WINDOW finite norms, once there are MIN_NORMS).
+
+Norms of skipped steps count in the window, so a run whose gradients have grown for good goes on.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,41 +21,103 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says at which step, why, and with which shards."""
 
 
-class NonFiniteGuard:
+class SpikeGuard:
+    """Callable: `norm (0-dim) -> 1.0 for a spike, else 0.0`, on the norm's device."""
+
+    WINDOW = 256  # steps
+    MIN_NORMS = 32
+    QUANTILE = 0.9
+
+    def __init__(self, device: torch.device, *, factor: float) -> None:
+        self.factor = factor
+        self._norms = torch.full((self.WINDOW,), torch.nan, device=device)
+        self._places = torch.arange(self.WINDOW, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)  # of finite norms
+
+    def __call__(self, norm: torch.Tensor) -> torch.Tensor:
+        if not self.factor:
+            return torch.zeros_like(norm)
+        limit = self.factor * torch.nanquantile(self._norms, self.QUANTILE)
+        finite = torch.isfinite(norm)
+        spike = finite & (norm > limit) & (self._count >= self.MIN_NORMS)
+        here = (self._places == self._count % self.WINDOW) & finite
+        self._norms = torch.where(here, norm, self._norms)
+        self._count += finite
+        return spike.to(norm.dtype)
+
+    def state(self) -> dict[str, Any]:
+        if not self.factor:
+            return {}
+        count = int(self._count)
+        return {"norms_seen": count, "recent_norms": self._norms[:count].tolist()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if not self.factor or "norms_seen" not in state:
+            return
+        norms = torch.tensor(state["recent_norms"], dtype=self._norms.dtype)
+        self._norms[: len(norms)] = norms.to(self._norms.device)
+        self._count.fill_(state["norms_seen"])
+
+
+class SkippedStep(NamedTuple):
+    """What the last of too many skipped steps in a row looked like."""
+
+    step: int
+    streak: int
+    shards: tuple[str, ...]  # that this rank read in those steps
+
+    def words(self, grad_norm: float, shards: Iterable[str]) -> str:
+        """For people; `grad_norm` is of the last step, `shards` are of all ranks."""
+        names = sorted(shards)
+        return (
+            f"the gradient was not finite, or a spike, for {self.streak} steps in a row, the last "
+            f"one at step {self.step} with optim/grad_norm={grad_norm:g} "
+            "(training.max_consecutive_nonfinite); shards in hand: "
+            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower optimizer.lr, set "
+            "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
+        )
+
+
+class SkipGuard:
     """Counts skipped steps. The counts are equal on all ranks: after the all-reduce of gradients
     the norm is the same everywhere, so all ranks skip the same steps without another message."""
 
     def __init__(self, device: torch.device, *, max_consecutive: int) -> None:
         self.max_consecutive = max_consecutive
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.streak = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # not finite
+        self.spikes = torch.zeros((), dtype=torch.int64, device=device)
+        self.streak = torch.zeros((), dtype=torch.int64, device=device)  # of both
         self._recent: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=max_consecutive)
 
-    def observe(self, step: int, found_inf: torch.Tensor, shards: tuple[str, ...]) -> None:
-        """Count step `step`; checked on the host every `max_consecutive` steps at the latest."""
-        lost = found_inf.to(torch.int64)
-        self.skipped += lost
-        self.streak.copy_((self.streak + 1) * lost)
+    def observe(
+        self, step: int, found_inf: torch.Tensor, spike: torch.Tensor, shards: tuple[str, ...]
+    ) -> None:
+        nonfinite, spike = found_inf.to(torch.int64), spike.to(torch.int64)
+        self.skipped += nonfinite
+        self.spikes += spike
+        self.streak.copy_((self.streak + 1) * (nonfinite + spike))
         self._recent.append((step, shards))
-        if step % self.max_consecutive == 0:
-            self.check()
 
-    def check(self) -> None:
-        """Raises TrainingFailed after `max_consecutive` skipped steps in a row."""
+    def is_due(self, step: int) -> bool:
+        """Whether the host must look: every `max_consecutive` steps at the latest."""
+        return step % self.max_consecutive == 0
+
+    def failure(self) -> SkippedStep | None:
+        """After `max_consecutive` skipped steps in a row, on all ranks alike. Waits for device."""
         if int(self.streak) < self.max_consecutive:
-            return
+            return None
         step = self._recent[-1][0] if self._recent else 0
         shards = sorted({shard for _, names in self._recent for shard in names})
-        raise TrainingFailed(
-            f"the gradient was not finite for {int(self.streak)} steps in a row, up to step {step} "
-            f"(training.max_consecutive_nonfinite={self.max_consecutive}); shards in hand: "
-            f"{', '.join(shards[:8])}{' ...' if len(shards) > 8 else ''}. Lower optimizer.lr, set "
-            "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
-        )
+        return SkippedStep(step, int(self.streak), tuple(shards))
 
     def state(self) -> dict[str, int]:
-        return {"skipped_steps": int(self.skipped), "nonfinite_streak": int(self.streak)}
+        return {
+            "skipped_steps": int(self.skipped),
+            "spike_steps": int(self.spikes),
+            "skip_streak": int(self.streak),
+        }
 
     def load_state(self, state: dict[str, int]) -> None:
         self.skipped.fill_(state["skipped_steps"])
-        self.streak.fill_(state["nonfinite_streak"])
+        self.spikes.fill_(state["spike_steps"])
+        self.streak.fill_(state["skip_streak"])

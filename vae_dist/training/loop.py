@@ -7,13 +7,13 @@ tensor is in `Trainer.scalars()`: a handful of named numbers, equal on all ranks
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
 
 from vae_dist.checkpoint import Checkpoint
 from vae_dist.config.errors import ConfigError
@@ -22,31 +22,18 @@ from vae_dist.data.stream import Batch
 from vae_dist.models.likelihoods import bits_per_dim
 from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
+from vae_dist.sharding import full_value, load_full
 from vae_dist.tracking.sinks import ConsoleSink, Sink
 from vae_dist.tracking.throughput import Meter
-from vae_dist.training.guard import NonFiniteGuard, TrainingFailed
+from vae_dist.training.divergence import check_equal_over_ranks
+from vae_dist.training.guard import SkipGuard, TrainingFailed
+from vae_dist.training.hooks import Evaluator, Painter, Row, is_due
 from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from vae_dist.training.preemption import StopRequest
+from vae_dist.training.saving import CheckpointWriter
+from vae_dist.training.startup import Startup
 from vae_dist.training.step import StepReport, TrainingStep
-
-Row = dict[str, float]
-
-
-class Evaluator(Protocol):
-    """Metrics of the averaged model, the same on every rank; None when a stop was agreed on."""
-
-    def __call__(self, model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None: ...
-
-
-class Painter(Protocol):
-    """Draws picture grids of the averaged model. Called on the main process alone."""
-
-    def __call__(self, model: nn.Module, step: int) -> None: ...
-
-
-def is_due(step: int, every: int, last_step: int) -> bool:
-    """Every `every` steps and after the last one; every=0 means after the last one alone."""
-    return step == last_step or (every > 0 and step > 0 and step % every == 0)
+from vae_dist.training.watch import RankWatch
 
 
 class Trainer:
@@ -74,11 +61,17 @@ class Trainer:
         self.sinks, self.evaluator, self.painter = list(sinks), evaluator, painter
         self.identity = identity  # what a checkpoint must agree with: data, image size
         self.step = 0
-        self.guard = NonFiniteGuard(
+        self.guard = SkipGuard(
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
         )
-        self._saved_step = -1
+        self.writer = CheckpointWriter(
+            folder.checkpoints, keep_last=config.checkpoint.keep_last, warn=self.say
+        )
+        self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
+        self._best: tuple[float, int] | None = None  # lowest eval/neg_elbo_nats, and its step
+        self._report: StepReport | None = None
+        self._disk_problem = ""
         self._skipped_before = 0  # skipped samples over all ranks, before this process started
         self._skipped_here = 0  # on this rank since
         self._named_samples: set[tuple[str, int]] = set()
@@ -87,7 +80,13 @@ class Trainer:
 
     # the loop
 
-    def fit(self, batches: Iterable[Batch], stop: StopRequest) -> str:
+    def fit(
+        self,
+        batches: Iterable[Batch],
+        stop: StopRequest,
+        watch: RankWatch,
+        startup: Startup | None = None,
+    ) -> str:
         """Train to the last step; "finished", or "interrupted" after a stop with a checkpoint.
 
         Raises TrainingFailed when the numbers or the data make it pointless to go on.
@@ -96,58 +95,90 @@ class Trainer:
         meter = Meter(total_steps=last_step, first_step=self.step, world=self.runtime.world)
         was_interrupted = self.step > 0 and self._evaluation_is_due()
         if was_interrupted:
-            if not self._evaluate(self._pending_row, stop):
-                return "interrupted"
-            self._saved_step = -1  # the checkpoint of this step does not know of its evaluation
-            self.save()
+            if not self._evaluate(self._pending_row, stop, watch):
+                return self._interrupt(stop)
+            self.save()  # the checkpoint of this step does not know of its evaluation
         stream = iter(batches)
         while self.step < last_step:
+            watch.at(self.step, "data")
             with meter.data_wait():
                 batch = next(stream)
-            report = self.training_step(batch, self.step)
-            self.guard.observe(self.step, report.found_inf, batch.shards)
+            watch.at(self.step, "step")
+            self._report = report = self.training_step(batch, self.step)
+            self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
+            if startup is not None:
+                startup.mark("first step")
+                if self.console is not None:
+                    self.console.say(startup.line())
+                startup = None
             self._count_skipped(batch)
             self.step += 1
             meter.step(len(batch.images))
             self._advance()
+            watch.at(self.step, "log")
+            self._check_health()
             row = self._training_row(report, meter) if self._log_is_due() else {}
-            if not self._evaluate_and_log(row, meter, stop):
-                return self._interrupt()
-            if is_due(self.step, self.config.checkpoint.every, last_step):
+            if not self._evaluate_and_log(row, meter, stop, watch):
+                return self._interrupt(stop)
+            if self._checkpoint_is_due():
+                watch.at(self.step, "checkpoint")
                 with meter.pause():
                     self.save()
             if self.step < last_step and stop.agreed():
-                return self._interrupt()
-        return "finished"
+                return self._interrupt(stop)
+        return self._finish(stop)
 
-    def _evaluate_and_log(self, row: Row, meter: Meter, stop: StopRequest) -> bool:
+    def _evaluate_and_log(
+        self, row: Row, meter: Meter, stop: StopRequest, watch: RankWatch
+    ) -> bool:
         """False when a stop was agreed on during the evaluation."""
         if self._evaluation_is_due():
             with meter.pause():
-                return self._evaluate(row, stop)
+                return self._evaluate(row, stop, watch)
         if row:
             self._log(row)
         return True
 
-    def _evaluate(self, row: Row, stop: StopRequest) -> bool:
+    def _evaluate(self, row: Row, stop: StopRequest, watch: RankWatch) -> bool:
+        def stop_requested() -> bool:
+            watch.at(self.step, "evaluation")
+            return stop.agreed()
+
         model = self.training_step.ema.module
-        metrics = self.evaluator(model, stop.agreed)
+        metrics = self.evaluator(model, stop_requested)
         if metrics is None:
             self._pending_row = row
             return False
         self._evaluated_step, self._pending_row = self.step, {}
+        self._note_best(metrics)
         self._log(row | metrics)
         every = self.config.log.images_every or self.config.evaluation.every
         if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
-            try:
+            with self._disk("pictures"):
                 self.painter(model, self.step)
-            except (OSError, ConfigError) as error:  # pictures are no reason to stop
-                self.say(f"warning: step {self.step}: no pictures ({error})")
         return True
 
-    def _interrupt(self) -> str:
+    def _note_best(self, metrics: Row) -> None:
+        value = metrics.get("eval/neg_elbo_nats", math.nan)
+        if self.config.checkpoint.keep_best and (self._best is None or value < self._best[0]):
+            self._best = (value, self.step) if math.isfinite(value) else self._best
+
+    def _interrupt(self, stop: StopRequest) -> str:
+        stop.settle()
         self.save()
+        self.runtime.on_main(self.writer.wait)  # a warning says it, and an older one is there
         return "interrupted"
+
+    def _finish(self, stop: StopRequest) -> str:
+        stop.settle()
+        self.save()
+        if not self.runtime.on_main(self.writer.wait):
+            problem = self.runtime.broadcast(self.writer.problem)
+            raise TrainingFailed(
+                f"all {self.step} steps are done but {problem}; make room for it, then the same "
+                "command goes on from the last checkpoint"
+            )
+        return "finished"
 
     def _log_is_due(self) -> bool:
         return is_due(self.step, self.config.log.every, self.config.training.steps)
@@ -156,11 +187,43 @@ class Trainer:
         due = is_due(self.step, self.config.evaluation.every, self.config.training.steps)
         return due and self._evaluated_step != self.step
 
+    def _checkpoint_is_due(self) -> bool:
+        is_best = self._best is not None and self._best[1] == self.step
+        return is_best or is_due(
+            self.step, self.config.checkpoint.every, self.config.training.steps
+        )
+
+    # health
+
+    def _check_health(self) -> None:
+        """What stops a run, looked at when it is due; the same answer on every rank."""
+        if self.guard.is_due(self.step) or self._log_is_due() or self._checkpoint_is_due():
+            self._check_skipped_steps()
+        every = self.config.training.checksum_every
+        if every and (is_due(self.step, every, -1) or self._checkpoint_is_due()):
+            self._check_weights()
+        self.writer.poll()
+
+    def _check_skipped_steps(self) -> None:
+        failure = self.guard.failure()
+        if failure is None:
+            return
+        shards = {name for names in self.runtime.gather(failure.shards) for name in names}
+        assert self._report is not None  # of the step that was just observed
+        raise TrainingFailed(failure.words(float(self._report.grad_norm), shards))
+
+    def _check_weights(self) -> None:
+        if self.runtime.is_sharded:
+            return  # no rank holds what another one has
+        step = self.training_step
+        weights = dict(step.vae.named_parameters())
+        averages = {f"ema/{k}": v for k, v in step.ema.module.named_parameters()}
+        check_equal_over_ranks(self.runtime, weights | averages, step=self.step)
+
     # rows
 
     def _training_row(self, report: StepReport, meter: Meter) -> Row:
         """The row of this step: means over the global batch, so a function of the step alone."""
-        self.guard.check()
         local = [report.loss_sum, report.distortion_sum, report.rate_sum]
         sums = torch.stack([t.double() for t in local])
         count = torch.tensor([float(self._skipped_here)], dtype=torch.float64, device=sums.device)
@@ -183,19 +246,33 @@ class Trainer:
             "optim/lr": report.lr,
             "optim/grad_norm": float(report.grad_norm),
             "optim/skipped_steps": float(self.guard.skipped),
+            "optim/spike_steps": float(self.guard.spikes),
             "data/images_seen": float(images_seen),
             "data/epoch": images_seen / self.num_samples,
             "data/skipped_samples": float(skipped),
         }
         if self.training_step.loss_scale.enabled:
             row["optim/loss_scale"] = float(self.training_step.loss_scale.scale)
+        row["time/checkpoint_stall_seconds"] = self.writer.stall_s  # since this process started
         return row | meter.row()
 
     def _log(self, row: Row) -> None:
         self._last_row |= row
         if self.runtime.is_main:
             for sink in self.sinks:
-                sink.log(self.step, row)
+                with self._disk("log"):
+                    sink.log(self.step, row)
+
+    @contextlib.contextmanager
+    def _disk(self, what: str) -> Iterator[None]:
+        """A disk that is full or gone, or pictures that fail, cost a warning, not the run."""
+        try:
+            yield
+        except (OSError, ConfigError) as error:
+            problem = f"{what}: {error}"
+            if problem != self._disk_problem:
+                self._disk_problem = problem
+                self.say(f"warning: cannot write {problem}; training goes on")
 
     def _advance(self) -> None:
         if self.console is not None:
@@ -231,33 +308,49 @@ class Trainer:
     # checkpoints
 
     def save(self) -> None:
-        """Write checkpoint `step`, once. Every rank takes part; the main process writes."""
-        if self._saved_step == self.step:
+        """Hand checkpoint `step` to the writer, once. Every rank takes part."""
+        if self._saved == (self.step, self._evaluated_step):
             return
         skipped = self.runtime.sum_over_ranks(
             torch.tensor(float(self._skipped_here), dtype=torch.float64)
         )
+        step = self.training_step
+        groups = {
+            "model": step.vae.state_dict(),
+            "ema": step.ema.module.state_dict(),
+            "optimizer": optimizer_tensors(step.optimizer, step.vae),
+        }
+        tensors = {
+            name: self._whole(group) if self.runtime.is_sharded else group
+            for name, group in groups.items()
+        }
         if self.runtime.is_main:
-            step = self.training_step
-            tensors = {
-                "model": step.vae.state_dict(),
-                "ema": step.ema.module.state_dict(),
-                "optimizer": optimizer_tensors(step.optimizer, step.vae),
-            }
             state = {
                 **self.identity,
                 "scalars": self.scalars(int(skipped)),
                 "pending_row": self._pending_row,
             }
-            self.folder.checkpoints.save(
-                self.step, tensors, state, keep_last=self.config.checkpoint.keep_last
-            )
-        self._saved_step = self.step
+            best_step = self._best[1] if self._best is not None else None
+            self.writer.submit(self.step, tensors, state, best_step=best_step)
+        self._saved = (self.step, self._evaluated_step)
 
-    def scalars(self, skipped_here: int) -> dict[str, float]:
+    def _whole(self, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Full values, on the main process; empty on the others, which take part."""
+        whole = {}
+        for name, tensor in group.items():
+            full = full_value(tensor)
+            if self.runtime.is_main:
+                whole[name] = full.cpu()  # one at a time: the device need not hold all of them
+        return whole
+
+    def scalars(self, skipped_here: int) -> dict[str, Any]:
+        best, best_step = self._best or (None, None)
         return {
             **self.guard.state(),
+            **self.training_step.spikes.state(),
             **self.training_step.loss_scale.state(),
+            "best_neg_elbo_nats": best,
+            "best_step": best_step,
             "skipped_samples": self._skipped_before + skipped_here,
             "evaluated_step": self._evaluated_step,
         }
@@ -265,15 +358,27 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint of this run, written on any number of ranks."""
         step, scalars = self.training_step, checkpoint.state["scalars"]
-        step.vae.load_state_dict(checkpoint.tensors["model"])
-        step.ema.module.load_state_dict(checkpoint.tensors["ema"])
+        load_full(step.vae, checkpoint.tensors["model"])
+        step.ema.load(checkpoint.tensors["ema"])
         load_optimizer_tensors(step.optimizer, step.vae, checkpoint.tensors["optimizer"])
         self.guard.load_state(scalars)
+        step.spikes.load_state(scalars)
         step.loss_scale.load_state(scalars)
         self._skipped_before = scalars["skipped_samples"]
         self._evaluated_step = scalars["evaluated_step"]
         self._pending_row = checkpoint.state["pending_row"]
-        self.step = self._saved_step = checkpoint.step
+        self.step = checkpoint.step
+        self._saved = (self.step, self._evaluated_step)
+        self.writer.written_step = self.step
+        steps = self.folder.checkpoints.steps() if self.runtime.is_main else []
+        best_step = scalars["best_step"]
+        if best_step in self.runtime.broadcast(steps):  # else it is lost, and the next one counts
+            self._best = (scalars["best_neg_elbo_nats"], best_step)
+
+    def initialize(self, weights: dict[str, torch.Tensor]) -> None:
+        """Begin with these weights, of the model's names and shapes."""
+        load_full(self.training_step.vae, weights)
+        self.training_step.ema.load(weights)
 
     def summary(self) -> str:
         """The figures of the last evaluation in one line."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
+from vae_dist.sharding import part_like
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -43,9 +44,11 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`; moves each tensor to its parameter's device."""
+    """Inverse of `optimizer_tensors` for full values; each goes where its parameter is."""
     parameters = dict(module.named_parameters())
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
+        if value.ndim:  # not Adam's count of steps, which is whole on every rank
+            value = part_like(value, parameter)
         optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)

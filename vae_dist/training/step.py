@@ -1,15 +1,15 @@
 """One optimizer step: draws, microbatches, clipping, agreement on finiteness, update, average.
 
 In: a rank's share of batch k. Out: device tensors to log. What is minimised is
-`sum over images of (distortion + beta(k) rate) / batch_size`; DDP averages gradients over ranks, so
-each rank backpropagates `world * sum over its images / batch_size`. All draws are functions of
-(seed, purpose, k, slot), so neither the number of ranks nor the microbatch changes them.
+`sum over images of (distortion + beta(k) rate) / batch_size`; DDP and FSDP average gradients over
+ranks, so each rank backpropagates `world * sum over its images / batch_size`. All draws are
+functions of (seed, purpose, k, slot), so neither the number of ranks nor the microbatch changes
+them.
 Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ from vae_dist.objectives.elbo import elbo_terms
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.runtime import Runtime
+from vae_dist.sharding import full_value, local_part
 from vae_dist.training.ema import Ema
+from vae_dist.training.guard import SpikeGuard
 
 
 class StepReport(NamedTuple):
@@ -32,7 +34,8 @@ class StepReport(NamedTuple):
     distortion_sum: torch.Tensor
     rate_sum: torch.Tensor
     grad_norm: torch.Tensor  # before clipping, over all ranks
-    found_inf: torch.Tensor  # 1.0 where the update was skipped
+    found_inf: torch.Tensor  # 1.0 where the norm was not finite, so that nothing was updated
+    spike: torch.Tensor  # 1.0 where it was a spike, likewise
     lr: float
     beta: float
 
@@ -80,6 +83,7 @@ class TrainingStep:
         self.config, self.runtime = config, runtime
         self.wrapped, self.vae, self.optimizer, self.ema = wrapped, vae, optimizer, ema
         self.loss_scale = LossScale(runtime.device, enabled=config.training.precision == "fp16")
+        self.spikes = SpikeGuard(runtime.device, factor=config.training.spike_factor)
         self._generator = torch.Generator()
         self._device_generator = torch.Generator(runtime.device)
         self._parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -95,24 +99,23 @@ class TrainingStep:
         for start in range(0, len(images), share):
             part = slice(start, start + share)
             is_last = start + share >= len(images)
-            with contextlib.nullcontext() if is_last else self._no_sync():
+            with self.runtime.accumulating(self.wrapped, is_last=is_last):
                 terms = elbo_terms(self.wrapped(images[part], noise[part]), beta=beta)
                 (terms.loss_sum * scale).backward()
             sums += torch.stack([t.detach() for t in terms])
         grad_norm, found_inf = self._unscale_and_clip()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        spike = self.spikes(grad_norm)
+        skip = found_inf + spike
         # the fused update does nothing, not even count, where found_inf is 1
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step, found_inf=found_inf)
+        self.ema.update(step, found_inf=skip)
         self.loss_scale.update(found_inf)
         loss_sum, distortion_sum, rate_sum = sums.unbind()
-        return StepReport(loss_sum, distortion_sum, rate_sum, grad_norm, found_inf, lr, beta)
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return self.runtime.accelerator.no_sync(self.wrapped)
+        return StepReport(loss_sum, distortion_sum, rate_sum, grad_norm, found_inf, spike, lr, beta)
 
     def _inputs(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images in [-1, 1] (B/world, C, H, W) and latent noise, drawn slot by slot."""
@@ -137,11 +140,14 @@ class TrainingStep:
 
     def _unscale_and_clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True) / self.loss_scale.scale
+        # under FSDP the norm of DTensors, which is of all ranks' parts
+        total = full_value(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        norm = total / self.loss_scale.scale
         largest = self.config.optimizer.clip_grad_norm
         if largest or self.loss_scale.enabled:
             factor = torch.ones_like(norm)
             if largest:
                 factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor / self.loss_scale.scale)
+            parts = [local_part(gradient) for gradient in gradients]
+            torch._foreach_mul_(parts, factor / self.loss_scale.scale)
         return norm, (~torch.isfinite(norm)).to(torch.float32)

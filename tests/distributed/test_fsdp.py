@@ -1,0 +1,94 @@
+"""FSDP trains as DDP does, and its checkpoints are the same."""
+
+import pytest
+import torch
+
+from tests.distributed.test_step import batch, config
+from tests.support.distributed import run_ranks
+from tests.support.training import losses, rows, train, weights
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.models.build import build_vae
+from vae_dist.runtime import Runtime
+from vae_dist.sharding import full_value, local_part
+from vae_dist.training.ema import Ema
+from vae_dist.training.optimizer import build_optimizer, optimizer_tensors
+from vae_dist.training.step import TrainingStep
+
+Outcome = tuple[list[float], dict[str, torch.Tensor], list[float], int, int]
+
+
+def three_steps(parallel: str, microbatch_size: int, clip: float, bad_step: int) -> Outcome:
+    """Norms, all state after three steps, skip flags, count of the optimizer, elements held."""
+    options = RuntimeConfig(threads=1)
+    options.parallel = parallel  # type: ignore[assignment]
+    runtime = Runtime.start(options, precision="no")
+    settings = config(microbatch_size=microbatch_size, clip=clip)
+    vae = build_vae(settings, (8, 8))
+    replica = build_vae(settings, (8, 8))
+    step = TrainingStep(
+        settings,
+        runtime,
+        wrapped=runtime.prepare(vae),
+        vae=vae,
+        optimizer=build_optimizer(vae, settings.optimizer),
+        ema=Ema(vae, decay=0.9, replica=replica),
+    )
+    inputs = step._inputs
+
+    def poisoned(data, number):
+        images, noise = inputs(data, number)
+        bad = number == bad_step and runtime.rank == runtime.world - 1
+        return images, noise * float("nan") if bad else noise
+
+    step._inputs = poisoned
+    norms, flags = [], []
+    for number in range(3):
+        report = step(batch(runtime, number), number)
+        norms.append(float(report.grad_norm))
+        flags.append(float(report.found_inf))
+    state = {
+        **{f"model/{k}": full_value(v.detach()) for k, v in vae.state_dict().items()},
+        **{f"ema/{k}": v for k, v in step.ema.module.state_dict().items()},
+        **{k: full_value(v) for k, v in optimizer_tensors(step.optimizer, vae).items()},
+    }
+    count = int(state["step/encoder.conv_in.weight"])
+    held = sum(local_part(p).numel() for p in vae.parameters())
+    return norms, {k: v.clone() for k, v in state.items()}, flags, count, held
+
+
+@pytest.mark.parametrize(
+    ("microbatch_size", "clip", "bad_step"),
+    [
+        pytest.param(0, 0.0, -1, id="whole", marks=pytest.mark.slow),
+        pytest.param(2, 0.0, -1, id="accumulated", marks=pytest.mark.slow),
+        pytest.param(2, 500.0, -1, id="accumulated and clipped"),
+        pytest.param(0, 0.0, 1, id="a nan on one rank"),
+    ],
+)
+def test_steps_equal_those_of_one_process(microbatch_size, clip, bad_step):
+    ((norms, state, flags, count, size),) = run_ranks(1, three_steps, "ddp", 0, clip, bad_step)
+    outcomes = run_ranks(2, three_steps, "fsdp", microbatch_size, clip, bad_step)
+    assert sum(outcome[4] for outcome in outcomes) == size  # each holds its part alone
+    for found_norms, found, found_flags, found_count, held in outcomes:
+        assert 0.4 * size < held < 0.6 * size
+        assert found_flags == flags and found_count == count
+        torch.testing.assert_close(found_norms, norms, rtol=1e-4, atol=0, equal_nan=True)
+        assert found.keys() == state.keys()
+        for name, value in state.items():
+            # Adam divides by the root of small squares: the first steps amplify rounding
+            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-3, msg=name)
+
+
+def test_fsdp_on_two_processes_goes_on_as_ddp_on_one_and_back(tmp_path, digits):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = ("checkpoint.every=0", "evaluation.every=0", "optimizer.schedule=constant")
+    assert train(whole, digits, *options, "training.steps=15") == [0]
+    for steps, world, parallel in ((5, 2, "fsdp"), (10, 1, "ddp"), (15, 2, "fsdp")):
+        overrides = (*options, f"training.steps={steps}", f"runtime.parallel={parallel}")
+        assert train(run, digits, *overrides, world=world) == [0] * world
+    torch.testing.assert_close(losses(run), losses(whole), rtol=1e-4, atol=0)
+    for name in ("model", "ema", "optimizer"):
+        found, expected = weights(run, 15, name), weights(whole, 15, name)
+        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+    values = [rows(one)[15]["eval/neg_elbo_nats"] for one in (run, whole)]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)

@@ -1,0 +1,191 @@
+"""Faults from outside: ranks of the real `train` command that can be killed, signalled and frozen.
+
+The ranks are forked from a parent that has imported everything, so that one starts in a moment.
+Nothing inside the package knows of this; `record` notes what each step was trained on by wrapping
+the training step in the forked process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from tests.support.distributed import free_port, reset_accelerate
+from tests.support.training import status
+from vae_dist import session  # imported before any fork
+from vae_dist.data.stream import Batch
+from vae_dist.train import main
+from vae_dist.training.step import StepReport, TrainingStep
+
+assert session  # what the command would import in each process
+
+
+class Ranks:
+    """`world` processes of one training; use as a context manager, which leaves none behind.
+
+    `prepare` is called in each process before the command: the place for monkeypatches.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        argv: list[str],
+        *,
+        output: Path,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        port = free_port()
+        output.mkdir(parents=True, exist_ok=True)
+        self.run = Path(next(word[4:] for word in argv if word.startswith("run=")))
+        self.output = [output / f"rank{rank}.log" for rank in range(world)]
+        self._processes = [
+            context.Process(target=_rank, args=(rank, world, port, log, argv, prepare))
+            for rank, log in enumerate(self.output)
+        ]
+        self._family: set[psutil.Process] = set()
+        for process in self._processes:
+            process.start()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        """To these ranks alone; none given: to all."""
+        self._note_family()
+        for rank in ranks or range(len(self._processes)):
+            pid = self._processes[rank].pid
+            assert pid is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, *ranks: int, timeout_s: float = 60) -> list[int | None]:
+        """Exit codes of these ranks, or of all; None for one that still runs after the timeout."""
+        end = time.monotonic() + timeout_s
+        chosen = [self._processes[rank] for rank in ranks or range(len(self._processes))]
+        while any(p.is_alive() for p in chosen) and time.monotonic() < end:
+            self._note_family()
+            time.sleep(0.02)
+        return [process.exitcode for process in chosen]
+
+    def wait_for_step(self, step: int, *, timeout_s: float = 60) -> None:
+        """Until the log has a row of that step or a later one, or a rank has ended."""
+        end = time.monotonic() + timeout_s
+        while last_step(self.run) < step and all(p.is_alive() for p in self._processes):
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.01)
+
+    def text(self) -> str:
+        return "\n".join(log.read_text() for log in self.output if log.exists())
+
+    def orphans(self, *, timeout_s: float = 20) -> list[psutil.Process]:
+        """Processes that the ranks started and that outlive them."""
+        end = time.monotonic() + timeout_s
+        while (left := [p for p in self._family if p.is_running()]) and time.monotonic() < end:
+            time.sleep(0.05)
+        return left
+
+    def _note_family(self) -> None:
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                self._family.update(psutil.Process(process.pid).children(recursive=True))
+
+
+def last_step(run: Path) -> int:
+    """Step of the last whole row of the log; -1 when there is none."""
+    try:
+        with open(run / "log.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            rows = [row for row in file.read().split(b"\n")[:-1] if row.startswith(b'{"step": ')]
+    except OSError:
+        return -1
+    return int(rows[-1][9:].split(b",", 1)[0].rstrip(b"}")) if rows else -1
+
+
+def is_running(run: Path) -> bool:
+    return (run / "status.json").exists() and status(run)["status"] == "running"
+
+
+def record(folder: Path) -> Callable[[int], None]:
+    """For `prepare`: a line per step and rank, the step and a digest of each image, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare(rank: int) -> None:
+        step_once = TrainingStep.__call__
+        file = open(folder / f"{rank}", "a")  # noqa: SIM115
+
+        def recorded(self: TrainingStep, batch: Batch, step: int) -> StepReport:
+            report = step_once(self, batch, step)
+            digests = " ".join(digest(image) for image in batch.images)
+            file.write(f"{step} {digests}\n")
+            file.flush()
+            return report
+
+        TrainingStep.__call__ = recorded  # type: ignore[method-assign]
+
+    return prepare
+
+
+def digest(image: torch.Tensor) -> str:
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def recorded_steps(folder: Path) -> Iterator[tuple[int, list[str]]]:
+    """(step, digests of the global batch) for each step that all ranks of a session did."""
+    by_rank = []
+    for path in sorted(folder.iterdir(), key=lambda path: int(path.name)):
+        lines = path.read_text().split("\n")[:-1]
+        by_rank.append({int(line.split()[0]): line.split()[1:] for line in lines})
+    for step in sorted(set.intersection(*(set(one) for one in by_rank)) if by_rank else ()):
+        yield step, [name for one in by_rank for name in one[step]]
+
+
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    log: Path,
+    argv: list[str],
+    prepare: Callable[[int], None] | None,
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115  (pytest has its own)
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    reset_accelerate()
+    code = 1
+    try:
+        if prepare is not None:
+            prepare(rank)
+        code = main(argv)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
