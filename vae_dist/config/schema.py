@@ -143,6 +143,9 @@ class LogConfig:
     every: int = knob(50, "steps between rows of log.jsonl, the console and W&B", neutral=True)
     images_every: int = knob(0, "steps between picture grids (0: at each evaluation)", neutral=True)
     num_images: int = knob(64, "images of a picture grid", neutral=True)
+    tensorboard: bool = knob(
+        False, "also write TensorBoard files (extra tensorboard) to RUN/tensorboard", neutral=True
+    )
 
 
 @dataclass
@@ -154,6 +157,12 @@ class WandbConfig:
     entity: str | None = knob(None, "W&B team or user (none: your default)", neutral=True)
     group: str | None = knob(None, "W&B group of this run", neutral=True)
     tags: list[str] = knob([], "W&B tags of this run", neutral=True)
+    artifacts: bool = knob(
+        False, "upload the last checkpoint and pictures as W&B artifacts at the end", neutral=True
+    )
+    finish_timeout_s: int = knob(
+        60, "longest wait for W&B at the end, seconds; the rest stays on disk", neutral=True
+    )
 
 
 @dataclass

@@ -21,6 +21,8 @@ from vae_dist.data.stream import Batch
 from vae_dist.models.likelihoods import bits_per_dim
 from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
+from vae_dist.tracking.machine import UpdateRatio, memory_row
+from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.sinks import ConsoleSink, Sink
 from vae_dist.tracking.throughput import Meter
 from vae_dist.training.guard import NonFiniteGuard, TrainingFailed
@@ -28,7 +30,7 @@ from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensor
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.step import StepReport, TrainingStep
 
-Row = dict[str, float]
+Row = dict[str, Value]
 
 
 class Evaluator(Protocol):
@@ -40,7 +42,11 @@ class Evaluator(Protocol):
 class Painter(Protocol):
     """Draws picture grids of the averaged model. Called on the main process alone."""
 
-    def __call__(self, model: nn.Module, step: int) -> None: ...
+    def __call__(self, model: nn.Module, step: int, metrics: Row) -> None: ...
+
+    def close(self) -> None:
+        """Wait, not for ever, for what is still being written."""
+        ...
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
@@ -65,6 +71,7 @@ class Trainer:
         evaluator: Evaluator,
         painter: Painter,
         identity: dict[str, Any],
+        peak_images_per_second: float = 0.0,
     ) -> None:
         self.config, self.runtime, self.folder = config, runtime, folder
         self.training_step = training_step
@@ -72,6 +79,8 @@ class Trainer:
         self.console = console  # on the main process
         self.sinks, self.evaluator, self.painter = list(sinks), evaluator, painter
         self.identity = identity  # what a checkpoint must agree with: data, image size
+        self.peak_images_per_second = peak_images_per_second  # of one device; 0: not known
+        self._update_ratio = UpdateRatio(training_step.optimizer)
         self.step = 0
         self.guard = NonFiniteGuard(
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
@@ -92,7 +101,12 @@ class Trainer:
         Raises TrainingFailed when the numbers or the data make it pointless to go on.
         """
         last_step = self.config.training.steps
-        meter = Meter(total_steps=last_step, first_step=self.step, world=self.runtime.world)
+        meter = Meter(
+            total_steps=last_step,
+            first_step=self.step,
+            world=self.runtime.world,
+            peak_images_per_second=self.peak_images_per_second,
+        )
         was_interrupted = self.step > 0 and self._evaluation_is_due()
         if was_interrupted and not self._evaluate(self._pending_row, stop):
             return "interrupted"
@@ -100,6 +114,8 @@ class Trainer:
         while self.step < last_step:
             with meter.data_wait():
                 batch = next(stream)
+            if is_due(self.step + 1, self.config.log.every, last_step):
+                self._update_ratio.arm()
             report = self.training_step(batch, self.step)
             self.guard.observe(self.step, report.found_inf, batch.shards)
             self._count_skipped(batch)
@@ -135,7 +151,7 @@ class Trainer:
         self._log(row | metrics)
         every = self.config.log.images_every or self.config.evaluation.every
         if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
-            self.painter(model, self.step)
+            self.painter(model, self.step, metrics)
         return True
 
     def _interrupt(self) -> str:
@@ -166,7 +182,7 @@ class Trainer:
             distortion + rate, num_dims
         )
         images_seen = self.step * batch_size
-        row = {
+        row: Row = {
             "train/loss": loss,
             "train/neg_elbo_nats": distortion + rate,
             "train/distortion_nats": distortion,
@@ -182,7 +198,8 @@ class Trainer:
         }
         if self.training_step.loss_scale.enabled:
             row["optim/loss_scale"] = float(self.training_step.loss_scale.scale)
-        return row | meter.row()
+        row |= self._update_ratio.row()
+        return row | meter.row() | memory_row(self.runtime.device)
 
     def _log(self, row: Row) -> None:
         self._last_row |= row
