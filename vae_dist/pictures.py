@@ -13,7 +13,6 @@ runs where the trainer calls; drawing and writing happen on a thread of their ow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -28,6 +27,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.plan import Data
 from vae_dist.runfolder import RunFolder
 from vae_dist.tracking.background import Picture, PictureWriter
+from vae_dist.tracking.history import picture_caption
 from vae_dist.tracking.images import grid, side_by_side, to_uint8
 from vae_dist.tracking.metrics import Value, format_number
 from vae_dist.tracking.sinks import Sink
@@ -65,7 +65,7 @@ class RunPainter:
         assert isinstance(model, VAE)
         config, size, num_images = self._config, self._data.image_size, self._config.log.num_images
         batch_size = config.evaluation.batch_size
-        caption = _caption(step, metrics)
+        caption = picture_caption(step, metrics)
 
         def show(name: str, draw: Callable[[], Image.Image], note: str = "") -> None:
             self._writer.put(Picture(step, name, f"{caption} | {note}" if note else caption, draw))
@@ -121,15 +121,6 @@ class RunPainter:
     def _traversals(self, model: VAE, z: Tensor, units: list[int]) -> Tensor:
         values = torch.linspace(-3, 3, NUM_POINTS)
         return traverse(model, z, self._data.image_size, units=units, values=values)
-
-
-def _caption(step: int, metrics: Mapping[str, Value]) -> str:
-    words = [f"step {step}"]
-    for key, unit in (("eval/neg_elbo_nats", "nats"), ("eval/bits_per_dim", "bits/dim")):
-        value = metrics.get(key)
-        if isinstance(value, float) and math.isfinite(value):
-            words.append(f"{format_number(value)} {unit}")
-    return " | ".join(words)
 
 
 def _most_active(kl: Tensor) -> list[int]:

@@ -349,6 +349,8 @@ def _open_sinks(
             on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
             environment=session,
         )
+        if start_step > 0:
+            wandb.backfill(folder.log_path, folder.images, up_to=start_step)
         sinks.append(wandb)
         if config.log.tensorboard:
             sinks.append(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))

@@ -15,13 +15,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import flatten
 from vae_dist.config.schema import TrainConfig
+from vae_dist.tracking.history import find_pictures, picture_caption, read_rows
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.wandb_modes import (
     asked_mode,
@@ -44,6 +45,12 @@ _CLOSE_OFFLINE_SECONDS = 10.0
 class _Picture(NamedTuple):
     path: Path
     caption: str
+
+
+class _Backfill(NamedTuple):
+    log_path: Path
+    images: Path
+    up_to: int
 
 
 class _Artifact(NamedTuple):
@@ -123,6 +130,13 @@ class WandbSink:
         if step > self._image_floor.get(key, -1):
             picture = _Picture(Path(png_path), caption)
             self._put({STEP_KEY: step, _step_of(key): step, key: picture})
+
+    def backfill(self, log_path: Path, images: Path, *, up_to: int) -> None:
+        """Send what the W&B run lacks of the steps up to `up_to`, from log.jsonl and `images`.
+
+        A killed trainer takes the newest rows with it; a run that began offline may go on online.
+        """
+        self._put({"": _Backfill(log_path, images, up_to)})
 
     def artifact(self, name: str, kind: str, paths: Iterable[Path]) -> None:
         """Upload files as one version of a W&B artifact, `kind` being its type."""
@@ -250,12 +264,32 @@ class WandbSink:
             if self._broken:
                 continue
             try:
-                if "" in row:
-                    self._upload(row[""])
+                if isinstance(task := row.get(""), _Artifact):
+                    self._upload(task)
+                elif isinstance(task, _Backfill):
+                    for missing in self._missing(task):
+                        self._send(missing)
                 else:
-                    self._run.log({k: self._value(v) for k, v in row.items()}, commit=True)
+                    self._send(row)
             except Exception as error:  # wandb raises builtin and own errors of many kinds
                 self._break(error)
+
+    def _send(self, row: Mapping[str, Any]) -> None:
+        self._run.log({key: self._value(value) for key, value in row.items()}, commit=True)
+
+    def _missing(self, task: _Backfill) -> Iterator[dict[str, Any]]:
+        rows = {}
+        for step, row in read_rows(task.log_path):
+            rows[step] = row
+            if self._floor < step <= task.up_to:
+                known = {key: value for key, value in row.items() if value is not None}
+                yield {STEP_KEY: step, **known}
+        for name, paths in find_pictures(task.images).items():
+            key = f"images/{name}"
+            for step, path in paths.items():
+                if self._image_floor.get(key, -1) < step <= task.up_to:
+                    picture = _Picture(path, picture_caption(step, rows.get(step, {})))
+                    yield {STEP_KEY: step, _step_of(key): step, key: picture}
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, _Picture):
