@@ -248,3 +248,10 @@ class EvaluateCommand(RunCommand):
 class IndexCommand:
     data: Any = knob("???", "shards: folder of *.tar, brace pattern, or list of these")
     overwrite: bool = knob(False, "index shards again that have an index already")
+
+
+@dataclass
+class ReportCommand:
+    run: Any = knob("???", "run folder, or several: runs/a,runs/b")
+    out: str = knob("", "HTML file to write (default: report.html in the run folder)")
+    picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page")
