@@ -79,7 +79,7 @@ def test_lines_where_there_is_no_terminal() -> None:
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left_seconds=92", first)
     assert re.fullmatch(stamp + "step=200 eval/neg_elbo_nats=95.5", evaluation)
-    assert re.fullmatch(stamp + "step=200 images/samples=runs/a/images/samples.png", second)
+    assert re.fullmatch(stamp + "step=200 pictures in runs/a/images", second)
 
 
 @pytest.fixture
