@@ -6,8 +6,10 @@ code 1 if there is one. A good reason starts with a prefix of `lacking()` that h
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +20,12 @@ def lacking() -> dict[str, bool]:
     """Prefix of a skip reason: whether this machine really lacks it."""
     import torch
 
+    extras = ("wandb_workspaces", "tensorboard")
+    has_extras = all(importlib.util.find_spec(name) is not None for name in extras)
+    browsers = ("chromium", "chromium-browser", "google-chrome")
     return {
+        "needs the extra": not has_extras,
+        "needs headless Chromium": not any(shutil.which(name) for name in browsers),
         "needs CUDA": not torch.cuda.is_available(),
         "needs several GPUs": torch.cuda.device_count() < 2,
         "needs a user other than root": os.geteuid() == 0,

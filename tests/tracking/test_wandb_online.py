@@ -54,7 +54,7 @@ def live(server: WandbServer, folder: Path, mode: str, first: int, last: int, *,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=90,
+        timeout=240,
     )
     assert process.returncode == (-signal.SIGKILL if kill else 0)
     return process.stdout
@@ -84,7 +84,7 @@ def test_each_point_once_after_a_kill(tmp_path: Path, modes: tuple[str, str]) ->
                     env=os.environ | server.environment(),
                     check=True,
                     capture_output=True,
-                    timeout=60,
+                    timeout=180,
                 )
         run = server.only_run()
         assert server.wait(lambda: run.complete)

@@ -255,3 +255,10 @@ class ReportCommand:
     run: Any = knob("???", "run folder, or several: runs/a,runs/b")
     out: str = knob("", "HTML file to write (default: report.html in the run folder)")
     picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page")
+
+
+@dataclass
+class DashboardCommand:
+    project: str = knob("vae_dist", "W&B project")
+    entity: str = knob("", "W&B team or user (default: yours)")
+    name: str = knob("vae_dist", "name of the saved view")
