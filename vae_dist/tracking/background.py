@@ -42,6 +42,10 @@ class PictureWriter:
         except queue.Full:
             self._say(f"warning: {picture.name} of step {picture.step} is not drawn: disk too slow")
 
+    @property
+    def is_idle(self) -> bool:
+        return self._queue.unfinished_tasks == 0
+
     def close(self, *, seconds: float = 30.0) -> None:
         try:
             self._queue.put(None, timeout=seconds)
@@ -58,6 +62,8 @@ class PictureWriter:
                     f"warning: {picture.name} of step {picture.step} is not written "
                     f"({error.strerror or error})"
                 )
+            finally:
+                self._queue.task_done()
 
     def _write(self, picture: Picture) -> None:
         path = save_png(picture.draw(), self._folder / f"{picture.name}_{picture.step:08d}.png")
