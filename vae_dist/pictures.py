@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import Images, first_labelled_images
-from vae_dist.inference.sampling import decode_means, posteriors, sample_prior
+from vae_dist.inference.sampling import posteriors, sample_prior
 from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Data
@@ -32,7 +32,7 @@ from vae_dist.tracking.images import grid, side_by_side, to_uint8
 from vae_dist.tracking.metrics import Value, format_number
 from vae_dist.tracking.sinks import Sink
 
-NUM_SEARCHED = 512  # validation images among which the worst and the classes are found
+NUM_SEARCHED = 256  # validation images among which the worst and the classes are found
 SEARCHED_BYTES = 2**27  # of these, for large images
 NUM_WALKS = 8  # rows of interpolations and traversals
 NUM_POINTS = 10  # images of a row
@@ -81,7 +81,7 @@ class RunPainter:
         show("samples", lambda: grid(samples))
         inputs, labels = self._searched()
         mean, log_variance = posteriors(model, inputs, seed=config.seed, batch_size=batch_size)
-        outputs = decode_means(model, mean, size, batch_size=batch_size)
+        outputs, losses = _reconstructions(model, inputs, mean, batch_size)
         shown = max(1, num_images // 2)
         show("reconstructions", lambda: side_by_side(inputs[:shown], outputs[:shown]))
         walks = self._interpolations(model, inputs, mean)
@@ -94,7 +94,7 @@ class RunPainter:
         classes = _by_class(inputs, outputs, labels)
         if classes is not None:
             show("by_class", lambda: grid(classes, columns=2 * NUM_PAIRS))
-        losses = _losses(model, inputs, mean, batch_size) + kl_per_unit(mean, log_variance).sum(1)
+        losses = losses + kl_per_unit(mean, log_variance).sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
         show(
@@ -134,16 +134,20 @@ def _most_active(kl: Tensor) -> list[int]:
     return order[:NUM_WALKS]
 
 
-def _losses(model: VAE, inputs: Tensor, mean: Tensor, batch_size: int) -> Tensor:
-    """-log p(x | z = E[z|x]) of each image in nats, without the noise of training: (N,)."""
+def _reconstructions(
+    model: VAE, inputs: Tensor, mean: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """The means of p(x | z = E[z|x]), uint8 on CPU, and -log p(x|z) of each image in nats, without
+    the noise of training."""
     height, width = inputs.shape[-2:]
-    losses = []
+    outputs, losses = [], []
     for images, z in zip(inputs.split(batch_size), mean.split(batch_size), strict=True):
-        levels = images.to(z.device)
         half = torch.full(images.shape, 0.5, device=z.device)
-        prepared = model.likelihood.prepare(levels, half)
-        losses.append(-model.likelihood.log_prob(model.decode(z, (height, width)), prepared))
-    return torch.cat(losses)
+        params = model.decode(z, (height, width))
+        outputs.append(to_uint8(model.likelihood.mean(params)).cpu())
+        prepared = model.likelihood.prepare(images.to(z.device), half)
+        losses.append(-model.likelihood.log_prob(params, prepared))
+    return torch.cat(outputs), torch.cat(losses)
 
 
 def _by_class(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor | None:
