@@ -138,9 +138,8 @@ def _train(config: TrainConfig, runtime: Runtime, folder: RunFolder) -> int:
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if console is not None:
-        for line in plan(config, data, runtime, first_step=start_step):
-            console.say(line)
-        console.say(f"output {folder.path}")
+        lines = plan(config, data, runtime, first_step=start_step)
+        console.banner("vae_dist", [*lines, f"output {folder.path}"])
     return _fit(trainer, data)
 
 
@@ -170,9 +169,10 @@ def _fit(trainer: Trainer, data: Data) -> int:
         raise
     finally:
         trainer.painter.close()
-        if status == "finished":
-            _upload_results(trainer)
         for sink in trainer.sinks:
+            if status == "finished" and config.wandb.artifacts and isinstance(sink, WandbSink):
+                checkpoint = folder.checkpoints.folder / step_name(trainer.step)
+                sink.artifacts(checkpoint, folder.images, step=trainer.step)
             sink.close(status)
     if runtime.is_main:
         for line in _farewell(trainer, status, stop.reason):
@@ -357,18 +357,6 @@ def _open_sinks(
 
     runtime.on_main(open_all)
     return sinks, next((sink for sink in sinks if isinstance(sink, ConsoleSink)), None)
-
-
-def _upload_results(trainer: Trainer) -> None:
-    """The last checkpoint and pictures as W&B artifacts, when wandb.artifacts asks for it."""
-    wandb = next((sink for sink in trainer.sinks if isinstance(sink, WandbSink)), None)
-    if wandb is None or not trainer.config.wandb.artifacts:
-        return
-    step, name = trainer.step, trainer.folder.path.resolve().name
-    checkpoint = trainer.folder.checkpoints.folder / step_name(step)
-    wandb.artifact(f"{name}-checkpoint", "model", sorted(checkpoint.iterdir()))
-    pictures = sorted(trainer.folder.images.glob(f"*_{step:08d}.png"))
-    wandb.artifact(f"{name}-pictures", "pictures", pictures)
 
 
 # words

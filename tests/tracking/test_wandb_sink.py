@@ -297,11 +297,18 @@ def test_the_stop_button_is_passed_on(fake: FakeWandb, tmp_path: Path) -> None:
 def test_distributions_and_artifacts(fake: FakeWandb, tmp_path: Path) -> None:
     sink, _ = start(tmp_path)
     sink.log(1, {"latent/kl_nats_per_unit": [0.5, 2.0]})
-    sink.artifact("run-checkpoint", "model", [tmp_path / "model.safetensors"])
+    (tmp_path / "step_00000010").mkdir()
+    (tmp_path / "step_00000010" / "model.safetensors").touch()
+    for step in (5, 10):
+        (tmp_path / f"samples_{step:08d}.png").touch()
+    sink.artifacts(tmp_path / "step_00000010", tmp_path, step=10)
     sink.close("finished")
     (run,) = fake.runs
     assert run.rows == [{"trainer/step": 1, "latent/kl_nats_per_unit": ("histogram", [0.5, 2.0])}]
-    assert run.artifacts == [("run-checkpoint", "model", ["model.safetensors"])]
+    assert run.artifacts == [
+        (f"{tmp_path.name}-checkpoint", "model", ["model.safetensors"]),
+        (f"{tmp_path.name}-pictures", "pictures", ["samples_00000010.png"]),
+    ]
 
 
 def test_a_run_from_the_start_is_another_wandb_run(fake: FakeWandb, tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ def render(stories: list[Story]) -> str:
     return _PAGE.format(
         title=html.escape(", ".join(story.name for story in stories)) + " - vae_dist report",
         style=(assets / "page.css").read_text(encoding="utf-8"),
-        script=(assets / "page.js").read_text(encoding="utf-8"),
+        # functions of both are hoisted; page.js ends with the calls
+        script="\n".join(
+            (assets / name).read_text(encoding="utf-8") for name in ("curves.js", "page.js")
+        ),
         # "</script>" in a value must not end the element; JSON reads \u003c as <
         data=text.replace("<", "\\u003c"),
     )

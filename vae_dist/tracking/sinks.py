@@ -19,6 +19,7 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +28,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import Value, format_duration, format_number, format_row
@@ -172,6 +175,21 @@ class ConsoleSink:
         else:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             print(f"{stamp} {text}", file=self._stream, flush=True)
+
+    def banner(self, title: str, lines: list[str]) -> None:
+        """Lines that begin with their label: framed on a terminal, else one after the other."""
+        if self._progress is None:
+            for line in lines:
+                self.say(line)
+            return
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column(overflow="fold")
+        for line in lines:
+            label, _, text = line.partition(" ")
+            facts.add_row(Text(label), Text(text))
+        panel = Panel(facts, title=Text(title), title_align="left", border_style="blue")
+        self._progress.console.print(panel)
 
     def advance(self, step: int) -> None:
         """Move the bar between two rows; without a terminal this prints nothing."""

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,7 @@ class WandbSink:
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self._say = say
+        self._name = folder.resolve().name
         self._on_stop = on_stop
         self._environment = dict(environment or {})
         self._close_seconds = float(config.wandb.finish_timeout_s)
@@ -138,9 +139,14 @@ class WandbSink:
         """
         self._put({"": _Backfill(log_path, images, up_to)})
 
-    def artifact(self, name: str, kind: str, paths: Iterable[Path]) -> None:
-        """Upload files as one version of a W&B artifact, `kind` being its type."""
-        self._put({"": _Artifact(name, kind, tuple(paths))})
+    def artifacts(self, checkpoint: Path, images: Path, *, step: int) -> None:
+        """Upload the files of a checkpoint, and the pictures of its step, as W&B artifacts."""
+        weights, pictures = sorted(checkpoint.iterdir()), sorted(images.glob(f"*_{step:08d}.png"))
+        for name, kind, paths in (
+            ("checkpoint", "model", weights),
+            ("pictures", "pictures", pictures),
+        ):
+            self._put({"": _Artifact(f"{self._name}-{name}", kind, tuple(paths))})
 
     def close(self, status: str) -> None:
         """Flush and end the W&B run in bounded time; what could not be sent stays on disk."""
@@ -217,7 +223,7 @@ class WandbSink:
                     entity=config.wandb.entity,
                     group=config.wandb.group,
                     tags=list(config.wandb.tags),
-                    name=folder.resolve().name,
+                    name=self._name,
                     config=flatten(config) | {"environment": self._environment},
                     settings=wandb.Settings(**known),
                 )
