@@ -4,7 +4,7 @@ In: the package folder (first argument; default: vae_dist). Out: one line per wr
 code 1 if there is one. Every import statement counts, also those inside functions. Inside one room
 modules may import each other as long as no circle arises.
 
-    commands > session | command > pictures > plan > training | evaluation | inference
+    commands > session | command > pictures > plan > training | evaluation | inference | reporting
              > objectives > models | data | runfolder | tracking > checkpoint
              > runtime | randomness | files > sharding > config
 """
@@ -18,11 +18,11 @@ from pathlib import Path
 
 PACKAGE = "vae_dist"
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
-    frozenset({"train", "evaluate", "sample", "reconstruct", "index"}),
+    frozenset({"train", "evaluate", "sample", "reconstruct", "index", "report", "dashboard"}),
     frozenset({"session", "command"}),
     frozenset({"pictures"}),
     frozenset({"plan"}),
-    frozenset({"training", "evaluation", "inference"}),
+    frozenset({"training", "evaluation", "inference", "reporting"}),
     frozenset({"objectives"}),
     frozenset({"models", "data", "runfolder", "tracking"}),
     frozenset({"checkpoint"}),

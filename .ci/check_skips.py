@@ -6,8 +6,10 @@ code 1 if there is one. A good reason starts with a prefix of `lacking()` that h
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,12 @@ def lacking() -> dict[str, bool]:
 
     # Exit code 1: no package that could be installed would help.
     slurm = subprocess.run(["bash", ROOT / "tests/support/slurm/lacks.sh"], capture_output=True)
+    extras = ("wandb_workspaces", "tensorboard")
+    has_extras = all(importlib.util.find_spec(name) is not None for name in extras)
+    browsers = ("chromium", "chromium-browser", "google-chrome")
     return {
+        "needs the extra": not has_extras,
+        "needs headless Chromium": not any(shutil.which(name) for name in browsers),
         "needs CUDA": not torch.cuda.is_available(),
         "needs several GPUs": torch.cuda.device_count() < 2,
         "needs a user other than root": os.geteuid() == 0,

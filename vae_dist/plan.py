@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vae_dist.config.checks import divisors
 from vae_dist.config.schema import TrainConfig
@@ -15,6 +16,7 @@ from vae_dist.data.index import ShardIndex
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.models.build import build_vae
 from vae_dist.runtime import Runtime
+from vae_dist.tracking.machine import peak_flops
 
 # float32: weights, gradients, Adam's two moments, averaged weights
 BYTES_PER_PARAMETER = 4 * 5
@@ -88,6 +90,26 @@ def costs(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
         f"numbers of processes that divide data.slots={config.data.slots}: {worlds}",
         "dry run: nothing was trained",
     ]
+
+
+def peak_images_per_second(config: TrainConfig, data: Data, runtime: Runtime) -> float:
+    """Images per second of one device at its peak arithmetic speed, 0.0 where that is not known.
+
+    A backward costs two forwards; what is not a matrix product or a convolution is not counted.
+    """
+    peak = peak_flops(runtime.device, config.training.precision)
+    return peak / (3 * _forward_flops(config, data.image_size)) if peak else 0.0
+
+
+def _forward_flops(config: TrainConfig, image_size: tuple[int, int]) -> int:
+    """Floating point operations of the forward of one image."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae = build_vae(config, image_size)
+        vae(
+            torch.empty(1, config.data.channels, *image_size),
+            torch.empty(1, *vae.latent_shape(*image_size)),
+        )
+    return int(counter.get_total_flops())
 
 
 def _activation_bytes_per_image(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vae_dist.checkpoint import Checkpoint
+from vae_dist.checkpoint import Checkpoint, step_name
 from vae_dist.config import checks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -28,13 +28,16 @@ from vae_dist.data.order import Order
 from vae_dist.data.reader import image_settings
 from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.evaluation.run import evaluate
+from vae_dist.files import write_durably
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.pictures import RunPainter
-from vae_dist.plan import Data, costs, plan
+from vae_dist.plan import Data, costs, peak_images_per_second, plan
 from vae_dist.runfolder import EXIT_INTERRUPTED, RunFolder, RunLock
 from vae_dist.runtime import Runtime, has_accelerator
+from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from vae_dist.tracking.tensorboard_sink import TensorBoardSink
 from vae_dist.training.ema import Ema
 from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.hooks import Row
@@ -144,9 +147,8 @@ def _train(
         folder.write_config(config)
     places = runtime.places()
     if console is not None:
-        for line in [*plan(config, data, runtime, first_step=start_step), *places]:
-            console.say(line)
-        console.say(f"output {folder.path}")
+        lines = [*plan(config, data, runtime, first_step=start_step), *places]
+        console.banner("vae_dist", [*lines, f"output {folder.path}"])
     startup.mark("model and trackers")
     return _fit(trainer, data, stop, startup)
 
@@ -212,7 +214,11 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
             record("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
+        trainer.painter.close()
         for sink in trainer.sinks:
+            if status == "finished" and config.wandb.artifacts and isinstance(sink, WandbSink):
+                checkpoint = folder.checkpoints.folder / step_name(trainer.step)
+                sink.artifacts(checkpoint, folder.images, step=trainer.step)
             with contextlib.suppress(OSError):
                 sink.close(status)
     if runtime.is_main:
@@ -346,8 +352,11 @@ def _build_trainer(
         sinks=sinks,
         console=console,
         evaluator=evaluator,
-        painter=RunPainter(config, folder, data, sinks),
+        painter=RunPainter(
+            config, folder, data, sinks, say=console.say if console is not None else print
+        ),
         identity=data.identity,
+        peak_images_per_second=peak_images_per_second(config, data, runtime),
     )
 
 
@@ -360,8 +369,23 @@ def _open_sinks(
     def open_all() -> None:
         console = ConsoleSink(start_step=start_step, stop_step=config.training.steps)
         sinks.extend([console, JsonlSink(folder.log_path, resume_step=start_step)])
-        wandb = WandbSink(config, folder.path, resume_step=start_step, say=console.say)
+        session = describe_environment(
+            first_step=start_step, world=runtime.world, device=runtime.device
+        )
+        add_session(folder.path / "environment.json", session)
+        wandb = WandbSink(
+            config,
+            folder.path,
+            resume_step=start_step,
+            say=console.say,
+            on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
+            environment=session,
+        )
+        if start_step > 0:
+            wandb.backfill(folder.log_path, folder.images, up_to=start_step)
         sinks.append(wandb)
+        if config.log.tensorboard:
+            sinks.append(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))
 
     runtime.on_main(open_all)
     return sinks, next((sink for sink in sinks if isinstance(sink, ConsoleSink)), None)
@@ -380,6 +404,7 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
     return [
         f"finished: step {trainer.step}, validation {trainer.summary()} (averaged weights)",
         f"  pictures  {trainer.folder.images}",
+        f"  report    python -m vae_dist.report run={run}",
         f"  next      python -m vae_dist.sample run={run} num_images=64 out=samples.png",
         f"            python -m vae_dist.reconstruct run={run}",
         f"            python -m vae_dist.evaluate run={run}",

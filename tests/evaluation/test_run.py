@@ -122,6 +122,10 @@ def test_row_has_the_names_that_scripts_rely_on(runtime: Runtime) -> None:
         "eval/bits_per_dim",
         "eval/num_images",
         "eval/skipped_samples",
+        "latent/active_units",
+        "latent/active_fraction",
+        "latent/posterior_variance",
+        "latent/kl_nats_per_unit",
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vae_dist.tracking.sinks import ConsoleSink, JsonlSink
+from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, is_terminal
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def test_lines_where_there_is_no_terminal() -> None:
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left_seconds=92", first)
     assert re.fullmatch(stamp + "step=200 eval/neg_elbo_nats=95.5", evaluation)
-    assert re.fullmatch(stamp + "step=200 images/samples=runs/a/images/samples.png", second)
+    assert re.fullmatch(stamp + "step=200 pictures in runs/a/images", second)
 
 
 @pytest.fixture
@@ -109,3 +109,39 @@ def test_a_row_between_close_and_exit_is_a_line(terminal: io.StringIO) -> None:
     sink.close("failed")
     sink.log(200, ROW)
     assert terminal.getvalue().rstrip().endswith("left_seconds=92")
+
+
+LINES = ["config mnist: 7 parameters", "output runs/mnist"]
+
+
+def test_the_banner_is_framed_on_a_terminal_and_plain_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=10, stream=stream, terminal=True)
+    sink.banner("vae_dist", LINES)
+    sink.close("finished")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert "vae_dist" in text and re.search(r"output +runs/mnist", text)
+    stream = io.StringIO()
+    ConsoleSink(start_step=0, stop_step=10, stream=stream).banner("vae_dist", LINES)
+    assert [line[20:] for line in stream.getvalue().splitlines()] == LINES
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, True), ({"SLURM_JOB_ID": "7"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_where_a_progress_bar_belongs(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_terminal(Terminal()) is expected
+    assert not is_terminal(io.StringIO())

@@ -25,6 +25,7 @@ def test_row_counts_images_of_all_ranks_and_waiting() -> None:
         meter.step(8)
     assert meter.row() == {
         "time/images_per_second": pytest.approx(4 * 8 * 2 / 8.0),
+        "time/images_per_second_per_device": pytest.approx(4 * 8 / 8.0),
         "time/data_wait_fraction": pytest.approx(0.25),
         "time/step_seconds": pytest.approx(2.0),
         "time/left_seconds": pytest.approx(4 * 2.0),

@@ -17,7 +17,7 @@ import pytest
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.tracking import wandb_sink
+from vae_dist.tracking import wandb_modes, wandb_sink
 from vae_dist.tracking.sinks import WandbSink
 
 
@@ -25,13 +25,20 @@ class FakeRun:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.asked = settings
         self.rows: list[dict[str, Any]] = []
+        self.artifacts: list[tuple[str, str, list[str]]] = []
         self.exit_code: int | None = None
         self.on_log: Callable[[], None] = lambda: None
         self.settings = SimpleNamespace(sync_dir="runs/a/wandb/offline-run-1")
         self.resumed = settings["resume"] == "allow" and settings["mode"] == "online"
-        self.summary: dict[str, Any] = {"trainer/step": 100}
+        # what the server has: of step 100 the row, but not the picture
+        self.summary: dict[str, Any] = {
+            "trainer/step": 100,
+            "trainer/step_of/images/samples": 90,
+        }
 
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+    def define_metric(
+        self, name: str, step_metric: str | None = None, hidden: bool = False
+    ) -> None:
         assert (name, step_metric) in (("trainer/step", None), ("*", "trainer/step"))
 
     def log(self, row: dict[str, Any], *, commit: bool) -> None:
@@ -39,16 +46,30 @@ class FakeRun:
         assert commit
         self.rows.append(row)
 
+    def log_artifact(self, artifact: FakeArtifact) -> None:
+        self.artifacts.append((artifact.name, artifact.type, artifact.files))
+
     def finish(self, *, exit_code: int) -> None:
         self.exit_code = exit_code
+
+
+class FakeArtifact:
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type = name, type
+        self.files: list[str] = []
+
+    def add_file(self, path: str, *, name: str) -> None:
+        assert path.endswith(name)
+        self.files.append(name)
 
 
 class FakeWandb:
     """What WandbSink uses of wandb; `fails` are the modes whose init raises."""
 
     def __init__(self) -> None:
-        self.Settings = SimpleNamespace
-        self.Settings = type("Settings", (SimpleNamespace,), {"model_fields": {"silent": None}})
+        fields = {"model_fields": {"silent": None, "stop_fn": None}}
+        self.Settings = type("Settings", (SimpleNamespace,), fields)
+        self.Artifact = FakeArtifact
         self.logged_in = False
         self.fails: set[str] = set()
         self.runs: list[FakeRun] = []
@@ -70,6 +91,9 @@ class FakeWandb:
     def Image(self, path: str, *, caption: str) -> tuple[str, str, str]:
         return ("image", path, caption)
 
+    def Histogram(self, values: list[float]) -> tuple[str, list[float]]:
+        return ("histogram", values)
+
     def teardown(self, exit_code: int | None = None) -> None:
         self.num_teardowns += 1
 
@@ -84,7 +108,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
         monkeypatch.delenv(name)
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(wandb_sink, "_answers", lambda url: True)
+    monkeypatch.setattr(wandb_modes, "_answers", lambda url: True)
     return fake
 
 
@@ -112,7 +136,11 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
     (run,) = fake.runs
     assert run.rows == [
         {"trainer/step": 50, "train/loss": 1.5},
-        {"trainer/step": 50, "images/samples": ("image", str(tmp_path / "s.png"), "step 50")},
+        {
+            "trainer/step": 50,
+            "trainer/step_of/images/samples": 50,
+            "images/samples": ("image", str(tmp_path / "s.png"), "step 50"),
+        },
     ]
     assert (run.exit_code, fake.num_teardowns) == (0, 1)
     assert run.asked["dir"] == str(tmp_path)
@@ -130,7 +158,7 @@ def test_auto_goes_offline_when_the_server_does_not_answer(
     fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.logged_in = True
-    monkeypatch.setattr(wandb_sink, "_answers", lambda url: False)
+    monkeypatch.setattr(wandb_modes, "_answers", lambda url: False)
     sink, said = start(tmp_path)
     assert sink.mode == "offline"
     assert "https://w.test does not answer" in said[0]
@@ -253,7 +281,34 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(fake: FakeWandb, tmp_path: 
     assert first.asked["id"] == second.asked["id"] == (tmp_path / "wandb_id").read_text()
     assert (first.asked["resume"], second.asked["resume"]) == (None, "allow")
     assert len(first.rows) == 6
-    assert [row["trainer/step"] for row in second.rows] == [110, 110]  # the server has up to 100
+    sent = [(row["trainer/step"], "images/samples" in row) for row in second.rows]
+    assert sent == [(100, True), (110, False), (110, True)]
+
+
+def test_the_stop_button_is_passed_on(fake: FakeWandb, tmp_path: Path) -> None:
+    pressed: list[int] = []
+    sink = WandbSink(config(), tmp_path, say=lambda line: None, on_stop=lambda: pressed.append(1))
+    assert (sink.stop_requested, pressed) == (False, [])
+    fake.runs[0].asked["settings"].stop_fn()
+    assert (sink.stop_requested, pressed) == (True, [1])
+    sink.close("interrupted")
+
+
+def test_distributions_and_artifacts(fake: FakeWandb, tmp_path: Path) -> None:
+    sink, _ = start(tmp_path)
+    sink.log(1, {"latent/kl_nats_per_unit": [0.5, 2.0]})
+    (tmp_path / "step_00000010").mkdir()
+    (tmp_path / "step_00000010" / "model.safetensors").touch()
+    for step in (5, 10):
+        (tmp_path / f"samples_{step:08d}.png").touch()
+    sink.artifacts(tmp_path / "step_00000010", tmp_path, step=10)
+    sink.close("finished")
+    (run,) = fake.runs
+    assert run.rows == [{"trainer/step": 1, "latent/kl_nats_per_unit": ("histogram", [0.5, 2.0])}]
+    assert run.artifacts == [
+        (f"{tmp_path.name}-checkpoint", "model", ["model.safetensors"]),
+        (f"{tmp_path.name}-pictures", "pictures", ["samples_00000010.png"]),
+    ]
 
 
 def test_a_run_from_the_start_is_another_wandb_run(fake: FakeWandb, tmp_path: Path) -> None:

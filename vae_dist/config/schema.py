@@ -157,6 +157,9 @@ class LogConfig:
     every: int = knob(50, "steps between rows of log.jsonl, the console and W&B", neutral=True)
     images_every: int = knob(0, "steps between picture grids (0: at each evaluation)", neutral=True)
     num_images: int = knob(64, "images of a picture grid", neutral=True)
+    tensorboard: bool = knob(
+        False, "also write TensorBoard files (extra tensorboard) to RUN/tensorboard", neutral=True
+    )
 
 
 @dataclass
@@ -168,6 +171,12 @@ class WandbConfig:
     entity: str | None = knob(None, "W&B team or user (none: your default)", neutral=True)
     group: str | None = knob(None, "W&B group of this run", neutral=True)
     tags: list[str] = knob([], "W&B tags of this run", neutral=True)
+    artifacts: bool = knob(
+        False, "upload the last checkpoint and pictures as W&B artifacts at the end", neutral=True
+    )
+    finish_timeout_s: int = knob(
+        60, "longest wait for W&B at the end, seconds; the rest stays on disk", neutral=True
+    )
 
 
 @dataclass
@@ -259,3 +268,17 @@ class EvaluateCommand(RunCommand):
 class IndexCommand:
     data: Any = knob("???", "shards: folder of *.tar, brace pattern, or list of these")
     overwrite: bool = knob(False, "index shards again that have an index already")
+
+
+@dataclass
+class ReportCommand:
+    run: Any = knob("???", "run folder, or several: runs/a,runs/b")
+    out: str = knob("", "HTML file to write (default: report.html in the run folder)")
+    picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page")
+
+
+@dataclass
+class DashboardCommand:
+    project: str = knob("vae_dist", "W&B project")
+    entity: str = knob("", "W&B team or user (default: yours)")
+    name: str = knob("vae_dist", "name of the saved view")

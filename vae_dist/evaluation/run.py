@@ -14,13 +14,14 @@ Legend: b images of a rank's batch, C H W an image, D = C H W.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.stream import EvaluationBatch
+from vae_dist.evaluation.latents import LatentReport, LatentSums
 from vae_dist.models.likelihoods import bits_per_dim
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -38,14 +39,20 @@ class EvaluationResult:
     num_images: int
     skipped_samples: int  # images that could not be read and count nowhere
     variance_at_floor_fraction: float | None  # part of all values; None: no learned variance
+    latent: LatentReport
 
     def figures(self) -> dict[str, float]:
-        """What there is, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """What there is, by name, the latent's apart."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["latent"]
+        return {name: value for name, value in values.items() if value is not None}
 
-    def row(self) -> dict[str, float]:
-        """The same as a row of metrics."""
-        return {f"eval/{name}": value for name, value in self.figures().items()}
+    def row(self) -> dict[str, float | list[float]]:
+        """All of it as a row of metrics."""
+        return {f"eval/{name}": value for name, value in self.figures().items()} | {
+            f"latent/{field.name}": getattr(self.latent, field.name)
+            for field in fields(self.latent)
+        }
 
 
 def evaluate(
@@ -63,6 +70,7 @@ def evaluate(
     the same on each; after a True the result is None. Raises ConfigError when no image can be read.
     """
     sums = torch.zeros(6, dtype=torch.float64, device=runtime.device)
+    latents = LatentSums(model, runtime.device)
     num_dims = 0
     was_training = model.training
     model.eval()
@@ -71,16 +79,19 @@ def evaluate(
             if stop_requested is not None and stop_requested():
                 return None
             num_dims = batch.images[0].numel()
-            sums += _sums(model, batch, seed=seed, device=runtime.device)
+            sums += _sums(model, batch, latents, seed=seed, device=runtime.device)
     finally:
         model.train(was_training)
-    return _result(model, runtime.sum_over_ranks(sums), num_dims)
+    sums = runtime.sum_over_ranks(sums)
+    return _result(model, sums, latents.report(runtime), num_dims)
 
 
 @torch.inference_mode()
-def _sums(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device) -> Tensor:
-    """Sums over a batch, float64 (6,): distortion, rate, fraction at the floor, images that have a
-    floor, images, and what was skipped."""
+def _sums(
+    model: VAE, batch: EvaluationBatch, latents: LatentSums, *, seed: int, device: torch.device
+) -> Tensor:
+    """Adds a batch to `latents`. Its sums, float64 (6,): distortion, rate, fraction at the floor,
+    images that have a floor, images, and what was skipped."""
     images_u8 = batch.images.to(device)  # (b, C, H, W)
     samples = batch.samples.tolist()
     height, width = images_u8.shape[-2:]
@@ -104,6 +115,7 @@ def _sums(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device
     # where, not a product: what padding evaluates to, infinity included, must not count
     counts = batch.weights.to(device) > 0
     sums = torch.where(counts, per_image, 0.0).sum(1)
+    latents.add(output.mean[counts], output.log_variance[counts])
     return torch.cat([sums, sums.new_tensor([len(batch.skipped)])])
 
 
@@ -119,7 +131,7 @@ def _draws(
     )
 
 
-def _result(model: VAE, sums: Tensor, num_dims: int) -> EvaluationResult:
+def _result(model: VAE, sums: Tensor, latent: LatentReport, num_dims: int) -> EvaluationResult:
     distortion, rate, at_floor, num_with_floor, num_images, num_skipped = sums.tolist()
     if num_images == 0:
         raise ConfigError(
@@ -136,4 +148,5 @@ def _result(model: VAE, sums: Tensor, num_dims: int) -> EvaluationResult:
         num_images=int(num_images),
         skipped_samples=int(num_skipped),
         variance_at_floor_fraction=at_floor / num_with_floor if num_with_floor else None,
+        latent=latent,
     )

@@ -101,16 +101,22 @@ def first_images(images: Images, num_images: int) -> torch.Tensor:
 
     Raises ConfigError when there is none.
     """
+    return first_labelled_images(images, num_images)[0]
+
+
+def first_labelled_images(images: Images, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with their labels, int64 (N,), -1 where an image has none."""
     index, settings = images.index, images.settings
     batch_size = min(num_images, index.num_samples)
     stream = EvaluationStream(index, settings, batch_size=batch_size, max_images=num_images)
-    found = torch.cat([batch.images[batch.weights > 0] for batch in stream])
+    parts = [(batch.images[batch.weights > 0], batch.labels[batch.weights > 0]) for batch in stream]
+    found = torch.cat([part for part, _ in parts])
     if len(found) == 0:
         raise ConfigError(
             f"none of the first {batch_size} images of {index.paths[0]} can be read; "
             "raise num_images, or mend the shard"
         )
-    return found
+    return found, torch.cat([labels for _, labels in parts])
 
 
 def check_image_size(model: VAE, size: tuple[int, int], *, key: str) -> None:

@@ -73,19 +73,40 @@ def reconstruct(model: VAE, images_u8: Tensor, *, seed: int, batch_size: int = 2
     Where training adds noise to the images (binarisation, dequantisation), so does this: image i
     gets that of (seed, i).
     """
+    mean, _ = posteriors(model, images_u8, seed=seed, batch_size=batch_size)
+    height, width = images_u8.shape[-2:]
+    return decode_means(model, mean, (height, width), batch_size=batch_size)
+
+
+@torch.inference_mode()
+def posteriors(
+    model: VAE, images_u8: Tensor, *, seed: int, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of q(z|x) for uint8 images (N, C, H, W), each float32 (N, *latent) on
+    the model's device; the images get the noise that `reconstruct` gives them."""
     device = next(model.parameters()).device
-    reconstructions = []
+    means, log_variances = [], []
     for first in range(0, len(images_u8), batch_size):
         batch = images_u8[first : first + batch_size]
         uniform = None
         if model.likelihood.needs_uniform:
             uniform = _levels_noise(batch, first, seed).to(device)
-        images = model.likelihood.prepare(batch.to(device), uniform)
-        mean, _ = model.encode(images)
-        height, width = batch.shape[-2:]
-        params = model.decode(mean, (height, width))
-        reconstructions.append(to_uint8(model.likelihood.mean(params)).cpu())
-    return torch.cat(reconstructions)
+        mean, log_variance = model.encode(model.likelihood.prepare(batch.to(device), uniform))
+        means.append(mean)
+        log_variances.append(log_variance)
+    return torch.cat(means), torch.cat(log_variances)
+
+
+@torch.inference_mode()
+def decode_means(
+    model: VAE, z: Tensor, image_size: tuple[int, int], *, batch_size: int = 256
+) -> Tensor:
+    """The means of p(x|z) for latents (N, *latent), uint8 (N, C, H, W) on CPU."""
+    images = []
+    for part in z.split(batch_size):
+        params = model.decode(part, image_size)
+        images.append(to_uint8(model.likelihood.mean(params)).cpu())
+    return torch.cat(images)
 
 
 def _levels_noise(batch: Tensor, first: int, seed: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Metric rows as text: what goes in is a row {"group/name": number}, what comes out is for people.
+"""Metric rows as text: what goes in is a row {"group/name": value}, what comes out is for people.
+
+A value is a number or, of a distribution, the list of its values (one per latent dimension).
 
 Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_second`.
 """
@@ -6,10 +8,21 @@ Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_secon
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+Value = float | list[float]
 
 _IMPLIED_GROUPS = ("train/", "time/")
 # A line for people leaves out what other figures of it say; log.jsonl and W&B have every key.
-_UNSAID = {"train/neg_elbo_nats", "train/beta", "time/step_seconds", "data/images_seen"}
+_UNSAID = {
+    "train/neg_elbo_nats",
+    "train/beta",
+    "time/step_seconds",
+    "time/images_per_second_per_device",
+    "data/images_seen",
+    "system/memory_gib",
+    "system/device_memory_reserved_gib",
+}
 _UNSAID_WHEN_ZERO = {"optim/skipped_steps", "data/skipped_samples", "eval/skipped_samples"}
 
 
@@ -30,12 +43,14 @@ def short_name(key: str) -> str:
     return key
 
 
-def format_row(step: int, row: dict[str, float]) -> str:
+def format_row(step: int, row: Mapping[str, Value]) -> str:
     """`step=200 loss=104.2 ...`, in the order of the row, without what goes without saying."""
     pairs = [
         f"{short_name(key)}={format_number(value)}"
         for key, value in row.items()
-        if key not in _UNSAID and (value or key not in _UNSAID_WHEN_ZERO)
+        if not isinstance(value, list)
+        and key not in _UNSAID
+        and (value or key not in _UNSAID_WHEN_ZERO)
     ]
     return " ".join([f"step={step}", *pairs])
 

@@ -1,6 +1,6 @@
 """Where metrics and pictures go: one small protocol, the log file and the console.
 
-What goes in: rows {"group/name": number} and PNG files, each at an optimizer step. What comes out:
+What goes in: rows {"group/name": value} and PNG files, each at an optimizer step. What comes out:
 `log.jsonl`, one JSON object a row (`JsonlSink`), lines or a progress bar (`ConsoleSink`), and a
 W&B run (`vae_dist.tracking.wandb_sink`). Sinks belong to the main process alone.
 """
@@ -13,11 +13,13 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,16 +28,22 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 from vae_dist.files import write_durably
-from vae_dist.tracking.metrics import format_duration, format_number, format_row
+from vae_dist.tracking.metrics import Value, format_duration, format_number, format_row
 from vae_dist.tracking.wandb_sink import WandbSink
 
 __all__ = ["ConsoleSink", "JsonlSink", "Sink", "WandbSink"]
 
 
+_OF_EVALUATION = ("eval/", "latent/")
+_SLOW_DATA = 0.1  # part of the time: from here on the bar says so
+
+
 class Sink(Protocol):
-    def log(self, step: int, row: dict[str, float]) -> None: ...
+    def log(self, step: int, row: Mapping[str, Value]) -> None: ...
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None: ...
 
@@ -56,8 +64,8 @@ class JsonlSink:
         _keep_rows_up_to(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        finite = {key: _finite(value) for key, value in row.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -69,6 +77,12 @@ class JsonlSink:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+def _finite(value: Value) -> Any:
+    if isinstance(value, list):
+        return [float(f"{item:.5g}") if math.isfinite(item) else None for item in value]
+    return value if math.isfinite(value) else None
 
 
 def _keep_rows_up_to(path: Path, step: int) -> None:
@@ -91,8 +105,15 @@ def _row_step(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a progress bar belongs there: not into the log file of a job, nor where TERM=dumb."""
+    in_job = "SLURM_JOB_ID" in os.environ
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not in_job
+
+
 class ConsoleSink:
-    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row.
+    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row; the
+    latter also under SLURM.
 
     On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
     `say` prints a line of text that does not disturb the bar; print nothing else meanwhile.
@@ -108,7 +129,8 @@ class ConsoleSink:
     ) -> None:
         self._stream = stream or sys.stdout
         if terminal is None:
-            terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+            terminal = is_terminal(self._stream)
+        self._pictured_step = -1
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if terminal:
@@ -135,13 +157,28 @@ class ConsoleSink:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             print(f"{stamp} {text}", file=self._stream, flush=True)
 
+    def banner(self, title: str, lines: list[str]) -> None:
+        """Lines that begin with their label: framed on a terminal, else one after the other."""
+        if self._progress is None:
+            for line in lines:
+                self.say(line)
+            return
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column(overflow="fold")
+        for line in lines:
+            label, _, text = line.partition(" ")
+            facts.add_row(Text(label), Text(text))
+        panel = Panel(facts, title=Text(title), title_align="left", border_style="blue")
+        self._progress.console.print(panel)
+
     def advance(self, step: int) -> None:
         """Move the bar between two rows; without a terminal this prints nothing."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        evaluation = {key: value for key, value in row.items() if key.startswith("eval/")}
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        evaluation = {key: value for key, value in row.items() if key.startswith(_OF_EVALUATION)}
         training = {key: value for key, value in row.items() if key not in evaluation}
         if training and self._progress is None:
             self.say(format_row(step, training))
@@ -151,7 +188,9 @@ class ConsoleSink:
             self._progress.update(self._task, completed=step, figures=_bar_figures(row))
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        self.say(f"step={step} {key}={png_path}")
+        if step != self._pictured_step:  # one line for all pictures of a step
+            self._pictured_step = step
+            self.say(f"step={step} pictures in {png_path.parent}")
 
     def close(self, status: str) -> None:
         if self._progress is not None:
@@ -159,10 +198,22 @@ class ConsoleSink:
             self._progress = None
 
 
-def _bar_figures(row: dict[str, float]) -> str:
-    figures = [f"loss {format_number(row['train/loss'])}"]
-    if "time/images_per_second" in row:
-        figures.append(f"{row['time/images_per_second']:.0f} images/s")
-    if "time/left_seconds" in row:
-        figures.append(f"{format_duration(row['time/left_seconds'])} left")
+_BAR_FIGURES: dict[str, Callable[[float], str]] = {
+    "train/loss": lambda value: f"loss {format_number(value)}",
+    "train/bits_per_dim": lambda value: f"{value:.3f} bits/dim",
+    "time/images_per_second": lambda value: f"{value:.0f} images/s",
+    "time/left_seconds": lambda value: f"{format_duration(value)} left",
+}
+
+
+def _bar_figures(row: Mapping[str, Value]) -> str:
+    """The few numbers that matter, and the wait for data where it costs speed."""
+    figures = [
+        words(value)
+        for key, words in _BAR_FIGURES.items()
+        if not isinstance(value := row.get(key, []), list)
+    ]
+    wait = row.get("time/data_wait_fraction", 0.0)
+    if not isinstance(wait, list) and wait > _SLOW_DATA:
+        figures.append(f"{wait:.0%} waiting for data")
     return "  ".join(figures)

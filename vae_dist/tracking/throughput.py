@@ -20,7 +20,9 @@ _SMOOTHING = 0.3
 class Meter:
     """Counts from `first_step` steps done up to `total_steps`; `clock` returns seconds.
 
-    One rank's meter stands for all `world` ranks: they move in step and do equal shares.
+    One rank's meter stands for all `world` ranks: they move in step and do equal shares. With
+    `peak_images_per_second`, what one device could do at its peak arithmetic speed, the row has
+    `time/mfu`, the part of it that is used.
     """
 
     def __init__(
@@ -29,12 +31,14 @@ class Meter:
         total_steps: int,
         first_step: int = 0,
         world: int = 1,
+        peak_images_per_second: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._clock = clock
         self._step = first_step
         self._total_steps = total_steps
         self._world = world
+        self._peak_images_per_second = peak_images_per_second
         self._smooth_step_seconds: float | None = None
         self._reset()
 
@@ -82,9 +86,13 @@ class Meter:
             self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
         row = {
             "time/images_per_second": self._num_images / seconds,
+            "time/images_per_second_per_device": self._num_images / seconds / self._world,
             "time/data_wait_fraction": self._waited / seconds,
             "time/step_seconds": step_seconds,
             "time/left_seconds": self._smooth_step_seconds * (self._total_steps - self._step),
         }
+        if self._peak_images_per_second:
+            per_device = row["time/images_per_second_per_device"]
+            row["time/mfu"] = per_device / self._peak_images_per_second
         self._reset()
         return row

@@ -13,37 +13,55 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import secrets
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import flatten
 from vae_dist.config.schema import TrainConfig
-from vae_dist.files import write_durably
+from vae_dist.tracking.history import find_pictures, picture_caption, read_rows
+from vae_dist.tracking.metrics import Value
+from vae_dist.tracking.wandb_modes import (
+    asked_mode,
+    first_line,
+    obstacle_to_online,
+    offline_summaries,
+    run_id_of,
+)
 
 STEP_KEY = "trainer/step"
 
-_MODES = {
-    "auto": "auto",
-    "online": "online",
-    "run": "online",  # wandb's older word
-    "offline": "offline",
-    "dryrun": "offline",  # wandb's older word
-    "disabled": "disabled",
-}
-_PROBE_SECONDS = 3.0
 _INIT_SECONDS = 30.0
 _QUEUED_ROWS = 4096
 # How long close() may wait. An interrupted run has a deadline of its scheduler to meet, and what
 # has not been sent is on disk; an offline run only has to write what is queued.
-_CLOSE_SECONDS = {"finished": 60.0, "interrupted": 10.0, "failed": 30.0}
+_CLOSE_INTERRUPTED_SECONDS = 10.0
 _CLOSE_OFFLINE_SECONDS = 10.0
+
+
+class _Picture(NamedTuple):
+    path: Path
+    caption: str
+
+
+class _Backfill(NamedTuple):
+    log_path: Path
+    images: Path
+    up_to: int
+
+
+class _Artifact(NamedTuple):
+    name: str
+    kind: str
+    paths: tuple[Path, ...]
+
+
+def _step_of(key: str) -> str:
+    """The key that holds the step of the last picture `key`: what a resumed run asks for."""
+    return f"trainer/step_of/{key}"
 
 
 class WandbSink:
@@ -51,8 +69,9 @@ class WandbSink:
 
     `folder` is the run folder: it gets `wandb/` and `wandb_id`, the run id by which a resumed run
     goes on in the same W&B run. `say` prints a line to the user, also from the worker thread.
-    Raises ConfigError when online was asked for (wandb.mode or WANDB_MODE, which wins) and cannot
-    be had.
+    `on_stop` is called, from a thread of wandb's, when somebody presses "Stop run" in the W&B page.
+    `environment` goes into the W&B config beside the keys of `config`. Raises ConfigError when
+    online was asked for (wandb.mode or WANDB_MODE, which wins) and cannot be had.
     """
 
     def __init__(
@@ -62,8 +81,14 @@ class WandbSink:
         *,
         resume_step: int = 0,
         say: Callable[[str], None] = print,
+        on_stop: Callable[[], None] = lambda: None,
+        environment: Mapping[str, Any] | None = None,
     ) -> None:
         self._say = say
+        self._name = folder.resolve().name
+        self._on_stop = on_stop
+        self._environment = dict(environment or {})
+        self._close_seconds = float(config.wandb.finish_timeout_s)
         self._run: Any = None
         self._wandb: Any = None
         self._sync_dir = ""
@@ -71,10 +96,11 @@ class WandbSink:
         self._closed = False
         self._num_dropped = 0
         self._stop_requested = threading.Event()
-        # Rows up to here are on the server already, from before an interruption.
+        # Rows up to here are recorded already, from before an interruption; so are pictures.
         self._floor = -1
+        self._image_floor: dict[str, int] = {}
         self.mode = "disabled"
-        asked, source = _asked_mode(config.wandb.mode)
+        asked, source = asked_mode(config.wandb.mode)
         if asked == "disabled":
             return
         obstacle = self._start(config, folder, asked, resume_step)
@@ -97,20 +123,39 @@ class WandbSink:
         """Whether somebody pressed "Stop run" in the W&B page."""
         return self._stop_requested.is_set()
 
-    def log(self, step: int, row: dict[str, float]) -> None:
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
         if step > self._floor:
             self._put({STEP_KEY: step, **row})
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        if step > self._floor:
-            self._put({STEP_KEY: step, key: (Path(png_path), caption)})
+        if step > self._image_floor.get(key, -1):
+            picture = _Picture(Path(png_path), caption)
+            self._put({STEP_KEY: step, _step_of(key): step, key: picture})
+
+    def backfill(self, log_path: Path, images: Path, *, up_to: int) -> None:
+        """Send what the W&B run lacks of the steps up to `up_to`, from log.jsonl and `images`.
+
+        A killed trainer takes the newest rows with it; a run that began offline may go on online.
+        """
+        self._put({"": _Backfill(log_path, images, up_to)})
+
+    def artifacts(self, checkpoint: Path, images: Path, *, step: int) -> None:
+        """Upload the files of a checkpoint, and the pictures of its step, as W&B artifacts."""
+        weights, pictures = sorted(checkpoint.iterdir()), sorted(images.glob(f"*_{step:08d}.png"))
+        for name, kind, paths in (
+            ("checkpoint", "model", weights),
+            ("pictures", "pictures", pictures),
+        ):
+            self._put({"": _Artifact(f"{self._name}-{name}", kind, tuple(paths))})
 
     def close(self, status: str) -> None:
-        """Flush and end the W&B run, within a minute; what could not be sent stays on disk."""
+        """Flush and end the W&B run in bounded time; what could not be sent stays on disk."""
         if self._run is None or self._closed:
             return
         self._closed = True
-        seconds = _CLOSE_SECONDS.get(status, 30.0)
+        seconds = self._close_seconds
+        if status == "interrupted":
+            seconds = min(seconds, _CLOSE_INTERRUPTED_SECONDS)
         if self.mode == "offline":
             seconds = min(seconds, _CLOSE_OFFLINE_SECONDS)
         closer = threading.Thread(
@@ -140,26 +185,31 @@ class WandbSink:
         try:
             # wandb turns to /tmp without a word when it cannot write, so it is tried out here.
             (folder / "wandb").mkdir(parents=True, exist_ok=True)
-            run_id, is_resumed = _run_id(folder, resume_step)
+            run_id, is_resumed = run_id_of(folder, resume_step)
         except OSError as error:
             return f"{folder} cannot be written ({error.strerror})"
         try:
             import wandb
         except Exception as error:  # a broken installation shows as almost any exception
-            return f"wandb cannot be imported ({_first_line(error)})"
-        obstacle = "" if asked == "offline" else _obstacle_to_online(wandb, asked)
+            return f"wandb cannot be imported ({first_line(error)})"
+        obstacle = "" if asked == "offline" else obstacle_to_online(wandb, asked)
         modes: list[Any] = ["online"] if asked == "online" else ["online", "offline"]
         if asked == "offline" or (asked == "auto" and obstacle):
             modes = ["offline"]
         elif obstacle:
             return obstacle
-        stop = self._stop_requested
+        requested, on_stop = self._stop_requested, self._on_stop
+
+        def stop() -> None:
+            requested.set()
+            on_stop()
+
         settings: dict[str, Any] = {
             "silent": True,
             "console": "off",
             "init_timeout": _INIT_SECONDS,
-            "finish_timeout": _CLOSE_SECONDS["finished"],
-            "stop_fn": lambda: stop.set(),  # settings are deep-copied: no bound method of a lock
+            "finish_timeout": self._close_seconds,
+            "stop_fn": stop,  # settings are deep-copied: a function is, a bound method is not
         }
         known = {key: settings[key] for key in settings if key in wandb.Settings.model_fields}
         for mode in modes:
@@ -173,23 +223,35 @@ class WandbSink:
                     entity=config.wandb.entity,
                     group=config.wandb.group,
                     tags=list(config.wandb.tags),
-                    name=folder.resolve().name,
-                    config=flatten(config),
+                    name=self._name,
+                    config=flatten(config) | {"environment": self._environment},
                     settings=wandb.Settings(**known),
                 )
-                self._run.define_metric(STEP_KEY)
+                self._run.define_metric(STEP_KEY, hidden=True)
                 self._run.define_metric("*", step_metric=STEP_KEY)
                 if mode == "online" and self._run.resumed:
-                    self._floor = int(self._run.summary.get(STEP_KEY, -1))
+                    self._set_floors(dict(self._run.summary))
+                elif is_resumed:
+                    for summary in offline_summaries(folder, run_id):
+                        self._set_floors(summary)
                 self._sync_dir = str(self._run.settings.sync_dir)
             except Exception as error:  # CommError, UsageError, ConnectionResetError, OSError, ...
                 self._run = None
-                obstacle = f"W&B could not start a run ({_first_line(error)})"
+                obstacle = f"W&B could not start a run ({first_line(error)})"
                 continue
             self._wandb = wandb
             self.mode = mode
             break
         return obstacle
+
+    def _set_floors(self, summary: Mapping[str, Any]) -> None:
+        """`summary`: the last value of every key that this W&B run has already."""
+        self._floor = max(self._floor, int(summary.get(STEP_KEY, -1)))
+        start = _step_of("")
+        for name, step in summary.items():
+            if name.startswith(start):
+                key = name.removeprefix(start)
+                self._image_floor[key] = max(self._image_floor.get(key, -1), int(step))
 
     # --- the worker ---
 
@@ -208,15 +270,45 @@ class WandbSink:
             if self._broken:
                 continue
             try:
-                self._run.log({key: self._value(value) for key, value in row.items()}, commit=True)
+                if isinstance(task := row.get(""), _Artifact):
+                    self._upload(task)
+                elif isinstance(task, _Backfill):
+                    for missing in self._missing(task):
+                        self._send(missing)
+                else:
+                    self._send(row)
             except Exception as error:  # wandb raises builtin and own errors of many kinds
                 self._break(error)
 
+    def _send(self, row: Mapping[str, Any]) -> None:
+        self._run.log({key: self._value(value) for key, value in row.items()}, commit=True)
+
+    def _missing(self, task: _Backfill) -> Iterator[dict[str, Any]]:
+        rows = {}
+        for step, row in read_rows(task.log_path):
+            rows[step] = row
+            if self._floor < step <= task.up_to:
+                known = {key: value for key, value in row.items() if value is not None}
+                yield {STEP_KEY: step, **known}
+        for name, paths in find_pictures(task.images).items():
+            key = f"images/{name}"
+            for step, path in paths.items():
+                if self._image_floor.get(key, -1) < step <= task.up_to:
+                    picture = _Picture(path, picture_caption(step, rows.get(step, {})))
+                    yield {STEP_KEY: step, _step_of(key): step, key: picture}
+
     def _value(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            path, caption = value
-            return self._wandb.Image(str(path), caption=caption)
+        if isinstance(value, _Picture):
+            return self._wandb.Image(str(value.path), caption=value.caption)
+        if isinstance(value, list):  # of a distribution
+            return self._wandb.Histogram(value)
         return value
+
+    def _upload(self, asked: _Artifact) -> None:
+        artifact = self._wandb.Artifact(asked.name, type=asked.kind)
+        for path in asked.paths:
+            artifact.add_file(str(path), name=path.name)
+        self._run.log_artifact(artifact)
 
     def _finish(self, exit_code: int) -> None:
         try:
@@ -233,7 +325,7 @@ class WandbSink:
         if not self._broken:
             self._broken = True
             self._say(
-                f"W&B stopped working ({_first_line(error)}); training goes on without it and"
+                f"W&B stopped working ({first_line(error)}); training goes on without it and"
                 " log.jsonl has every metric."
             )
 
@@ -251,61 +343,3 @@ class WandbSink:
         # Takes the exit hook away, which would print a traceback, and then misses the dead core.
         with contextlib.suppress(Exception, SystemExit):
             self._wandb.teardown()
-
-
-def _asked_mode(configured: str) -> tuple[str, str]:
-    """The mode and where it comes from; WANDB_MODE wins, as users of W&B expect."""
-    asked = os.environ.get("WANDB_MODE")
-    if not asked:
-        return configured, "wandb.mode"
-    if asked not in _MODES:
-        raise ConfigError(
-            f"WANDB_MODE={asked} is none of online, offline, disabled; unset it or set one of these"
-        )
-    return _MODES[asked], "WANDB_MODE"
-
-
-def _run_id(folder: Path, resume_step: int) -> tuple[str, bool]:
-    """The W&B run id, and whether a run of that id may exist; a sweep agent chooses its own."""
-    path = folder / "wandb_id"
-    if given := os.environ.get("WANDB_RUN_ID"):
-        write_durably(path, given.encode())
-        return given, True
-    if resume_step > 0 and path.exists():
-        return path.read_text().strip(), True
-    run_id = secrets.token_hex(4)
-    write_durably(path, run_id.encode())
-    return run_id, False
-
-
-def _obstacle_to_online(wandb: Any, asked: str) -> str:
-    """Why no run can be sent to W&B from here, as a clause; "" when nothing is in the way."""
-    try:
-        settings = wandb.setup().settings
-        if asked == "auto" and settings.mode in ("offline", "dryrun", "disabled"):
-            return f"`wandb {settings.mode}` is set here"
-        if not wandb.login(prompt=False, verify=False):
-            return "nobody is logged in: run `wandb login` or set WANDB_API_KEY"
-        if not _answers(settings.base_url):
-            return f"{settings.base_url} does not answer"
-    except Exception as error:  # malformed keys and settings raise errors of many kinds
-        return f"the W&B login cannot be used: {_first_line(error)}"
-    return ""
-
-
-def _answers(url: str) -> bool:
-    """One GET through the environment's proxies; any answer counts, even one that TLS rejects."""
-    try:
-        urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return "SSL" in repr(error.reason)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

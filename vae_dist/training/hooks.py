@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import nn
 
-Row = dict[str, float]
+from vae_dist.tracking.metrics import Value
+
+Row = dict[str, Value]
 
 
 class Evaluator(Protocol):
@@ -19,7 +21,11 @@ class Evaluator(Protocol):
 class Painter(Protocol):
     """Draws picture grids of the averaged model. Called on the main process alone."""
 
-    def __call__(self, model: nn.Module, step: int) -> None: ...
+    def __call__(self, model: nn.Module, step: int, metrics: Row) -> None: ...
+
+    def close(self) -> None:
+        """Wait, not for ever, for what is still being written."""
+        ...
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:

@@ -23,6 +23,7 @@ from vae_dist.models.likelihoods import bits_per_dim
 from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
 from vae_dist.sharding import full_value, load_full
+from vae_dist.tracking.machine import UpdateRatio, memory_row
 from vae_dist.tracking.sinks import ConsoleSink, Sink
 from vae_dist.tracking.throughput import Meter
 from vae_dist.training.divergence import check_equal_over_ranks
@@ -53,6 +54,7 @@ class Trainer:
         evaluator: Evaluator,
         painter: Painter,
         identity: dict[str, Any],
+        peak_images_per_second: float = 0.0,
     ) -> None:
         self.config, self.runtime, self.folder = config, runtime, folder
         self.training_step = training_step
@@ -60,6 +62,8 @@ class Trainer:
         self.console = console  # on the main process
         self.sinks, self.evaluator, self.painter = list(sinks), evaluator, painter
         self.identity = identity  # what a checkpoint must agree with: data, image size
+        self.peak_images_per_second = peak_images_per_second  # of one device; 0: not known
+        self._update_ratio = UpdateRatio(training_step.optimizer)
         self.step = 0
         self.guard = SkipGuard(
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
@@ -92,7 +96,12 @@ class Trainer:
         Raises TrainingFailed when the numbers or the data make it pointless to go on.
         """
         last_step = self.config.training.steps
-        meter = Meter(total_steps=last_step, first_step=self.step, world=self.runtime.world)
+        meter = Meter(
+            total_steps=last_step,
+            first_step=self.step,
+            world=self.runtime.world,
+            peak_images_per_second=self.peak_images_per_second,
+        )
         was_interrupted = self.step > 0 and self._evaluation_is_due()
         if was_interrupted:
             if not self._evaluate(self._pending_row, stop, watch):
@@ -103,6 +112,8 @@ class Trainer:
             watch.at(self.step, "data")
             with meter.data_wait():
                 batch = next(stream)
+            if is_due(self.step + 1, self.config.log.every, last_step):
+                self._update_ratio.arm()
             watch.at(self.step, "step")
             self._report = report = self.training_step(batch, self.step)
             self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
@@ -155,7 +166,7 @@ class Trainer:
         every = self.config.log.images_every or self.config.evaluation.every
         if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
             with self._disk("pictures"):
-                self.painter(model, self.step)
+                self.painter(model, self.step, metrics)
         return True
 
     def _note_best(self, metrics: Row) -> None:
@@ -236,7 +247,7 @@ class Trainer:
             distortion + rate, num_dims
         )
         images_seen = self.step * batch_size
-        row = {
+        row: Row = {
             "train/loss": loss,
             "train/neg_elbo_nats": distortion + rate,
             "train/distortion_nats": distortion,
@@ -254,7 +265,8 @@ class Trainer:
         if self.training_step.loss_scale.enabled:
             row["optim/loss_scale"] = float(self.training_step.loss_scale.scale)
         row["time/checkpoint_stall_seconds"] = self.writer.stall_s  # since this process started
-        return row | meter.row()
+        row |= self._update_ratio.row()
+        return row | meter.row() | memory_row(self.runtime.device)
 
     def _log(self, row: Row) -> None:
         self._last_row |= row

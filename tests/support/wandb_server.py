@@ -1,0 +1,312 @@
+"""A stand-in for the W&B service on this machine's loopback, as wandb 0.31 speaks to it.
+
+In: what `wandb.init(mode="online")` and its uploader send: GraphQL operations, the file stream
+(history, summary, console), uploads of media, saved workspaces. Out: the same in memory, as `Run`s
+to assert on. `stop()` and `start()` are an outage, `fail` answers with an HTTP error, `hang` takes
+connections and never answers. Artifacts are not answered. What the server had to guess at is in
+`unknown`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import quote, unquote
+
+ENTITY, KEY = "tester", "0123456789" * 4
+HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
+
+Answer = tuple[int, dict[str, Any] | bytes]
+
+
+@dataclass
+class Run:
+    """What the service holds of one run."""
+
+    project: str
+    id: str
+    name: str
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, dict[int, str]] = field(default_factory=dict)  # stream -> offset -> line
+    files: dict[str, bytes] = field(default_factory=dict)  # uploaded path -> content
+    complete: bool = False
+    exit_code: int | None = None
+
+    def stream(self, name: str) -> list[str]:
+        return [line for _, line in sorted(self.lines.get(name, {}).items())]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stream(HISTORY)]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        lines = self.stream(SUMMARY)
+        return dict(json.loads(lines[-1])) if lines else {}
+
+    @property
+    def user_config(self) -> dict[str, Any]:
+        return {key: value.get("value") for key, value in self.config.items() if key != "_wandb"}
+
+    def steps(self, key: str) -> list[int]:
+        """The trainer's steps of the rows that have `key`, in the order of arrival."""
+        return [row["trainer/step"] for row in self.history if key in row]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Listener
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def _body(self) -> bytes:
+        body = b""
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+
+    def _answer(self) -> None:
+        body = self._body()
+        if self.server.service.hang.is_set():
+            self.server.service.resume.wait()
+        status, answer = self.server.service.answer(self.command, self.path, body)
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_POST = do_PUT = do_HEAD = _answer
+
+
+class Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, service: WandbServer, port: int) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.service = service
+        self.sockets: set[socket.socket] = set()
+
+    def process_request(self, request: Any, address: Any) -> None:
+        self.sockets.add(request)
+        super().process_request(request, address)
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Clients that hang up, or our own stop()."""
+
+
+class WandbServer:
+    """Use as a context manager; `url` and `environment()` lead a client to it."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.views: dict[str, dict[str, Any]] = {}  # saved workspaces
+        self.unknown: list[str] = []  # operations and paths answered by guess
+        self.stopped: set[str] = set()  # ids of runs whose stop button was pressed
+        self.fail: dict[str, int] = {}  # part of a path -> HTTP status to answer with
+        self.hang, self.resume = threading.Event(), threading.Event()
+        self._port = 0
+        self._lock = threading.RLock()
+        self._listener: Listener | None = None
+
+    def start(self) -> WandbServer:
+        self._listener = Listener(self, self._port)
+        self._port = self._listener.server_address[1]
+        threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Close the listener and every open connection; start() takes the same port again."""
+        listener, self._listener = self._listener, None
+        self.resume.set()
+        if listener is None:
+            return
+        listener.shutdown()
+        listener.server_close()
+        for connection in listener.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    def __enter__(self) -> WandbServer:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def environment(self) -> dict[str, str]:
+        """Variables that send a client here, with a client that retries and sends at once."""
+        return {
+            "WANDB_BASE_URL": self.url,
+            "WANDB_API_KEY": KEY,
+            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.3",
+            "WANDB__FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "0.2",
+            "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "0.5",
+            "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "0.5",
+            "WANDB__FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS": "0.5",
+        }
+
+    def only_run(self) -> Run:
+        (run,) = self.runs.values()
+        return run
+
+    def wait(self, condition: Callable[[], bool], *, seconds: float = 30) -> bool:
+        """Whether `condition` became true; what it reads does not change meanwhile."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with self._lock:
+                if condition():
+                    return True
+            time.sleep(0.02)
+        return False
+
+    # answers
+
+    def answer(self, method: str, path: str, body: bytes) -> Answer:
+        status = next((s for part, s in list(self.fail.items()) if part in path), None)
+        if status is not None:
+            return status, {"errors": [{"message": f"injected {status}"}]}
+        try:
+            with self._lock:
+                return self._handle(method, path, body)
+        except Exception as error:  # a mistake of this file must show, not hang the client
+            self.unknown.append(f"{method} {path}: {error!r}")
+            return 400, {"errors": [{"message": repr(error)}]}
+
+    def _handle(self, method: str, path: str, body: bytes) -> Answer:
+        if path == "/graphql":
+            return 200, {"data": self._graphql(json.loads(body))}
+        if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
+            return 200, self._file_stream(unquote(match[1]), json.loads(body or b"{}"))
+        if match := re.fullmatch(r"/storage/([^/]+)/(.+)", path):
+            files, name = self.runs[unquote(match[1])].files, unquote(match[2])
+            if method == "PUT":
+                files[name] = body
+            return 200, files[name]
+        if path != "/" and not path.startswith("/sdk/otel"):  # the sink's probe; telemetry
+            self.unknown.append(f"{method} {path}")
+        return 404, {}
+
+    def _file_stream(self, run_id: str, request: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs[run_id]
+        for name, chunk in (request.get("files") or {}).items():
+            lines = run.lines.setdefault(name, {})
+            lines.update(enumerate(chunk["content"], chunk["offset"]))
+        if request.get("complete"):
+            run.complete, run.exit_code = True, request.get("exitcode")
+        return {"stopped": run_id in self.stopped}
+
+    def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
+        query, variables = request.get("query", ""), request.get("variables") or {}
+        named = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        operation = request.get("operationName") or (named[1] if named else "?")
+        answers = {
+            "Viewer": self._viewer,
+            "ServerFeaturesQuery": self._features,
+            "ServerInfo": self._features,
+            "UpsertBucket": self._upsert,
+            "RunResumeStatus": self._resume_status,
+            "RunStoppedStatus": self._stopped_status,
+            "CreateRunFiles": self._create_files,
+            "MarkRunFilesUploaded": lambda variables: {"markRunFilesUploaded": {"success": True}},
+            "UpsertView2": self._upsert_view,
+            "OrganizationCoreWeaveOrganizationID": lambda variables: {},
+        }
+        if operation not in answers:
+            self.unknown.append(operation)
+            return {}
+        return answers[operation](variables)
+
+    def _viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
+        user = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
+        return {"viewer": user | {"flags": "{}", "teams": {"edges": []}}}
+
+    def _features(self, variables: dict[str, Any]) -> dict[str, Any]:
+        versions = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None}
+        return {"serverInfo": {"features": [], **versions}}
+
+    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables.get("name") or _run_of(variables["id"])
+        is_new = name not in self.runs
+        project = variables.get("project") or "uncategorized"
+        run = self.runs.setdefault(name, Run(project, name, name))
+        run.name = variables.get("displayName") or run.name
+        run.group = variables.get("groupName") or run.group
+        run.tags = variables.get("tags") or run.tags
+        if variables.get("config"):
+            run.config = json.loads(variables["config"])
+        if variables.get("summaryMetrics"):
+            run.lines.setdefault(SUMMARY, {})[0] = variables["summaryMetrics"]
+        return {"upsertBucket": {"bucket": _bucket(run), "inserted": is_new}}
+
+    def _resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(variables["name"])
+        bucket = _bucket(run) if run is not None else None
+        return {"model": _project(variables.get("project", "")) | {"bucket": bucket}}
+
+    def _stopped_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"run": {"stopped": variables.get("runId") in self.stopped}}}
+
+    def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        url = f"{self.url}/storage/{quote(variables['run'], safe='')}/"
+        files = [{"name": name, "uploadUrl": url + quote(name)} for name in variables["files"]]
+        return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+
+    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.views[variables["name"]] = variables
+        return {"upsertView": {"view": {"id": "Vmlldw==", "name": variables["name"]}}}
+
+
+def _project(name: str) -> dict[str, Any]:
+    return {"id": "UHJv", "name": name, "entity": {"id": "RW50", "name": ENTITY}}
+
+
+def _run_of(node: str) -> str:
+    return base64.b64decode(node).decode().removeprefix("Run:v1:")
+
+
+def _bucket(run: Run) -> dict[str, Any]:
+    """A run as the client asks for it at its start and at a resume."""
+    history, events = run.stream(HISTORY), run.stream("wandb-events.jsonl")
+    return {
+        "id": base64.b64encode(f"Run:v1:{run.id}".encode()).decode(),
+        "name": run.id,
+        "displayName": run.name,
+        "description": None,
+        "notes": None,
+        "sweepName": None,
+        "tags": run.tags,
+        "config": json.dumps(run.config),
+        "project": _project(run.project),
+        "summaryMetrics": json.dumps(run.summary),
+        "historyLineCount": len(history),
+        "eventsLineCount": len(events),
+        "logLineCount": len(run.stream("output.log")),
+        "historyTail": json.dumps(history[-1:]),
+        "eventsTail": json.dumps(events[-1:]),
+        "wandbConfig": json.dumps({"t": 1}),
+    }

@@ -1,0 +1,48 @@
+"""One page that shows a run: `python -m vae_dist.report run=runs/mnist [out=FILE]`.
+
+Several runs side by side: `run=runs/a,runs/b`. The page is one file without links to anywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vae_dist.command import run_command
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import ReportCommand
+
+USAGE = "python -m vae_dist.report run=FOLDER[,FOLDER...] [key=value ...]"
+INTRO = "Write one HTML page of curves, pictures, config and results; open it in any browser."
+
+
+def report(command: ReportCommand) -> None:
+    from vae_dist.files import write_durably
+    from vae_dist.reporting.collect import read_story
+    from vae_dist.reporting.page import render
+
+    given = command.run if isinstance(command.run, list) else str(command.run).split(",")
+    folders = [Path(str(name).strip()) for name in given if str(name).strip()]
+    if not folders:
+        raise ConfigError("run= names no folder; give one, for example run=runs/mnist")
+    if command.picture_megabytes <= 0:
+        raise ConfigError(f"picture_megabytes={command.picture_megabytes} must be positive")
+    share = int(command.picture_megabytes * 1e6) // len(folders)
+    stories = [read_story(folder, picture_bytes=share) for folder in folders]
+    default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    out = Path(command.out) if command.out else default
+    page = render(stories).encode()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(out, page)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
+    print(f"report of {', '.join(map(str, folders))}: {out} ({len(page) / 1e6:.1f} MB)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(ReportCommand, report, argv, usage=USAGE, intro=INTRO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

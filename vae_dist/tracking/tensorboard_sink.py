@@ -1,0 +1,48 @@
+"""TensorBoard files beside log.jsonl, for those who have a TensorBoard open already.
+
+In: the rows and pictures that every sink gets. Out: event files in `folder`. After a resume, points
+past the checkpoint are hidden by TensorBoard itself (`purge_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.tracking.metrics import Value
+
+
+class TensorBoardSink:
+    """Raises ConfigError where the package tensorboard is missing."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "log.tensorboard=true needs the package tensorboard: "
+                "pip install 'vae_dist[tensorboard]'"
+            ) from None
+        purge_step = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._is_closed = False
+
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        for key, value in row.items():
+            if isinstance(value, list):
+                self._writer.add_histogram(key, np.asarray(value), step)
+            else:
+                self._writer.add_scalar(key, value, step)
+
+    def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
+        pixels = np.asarray(Image.open(png_path).convert("RGB"))
+        self._writer.add_image(key, pixels, step, dataformats="HWC")
+
+    def close(self, status: str) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._writer.close()
