@@ -18,7 +18,7 @@ from pathlib import Path
 
 PACKAGE = "vae_dist"
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
-    frozenset({"train", "evaluate", "sample", "reconstruct", "index"}),
+    frozenset({"train", "evaluate", "sample", "reconstruct", "index", "pack"}),
     frozenset({"session", "command"}),
     frozenset({"pictures"}),
     frozenset({"plan"}),

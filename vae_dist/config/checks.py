@@ -57,8 +57,19 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_images": (1, math.inf),
     "batch_size": (1, math.inf),
     "temperature": (0, math.inf),
+    "quality": (1, 100),
+    "max_pixels": (1, math.inf),
+    "max_skipped_fraction": (0, 1),
+    "validation": (0, math.inf),
+    "workers": (0, math.inf),
 }
-POSITIVE = ("likelihood.sigma", "likelihood.min_sigma", "optimizer.lr", "optimizer.eps")
+POSITIVE = (
+    "likelihood.sigma",
+    "likelihood.min_sigma",
+    "optimizer.lr",
+    "optimizer.eps",
+    "shard_mb",
+)
 
 
 class Violation(NamedTuple):

@@ -23,7 +23,8 @@ from vae_dist.data.jpeg import TRANSPOSED, decode_jpeg, orientation, upright
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
-SUFFIXES = (*FORMATS, "tif", "tiff", "npy")
+ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
+SUFFIXES = (*FORMATS, *ARRAYS)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with that many channels
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 MAX_NPY_HEADER = 10_000  # bytes
@@ -63,10 +64,8 @@ def decode_image(
     at_least: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """One file of an allowed suffix as uint8 (channels, H, W). Raises DamagedSampleError."""
-    if suffix == "npy":
-        return _decode_npy(data, channels, max_pixels)
-    if suffix in ("tif", "tiff"):
-        return _decode_tiff(data, channels, max_pixels)
+    if suffix in ARRAYS:
+        return _with_channels(decode_array(suffix, data, max_pixels=max_pixels), channels)
     if suffix in ("jpg", "jpeg") and channels in (1, 3):
         pixels = decode_jpeg(data, channels, max_pixels=max_pixels, at_least=at_least)
         if pixels is not None:
@@ -138,7 +137,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
     if transparent and mode in ("L", "RGB"):
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if image.getchannel("A").histogram()[255] < image.width * image.height:
             raise DamagedSampleError(
                 "transparent pixels; pack the images with background=white or black, or set "
                 "data.channels=4"
@@ -156,7 +155,15 @@ def _orientation_of(image: Image.Image) -> int:
         raise DamagedSampleError(f"damaged EXIF record ({_short(error)})") from None
 
 
-def _decode_npy(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+def decode_array(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
+    """A .npy or TIFF as uint8 (C, H, W), with as many channels as it has.
+
+    Raises DamagedSampleError.
+    """
+    return _decode_npy(data, max_pixels) if suffix == "npy" else _decode_tiff(data, max_pixels)
+
+
+def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
     """uint8 (H, W) or (C, H, W); the header is believed only if the bytes are there."""
     file = io.BytesIO(data)
     try:
@@ -179,10 +186,10 @@ def _decode_npy(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         )
     pixels = np.frombuffer(data, np.uint8, count, offset=file.tell())
     pixels = pixels.reshape(shape, order="F" if by_column else "C")
-    return _with_channels(pixels[None] if len(shape) == 2 else pixels, channels)
+    return pixels[None] if len(shape) == 2 else pixels
 
 
-def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
     try:
         import tifffile
     except ImportError:
@@ -203,10 +210,8 @@ def _decode_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     except Exception as error:  # tifffile raises many kinds on damaged bytes
         raise DamagedSampleError(f"damaged TIFF ({_short(error)})") from None
     if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif axes.endswith("S"):
-        pixels = pixels.transpose(2, 0, 1)
-    return _with_channels(pixels, channels)
+        return pixels[None]
+    return pixels.transpose(2, 0, 1) if axes.endswith("S") else pixels
 
 
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:

@@ -82,7 +82,7 @@ def sample_starts(path: str) -> tuple[list[int], int]:
     """
     starts: list[int] = []
     key, end = None, 0
-    for start, stop, name in _hops(path, 0):
+    for start, stop, name, _, _ in _hops(path, 0):
         sample_key = _sample_key(name)
         if sample_key is not None:
             if sample_key != key:
@@ -96,7 +96,7 @@ def end_of_samples(path: str, end: int) -> bool:
     if end % BLOCK or end > os.path.getsize(path):
         return False
     try:
-        return all(_sample_key(name) is None for _, _, name in _hops(path, end))
+        return all(_sample_key(name) is None for _, _, name, _, _ in _hops(path, end))
     except ShardError:
         return False
 
@@ -106,8 +106,15 @@ def _sample_key(name: bytes) -> str | None:
     return None if text.startswith("__") else base_plus_ext(text)[0]
 
 
-def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes]]:
-    """(first byte with its long name, byte after the padded data, name) of the regular files."""
+def files_of_tar(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, bytes) of the regular files of a plain tar. Raises ShardError."""
+    for _, _, name, at, size in _hops(path, 0):
+        yield _decoded(name), at, size
+
+
+def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes, int, int]]:
+    """The regular files: first byte with its long name, byte after the padded data, name, first
+    byte of the data, bytes of data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
@@ -130,7 +137,7 @@ def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes]]:
                 long_name = _long_name(header.kind, content) or long_name
             else:
                 if header.kind in REGULAR:
-                    yield start, stop, long_name or header.name
+                    yield start, stop, long_name or header.name, at + BLOCK, header.size
                 start, long_name = stop, None
             at = stop
     finally:
