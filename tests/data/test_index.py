@@ -41,8 +41,6 @@ def test_folder_brace_pattern_and_list_name_the_same_shards(shards: str) -> None
         ("{shards}/set-{{08..17.tar", r"data\.train=.*set-\{08"),
         ("{empty}", r"the folder holds no \*\.tar file"),
         ("{shards}/set-00.tar.idx", r"a file, but no \.tar shard"),
-        ("https://host/set-{{00..09}}.tar", "only local files"),
-        ("pipe:cat x.tar", "only local files"),
         (7, "data.train=7 is no path"),
         ([], "names no shard"),
     ],

@@ -28,7 +28,9 @@ def section(cls: type) -> Any:
 
 @dataclass
 class DataConfig:
-    train: Any = knob("???", "training shards: folder of *.tar, brace pattern, or list of these")
+    train: Any = knob(
+        "???", "training shards: folder of *.tar, brace pattern, URL, or list of these"
+    )
     validation: Any = knob("???", "validation shards, given as data.train is")
     bundled: Literal["none", "digits"] = knob(
         "none", "digits: write the shards from the digits that ship with vae_dist if missing"
@@ -238,7 +240,10 @@ class EvaluateCommand(RunCommand):
 @dataclass
 class IndexCommand:
     data: Any = knob("???", "shards: folder of *.tar, brace pattern, or list of these")
+    out: str = knob("", "folder for the index of shards that lie elsewhere (URLs, pipes)")
     overwrite: bool = knob(False, "index shards again that have an index already")
+    verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
+    max_pixels: int = knob(2**26, "verify: images with more pixels are damage")
 
 
 @dataclass

@@ -6,7 +6,6 @@ undecoded sample: uint8 image (C, H, W) of the wanted size, and label.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from webdataset.tariterators import group_by_keys
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import decode_sample
 from vae_dist.data.index import ShardIndex
+from vae_dist.data.remote import read_range
 from vae_dist.data.tar import DamagedSampleError, ShardError, members
 from vae_dist.data.transforms import ImageSettings, transform
 
@@ -55,11 +55,7 @@ class SampleReader:
         path = self.index.paths[shard]
         try:
             offsets = self.index.offsets(shard, start, stop)
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                blob = _read_fully(descriptor, int(offsets[0]), int(offsets[-1] - offsets[0]))
-            finally:
-                os.close(descriptor)
+            blob = read_range(path, int(offsets[0]), int(offsets[-1] - offsets[0]))
         except OSError as error:
             raise ShardError(
                 f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run "
@@ -146,17 +142,6 @@ def _first_samples(index: ShardIndex, count: int) -> list[tuple[int, int]]:
         if len(found) == count:
             break
     return found
-
-
-def _read_fully(descriptor: int, at: int, count: int) -> bytes:
-    """Up to `count` bytes from position `at`: fewer only where the file ends."""
-    data = os.pread(descriptor, count, at)
-    while len(data) < count:
-        more = os.pread(descriptor, count - len(data), at + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _size(size: tuple[int, ...]) -> str:

@@ -6,14 +6,17 @@ for webdataset's `group_by_keys`. Unlike `tarfile`, a damaged header is an error
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
 from vae_dist.config.errors import ConfigError
+
+Read = Callable[[int, int], bytes]  # (first byte, number) -> bytes; fewer at the end
 
 BLOCK = 512  # bytes; headers and data begin at multiples of it
 LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
@@ -75,14 +78,14 @@ def members(data: bytes, url: str) -> Iterator[dict[str, Any]]:
         long_name = None
 
 
-def sample_starts(path: str) -> tuple[list[int], int]:
+def sample_starts(path: str, read: Read | None = None) -> tuple[list[int], int]:
     """Byte offsets at which the samples of a shard begin, and the end of the last one.
 
     A sample is a run of files with one basename, after webdataset's rule. Raises ShardError.
     """
     starts: list[int] = []
     key, end = None, 0
-    for start, stop, name, _, _ in _hops(path, 0):
+    for start, stop, name, _, _ in _hops(path, 0, read):
         sample_key = _sample_key(name)
         if sample_key is not None:
             if sample_key != key:
@@ -112,15 +115,22 @@ def files_of_tar(path: str) -> Iterator[tuple[str, int, int]]:
         yield _decoded(name), at, size
 
 
-def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes, int, int]]:
+def _hops(
+    path: str, at: int, read: Read | None = None
+) -> Iterator[tuple[int, int, bytes, int, int]]:
     """The regular files: first byte with its long name, byte after the padded data, name, first
-    byte of the data, bytes of data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
+    byte of the data, bytes of data. `read` is what reads a shard that is no local file."""
+    with contextlib.ExitStack() as opened:
+        if read is None:
+            descriptor = os.open(path, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+
+            def read(at: int, count: int) -> bytes:
+                return os.pread(descriptor, count, at)
+
         start, long_name = at, None
         while True:
-            block = os.pread(descriptor, BLOCK, at)
+            block = read(at, BLOCK)
             if len(block) == BLOCK and not any(block):
                 return
             if not block:
@@ -130,18 +140,16 @@ def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes, int, int]]:
             except DamagedSampleError as error:
                 raise _shard_error(path, at, str(error)) from None
             stop = at + BLOCK + _padded(header.size)
-            if at + BLOCK + header.size > size:
+            if header.size and not read(at + BLOCK + header.size - 1, 1):
                 raise _shard_error(path, at, "the tar ends inside a file, it is cut off")
             if header.kind in SPECIAL:
-                content = os.pread(descriptor, header.size, at + BLOCK)
+                content = read(at + BLOCK, header.size)
                 long_name = _long_name(header.kind, content) or long_name
             else:
                 if header.kind in REGULAR:
                     yield start, stop, long_name or header.name, at + BLOCK, header.size
                 start, long_name = stop, None
             at = stop
-    finally:
-        os.close(descriptor)
 
 
 def _shard_error(path: str, at: int, reason: str) -> ShardError:
