@@ -29,7 +29,9 @@ def section(cls: type) -> Any:
 @dataclass
 class DataConfig:
     train: Any = knob(
-        "???", "training shards: folder of *.tar, brace pattern, URL, or list of these"
+        "???",
+        "training shards: folder of *.tar, brace pattern, URL, or list of these; several data sets "
+        "mixed: [{path: SHARDS, weight: NUMBER}, ...]",
     )
     validation: Any = knob("???", "validation shards, given as data.train is")
     bundled: Literal["none", "digits"] = knob(

@@ -37,11 +37,14 @@ def decode_sample(
     channels: int,
     max_pixels: int,
     at_least: tuple[int, int] | None = None,
+    room: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
     """Image uint8 (channels, H, W) and label.
 
     at_least: (H, W) that the caller shrinks the image to; a JPEG may then be decoded at 1/2, 1/4
     or 1/8 of its size, as long as twice that many pixels are left.
+    room: (channels, H, W), in memory as (H, W, channels): an image of that size may be decoded
+    there and be `room` itself; what was in it is lost also where decoding fails.
     Raises DamagedSampleError, with the reason, for what cannot or must not be decoded.
     """
     names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES]
@@ -50,7 +53,12 @@ def decode_sample(
         raise DamagedSampleError(f"a sample has one image, this one has {found}")
     suffix = names[0].rpartition(".")[2]
     image = decode_image(
-        suffix, sample[names[0]], channels=channels, max_pixels=max_pixels, at_least=at_least
+        suffix,
+        sample[names[0]],
+        channels=channels,
+        max_pixels=max_pixels,
+        at_least=at_least,
+        room=room,
     )
     return image, _label(sample)
 
@@ -62,12 +70,14 @@ def decode_image(
     channels: int,
     max_pixels: int,
     at_least: tuple[int, int] | None = None,
+    room: np.ndarray | None = None,
 ) -> np.ndarray:
     """One file of an allowed suffix as uint8 (channels, H, W). Raises DamagedSampleError."""
     if suffix in ARRAYS:
         return _with_channels(decode_array(suffix, data, max_pixels=max_pixels), channels)
     if suffix in ("jpg", "jpeg") and channels in (1, 3):
-        pixels = decode_jpeg(data, channels, max_pixels=max_pixels, at_least=at_least)
+        place = None if room is None else room.transpose(1, 2, 0)
+        pixels = decode_jpeg(data, channels, max_pixels=max_pixels, at_least=at_least, room=place)
         if pixels is not None:
             return pixels.transpose(2, 0, 1)
     return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class ShardIndex:
     lengths: np.ndarray
     bytes: np.ndarray
     sidecars: tuple[str, ...] = ()  # where the offsets are; none: `PATH.idx` for each
+    parts: tuple[tuple[int, float], ...] = ()  # of a mixture: number of shards and weight of each
 
     @property
     def num_samples(self) -> int:
@@ -58,6 +59,7 @@ class ShardIndex:
         digest = hashlib.blake2b(digest_size=16)
         for path, length, size in zip(self.paths, self.lengths, self.bytes, strict=True):
             digest.update(f"{os.path.basename(path)}\0{length}\0{size}\n".encode())
+        digest.update(repr(self.parts).encode() if self.parts else b"")
         return digest.hexdigest()
 
     def offsets(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -210,6 +212,11 @@ def load_index(
     Over several ranks only the main process creates. Raises ConfigError for shards or sidecars
     that are missing, ShardError (a ConfigError) for those that do not fit together.
     """
+    if is_mixture(spec):
+        return _joined(
+            [load_index(p["path"], key=key, create=create, progress=progress) for p in spec],
+            [float(part.get("weight", 1)) for part in spec],
+        )
     shards = locate(spec, key=key)
     if create:
         here = [s.path for s in shards if not is_remote(s.path) and s.sidecar == f"{s.path}.idx"]
@@ -228,6 +235,21 @@ def load_index(
     if index.num_samples == 0:
         raise ConfigError(f"{key}={shown(spec)}: the shards hold no sample")
     return index
+
+
+def is_mixture(spec: Any) -> bool:
+    """Whether several data sets are mixed: [{path: SHARDS, weight: NUMBER}, ...]."""
+    return isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec)
+
+
+def _joined(indexes: Sequence[ShardIndex], weights: Sequence[float]) -> ShardIndex:
+    return ShardIndex(
+        tuple(path for index in indexes for path in index.paths),
+        np.concatenate([index.lengths for index in indexes]),
+        np.concatenate([index.bytes for index in indexes]),
+        tuple(sidecar for index in indexes for sidecar in index.sidecars),
+        tuple((len(i.paths), weight) for i, weight in zip(indexes, weights, strict=True)),
+    )
 
 
 def _length_and_bytes(shard: Shard, key: str, spec: Any) -> tuple[int, int]:

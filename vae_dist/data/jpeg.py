@@ -27,10 +27,16 @@ SHORT = 3  # TIFF type: 16 bits
 
 
 def decode_jpeg(
-    data: bytes, channels: int, *, max_pixels: int, at_least: tuple[int, int] | None
+    data: bytes,
+    channels: int,
+    *,
+    max_pixels: int,
+    at_least: tuple[int, int] | None,
+    room: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """uint8 (H, W, channels), channels 1 or 3, or None: let Pillow try.
 
+    room: (H, W, C) in one piece; an upright image of that size is decoded there.
     Raises DamagedSampleError when the header names more than max_pixels.
     """
     if simplejpeg is None:
@@ -48,11 +54,13 @@ def decode_jpeg(
         if at_least is not None:
             needed = at_least[::-1] if turn in TRANSPOSED else at_least
             scale = _scale(height, width, needed)
+        fits = room is not None and scale == 1 and room.shape == (height, width, channels)
         pixels = simplejpeg.decode_jpeg(
             data,
             COLOURSPACES[channels],
             min_height=0 if scale == 1 else -(-height // scale),
             min_width=0 if scale == 1 else -(-width // scale),
+            buffer=room if fits and turn == 1 else None,
         )
     except DamagedSampleError:
         raise

@@ -1,7 +1,7 @@
 """Plain tars, read by position: the headers of a shard, and the members of a piece of it.
 
-In: a tar without compression. Out: where samples begin, or `{"fname", "data", "__url__"}` records
-for webdataset's `group_by_keys`. Unlike `tarfile`, a damaged header is an error and not the end.
+In: a tar without compression. Out: where samples begin, or names and contents of files.
+Unlike `tarfile`, a damaged header is an error and not the end.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
-
-from webdataset.tariterators import base_plus_ext
+from typing import NamedTuple
 
 from vae_dist.config.errors import ConfigError
 
 Read = Callable[[int, int], bytes]  # (first byte, number) -> bytes; fewer at the end
 
 BLOCK = 512  # bytes; headers and data begin at multiples of it
+ADLER_MODULUS = 65521
+MAX_CHECKSUM = 255 * 504 + 8 * ord(" ")
 LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
 SPECIAL = (LONG_NAME, PAX, b"K", b"g")
 REGULAR = (b"0", b"\0")
@@ -50,7 +51,9 @@ def parse_header(block: bytes) -> Header:
         size = int.from_bytes(field[1:], "big") if field[0] & 128 else int(field.rstrip(b" \0"), 8)
     except ValueError:
         raise DamagedSampleError("damaged tar header") from None
-    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
+    # the sum of all bytes, with blanks for its own eight; adler32 starts at 1 and takes it modulo
+    rest = zlib.adler32(block[156:], zlib.adler32(block[:148])) & 0xFFFF
+    if (rest - 1 + 8 * ord(" ") - checksum) % ADLER_MODULUS or checksum > MAX_CHECKSUM:
         raise DamagedSampleError("damaged tar header")
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345]:
@@ -58,8 +61,8 @@ def parse_header(block: bytes) -> Header:
     return Header(name, size, block[156:157])
 
 
-def members(data: bytes, url: str) -> Iterator[dict[str, Any]]:
-    """The regular files in the bytes of one or more samples, as webdataset's expander gives them.
+def members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files in the bytes of one or more samples.
 
     Raises DamagedSampleError at a damaged header and where the bytes end too early.
     """
@@ -74,7 +77,7 @@ def members(data: bytes, url: str) -> Iterator[dict[str, Any]]:
             long_name = _long_name(header.kind, content) or long_name
             continue
         if header.kind in REGULAR:
-            yield {"fname": _decoded(long_name or header.name), "data": content, "__url__": url}
+            yield _decoded(long_name or header.name), content
         long_name = None
 
 
@@ -106,7 +109,14 @@ def end_of_samples(path: str, end: int) -> bool:
 
 def _sample_key(name: bytes) -> str | None:
     text = _decoded(name)
-    return None if text.startswith("__") else base_plus_ext(text)[0]
+    return None if text.startswith("__") else key_and_suffix(text)[0]
+
+
+def key_and_suffix(name: str) -> tuple[str | None, str]:
+    """webdataset's rule, `base_plus_ext`: the suffix begins at the first dot of the last part."""
+    last = name.rfind("/") + 1
+    dot = name.find(".", last)
+    return (name[:dot], name[dot + 1 :]) if dot > last else (None, "")
 
 
 def files_of_tar(path: str) -> Iterator[tuple[str, int, int]]:
