@@ -198,4 +198,4 @@ def test_shards_without_a_sample_are_refused(copied: Path) -> None:
 )
 def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
     base, suffix = base_plus_ext(name)
-    assert key_and_suffix(name) == ((base, suffix) if base else (None, ""))
+    assert key_and_suffix(name) == (base, suffix or "")

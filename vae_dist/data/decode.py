@@ -208,7 +208,7 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
         ) from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            page = tiff.pages[0]
+            page: Any = tiff.pages[0]
             check_pixels(page.imagelength, page.imagewidth, max_pixels)
             if page.dtype != np.uint8:
                 raise DamagedSampleError(f"TIFF of {page.dtype}; convert it to 8 bits")

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from webdataset.tariterators import base_plus_ext
+
 from vae_dist.config.errors import ConfigError
 
 Read = Callable[[int, int], bytes]  # (first byte, number) -> bytes; fewer at the end
@@ -116,7 +118,10 @@ def key_and_suffix(name: str) -> tuple[str | None, str]:
     """webdataset's rule, `base_plus_ext`: the suffix begins at the first dot of the last part."""
     last = name.rfind("/") + 1
     dot = name.find(".", last)
-    return (name[:dot], name[dot + 1 :]) if dot > last else (None, "")
+    if dot > last:
+        return name[:dot], name[dot + 1 :]
+    key, suffix = base_plus_ext(name)  # no dot, or one in front: rare, and its own affair
+    return key, suffix or ""
 
 
 def files_of_tar(path: str) -> Iterator[tuple[str, int, int]]:
