@@ -54,8 +54,8 @@ class ShardServer:
         request.end_headers()
         if trouble is not None:
             data = data[:-trouble]
+        self.sent[path] += len(data)  # before the client can have it all
         request.wfile.write(data)
-        self.sent[path] += len(data)
         if trouble == RESET:  # SO_LINGER 0 sends one
             request.wfile.flush()
             linger = b"\1\0\0\0\0\0\0\0"
