@@ -18,7 +18,9 @@ from pathlib import Path
 
 PACKAGE = "vae_dist"
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
-    frozenset({"train", "evaluate", "sample", "reconstruct", "index", "report", "dashboard"}),
+    frozenset(
+        {"train", "evaluate", "sample", "reconstruct", "index", "pack", "report", "dashboard"}
+    ),
     frozenset({"session", "command"}),
     frozenset({"pictures"}),
     frozenset({"plan"}),

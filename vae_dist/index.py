@@ -1,16 +1,33 @@
-"""`python -m vae_dist.index data=FOLDER`: make the index of tar shards that exist already.
+"""`python -m vae_dist.index data=SHARDS`: make the index of tar shards that exist already.
 
-In: shards (folder, brace pattern or list). Out: `NAME.tar.idx` beside each, and `_info.json`.
-Exit code 0 when every shard has an index, 1 when one is damaged, 2 when the keys are wrong.
+In: shards (folder, brace pattern, URLs, pipes or a list). Out: `NAME.tar.idx` beside each, and
+`_info.json`; for shards that lie elsewhere, sidecars and `shards.json` in the folder `out=`.
+With verify=true every sample is decoded, and damage, double keys and image sizes are reported.
+Exit code 0 when all is well, 1 when a shard is damaged, 2 when the keys are wrong.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from vae_dist.command import run_command
+from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import IndexCommand
-from vae_dist.data.index import load_index, resolve_shards, write_index
+from vae_dist.data.index import (
+    ShardIndex,
+    load_index,
+    resolve_shards,
+    write_index,
+    write_index_of_remote,
+)
+from vae_dist.data.remote import is_remote
+from vae_dist.data.verify import verify
+
+NUM_NAMED = 20  # damaged samples of a shard that are named
+NUM_SIZES = 10  # most common image sizes that are shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         IndexCommand,
         lambda command: damaged.extend(_index(command)),
         argv,
-        usage="python -m vae_dist.index data=FOLDER [overwrite=true]",
+        usage="python -m vae_dist.index data=SHARDS [out=FOLDER] [verify=true] [overwrite=true]",
         intro="Makes the index of tar shards: where each sample begins, and how many there are.",
     )
     return code or (1 if damaged else 0)
@@ -28,23 +45,68 @@ def main(argv: list[str] | None = None) -> int:
 def _index(command: IndexCommand) -> list[str]:
     """Make the index, report on each shard, and return the damaged ones."""
     paths = resolve_shards(command.data, key="data")
-    damage = write_index(paths, overwrite=command.overwrite, progress=_show_progress)
+    spec: Any = paths
+    if any(is_remote(path) for path in paths) or command.out:
+        if not command.out:
+            raise ConfigError(
+                f"data={command.data}: the shards lie elsewhere; name a folder for their index, "
+                "for example out=index, and then give data.train=index/shards.json"
+            )
+        spec = f"{command.out}/shards.json"
+        damage = write_index_of_remote(
+            paths, Path(command.out), overwrite=command.overwrite, progress=_show_progress
+        )
+    else:
+        damage = write_index(paths, overwrite=command.overwrite, progress=_show_progress)
     if damage and sys.stderr.isatty():
         print(file=sys.stderr)
     damaged = [path for path, error in damage.items() if error is not None]
     for path in damaged:
         print(damage[path], file=sys.stderr)
-    whole = [path for path in paths if damage.get(path) is None]
-    lengths = [0]
-    if whole:
-        index = load_index(whole, key="data", create=False)
+    if not isinstance(spec, str):
+        spec = [path for path in paths if damage.get(path) is None]
+    num_samples = 0
+    if spec and not (damaged and isinstance(spec, str)):
+        index = load_index(spec, key="data", create=False)
+        num_samples = index.num_samples
         for path, length, size in zip(index.paths, index.lengths, index.bytes, strict=True):
             print(f"{path}: samples={length} bytes={size}")
-        lengths = index.lengths.tolist()
+        if command.verify:
+            damaged += _verify(index, command.max_pixels)
     print(
-        f"shards={len(paths)} indexed={len(damage) - len(damaged)} damaged={len(damaged)} "
-        f"samples={sum(lengths)}"
+        f"shards={len(paths)} indexed={sum(e is None for e in damage.values())} "
+        f"damaged={len(set(damaged))} samples={num_samples}"
     )
+    return damaged
+
+
+def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
+    """Decode everything; say what is wrong and what sizes there are. Returns the damaged shards."""
+    damaged: list[str] = []
+    double: list[str] = []
+    sizes: Counter[tuple[int, int]] = Counter()
+    channels: Counter[int] = Counter()
+    for done, report in enumerate(verify(index, max_pixels=max_pixels), 1):
+        _show_progress(done, len(index.paths))
+        sizes.update(report.sizes)
+        channels.update(report.channels)
+        if report.error:
+            print(report.error, file=sys.stderr)
+        double += [f"{report.path} {key}" for key in report.double]
+        for number, reason in report.damaged[:NUM_NAMED]:
+            print(f"{report.path} sample {number}: {reason}", file=sys.stderr)
+        if len(report.damaged) > NUM_NAMED:
+            more = len(report.damaged) - NUM_NAMED
+            print(f"{report.path}: {more} more samples are damaged", file=sys.stderr)
+        if report.error or report.damaged:
+            damaged.append(report.path)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    if double:
+        print(f"double keys: {len(double)}, the first is {double[0]}; the trainer reads them all")
+    common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes.most_common(NUM_SIZES))
+    print(f"sizes HxW: {common or 'none'}; {len(sizes)} different")
+    print(f"channels: {', '.join(f'{c} ({count})' for c, count in sorted(channels.items()))}")
     return damaged
 
 

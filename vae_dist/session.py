@@ -24,7 +24,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.bundled import make_digits
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.order import Order
+from vae_dist.data.mixing import make_order
 from vae_dist.data.reader import image_settings
 from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.evaluation.run import evaluate
@@ -288,7 +288,7 @@ def _training_stream(
     batch_size = config.training.batch_size
     return TrainingStream(
         data.train,
-        Order(data.train.lengths, lanes=batch_size, window=config.data.window, seed=config.seed),
+        make_order(data.train, lanes=batch_size, window=config.data.window, seed=config.seed),
         data.settings,
         batch_size=batch_size,
         start_step=start_step,

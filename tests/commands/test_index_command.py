@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.conftest import marked_png
 from vae_dist.data.writer import write_shards
 from vae_dist.index import main
 
@@ -39,6 +40,17 @@ def test_a_damaged_shard_is_named_and_fails_the_command(
     out, err = capsys.readouterr()
     assert "shard-000001.tar: byte 1024: the tar ends without its end mark" in err
     assert out.endswith("shards=2 indexed=1 damaged=1 samples=5\n")
+
+
+def test_verify_decodes_every_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"__key__": f"{i:03d}", "png": marked_png(0, i)} for i in range(6)]
+    samples[4]["png"] = b"no picture"
+    write_shards(samples, tmp_path / "set", num_shards=2)
+    assert main([f"data={tmp_path / 'set'}", "verify=true"]) == 1
+    out, err = capsys.readouterr()
+    assert "shard-000000.tar sample 2: no readable PNG" in err
+    assert "sizes HxW: 1x3 (5); 1 different" in out and "channels: 1 (5)" in out
+    assert out.endswith("damaged=1 samples=6\n")
 
 
 def test_wrong_keys_and_help(capsys: pytest.CaptureFixture[str]) -> None:

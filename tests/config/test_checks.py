@@ -21,6 +21,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import keys
 from vae_dist.config.schema import (
     EvaluateCommand,
+    PackCommand,
     ReconstructCommand,
     SampleCommand,
     TrainConfig,
@@ -119,7 +120,7 @@ def test_a_broken_rule_names_its_key(values: dict[str, Any], expected: str) -> N
 
 
 def test_each_range_belongs_to_a_key() -> None:
-    classes = (TrainConfig, SampleCommand, ReconstructCommand, EvaluateCommand)
+    classes = (TrainConfig, SampleCommand, ReconstructCommand, EvaluateCommand, PackCommand)
     known = {name for cls in classes for name in keys(cls)}
     assert set(RANGES) <= known
 

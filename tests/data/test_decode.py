@@ -3,10 +3,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vae_dist.data.decode import decode_sample
 from vae_dist.data.tar import DamagedSampleError
@@ -22,7 +23,7 @@ def encode(image: Image.Image, image_format: str = "PNG", **options: object) -> 
     return data.getvalue()
 
 
-def decode(data: bytes, suffix: str = "png", *, channels: int = 1, **kwargs: int) -> np.ndarray:
+def decode(data: bytes, suffix: str = "png", *, channels: int = 1, **kwargs: Any) -> np.ndarray:
     settings = {"max_pixels": 10_000, **kwargs}
     return decode_sample({"__key__": "k", suffix: data}, channels=channels, **settings)[0]
 
@@ -49,7 +50,7 @@ def test_grey_and_colour_become_what_is_asked() -> None:
     np.testing.assert_allclose(luma, COLOUR @ np.array([0.299, 0.587, 0.114]), atol=1)
 
 
-@pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
 def test_other_modes_are_converted(mode: str) -> None:
     image = Image.fromarray(COLOUR).convert(mode)
     suffix, image_format = ("jpg", "JPEG") if mode == "CMYK" else ("png", "PNG")
@@ -73,6 +74,74 @@ def test_a_large_jpeg_is_decoded_smaller_but_not_below_twice_the_target() -> Non
     assert image.shape == (1, 160, 240)
 
 
+@pytest.mark.parametrize(
+    ("size", "at_least", "decoded"),
+    [
+        ((640, 960), (64, 64), (160, 240)),  # 1/4; 1/8 would leave 80 rows
+        ((641, 963), (80, 80), (161, 241)),
+        ((1024, 1024), (64, 64), (128, 128)),
+        ((255, 300), (64, 64), (255, 300)),
+    ],
+)
+@pytest.mark.parametrize("by", ["simplejpeg", "Pillow"])
+def test_jpeg_scales_are_powers_of_two(
+    size: tuple[int, int],
+    at_least: tuple[int, int],
+    decoded: tuple[int, int],
+    by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if by == "Pillow":
+        monkeypatch.setattr("vae_dist.data.jpeg.simplejpeg", None)
+    y, x = np.meshgrid(*(np.linspace(0, 200, n) for n in size), indexing="ij")
+    data = encode(Image.fromarray((x / 2 + y / 2).astype(np.uint8)), "JPEG")
+    got = decode(data, "jpg", channels=3, max_pixels=10**8, at_least=at_least)
+    assert got.shape == (3, *decoded)
+    y, x = np.meshgrid(*(np.linspace(0, 200, n) for n in decoded), indexing="ij")
+    assert np.abs(got - (x / 2 + y / 2)).max() < 8
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_images_are_turned_upright_after_their_exif_record(
+    turn: int, kind: tuple[str, str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encode(Image.fromarray(SMOOTH).convert("RGB"), kind[0], exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    got = decode(data, kind[1], channels=3)
+    np.testing.assert_allclose(got, np.asarray(upright).transpose(2, 0, 1), atol=1)
+
+
+def test_simplejpeg_and_pillow_agree() -> None:
+    data = encode(Image.fromarray(COLOUR).resize((64, 48)), "JPEG", quality=90)
+    by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+    np.testing.assert_allclose(decode(data, "jpg", channels=3), by_pillow, atol=2)
+
+
+def test_arrays_of_any_number_of_channels() -> None:
+    five = np.random.default_rng(2).integers(0, 256, (5, 6, 7), dtype=np.uint8)
+    np.testing.assert_array_equal(decode(npy(five), "npy", channels=5), five)
+    np.testing.assert_array_equal(decode(npy(np.asfortranarray(five)), "npy", channels=5), five)
+    np.testing.assert_array_equal(decode(npy(GREY), "npy"), GREY[None])
+    assert decode(npy(GREY), "npy", channels=3).shape == (3, 5, 7)
+    np.testing.assert_array_equal(
+        decode(tiff(five, photometric="minisblack", planarconfig="separate"), "tif", channels=5),
+        five,
+    )
+    np.testing.assert_array_equal(
+        decode(tiff(COLOUR), "tiff", channels=3), COLOUR.transpose(2, 0, 1)
+    )
+
+
+def test_four_channels_keep_alpha() -> None:
+    got = decode(encode(CLEAR), channels=4)
+    np.testing.assert_array_equal(got, np.asarray(CLEAR).transpose(2, 0, 1))
+    assert (decode(encode(OPAQUE), channels=3) == COLOUR.transpose(2, 0, 1)).all()
+    assert decode(encode(Image.fromarray(GREY).convert("LA")), channels=2).shape == (2, 5, 7)
+
+
 def png_16_bit_rgb() -> bytes:
     """Pillow cannot write one: header, one row of zeros, end."""
 
@@ -86,7 +155,31 @@ def png_16_bit_rgb() -> bytes:
     )
 
 
-RGBA = Image.fromarray(COLOUR).convert("RGBA")
+CLEAR = Image.fromarray(np.dstack([COLOUR, GREY % 250]))  # no pixel is opaque
+OPAQUE = Image.fromarray(COLOUR).convert("RGBA")
+
+
+def npy(array: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def tiff(array: np.ndarray, **options: object) -> bytes:
+    import tifffile
+
+    data = io.BytesIO()
+    tifffile.imwrite(data, array, **options)
+    return data.getvalue()
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """A .npy that claims a shape and has no pixels."""
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        data, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    return data.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -99,9 +192,18 @@ RGBA = Image.fromarray(COLOUR).convert("RGBA")
         ({"jpg": encode(Image.fromarray(GREY))}, "no readable JPEG"),
         ({"png": png_16_bit_rgb()}, "more than 8 bits"),
         ({"png": encode(Image.fromarray(GREY.astype(np.uint16) * 257))}, "more than 8 bits"),
-        ({"png": encode(RGBA)}, "transparency"),
-        ({"png": encode(Image.fromarray(GREY).convert("LA"))}, "transparency"),
-        ({"png": encode(Image.fromarray(GREY), transparency=3)}, "transparency"),
+        ({"png": encode(CLEAR)}, "transparent pixels; pack .*background=white"),
+        ({"png": encode(Image.fromarray(GREY), transparency=int(GREY[0, 0]))}, "transparent"),
+        ({"npy": npy(np.array([[print]], object))}, "no readable .npy|of object"),
+        ({"npy": npy(GREY.astype(np.float32))}, ".npy of float32; only uint8"),
+        ({"npy": npy(GREY)[:-1]}, "the .npy is cut off: 34 of 35 bytes"),
+        ({"npy": npy_header((10**6, 10**6))}, "data.max_pixels=10000"),
+        ({"npy": npy_header((10**12, 1, 1))}, "the .npy is cut off: 0 of 1000000000000"),
+        ({"npy": npy(GREY)[:9]}, "no readable .npy"),
+        ({"npy": npy(COLOUR.transpose(2, 0, 1))}, "3 channels, but data.channels=1"),
+        ({"npy": npy(GREY[0])}, r".npy of shape \(7,\)"),
+        ({"tif": tiff(GREY.astype(np.uint16))}, "TIFF of uint16; convert it"),
+        ({"tif": tiff(GREY)[:40]}, "damaged TIFF"),
         ({"png": encode(Image.fromarray(np.zeros((101, 100), np.uint8)))}, "data.max_pixels=10000"),
         ({"pyd": b"cos\nsystem\n(S'x'\ntR."}, "no .png"),
         ({"a.png": b"", "b.png": b""}, "this one has a.png, b.png"),

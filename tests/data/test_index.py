@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from webdataset.tariterators import base_plus_ext
 
 from tests.data.conftest import LENGTHS
 from vae_dist.config.errors import ConfigError
@@ -18,6 +19,7 @@ from vae_dist.data.index import (
     resolve_shards,
     write_index,
 )
+from vae_dist.data.tar import key_and_suffix
 
 
 @pytest.fixture
@@ -41,8 +43,6 @@ def test_folder_brace_pattern_and_list_name_the_same_shards(shards: str) -> None
         ("{shards}/set-{{08..17.tar", r"data\.train=.*set-\{08"),
         ("{empty}", r"the folder holds no \*\.tar file"),
         ("{shards}/set-00.tar.idx", r"a file, but no \.tar shard"),
-        ("https://host/set-{{00..09}}.tar", "only local files"),
-        ("pipe:cat x.tar", "only local files"),
         (7, "data.train=7 is no path"),
         ([], "names no shard"),
     ],
@@ -191,3 +191,11 @@ def test_a_folder_that_cannot_be_written(copied: Path, monkeypatch: pytest.Monke
 def test_shards_without_a_sample_are_refused(copied: Path) -> None:
     with pytest.raises(ConfigError, match="hold no sample"):
         load_index(str(copied / "set-00.tar"), key="data.train", create=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a.", "", "a/"]
+)
+def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
+    base, suffix = base_plus_ext(name)
+    assert key_and_suffix(name) == (base, suffix or "")

@@ -59,8 +59,19 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_images": (1, math.inf),
     "batch_size": (1, math.inf),
     "temperature": (0, math.inf),
+    "quality": (1, 100),
+    "max_pixels": (1, math.inf),
+    "max_skipped_fraction": (0, 1),
+    "validation": (0, math.inf),
+    "workers": (0, math.inf),
 }
-POSITIVE = ("likelihood.sigma", "likelihood.min_sigma", "optimizer.lr", "optimizer.eps")
+POSITIVE = (
+    "likelihood.sigma",
+    "likelihood.min_sigma",
+    "optimizer.lr",
+    "optimizer.eps",
+    "shard_mb",
+)
 
 
 class Violation(NamedTuple):
@@ -137,6 +148,22 @@ def _is_shards(value: Any) -> bool:
     return bool(items) and all(isinstance(item, str) and item.strip() for item in items)
 
 
+def _is_mixture(value: Any) -> bool:
+    """[{path: SHARDS, weight: NUMBER}, ...]; a weight may be left away."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(part, dict)
+            and set(part) <= {"path", "weight"}
+            and _is_shards(part.get("path"))
+            and isinstance(part.get("weight", 1), int | float)
+            and 0 < part.get("weight", 1) < math.inf
+            for part in value
+        )
+    )
+
+
 def _ignored(config: TrainConfig, name: str, because: str) -> Iterator[Violation]:
     """A knob that would be ignored is an error: nobody should believe that it has an effect."""
     value, default = _get(config, name), keys(TrainConfig)[name].default
@@ -150,8 +177,8 @@ def _data(config: TrainConfig) -> Iterator[Violation]:
     data = config.data
     for name in ("data.train", "data.validation"):
         value = _get(config, name)
-        if not _is_shards(value):
-            yield _rule(name, value, "is no folder of *.tar, brace pattern or list of these")
+        if not (_is_shards(value) or (name == "data.train" and _is_mixture(value))):
+            yield _rule(name, value, "is no folder of *.tar, brace pattern, URL or list of these")
     if data.channels not in (1, 3):
         yield _rule("data.channels", data.channels, "must be 1 (grey) or 3 (RGB)")
     if data.resolution == "native":

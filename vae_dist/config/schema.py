@@ -30,7 +30,10 @@ def section(cls: type) -> Any:
 class DataConfig:
     # neutral: a checkpoint knows the shards by their fingerprint, wherever they lie
     train: Any = knob(
-        "???", "training shards: folder of *.tar, brace pattern, or list of these", neutral=True
+        "???",
+        "training shards: folder of *.tar, brace pattern, URL, or list of these; several data sets "
+        "mixed: [{path: SHARDS, weight: NUMBER}, ...]",
+        neutral=True,
     )
     validation: Any = knob("???", "validation shards, given as data.train is", neutral=True)
     bundled: Literal["none", "digits"] = knob(
@@ -267,7 +270,39 @@ class EvaluateCommand(RunCommand):
 @dataclass
 class IndexCommand:
     data: Any = knob("???", "shards: folder of *.tar, brace pattern, or list of these")
+    out: str = knob("", "folder for the index of shards that lie elsewhere (URLs, pipes)")
     overwrite: bool = knob(False, "index shards again that have an index already")
+    verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
+    max_pixels: int = knob(2**26, "verify: images with more pixels are damage")
+
+
+@dataclass
+class PackCommand:
+    source: Any = knob(
+        "???",
+        "folder of pictures, archive or list of archives, MNIST or CIFAR-10 files, CelebA folder, "
+        "parquet files, or the word mnist (downloads it)",
+    )
+    out: str = knob("???", "folder to write: OUT/train, OUT/validation, OUT/test")
+    labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
+    validation: float = knob(
+        0.05, "part (below 1) or number of training pictures set aside if the source sets none"
+    )
+    size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
+    format: Literal["keep", "png", "jpg", "webp"] = knob(
+        "keep", "keep: byte for byte where nothing has to change"
+    )
+    quality: int = knob(95, "of pictures that are encoded as JPEG or WebP, 1 to 100")
+    background: Literal["none", "white", "black"] = knob(
+        "none", "colour behind transparent pixels; none: keep them"
+    )
+    max_pixels: int = knob(2**26, "pictures with more pixels are left out")
+    max_skipped_fraction: float = knob(0.01, "part of the pictures that may be left out as damaged")
+    shard_mb: float = knob(256.0, "bytes of a shard, megabytes")
+    shard_range: str = knob("0/1", "i/n: write the shards k with k mod n = i, for job arrays")
+    shuffle: bool = knob(True, "write the pictures in an order drawn from the seed")
+    seed: int = knob(0, "seed of the order and of the choice of validation pictures")
+    workers: int = knob(0, "processes (0: one for each core)")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The index of a set of shards: how many samples, and where each begins.
 
-In: `data.train` or `data.validation`: a folder, a brace pattern, or a list of these.
+In: `data.train` or `data.validation`: a folder, a brace pattern, a URL, or a list of these.
 Out: `ShardIndex`. Offset i of a shard is the byte at which sample i begins, the last one is the
 byte after its last sample; `sample i = bytes[offset[i]:offset[i + 1]]`.
 
@@ -14,23 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.tar import ShardError, end_of_samples, sample_starts
+from vae_dist.data.locate import NUM_NAMED, Shard, locate, shown
+from vae_dist.data.remote import exists, is_pipe, is_remote, read_range, size_of
+from vae_dist.data.tar import Read, ShardError, end_of_samples, sample_starts
 from vae_dist.files import write_durably
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
 NUM_THREADS = 8  # header hops wait for the disk, not for the CPU
-NUM_NAMED = 5  # shards that one message names
+WINDOW_BYTES = 1 << 22  # of a remote shard that are read at once to index it
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ShardIndex:
     paths: tuple[str, ...]
     lengths: np.ndarray
     bytes: np.ndarray
+    sidecars: tuple[str, ...] = ()  # where the offsets are; none: `PATH.idx` for each
+    parts: tuple[tuple[int, float], ...] = ()  # of a mixture: number of shards and weight of each
 
     @property
     def num_samples(self) -> int:
@@ -56,6 +59,7 @@ class ShardIndex:
         digest = hashlib.blake2b(digest_size=16)
         for path, length, size in zip(self.paths, self.lengths, self.bytes, strict=True):
             digest.update(f"{os.path.basename(path)}\0{length}\0{size}\n".encode())
+        digest.update(repr(self.parts).encode() if self.parts else b"")
         return digest.hexdigest()
 
     def offsets(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -64,8 +68,9 @@ class ShardIndex:
         Raises ShardError when the sidecar does not rise.
         """
         stop = int(self.lengths[shard]) if stop is None else stop
-        sidecar = self.paths[shard] + ".idx"
-        offsets = np.fromfile(sidecar, "<u8", stop - start + 1, offset=8 * start).astype(np.int64)
+        sidecar = self.sidecars[shard] if self.sidecars else self.paths[shard] + ".idx"
+        data = read_range(sidecar, 8 * start, 8 * (stop - start + 1))
+        offsets = np.frombuffer(data[: len(data) // 8 * 8], "<u8").astype(np.int64)
         if len(offsets) != stop - start + 1 or (np.diff(offsets) <= 0).any():
             raise ShardError(f"{sidecar}: offsets {start} to {stop} are damaged; {_REMAKE}")
         return offsets
@@ -75,54 +80,8 @@ _REMAKE = "make it again with `python -m vae_dist.index data=FOLDER overwrite=tr
 
 
 def resolve_shards(spec: Any, *, key: str) -> list[str]:
-    """The paths that a folder, a brace pattern or a list of these stands for; all exist.
-
-    `key` is the config key to blame, such as "data.train". Raises ConfigError.
-    """
-    parts = list(spec) if isinstance(spec, list | tuple) else [spec]
-    paths = [path for part in parts for path in _resolve_one(part, key)]
-    if not paths:
-        raise ConfigError(f"{key}={spec!r} names no shard; give a folder that holds *.tar files")
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        names = ", ".join(missing[:NUM_NAMED])
-        more = f" and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""
-        raise ConfigError(
-            f"{key}={_shown(spec)}: {len(missing)} of {len(paths)} shards are missing: "
-            f"{names}{more}; copy them there, or correct the pattern"
-        )
-    return paths
-
-
-def _resolve_one(part: Any, key: str) -> list[str]:
-    if not isinstance(part, str | os.PathLike):
-        raise ConfigError(f"{key}={part!r} is no path; give a folder, a brace pattern or a list")
-    text = os.fspath(part)
-    if "://" in text or text.startswith("pipe:"):
-        raise ConfigError(
-            f"{key}={text}: only local files can be read; copy the shards to a folder"
-        )
-    if os.path.isdir(text):
-        shards = sorted(str(path) for path in Path(text).glob("*.tar"))
-        if not shards:
-            raise ConfigError(
-                f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key)}"
-            )
-        return shards
-    if text.endswith(".tar"):
-        try:
-            return list(expand_urls(text))
-        except ValueError as error:
-            raise ConfigError(f"{key}={text}: {error}; write it like s-{{00..12}}.tar") from error
-    kind = "a file, but no .tar shard" if os.path.exists(text) else "no such folder"
-    raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key)}")
-
-
-def _how_to_make_shards(key: str) -> str:
-    return (
-        "put WebDataset shards there (tars of NAME.png or NAME.jpg, with NAME.cls if there are "
-        f"labels; vae_dist.data.write_shards makes them), or point {key} at yours"
-    )
+    """The paths of the shards that `spec` names; see `locate`. Raises ConfigError."""
+    return [shard.path for shard in locate(spec, key=key)]
 
 
 def index_shard(path: str | Path) -> np.ndarray:
@@ -130,8 +89,59 @@ def index_shard(path: str | Path) -> np.ndarray:
 
     Raises ShardError, with the byte position, at a damaged header or a missing end.
     """
-    starts, end = sample_starts(str(path))
+    place = str(path)
+    starts, end = sample_starts(place, _in_windows(place) if is_remote(place) else None)
     return np.array([*starts, end], np.int64)
+
+
+def _in_windows(place: str) -> Read:
+    """Reads a remote shard in pieces that are much larger than a header."""
+    begin, window = 0, b""
+
+    def read(at: int, count: int) -> bytes:
+        nonlocal begin, window
+        if not (begin <= at and at + count <= begin + len(window)):
+            begin, window = at, read_range(place, at, max(count, WINDOW_BYTES))
+        return window[at - begin : at - begin + count]
+
+    return read
+
+
+def write_index_of_remote(
+    urls: Sequence[str], folder: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, ShardError | None]:
+    """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
+    when all are whole. Sidecars that are there are kept, so that a killed call goes on.
+
+    Returns each shard that was read, with its damage or None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sidecars = [folder / f"{i:06d}-{os.path.basename(url)}.idx" for i, url in enumerate(urls)]
+
+    def make(number: int) -> ShardError | None:
+        try:
+            offsets = index_shard(urls[number])
+        except ShardError as error:
+            return error
+        write_durably(sidecars[number], offsets.astype("<u8").tobytes())
+        return None
+
+    todo = [i for i, sidecar in enumerate(sidecars) if overwrite or not sidecar.exists()]
+    damage: dict[str, ShardError | None] = {}
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for number, error in zip(todo, pool.map(make, todo), strict=True):
+            damage[urls[number]] = error
+            if progress is not None:
+                progress(len(damage), len(todo))
+    if all(sidecar.exists() for sidecar in sidecars):
+        shards = [
+            {"url": url, "nsamples": sidecar.stat().st_size // 8 - 1, "index": sidecar.name}
+            | ({} if is_pipe(url) else {"filesize": size_of(url)})
+            for url, sidecar in zip(urls, sidecars, strict=True)
+        ]
+        text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": shards}, indent=1)
+        write_durably(folder / "shards.json", text.encode())
+    return damage
 
 
 def write_sidecar(path: str | Path, offsets: np.ndarray) -> None:
@@ -197,43 +207,90 @@ def write_index(
 def load_index(
     spec: Any, *, key: str, create: bool, progress: Progress | None = None
 ) -> ShardIndex:
-    """The index of the shards that `spec` names; with `create`, missing sidecars are made.
+    """The index of the shards that `spec` names; with `create`, missing local sidecars are made.
 
     Over several ranks only the main process creates. Raises ConfigError for shards or sidecars
     that are missing, ShardError (a ConfigError) for those that do not fit together.
     """
-    paths = resolve_shards(spec, key=key)
+    if is_mixture(spec):
+        return _joined(
+            [load_index(p["path"], key=key, create=create, progress=progress) for p in spec],
+            [float(part.get("weight", 1)) for part in spec],
+        )
+    shards = locate(spec, key=key)
     if create:
-        errors = [str(e) for e in write_index(paths, progress=progress).values() if e is not None]
+        here = [s.path for s in shards if not is_remote(s.path) and s.sidecar == f"{s.path}.idx"]
+        errors = [str(e) for e in write_index(here, progress=progress).values() if e is not None]
         if errors:
             more = len(errors) - NUM_NAMED
             raise ShardError(errors[:NUM_NAMED] + ([f"and {more} more shards"] if more > 0 else []))
-    lengths = np.array([_checked_length(path, key, spec) for path in paths], np.int64)
-    sizes = np.array([os.path.getsize(path) for path in paths], np.int64)
-    index = ShardIndex(tuple(paths), lengths, sizes)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        known = list(pool.map(lambda shard: _length_and_bytes(shard, key, spec), shards))
+    index = ShardIndex(
+        tuple(shard.path for shard in shards),
+        np.array([length for length, _ in known], np.int64),
+        np.array([num_bytes for _, num_bytes in known], np.int64),
+        tuple(shard.sidecar for shard in shards),
+    )
     if index.num_samples == 0:
-        raise ConfigError(f"{key}={_shown(spec)}: the shards hold no sample")
+        raise ConfigError(f"{key}={shown(spec)}: the shards hold no sample")
     return index
 
 
-def _checked_length(path: str, key: str, spec: Any) -> int:
-    """Samples of a shard after its sidecar, which must fit the shard's size."""
-    command = f"`python -m vae_dist.index data={_shown(spec)}"
-    sidecar = f"{path}.idx"
-    if not os.path.exists(sidecar):
+def is_mixture(spec: Any) -> bool:
+    """Whether several data sets are mixed: [{path: SHARDS, weight: NUMBER}, ...]."""
+    return isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec)
+
+
+def _joined(indexes: Sequence[ShardIndex], weights: Sequence[float]) -> ShardIndex:
+    return ShardIndex(
+        tuple(path for index in indexes for path in index.paths),
+        np.concatenate([index.lengths for index in indexes]),
+        np.concatenate([index.bytes for index in indexes]),
+        tuple(sidecar for index in indexes for sidecar in index.sidecars),
+        tuple((len(i.paths), weight) for i, weight in zip(indexes, weights, strict=True)),
+    )
+
+
+def _length_and_bytes(shard: Shard, key: str, spec: Any) -> tuple[int, int]:
+    """Samples and bytes of a shard. What lies here is checked; of remote shards what is known is
+    believed, and a window that is not there as the index says stops the run."""
+    if is_remote(shard.path):
+        return _remote_length_and_bytes(shard, key, spec)
+    return _checked_length(shard, key, spec), os.path.getsize(shard.path)
+
+
+def _remote_length_and_bytes(shard: Shard, key: str, spec: Any) -> tuple[int, int]:
+    command = f"`python -m vae_dist.index data='{shown(spec)}' out=FOLDER`"
+    if not shard.sidecar or (shard.length is None and not exists(shard.sidecar)):
+        raise ConfigError(
+            f"{key}: {shard.path} has no index; make it with {command} and give FOLDER/shards.json"
+        )
+    length, num_bytes = shard.length, shard.num_bytes
+    if length is None:
+        length = size_of(shard.sidecar) // 8 - 1
+    if num_bytes is None and is_pipe(shard.path):
+        num_bytes = int.from_bytes(read_range(shard.sidecar, 8 * length, 8), "little")
+    return length, size_of(shard.path) if num_bytes is None else num_bytes
+
+
+def _checked_length(shard: Shard, key: str, spec: Any) -> int:
+    """Samples of a local shard after its sidecar, which must fit the shard's size."""
+    path, sidecar = shard.path, shard.sidecar
+    command = f"`python -m vae_dist.index data={shown(spec)}"
+    if not exists(sidecar):
         raise ConfigError(f"{key}: {path} has no index; make it with {command}`")
-    num_bytes = os.path.getsize(sidecar)
-    with open(sidecar, "rb") as file:
-        file.seek(max(0, num_bytes - 8))
-        end = int.from_bytes(file.read(8), "little")
+    num_bytes = size_of(sidecar)
+    end = int.from_bytes(read_range(sidecar, max(0, num_bytes - 8), 8), "little")
     if num_bytes % 8 or num_bytes == 0 or not end_of_samples(path, end):
         raise ShardError(
             f"{key}: {sidecar} does not fit {path} ({os.path.getsize(path)} bytes; the index ends "
             f"at {end}): if the shard was replaced, run {command} overwrite=true`; if it was cut "
             "off, copy it again"
         )
+    if shard.length not in (None, num_bytes // 8 - 1):
+        raise ShardError(
+            f"{key}: {path} has {num_bytes // 8 - 1} samples after {sidecar}, but "
+            f"{shown(spec)} says {shard.length}; make both again with {command} overwrite=true`"
+        )
     return num_bytes // 8 - 1
-
-
-def _shown(spec: Any) -> str:
-    return f"[{','.join(map(str, spec))}]" if isinstance(spec, list | tuple) else str(spec)

@@ -6,18 +6,17 @@ undecoded sample: uint8 image (C, H, W) of the wanted size, and label.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from webdataset.tariterators import group_by_keys
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import decode_sample
 from vae_dist.data.index import ShardIndex
-from vae_dist.data.tar import DamagedSampleError, ShardError, members
+from vae_dist.data.remote import read_range
+from vae_dist.data.tar import DamagedSampleError, ShardError, key_and_suffix, members
 from vae_dist.data.transforms import ImageSettings, transform
 
 NUM_PROBED = 100  # samples that are tried for the size of native images
@@ -55,11 +54,7 @@ class SampleReader:
         path = self.index.paths[shard]
         try:
             offsets = self.index.offsets(shard, start, stop)
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                blob = _read_fully(descriptor, int(offsets[0]), int(offsets[-1] - offsets[0]))
-            finally:
-                os.close(descriptor)
+            blob = read_range(path, int(offsets[0]), int(offsets[-1] - offsets[0]))
         except OSError as error:
             raise ShardError(
                 f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run "
@@ -68,8 +63,10 @@ class SampleReader:
         borders = (offsets - offsets[0]).tolist()
         return [blob[a:b] for a, b in pairwise(borders)]
 
-    def load(self, data: bytes, shard: int, index: int, *, epoch: int) -> LoadedSample:
-        """One sample, decoded and transformed.
+    def load(
+        self, data: bytes, shard: int, index: int, *, epoch: int, room: np.ndarray | None = None
+    ) -> LoadedSample:
+        """One sample, decoded and transformed; in `room` where that saves a copy.
 
         Raises DamagedSampleError when it is unreadable, and ShardError when native images differ
         in size, which no other sample can make good.
@@ -80,6 +77,7 @@ class SampleReader:
             channels=settings.channels,
             max_pixels=settings.max_pixels,
             at_least=settings.size if settings.resize else None,
+            room=room,
         )
         number = self._first_number[shard] + index
         image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number)
@@ -97,16 +95,25 @@ class SampleReader:
 
 
 def single_sample(data: bytes, url: str) -> dict[str, Any]:
-    """The one webdataset sample in these bytes. Raises DamagedSampleError."""
-    try:
-        samples = list(group_by_keys(members(data, url)))
-    except DamagedSampleError:
-        raise
-    except ValueError as error:  # two files of one name
-        raise DamagedSampleError(str(error).split(" dict_keys")[0]) from None
-    if len(samples) != 1:
+    """The one webdataset sample in these bytes. Raises DamagedSampleError.
+
+    webdataset's `group_by_keys`, for bytes of which it is known that they hold one group.
+    """
+    sample: dict[str, Any] = {}
+    for name, content in members(data):
+        key, suffix = key_and_suffix(name)
+        if key is None:
+            continue
+        suffix = suffix.lower()
+        if sample.setdefault("__key__", key) != key:
+            raise DamagedSampleError("the index does not fit the shard here")
+        if suffix in sample:
+            raise DamagedSampleError(f"{name}: duplicate file name in tar file {suffix}")
+        sample[suffix] = content
+    if len(sample) < 2:
         raise DamagedSampleError("the index does not fit the shard here")
-    return samples[0]
+    sample["__url__"] = url
+    return sample
 
 
 def image_settings(
@@ -147,17 +154,6 @@ def _first_samples(index: ShardIndex, count: int) -> list[tuple[int, int]]:
         if len(found) == count:
             break
     return found
-
-
-def _read_fully(descriptor: int, at: int, count: int) -> bytes:
-    """Up to `count` bytes from position `at`: fewer only where the file ends."""
-    data = os.pread(descriptor, count, at)
-    while len(data) < count:
-        more = os.pread(descriptor, count - len(data), at + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _size(size: tuple[int, ...]) -> str:

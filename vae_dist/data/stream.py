@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from vae_dist.data.index import ShardIndex
+from vae_dist.data.mixing import MixedOrder
 from vae_dist.data.order import Order, Window
 from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
 from vae_dist.data.tar import DamagedSampleError, ShardError
@@ -35,7 +37,7 @@ class Batch(NamedTuple):
     """One rank's part of a step."""
 
     step: int
-    images: torch.Tensor  # uint8 (b, C, H, W)
+    images: torch.Tensor  # uint8 (b, C, H, W), in memory as (b, H, W, C)
     labels: torch.Tensor  # int64 (b,), -1 where there is none
     shards: tuple[str, ...]  # that these images came from
     skipped: tuple[SkippedSample, ...]
@@ -45,7 +47,7 @@ class _Share(NamedTuple):
     """One worker's part of a rank's step."""
 
     step: int
-    images: np.ndarray
+    images: torch.Tensor  # uint8, in shared memory when it comes from another process
     labels: np.ndarray
     shards: list[int]
     skipped: list[SkippedSample]
@@ -69,7 +71,7 @@ class TrainingStream:
     def __init__(
         self,
         index: ShardIndex,
-        order: Order,
+        order: Order | MixedOrder,
         settings: ImageSettings,
         *,
         batch_size: int,
@@ -87,7 +89,7 @@ class TrainingStream:
         self._paths, self._settings, self._pin_memory = index.paths, settings, pin_memory
         reader = SampleReader(index, settings, seed=order.seed)
         self._steps = range(start_step, stop_step)
-        work = _TrainingWork(reader, order, self._lanes, self._steps)
+        work = TrainingWork(reader, order, self._lanes, self._steps)
         self._pool = WorkerPool(work, num_workers=min(workers, share))
         self.close = weakref.finalize(self, self._pool.close)
 
@@ -98,22 +100,47 @@ class TrainingStream:
             yield self._merge([next(shares) for _ in range(num_parts)])
 
     def _merge(self, parts: list[_Share]) -> Batch:
-        shape = (len(self._lanes), *self._settings.shape)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        whole = len(parts) == 1 and not self._pin_memory and not parts[0].images.is_shared()
+        images = (
+            parts[0].images
+            if whole
+            else images_by_pixel(len(self._lanes), self._settings.shape, pin=self._pin_memory)
+        )
         labels = torch.empty(len(self._lanes), dtype=torch.int64)
         for worker, part in enumerate(parts):
             assert part.step == parts[0].step, [part.step for part in parts]
-            images[worker :: len(parts)] = torch.from_numpy(part.images)
+            if not whole:
+                images[worker :: len(parts)] = part.images
             labels[worker :: len(parts)] = torch.from_numpy(part.labels)
         shards = sorted({self._paths[shard] for part in parts for shard in part.shards})
         skipped = [sample for part in parts for sample in part.skipped]
         return Batch(parts[0].step, images, labels, tuple(shards), tuple(skipped))
 
 
-class _TrainingWork:
+def images_by_pixel(
+    count: int, shape: tuple[int, int, int], *, pin: bool = False, shared: bool = False
+) -> torch.Tensor:
+    """Room for uint8 images (count, C, H, W) whose memory lies as (count, H, W, C).
+
+    Decoders write pixel by pixel, so an image is copied in one piece, wherever it goes on its way
+    to the device. shared: in memory that another process maps instead of copying it.
+    """
+    channels, height, width = shape
+    num_bytes = count * channels * height * width
+    if shared:
+        storage = torch.UntypedStorage._new_shared(num_bytes)
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    else:
+        flat = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin)
+    return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+class TrainingWork:
     """What one worker does: its lanes' share of each step."""
 
-    def __init__(self, reader: SampleReader, order: Order, lanes: range, steps: range) -> None:
+    def __init__(
+        self, reader: SampleReader, order: Order | MixedOrder, lanes: range, steps: range
+    ) -> None:
         self.reader, self.order, self.lanes, self.steps = reader, order, lanes, steps
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[_Share]:
@@ -121,13 +148,15 @@ class _TrainingWork:
             _Lane(self.reader, self.order, lane, self.steps.start)
             for lane in self.lanes[worker::num_workers]
         ]
+        shared = get_worker_info() is not None
         for step in self.steps:
-            images = np.empty((len(lanes), *self.reader.settings.shape), np.uint8)
+            images = images_by_pixel(len(lanes), self.reader.settings.shape, shared=shared)
+            pixels = images.numpy()
             labels = np.empty(len(lanes), np.int64)
             shards: set[int] = set()
             skipped: list[SkippedSample] = []
             for i, lane in enumerate(lanes):
-                images[i], labels[i] = lane.take(skipped)
+                pixels[i], labels[i] = lane.take(skipped, pixels[i])
                 shards.add(lane.shard)
             yield _Share(step, images, labels, sorted(shards), skipped)
 
@@ -135,7 +164,9 @@ class _TrainingWork:
 class _Lane:
     """One lane, read row by row: holds the undecoded samples of one window."""
 
-    def __init__(self, reader: SampleReader, order: Order, lane: int, row: int) -> None:
+    def __init__(
+        self, reader: SampleReader, order: Order | MixedOrder, lane: int, row: int
+    ) -> None:
         self.reader, self.order, self.lane, self.row = reader, order, lane, row
         self.shard = -1  # of the sample that was taken last
         self.window: Window | None = None
@@ -144,8 +175,11 @@ class _Lane:
         self.donor: _Donor | None = None
         self.asked_row = -1  # first row of the window that the donor is for
 
-    def take(self, skipped: list[SkippedSample]) -> LoadedSample:
-        """The sample of this row, or its replacement, which is then noted in `skipped`."""
+    def take(self, skipped: list[SkippedSample], room: np.ndarray) -> LoadedSample:
+        """The sample of this row, or its replacement, which is then noted in `skipped`.
+
+        The image may be `room`, which is where the caller wants it.
+        """
         if self.window is None or self.row == self.window.end_row:
             self.previous_row = -1 if self.window is None else self.window.first_row
             self.window = self.order.window_at(self.lane, self.row)
@@ -155,7 +189,7 @@ class _Lane:
         position = int(window.order[row - window.first_row])
         self.shard, index = window.sample(position)
         try:
-            return self._load(window, self.samples, position)
+            return self._load(window, self.samples, position, room)
         except DamagedSampleError as error:
             donor = self._donor(window)
             path = self.reader.index.paths[self.shard]
@@ -165,9 +199,11 @@ class _Lane:
     def _read(self, window: Window) -> list[bytes]:
         return [sample for run in window.runs for sample in self.reader.read(*run)]
 
-    def _load(self, window: Window, samples: list[bytes], position: int) -> LoadedSample:
+    def _load(
+        self, window: Window, samples: list[bytes], position: int, room: np.ndarray | None = None
+    ) -> LoadedSample:
         shard, index = window.sample(position)
-        return self.reader.load(samples[position], shard, index, epoch=window.epoch)
+        return self.reader.load(samples[position], shard, index, epoch=window.epoch, room=room)
 
     def _donor(self, window: Window) -> _Donor:
         """What replaces the lost samples of the window that is being read."""

@@ -1,21 +1,27 @@
 """Plain tars, read by position: the headers of a shard, and the members of a piece of it.
 
-In: a tar without compression. Out: where samples begin, or `{"fname", "data", "__url__"}` records
-for webdataset's `group_by_keys`. Unlike `tarfile`, a damaged header is an error and not the end.
+In: a tar without compression. Out: where samples begin, or names and contents of files.
+Unlike `tarfile`, a damaged header is an error and not the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
 from vae_dist.config.errors import ConfigError
 
+Read = Callable[[int, int], bytes]  # (first byte, number) -> bytes; fewer at the end
+
 BLOCK = 512  # bytes; headers and data begin at multiples of it
+ADLER_MODULUS = 65521
+MAX_CHECKSUM = 255 * 504 + 8 * ord(" ")
 LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
 SPECIAL = (LONG_NAME, PAX, b"K", b"g")
 REGULAR = (b"0", b"\0")
@@ -47,7 +53,9 @@ def parse_header(block: bytes) -> Header:
         size = int.from_bytes(field[1:], "big") if field[0] & 128 else int(field.rstrip(b" \0"), 8)
     except ValueError:
         raise DamagedSampleError("damaged tar header") from None
-    if sum(block) - sum(block[148:156]) + 8 * ord(" ") != checksum:
+    # the sum of all bytes, with blanks for its own eight; adler32 starts at 1 and takes it modulo
+    rest = zlib.adler32(block[156:], zlib.adler32(block[:148])) & 0xFFFF
+    if (rest - 1 + 8 * ord(" ") - checksum) % ADLER_MODULUS or checksum > MAX_CHECKSUM:
         raise DamagedSampleError("damaged tar header")
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345]:
@@ -55,8 +63,8 @@ def parse_header(block: bytes) -> Header:
     return Header(name, size, block[156:157])
 
 
-def members(data: bytes, url: str) -> Iterator[dict[str, Any]]:
-    """The regular files in the bytes of one or more samples, as webdataset's expander gives them.
+def members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files in the bytes of one or more samples.
 
     Raises DamagedSampleError at a damaged header and where the bytes end too early.
     """
@@ -71,18 +79,18 @@ def members(data: bytes, url: str) -> Iterator[dict[str, Any]]:
             long_name = _long_name(header.kind, content) or long_name
             continue
         if header.kind in REGULAR:
-            yield {"fname": _decoded(long_name or header.name), "data": content, "__url__": url}
+            yield _decoded(long_name or header.name), content
         long_name = None
 
 
-def sample_starts(path: str) -> tuple[list[int], int]:
+def sample_starts(path: str, read: Read | None = None) -> tuple[list[int], int]:
     """Byte offsets at which the samples of a shard begin, and the end of the last one.
 
     A sample is a run of files with one basename, after webdataset's rule. Raises ShardError.
     """
     starts: list[int] = []
     key, end = None, 0
-    for start, stop, name in _hops(path, 0):
+    for start, stop, name, _, _ in _hops(path, 0, read):
         sample_key = _sample_key(name)
         if sample_key is not None:
             if sample_key != key:
@@ -96,24 +104,48 @@ def end_of_samples(path: str, end: int) -> bool:
     if end % BLOCK or end > os.path.getsize(path):
         return False
     try:
-        return all(_sample_key(name) is None for _, _, name in _hops(path, end))
+        return all(_sample_key(name) is None for _, _, name, _, _ in _hops(path, end))
     except ShardError:
         return False
 
 
 def _sample_key(name: bytes) -> str | None:
     text = _decoded(name)
-    return None if text.startswith("__") else base_plus_ext(text)[0]
+    return None if text.startswith("__") else key_and_suffix(text)[0]
 
 
-def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes]]:
-    """(first byte with its long name, byte after the padded data, name) of the regular files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
+def key_and_suffix(name: str) -> tuple[str | None, str]:
+    """webdataset's rule, `base_plus_ext`: the suffix begins at the first dot of the last part."""
+    last = name.rfind("/") + 1
+    dot = name.find(".", last)
+    if dot > last:
+        return name[:dot], name[dot + 1 :]
+    key, suffix = base_plus_ext(name)  # no dot, or one in front: rare, and its own affair
+    return key, suffix or ""
+
+
+def files_of_tar(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, bytes) of the regular files of a plain tar. Raises ShardError."""
+    for _, _, name, at, size in _hops(path, 0):
+        yield _decoded(name), at, size
+
+
+def _hops(
+    path: str, at: int, read: Read | None = None
+) -> Iterator[tuple[int, int, bytes, int, int]]:
+    """The regular files: first byte with its long name, byte after the padded data, name, first
+    byte of the data, bytes of data. `read` is what reads a shard that is no local file."""
+    with contextlib.ExitStack() as opened:
+        if read is None:
+            descriptor = os.open(path, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+
+            def read(at: int, count: int) -> bytes:
+                return os.pread(descriptor, count, at)
+
         start, long_name = at, None
         while True:
-            block = os.pread(descriptor, BLOCK, at)
+            block = read(at, BLOCK)
             if len(block) == BLOCK and not any(block):
                 return
             if not block:
@@ -123,18 +155,16 @@ def _hops(path: str, at: int) -> Iterator[tuple[int, int, bytes]]:
             except DamagedSampleError as error:
                 raise _shard_error(path, at, str(error)) from None
             stop = at + BLOCK + _padded(header.size)
-            if at + BLOCK + header.size > size:
+            if header.size and not read(at + BLOCK + header.size - 1, 1):
                 raise _shard_error(path, at, "the tar ends inside a file, it is cut off")
             if header.kind in SPECIAL:
-                content = os.pread(descriptor, header.size, at + BLOCK)
+                content = read(at + BLOCK, header.size)
                 long_name = _long_name(header.kind, content) or long_name
             else:
                 if header.kind in REGULAR:
-                    yield start, stop, long_name or header.name
+                    yield start, stop, long_name or header.name, at + BLOCK, header.size
                 start, long_name = stop, None
             at = stop
-    finally:
-        os.close(descriptor)
 
 
 def _shard_error(path: str, at: int, reason: str) -> ShardError:

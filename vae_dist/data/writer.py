@@ -62,7 +62,7 @@ def write_shards(
 def _write_in_turn(
     samples: Iterable[Mapping[str, str | bytes]], folder: Path, num_shards: int, name: str
 ) -> list[str]:
-    writers = [_ShardWriter(folder / f"{name}-{s:06d}.tar") for s in range(num_shards)]
+    writers = [ShardWriter(folder / f"{name}-{s:06d}.tar") for s in range(num_shards)]
     for i, sample in enumerate(samples):
         writers[i % num_shards].write(sample)
     for writer in writers:
@@ -74,12 +74,12 @@ def _write_in_sequence(
     samples: Iterable[Mapping[str, str | bytes]], folder: Path, shard_bytes: int, name: str
 ) -> list[str]:
     names: list[str] = []
-    writer: _ShardWriter | None = None
+    writer: ShardWriter | None = None
     for sample in samples:
         if writer is None or writer.num_bytes >= shard_bytes:
             if writer is not None:
                 writer.close()
-            writer = _ShardWriter(folder / f"{name}-{len(names):06d}.tar")
+            writer = ShardWriter(folder / f"{name}-{len(names):06d}.tar")
             names.append(writer.path.name)
         writer.write(sample)
     if writer is not None:
@@ -87,7 +87,7 @@ def _write_in_sequence(
     return names
 
 
-class _ShardWriter:
+class ShardWriter:
     """One tar: USTAR headers with mtime 0, so no extended header of 1 KiB per member."""
 
     def __init__(self, path: Path) -> None:

@@ -171,6 +171,7 @@ class Trainer:
 
     def _note_best(self, metrics: Row) -> None:
         value = metrics.get("eval/neg_elbo_nats", math.nan)
+        assert isinstance(value, float)
         if self.config.checkpoint.keep_best and (self._best is None or value < self._best[0]):
             self._best = (value, self.step) if math.isfinite(value) else self._best
 

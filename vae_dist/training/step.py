@@ -120,7 +120,7 @@ class TrainingStep:
     def _inputs(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images in [-1, 1] (B/world, C, H, W) and latent noise, drawn slot by slot."""
         device, likelihood = self.runtime.device, self.vae.likelihood
-        levels = batch.images.to(device, non_blocking=True)
+        levels = batch.images.to(device, non_blocking=True).contiguous()
         slots = self.config.data.slots // self.runtime.world
         images_per_slot = len(levels) // slots
         latent = (images_per_slot, *self.vae.latent_shape(*levels.shape[-2:]))

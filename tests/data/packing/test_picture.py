@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vae_dist.data.packing.picture import PictureSettings, prepare
+from vae_dist.data.tar import DamagedSampleError
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+
+
+def encode(image: Image.Image | np.ndarray, image_format: str = "PNG", **options: object) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "channels"),
+    [
+        ("png", encode(COLOUR), 3),
+        ("jpg", encode(COLOUR, "JPEG"), 3),
+        ("jpg", encode(COLOUR[:, :, 0], "JPEG"), 1),
+        ("webp", encode(COLOUR, "WEBP"), 3),
+        ("png", encode(Image.fromarray(COLOUR).convert("P")), 3),
+        ("png", encode(Image.fromarray(COLOUR).convert("RGBA")), 4),
+        ("npy", npy(COLOUR.transpose(2, 0, 1)), 3),
+    ],
+)
+def test_what_needs_no_change_is_kept_byte_for_byte(
+    suffix: str, data: bytes, channels: int
+) -> None:
+    picture = prepare(suffix, data, PictureSettings())
+    assert picture == (suffix, data, (channels, 12, 20), True)
+
+
+def test_a_suffix_that_lies_is_put_right() -> None:
+    assert prepare("jpg", encode(COLOUR), PictureSettings()).suffix == "png"
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [(6, (3, 6, 10)), (12, (3, 12, 20)), (99, (3, 12, 20)), ((8, 8), (3, 8, 8))],
+)
+def test_size(size: int | tuple[int, int], shape: tuple[int, int, int]) -> None:
+    picture = prepare("png", encode(COLOUR), PictureSettings(size=size))
+    assert picture.shape == shape and picture.kept == (shape == (3, 12, 20))
+    assert decoded(picture.data).shape == (*shape[1:], 3)
+
+
+def test_formats() -> None:
+    lossless = prepare("bmp", encode(COLOUR, "BMP"), PictureSettings())
+    assert lossless.suffix == "png"
+    np.testing.assert_array_equal(decoded(lossless.data), COLOUR)
+    assert prepare("png", encode(COLOUR), PictureSettings(format="jpg")).suffix == "jpg"
+    assert prepare("jpg", encode(COLOUR, "JPEG"), PictureSettings(size=6)).suffix == "jpg"
+
+
+def test_a_resized_picture_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(COLOUR, "JPEG", exif=exif)
+    assert prepare("jpg", data, PictureSettings()).shape == (3, 20, 12)
+    small = prepare("jpg", data, PictureSettings(size=6))
+    assert small.shape == (3, 10, 6) and Image.open(io.BytesIO(small.data)).size == (6, 10)
+
+
+def test_transparent_pixels_get_the_background() -> None:
+    image = Image.fromarray(np.zeros((4, 4, 4), np.uint8))
+    white = prepare("png", encode(image), PictureSettings(background="white"))
+    assert (decoded(white.data) == 255).all() and white.shape == (3, 4, 4)
+    assert prepare("png", encode(image), PictureSettings()).shape == (4, 4, 4)
+    with pytest.raises(DamagedSampleError, match="set background=white"):
+        prepare("png", encode(image), PictureSettings(format="jpg"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "reason"),
+    [
+        ("png", b"", "an empty file"),
+        ("png", b"no picture", "no readable PNG"),
+        ("jpg", encode(COLOUR, "JPEG")[:300], "JPEG"),
+        ("png", encode(COLOUR)[:-30], "PNG"),
+        ("png", encode(np.zeros((40, 30), np.uint8)), "more than data.max_pixels=1000"),
+        ("npy", npy(np.array([print], object)), "object"),
+        ("npy", npy(COLOUR)[:-1], "cut off"),
+        ("npy", npy(COLOUR.astype(np.float32)), "float32"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(suffix: str, data: bytes, reason: str) -> None:
+    with pytest.raises(DamagedSampleError, match=reason):
+        prepare(suffix, data, PictureSettings(max_pixels=1000))

@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import pickle
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.packing.arrays import download_mnist, restricted_load
+from vae_dist.data.packing.items import Item, Listing, from_paths, numbered
+from vae_dist.data.packing.open import open_source
+
+RANDOM = np.random.default_rng(0)
+
+
+def png(seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def summary(items: list[Item]) -> dict[str, tuple[str | None, object]]:
+    return {item.name: (item.split, item.category) for item in items}
+
+
+def opened(path: Path, work: Path, *, labels: str = "") -> tuple[Listing, list[tuple[str, bytes]]]:
+    source = open_source(str(path), labels=labels, work_folder=work)
+    listing = source.list()
+    return listing, [source.read(item) for item in listing.items]
+
+
+def test_splits_and_categories_are_read_off_the_paths() -> None:
+    def read(*paths: str) -> list[tuple[str | None, object]]:
+        return [(i.split, i.category) for i in from_paths((path, None, 1) for path in paths)]
+
+    assert read("a.png", "b.png") == [(None, None)] * 2
+    assert read("cat/a.png", "dog/x/b.png") == [(None, "cat"), (None, "dog")]
+    assert read("faces/a.png", "faces/b.png") == [(None, None)] * 2
+    assert read("set/train/cat/a.png", "set/val/dog/b.png") == [
+        ("train", "cat"),
+        ("validation", "dog"),
+    ]
+    assert read("train/a.png") == [("train", None)]
+
+
+def test_names_of_classes_become_numbers_in_alphabetical_order() -> None:
+    items = [Item("a", None, 1, None, c) for c in ("dog", "cat", None)]
+    got, classes = numbered(Listing(items, []))
+    assert [item.category for item in got] == [1, 0, None] and classes == ("cat", "dog")
+    with pytest.raises(ConfigError, match="some classes are named and some are numbers"):
+        numbered(Listing([*items, Item("b", None, 1, None, 3)], []))
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    for i, name in enumerate(["cat/a.PNG", "cat/.hidden.png", "dog/b.jpeg", "dog/notes.txt"]):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(png(i))
+    (tmp_path / "in/dog/empty.png").touch()
+    listing, files = opened(tmp_path / "in", tmp_path / "work")
+    assert summary(listing.items) == {"cat/a.PNG": (None, "cat"), "dog/b.jpeg": (None, "dog")}
+    assert files == [("png", png(0)), ("jpeg", png(2))]
+    assert listing.refused == [("dog/empty.png", "an empty file")]
+
+
+EVIL = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"]
+
+
+def test_a_zip_and_its_evil_members(tmp_path: Path) -> None:
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(["cat/a.png", "__MACOSX/cat/._a.png", "dog/b.png", *EVIL]):
+            archive.writestr(name, png(i))
+        archive.writestr("dog/zero.png", b"")
+    listing, files = opened(path, tmp_path / "work")
+    assert [item.name for item in listing.items] == ["cat/a.png", "dog/b.png"]
+    assert files == [("png", png(0)), ("png", png(2))]
+    reasons = dict(listing.refused)
+    assert "an absolute path" in reasons["/etc/evil.png"] + reasons["C:/evil.png"]
+    assert reasons["a/../../evil.png"] == reasons["../evil.png"] == "a path with .."
+    assert reasons["dog/zero.png"] == "an empty file"
+    assert len(listing.refused) == len(EVIL) + 1
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_of_every_compression(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / f"in.tar{mode[1:].replace(':', '.')}"
+    with tarfile.open(path, mode) as archive:
+        members = {"x/a.png": png(0), "x/a.cls": b"7", "x/b.png": png(1), "../evil.png": png(2)}
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("x/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    listing, files = opened(path, tmp_path / "work")
+    assert summary(listing.items) == {"x/a.png": (None, 7), "x/b.png": (None, None)}
+    assert files == [("png", png(0)), ("png", png(1))]
+    assert listing.refused == [("../evil.png", "a path with ..")]
+    assert not (tmp_path / "evil.png").exists()
+
+
+def test_damaged_archives_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in.zip").write_bytes(b"PK\x03\x04 no")
+    with pytest.raises(ConfigError, match=r"in\.zip: no readable zip file"):
+        opened(tmp_path / "in.zip", tmp_path)
+    (tmp_path / "in.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(ConfigError, match=r"in\.tar: byte 0: damaged tar header"):
+        opened(tmp_path / "in.tar", tmp_path)
+    (tmp_path / "in.tar.gz").write_bytes(gzip.compress(b"x" * 5000)[:-9])
+    with pytest.raises(ConfigError, match=r"in\.tar\.gz: cannot be unpacked"):
+        opened(tmp_path / "in.tar.gz", tmp_path)
+    with pytest.raises(ConfigError, match=r"nowhere: no such file; give a folder of pictures"):
+        opened(tmp_path / "nowhere", tmp_path)
+
+
+# MNIST
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return head + array.tobytes()
+
+
+def mnist_contents() -> dict[str, bytes]:
+    digits = {prefix: RANDOM.integers(0, 256, (n, 4, 3), dtype=np.uint8) for prefix, n in
+              (("train", 5), ("t10k", 2))}  # fmt: skip
+    files = {f"{prefix}-images-idx3-ubyte": idx(images) for prefix, images in digits.items()}
+    for prefix, images in digits.items():
+        files[f"{prefix}-labels-idx1-ubyte"] = idx(np.arange(len(images), dtype=np.uint8))
+    return files
+
+
+def test_mnist_idx_files_packed_or_not(tmp_path: Path) -> None:
+    files = mnist_contents()
+    for name, data in files.items():
+        packed = "images" in name
+        (tmp_path / (name + ".gz" * packed)).write_bytes(gzip.compress(data) if packed else data)
+    listing, pictures = opened(tmp_path, tmp_path / "work")
+    assert [(i.split, i.category) for i in listing.items] == [
+        *(("train", i) for i in range(5)),
+        *(("test", i) for i in range(2)),
+    ]
+    got = np.stack([np.asarray(Image.open(io.BytesIO(data))) for _, data in pictures[:5]])
+    assert idx(got) == files["train-images-idx3-ubyte"]
+
+
+def test_a_cut_idx_file_is_refused(tmp_path: Path) -> None:
+    for name, data in mnist_contents().items():
+        (tmp_path / name).write_bytes(data[:-1] if "t10k-images" in name else data)
+    with pytest.raises(ConfigError, match=r"t10k-images.* 23 bytes of pixels, but its header"):
+        opened(tmp_path, tmp_path / "work")
+
+
+@contextlib.contextmanager
+def served(files: dict[str, bytes]) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = files.get(self.path)
+            self.send_response(404 if data is None else 200)
+            self.end_headers()
+            self.wfile.write(data or b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_mnist_is_downloaded_from_the_mirror_that_has_it(tmp_path: Path) -> None:
+    files = mnist_contents()
+    sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    served_files = {f"/good/{name}.gz": gzip.compress(data) for name, data in files.items()}
+    served_files |= {f"/other/{name}.gz": gzip.compress(b"other") for name in files}
+    with served(served_files) as url:
+        mirrors = [f"{url}/none/", f"{url}/other/", f"{url}/good/"]
+        download_mnist(tmp_path / "mnist", mirrors=mirrors, sha256=sha256)
+        with pytest.raises(ConfigError) as refused:
+            download_mnist(tmp_path / "again", mirrors=mirrors[:2], sha256=sha256)
+    for name, data in files.items():
+        assert (tmp_path / "mnist" / name).read_bytes() == data
+    assert "404" in str(refused.value) and "its checksum differs" in str(refused.value)
+    assert "source=FOLDER" in str(refused.value)
+
+
+# CIFAR-10
+
+
+def cifar_batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {
+        name: (
+            RANDOM.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8),
+            np.array([i, 9 - i], np.uint8),
+        )
+        for i, name in enumerate(names)
+    }
+
+
+def write_archive(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["binary", "python", "python protocol 2"])
+def test_cifar_of_both_kinds(tmp_path: Path, kind: str) -> None:
+    batches = cifar_batches()
+    names = [f"class{i}" for i in range(10)]
+    if kind == "binary":
+        files = {
+            f"{name}.bin": b"".join(bytes([n]) + i.tobytes() for i, n in zip(*batch, strict=True))
+            for name, batch in batches.items()
+        }
+        files["batches.meta.txt"] = "\n".join(names).encode()
+    else:
+        protocol = 2 if kind.endswith("2") else 4
+        files = {
+            name: pickle.dumps(
+                {b"data": images.reshape(2, -1), b"labels": labels.tolist()}, protocol
+            )
+            for name, (images, labels) in batches.items()
+        }
+        files["batches.meta"] = pickle.dumps(
+            {b"label_names": [name.encode() for name in names]}, protocol
+        )
+    path = tmp_path / f"cifar-10-{kind.split()[0]}.tar.gz"
+    write_archive(path, files)
+    listing, pictures = opened(path, tmp_path / "work")
+    assert listing.classes == tuple(names)
+    assert [item.split for item in listing.items] == ["train"] * 10 + ["test"] * 2
+    want = [label for _, labels in batches.values() for label in labels.tolist()]
+    assert [item.category for item in listing.items] == want
+    first = np.asarray(Image.open(io.BytesIO(pictures[0][1]))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(first, batches["data_batch_1"][0][0])
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("never",)
+
+
+@pytest.mark.parametrize("data", [pickle.dumps(Evil()), pickle.dumps(np.array([Evil()]))])
+def test_a_pickle_that_wants_more_than_arrays_is_refused_by_name(
+    data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"data_batch_1: .*builtins\.print, which is not admitt"):
+        restricted_load(data, "data_batch_1")
+    assert capsys.readouterr().out == ""
+
+
+# tables
+
+
+def test_celeba_after_its_lists(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
+        for i in range(1, 5):
+            archive.writestr(f"img_align_celeba/{i:06d}.jpg", png(i))
+    partition = [f"{i:06d}.jpg {split}" for i, split in ((1, 0), (2, 1), (3, 2))]
+    (tmp_path / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+    attributes = ["4", "Smiling Young "] + [f"{i:06d}.jpg  1 -1" for i in range(1, 5)]
+    (tmp_path / "list_attr_celeba.txt").write_text("\n".join(attributes) + "\n")
+    for path in (tmp_path, tmp_path / "img_align_celeba.zip"):
+        listing, files = opened(path, tmp_path / "work")
+        assert [item.split for item in listing.items] == ["train", "validation", "test"]
+        assert listing.items[1].extra == {"attributes": {"Smiling": 1, "Young": -1}}
+        assert files[0] == ("jpg", png(1))
+        assert [name for name, _ in listing.refused] == ["img_align_celeba/000004.jpg"]
+
+
+def test_labels_from_a_csv_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.png").write_bytes(png(i))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,label,split,age\n0.png,tabby,train,3\n1.png,siam,val,4\n")
+    listing, _ = opened(tmp_path / "in", tmp_path / "work", labels=str(labels))
+    assert summary(listing.items) == {"0.png": ("train", "tabby"), "1.png": ("validation", "siam")}
+    assert listing.items[0].extra == {"age": "3"}
+    assert listing.refused == [("2.png", f"not in labels={labels}")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", r"hold none of path, file"),
+        ("path,label\nx.png\n", "line 2 has another number of columns"),
+        ("path,split\n0.png,holdout\n", "line 2: split 'holdout' is unknown"),
+        ("path,label\nx.png,1\n", "names none of the 1 pictures"),
+    ],
+)
+def test_wrong_csv_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.png").write_bytes(png())
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path / "in", tmp_path / "work", labels=str(tmp_path / "labels.csv"))
+
+
+def test_parquet_of_the_hub_kind(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
+    schema = pyarrow.schema([("image", kind), ("label", pyarrow.int64())])
+    for split, count in (("train", 3), ("test", 1)):
+        images = [{"bytes": png(i), "path": None} for i in range(count)]
+        images[-1] = images[-1] if split == "test" else {"bytes": None, "path": "x.png"}
+        table = pyarrow.table({"image": images, "label": [1] * count}, schema)
+        table = table.replace_schema_metadata({b"huggingface": features})
+        parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    listing, files = opened(tmp_path, tmp_path / "work")
+    assert [(i.split, i.category) for i in listing.items] == [
+        ("test", 1), ("train", 1), ("train", 1)
+    ]  # fmt: skip
+    assert listing.classes == ("cat", "dog")
+    assert files == [("png", png(0)), ("png", png(0)), ("png", png(1))]
+    assert listing.refused == [("train-00000-of-00001.parquet row 2", "no bytes of a picture")]

@@ -1,0 +1,257 @@
+"""Properties that hold for every shape of data and for any damaged bytes."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.data.conftest import identities, marked_png
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.index import ShardIndex, index_shard, load_index, write_sidecar
+from vae_dist.data.order import Order
+from vae_dist.data.reader import LoadedSample, SampleReader, single_sample
+from vae_dist.data.stream import TrainingStream, TrainingWork
+from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
+from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.writer import write_shards
+
+MARKED = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
+COUNT = 12
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    lanes=st.integers(1, 24),
+    window=st.integers(1, 50),
+    seed=st.integers(0, 2**40),
+    start=st.integers(0, 300),
+)
+@settings(max_examples=150, deadline=None)
+def test_order_of_any_shape(
+    lengths: list[int], lanes: int, window: int, seed: int, start: int
+) -> None:
+    order = Order(lengths, lanes=lanes, window=window, seed=seed)
+    total = sum(lengths)
+    epoch = start % 3
+    numbers = range(epoch * total, (epoch + 1) * total)
+    got = [order.sample_at(g) for g in numbers]
+    assert {e for e, _, _ in got} == {epoch}
+    counts = Counter((shard, index) for _, shard, index in got)
+    assert len(counts) == total and set(counts.values()) == {1}
+    assert all(0 <= index < lengths[shard] for shard, index in counts)
+    # From any row on, the windows of a lane follow each other without gap and without overlap.
+    lane, row = start % lanes, start
+    for _, found in zip(range(3), order.lane_windows(lane, row), strict=False):
+        assert found.first_row <= row < found.end_row and len(found.order) <= window
+        row = found.end_row
+
+
+class Memory(SampleReader):
+    """Samples that are their own place, so that a world of streams is read in no time."""
+
+    def read(self, shard: int, start: int, stop: int) -> list[bytes]:
+        return [bytes([shard, i // 256, i % 256]) for i in range(start, stop)]
+
+    def load(
+        self, data: bytes, shard: int, index: int, *, epoch: int, room: np.ndarray | None = None
+    ) -> LoadedSample:
+        return LoadedSample(np.frombuffer(data, np.uint8).reshape(1, 1, 3), shard)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any),
+    slots=st.sampled_from([1, 2, 4, 8]),
+    per_slot=st.integers(1, 3),
+    window=st.integers(1, 20),
+    workers=st.integers(0, 5),
+    start=st.integers(0, 40),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_streams_of_any_shape(
+    lengths: list[int],
+    slots: int,
+    per_slot: int,
+    window: int,
+    workers: int,
+    start: int,
+    data: st.DataObject,
+) -> None:
+    batch = slots * per_slot
+    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
+    numbers = np.array(lengths, np.int64)
+    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
+    order = Order(lengths, lanes=batch, window=window, seed=1)
+    reader = Memory(index, MARKED, seed=1)
+    steps = range(start, start + 3)
+    got: dict[int, list[tuple[int, int]]] = {}
+    for rank in range(world):
+        share = batch // world
+        lanes = range(rank * share, (rank + 1) * share)
+        count = min(max(1, workers), share)
+        work = TrainingWork(reader, order, lanes, steps)
+        parts = [list(work(worker, count)) for worker in range(count)]
+        for k, step in enumerate(steps):
+            images = np.empty((share, 1, 1, 3), np.uint8)
+            for worker, mine in enumerate(parts):
+                assert mine[k].step == step
+                images[worker::count] = mine[k].images
+            got.setdefault(step, []).extend(identities(images))
+    for step in steps:
+        want = [order.sample_at(g)[1:] for g in range(step * batch, (step + 1) * batch)]
+        assert got[step] == want
+
+
+def _one_shard(folder: Path) -> Path:
+    samples = ({"__key__": f"{i:04d}", "png": marked_png(3, i), "cls": b"3"} for i in range(COUNT))
+    (path,) = write_shards(samples, folder / "set", num_shards=1)
+    return path
+
+
+@given(
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=600)),
+        max_size=4,
+    ),
+    keep=st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+@settings(max_examples=60, deadline=None)
+def test_damaged_bytes_have_a_named_outcome(edits: list[tuple[float, bytes]], keep: float) -> None:
+    """Whatever happens to a shard after it was indexed: an image is either one of those that were
+    packed, at its own place, or it is named as damaged; nothing else is raised."""
+    with tempfile.TemporaryDirectory() as name:
+        path = _one_shard(Path(name))
+        index = load_index(str(path), key="data.train", create=False)
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        for place, piece in edits:
+            at = int(place * len(data))
+            data[at : at + len(piece)] = piece[: len(data) - at]
+        path.write_bytes(bytes(data[: int(keep * len(data))]))
+        reader = SampleReader(index, MARKED, seed=0)
+        offsets = index.offsets(0)
+        damaged = 0
+        for i, sample in enumerate(reader.read(0, 0, COUNT)):
+            try:
+                image, _ = reader.load(sample, 0, i, epoch=0)
+            except DamagedSampleError:
+                damaged += 1
+                continue
+            except ShardError as error:
+                assert "pixels, but the first one" in str(error)  # another size: data.resolution
+                continue
+            untouched = whole[offsets[i] : offsets[i + 1]] == sample
+            assert not untouched or identities(image) == [(3, i)]
+        order = Order(index.lengths, lanes=4, window=4, seed=0)
+        try:
+            steps = {"start_step": 0, "stop_step": 3}
+            for batch in TrainingStream(index, order, MARKED, batch_size=4, **steps):
+                assert batch.images.shape == (4, 1, 1, 3)
+                assert len(batch.skipped) <= 4
+        except ShardError as error:
+            assert damaged or "pixels, but the first one" in str(error)
+        try:
+            write_sidecar(path, index_shard(path))  # a damaged header is an error, not the end
+            assert load_index(str(path), key="k", create=False).num_samples <= COUNT
+        except ConfigError as error:
+            assert str(path) in str(error)
+
+
+@given(st.binary(max_size=4000))
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_as_a_sample(data: bytes) -> None:
+    header = tarfile.TarInfo("a.png")
+    header.size = len(data)
+    block = header.tobuf(tarfile.USTAR_FORMAT)
+    for record in (data, block + data, block + data + bytes(-len(data) % 512)):
+        try:
+            sample = single_sample(record, "x.tar")
+        except DamagedSampleError:
+            continue
+        assert set(sample) >= {"__key__"}
+
+
+@given(
+    st.sampled_from(["jpg", "png", "webp", "npy", "tif"]),
+    st.floats(0, 1, exclude_max=True),
+    st.binary(min_size=1, max_size=40),
+    st.integers(0, 400),
+)
+@settings(max_examples=150, deadline=None)
+def test_damaged_images_decode_to_their_shape_or_are_refused(
+    suffix: str, place: float, piece: bytes, cut: int
+) -> None:
+    from vae_dist.data.decode import decode_image
+
+    data = bytearray(ENCODED[suffix])
+    at = int(place * len(data))
+    data[at : at + len(piece)] = piece
+    try:
+        image = decode_image(suffix, bytes(data[: len(data) - cut]), channels=3, max_pixels=100_000)
+    except DamagedSampleError as error:
+        assert str(error)
+        return
+    assert image.dtype == np.uint8 and image.ndim == 3 and len(image) == 3
+    assert image.shape[1] * image.shape[2] <= 100_000
+
+
+def _encoded() -> dict[str, bytes]:
+    import tifffile
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    found = {}
+    for suffix, kind in (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        found[suffix] = file.getvalue()
+    file = io.BytesIO()
+    np.save(file, pixels.transpose(2, 0, 1))
+    found["npy"] = file.getvalue()
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels)
+    found["tif"] = file.getvalue()
+    return found
+
+
+ENCODED = _encoded()
+
+
+def test_a_shard_that_is_shorter_than_its_index_loses_its_last_samples(tmp_path: Path) -> None:
+    path = _one_shard(tmp_path)
+    index = load_index(str(path), key="data.train", create=False)
+    with open(path, "r+b") as file:
+        file.truncate(int(index.offsets(0)[9]))
+    samples = SampleReader(index, MARKED, seed=0).read(0, 0, COUNT)
+    assert [bool(sample) for sample in samples] == [True] * 9 + [False] * 3
+    order = Order(index.lengths, lanes=4, window=4, seed=0)
+    stream = TrainingStream(index, order, MARKED, batch_size=4, start_step=0, stop_step=3)
+    skipped = [s for batch in stream for s in batch.skipped]
+    assert sorted(s.index for s in skipped) == [9, 10, 11]
+    assert all(s.replaced_by for s in skipped)
+    shutil.rmtree(path.parent)
+    with np.testing.assert_raises_regex(ShardError, "cannot be read .*put it back or repair it"):
+        list(TrainingStream(index, order, MARKED, batch_size=4, start_step=0, stop_step=1))
+
+
+def test_names_that_would_write_elsewhere_are_only_names(tmp_path: Path) -> None:
+    """The trainer writes no member anywhere, so a path in a shard is harmless."""
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("../../evil.png")
+        member.size = len(marked_png(1, 2))
+        tar.addfile(member, io.BytesIO(marked_png(1, 2)))
+    assert [name for name, _, _ in files_of_tar(str(path))] == ["../../evil.png"]
+    index = load_index(str(path), key="data.train", create=True)
+    reader = SampleReader(index, MARKED, seed=0)
+    image = reader.load(reader.read(0, 0, 1)[0], 0, 0, epoch=0).image
+    assert identities(image) == [(1, 2)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["_info.json", "evil.tar", "evil.tar.idx"]

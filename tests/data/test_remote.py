@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import LENGTHS
+from tests.data.test_stream import BATCH, STEPS, expected, global_batches, one_process
+from tests.support.http_shards import serving
+from vae_dist.config.errors import ConfigError
+from vae_dist.data import remote
+from vae_dist.data.index import load_index, write_index_of_remote, write_info
+from vae_dist.data.remote import read_range
+from vae_dist.data.tar import ShardError
+from vae_dist.data.transforms import ImageSettings
+from vae_dist.index import main
+
+__all__ = ["one_process"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts, which no test waits for."""
+    waited: list[float] = []
+    monkeypatch.setattr(remote, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def folder(shards: str, tmp_path: Path) -> Path:
+    """Shards with sidecars and `_info.json`, to be served."""
+    copy = Path(shutil.copytree(shards, tmp_path / "served"))
+    write_info(sorted(copy.glob("*.tar")), split="train")
+    return copy
+
+
+@pytest.fixture
+def blob(tmp_path: Path) -> bytes:
+    data = np.random.default_rng(0).bytes(300_000)
+    (tmp_path / "blob").write_bytes(data)
+    return data
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("way", ["pattern", "folder", "pipe", "fsspec"])
+def test_the_same_steps_from_everywhere(
+    folder: Path,
+    marked: ImageSettings,
+    one_process: None,
+    tmp_path: Path,
+    world: int,
+    workers: int,
+    way: str,
+) -> None:
+    steps = {"start_step": STEPS // 2, "stop_step": STEPS // 2 + 6}
+    with serving(folder) as server:
+        if way == "pipe":
+            urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
+            assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
+            spec = str(tmp_path / "index/shards.json")
+        elif way == "fsspec":
+            spec = f"file://{folder}/set-{{00..09}}.tar"
+        else:
+            spec = f"{server.url}/set-{{00..09}}.tar" if way == "pattern" else f"{server.url}/"
+        index = load_index(spec, key="data.train", create=False)
+        assert index.lengths.tolist() == list(LENGTHS)
+        got = global_batches(index, marked, world=world, workers=workers, **steps)
+    assert got == expected(STEPS // 2, STEPS // 2 + 6)
+
+
+def test_a_set_of_shards_is_opened_by_one_request(folder: Path) -> None:
+    with serving(folder) as server:
+        load_index(server.url, key="data.train", create=False)
+        assert server.asked == {"_info.json": 2}  # its size, then itself
+
+
+def test_after_a_resume_one_window_of_each_lane_is_read(
+    folder: Path, marked: ImageSettings, one_process: None
+) -> None:
+    with serving(folder) as server:
+        index = load_index(server.url, key="data.train", create=False)
+        server.sent.clear()
+        step = STEPS - 3
+        global_batches(index, marked, world=1, workers=0, start_step=step, stop_step=step + 1)
+        tars = sum(count for path, count in server.sent.items() if path.endswith(".tar"))
+        largest = max(int(np.diff(index.offsets(s)).max()) for s in range(1, 10))
+        assert 0 < tars <= BATCH * 4 * largest  # lanes * window * bytes of a sample
+
+
+def test_a_remote_copy_is_the_same_data_set(folder: Path) -> None:
+    with serving(folder) as server:
+        there = load_index(server.url, key="data.train", create=False)
+    assert there.fingerprint == load_index(str(folder), key="data", create=False).fingerprint
+
+
+@pytest.mark.parametrize("trouble", [500, 503, 429, -1, -1000])
+def test_trouble_is_tried_again_with_growing_pauses(
+    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int
+) -> None:
+    with serving(tmp_path, lambda path, n: trouble if n < 4 else None) as server:
+        assert read_range(f"{server.url}/blob", 1000, 50_000) == blob[1000:51_000]
+    assert len(pauses) == 4
+    if trouble > 0:
+        assert pauses == [0.2, 0.4, 0.8, 1.6]
+
+
+def test_a_read_that_breaks_off_goes_on_where_it_broke(tmp_path: Path, blob: bytes) -> None:
+    """Each answer brings 7,000 bytes: more attempts than may fail in a row, and no byte twice."""
+    with serving(tmp_path, lambda path, n: -7000 if n < 20 else None) as server:
+        assert read_range(f"{server.url}/blob", 0, 200_000) == blob[:200_000]
+        assert server.sent["blob"] == 200_000
+
+
+def test_the_end_of_a_file_is_no_break(tmp_path: Path, blob: bytes) -> None:
+    with serving(tmp_path) as server:
+        assert read_range(f"{server.url}/blob", 299_000, 5000) == blob[299_000:]
+        assert server.asked["blob"] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(404, r"blob: cannot be read \(HTTP 404"), (500, r"after 8 attempts, .* HTTP Error 500")],
+)
+def test_what_lasts_stops_with_the_address(
+    tmp_path: Path, blob: bytes, pauses: list[float], status: int, message: str
+) -> None:
+    broken = serving(tmp_path, lambda path, n: status)
+    with broken as server, pytest.raises(ShardError, match=message):
+        read_range(f"{server.url}/blob", 0, 10)
+    assert len(pauses) == (0 if status == 404 else 7)
+
+
+def test_a_server_without_pieces_is_named(tmp_path: Path, blob: bytes) -> None:
+    message = "cannot send pieces; read it as 'pipe:curl"
+    with serving(tmp_path, ranges=False) as server, pytest.raises(ShardError, match=message):
+        read_range(f"{server.url}/blob", 5, 10)
+
+
+def test_no_server() -> None:
+    with pytest.raises(ShardError, match=r"after 8 attempts, .*refused"):
+        read_range("http://127.0.0.1:9/x.tar", 0, 1)
+
+
+def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
+    place = f"pipe:echo >> {tmp_path}/starts; cat {tmp_path}/blob"
+    for start in (0, 100, 5000, 50):
+        assert read_range(place, start, 50) == blob[start : start + 50]
+    assert (tmp_path / "starts").read_text() == "\n\n"
+    assert read_range(place, 299_990, 50) == blob[-10:]
+    with pytest.raises(ShardError, match=r"the command failed 8 times, .*exit code 3"):
+        read_range("pipe:exit 3", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{url}/set-{{08..11}}.tar", r"set-10\.tar has no index; .*index data='http.*out=FOLDER"),
+        ("{url}/nowhere/", r"HTTP 404.*name the shards"),
+        ("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*shards\.json"),
+        ("{url}/set-00.json", "HTTP 404"),
+    ],
+)
+def test_wrong_addresses_are_named(folder: Path, spec: str, message: str) -> None:
+    with serving(folder) as server, pytest.raises(ConfigError, match=message):
+        load_index(spec.format(url=server.url), key="data.train", create=False)
+
+
+def test_the_index_of_remote_shards(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for sidecar in (*folder.glob("*.idx"), folder / "_info.json"):
+        sidecar.unlink()
+    out = tmp_path / "index"
+    with serving(folder) as server:
+        data = f"data={server.url}/set-{{00..09}}.tar"
+        assert main([data]) == 2
+        assert "name a folder for their index" in capsys.readouterr().err
+        assert main([data, f"out={out}", "verify=true"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"shards=10 indexed=10 damaged=0 samples={sum(LENGTHS)}"
+        assert "sizes HxW: 1x3 (122); 1 different" in lines
+        assert any(line.startswith("double keys: 77, the first is") for line in lines)
+        (out / "000003-set-03.tar.idx").unlink()
+        asked = dict(server.asked)
+        assert main([data, f"out={out}"]) == 0  # goes on with what is missing
+        again = {p for p in asked if server.asked[p] > asked[p] + 2 and p.endswith(".tar")}
+        assert again <= {"set-03.tar"}
+        index = load_index(str(out / "shards.json"), key="data.train", create=False)
+        assert index.lengths.tolist() == list(LENGTHS)
+
+
+def test_a_wids_index_of_others_is_read(folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
+    (folder / "wids.json").write_text(json.dumps({"shardlist": shards}))
+    index = load_index(str(folder / "wids.json"), key="data.train", create=False)
+    assert index.lengths.tolist() == list(LENGTHS)
+    shards[3]["nsamples"] = 31
+    (folder / "wids.json").write_text(json.dumps({"shardlist": shards}))
+    with pytest.raises(ShardError, match=r"set-03\.tar has 30 samples .* says 31"):
+        load_index(str(folder / "wids.json"), key="data.train", create=False)
+    (folder / "wids.json").write_text("[]")
+    with pytest.raises(ConfigError, match="is no wids index"):
+        load_index(str(folder / "wids.json"), key="data.train", create=False)

@@ -1,0 +1,163 @@
+"""One picture on its way into a shard: kept byte for byte, or decoded, brought to size, encoded.
+
+In: suffix and bytes. Out: suffix and bytes that the trainer reads, checked by decoding them.
+A picture is kept when the trainer reads it as it is and neither size nor format asks for more.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vae_dist.data.decode import ARRAYS, decode_array, decode_image, open_by_pillow
+from vae_dist.data.packing.items import READABLE
+from vae_dist.data.tar import DamagedSampleError
+
+FORMAT_OF = {
+    "png": "PNG",
+    "jpg": "JPEG",
+    "jpeg": "JPEG",
+    "webp": "WEBP",
+    "bmp": "BMP",
+    "gif": "GIF",
+    "ppm": "PPM",
+    "pgm": "PPM",
+}
+SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"GIF8": "GIF"}
+LOSSY = ("JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What `pack` does to pictures."""
+
+    size: int | tuple[int, int] | None = None  # shorter side, or (H, W) cropped from the centre
+    format: Literal["keep", "png", "jpg", "webp"] = "keep"
+    quality: int = 95
+    background: Literal["none", "white", "black"] = "none"
+    max_pixels: int = 2**26
+
+
+class Picture(NamedTuple):
+    suffix: str
+    data: bytes
+    shape: tuple[int, int, int]  # C, H, W
+    kept: bool  # byte for byte
+
+
+def prepare(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
+    """The picture as it goes into the shard. Raises DamagedSampleError, with the reason."""
+    if not data:
+        raise DamagedSampleError("an empty file")
+    if suffix in ARRAYS:
+        return _raw(suffix, data, settings)
+    image_format = _format(suffix, data)
+    image = open_by_pillow(data, image_format, settings.max_pixels)
+    height, width = _upright_size(image)
+    transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
+    channels = 1 if image.mode in ("1", "L") else 4 if transparent else 3
+    stored = SUFFIX_OF.get(image_format)
+    keep = (
+        settings.format in ("keep", stored)
+        and stored in READABLE
+        and _target(height, width, settings.size) == (height, width)
+        and not (transparent and settings.background != "none")
+    )
+    if keep:
+        assert stored is not None
+        decoded = decode_image(stored, data, channels=channels, max_pixels=settings.max_pixels)
+        return Picture(stored, data, (channels, *decoded.shape[1:]), True)
+    return _changed(image, image_format, settings, transparent)
+
+
+def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
+    if settings.size is not None or settings.format != "keep":
+        raise DamagedSampleError(f".{suffix} is kept as it is; leave size and format away")
+    pixels = decode_array(suffix, data, max_pixels=settings.max_pixels)
+    channels, height, width = pixels.shape
+    return Picture(suffix, data, (channels, height, width), True)
+
+
+def _format(suffix: str, data: bytes) -> str:
+    """Pillow's name of the format, after the bytes: suffixes lie."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return next((f for magic, f in MAGIC.items() if data.startswith(magic)), FORMAT_OF[suffix])
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    try:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:
+        turned = False  # a damaged record says nothing; decoding decides
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _target(height: int, width: int, size: Any) -> tuple[int, int]:
+    """(H, W) of the picture in the shard; a shorter side is never enlarged."""
+    if size is None:
+        return height, width
+    if not isinstance(size, int):
+        return size
+    scale = size / min(height, width)
+    if scale >= 1:
+        return height, width
+    return max(size, round(height * scale)), max(size, round(width * scale))
+
+
+def _changed(
+    image: Image.Image, image_format: str, settings: PictureSettings, transparent: bool
+) -> Picture:
+    target_format = FORMAT_OF.get(settings.format, "JPEG" if image_format in LOSSY else "PNG")
+    try:
+        if settings.size is not None and image_format == "JPEG":
+            shorter = settings.size if isinstance(settings.size, int) else max(settings.size)
+            image.draft(None, (2 * shorter, 2 * shorter))
+        image = ImageOps.exif_transpose(image)
+        if transparent and settings.background != "none":
+            ground = Image.new("RGBA", image.size, settings.background)
+            image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+        elif transparent:
+            if target_format == "JPEG":
+                raise DamagedSampleError("transparent pixels; set background=white or black")
+            image = image.convert("RGBA")
+        else:
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        image = _resized(image, settings.size)
+        file = io.BytesIO()
+        options: dict[str, Any] = {"quality": settings.quality} if target_format in LOSSY else {}
+        image.save(file, target_format, **options)
+    except DamagedSampleError:
+        raise
+    except Exception as error:  # Pillow raises many kinds on damaged bytes
+        text = (str(error) or type(error).__name__).split("\n")[0][:100]
+        raise DamagedSampleError(f"damaged {image_format} ({text})") from None
+    shape = (len(image.getbands()), image.height, image.width)
+    return Picture(SUFFIX_OF[target_format], file.getvalue(), shape, False)
+
+
+def _resized(image: Image.Image, size: int | tuple[int, int] | None) -> Image.Image:
+    if size is None:
+        return image
+    if isinstance(size, int):
+        height, width = _target(image.height, image.width, size)
+        if (height, width) == (image.height, image.width):
+            return image
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
+    """uint8 (pixels, pixels, 3) for a contact sheet; grey where nothing can be drawn."""
+    try:
+        if suffix in ARRAYS:
+            raise DamagedSampleError("no picture for the eye")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))
+    except Exception:
+        return np.full((pixels, pixels, 3), 128, np.uint8)

@@ -1,0 +1,265 @@
+"""Reads pieces of files by path or URL: local, http(s), what fsspec opens (s3, gs, hf), and pipes.
+
+In: a place, first byte, number of bytes. Out: these bytes; fewer only where the file ends.
+
+Remote reads are tried again with growing pauses. A read that breaks off goes on at the byte where
+it broke, and each byte that arrives starts the count of attempts anew. A pipe, such as
+`pipe:ssh host cat x.tar`, has no positions: it is read front to back, and kept open for the next
+piece; a piece that lies before it starts the command again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vae_dist.data.tar import ShardError
+
+ATTEMPTS = 8  # in a row without a byte
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
+TIMEOUT_S = 60  # without a byte
+CHUNK = 1 << 18
+MAX_PIPES = 256  # that one process keeps open
+LASTING = (400, 401, 403, 404, 405, 410, 416, 451)  # answers that another attempt does not change
+
+sleep = time.sleep
+
+
+class _LastingError(Exception):
+    """Another attempt will not help."""
+
+
+def is_remote(place: str) -> bool:
+    return "://" in place or is_pipe(place)
+
+
+def is_pipe(place: str) -> bool:
+    return place.startswith("pipe:")
+
+
+def read_range(place: str, start: int, count: int) -> bytes:
+    """`count` bytes from byte `start` on. Raises OSError (local) or ShardError (remote)."""
+    if count <= 0:
+        return b""
+    if not is_remote(place):
+        return _read_local(place, start, count)
+    if is_pipe(place):
+        return _read_pipe(place, start, count)
+    fetch = _fetch_http if place.startswith(("http://", "https://")) else _fetch_by_fsspec
+    data = bytearray()
+    _with_retries(place, data, lambda: fetch(place, start, count, data))
+    return bytes(data)
+
+
+def read_all(place: str) -> bytes:
+    """A whole small file, such as an index. Raises OSError or ShardError."""
+    if not is_remote(place):
+        with open(place, "rb") as file:
+            return file.read()
+    return read_range(place, 0, size_of(place))
+
+
+def size_of(place: str) -> int:
+    """Bytes of a file. Raises OSError or ShardError; a pipe has no size that could be asked."""
+    if not is_remote(place):
+        return os.path.getsize(place)
+    assert not is_pipe(place), place
+    sizes: list[int] = []
+
+    def ask() -> None:
+        if place.startswith(("http://", "https://")):
+            # A GET of one byte: unlike HEAD it is allowed by signed URLs.
+            with _opened(place, 0, 1) as answer:
+                sizes.append(_total(answer))
+        else:
+            sizes.append(int(_file_system(place)[0].size(_file_system(place)[1])))
+
+    _with_retries(place, bytearray(), ask)
+    return sizes[0]
+
+
+def exists(place: str) -> bool:
+    """Whether a file is there; an unreachable server is no answer, but a ShardError."""
+    if not is_remote(place):
+        return os.path.exists(place)
+    try:
+        size_of(place)
+    except ShardError as error:
+        if "404" in str(error) or "403" in str(error) or "no such file" in str(error):
+            return False
+        raise
+    return True
+
+
+def _with_retries(place: str, data: bytearray, attempt: Callable[[], None]) -> None:
+    failures, pause = 0, FIRST_PAUSE_S
+    while True:
+        before = len(data)
+        try:
+            attempt()
+            return
+        except _LastingError as error:
+            raise ShardError(f"{place}: cannot be read ({error}); check the address") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if len(data) > before:
+            failures, pause = 0, FIRST_PAUSE_S
+        failures += 1
+        if failures == ATTEMPTS:
+            raise ShardError(
+                f"{place}: cannot be read after {ATTEMPTS} attempts, the last one broke off after "
+                f"{len(data)} bytes ({reason}); when the server answers again, run the same command"
+            )
+        sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+@contextlib.contextmanager
+def _opened(url: str, start: int, count: int) -> Iterator[Any]:
+    """The answer to a request for a piece. Raises _LastingError where it is no use to ask again."""
+    last = start + count - 1
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{last}"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            if answer.status != 206 and start > 0:
+                raise _LastingError(
+                    f"the server answers {answer.status} to a Range request: it cannot send pieces;"
+                    f" read it as 'pipe:curl -sf {url}'"
+                )
+            yield answer
+    except urllib.error.HTTPError as error:
+        if error.code in LASTING:
+            raise _LastingError(f"HTTP {error.code} {error.reason}") from None
+        raise
+
+
+def _fetch_http(url: str, start: int, count: int, data: bytearray) -> None:
+    """Append what is missing of the piece to `data`."""
+    with _opened(url, start + len(data), count - len(data)) as answer:
+        end = min(start + count, _total(answer))
+        while start + len(data) < end:
+            chunk = answer.read1(min(CHUNK, end - start - len(data)))  # what came before a break
+            if not chunk:
+                raise ConnectionError("the connection ended too early")
+            data += chunk
+
+
+def _total(answer: Any) -> int:
+    """Bytes of the whole file, as an answer to a Range request says."""
+    total = str(answer.headers.get("Content-Range", "")).rpartition("/")[2]
+    if answer.status != 206:
+        total = str(answer.headers.get("Content-Length", ""))
+    if not total.isdigit():
+        raise _LastingError("the server does not say how long the file is")
+    return int(total)
+
+
+def _fetch_by_fsspec(url: str, start: int, count: int, data: bytearray) -> None:
+    system, path = _file_system(url)
+    try:
+        data += system.cat_file(path, start=start + len(data), end=start + count)
+    except FileNotFoundError:
+        raise _LastingError("no such file") from None
+    except PermissionError as error:
+        raise _LastingError(f"no permission: {error}") from None
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise _LastingError(f"{error}; install what opens this kind of address") from None
+
+
+def _read_local(path: str, start: int, count: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(descriptor, count, start)
+        while len(data) < count:
+            more = os.pread(descriptor, count - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+class _Pipe:
+    """A running command and how much of its output has been read."""
+
+    def __init__(self, command: str) -> None:
+        self.position, self.owner = 0, os.getpid()
+        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+
+    def read(self, start: int, count: int) -> bytes:
+        assert self.process.stdout is not None
+        while self.position < start:
+            skipped = self.process.stdout.read(min(CHUNK, start - self.position))
+            if not skipped:
+                return b""
+            self.position += len(skipped)
+        data = self.process.stdout.read(count)
+        self.position += len(data)
+        return data
+
+    def close(self) -> int:
+        """End the command; its exit code, or 0 if it was still running."""
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        code = self.process.poll()
+        if code is None:
+            self.process.kill()
+            self.process.wait()
+        return code or 0
+
+
+_pipes: dict[tuple[str, int], _Pipe] = {}  # by command and position
+_pipes_lock = threading.Lock()
+
+
+def _read_pipe(place: str, start: int, count: int) -> bytes:
+    failures, pause = 0, FIRST_PAUSE_S
+    while True:
+        pipe = _pipe_before(place, start)
+        data = pipe.read(start, count)
+        if len(data) == count:
+            with _pipes_lock:
+                _pipes[place, pipe.position] = pipe
+            return data
+        pipe.process.wait()
+        code = pipe.close()
+        if code == 0:
+            return data  # the file ends here
+        failures += 1
+        if failures == ATTEMPTS:
+            raise ShardError(
+                f"{place}: the command failed {ATTEMPTS} times, the last time with exit code "
+                f"{code} after {pipe.position} bytes; run it by hand to see why"
+            )
+        sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _pipe_before(place: str, start: int) -> _Pipe:
+    """The open pipe that comes nearest before `start`, or another one; it is taken out."""
+    with _pipes_lock:
+        for key, pipe in list(_pipes.items()):
+            if pipe.owner != os.getpid():
+                del _pipes[key]  # of the process that this one was forked from
+        fitting = [at for name, at in _pipes if name == place and at <= start]
+        if fitting:
+            return _pipes.pop((place, max(fitting)))
+        while len(_pipes) >= MAX_PIPES:
+            _pipes.pop(next(iter(_pipes))).close()
+    return _Pipe(place.removeprefix("pipe:"))
