@@ -220,8 +220,7 @@ def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path, digits, capfd, monk
         return read(self, *run)
 
     monkeypatch.setattr(SampleReader, "read", vanishing)
-    with pytest.raises(AssertionError, match="rank 0"):  # its collective breaks off
-        train(tmp_path / "run", digits, world=2)
+    assert train(tmp_path / "run", digits, world=2) == [1, 2]
     assert "rank 1: train-000005.tar" in capfd.readouterr().err
     assert "rank 1: train-000005.tar" in status(tmp_path / "run")["reason"]
 

@@ -282,10 +282,10 @@ class Trainer:
         try:
             yield
         except (OSError, ConfigError) as error:
-            problem = f"{what}: {error}"
+            problem = f"no {what} ({error})"
             if problem != self._disk_problem:
                 self._disk_problem = problem
-                self.say(f"warning: cannot write {problem}; training goes on")
+                self.say(f"warning: step {self.step}: {problem}; training goes on")
 
     def _advance(self) -> None:
         if self.console is not None:
