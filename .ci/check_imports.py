@@ -4,8 +4,8 @@ In: the package folder (first argument; default: vae_dist). Out: one line per wr
 code 1 if there is one. Every import statement counts, also those inside functions. Inside one room
 modules may import each other as long as no circle arises.
 
-    commands > session | command > pictures > plan > training | evaluation | inference | reporting
-             > objectives > models | data | runfolder | tracking > checkpoint
+    commands > session | command > assembly > pictures > plan
+             > training | evaluation | inference | reporting > objectives > models | data | runfolder | tracking > checkpoint
              > runtime | randomness | files > sharding > config
 """
 
@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
         {"train", "evaluate", "sample", "reconstruct", "index", "pack", "report", "dashboard"}
     ),
     frozenset({"session", "command"}),
+    frozenset({"assembly"}),
     frozenset({"pictures"}),
     frozenset({"plan"}),
     frozenset({"training", "evaluation", "inference", "reporting"}),

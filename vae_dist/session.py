@@ -8,41 +8,25 @@ refused before the model is built. Only the main process writes; its errors reac
 from __future__ import annotations
 
 import contextlib
-import copy
 import faulthandler
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
+from vae_dist.assembly import build_trainer, load_data, open_sinks, training_stream
 from vae_dist.checkpoint import Checkpoint, step_name
 from vae_dist.config import checks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.bundled import make_digits
-from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.mixing import make_order
-from vae_dist.data.reader import image_settings
-from vae_dist.data.stream import EvaluationStream, TrainingStream
-from vae_dist.evaluation.run import evaluate
-from vae_dist.files import write_durably
 from vae_dist.models.build import build_vae
-from vae_dist.models.vae import VAE
-from vae_dist.pictures import RunPainter
-from vae_dist.plan import Data, costs, peak_images_per_second, plan
+from vae_dist.plan import Data, costs, plan
 from vae_dist.runfolder import EXIT_INTERRUPTED, RunFolder, RunLock
 from vae_dist.runtime import Runtime, has_accelerator
-from vae_dist.tracking.environment import add_session, describe_environment
-from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
-from vae_dist.tracking.tensorboard_sink import TensorBoardSink
-from vae_dist.training.ema import Ema
+from vae_dist.tracking.sinks import WandbSink
 from vae_dist.training.guard import TrainingFailed
-from vae_dist.training.hooks import Row
 from vae_dist.training.loop import Trainer
-from vae_dist.training.optimizer import build_optimizer
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.resume import (
     as_in_run_folder,
@@ -53,7 +37,6 @@ from vae_dist.training.resume import (
 )
 from vae_dist.training.signals import StopSignals
 from vae_dist.training.startup import Startup
-from vae_dist.training.step import TrainingStep
 from vae_dist.training.watch import RankWatch
 
 
@@ -75,9 +58,10 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         with _locked(folder, runtime):
             stop = StopRequest(runtime, folder.stop_path, signals)
             code = _train(config, runtime, folder, stop, startup)
-        # Nobody leaves before the main process has written all: srun and elastic agents end the
-        # ranks that are left.
-        runtime.barrier()
+        if code != 1:
+            # Nobody leaves before the main process has written all: srun and elastic agents end
+            # the ranks that are left. After a failure there may be nobody to wait for.
+            runtime.barrier()
         return code
     finally:
         runtime.stop()
@@ -122,7 +106,7 @@ def _train(
         return 0
     if stop.agreed_now():
         return _stopped_before_training(runtime, folder, start_step, stop)
-    data = _load_data(config, runtime)
+    data = load_data(config, runtime)
     config = checks.resolve(
         config,
         mean_sample_bytes=data.train.mean_sample_bytes,
@@ -137,8 +121,8 @@ def _train(
     startup.mark("data")
     if stop.agreed_now():
         return _stopped_before_training(runtime, folder, start_step, stop)
-    sinks, console = _open_sinks(config, runtime, folder, start_step)
-    trainer = _build_trainer(config, runtime, folder, data, sinks, console)
+    sinks, console = open_sinks(config, runtime, folder, start_step)
+    trainer = build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
         _restore(trainer, checkpoint)
     elif weights is not None:
@@ -186,7 +170,7 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
     watch = RankWatch(runtime, timeout_s=config.runtime.timeout_s, on_lost=on_lost)
     try:
         with (
-            contextlib.closing(_training_stream(config, runtime, data, trainer.step)) as batches,
+            contextlib.closing(training_stream(config, runtime, data, trainer.step)) as batches,
             watch,
         ):
             try:
@@ -238,159 +222,6 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         ) from None
 
 
-# data
-
-
-def _load_data(config: TrainConfig, runtime: Runtime) -> Data:
-    """Indexes of the shards, made by the main process where they are missing."""
-
-    def load(*, create: bool) -> Data:
-        train, validation = _both_indexes(config, create=create)
-        settings = image_settings(
-            train,
-            channels=config.data.channels,
-            resolution=config.data.resolution,
-            max_pixels=config.data.max_pixels,
-            crop=config.data.crop,
-            flip=config.data.flip,
-        )
-        return Data(train, validation, settings)
-
-    def prepare() -> None:
-        if config.data.bundled == "digits":
-            make_digits(Path(config.data.train).parent)
-        load(create=True)
-
-    runtime.on_main(prepare)
-    return load(create=False)
-
-
-def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, ShardIndex]:
-    """Of training and validation; what is wrong with either is said of both."""
-    indexes: list[ShardIndex] = []
-    problems: list[str] = []
-    for key, spec in (
-        ("data.train", config.data.train),
-        ("data.validation", config.data.validation),
-    ):
-        try:
-            indexes.append(load_index(spec, key=key, create=create))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return indexes[0], indexes[1]
-
-
-def _training_stream(
-    config: TrainConfig, runtime: Runtime, data: Data, start_step: int
-) -> TrainingStream:
-    batch_size = config.training.batch_size
-    return TrainingStream(
-        data.train,
-        make_order(data.train, lanes=batch_size, window=config.data.window, seed=config.seed),
-        data.settings,
-        batch_size=batch_size,
-        start_step=start_step,
-        stop_step=config.training.steps,
-        rank=runtime.rank,
-        world=runtime.world,
-        workers=config.data.workers,
-        pin_memory=runtime.device.type == "cuda",
-    )
-
-
-def _validation_stream(config: TrainConfig, runtime: Runtime, data: Data) -> EvaluationStream:
-    return EvaluationStream(
-        data.validation,
-        data.settings.without_augmentation(),
-        batch_size=config.evaluation.batch_size,
-        rank=runtime.rank,
-        world=runtime.world,
-    )
-
-
-# model, sinks
-
-
-def _build_trainer(
-    config: TrainConfig,
-    runtime: Runtime,
-    folder: RunFolder,
-    data: Data,
-    sinks: list[Sink],
-    console: ConsoleSink | None,
-) -> Trainer:
-    vae = build_vae(config, data.image_size).to(runtime.device)
-    replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
-    wrapped = runtime.prepare(vae)
-    ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
-    training_step = TrainingStep(
-        config,
-        runtime,
-        wrapped=wrapped,
-        vae=vae,
-        optimizer=build_optimizer(vae, config.optimizer),
-        ema=ema,
-    )
-
-    def evaluator(model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None:
-        assert isinstance(model, VAE)
-        stream = _validation_stream(config, runtime, data)
-        result = evaluate(
-            model, stream, seed=config.seed, runtime=runtime, stop_requested=stop_requested
-        )
-        return None if result is None else result.row()
-
-    return Trainer(
-        config,
-        runtime,
-        folder,
-        training_step=training_step,
-        num_samples=data.train.num_samples,
-        num_dims=data.num_dims,
-        sinks=sinks,
-        console=console,
-        evaluator=evaluator,
-        painter=RunPainter(
-            config, folder, data, sinks, say=console.say if console is not None else print
-        ),
-        identity=data.identity,
-        peak_images_per_second=peak_images_per_second(config, data, runtime),
-    )
-
-
-def _open_sinks(
-    config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
-) -> tuple[list[Sink], ConsoleSink | None]:
-    """The main process' sinks; a problem with W&B is everybody's before training."""
-    sinks: list[Sink] = []
-
-    def open_all() -> None:
-        console = ConsoleSink(start_step=start_step, stop_step=config.training.steps)
-        sinks.extend([console, JsonlSink(folder.log_path, resume_step=start_step)])
-        session = describe_environment(
-            first_step=start_step, world=runtime.world, device=runtime.device
-        )
-        add_session(folder.path / "environment.json", session)
-        wandb = WandbSink(
-            config,
-            folder.path,
-            resume_step=start_step,
-            say=console.say,
-            on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
-            environment=session,
-        )
-        if start_step > 0:
-            wandb.backfill(folder.log_path, folder.images, up_to=start_step)
-        sinks.append(wandb)
-        if config.log.tensorboard:
-            sinks.append(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))
-
-    runtime.on_main(open_all)
-    return sinks, next((sink for sink in sinks if isinstance(sink, ConsoleSink)), None)
-
-
 # words
 
 
@@ -413,7 +244,7 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
 
 def _dry_run(config: TrainConfig, runtime: Runtime) -> int:
     """Check everything, print the plan, leave the run folder alone."""
-    data = _load_data(config, runtime)
+    data = load_data(config, runtime)
     config = checks.resolve(
         config,
         mean_sample_bytes=data.train.mean_sample_bytes,
