@@ -5,7 +5,8 @@ code 1 if there is one. Every import statement counts, also those inside functio
 modules may import each other as long as no circle arises.
 
     commands > session | command > assembly > pictures > plan
-             > training | evaluation | inference | reporting > objectives > models | data | runfolder | tracking > checkpoint
+             > training | evaluation | inference | reporting > objectives
+             > models | data | runfolder | tracking > checkpoint
              > runtime | randomness | files > sharding > config
 """
 
