@@ -8,7 +8,7 @@
     worst            the worst reconstructions, by -ELBO, of the first validation images
 
 The same images and the same latents each time, so that a reader sees the model change. The network
-runs where the trainer calls; drawing and writing happen on a thread of their own.
+runs where the trainer calls; encoding and writing happen on a thread of their own.
 """
 
 from __future__ import annotations
@@ -72,34 +72,34 @@ class RunPainter:
         batch_size = config.evaluation.batch_size
         caption = picture_caption(step, metrics)
 
-        def show(name: str, draw: Callable[[], Image.Image], note: str = "") -> None:
-            self._writer.put(Picture(step, name, f"{caption} | {note}" if note else caption, draw))
+        def show(name: str, image: Image.Image, note: str = "") -> None:
+            self._writer.put(Picture(step, name, f"{caption} | {note}" if note else caption, image))
 
         samples = sample_prior(
             model, num_images, size, seed=config.seed, temperature=1.0, batch_size=batch_size
         )
-        show("samples", lambda: grid(samples))
+        show("samples", grid(samples))
         inputs, labels = self._searched()
         mean, log_variance = posteriors(model, inputs, seed=config.seed, batch_size=batch_size)
         outputs, losses = _reconstructions(model, inputs, mean, batch_size)
         shown = max(1, num_images // 2)
-        show("reconstructions", lambda: side_by_side(inputs[:shown], outputs[:shown]))
+        show("reconstructions", side_by_side(inputs[:shown], outputs[:shown]))
         walks = self._interpolations(model, inputs, mean)
         if walks is not None:
-            show("interpolations", lambda: grid(walks, columns=NUM_POINTS))
+            show("interpolations", grid(walks, columns=NUM_POINTS))
         units = _most_active(kl_per_unit(mean, log_variance))
         ways = self._traversals(model, mean[0], units)
         names = ", ".join(f"{unit}" for unit in units)
-        show("traversals", lambda: grid(ways, columns=NUM_POINTS), f"units {names}, from -3 to 3")
+        show("traversals", grid(ways, columns=NUM_POINTS), f"units {names}, from -3 to 3")
         classes = _by_class(inputs, outputs, labels)
         if classes is not None:
-            show("by_class", lambda: grid(classes, columns=2 * NUM_PAIRS))
+            show("by_class", grid(classes, columns=2 * NUM_PAIRS))
         losses = losses + kl_per_unit(mean, log_variance).sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
         show(
             "worst",
-            lambda: side_by_side(inputs[worst], outputs[worst]),
+            side_by_side(inputs[worst], outputs[worst]),
             f"worst {len(worst)} of {len(inputs)}: {most} to {least} nats",
         )
 

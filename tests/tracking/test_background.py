@@ -34,7 +34,7 @@ def test_pictures_are_written_before_close_returns(tmp_path: Path) -> None:
     heard = Heard()
     writer = PictureWriter(tmp_path, [heard], say=print)
     for step in (10, 20):
-        writer.put(Picture(step, "samples", f"step {step}", draw))
+        writer.put(Picture(step, "samples", f"step {step}", draw()))
     writer.close()
     paths = [tmp_path / "samples_00000010.png", tmp_path / "samples_00000020.png"]
     assert all(path.exists() for path in paths)
@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
     heard = Heard()
     writer = PictureWriter(tmp_path / "file", [heard], say=said.append)
-    writer.put(Picture(10, "samples", "", draw))
+    writer.put(Picture(10, "samples", "", draw()))
     writer.close()
     assert len(said) == 1 and "samples of step 10 is not written" in said[0]
     assert heard.pictures == []
@@ -60,13 +60,16 @@ def test_a_slow_disk_never_blocks(tmp_path: Path, monkeypatch) -> None:
     go_on = threading.Event()
     said: list[str] = []
 
-    def slowly() -> Image.Image:
-        go_on.wait(10)
-        return draw()
+    save = background.save_png
 
+    def slowly(image: Image.Image, path: Path) -> Path:
+        go_on.wait(10)
+        return save(image, path)
+
+    monkeypatch.setattr(background, "save_png", slowly)
     writer = PictureWriter(tmp_path, [], say=said.append)
     for step in range(5):
-        writer.put(Picture(step, "samples", "", slowly))
+        writer.put(Picture(step, "samples", "", draw()))
     assert len(said) >= 3 and "disk too slow" in said[0]
     go_on.set()
     writer.close()
