@@ -17,13 +17,22 @@ _IMPLIED_GROUPS = ("train/", "time/")
 _UNSAID = {
     "train/neg_elbo_nats",
     "train/beta",
+    "train/bits_per_dim",
+    "optim/update_ratio",
+    "data/epoch",
+    "time/checkpoint_stall_seconds",
     "time/step_seconds",
     "time/images_per_second_per_device",
     "data/images_seen",
     "system/memory_gib",
     "system/device_memory_reserved_gib",
 }
-_UNSAID_WHEN_ZERO = {"optim/skipped_steps", "data/skipped_samples", "eval/skipped_samples"}
+_UNSAID_WHEN_ZERO = {
+    "optim/skipped_steps",
+    "optim/spike_steps",
+    "data/skipped_samples",
+    "eval/skipped_samples",
+}
 
 
 def format_number(value: float) -> str:
@@ -50,6 +59,7 @@ def format_row(step: int, row: Mapping[str, Value]) -> str:
         for key, value in row.items()
         if not isinstance(value, list)
         and key not in _UNSAID
+        and not key.startswith("latent/")
         and (value or key not in _UNSAID_WHEN_ZERO)
     ]
     return " ".join([f"step={step}", *pairs])
