@@ -16,6 +16,7 @@ from tests.support.training import arguments, rows, same_weights, status, train
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
+from vae_dist.pictures import RunPainter
 from vae_dist.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,14 +201,23 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, digits, ca
     assert sorted(rows(run)) == [1, 2, 3, 4]
 
 
-def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(tmp_path, digits, capfd):
+def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(tmp_path, digits, capfd, monkeypatch):
+    def full(self: RunPainter, *arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(RunPainter, "__call__", full)
+    assert train(tmp_path / "run", digits, "training.steps=4") == [0]
+    assert "pictures" in capfd.readouterr().out
+    assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[4]
+
+
+def test_damaged_validation_images_are_left_out(tmp_path, digits):
     copy, run = tmp_path / "digits", tmp_path / "run"
     shutil.copytree(digits, copy)
     index = load_index(str(copy / "validation"), key="data.validation", create=False)
     for sample in range(2):
         damage_png(index, 0, sample)
     assert train(run, copy, "training.steps=4", "log.num_images=4") == [0]
-    assert "no pictures" in capfd.readouterr().out
     assert rows(run)[4]["eval/num_images"] == 998
 
 
