@@ -180,4 +180,5 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(tmp_path, digits, monkeypat
     assert evaluate([f"run={run}", "checkpoint=best"]) == 0
     results = json.loads((run / "results.json").read_text())
     assert results["step"] == best
-    assert results["figures"]["neg_elbo_nats"] == pytest.approx(values[best], rel=1e-5)
+    rate_nats = rows(run)[best]["eval/rate_nats"]
+    assert results["figures"]["rate_nats"] == pytest.approx(rate_nats, rel=1e-5)
