@@ -19,7 +19,8 @@ from tests.support.training import rows, same_weights, status
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
+STEPS = 600  # seconds: a signal finds the run still training
+SAME_STEPS = 50  # over which runs on other numbers of processes agree to 1e-4
 TWO_BY_ONE = ("--nodes=2", "--ntasks-per-node=1")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
@@ -122,19 +123,27 @@ def untouched_pair(
 
 
 def numbers(job: Job) -> list[dict[str, float]]:
-    """All that was logged of each step but the times."""
+    """All that was logged of each step but what depends on the machine."""
     found = rows(job.run)
     assert sorted(found) == list(range(1, STEPS + 1))
     return [
-        {key: value for key, value in found[step].items() if not key.startswith("time/")}
+        {
+            key: value
+            for key, value in found[step].items()
+            if not key.startswith(("time/", "system/"))
+        }
         for step in sorted(found)
     ]
 
 
 def assert_close(job: Job, untouched: Job) -> None:
     assert status(job.run)["status"] == "finished"
-    for mine, other in zip(numbers(job), numbers(untouched), strict=True):
-        assert mine == pytest.approx(other, rel=1e-4)
+    ours, theirs = numbers(job), numbers(untouched)
+    for mine, other in zip(ours[:SAME_STEPS], theirs[:SAME_STEPS], strict=True):
+        for key in ("train/loss", "train/rate_nats", "optim/grad_norm"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-4), (mine["step"], key)
+    figures = [run[-1]["eval/neg_elbo_nats"] for run in (ours, theirs)]
+    assert figures[0] == pytest.approx(figures[1], rel=5e-3)
 
 
 def assert_equal(job: Job, untouched: Job) -> None:
