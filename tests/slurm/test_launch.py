@@ -19,7 +19,7 @@ from tests.support.training import rows, same_weights, status
 
 pytestmark = pytest.mark.slow
 
-STEPS = 600  # seconds: a signal finds the run still training
+STEPS = 250  # seconds: a signal finds the run still training
 SAME_STEPS = 50  # over which runs on other numbers of processes agree to 1e-4
 TWO_BY_ONE = ("--nodes=2", "--ntasks-per-node=1")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")

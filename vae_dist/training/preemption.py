@@ -15,7 +15,7 @@ import torch.distributed as dist
 from vae_dist.runtime import Runtime
 from vae_dist.training.signals import StopSignals
 
-FILE_POLL_S = 1.0
+FILE_POLL_S = 0.25
 
 
 class StopRequest:
