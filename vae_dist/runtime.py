@@ -101,9 +101,7 @@ class Runtime:
             kwargs_handlers=[
                 # later than training's own watch, which can say whom the others wait for
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s + MARGIN_S)),
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True, broadcast_buffers=False
-                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))

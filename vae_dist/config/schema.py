@@ -256,7 +256,7 @@ class SampleCommand(RunCommand):
 class ReconstructCommand(RunCommand):
     data: Any = knob("", "shards to take images from (default: the run's validation shards)")
     num_images: int = knob(32, "images to reconstruct, from the first on")
-    out: str = knob("reconstructions.png", "PNG grid to write: inputs beside reconstructions")
+    out: str = knob("reconstructions.png", "PNG grid to write: inputs above their reconstructions")
     batch_size: int = knob(256, "images per forward")
 
 

@@ -48,6 +48,8 @@ def write_shards(
         else:
             assert shard_bytes is not None
             names = _write_in_sequence(samples, partial, shard_bytes, name)
+        if not names:
+            raise ConfigError(f"there are no samples to write; nothing was written to {folder}")
         shards = [partial / shard for shard in names]
         for shard in shards:
             write_sidecar(shard, index_shard(shard))
