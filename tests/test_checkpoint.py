@@ -81,6 +81,40 @@ def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
     assert not list(checkpoints.folder.glob(".*"))
 
 
+def test_a_kill_while_a_step_is_saved_again_loses_neither(checkpoints, monkeypatch):
+    def killed(source, target):
+        if os.path.basename(source).endswith(".tmp") and os.path.basename(target).startswith(
+            "step"
+        ):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(30, tensors(31), {}, keep_last=2)
+    monkeypatch.undo()
+    checkpoints.remove_leftovers()
+    assert checkpoints.steps() == [20, 30]
+    assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 30
+
+
+def test_a_disk_that_fails_while_a_step_is_saved_again_keeps_it(checkpoints, monkeypatch):
+    def failing(source, target):
+        if os.path.basename(source).endswith(".tmp") and os.path.basename(target).startswith(
+            "step"
+        ):
+            raise OSError("no space left")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no space"):
+        checkpoints.save(30, tensors(31), {}, keep_last=2)
+    monkeypatch.undo()
+    assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 30
+
+
 def test_saving_a_step_again_replaces_a_torn_one(checkpoints):
     (checkpoints.folder / "step_00000030" / "state.json").unlink()
     checkpoints.save(30, tensors(31), {}, keep_last=2)

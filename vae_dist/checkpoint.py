@@ -10,6 +10,7 @@ Nothing that is read back can run code: tensors are safetensors, the rest is JSO
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.files import sync_folder, write_durably
 
 Tensors = dict[str, torch.Tensor]
+
+REPLACED = ".replaced"  # ending of a checkpoint that gives way to another of its step
 
 
 class TornCheckpoint(ValueError):
@@ -77,9 +80,7 @@ class Checkpoints:
             # not its parents: where these are gone, the disk of the run is
             temporary.mkdir()
             self._write(temporary, step, tensors, state)
-            if target.exists():  # torn, or saved before its evaluation was done
-                self._discard(target)
-            os.replace(temporary, target)
+            self._put(temporary, target)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -91,8 +92,24 @@ class Checkpoints:
             kept.add(best_step)
         for old in self.steps():
             if old < step and old not in kept:
-                self._discard(self.folder / step_name(old))
+                with contextlib.suppress(OSError):  # it is in nobody's way
+                    self._discard(self.folder / step_name(old))
         return target
+
+    def _put(self, temporary: Path, target: Path) -> None:
+        """Rename into place. One that is there already (torn, or saved before its evaluation was
+        done) stays beside it under another name until then: a kill loses neither."""
+        replaced = target.with_name(f".{target.name}{REPLACED}")
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(target, replaced)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def name_best(self, step: int) -> None:
         """Let `best` name the checkpoint of a step."""
@@ -155,10 +172,13 @@ class Checkpoints:
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes left half written. Only for the holder of the run's lock."""
+        for path in self.folder.glob(f".*{REPLACED}"):  # killed between two renames
+            if not (target := self.folder / path.name[1 : -len(REPLACED)]).exists():
+                os.replace(path, target)
         for path in self.folder.glob(".*"):
             if path.name.endswith(".tmp") and path.is_file():
                 path.unlink()
-            elif path.name.endswith((".tmp", ".old")):
+            elif path.name.endswith((".tmp", ".old", REPLACED)):
                 shutil.rmtree(path)
 
     def set_aside_after(self, step: int) -> None:
@@ -173,7 +193,7 @@ class Checkpoints:
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _checked_files(self, folder: Path) -> dict[str, bytes]:
         try:

@@ -61,7 +61,8 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         if code != 1:
             # Nobody leaves before the main process has written all: srun and elastic agents end
             # the ranks that are left. After a failure there may be nobody to wait for.
-            runtime.barrier()
+            with contextlib.suppress(RuntimeError):  # status.json says already how it ended
+                runtime.barrier()
         return code
     finally:
         runtime.stop()
@@ -184,16 +185,19 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
                 raise TrainingFailed(f"{cause} (noticed as {type(error).__name__})") from error
         record(status, stop.reason or "all steps are done")
     except TrainingFailed as failure:
+        _settle(trainer)
         if folder.status().get("status") != "failed":  # by the rank that failed first
             record("failed", str(failure))
         trainer.say(f"failed: {failure}")
         return 1
     except ConfigError as error:  # a shard that this rank cannot read; the others only see it go
-        folder.write_status("failed", step=trainer.step, reason=f"rank {runtime.rank}: {error}")
+        _settle(trainer)
+        record("failed", f"rank {runtime.rank}: {error}", writes=True)
         if not runtime.is_main:
             print(f"rank {runtime.rank}: {error}", file=sys.stderr, flush=True)
         raise
     except BaseException as error:
+        _settle(trainer)
         if folder.status().get("status") != "failed":  # by the rank that failed first
             record("failed", f"{type(error).__name__}: {error}")
         raise
@@ -209,6 +213,12 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> i
         for line in _farewell(trainer, status, stop.reason):
             print(line)
     return 0 if status == "finished" else EXIT_INTERRUPTED
+
+
+def _settle(trainer: Trainer) -> None:
+    """Wait for the checkpoint that is being written, before the run folder is given back."""
+    with contextlib.suppress(Exception):
+        trainer.writer.wait()
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:

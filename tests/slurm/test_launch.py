@@ -274,6 +274,17 @@ def test_restarts_are_bounded(linuxproc: Cluster, digits: Path, tmp_path: Path) 
     assert "MAX_RESTARTS" in job.said() and status(job.run)["status"] == "interrupted"
 
 
+def test_a_stop_file_ends_the_job_for_good(
+    linuxproc: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    job = submit(linuxproc, digits, tmp_path / "run")
+    job.reached(1)
+    (job.run / "STOP").write_text("")
+    fields = job.ended("FAILED")
+    assert fields["ExitCode"] == "75:0" and fields["Restarts"] == "0"
+    assert "not requeued" in job.said() and status(job.run)["status"] == "interrupted"
+
+
 def test_an_array_trains_one_run_a_seed(linuxproc: Cluster, digits: Path, tmp_path: Path) -> None:
     job = submit(linuxproc, digits, tmp_path / "runs", "--array=3,5", script="sweep")
     first_losses = set()

@@ -1,8 +1,8 @@
 """The training loop: step, log, evaluate, checkpoint, stop.
 
 A run stands at one integer, the number of optimizer steps done. Row k of the log, checkpoint k and
-evaluation k belong to the state after k steps. Everything that may depend on history and is not a
-tensor is in `Trainer.scalars()`: a handful of named numbers, equal on all ranks.
+evaluation k belong to the state after k steps. What may depend on history and is no tensor is in
+`Trainer.scalars()`: a handful of named numbers, equal on all ranks.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Trainer:
     ) -> str:
         """Train to the last step; "finished", or "interrupted" after a stop with a checkpoint.
 
-        Raises TrainingFailed when the numbers or the data make it pointless to go on.
+        Raises TrainingFailed when numbers or data make it pointless to go on.
         """
         last_step = self.config.training.steps
         meter = Meter(
@@ -201,9 +201,8 @@ class Trainer:
 
     def _checkpoint_is_due(self) -> bool:
         is_best = self._best is not None and self._best[1] == self.step
-        return is_best or is_due(
-            self.step, self.config.checkpoint.every, self.config.training.steps
-        )
+        every, last_step = self.config.checkpoint.every, self.config.training.steps
+        return is_best or is_due(self.step, every, last_step)
 
     # health
 
@@ -211,8 +210,7 @@ class Trainer:
         """What stops a run, looked at when it is due; the same answer on every rank."""
         if self.guard.is_due(self.step) or self._log_is_due() or self._checkpoint_is_due():
             self._check_skipped_steps()
-        every = self.config.training.checksum_every
-        if every and (is_due(self.step, every, -1) or self._checkpoint_is_due()):
+        if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()
         self.writer.poll()
 
@@ -324,6 +322,8 @@ class Trainer:
         """Hand checkpoint `step` to the writer, once. Every rank takes part."""
         if self._saved == (self.step, self._evaluated_step):
             return
+        if self.config.training.checksum_every:
+            self._check_weights()  # what ranks differ in is not worth keeping
         skipped = self.runtime.sum_over_ranks(
             torch.tensor(float(self._skipped_here), dtype=torch.float64)
         )
