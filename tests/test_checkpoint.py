@@ -64,14 +64,21 @@ def test_a_manifest_cannot_lead_out_of_its_folder(checkpoints):
         checkpoints.load(30)
 
 
-def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
-    def killed(source, target):
-        if os.path.basename(target).startswith("step_"):
-            raise KeyboardInterrupt
+def fail_at_the_rename(monkeypatch, error: BaseException) -> None:
+    """Raise where the finished checkpoint would be renamed into place."""
+    rename = os.replace
+
+    def failing(source, target):
+        source_name, target_name = os.path.basename(source), os.path.basename(target)
+        if source_name.endswith(".tmp") and target_name.startswith("step_"):
+            raise error
         rename(source, target)
 
-    rename = os.replace
-    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(os, "replace", failing)
+
+
+def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
+    fail_at_the_rename(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(40, tensors(40), {}, keep_last=1)
     monkeypatch.undo()
@@ -82,15 +89,7 @@ def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
 
 
 def test_a_kill_while_a_step_is_saved_again_loses_neither(checkpoints, monkeypatch):
-    def killed(source, target):
-        if os.path.basename(source).endswith(".tmp") and os.path.basename(target).startswith(
-            "step"
-        ):
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    rename = os.replace
-    monkeypatch.setattr(os, "replace", killed)
+    fail_at_the_rename(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(30, tensors(31), {}, keep_last=2)
     monkeypatch.undo()
@@ -100,15 +99,7 @@ def test_a_kill_while_a_step_is_saved_again_loses_neither(checkpoints, monkeypat
 
 
 def test_a_disk_that_fails_while_a_step_is_saved_again_keeps_it(checkpoints, monkeypatch):
-    def failing(source, target):
-        if os.path.basename(source).endswith(".tmp") and os.path.basename(target).startswith(
-            "step"
-        ):
-            raise OSError("no space left")
-        rename(source, target)
-
-    rename = os.replace
-    monkeypatch.setattr(os, "replace", failing)
+    fail_at_the_rename(monkeypatch, OSError("no space left"))
     with pytest.raises(OSError, match="no space"):
         checkpoints.save(30, tensors(31), {}, keep_last=2)
     monkeypatch.undo()

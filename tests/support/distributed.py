@@ -87,16 +87,7 @@ def _rank_main(
 ) -> None:
     faulthandler.enable()
     faulthandler.dump_traceback_later(timeout_s, exit=True)
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    reset_accelerate()
+    become_rank(rank, world, port)
     try:
         outcome = (True, function(*args))
     except BaseException:
@@ -109,6 +100,20 @@ def _rank_main(
     if outcome[0] and dist.is_initialized():
         dist.barrier()
     os._exit(0)  # a live DDP model can hang destroy_process_group
+
+
+def become_rank(rank: int, world: int, port: int) -> None:
+    """Make this forked process what a launcher would have started: one thread, its environment."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    reset_accelerate()
 
 
 def reset_accelerate() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.support.distributed import free_port, reset_accelerate
+from tests.support.distributed import become_rank, free_port
 from tests.support.training import status
 from vae_dist import session  # imported before any fork
 from vae_dist.data.stream import Batch
@@ -169,16 +169,7 @@ def _rank(
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115  (pytest has its own)
     faulthandler.enable()
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    reset_accelerate()
+    become_rank(rank, world, port)
     code = 1
     try:
         if prepare is not None:
