@@ -4,10 +4,11 @@ In: the package folder (first argument; default: vae_dist). Out: one line per wr
 code 1 if there is one. Every import statement counts, also those inside functions. Inside one room
 modules may import each other as long as no circle arises.
 
-    commands > session | command > assembly > pictures > plan
-             > training | evaluation | inference | reporting > objectives
+    commands > session | command | packing > assembly > pictures > plan | microbatch
+             > estimate > training | evaluation | inference | reporting > objectives
              > models | data | runfolder | tracking > checkpoint
-             > runtime | randomness | files > sharding > config
+             > runtime | randomness | files | progress | abstract | compilation
+             > sharding > config
 """
 
 from __future__ import annotations
@@ -20,17 +21,29 @@ from pathlib import Path
 PACKAGE = "vae_dist"
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset(
-        {"train", "evaluate", "sample", "reconstruct", "index", "pack", "report", "dashboard"}
+        {
+            "train",
+            "evaluate",
+            "sample",
+            "reconstruct",
+            "impute",
+            "index",
+            "pack",
+            "report",
+            "dashboard",
+        }
+        | {"upload", "encode", "decode", "export"}
     ),
-    frozenset({"session", "command"}),
+    frozenset({"session", "command", "packing"}),
     frozenset({"assembly"}),
     frozenset({"pictures"}),
-    frozenset({"plan"}),
+    frozenset({"plan", "microbatch"}),
+    frozenset({"estimate"}),
     frozenset({"training", "evaluation", "inference", "reporting"}),
     frozenset({"objectives"}),
     frozenset({"models", "data", "runfolder", "tracking"}),
     frozenset({"checkpoint"}),
-    frozenset({"runtime", "randomness", "files"}),
+    frozenset({"runtime", "randomness", "files", "progress", "abstract", "compilation"}),
     frozenset({"sharding"}),
     frozenset({"config"}),
 )

@@ -1,6 +1,6 @@
 """How fast images are loaded: this package, webdataset, and the limit set by the JPEG decoder.
 
-    python benchmarks/loader.py data=FOLDER_OF_JPEGS [turns=5] [images=1024] [large=true]
+    python benchmarks/loader.py data=FOLDER_OF_JPEGS [turns=5] [images=4096] [large=true]
 
 FOLDER_OF_JPEGS holds images of one size (others are left out). They are packed into a temporary
 folder. All ways take turns in one run; a turn is `images` images, or as many as there are, and
@@ -37,6 +37,7 @@ from vae_dist.data.writer import write_shards
 BATCH = 64
 LARGE_SIZE, SMALL_SIZE = (1500, 2000), 256
 NUM_LARGE = 96
+REPEATS = 8  # of the small ones in the shards: a lane is then longer than some windows
 
 
 def jpegs(folder: Path) -> list[bytes]:
@@ -59,9 +60,12 @@ def tiled(data: bytes) -> bytes:
 class Loaders:
     """Each method reads `count` images and returns how many; `size`: resize to it, or None."""
 
-    def __init__(self, files: list[bytes], folder: Path, size: int | None) -> None:
+    def __init__(
+        self, files: list[bytes], folder: Path, size: int | None, repeats: int = 1
+    ) -> None:
         samples = (
-            {"__key__": f"{i:06d}", "jpg": data, "cls": b"1"} for i, data in enumerate(files)
+            {"__key__": f"{i:06d}", "jpg": data, "cls": b"1"}
+            for i, data in enumerate(files * repeats)
         )
         self.paths = [str(p) for p in write_shards(samples, folder, num_shards=8)]
         self.files, self.size = files, size
@@ -76,16 +80,20 @@ class Loaders:
         return min(count, len(self.files))
 
     def ours(self, count: int, workers: int = 0) -> int:
-        order = Order(self.index.lengths, lanes=BATCH, window=16, seed=0)
+        order = Order(self.index.lengths, lanes=BATCH, window=32, seed=0)
         steps = max(1, count // BATCH)
         batches = TrainingStream(
             self.index, order, self.settings, batch_size=BATCH, start_step=0, stop_step=steps,
             workers=workers,
         )  # fmt: skip
-        return sum(len(batch.images) for batch in batches)
+        return sum(batch.num_images for batch in batches)
 
     def webdataset_default(self, count: int, workers: int = 0) -> int:
         return self._webdataset(count, workers, _by_pillow(self.size), "pil")
+
+    def webdataset_torchrgb(self, count: int, workers: int = 0) -> int:
+        """Its tensors of floats, as its documentation feeds a model."""
+        return self._webdataset(count, workers, _as_it_is, "torchrgb")
 
     def webdataset_simplejpeg(self, count: int, workers: int = 0) -> int:
         return self._webdataset(count, workers, _by_simplejpeg, None)
@@ -104,6 +112,10 @@ class Loaders:
             if done >= count // BATCH * BATCH:
                 break
         return done
+
+
+def _as_it_is(image: torch.Tensor) -> torch.Tensor:
+    return image
 
 
 def _by_simplejpeg(data: bytes) -> np.ndarray:
@@ -151,30 +163,31 @@ def table(title: str, base: list[str], turns: list[dict[str, float]]) -> dict[st
 
 
 def main(argv: list[str]) -> int:
-    keys = {"turns": "5", "images": "1024", "large": "true"} | dict(t.split("=", 1) for t in argv)
+    keys = {"turns": "5", "images": "4096", "large": "true"} | dict(t.split("=", 1) for t in argv)
     turns, count = int(keys["turns"]), int(keys["images"])
     torch.set_num_threads(1)
     files = jpegs(Path(keys["data"]))
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        loaders = Loaders(files, Path(name) / "small", None)
+        loaders = Loaders(files, Path(name) / "small", None, REPEATS)
         ways = {
             "limit": lambda: loaders.limit(count),
             "ours": lambda: loaders.ours(count),
-            "webdataset default": lambda: loaders.webdataset_default(count),
+            "webdataset default": lambda: loaders.webdataset_default(count // 2),
+            "webdataset torchrgb": lambda: loaders.webdataset_torchrgb(count // 2),
             "webdataset simplejpeg": lambda: loaders.webdataset_simplejpeg(count),
         }
         result["one process"] = table(
             f"as they are ({len(files)} images), one process, CPU time",
-            ["limit", "webdataset default", "webdataset simplejpeg"],
+            ["limit", "webdataset default", "webdataset torchrgb", "webdataset simplejpeg"],
             list(rates(ways, turns, time.process_time)),
         )
         for workers in (1, 2):
             ways = {
-                "ours": lambda: loaders.ours(4 * count, workers),  # noqa: B023
-                "webdataset default": lambda: loaders.webdataset_default(2 * count, workers),  # noqa: B023
+                "ours": lambda: loaders.ours(count, workers),  # noqa: B023
+                "webdataset default": lambda: loaders.webdataset_default(count // 2, workers),  # noqa: B023
                 "webdataset simplejpeg": lambda: loaders.webdataset_simplejpeg(
-                    4 * count,
+                    count,
                     workers,  # noqa: B023
                 ),
             }

@@ -159,6 +159,8 @@ def judge(report: Report, run: Path, reference: Path, keys: Path, digits: Path) 
     problems += wrong
     epochs, wrong = epoch_problems(batches, steps, digits)
     problems += wrong
+    if not epochs and not wrong:
+        problems.append(f"{steps} steps are less than an epoch, so none was checked")
     hidden = [path for path in run.rglob(".*") if path.name != ".token"]
     if left := [*hidden, *run.glob("lock*")]:
         problems.append(f"files left behind: {left}")
@@ -218,6 +220,10 @@ def main(argv: list[str]) -> int:
     folder = Path(given.get("folder") or tempfile.mkdtemp(prefix="soak."))
     digits = folder / "digits"
     make_digits(digits)
+    least = -(-load_index(str(digits / "train"), key="", create=False).num_samples // BATCH_SIZE)
+    if steps < least:
+        print(f"steps={steps} is less than an epoch, of which nothing could be said; give {least}")
+        return 2
     one, two = (uninterrupted(folder, digits, steps=steps, world=world) for world in (1, 2))
     reports = []
     for name, count, worlds, reference in (

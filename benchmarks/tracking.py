@@ -1,16 +1,19 @@
 """What tracking costs: the time of a row against a training step, and of pictures on the way.
 
-    python benchmarks/tracking.py [RUN_FOLDER]     (default: runs/mnist, a finished run)
+    python -m benchmarks.tracking [key=value of vae_dist.train ...]
 
-In: a run folder, for its model and data. Out: medians over interleaved rounds: seconds of one
-training step of that config, of `log()` of its last row into each sink, of what the trainer waits
-for at a row (weights' copy, memory) and at pictures (the network's part), and of the part that the
-picture thread takes over. W&B is offline: the service is not in the trainer's way in any mode. The
-last line is one JSON object.
+In: config=mnist. Out: medians over interleaved rounds (of the console, which has no line for most
+of the rows that come so fast, the mean): seconds of one training step, of what the trainer does for
+a row (sums, guards, times, memory), of `log()` of that row into each sink, of an update ratio,
+which comes each 100 steps at most, and of pictures: the network's part, for which training waits,
+and the part of the picture thread. W&B is offline: `log()` only queues, and
+benchmarks/wandb_faults.py measures what its worker costs. The last line is one JSON object, with
+the shares of a row per step and of pictures at the config's own cadence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
@@ -18,27 +21,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from vae_dist.checkpoint import load_checkpoint
+from vae_dist.assembly import build_trainer, load_data, training_stream
+from vae_dist.config import automatic
+from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Batch
-from vae_dist.inference.load import open_images
-from vae_dist.models.build import build_vae
 from vae_dist.pictures import RunPainter
 from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime
-from vae_dist.tracking.history import read_rows
-from vae_dist.tracking.machine import UpdateRatio, memory_row
+from vae_dist.runtime import Runtime, has_accelerator
+from vae_dist.tracking.machine import UpdateRatio
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, WandbSink
-from vae_dist.training.ema import Ema
-from vae_dist.training.optimizer import build_optimizer
-from vae_dist.training.step import TrainingStep
+from vae_dist.tracking.throughput import Meter
+from vae_dist.training.step import StepReport
 
-ROUNDS = 30
+ROUNDS = 100
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -47,64 +46,66 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def training_step(config: TrainConfig, runtime: Runtime, image_size: tuple[int, int]) -> Any:
-    vae = build_vae(config, image_size).to(runtime.device)
-    step = TrainingStep(
-        config,
-        runtime,
-        wrapped=runtime.prepare(vae),
-        vae=vae,
-        optimizer=build_optimizer(vae, config.optimizer),
-        ema=Ema(vae, decay=config.training.ema_decay),
-    )
-    shape = (config.training.batch_size, config.data.channels, *image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8)
-    return step, Batch(0, images, torch.zeros(shape[0], dtype=torch.int64), (), ())
-
-
 def main() -> None:
-    folder = RunFolder(sys.argv[1] if len(sys.argv) > 1 else "runs/mnist")
-    config = folder.config()
-    height, width = load_checkpoint(folder.checkpoints.folder, "latest").state["image_size"]
-    runtime = Runtime.start(config.runtime, precision=config.training.precision)
-    step, batch = training_step(config, runtime, (height, width))
-    ratio = UpdateRatio(step.optimizer)
-    last_row = [row for _, row in read_rows(folder.log_path)][-1]
-    found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, open("/dev/null", "w") as nowhere:
-        out = Path(name)
-        config.wandb.mode = "offline"
-        sinks = {
-            "console": ConsoleSink(start_step=0, stop_step=1, stream=nowhere),
-            "jsonl": JsonlSink(out / "log.jsonl", resume_step=0),
-            "wandb": WandbSink(config, out, say=lambda line: None),
-        }
-        images = open_images(config, "", create=True)
-        data: Any = SimpleNamespace(
-            validation=images.index,
-            settings=images.settings,
-            image_size=(height, width),
-            num_dims=config.data.channels * height * width,
-        )
-        painter = RunPainter(config, RunFolder(out), data, [], say=lambda line: None)
-        painter(step.ema.module, 0, {})  # reads the images, once in a run
-        for number in range(ROUNDS):
-            took = {"step": seconds(lambda number=number: step(batch, number))}
-            ratio.arm()
-            armed = seconds(lambda number=number: (step(batch, number), ratio.row()))
-            took["armed_step"] = armed
-            took["memory_row"] = seconds(lambda: memory_row(runtime.device))
+        measure(Path(name), nowhere)
+
+
+def measure(out: Path, nowhere: TextIO) -> None:
+    shards = [f"data.{part}={out}/data/{part}" for part in ("train", "validation")]
+    config = load_train_config(["config=mnist", "wandb.mode=offline", *shards, *sys.argv[1:]])
+    config = automatic.resolve_precision(config, has_accelerator=has_accelerator(config.runtime))
+    runtime = Runtime.start(config.runtime, precision=config.training.precision)
+    data = load_data(config, runtime)
+    config = automatic.resolve(config, mean_sample_bytes=data.train.mean_sample_bytes)
+    folder = RunFolder(out / "run")
+    folder.create()
+    sinks = {
+        "console": ConsoleSink(start_step=0, stop_step=1, stream=nowhere),
+        "jsonl": JsonlSink(folder.log_path, resume_step=0),
+        "wandb": WandbSink(config, folder.path, say=lambda line: None),
+    }
+    trainer = build_trainer(config, runtime, folder, data, [], None)
+    step, painter = trainer.training_step, RunPainter(config, folder, data, [])
+    ratio = UpdateRatio(step.optimizer)
+    meter = Meter(total_steps=10**6)
+    found: dict[str, list[float]] = {}
+    row: dict[str, Any] = {}
+
+    def make_row(report: StepReport) -> None:
+        meter.step(config.training.batch_size)
+        row.update(trainer._training_row(report, meter))
+
+    with contextlib.closing(training_stream(config, runtime, data, 0)) as stream:
+        for number, batch in zip(range(ROUNDS), stream, strict=False):
+            began = time.perf_counter()
+            report = step(batch, number)
+            took = {"step": time.perf_counter() - began}
+            took["row"] = seconds(lambda report=report: make_row(report))
             for name, sink in sinks.items():
-                took[name] = seconds(lambda s=sink, number=number: s.log(number + 1, last_row))
-            if number % 5 == 0:
+                took[name] = seconds(lambda s=sink, number=number: s.log(number + 1, row))
+            if number % 10 == 5:
+                time.sleep(0.05)  # the worker of W&B has nothing left to do
+                took["update_ratio"] = seconds(lambda: measure_ratio(ratio, step.optimizer))
                 took["pictures_network"] = seconds(lambda: painter(step.ema.module, 1, {}))
                 took["pictures_drawing"] = seconds(lambda: drain(painter))
             for key, value in took.items():
                 found.setdefault(key, []).append(value)
-        painter.close()
-        for sink in sinks.values():
-            sink.close("finished")
-    report(config, {key: statistics.median(values) for key, values in found.items()})
+    painter.close()
+    trainer.painter.close()
+    for sink in sinks.values():
+        sink.close("finished")
+    medians = {key: statistics.median(values[1:]) for key, values in found.items()}
+    medians["console"] = statistics.fmean(found["console"][1:])  # of fast rows most have no line
+    report_figures(config, ratio.every, medians)
+
+
+def measure_ratio(ratio: UpdateRatio, optimizer: torch.optim.Optimizer) -> None:
+    """What an armed optimizer step does beside the step."""
+    ratio.arm()
+    ratio._copy(optimizer)
+    ratio._compare(optimizer)
+    ratio.row()
 
 
 def drain(painter: RunPainter) -> None:
@@ -113,19 +114,19 @@ def drain(painter: RunPainter) -> None:
         time.sleep(0.001)
 
 
-def report(config: TrainConfig, took: dict[str, float]) -> None:
+def report_figures(config: TrainConfig, ratio_every: int, took: dict[str, float]) -> None:
     for key, value in took.items():
-        print(f"{key:<18}{1e3 * value:10.3f} ms")
-    row = took["memory_row"] + took["console"] + took["jsonl"] + took["wandb"]
-    update = max(0.0, took["armed_step"] - took["step"])
+        print(f"{key:<18}{1e6 * value:12.1f} us")
+    row = took["row"] + took["console"] + took["jsonl"] + took["wandb"]
+    row += took["update_ratio"] / ratio_every
+    pictures = took["pictures_network"] / (took["step"] * config.evaluation.every)
     figures = {
         "config": config.config,
-        "milliseconds": {key: round(1e3 * value, 4) for key, value in took.items()},
+        "threads": torch.get_num_threads(),
+        "microseconds": {key: round(1e6 * value, 1) for key, value in took.items()},
         "row_per_step": round(row / took["step"], 5),
-        "update_ratio_per_step": round(update / took["step"], 5),
-        f"every_{config.log.every}_steps": round(
-            (row + update) / took["step"] / config.log.every, 6
-        ),
+        f"row_every_{config.log.every}_steps": round(row / took["step"] / config.log.every, 6),
+        f"pictures_every_{config.evaluation.every}_steps": round(pictures, 5),
     }
     print(json.dumps(figures))
 

@@ -119,3 +119,11 @@ def test_choosing_a_checkpoint(checkpoints, tmp_path):
         load_checkpoint(checkpoints.folder, "25")
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         load_checkpoint(tmp_path, "latest")
+
+
+def test_a_best_one_that_was_never_written_costs_the_one_before_nothing(checkpoints):
+    checkpoints.save(40, tensors(40), {}, keep_last=1, best_step=40)
+    checkpoints.save(60, tensors(60), {}, keep_last=1, best_step=50)  # 50: the disk was full
+    assert checkpoints.steps() == [40, 60] and checkpoints.best_step() == 40
+    checkpoints.save(70, tensors(70), {}, keep_last=1, best_step=70)
+    assert checkpoints.steps() == [70] and checkpoints.best_step() == 70

@@ -1,12 +1,14 @@
+import errno
 import os
 
 import pytest
 import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
+from vae_dist import runtime as runtime_module
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.runtime import Runtime, launcher_problems
+from vae_dist.runtime import RankFailed, Runtime, launcher_problems, precision_problem
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +20,6 @@ def no_launcher(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        (
-            {"ACCELERATE_MIXED_PRECISION": "fp16"},
-            "mixed precision fp16 but training.precision=bf16",
-        ),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.microbatch_size"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp"),
@@ -31,14 +29,16 @@ def no_launcher(monkeypatch):
 def test_a_launcher_that_asks_for_something_else_is_refused(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (problem,) = launcher_problems("bf16")
+    (problem,) = launcher_problems()
     assert message in problem
 
 
-def test_a_launcher_that_agrees_is_not(monkeypatch):
-    assert launcher_problems("bf16") == []
+def test_a_launcher_of_another_precision_is_refused(monkeypatch):
+    assert launcher_problems() == [] and precision_problem("bf16") is None
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert launcher_problems("bf16") == []
+    assert precision_problem("bf16") is None
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert "mixed precision fp16 but training.precision=bf16" in str(precision_problem("bf16"))
 
 
 def collectives() -> tuple[int, float, list[bool], list[str], str, str]:
@@ -75,12 +75,123 @@ def test_one_process_needs_no_other():
     assert run_ranks(1, collectives)[0][:2] == (1, 1.0)
 
 
+def attempts(kind: str, ranks: list[int]) -> list[str]:
+    """What each rank raises after `ranks` failed: in `together`, and on the main process."""
+    runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
+
+    def fail() -> int:
+        if runtime.rank not in ranks:
+            return 1
+        if kind == "config":
+            raise ConfigError(["first", "  second"])
+        if kind == "own":
+            raise ConfigError(f"from {runtime.rank}")
+        if kind == "disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/environment.json")
+        raise KeyError("a bug")
+
+    raised = []
+    for call in (runtime.together, runtime.on_main):
+        try:
+            raised.append(f"returned {call(fail)}")
+        except Exception as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "expected"),
+    [
+        ("config", [], "returned 1"),
+        ("config", [1], "ConfigError: rank 1: first\n  second"),
+        ("config", [0, 1, 2], "ConfigError: first\n  second"),
+        ("own", [0, 2], "ConfigError: rank 0: from 0\nrank 2: from 2"),
+        ("config", [0, 2], "ConfigError: ranks 0, 2: first\n  second"),
+    ],
+)
+def test_what_goes_wrong_on_some_ranks_is_raised_on_all(kind, ranks, expected):
+    for together, on_main in run_ranks(3, attempts, kind, ranks):
+        assert together == expected
+        assert on_main.startswith("ConfigError: f" if 0 in ranks else "returned 1")
+
+
+def test_a_disk_error_of_one_rank_reaches_all_in_words():
+    for together, on_main in run_ranks(2, attempts, "disk", [0]):
+        for text, begin in (
+            (together, "ConfigError: rank 0: /run"),
+            (on_main, "ConfigError: /run"),
+        ):
+            assert text.startswith(f"{begin}/environment.json: No space left on device (on ")
+            assert "then give the same command again" in text
+
+
+def test_what_nobody_foresaw_keeps_its_type_where_it_arose():
+    first, second = run_ranks(2, attempts, "bug", [1])
+    assert first[0] == "RankFailed: rank 1: KeyError: 'a bug'" and second[0] == "KeyError: 'a bug'"
+    first, second = run_ranks(2, attempts, "bug", [0])
+    assert first == ["KeyError: 'a bug'"] * 2
+    assert second == ["RankFailed: rank 0: KeyError: 'a bug'"] * 2
+
+
+def with_another_backend() -> list[object]:
+    """What the ranks tell each other where the backend of the gradients is not gloo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.get_backend", lambda *group: "nccl")
+        runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
+    assert runtime.control is not None and runtime.control.name() == "gloo"
+    used: list[object] = []
+    all_reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather_object
+    broadcast = torch.distributed.broadcast_object_list
+
+    def noted(function):
+        def call(*args, group=None, **kwargs):
+            used.append(group is runtime.control)
+            return function(*args, group=group, **kwargs)
+
+        return call
+
+    torch.distributed.all_reduce = noted(all_reduce)
+    torch.distributed.all_gather_object = noted(gather)
+    torch.distributed.broadcast_object_list = noted(broadcast)
+    work, answer = runtime.ask_any_rank(runtime.rank == 1)
+    work.wait()
+    found = [answer.device.type, answer.item(), runtime.any_rank(False)]
+    found += [runtime.broadcast(runtime.rank), runtime.gather(runtime.rank), all(used), len(used)]
+    runtime.barrier()
+    return found
+
+
+def test_flags_and_objects_go_over_gloo_in_cpu_memory_beside_another_backend():
+    expected = ["cpu", 1, False, 0, [0, 1], True, 4]
+    assert run_ranks(2, with_another_backend) == [expected] * 2
+
+
+def come_late(absent: int) -> str:
+    if int(os.environ["RANK"]) == absent:
+        return "absent"
+    try:
+        Runtime.join(RuntimeConfig(threads=1, timeout_s=1))
+    except RankFailed as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [(1, "rank 1 of 3 did not come within 1 s"), (0, "where rank 0's key-value store should be")],
+)
+def test_a_rank_that_does_not_come_is_named(absent, message):
+    for rank, text in enumerate(run_ranks(3, come_late, absent)):
+        assert text == "absent" if rank == absent else message in text
+
+
 def half_launched() -> str:
     os.environ["WORLD_SIZE"] = "1"  # what Accelerate sees ...
     from accelerate import Accelerator
 
     Accelerator(cpu=True)
     os.environ["WORLD_SIZE"] = "2"  # ... and what was launched
+    runtime_module._roll_call = lambda timeout_s: None  # the other one has come
     try:
         Runtime.start(RuntimeConfig(threads=1), precision="no")
     except ConfigError as problem:
@@ -91,15 +202,3 @@ def half_launched() -> str:
 def test_a_single_process_accelerator_under_a_launcher_of_two_is_refused():
     (message,) = run_ranks(1, half_launched)
     assert "WORLD_SIZE=2" in message and "--multi_gpu --num_processes 2" in message
-
-
-def fp16_on_cpu() -> str:
-    try:
-        Runtime.start(RuntimeConfig(device="cpu"), precision="fp16")
-    except ConfigError as problem:
-        return str(problem)
-    return ""
-
-
-def test_fp16_needs_a_gpu():
-    assert "training.precision=fp16 needs a GPU" in run_ranks(1, fp16_on_cpu)[0]

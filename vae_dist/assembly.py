@@ -10,19 +10,32 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
+from vae_dist.config.automatic import default_slots, has_buckets
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.bundled import make_digits
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.mixing import make_order
-from vae_dist.data.reader import image_settings
+from vae_dist.data.reader import check_labels, image_settings
 from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably
 from vae_dist.models.build import build_vae
+from vae_dist.models.discriminator import build_discriminator
+from vae_dist.models.discriminator import smallest_side as discriminator_side
+from vae_dist.models.latent_moments import FILE, write_statistics
+from vae_dist.models.perceptual import lpips_is_at_hand
 from vae_dist.models.vae import VAE
+from vae_dist.objectives.perceptual import (
+    build_perceptual,
+    fetch_weights,
+    folder_of,
+    smallest_side,
+)
 from vae_dist.pictures import RunPainter
 from vae_dist.plan import Data, peak_images_per_second
 from vae_dist.runfolder import RunFolder
@@ -30,15 +43,20 @@ from vae_dist.runtime import Runtime
 from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from vae_dist.tracking.tensorboard_sink import TensorBoardSink
+from vae_dist.training.adversary import Adversary
 from vae_dist.training.ema import Ema
 from vae_dist.training.hooks import Row
 from vae_dist.training.loop import Trainer
-from vae_dist.training.optimizer import build_optimizer
+from vae_dist.training.optimizer import build_optimizer, freeze_encoder
+from vae_dist.training.picture_terms import PictureTerms
 from vae_dist.training.step import TrainingStep
 
 
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
-    """Indexes of the shards, made by the main process where they are missing."""
+    """Indexes of the shards, made by the main process where they are missing.
+
+    Raises ConfigError on every rank where one of them cannot read the shards.
+    """
 
     def load(*, create: bool) -> Data:
         train, validation = _both_indexes(config, create=create)
@@ -47,18 +65,37 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
             channels=config.data.channels,
             resolution=config.data.resolution,
             max_pixels=config.data.max_pixels,
+            mask=config.data.mask,
+            mask_fraction=config.data.mask_fraction,
+            label_key=config.data.label_key,
+            num_classes=config.model.num_classes,
+            bits=config.data.bits,
             crop=config.data.crop,
             flip=config.data.flip,
+            any_size=each_image_has_its_own_size(config),
         )
-        return Data(train, validation, settings)
+        if create and config.model.num_classes:
+            check_labels(train, settings, key="data.train")
+            check_labels(validation, settings, key="data.validation")
+        return Data(train, validation, settings, any_size=config.model.latent == "spatial")
 
     def prepare() -> None:
         if config.data.bundled == "digits":
             make_digits(Path(config.data.train).parent)
-        load(create=True)
+        found.append(load(create=True))
 
+    found: list[Data] = []  # by the main process, which need not look again
     runtime.on_main(prepare)
-    return load(create=False)
+    return runtime.together(lambda: found[0] if found else load(create=False))
+
+
+def each_image_has_its_own_size(config: TrainConfig) -> bool:
+    """Whether native training images may differ in size: a slot is one image, any size will do for
+    the model, and ranks need not make equally many forwards (or do, one image each)."""
+    training, slots = config.training, config.data.slots
+    alone = (slots or default_slots(training.batch_size)) == training.batch_size
+    in_step = config.runtime.parallel == "ddp" or training.microbatch_size == 1
+    return config.model.latent == "spatial" and alone and in_step
 
 
 def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, ShardIndex]:
@@ -81,29 +118,87 @@ def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, Sha
 def training_stream(
     config: TrainConfig, runtime: Runtime, data: Data, start_step: int
 ) -> TrainingStream:
-    batch_size = config.training.batch_size
+    batch_size, buckets = config.training.batch_size, has_buckets(config)
     return TrainingStream(
         data.train,
-        make_order(data.train, lanes=batch_size, window=config.data.window, seed=config.seed),
+        make_order(
+            data.train,
+            lanes=config.data.slots if buckets else batch_size,
+            window=config.data.window,
+            seed=config.seed,
+            slot_rows=batch_size // config.data.slots if buckets else 0,
+        ),
         data.settings,
         batch_size=batch_size,
+        slots=config.data.slots,
         start_step=start_step,
         stop_step=config.training.steps,
         rank=runtime.rank,
         world=runtime.world,
         workers=config.data.workers,
         pin_memory=runtime.device.type == "cuda",
+        keep_bytes=config.data.keep_bytes,
     )
 
 
 def _validation_stream(config: TrainConfig, runtime: Runtime, data: Data) -> EvaluationStream:
     return EvaluationStream(
         data.validation,
-        data.settings.without_augmentation(),
+        data.evaluation_settings,
         batch_size=config.evaluation.batch_size,
         rank=runtime.rank,
         world=runtime.world,
     )
+
+
+def with_perceptual_kind(config: TrainConfig, runtime: Runtime) -> TrainConfig:
+    """A copy in which perceptual.kind has a concrete value, the same on all ranks."""
+    config = copy.deepcopy(config)
+    if config.perceptual.kind == "auto":
+        at_hand = lpips_is_at_hand("vgg", folder_of(config.perceptual))
+        config.perceptual.kind = "structure" if runtime.any_rank(not at_hand) else "lpips"
+    return config
+
+
+def check_image_sizes(config: TrainConfig, data: Data) -> None:
+    """Raises ConfigError where images are too small for what compares them."""
+    sizes = data.settings.buckets or (data.image_size,)
+    side = min(min(size) for size in sizes)
+    needed = {f"perceptual.kind={config.perceptual.kind}": smallest_side(config.perceptual)}
+    if config.adversarial.weight:
+        layers = config.adversarial.layers
+        needed[f"adversarial.layers={layers}"] = discriminator_side(layers)
+    if config.objective.scale_equivariance:
+        with torch.device("meta"):
+            stride = build_vae(config, data.image_size).stride
+        needed["objective.scale_equivariance"] = 2 * stride
+    problems = [
+        f"{key} needs images of {pixels} pixels on the shorter side, and these have {side}; "
+        "raise data.resolution, or choose another value"
+        for key, pixels in needed.items()
+        if side < pixels
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> PictureTerms | None:
+    """What compares reconstructions with images in training; None for the bound alone.
+
+    Raises ConfigError on every rank where the weights of LPIPS are missing on one.
+    """
+    has_adversary = config.adversarial.weight > 0
+    if config.perceptual.kind == "none" and not has_adversary:
+        return None
+    runtime.on_main(lambda: fetch_weights(config.perceptual))
+    perceptual = runtime.together(lambda: build_perceptual(config.perceptual, runtime.device))
+    adversary = None
+    if has_adversary:
+        network = build_discriminator(
+            config.adversarial, image_channels=config.data.channels, seed=config.seed
+        )
+        adversary = Adversary(config, runtime, network=network.to(runtime.device), vae=vae)
+    return PictureTerms(config, runtime, vae=vae, perceptual=perceptual, adversary=adversary)
 
 
 # model, sinks
@@ -118,9 +213,17 @@ def build_trainer(
     console: ConsoleSink | None,
 ) -> Trainer:
     vae = build_vae(config, data.image_size).to(runtime.device)
+    if config.training.train_only == "decoder":
+        freeze_encoder(vae)
+    use_tensor_float_32(runtime.device, config.training.precision)
+    lay_out(vae, config)
     replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
+    if config.runtime.compile == "true":
+        shapes = num_shapes(config, num_buckets=len(data.settings.buckets))
+        compile_towers(vae, num_shapes=shapes)
     wrapped = runtime.prepare(vae)
     ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
+    pictures = build_picture_terms(config, runtime, vae)
     training_step = TrainingStep(
         config,
         runtime,
@@ -128,6 +231,7 @@ def build_trainer(
         vae=vae,
         optimizer=build_optimizer(vae, config.optimizer),
         ema=ema,
+        pictures=pictures,
     )
 
     def evaluator(model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None:
@@ -136,15 +240,22 @@ def build_trainer(
         result = evaluate(
             model, stream, seed=config.seed, runtime=runtime, stop_requested=stop_requested
         )
-        return None if result is None else result.row()
+        if result is None:
+            return None
+        if runtime.is_main and vae.image_size is None:
+            facts = {"step": trainer.step, "weights": "ema", "of": "samples"}
+            try:
+                write_statistics(folder.path / FILE, result.statistics, facts)
+            except OSError as error:
+                trainer.say(f"warning: no {FILE} ({error}); training goes on")
+        return result.row()
 
-    return Trainer(
+    trainer = Trainer(
         config,
         runtime,
         folder,
         training_step=training_step,
         num_samples=data.train.num_samples,
-        num_dims=data.num_dims,
         sinks=sinks,
         console=console,
         evaluator=evaluator,
@@ -154,6 +265,7 @@ def build_trainer(
         identity=data.identity,
         peak_images_per_second=peak_images_per_second(config, data, runtime),
     )
+    return trainer
 
 
 def open_sinks(

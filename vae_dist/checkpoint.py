@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,18 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.files import sync_folder, write_durably
 
 Tensors = dict[str, torch.Tensor]
+
+SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+PIECE_BYTES = 4 << 20  # of a file that are summed and written at once
 
 REPLACED = ".replaced"  # ending of a checkpoint that gives way to another of its step
 
@@ -88,8 +100,10 @@ class Checkpoints:
         write_durably(self.folder / "latest", target.name.encode())
         kept = set(self.steps()[-keep_last:])
         if best_step is not None:
-            self.name_best(best_step)
-            kept.add(best_step)
+            if best_step in self.steps():  # else its write failed: the one before it stays
+                self.name_best(best_step)
+            if (best := self.best_step()) is not None:
+                kept.add(best)
         for old in self.steps():
             if old < step and old not in kept:
                 with contextlib.suppress(OSError):  # it is in nobody's way
@@ -127,19 +141,14 @@ class Checkpoints:
     def _write(
         self, folder: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
     ) -> None:
-        files = {
-            f"{name}.safetensors": safetensors.torch.save(
-                {key: value.detach().cpu().contiguous() for key, value in group.items()}
+        manifest = {}
+        for name, group in tensors.items():
+            manifest[f"{name}.safetensors"] = _write_pieces(
+                folder / f"{name}.safetensors", safetensors_pieces(group)
             )
-            for name, group in tensors.items()
-        }
-        files["state.json"] = json.dumps({"step": step, **state}, indent=1).encode()
-        manifest = {
-            name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()
-        }
-        files["manifest.json"] = json.dumps(manifest, indent=1).encode()
-        for name, data in files.items():
-            write_durably(folder / name, data)
+        text = json.dumps({"step": step, **state}, indent=1).encode()
+        manifest["state.json"] = _write_pieces(folder / "state.json", [text])
+        write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
     def load(self, step: int) -> Checkpoint:
         """Read one checkpoint, checking every byte. Raises TornCheckpoint."""
@@ -219,6 +228,43 @@ class Checkpoints:
         return files
 
 
+def safetensors_pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """A safetensors file of CPU tensors, piece by piece, without a copy of it in memory.
+
+    Eight bytes, the length of the header; the header, JSON; the values, row by row. What takes time
+    with a piece (checksum, write) does not hold the interpreter's lock: training goes on meanwhile.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of eight
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        values = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        for begin in range(0, len(values), PIECE_BYTES):
+            yield values[begin : begin + PIECE_BYTES]
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int]:
+    """Write a file durably; its line of the manifest."""
+    num_bytes = crc32 = 0
+
+    def counted() -> Iterator[bytes | memoryview]:
+        nonlocal num_bytes, crc32
+        for piece in pieces:
+            num_bytes, crc32 = num_bytes + len(piece), zlib.crc32(piece, crc32)
+            yield piece
+
+    write_durably(path, counted())
+    return {"bytes": num_bytes, "crc32": crc32}
+
+
 def load_checkpoint(folder: Path, which: str) -> Checkpoint:
     """`which` is "latest", "best" or a step number. Raises ConfigError when there is none such."""
     checkpoints = Checkpoints(folder)
@@ -245,23 +291,28 @@ def load_checkpoint(folder: Path, which: str) -> Checkpoint:
 
 
 def load_weights(source: Path) -> Tensors:
-    """Weights of a run folder (averaged, newest), a checkpoint folder (averaged) or a file.
+    """Weights of a run folder (averaged, newest), a checkpoint folder (averaged), a file, or a
+    folder that `export` wrote.
 
     Raises ConfigError, blaming `init_from`.
     """
+    is_checkpoint = source.name.startswith("step_")
+    if not is_checkpoint and (source / "model.safetensors").is_file():
+        source = source / "model.safetensors"  # as `export format=safetensors` names it
     if source.suffix == ".safetensors":
         try:
             return safetensors.torch.load(source.read_bytes())
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"init_from={source}: cannot be read ({error})") from None
-    if source.name.startswith("step_"):
+    if is_checkpoint:
         folder, which = source.parent, source.name[5:]
     else:
         folder, which = source / "checkpoints", "latest"
     if not folder.is_dir():
         raise ConfigError(
-            f"init_from={source}: no run folder, checkpoint folder or .safetensors file; give for "
-            "example runs/mnist or runs/mnist/checkpoints/step_00001000"
+            f"init_from={source}: no run folder, checkpoint folder, .safetensors file or folder of "
+            "a diffusers AutoencoderKL; give for example runs/mnist or "
+            "runs/mnist/checkpoints/step_00001000"
         )
     try:
         return load_checkpoint(folder, which).tensors["ema"]

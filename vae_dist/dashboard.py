@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 from vae_dist.command import run_command
+from vae_dist.config.commands import DashboardCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import DashboardCommand
 
 USAGE = "python -m vae_dist.dashboard [project=NAME] [key=value ...]"
 INTRO = "Save the W&B workspace of a project: sections, panels and axes for vae_dist's metrics."
@@ -79,6 +79,7 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
             section(
                 "Learning",
                 line("-ELBO (nats/image)", "train/neg_elbo_nats", "eval/neg_elbo_nats"),
+                line("-IWAE bound (nats/image)", "train/neg_iwae_nats"),
                 line("Bits/dim", "train/bits_per_dim", "eval/bits_per_dim"),
                 line("Distortion (nats/image)", "train/distortion_nats", "eval/distortion_nats"),
                 line("Rate (nats/image)", "train/rate_nats", "eval/rate_nats"),
@@ -88,6 +89,7 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
             section(
                 "Latents",
                 line("Active units", "latent/active_units"),
+                line("Mutual information (nats)", "latent/mutual_information_nats"),
                 line("Posterior variance", "latent/posterior_variance"),
                 line("Rate per unit (nats)", "latent/kl_nats_per_unit"),
             ),

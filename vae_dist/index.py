@@ -11,20 +11,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vae_dist.command import run_command
+from vae_dist.config.commands import IndexCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import IndexCommand
-from vae_dist.data.index import (
-    ShardIndex,
-    load_index,
-    resolve_shards,
-    write_index,
-    write_index_of_remote,
-)
-from vae_dist.data.remote import is_remote
-from vae_dist.data.verify import verify
+from vae_dist.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from vae_dist.data.index import ShardIndex
 
 NUM_NAMED = 20  # damaged samples of a shard that are named
 NUM_SIZES = 10  # most common image sizes that are shown
@@ -44,6 +39,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(command: IndexCommand) -> list[str]:
     """Make the index, report on each shard, and return the damaged ones."""
+    from vae_dist.data.index import (  # brings torch along: after the keys are checked
+        load_index,
+        resolve_shards,
+        write_index,
+        write_index_of_remote,
+    )
+    from vae_dist.data.remote import is_remote
+
     paths = resolve_shards(command.data, key="data")
     spec: Any = paths
     if any(is_remote(path) for path in paths) or command.out:
@@ -53,13 +56,13 @@ def _index(command: IndexCommand) -> list[str]:
                 "for example out=index, and then give data.train=index/shards.json"
             )
         spec = f"{command.out}/shards.json"
-        damage = write_index_of_remote(
-            paths, Path(command.out), overwrite=command.overwrite, progress=_show_progress
-        )
+        with ProgressBar("indexed", len(paths), unit="shards") as progress:
+            damage = write_index_of_remote(
+                paths, Path(command.out), overwrite=command.overwrite, progress=progress
+            )
     else:
-        damage = write_index(paths, overwrite=command.overwrite, progress=_show_progress)
-    if damage and sys.stderr.isatty():
-        print(file=sys.stderr)
+        with ProgressBar("indexed", len(paths), unit="shards") as progress:
+            damage = write_index(paths, overwrite=command.overwrite, progress=progress)
     damaged = [path for path, error in damage.items() if error is not None]
     for path in damaged:
         print(damage[path], file=sys.stderr)
@@ -73,8 +76,9 @@ def _index(command: IndexCommand) -> list[str]:
             print(f"{path}: samples={length} bytes={size}")
         if command.verify:
             damaged += _verify(index, command.max_pixels)
+    made = sum(error is None for error in damage.values())
     print(
-        f"shards={len(paths)} indexed={sum(e is None for e in damage.values())} "
+        f"shards={len(paths)} indexed_now={made} indexed_before={len(paths) - len(damage)} "
         f"damaged={len(set(damaged))} samples={num_samples}"
     )
     return damaged
@@ -82,12 +86,18 @@ def _index(command: IndexCommand) -> list[str]:
 
 def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
     """Decode everything; say what is wrong and what sizes there are. Returns the damaged shards."""
+    from vae_dist.data.verify import verify
+
     damaged: list[str] = []
     double: list[str] = []
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
-    for done, report in enumerate(verify(index, max_pixels=max_pixels), 1):
-        _show_progress(done, len(index.paths))
+    with ProgressBar("verified", len(index.paths), unit="shards") as progress:
+        reports = []
+        for report in verify(index, max_pixels=max_pixels):
+            reports.append(report)
+            progress(len(reports))
+    for report in reports:
         sizes.update(report.sizes)
         channels.update(report.channels)
         if report.error:
@@ -100,19 +110,12 @@ def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
             print(f"{report.path}: {more} more samples are damaged", file=sys.stderr)
         if report.error or report.damaged:
             damaged.append(report.path)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
     if double:
         print(f"double keys: {len(double)}, the first is {double[0]}; the trainer reads them all")
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes.most_common(NUM_SIZES))
     print(f"sizes HxW: {common or 'none'}; {len(sizes)} different")
     print(f"channels: {', '.join(f'{c} ({count})' for c, count in sorted(channels.items()))}")
     return damaged
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rindexed {done} of {total} shards", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

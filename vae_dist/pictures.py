@@ -5,6 +5,7 @@
     interpolations   ways between pairs of validation images, which stand at both ends
     traversals       one image, with its most active latent units moved one at a time
     by_class         for each label, inputs beside their reconstructions; where there are labels
+    samples_by_class for each label a row of samples, of the same latents; conditional models
     worst            the worst reconstructions, by -ELBO, of the first validation images
 
 The same images and the same latents each time, so that a reader sees the model change. The network
@@ -20,15 +21,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.inference.load import Images, first_labelled_images
-from vae_dist.inference.sampling import posteriors, sample_prior
+from vae_dist.inference.load import Examples, Images, first_examples
+from vae_dist.inference.sampling import posteriors, sample_classes, sample_prior
 from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
+from vae_dist.models.prior import drawn_labels
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Data
 from vae_dist.runfolder import RunFolder
 from vae_dist.tracking.background import Picture, PictureWriter
 from vae_dist.tracking.history import picture_caption
-from vae_dist.tracking.images import grid, side_by_side, to_uint8
+from vae_dist.tracking.images import grid, side_by_side, to_uint8, with_holes
 from vae_dist.tracking.metrics import Value, format_number
 from vae_dist.tracking.sinks import Sink
 
@@ -53,8 +55,8 @@ class RunPainter:
         say: Callable[[str], None] = print,
     ) -> None:
         self._config, self._data = config, data
-        self._validation = Images(data.validation, data.settings.without_augmentation())
-        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._validation = Images(data.validation, data.settings.at_one_size())
+        self._inputs: Examples | None = None
         self._writer = PictureWriter(folder.images, sinks, say=say)
 
     def close(self) -> None:
@@ -76,56 +78,84 @@ class RunPainter:
             self._writer.put(Picture(step, name, f"{caption} | {note}" if note else caption, image))
 
         samples = sample_prior(
-            model, num_images, size, seed=config.seed, temperature=1.0, batch_size=batch_size
+            model,
+            num_images,
+            size,
+            seed=config.seed,
+            temperature=1.0,
+            batch_size=batch_size,
+            labels=drawn_labels(model, num_images, seed=config.seed),
         )
         show("samples", grid(samples))
-        inputs, labels = self._searched()
-        mean, log_variance = posteriors(model, inputs, seed=config.seed, batch_size=batch_size)
-        outputs, losses = _reconstructions(model, inputs, mean, batch_size)
+        if model.num_classes:
+            show("samples_by_class", grid(self._samples_by_class(model), columns=NUM_POINTS))
+        inputs, labels, masks, _ = examples = self._examples()
+        searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
+        mean, log_variance = posteriors(
+            model, inputs, seed=config.seed, batch_size=batch_size, labels=labels, masks=masks
+        )
+        outputs, losses = _reconstructions(model, examples, mean, batch_size)
+        inputs = with_holes(inputs, masks)
         shown = max(1, num_images // 2)
-        show("reconstructions", side_by_side(inputs[:shown], outputs[:shown]))
-        walks = self._interpolations(model, inputs, mean)
+        pictures = to_uint8(inputs)
+        show("reconstructions", side_by_side(pictures[:shown], outputs[:shown]))
+        walks = self._interpolations(model, pictures, labels, mean)
         if walks is not None:
             show("interpolations", grid(walks, columns=NUM_POINTS))
         units = _most_active(kl_per_unit(mean, log_variance))
-        ways = self._traversals(model, mean[0], units)
+        ways = self._traversals(model, mean[0], int(labels[0]), units)
         names = ", ".join(f"{unit}" for unit in units)
         show("traversals", grid(ways, columns=NUM_POINTS), f"units {names}, from -3 to 3")
-        classes = _by_class(inputs, outputs, labels)
+        classes = _by_class(pictures, outputs, labels)
         if classes is not None:
-            show("by_class", grid(classes, columns=2 * NUM_PAIRS))
+            show("by_class", grid(classes, columns=2 * NUM_PAIRS), f"from the {searched}")
         losses = losses + kl_per_unit(mean, log_variance).sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
         show(
             "worst",
-            side_by_side(inputs[worst], outputs[worst]),
-            f"worst {len(worst)} of {len(inputs)}: {most} to {least} nats",
+            side_by_side(pictures[worst], outputs[worst]),
+            f"worst {len(worst)} of the {searched}: {most} to {least} nats",
         )
 
-    def _searched(self) -> tuple[Tensor, Tensor]:
-        """The first validation images and their labels, read once."""
+    def _examples(self) -> Examples:
+        """The first validation images, read once."""
         if self._inputs is None:
             fitting = SEARCHED_BYTES // self._data.num_dims
             wanted = max(1, self._config.log.num_images // 2, min(NUM_SEARCHED, fitting))
-            self._inputs = first_labelled_images(self._validation, wanted)
+            self._inputs = first_examples(self._validation, wanted)
         return self._inputs
 
-    def _interpolations(self, model: VAE, inputs: Tensor, mean: Tensor) -> Tensor | None:
+    def _samples_by_class(self, model: VAE) -> Tensor:
+        classes = range(min(model.num_classes, MAX_CLASSES))
+        return sample_classes(
+            model, classes, NUM_POINTS, self._data.image_size, seed=self._config.seed
+        )
+
+    def _interpolations(
+        self, model: VAE, inputs: Tensor, labels: Tensor, mean: Tensor
+    ) -> Tensor | None:
         """Rows of a, the way from a to b, b; None when there are no two images."""
         num_rows = min(NUM_WALKS, len(inputs) // 2)
         if num_rows == 0:
             return None
         first, second = slice(0, 2 * num_rows, 2), slice(1, 2 * num_rows, 2)
         size = self._data.image_size
-        ways = interpolate(model, mean[first], mean[second], size, num_points=NUM_POINTS - 2)
+        ways = interpolate(
+            model,
+            mean[first],
+            mean[second],
+            size,
+            num_points=NUM_POINTS - 2,
+            labels=(labels[first], labels[second]),
+        )
         ways = ways.unflatten(0, (num_rows, NUM_POINTS - 2))
         ends = inputs[first].unsqueeze(1), inputs[second].unsqueeze(1)
         return torch.cat([ends[0], ways, ends[1]], 1).flatten(0, 1)
 
-    def _traversals(self, model: VAE, z: Tensor, units: list[int]) -> Tensor:
+    def _traversals(self, model: VAE, z: Tensor, label: int, units: list[int]) -> Tensor:
         values = torch.linspace(-3, 3, NUM_POINTS)
-        return traverse(model, z, self._data.image_size, units=units, values=values)
+        return traverse(model, z, self._data.image_size, units=units, values=values, label=label)
 
 
 def _most_active(kl: Tensor) -> list[int]:
@@ -135,18 +165,22 @@ def _most_active(kl: Tensor) -> list[int]:
 
 
 def _reconstructions(
-    model: VAE, inputs: Tensor, mean: Tensor, batch_size: int
+    model: VAE, examples: Examples, mean: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """The means of p(x | z = E[z|x]), uint8 on CPU, and -log p(x|z) of each image in nats, without
     the noise of training."""
-    height, width = inputs.shape[-2:]
+    height, width = examples.images.shape[-2:]
     outputs, losses = [], []
-    for images, z in zip(inputs.split(batch_size), mean.split(batch_size), strict=True):
+    for start in range(0, len(mean), batch_size):
+        part = slice(start, start + batch_size)
+        images, z = examples.images[part].to(mean.device), mean[part]
+        mask = None if examples.masks is None else examples.masks[part].to(mean.device)
         half = torch.full(images.shape, 0.5, device=z.device)
-        params = model.decode(z, (height, width))
+        params = model.decode(z, (height, width), examples.labels[part].to(z.device))
         outputs.append(to_uint8(model.likelihood.mean(params)).cpu())
-        prepared = model.likelihood.prepare(images.to(z.device), half)
-        losses.append(-model.likelihood.log_prob(params, prepared))
+        losses.append(
+            -model.likelihood.log_prob(params, model.likelihood.prepare(images, half), mask)
+        )
     return torch.cat(outputs), torch.cat(losses)
 
 

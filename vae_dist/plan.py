@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from vae_dist.config.checks import divisors
+from vae_dist.compilation import has_native_bf16
+from vae_dist.config.automatic import divisors
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import ShardIndex
+from vae_dist.data.kept import bytes_kept
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
+from vae_dist.models.discriminator import build_discriminator
+from vae_dist.objectives.words import added_terms_in_words
 from vae_dist.runtime import Runtime
 from vae_dist.tracking.machine import peak_flops
-
-# float32: weights, gradients, Adam's two moments, averaged weights
-BYTES_PER_PARAMETER = 4 * 5
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,16 @@ class Data:
     validation: ShardIndex
     settings: ImageSettings  # of training images
 
+    any_size: bool = False  # will do for the model, so that evaluation may mix sizes
+
+    @property
+    def evaluation_settings(self) -> ImageSettings:
+        settings = self.settings.without_augmentation()
+        return replace(settings, any_size=self.any_size and not settings.resize)
+
     @property
     def image_size(self) -> tuple[int, int]:
-        """H, W of every image that the model sees."""
+        """H, W of every image that the model sees, or of a typical one where sizes differ."""
         return self.settings.size
 
     @property
@@ -57,83 +64,105 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
     latent = "x".join(str(size) for size in vae.latent_shape(height, width))
     training = config.training
     epochs = training.steps * training.batch_size / data.train.num_samples
-    begin = f"from step {first_step} to {training.steps}" if first_step else f"{training.steps}"
+    begin = f", going on at step {first_step}" if first_step else ""
+    buckets = f" in {len(data.settings.buckets)} aspect buckets" if data.settings.buckets else ""
     threads = f" ({torch.get_num_threads()} threads)" if runtime.device.type == "cpu" else ""
     return [
-        f"config {config.config}: {num_parameters:,} parameters, {config.likelihood.kind} "
-        f"likelihood of {config.data.channels}x{height}x{width} images, {latent} latents",
+        f"config {config.config}: {num_parameters:,} parameters, {_likelihood(config)} "
+        f"of {config.data.channels}x{height}x{width} images{buckets}, {latent} latents",
         f"data {config.data.train}: {data.train.num_samples:,} images in {len(data.train.paths)} "
         f"shards; validation: {data.validation.num_samples:,}",
-        f"steps {begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
+        f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {runtime.device.type}{threads}, "
-        f"precision {training.precision}",
+        f"{_arithmetic(config, runtime)}",
+        *added_terms_in_words(config),
     ]
 
 
+def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
+    """Precision, and how it is carried out."""
+    words = [f"precision {config.training.precision}"]
+    if runtime.device.type == "cpu" and config.training.precision == "no" and has_native_bf16():
+        words[0] += " (this CPU has bfloat16: training.precision=bf16 may be faster)"
+    if config.runtime.compile == "true":
+        words.append("compiled")
+    if config.runtime.channels_last == "true":
+        words.append("channels last")
+    if config.training.microbatch_size:
+        words.append(f"microbatches of {config.training.microbatch_size}")
+    return ", ".join(words)
+
+
+def _likelihood(config: TrainConfig) -> str:
+    if config.likelihood.kind == "bernoulli" and config.likelihood.binarization == "soft":
+        return "cross-entropy (soft targets: no likelihood)"
+    return f"{config.likelihood.kind} likelihood"
+
+
 def costs(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
-    """Memory of one process and the numbers of processes that can share the run."""
+    """Arithmetic of an image, memory of one process, and the numbers of processes that can share
+    the run."""
     with torch.device("meta"):
         vae = build_vae(config, data.image_size)
+        networks = dict(vae.named_children())
+        if config.adversarial.weight:
+            networks["discriminator"] = build_discriminator(
+                config.adversarial, image_channels=config.data.channels, seed=config.seed
+            )
+    parts = ", ".join(
+        f"{name} {sum(p.numel() for p in part.parameters()):,}"
+        for name, part in networks.items()
+        if any(True for _ in part.parameters())
+    )
     share = config.training.batch_size // runtime.world
     images = min(config.training.microbatch_size or share, share)
-    state_bytes = sum(p.numel() for p in vae.parameters()) * BYTES_PER_PARAMETER
-    activation_bytes = images * _activation_bytes_per_image(vae, config, data.image_size)
-    window_bytes = (
-        2 * config.data.window * config.training.batch_size * data.train.mean_sample_bytes
+    cost = step_cost(config, largest_size(data), runtime.device, num_images=images, share=share)
+    # a lane is an image of a step, with aspect buckets a slot
+    lanes = config.data.slots if data.settings.buckets else config.training.batch_size
+    window_bytes = 2 * config.data.window * lanes * data.train.mean_sample_bytes
+    workers = min(config.data.workers, lanes // runtime.world)
+    kept_bytes = bytes_kept(
+        data.train.num_samples,
+        data.settings,
+        keep_bytes=config.data.keep_bytes,
+        workers=workers,
     )
+    kept = f", decoded images that are kept {_megabytes(kept_bytes)}" if kept_bytes else ""
     worlds = ", ".join(str(world) for world in divisors(config.data.slots))
     return [
-        f"memory of one process, estimated: weights, gradients, moments and average "
-        f"{_megabytes(state_bytes)}, activations of {images} images about "
-        f"{_megabytes(activation_bytes)}, undecoded samples "
-        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window})",
+        f"parameters: {parts}",
+        f"arithmetic of an image: {_operations(cost.forward_flops)} forward, "
+        f"{_operations(cost.step_flops)} with its backward",
+        f"memory of one process: {_megabytes(cost.peak_bytes)} of tensors at the worst moment of a "
+        f"step: weights, gradients, moments and average {_megabytes(cost.state_bytes)}, kept "
+        f"of {images} images for the backward {_megabytes(cost.saved_bytes)}; undecoded samples "
+        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window}){kept}",
         f"numbers of processes that divide data.slots={config.data.slots}: {worlds}",
         "dry run: nothing was trained",
     ]
 
 
+def largest_size(data: Data) -> tuple[int, int]:
+    """H, W of the image that costs most memory, as far as that is known before it is read."""
+    return max(data.settings.buckets or (data.image_size,), key=math.prod)
+
+
 def peak_images_per_second(config: TrainConfig, data: Data, runtime: Runtime) -> float:
     """Images per second of one device at its peak arithmetic speed, 0.0 where that is not known.
 
-    A backward costs two forwards; what is not a matrix product or a convolution is not counted.
+    What is not a matrix product or a convolution is not counted.
     """
     peak = peak_flops(runtime.device, config.training.precision)
-    return peak / (3 * _forward_flops(config, data.image_size)) if peak else 0.0
+    if not peak:
+        return 0.0
+    # counted as on a CPU, which every build of torch can, though its upsampling convolutions take
+    # fewer; two: GroupNorm refuses one image of one pixel
+    cost = step_cost(config, data.image_size, torch.device("cpu"), num_images=2)
+    return peak / cost.step_flops
 
 
-def _forward_flops(config: TrainConfig, image_size: tuple[int, int]) -> int:
-    """Floating point operations of the forward of one image."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae = build_vae(config, image_size)
-        vae(
-            torch.empty(1, config.data.channels, *image_size),
-            torch.empty(1, *vae.latent_shape(*image_size)),
-        )
-    return int(counter.get_total_flops())
-
-
-def _activation_bytes_per_image(
-    vae: nn.Module, config: TrainConfig, image_size: tuple[int, int]
-) -> float:
-    """Bytes of the outputs of all layers for one image, which the backward keeps."""
-    bytes_per_value = 4 if config.training.precision == "no" else 2
-    total = 0
-
-    def count(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal total
-        if isinstance(output, torch.Tensor):
-            total += output.numel() * bytes_per_value
-
-    leaves = [module for module in vae.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(count) for module in leaves]
-    with torch.device("meta"), torch.no_grad():
-        # two: GroupNorm refuses one image of one pixel
-        images = torch.empty(2, config.data.channels, *image_size)
-        noise = torch.empty(2, *vae.latent_shape(*image_size))  # type: ignore[operator]
-        vae(images, noise)
-    for hook in hooks:
-        hook.remove()
-    return total / 2
+def _operations(flops: float) -> str:
+    return f"{flops / 1e9:,.3g} GFLOP"
 
 
 def _megabytes(num_bytes: float) -> str:

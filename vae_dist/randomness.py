@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,3 +33,18 @@ def torch_generator(
 
 def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, purpose, *position))
+
+
+def draws(
+    draw: Callable[..., torch.Tensor],
+    seed: int,
+    purpose: str,
+    samples: Sequence[int],
+    shape: tuple[int, ...],
+) -> torch.Tensor:
+    """One draw per sample number, float32 (b, *shape), made on CPU so that devices agree."""
+    import torch
+
+    return torch.stack(
+        [draw(shape, generator=torch_generator(seed, purpose, sample)) for sample in samples]
+    )

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from vae_dist.command import run_command
+from vae_dist.config.commands import ReportCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import ReportCommand
 
 USAGE = "python -m vae_dist.report run=FOLDER[,FOLDER...] [key=value ...]"
 INTRO = "Write one HTML page of curves, pictures, config and results; open it in any browser."

@@ -2,7 +2,9 @@
 
 One run folder, one trainer. The lock file names its holder (host, pid, start time, job) and is
 touched every few seconds; a second trainer is refused with that name. A lock is stale when its
-process is gone (same host) or when it has not been touched for STALE_AFTER_S (other hosts).
+process is gone (same host), when it is of an earlier start of the same SLURM job, or when it has
+not been touched for STALE_AFTER_S (other hosts). A second trainer waits that long for a holder on
+another host, and is refused at the holder's next sign of life.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ class RunFolder:
         self.lock_path = self.path / "lock.json"
         self.images = self.path / "images"
         self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.session = ""  # the token of the session that holds the folder
 
     def create(self) -> None:
         """Make the folders. Raises ConfigError when they cannot be written."""
@@ -57,13 +61,26 @@ class RunFolder:
                 "choose a folder on a writable disk with run=FOLDER"
             ) from None
 
-    def remove_if_unused(self) -> None:
-        """Take back what `create` made, where a run was refused before it began."""
+    def remove_rooms_if_unused(self) -> None:
+        """Take back what `create` made inside, where a run was refused before it began. Only for
+        the holder of the lock: another starter makes its own after it has the lock."""
         if not self.has_config():
             (self.path / ".token").unlink(missing_ok=True)
-            for folder in (self.checkpoints.folder, self.images, self.path):
+            for folder in (self.checkpoints.folder, self.images):
                 with contextlib.suppress(OSError):  # not empty: not ours to remove
                     folder.rmdir()
+
+    def remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):  # not empty: somebody has begun to use it
+            self.path.rmdir()
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left half written. Only for the holder of the lock; what
+        other starters are just writing, to ask for it, stays."""
+        for path in self.path.glob(".*.tmp"):
+            if not path.name.startswith(f".{self.lock_path.name}."):
+                path.unlink(missing_ok=True)
+        self.checkpoints.remove_leftovers()
 
     def has_config(self) -> bool:
         return self.config_path.exists()
@@ -94,7 +111,13 @@ class RunFolder:
 
     def write_status(self, status: str, *, step: int, reason: str) -> None:
         """status: running | finished | interrupted | failed."""
-        record = {"status": status, "step": step, "reason": reason, "time": time.time()}
+        record = {
+            "status": status,  # first: launch/slurm.sbatch reads it with sed
+            "step": step,
+            "reason": reason,
+            "time": time.time(),
+            "session": self.session,
+        }
         write_durably(self.status_path, json.dumps(record).encode())
 
     def write_token(self) -> str:
@@ -105,15 +128,25 @@ class RunFolder:
 
     def sees_token(self, token: str, *, timeout_s: float = 20.0) -> bool:
         end = time.monotonic() + timeout_s
-        while True:
-            try:
-                if (self.path / ".token").read_text() == token:
-                    return True
-            except OSError:
-                pass
+        while not self.has_token(token):
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)  # a network file system shows a new file with some delay
+        return True
+
+    def is_taken_over(self) -> bool:
+        """Whether another session holds the folder now: it believed this one dead."""
+        try:
+            return bool(self.session) and (self.path / ".token").read_text() != self.session
+        except OSError:  # a disk that is away for a while says nothing
+            return False
+
+    def has_token(self, token: str) -> bool:
+        """Whether the session that wrote it is the last one that took the folder."""
+        try:
+            return (self.path / ".token").read_text() == token
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -138,14 +171,19 @@ class Holder:
             start=os.environ.get("SLURM_RESTART_COUNT", "0"),
         )
 
-    def is_earlier_start_of(self, other: Holder) -> bool:
-        """Whether SLURM ended this one, on a node that could not give the lock back."""
-        return bool(self.job) and self.job == other.job and self.start != other.start
+    def is_here(self) -> bool:
+        """Whether its pid says whether it lives."""
+        return self.host == socket.gethostname() and self.namespace == _pid_namespace()
+
+    def is_earlier_start(self) -> bool:
+        """Whether SLURM has ended it and started its job again, here."""
+        now = Holder.this_process()
+        return bool(self.job) and self.job == now.job and self.start != now.start
 
     def is_gone(self, *, heartbeat_age_s: float) -> bool:
-        if self.host == socket.gethostname() and self.namespace == _pid_namespace():
+        if self.is_here():
             return _process_start(self.pid) != self.started
-        return heartbeat_age_s > STALE_AFTER_S
+        return self.is_earlier_start() or heartbeat_age_s > STALE_AFTER_S
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -153,28 +191,54 @@ class Holder:
 
 
 class RunLock:
-    """The lock of a run folder, with its heartbeat. Use as a context manager."""
+    """The lock of a run folder, with its heartbeat.
 
-    def __init__(self, folder: RunFolder) -> None:
+    Use `attempt` until it is True, then `release`; or use it as a context manager, which waits.
+    name: what messages call the folder, key=value.
+    """
+
+    def __init__(
+        self, folder: RunFolder, *, name: str = "", say: Callable[[str], None] = print
+    ) -> None:
         self.path = folder.lock_path
+        self._name = name or f"run={folder.path}"
+        self._say = say
         self._inode = -1
+        self._waited_for: tuple[int, float] | None = None  # inode and last touch when first seen
         self._released = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="run-lock", daemon=True)
 
     def __enter__(self) -> RunLock:
+        while not self.attempt():
+            time.sleep(HEARTBEAT_S / 5)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def attempt(self) -> bool:
+        """Take the lock; False where the holder may be dead: try again in a moment.
+
+        Raises ConfigError with the holder's name where it lives.
+        """
         holder = json.dumps(Holder.this_process().__dict__)
         mine = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-        mine.write_text(holder)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            mine.write_text(holder)
+        except FileNotFoundError:  # a refused starter has just removed its empty folder
+            return False
         try:
             while not self._take(mine):
-                self._remove_if_stale(mine)
+                if not self._remove_if_stale(mine):
+                    return False
         finally:
             mine.unlink()
         self._inode = self.path.stat().st_ino
         self._heartbeat.start()
-        return self
+        return True
 
-    def __exit__(self, *exception: object) -> None:
+    def release(self) -> None:
         self._released.set()
         self._heartbeat.join()
         if self._is_mine():
@@ -202,34 +266,47 @@ class RunLock:
                 file.write(mine.read_text())
         return True
 
-    def _remove_if_stale(self, mine: Path) -> None:
+    def _remove_if_stale(self, mine: Path) -> bool:
+        """True when the lock is free now; False when it is to be seen whether its holder lives."""
         try:
             seen = self.path.stat()
             age_s = mine.stat().st_mtime - seen.st_mtime  # both by the file server's clock
             holder = Holder(**json.loads(self.path.read_text()))
         except FileNotFoundError:
-            return  # released in between
+            return True  # released in between
         except (ValueError, TypeError):  # cut off while it was written
             holder = Holder(host="an unknown host", pid=0, started="", namespace="", job="")
         if not holder.is_gone(heartbeat_age_s=age_s):
-            if holder.is_earlier_start_of(Holder.this_process()):
-                time.sleep(HEARTBEAT_S / 5)  # its last sign of life grows old
-                os.utime(mine)
-                return
-            raise ConfigError(
-                f"run={self.path.parent}: in use by {holder} (last sign of life "
-                f"{max(0, age_s):.0f} s ago); wait for it, stop it, or choose another folder "
-                "with run=FOLDER"
-            )
+            self._refuse_if_alive(holder, seen, age_s)
+            return False
         stale = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.stale")
         try:
             os.rename(self.path, stale)
         except FileNotFoundError:  # another process took it over first
-            return
+            return True
         if stale.stat().st_ino != seen.st_ino:  # the lock of one that was faster: give it back
             with contextlib.suppress(FileExistsError):
                 os.link(stale, self.path)
         stale.unlink()
+        return True
+
+    def _refuse_if_alive(self, holder: Holder, seen: os.stat_result, age_s: float) -> None:
+        """Raises ConfigError at a sign of life; says at first how long it will be waited for."""
+        first_look = self._waited_for is None
+        lives = holder.is_here() or self._waited_for not in (None, (seen.st_ino, seen.st_mtime))
+        if lives:
+            raise ConfigError(
+                f"{self._name}: in use by {holder} (last sign of life "
+                f"{max(0, age_s):.0f} s ago); wait for it, stop it, or choose another folder "
+                f"with {self._name.partition('=')[0]}=FOLDER"
+            )
+        if first_look:
+            self._waited_for = (seen.st_ino, seen.st_mtime)
+            self._say(
+                f"waiting up to {STALE_AFTER_S - max(0, age_s):.0f} s: {self._name} is "
+                f"held by {holder}, last sign of life {max(0, age_s):.0f} s ago; without another "
+                "one the run goes on here"
+            )
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
@@ -240,16 +317,26 @@ class RunLock:
 
 
 def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, or "" when there is none."""
+    """When a process began, or "" when there is none.
+
+    In clock ticks since boot, with the boot's id: a wall time would change with the clock, and a
+    lock whose holder lives would look stale. Elsewhere than on Linux the wall time has to do.
+    """
     import psutil
 
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return ""
-        return f"{process.create_time():.1f}"
+        created = f"{process.create_time():.1f}"
     except psutil.Error:
         return ""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{after_name[19]} of {boot}"  # field 22 of proc(5)
+    except (OSError, IndexError):
+        return created
 
 
 def _pid_namespace() -> str:

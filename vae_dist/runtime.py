@@ -1,7 +1,11 @@
 """The one Accelerator of a process, and what the ranks agree on.
 
 In: `RuntimeConfig` and the precision. Out: a `Runtime` that knows rank, world and device and holds
-every collective that the package uses. Collectives are called on all ranks: agree, then act.
+every collective that the package uses. Collectives are called on all ranks: agree, then act. What
+goes wrong on one rank before training is raised on all of them (`together`, `on_main`).
+
+Small messages between the hosts (flags, errors, choices) go over gloo in CPU memory, whatever the
+backend of the gradients is: they never wait for a device.
 
 Two traps of Accelerate 1.15 shape this file. Without a GPU it stays single-process unless
 `cpu=True` is passed, so that N launched processes each believe to be rank 0 of 1. And what a
@@ -13,15 +17,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
@@ -29,22 +34,32 @@ from vae_dist.sharding import shard, sync_gradients
 
 T = TypeVar("T")
 
+LAST_S = 2  # that rank 0 waits longer for ranks that do not come
 MARGIN_S = 60  # that a collective waits longer than runtime.timeout_s
+
+
+class RankFailed(RuntimeError):
+    """Another rank did not come, or failed in a way that nobody foresaw; the message names it."""
 
 
 def has_accelerator(config: RuntimeConfig) -> bool:
     return config.device == "auto" and torch.accelerator.is_available()
 
 
-def launcher_problems(precision: str) -> list[str]:
-    """What the launcher's environment asks for and this config does not."""
-    problems = []
+def precision_problem(precision: str) -> str | None:
+    """Why the launcher's precision is not this config's, or None when it is."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", precision):
-        problems.append(
-            f"the launcher asks for mixed precision {asked} but training.precision={precision}; "
-            f"leave the launcher's out, or set training.precision={asked}"
-        )
+    if asked in ("no", precision):
+        return None
+    return (
+        f"the launcher asks for mixed precision {asked} but training.precision={precision}; "
+        f"leave the launcher's out, or set training.precision={asked}"
+    )
+
+
+def launcher_problems() -> list[str]:
+    """What the launcher's environment asks for and vae_dist does not do."""
+    problems = []
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto"):
         problems.append(
@@ -72,46 +87,49 @@ def launcher_problems(precision: str) -> list[str]:
 class Runtime:
     """Rank facts and collectives of one process."""
 
-    def __init__(self, accelerator: Accelerator, *, parallel: str = "ddp") -> None:
-        self.accelerator = accelerator
-        self.is_sharded = parallel == "fsdp" and accelerator.num_processes > 1
-        self.device = accelerator.device
-        self.rank = accelerator.process_index
-        self.world = accelerator.num_processes
-        self.is_main = accelerator.is_main_process
+    def __init__(self, config: RuntimeConfig, state: PartialState) -> None:
+        self.config = config
+        self.is_sharded = config.parallel == "fsdp" and state.num_processes > 1
+        self.device: torch.device = state.device
+        self.rank: int = state.process_index
+        self.world: int = state.num_processes
+        self.is_main: bool = state.is_main_process
+        self.control: dist.ProcessGroup | None = None  # of messages in CPU memory; None: default
+        self._accelerator: Accelerator | None = None
+        if self.world > 1 and dist.get_backend() != "gloo":
+            self.control = dist.new_group(backend="gloo", timeout=_collective_timeout(config))
 
     @classmethod
     def start(
         cls, config: RuntimeConfig, *, precision: str, launcher_decides_nothing: bool = False
     ) -> Runtime:
-        """Join the other ranks. Raises ConfigError where launcher and config disagree.
+        """Join the other ranks and be ready to train. Raises ConfigError, RankFailed.
 
         `launcher_decides_nothing`: what the launcher says of training has no bearing here.
         """
         if launcher_decides_nothing:
             os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-        if problems := launcher_problems(precision):
+        runtime = cls.join(config)
+        runtime.use_precision(precision)
+        return runtime
+
+    @classmethod
+    def join(cls, config: RuntimeConfig) -> Runtime:
+        """Join the other ranks. Raises ConfigError where launcher and config disagree, RankFailed
+        with the names of ranks that have not come after runtime.timeout_s."""
+        if problems := launcher_problems():
             raise ConfigError(problems)
-        if precision == "fp16" and not has_accelerator(config):
-            raise ConfigError("training.precision=fp16 needs a GPU; use bf16 or no on CPU")
-        accelerator = Accelerator(
-            cpu=not has_accelerator(config),
-            mixed_precision=precision,
-            gradient_accumulation_steps=1,  # microbatches are accumulated by the training step
-            kwargs_handlers=[
-                # later than training's own watch, which can say whom the others wait for
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s + MARGIN_S)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
-        )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if accelerator.num_processes != launched:
+        roll_call = _roll_call(config.timeout_s) if launched > 1 else None
+        state = PartialState(cpu=not has_accelerator(config), timeout=_collective_timeout(config))
+        del roll_call  # its server, in rank 0, lives on in the process group
+        if state.num_processes != launched:
             raise ConfigError(
                 f"WORLD_SIZE={launched} processes were launched but Accelerate runs "
-                f"{accelerator.num_processes}: each would train alone; launch with `accelerate "
+                f"{state.num_processes}: each would train alone; launch with `accelerate "
                 f"launch --multi_gpu --num_processes {launched}` (without --cpu), or with torchrun"
             )
-        if accelerator.device.type == "cpu":
+        if state.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
             cores = cores or os.cpu_count() or 1
@@ -119,7 +137,24 @@ class Runtime:
             torch.set_num_threads(config.threads or max(1, cores // local))
         elif config.threads:
             torch.set_num_threads(config.threads)
-        return cls(accelerator, parallel=config.parallel)
+        return cls(config, state)
+
+    def use_precision(self, precision: str) -> None:
+        """Make the Accelerator, which wraps models. Raises ConfigError where the launcher asks for
+        another precision."""
+        if problem := precision_problem(precision):
+            raise ConfigError(problem)
+        self._accelerator = Accelerator(
+            cpu=not has_accelerator(self.config),
+            mixed_precision=precision,
+            gradient_accumulation_steps=1,  # microbatches are accumulated by the training step
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+
+    @property
+    def accelerator(self) -> Accelerator:
+        assert self._accelerator is not None, "use_precision comes first"
+        return self._accelerator
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model on the device, wrapped for training: DDP or FSDP, autocast in its forward.
@@ -148,17 +183,40 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
+    def sum_numbers(self, values: Sequence[torch.Tensor], *more: float) -> list[float]:
+        """Sums over the ranks of 0-dim tensors of this device and of numbers, in float64; waits
+        for the device once."""
+        if self.device.type == "cpu":  # reading a number waits for nothing there
+            numbers = [*(float(value) for value in values), *more]
+            if self.world == 1:
+                return numbers
+            return self.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        parts = [value.double() for value in values]
+        parts += [
+            torch.full((), number, dtype=torch.float64, device=self.device) for number in more
+        ]
+        return self.sum_over_ranks(torch.stack(parts)).tolist()
+
     def any_rank(self, flag: bool) -> bool:
         if self.world == 1:
             return flag
-        return bool(self.sum_over_ranks(torch.tensor(float(flag))).item())
+        work, answer = self.ask_any_rank(flag)
+        work.wait()
+        return bool(answer.item())
+
+    def ask_any_rank(self, flag: bool) -> tuple[dist.Work, torch.Tensor]:
+        """Begin `any_rank` between several ranks: after `wait()` the CPU tensor has the answer."""
+        answer = torch.tensor(int(flag), dtype=torch.int32)
+        work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+        assert work is not None
+        return work, answer
 
     def broadcast(self, value: T) -> T:
         """The main process' value, on every rank. For small objects of our own making."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.control, device=torch.device("cpu"))
         return box[0]
 
     def places(self) -> list[str]:
@@ -175,27 +233,140 @@ class Runtime:
         """Every rank's value, on every rank. For small objects of our own making."""
         values: list[T] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Run on the main process alone; its result, or its ConfigError, reaches every rank."""
-        outcome: tuple[T | None, tuple[str, ...]] = (None, ())
-        if self.is_main:
-            try:
-                outcome = (function(), ())
-            except ConfigError as error:
-                outcome = (None, tuple(error.problems))
-        result, problems = self.broadcast(outcome)
-        if problems:
-            raise ConfigError(problems)
+        """Run on the main process alone; its result, or what goes wrong, reaches every rank."""
+        attempt: _Attempt[T] = _attempt(function) if self.is_main else _Attempt()
+        result, trouble = self.broadcast((attempt.result, attempt.trouble))
+        if trouble is not None:
+            raise _shared(attempt, {0: trouble}, num_asked=1)
         return result  # type: ignore[return-value]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Run on every rank; what goes wrong on some is raised on all, with the ranks' names.
+
+        A ConfigError (or OSError) becomes the same ConfigError everywhere. Any other error is
+        raised as it is where it arose, and as RankFailed elsewhere.
+        """
+        attempt = _attempt(function)
+        everyone = enumerate(self.gather(attempt.trouble))
+        if troubles := {rank: trouble for rank, trouble in everyone if trouble is not None}:
+            raise _shared(attempt, troubles, num_asked=self.world)
+        return attempt.result  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            dist.barrier(group=self.control)
 
     def stop(self) -> None:
         """Leave the process group. The wrapped model must be gone: a live one can hang here."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _collective_timeout(config: RuntimeConfig) -> timedelta:
+    """Later than the ranks' own watch, which can say whom the others wait for."""
+    return timedelta(seconds=config.timeout_s + MARGIN_S)
+
+
+# who is there
+
+
+def _roll_call(timeout_s: float) -> dist.TCPStore:
+    """Wait until all ranks of the launcher's environment have come. Raises RankFailed.
+
+    The backend's own rendezvous knows how many are missing, but not which.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = [f"vae_dist/start{start}/rank{number}" for number in range(world)]
+    # rank 0 leaves last: the others ask its store who is missing
+    wait = timedelta(seconds=timeout_s + (LAST_S if rank == 0 else 0))
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            world,
+            is_master=rank == 0 and not agent_has_store,
+            timeout=wait,
+            wait_for_workers=False,
+            multi_tenant=True,  # the process group's own store, in a moment, is on this server too
+        )
+    except dist.DistNetworkError as error:
+        raise RankFailed(
+            f"rank {rank} on {socket.gethostname()}: nobody answers at {host}:{port}, where rank "
+            f"0's key-value store should be, for {timeout_s:g} s (runtime.timeout_s) ({error})"
+        ) from None
+    store.set(names[rank], socket.gethostname())
+    try:
+        store.wait(names, wait)
+    except RuntimeError:
+        try:
+            missing = [number for number in range(world) if not store.check([names[number]])]
+        except RuntimeError:
+            missing = [0]
+        raise RankFailed(
+            f"{_ranks(missing)} of {world} did not come within {timeout_s:g} s "
+            "(runtime.timeout_s): frozen, gone or not started; look at their output"
+        ) from None
+    return store
+
+
+def _ranks(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
+    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+# errors of some, raised by all
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """What went wrong on one rank, in a form that can be sent."""
+
+    problems: tuple[str, ...]
+    is_foreseen: bool
+
+
+@dataclass(frozen=True)
+class _Attempt(Generic[T]):
+    result: T | None = None
+    error: Exception | None = None
+    trouble: _Trouble | None = None
+
+
+def _attempt(function: Callable[[], T]) -> _Attempt[T]:
+    try:
+        return _Attempt(function())
+    except ConfigError as error:
+        return _Attempt(error=error, trouble=_Trouble(error.problems, True))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        text = (
+            f"{place}{error.strerror or error} (on {socket.gethostname()}); see to that disk or "
+            "network, then give the same command again"
+        )
+        return _Attempt(error=error, trouble=_Trouble((text,), True))
+    except Exception as error:
+        return _Attempt(error=error, trouble=_Trouble((f"{type(error).__name__}: {error}",), False))
+
+
+def _shared(attempt: _Attempt[T], troubles: dict[int, _Trouble], *, num_asked: int) -> Exception:
+    """What this rank raises, given what went wrong on which ranks of those that were asked."""
+    if attempt.error is not None and not isinstance(attempt.error, ConfigError | OSError):
+        return attempt.error
+    for rank, trouble in troubles.items():
+        if not trouble.is_foreseen:
+            return RankFailed(f"rank {rank}: {trouble.problems[0]}")
+    ranks_of: dict[tuple[str, ...], list[int]] = {}
+    for rank, trouble in troubles.items():
+        ranks_of.setdefault(trouble.problems, []).append(rank)
+    problems: list[str] = []
+    for (first, *rest), ranks in ranks_of.items():
+        is_of_all = len(ranks) == num_asked
+        problems += [first if is_of_all else f"{_ranks(ranks)}: {first}", *rest]
+    return ConfigError(problems)

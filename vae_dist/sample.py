@@ -1,25 +1,33 @@
 """Draw images from the prior of a trained model.
 
 python -m vae_dist.sample run=runs/mnist num_images=64 out=samples.png
+python -m vae_dist.sample run=runs/mnist prior=gmm:10 compare=true
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vae_dist.command import run_command
+from vae_dist.config.commands import SampleCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import SampleCommand
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vae_dist.inference.load import LoadedModel
+    from vae_dist.models.mixture import GaussianMixture
 
 USAGE = "python -m vae_dist.sample run=FOLDER [key=value ...]"
 INTRO = "Draw images from the prior of a trained model, as one PNG grid or as single PNGs."
 
 
 def sample(command: SampleCommand) -> None:
+    from vae_dist.inference.aggregate import fitted_prior
     from vae_dist.inference.load import check_image_size, load_model
-    from vae_dist.inference.sampling import sample_prior
-    from vae_dist.tracking.images import grid, save_png, single
+    from vae_dist.tracking.images import beside, grid, save_png, single
 
     out = Path(command.out)
     if out.suffix.lower() not in ("", ".png"):
@@ -31,23 +39,110 @@ def sample(command: SampleCommand) -> None:
         height, width = (asked, asked) if isinstance(asked, int) else asked
         size = (height, width)
         check_image_size(loaded.model, size, key=f"resolution={asked}")
+    if command.compare and out.suffix.lower() != ".png":
+        raise ConfigError(f"compare=true writes one picture; out={out} must end in .png")
+    fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
+    images, columns = _draw(command, loaded, size, fitted.mixture if fitted else None)
+    try:
+        if command.compare:
+            others, _ = _draw(command, loaded, size, None)
+            save_png(beside(grid(others, columns=columns), grid(images, columns=columns)), out)
+        elif out.suffix.lower() == ".png":
+            save_png(grid(images, columns=columns), out)
+        else:
+            for index, image in enumerate(images):
+                save_png(single(image), out / f"{index:06d}.png")
+    except OSError as error:
+        raise ConfigError(f"out={command.out}: cannot be written ({error.strerror})") from None
+    if fitted:
+        print(fitted.description)
+    if command.compare:
+        print(f"left: draws of N(0, I); right: of {command.prior}, from the same noise")
+    told = _told(command, loaded)
+    print(f"{len(images)} samples{told} of step {loaded.step} ({command.weights} weights): {out}")
+
+
+def _draw(
+    command: SampleCommand,
+    loaded: LoadedModel,
+    size: tuple[int, int],
+    mixture: GaussianMixture | None,
+) -> tuple[Tensor, int | None]:
+    """The images, and the columns of their grid where it has rows of classes."""
+    from vae_dist.inference.sampling import sample_classes, sample_prior
+
+    if command.label == "all":
+        num_classes = loaded.model.num_classes
+        _check_conditional(command, num_classes)
+        columns = -(-command.num_images // num_classes)  # images of each class
+        images = sample_classes(
+            loaded.model,
+            range(num_classes),
+            columns,
+            size,
+            seed=command.seed,
+            temperature=command.temperature,
+            mixture=mixture,
+            batch_size=command.batch_size,
+        )
+        return images, columns
     images = sample_prior(
         loaded.model,
         command.num_images,
         size,
         seed=command.seed,
         temperature=command.temperature,
+        mixture=mixture,
         batch_size=command.batch_size,
+        labels=_labels(command, loaded),
     )
-    try:
-        if out.suffix.lower() == ".png":
-            save_png(grid(images), out)
-        else:
-            for index, image in enumerate(images):
-                save_png(single(image), out / f"{index:06d}.png")
-    except OSError as error:
-        raise ConfigError(f"out={command.out}: cannot be written ({error.strerror})") from None
-    print(f"{len(images)} samples of step {loaded.step} ({command.weights} weights): {out}")
+    return images, None
+
+
+def _labels(command: SampleCommand, loaded: LoadedModel) -> Tensor | None:
+    """What each image is told, int64 (num_images,); None for a model without labels."""
+    import torch
+
+    from vae_dist.models.prior import drawn_labels
+    from vae_dist.models.vae import NO_LABEL
+
+    num_classes = loaded.model.num_classes
+    if command.label == "auto":
+        return drawn_labels(loaded.model, command.num_images, seed=command.seed)
+    _check_conditional(command, num_classes)
+    if command.label == "none":
+        return torch.full((command.num_images,), NO_LABEL)
+    if command.label >= num_classes:
+        raise ConfigError(
+            f"label={command.label}: this model knows the classes 0 to {num_classes - 1}"
+        )
+    return torch.full((command.num_images,), command.label)
+
+
+def _check_conditional(command: SampleCommand, num_classes: int) -> None:
+    if not num_classes:
+        raise ConfigError(
+            f"label={command.label} has no effect: run={command.run} was trained without labels "
+            "(model.num_classes=0); leave it out"
+        )
+
+
+def _told(command: SampleCommand, loaded: LoadedModel) -> str:
+    """What the classes of the images are, in words."""
+    if not loaded.model.num_classes:
+        return ""
+    if command.label == "all":
+        return f", a row for each of {loaded.model.num_classes} classes"
+    if command.label == "auto":
+        return ", classes drawn, all equally likely"
+    if command.label != "none":
+        return f" of class {command.label}"
+    if loaded.config.model.label_dropout:
+        return " without a label"
+    return (
+        " without a label (trained with model.label_dropout=0, so it knows that only from images "
+        "that have none)"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

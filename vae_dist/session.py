@@ -1,8 +1,9 @@
 """A training session: from a config to a Trainer in its run folder, and to an exit code.
 
-The order is: join the ranks; take the run folder; agree with the run that is in it; index the
-data; build model, step and sinks; restore the newest checkpoint; train. Whatever can be refused is
-refused before the model is built. Only the main process writes; its errors reach all ranks.
+The order is: join the ranks; agree with the run that is in the folder; take the folder; choose the
+newest checkpoint; index the data; build model, step and sinks; restore; train. Whatever can be
+refused is refused before the model is built, by all ranks with the same words, whichever rank found
+it. Only the main process writes, as long as it lives.
 """
 
 from __future__ import annotations
@@ -11,20 +12,32 @@ import contextlib
 import faulthandler
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from vae_dist.assembly import build_trainer, load_data, open_sinks, training_stream
-from vae_dist.checkpoint import Checkpoint, step_name
-from vae_dist.config import checks
+from vae_dist.assembly import (
+    build_trainer,
+    check_image_sizes,
+    load_data,
+    open_sinks,
+    training_stream,
+    with_perceptual_kind,
+)
+from vae_dist.checkpoint import Checkpoint, Tensors, step_name
+from vae_dist.compilation import compiler_problem, resolve_compilation
+from vae_dist.config import automatic
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
+from vae_dist.data.workers import LoaderDied, deaths_explained
+from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
 from vae_dist.models.build import build_vae
-from vae_dist.plan import Data, costs, plan
+from vae_dist.plan import Data, costs, largest_size, plan
 from vae_dist.runfolder import EXIT_INTERRUPTED, RunFolder, RunLock
-from vae_dist.runtime import Runtime, has_accelerator
-from vae_dist.tracking.sinks import WandbSink
+from vae_dist.runtime import RankFailed, Runtime, has_accelerator
+from vae_dist.tracking.sinks import Sink, WandbSink, say
+from vae_dist.training.ending import Ending
 from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.loop import Trainer
 from vae_dist.training.preemption import StopRequest
@@ -39,6 +52,8 @@ from vae_dist.training.signals import StopSignals
 from vae_dist.training.startup import Startup
 from vae_dist.training.watch import RankWatch
 
+LOCK_PAUSE_S = 1.0  # between two looks at a lock whose holder may be dead
+
 
 def run_session(config: TrainConfig, signals: StopSignals) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
@@ -46,18 +61,19 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
     startup.mark("imports")
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
-    config = as_in_run_folder(config, folder)
-    accelerated = has_accelerator(config.runtime)
-    if config.training.precision == "auto":
-        config.training.precision = "bf16" if accelerated else "no"
-    runtime = Runtime.start(config.runtime, precision=config.training.precision)
+    try:
+        runtime = Runtime.join(config.runtime)
+    except RankFailed as failure:
+        print(f"failed: {failure}", file=sys.stderr)
+        return 1
     startup.mark("ranks")
     try:
+        config = runtime.together(lambda: _agreed_config(config, folder))
+        config = with_perceptual_kind(config, runtime)
+        runtime.together(lambda: runtime.use_precision(config.training.precision))
         if config.dry_run:
             return _dry_run(config, runtime)
-        with _locked(folder, runtime):
-            stop = StopRequest(runtime, folder.stop_path, signals)
-            code = _train(config, runtime, folder, stop, startup)
+        code = _supervised(config, runtime, folder, signals, startup)
         if code != 1:
             # Nobody leaves before the main process has written all: srun and elastic agents end
             # the ranks that are left. After a failure there may be nobody to wait for.
@@ -68,162 +84,237 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         runtime.stop()
 
 
+def _agreed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """The config with what the run in the folder, or this machine, makes of `auto`."""
+    return automatic.resolve_precision(
+        as_in_run_folder(config, folder), has_accelerator=has_accelerator(config.runtime)
+    )
+
+
+def _supervised(
+    config: TrainConfig,
+    runtime: Runtime,
+    folder: RunFolder,
+    signals: StopSignals,
+    startup: Startup,
+) -> int:
+    """Take the folder and train in it; a failure of any rank is told by those that live."""
+    ending = Ending(runtime, folder, timeout_s=config.runtime.timeout_s)
+    stop = StopRequest(runtime, signals)
+    with contextlib.ExitStack() as held:  # the folder is given back after the last word
+        try:
+            with ending.watch, ending.told():
+                if not held.enter_context(_locked(folder, runtime, stop, ending.watch)):
+                    return _stopped_before_training(ending, 0, stop)
+                return _train(config, stop, startup, ending, held)
+        except (TrainingFailed, RankFailed, LoaderDied) as failure:
+            say(f"failed: {failure}", sys.stdout if runtime.is_main else sys.stderr)
+            return 1
+
+
 @contextlib.contextmanager
-def _locked(folder: RunFolder, runtime: Runtime) -> Iterator[None]:
-    """The run folder, held by the main process and visible to all ranks."""
+def _locked(
+    folder: RunFolder, runtime: Runtime, stop: StopRequest, watch: RankWatch
+) -> Iterator[bool]:
+    """The run folder, held by the main process and visible to all ranks; False after a stop."""
+    lock = RunLock(folder, say=say)
     with contextlib.ExitStack() as held:
 
-        def take() -> str:
+        def take() -> bool:
             folder.create()
-            after_release = held.enter_context(contextlib.ExitStack())
-            held.enter_context(RunLock(folder))
-            after_release.callback(folder.remove_if_unused)
-            folder.checkpoints.remove_leftovers()
+            if not lock.attempt():
+                time.sleep(LOCK_PAUSE_S)
+                return False
+            held.callback(folder.remove_if_empty)
+            held.callback(lock.release)
+            held.callback(folder.remove_rooms_if_unused)
+            return True
+
+        def furnish() -> str:
+            folder.create()  # again: another starter, refused, may have taken its rooms away
+            folder.remove_leftovers()
             folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
             return folder.write_token()
 
-        token = runtime.on_main(take)
+        watch.at(-1, "run folder")
+        while not runtime.on_main(take):
+            watch.at(-1, "run folder")
+            if stop.agreed_now():
+                yield False
+                return
+        token = runtime.on_main(furnish)
         if runtime.any_rank(not folder.sees_token(token)):
             raise ConfigError(
                 f"run={folder.path} is not the same folder on all nodes; choose one on a file "
                 "system that all nodes see"
             )
-        yield
+        folder.session = token
+        stop.heed(folder.stop_path)
+        yield True
 
 
 def _train(
-    config: TrainConfig, runtime: Runtime, folder: RunFolder, stop: StopRequest, startup: Startup
+    config: TrainConfig,
+    stop: StopRequest,
+    startup: Startup,
+    ending: Ending,
+    held: contextlib.ExitStack,
 ) -> int:
+    runtime, folder, watch = ending.runtime, ending.folder, ending.watch
+    watch.at(-1, "newest checkpoint")
     checkpoint = newest_checkpoint(runtime, folder)
     startup.mark("checkpoint")
     start_step = checkpoint.step if checkpoint is not None else 0
     if checkpoint is not None and is_finished(config, checkpoint):
+        ending.record("finished", step=checkpoint.step, reason="all steps are done")
         if runtime.is_main:
-            folder.write_status("finished", step=checkpoint.step, reason="all steps are done")
-            print(
+            say(
                 f"finished: {folder.path} stands at step {checkpoint.step} of "
                 f"{config.training.steps}; nothing is left to do"
             )
         return 0
     if stop.agreed_now():
-        return _stopped_before_training(runtime, folder, start_step, stop)
-    data = load_data(config, runtime)
-    config = checks.resolve(
-        config,
-        mean_sample_bytes=data.train.mean_sample_bytes,
-        has_accelerator=has_accelerator(config.runtime),
-    )
-    if checkpoint is not None:
-        check_identity(checkpoint, data.identity, config, folder)
-    weights = None
-    if checkpoint is None and config.init_from:
-        with torch.device("meta"):
-            weights = initial_weights(config.init_from, build_vae(config, data.image_size))
+        return _stopped_before_training(ending, start_step, stop)
+    watch.at(-1, "shards")
+    is_automatic = config.training.microbatch_size == "auto"
+    compile_is_asked = config.runtime.compile == "true"
+    config, data = _with_data(config, runtime)
+
+    def weights_to_begin_with() -> Tensors | None:
+        if checkpoint is not None:
+            check_identity(checkpoint, data.identity, config, folder)
+            return None
+        return _given_weights(config, data)
+
+    weights = runtime.together(weights_to_begin_with)
     startup.mark("data")
     if stop.agreed_now():
-        return _stopped_before_training(runtime, folder, start_step, stop)
+        return _stopped_before_training(ending, start_step, stop)
+    watch.at(-1, "trackers")
     sinks, console = open_sinks(config, runtime, folder, start_step)
+    held.callback(_close, sinks, "failed")  # where what follows fails; else they are closed then
+    watch.at(-1, "model")
     trainer = build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
-        _restore(trainer, checkpoint)
+        kept_steps = runtime.on_main(folder.checkpoints.steps)
+        runtime.together(lambda: _restore(trainer, checkpoint, kept_steps))
     elif weights is not None:
-        trainer.initialize(weights)
-    if runtime.is_main:
-        folder.write_config(config)
+        runtime.together(lambda: trainer.initialize(weights))
+    if is_automatic and runtime.device.type == "cuda" and not runtime.is_sharded:
+        # the trainer holds this very config
+        config.training.microbatch_size = try_microbatch(trainer.training_step, largest_size(data))
+    if config.runtime.compile == "true":
+        problem = check_compiled(
+            trainer.training_step, largest_size(data), is_asked=compile_is_asked
+        )
+        if problem:
+            config.runtime.compile = "false"
+            trainer.say(f"warning: {problem}")
+    runtime.on_main(lambda: folder.write_config(config))
     places = runtime.places()
     if console is not None:
         lines = [*plan(config, data, runtime, first_step=start_step), *places]
         console.banner("vae_dist", [*lines, f"output {folder.path}"])
     startup.mark("model and trackers")
-    return _fit(trainer, data, stop, startup)
+    return _fit(trainer, data, stop, startup, ending)
 
 
-def _stopped_before_training(
-    runtime: Runtime, folder: RunFolder, step: int, stop: StopRequest
-) -> int:
-    if runtime.is_main:
-        folder.write_status("interrupted", step=step, reason=stop.reason)
-        print(f"interrupted before training ({stop.reason}); the same command starts it again")
+def _given_weights(config: TrainConfig, data: Data) -> Tensors | None:
+    """Those of `init_from`, which fit the model, or None without it."""
+    if not config.init_from:
+        return None
+    with torch.device("meta"):
+        model = build_vae(config, data.image_size)
+    return initial_weights(config, model)
+
+
+def _with_data(config: TrainConfig, runtime: Runtime) -> tuple[TrainConfig, Data]:
+    """What the shards hold, and the config with what they make of `auto`."""
+    data = load_data(config, runtime)
+    mean_sample_bytes = data.train.mean_sample_bytes
+    resolved = runtime.together(
+        lambda: automatic.resolve(config, mean_sample_bytes=mean_sample_bytes)
+    )
+    runtime.together(lambda: check_image_sizes(resolved, data))
+    return _for_this_machine(resolved, data, runtime), data
+
+
+def _for_this_machine(config: TrainConfig, data: Data, runtime: Runtime) -> TrainConfig:
+    """The config with what memory and compiler of the machines make of `auto`."""
+    asked = config.runtime.compile
+    may_compile = asked == "true" or (asked == "auto" and runtime.device.type == "cuda")
+    problems = runtime.gather(compiler_problem(runtime.device) if may_compile else None)
+    resolved = runtime.together(
+        lambda: resolve_compilation(
+            config,
+            device=runtime.device,
+            sizes_differ=data.settings.any_size and not data.settings.resize,
+            problem=next((problem for problem in problems if problem is not None), None),
+        )
+    )
+    return fitting_microbatch(resolved, largest_size(data), runtime)
+
+
+def _stopped_before_training(ending: Ending, step: int, stop: StopRequest) -> int:
+    if ending.folder.session:
+        ending.record("interrupted", step=step, reason=stop.reason)
+    if ending.runtime.is_main:
+        say(f"interrupted before training ({stop.reason}); the same command starts it again")
     return EXIT_INTERRUPTED
 
 
-def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup) -> int:
+def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, ending: Ending) -> int:
     """Run the loop; record in status.json how it ended."""
     config, runtime, folder = trainer.config, trainer.runtime, trainer.folder
-
-    def record(status: str, reason: str, *, writes: bool = runtime.is_main) -> None:
-        if not writes:
-            return
-        saved = trainer.writer.written_step if runtime.is_main else folder.newest_step()
-        step = trainer.step if status == "running" else saved
-        try:
-            folder.write_status(status, step=max(0, step), reason=reason)
-        except OSError as error:
-            trainer.say(f"warning: cannot write {folder.status_path}: {error}")
-
-    def on_lost(message: str, blamed: list[int]) -> None:
-        able = [rank for rank in range(runtime.world) if rank not in blamed]
-        record("failed", message, writes=able[:1] == [runtime.rank])
-        print(f"rank {runtime.rank}: {message}", file=sys.stderr, flush=True)
-
-    record("running", "")
+    ending.record("running", step=trainer.step, reason="")
+    ending.is_training, ending.settle = True, trainer.writer.wait
     status = "failed"
-    watch = RankWatch(runtime, timeout_s=config.runtime.timeout_s, on_lost=on_lost)
     try:
         with (
+            ending.told(),
+            deaths_explained(
+                "lower data.workers or data.keep_bytes, or ask for more memory; then the same "
+                "command goes on from its last checkpoint"
+            ),
             contextlib.closing(training_stream(config, runtime, data, trainer.step)) as batches,
-            watch,
         ):
-            try:
-                status = trainer.fit(batches, stop, watch, startup)
-            except ConfigError as error:
-                watch.fail(error)
-                raise
-            except (RuntimeError, OSError) as error:
-                if isinstance(error, TrainingFailed) or not (cause := watch.explain(error)):
-                    raise
-                raise TrainingFailed(f"{cause} (noticed as {type(error).__name__})") from error
-        record(status, stop.reason or "all steps are done")
-    except TrainingFailed as failure:
-        _settle(trainer)
-        if folder.status().get("status") != "failed":  # by the rank that failed first
-            record("failed", str(failure))
-        trainer.say(f"failed: {failure}")
-        return 1
-    except ConfigError as error:  # a shard that this rank cannot read; the others only see it go
-        _settle(trainer)
-        record("failed", f"rank {runtime.rank}: {error}", writes=True)
-        if not runtime.is_main:
-            print(f"rank {runtime.rank}: {error}", file=sys.stderr, flush=True)
-        raise
-    except BaseException as error:
-        _settle(trainer)
-        if folder.status().get("status") != "failed":  # by the rank that failed first
-            record("failed", f"{type(error).__name__}: {error}")
-        raise
+            status = trainer.fit(batches, stop, ending.watch, startup)
+        ending.record(
+            status, step=trainer.writer.written_step, reason=stop.reason or "all steps are done"
+        )
     finally:
+        ending.watch.end()  # what follows sends no message
         trainer.painter.close()
         for sink in trainer.sinks:
             if status == "finished" and config.wandb.artifacts and isinstance(sink, WandbSink):
                 checkpoint = folder.checkpoints.folder / step_name(trainer.step)
-                sink.artifacts(checkpoint, folder.images, step=trainer.step)
-            with contextlib.suppress(OSError):
-                sink.close(status)
+                with contextlib.suppress(OSError):
+                    sink.artifacts(checkpoint, folder.images, step=trainer.step)
+        _close(trainer.sinks, status)
     if runtime.is_main:
         for line in _farewell(trainer, status, stop.reason):
-            print(line)
+            say(line)
     return 0 if status == "finished" else EXIT_INTERRUPTED
 
 
-def _settle(trainer: Trainer) -> None:
-    """Wait for the checkpoint that is being written, before the run folder is given back."""
-    with contextlib.suppress(Exception):
-        trainer.writer.wait()
+def _close(sinks: Iterable[Sink], status: str) -> None:
+    """What has been closed already is left alone."""
+    for sink in sinks:
+        with contextlib.suppress(OSError):
+            sink.close(status)
 
 
-def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+def _restore(trainer: Trainer, checkpoint: Checkpoint, kept_steps: list[int]) -> None:
+    adversarial, step = trainer.config.adversarial, checkpoint.step
+    is_late = adversarial.weight > 0 and step > adversarial.start_step
+    if is_late and "discriminator" not in checkpoint.tensors:
+        raise ConfigError(
+            f"run={trainer.folder.path}: the checkpoint of step {step} has no discriminator, and "
+            f"adversarial.start_step={adversarial.start_step} lies before it: the decoder would "
+            f"hear of one that has not learned; set adversarial.start_step={step} or later"
+        )
     try:
-        trainer.restore(checkpoint)
+        trainer.restore(checkpoint, kept_steps=kept_steps)
     except (RuntimeError, KeyError) as error:  # torch lists each name and shape that differs
         raise ConfigError(
             f"run={trainer.folder.path}: the weights of step {checkpoint.step} do not fit this "
@@ -254,12 +345,8 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
 
 def _dry_run(config: TrainConfig, runtime: Runtime) -> int:
     """Check everything, print the plan, leave the run folder alone."""
-    data = load_data(config, runtime)
-    config = checks.resolve(
-        config,
-        mean_sample_bytes=data.train.mean_sample_bytes,
-        has_accelerator=has_accelerator(config.runtime),
-    )
+    config, data = _with_data(config, runtime)
+    runtime.together(lambda: _given_weights(config, data))
     if runtime.is_main:
         print(
             "\n".join([*plan(config, data, runtime, first_step=0), *costs(config, data, runtime)])

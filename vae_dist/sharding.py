@@ -7,10 +7,14 @@ only where it is asked for. Checkpoints hold full values, so they know nothing o
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def shard(model: nn.Module) -> None:
@@ -18,6 +22,8 @@ def shard(model: nn.Module) -> None:
 
     Parameters that are used together are gathered together, and let go after their use.
     """
+    from torch.distributed.fsdp import fully_shard  # half a second that only FSDP needs
+
     towers = [tower for tower in model.children() if any(tower.children())]
     for tower in towers:
         for part in tower.children():
@@ -29,21 +35,29 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
+def is_cut(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor; who made one has imported its module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part; shares memory with the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor
 
 
 def full_value(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor. Every rank takes part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_cut(tensor) else tensor
 
 
 def part_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a full value that is cut as `like` is. Sends no message."""
     full = full.to(like.device)
-    if not isinstance(like, DTensor):
+    if not is_cut(like):
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -65,5 +79,7 @@ def load_full(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 def sync_gradients(model: nn.Module, *, wanted: bool) -> None:
     """Whether the next backward of an FSDP model sums its gradients over the ranks."""
+    from torch.distributed.fsdp import FSDPModule
+
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(wanted)

@@ -9,7 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
-from vae_dist.config.checks import default_slots, launch_problem, world_size_problem
+from vae_dist.command import leave
+from vae_dist.config.automatic import (
+    default_slots,
+    has_buckets,
+    launch_problem,
+    world_size_problem,
+)
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
 from vae_dist.config.schema import TrainConfig
@@ -27,7 +33,9 @@ def checked_config(argv: list[str]) -> TrainConfig:
     if problem := launch_problem(os.environ):
         raise ConfigError(problem)
     config = load_train_config(argv)
-    slots = config.data.slots or default_slots(config.training.batch_size)
+    slots = config.data.slots or default_slots(
+        config.training.batch_size, buckets=has_buckets(config)
+    )
     if problem := world_size_problem(slots, int(os.environ.get("WORLD_SIZE", "1"))):
         raise ConfigError(problem)
     return config
@@ -40,15 +48,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         config = checked_config(argv)
+    except ConfigError as error:  # before the ranks have met: a file may be missing on one node
+        return _refused(error, speaker="LOCAL_RANK")
+    try:
         with StopSignals() as signals:
             from vae_dist.session import run_session  # torch, once the config is right
 
             return run_session(config, signals)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return 2
+    except ConfigError as error:  # the same on all ranks
+        return _refused(error, speaker="RANK")
+
+
+def _refused(error: ConfigError, *, speaker: str) -> int:
+    if os.environ.get(speaker, "0") == "0":
+        print(error, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

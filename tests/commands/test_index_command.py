@@ -27,9 +27,9 @@ def test_shards_are_indexed_and_counted(folder: Path, capsys: pytest.CaptureFixt
     ]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("shard-000000.tar: samples=5 bytes=10240")
-    assert lines[-1] == "shards=2 indexed=2 damaged=0 samples=10"
+    assert lines[-1] == "shards=2 indexed_now=2 indexed_before=0 damaged=0 samples=10"
     assert main([f"data={folder}"]) == 0
-    assert capsys.readouterr().out.endswith("shards=2 indexed=0 damaged=0 samples=10\n")
+    assert capsys.readouterr().out.endswith("indexed_now=0 indexed_before=2 damaged=0 samples=10\n")
 
 
 def test_a_damaged_shard_is_named_and_fails_the_command(
@@ -39,7 +39,7 @@ def test_a_damaged_shard_is_named_and_fails_the_command(
     assert main([f"data={folder}", "overwrite=true"]) == 1
     out, err = capsys.readouterr()
     assert "shard-000001.tar: byte 1024: the tar ends without its end mark" in err
-    assert out.endswith("shards=2 indexed=1 damaged=1 samples=5\n")
+    assert out.endswith("indexed_now=1 indexed_before=0 damaged=1 samples=5\n")
 
 
 def test_verify_decodes_every_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.support.distributed import run_ranks
 from tests.support.tiny_run import tiny_config, write_images, write_run
 from vae_dist import evaluate, reconstruct, sample
+from vae_dist.models import inception, perceptual, pretrained
+from vae_dist.models.pretrained import PretrainedFile
 
 NUM_IMAGES = 7
 
@@ -96,9 +99,28 @@ def test_reconstruct_shows_the_inputs_above(run: Path, tmp_path: Path) -> None:
     assert picture.shape == (2 + 84 + 2 + 84 + 2, 2 * 86 + 2)  # the third one is unreadable
 
 
+def test_reconstruct_in_tiles(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spatial = spatial_run(tmp_path)
+    keys = [f"run={spatial}", "num_images=2", "device=cpu"]
+    pictures = []
+    for tile in (0, 16, 20):
+        out = tmp_path / f"{tile}.png"
+        assert reconstruct.main([*keys, f"out={out}", f"tile={tile}"]) == 0
+        pictures.append(np.asarray(Image.open(out)).astype(int))
+    whole, tiled, fitting = pictures
+    assert tiled.shape == whole.shape and (fitting == whole).all()
+    assert np.abs(tiled - whole).max() > 0  # a tile has norms of its own
+    assert reconstruct.main([*keys, "tile=4"]) == 2
+    assert "give at least tile=16" in capsys.readouterr().err
+    assert reconstruct.main([f"run={run}", "device=cpu", "tile=512"]) == 2
+    assert "tile=512: a vector latent holds the whole image" in capsys.readouterr().err
+
+
 def test_evaluate_writes_results(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"run={run}", "device=cpu", "checkpoint=10"]) == 0
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results_step10.json").read_text())
     figures = results["figures"]
     assert (results["step"], results["weights"]) == (10, "ema")
     assert results["precision"] == "float32"
@@ -107,6 +129,124 @@ def test_evaluate_writes_results(run: Path, capsys: pytest.CaptureFixture[str]) 
     total = figures["rate_nats"] + figures["distortion_nats"]
     assert figures["neg_elbo_nats"] == pytest.approx(total)
     assert f"{figures['neg_elbo_nats']:.3f}" in capsys.readouterr().out
+
+
+def test_evaluate_estimates_the_evidence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "is.json"
+    keys = [f"run={run}", f"out={out}", "device=cpu", "samples=20", "max_images=4"]
+    assert evaluate.main(keys) == 0
+    results = json.loads(out.read_text())
+    figures = results["figures"]
+    assert results["importance_samples"] == 20
+    assert (figures["num_images"], figures["skipped_samples"]) == (3, 1)
+    assert figures["is_nll_nats"] < figures["neg_elbo_nats"] + figures["is_nll_se_nats"]
+    assert 1 <= figures["is_effective_samples"] <= 20
+    assert f"{figures['is_nll_nats']:.3f}" in capsys.readouterr().out
+    assert evaluate.main([f"run={run}", "chunk=10"]) == 2
+    assert "chunk=10 has no effect without importance samples" in capsys.readouterr().err
+
+
+def test_a_part_of_the_images_does_not_replace_the_results_of_all(run: Path) -> None:
+    assert evaluate.main([f"run={run}", "device=cpu"]) == 0
+    whole = (run / "results.json").read_bytes()
+    assert evaluate.main([f"run={run}", "device=cpu", "max_images=4", "weights=model"]) == 0
+    assert (run / "results.json").read_bytes() == whole
+    part = json.loads((run / "results_model_first4.json").read_text())
+    assert part["figures"]["num_images"] + part["figures"]["skipped_samples"] == 4
+
+
+def test_evaluate_measures_reconstructions(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "metrics.json"
+    keys = [f"run={run}", f"out={out}", "device=cpu", "metrics=psnr,ssim,ms_ssim"]
+    assert evaluate.main(keys) == 0
+    results = json.loads(out.read_text())
+    assert 3 < results["figures"]["psnr_db"] < 15
+    assert -1 < results["figures"]["ssim"] < 1
+    assert list(results["notes"]) == ["ms_ssim"]
+    assert "less than 176 pixels" in capsys.readouterr().out
+    assert evaluate.main([f"run={run}", "metrics=pnsr"]) == 2
+    assert "asks for pnsr, which is no metric; did you mean psnr?" in capsys.readouterr().err
+
+
+def test_evaluate_measures_with_published_networks(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With toys in their place: which files are asked for, and what becomes of the figures."""
+    asked = []
+
+    def fetch(file: PretrainedFile, folder: Path | None) -> Path:
+        asked.append((file.network, folder))
+        return tmp_path / file.name
+
+    class Distance(torch.nn.Module):
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            assert first.shape[1] == 3
+            return (first - second).abs().mean((1, 2, 3))
+
+    class Pixels(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images[:, 0, :4, :2].flatten(1)
+
+    monkeypatch.setattr(pretrained, "fetch", fetch)
+    monkeypatch.setattr(perceptual, "load_lpips", lambda *_: Distance())
+    monkeypatch.setattr(inception, "load_inception", lambda _: Pixels())
+    monkeypatch.setattr(inception, "NUM_FEATURES", 8)
+    out = tmp_path / "networks.json"
+    keys = [f"run={run}", "device=cpu", f"out={out}", f"metric_weights={tmp_path}"]
+    assert evaluate.main([*keys, "metrics=[lpips,lpips_alex,rfid,fid]", "prior=gmm:1"]) == 0
+    results = json.loads(out.read_text())
+    figures = results["figures"]
+    assert figures["lpips"] > 0
+    assert figures["rfid"] > 0
+    assert {"fid", "fid_gmm"} <= set(figures)
+    assert list(results["notes"]) == ["lpips_alex", "frechet"]  # 28 pixels, 7 images
+    assert {name for name, _ in asked} == {"VGG16", "AlexNet", "the InceptionV3 of the FID"}
+    assert {folder for _, folder in asked} == {tmp_path}
+    capsys.readouterr()
+    assert evaluate.main([*keys, "metrics=psnr"]) == 2
+    assert "has no effect without one of metrics=lpips" in capsys.readouterr().err
+
+
+def test_a_fitted_prior_for_sample_and_evaluate(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, results = tmp_path / "both.png", tmp_path / "gmm.json"
+    prior = [f"run={run}", "device=cpu", "prior=gmm:2"]
+    assert sample.main([*prior, f"out={out}", "num_images=4", "compare=true"]) == 0
+    text = capsys.readouterr().out
+    assert "2 Gaussians, full covariance" in text
+    assert "kept in" in text
+    assert Image.open(out).size == (2 * (2 * 86 + 2) + 10, 2 * 86 + 2)
+    file = run / "priors" / "gmm2_full_ema_step_00000020.safetensors"
+    written = file.stat().st_mtime_ns
+    assert evaluate.main([*prior, f"out={results}", "samples=9"]) == 0
+    figures = json.loads(results.read_text())["figures"]
+    assert {"neg_elbo_gmm_nats", "rate_gmm_nats", "is_nll_gmm_nats", "is_nll_nats"} <= set(figures)
+    assert file.stat().st_mtime_ns == written  # read again, not fitted again
+    assert f"from {file}" in capsys.readouterr().out
+    # another checkpoint has another prior
+    assert sample.main([*prior, f"out={tmp_path}/10.png", "checkpoint=10"]) == 0
+    assert (run / "priors" / "gmm2_full_ema_step_00000010.safetensors").exists()
+
+
+def test_a_fitted_prior_is_refused_where_it_cannot_be(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spatial = spatial_run(tmp_path)
+    assert sample.main([f"run={spatial}", "device=cpu", "prior=gmm:2"]) == 2
+    assert "this model has a spatial one; train with model.latent=vector" in capsys.readouterr().err
+    assert sample.main([f"run={run}", "device=cpu", "prior=gmm:50"]) == 2
+    assert "7 training images could be read, fewer than components" in capsys.readouterr().err
+    assert sample.main([f"run={run}", "prior=gmm:x", "compare=true"]) == 2
+    assert "prior=gmm:x is none of normal, gmm:K" in capsys.readouterr().err
+    assert sample.main([f"run={run}", "compare=true", "prior_images=10"]) == 2
+    text = capsys.readouterr().err
+    assert "compare=true has nothing to compare N(0, I) with; give prior=gmm:10" in text
+    assert "prior_images=10 has no effect with prior=normal" in text
 
 
 def test_evaluate_other_shards_into_another_file(run: Path, tmp_path: Path) -> None:
@@ -118,7 +258,7 @@ def test_evaluate_other_shards_into_another_file(run: Path, tmp_path: Path) -> N
 
 def test_evaluate_on_two_ranks_finds_the_same_figures(run: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "1.json", tmp_path / "2.json"
-    keys = [f"run={run}", "device=cpu", "batch_size=3"]
+    keys = [f"run={run}", "device=cpu", "batch_size=3", "samples=7", "prior=gmm:1:diagonal"]
     assert evaluate.main([*keys, f"out={alone}"]) == 0
     assert run_ranks(2, evaluate_quietly, [*keys, f"out={together}"]) == [0, 0]
     one, two = (json.loads(path.read_text()) for path in (alone, together))

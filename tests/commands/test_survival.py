@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -60,7 +61,7 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_run_alive(tmp_path, digits, 
     assert (found["status"], found["step"]) == ("failed", 4) and "make room" in found["reason"]
     assert not list((run / "checkpoints").glob(".*"))
     assert train(run, digits, "training.steps=8", *QUIET) == [0]  # there is room again
-    assert status(run)["step"] == 8 and "from step 4 to 8" in capfd.readouterr().out
+    assert status(run)["step"] == 8 and "steps 8, going on at step 4" in capfd.readouterr().out
 
 
 def test_a_run_folder_that_vanishes_stops_nothing_but_the_record(tmp_path, digits):
@@ -68,6 +69,8 @@ def test_a_run_folder_that_vanishes_stops_nothing_but_the_record(tmp_path, digit
     argv = arguments(run, digits, "training.steps=100000", "optimizer.schedule=constant", *QUIET)
     with Ranks(1, argv, output=tmp_path / "output") as group:
         group.wait_for_step(4)
+        while not (run / "checkpoints" / "latest").exists():  # the writer gives way to training
+            assert group.wait(timeout_s=0.05) == [None], group.text()
         run.rename(away)
         before = len((away / "log.jsonl").read_bytes())
         while len((away / "log.jsonl").read_bytes()) < before + 5000:
@@ -148,10 +151,12 @@ def test_weights_that_do_not_fit_are_listed(tmp_path, digits, capfd):
     assert "tensors do not fit this model (there -> here)" in errors
     assert "decoder.linear_in.weight: 784x8 -> 784x4" in errors
     assert train(tmp_path / "run", digits, f"init_from={tmp_path}/none", *QUIET) == [2]
-    assert "no run folder, checkpoint folder or .safetensors file" in capfd.readouterr().err
+    assert (
+        "no run folder, checkpoint folder, .safetensors file or folder of" in capfd.readouterr().err
+    )
 
 
-def test_more_steps_extend_a_finished_run_exactly(tmp_path, digits):
+def test_more_steps_extend_a_finished_run_exactly(tmp_path, digits, capfd):
     run, whole = tmp_path / "run", tmp_path / "whole"
     options = (*QUIET, "optimizer.schedule=constant")
     assert train(whole, digits, "training.steps=8", *options) == [0]
@@ -159,6 +164,13 @@ def test_more_steps_extend_a_finished_run_exactly(tmp_path, digits):
         assert train(run, digits, f"training.steps={steps}", *options) == [0]
     assert same_weights(run, whole, 8)
     assert json.loads((run / "status.json").read_text())["step"] == 8
+    for line in (lines := re.findall(r"first step after (.*)", capfd.readouterr().out)):
+        total, parts = line.split(" s: ")
+        names = re.sub(r" [0-9.]+(,|$)", r"\1", parts).strip()
+        assert names == "imports, ranks, checkpoint, data, model and trackers, first step"
+        seconds = [float(part.split()[-1]) for part in parts.split(",")]
+        assert sum(seconds) == pytest.approx(float(total), abs=0.05 * (len(seconds) + 1))
+    assert len(lines) == 3  # of each session
 
 
 # the best
@@ -179,7 +191,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(tmp_path, digits, monkeypat
     assert steps_of(run) == [best, 12]
     assert (run / "checkpoints" / "best").read_text() == f"step_{best:08d}"
     assert evaluate([f"run={run}", "checkpoint=best"]) == 0
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / f"results_step{best}.json").read_text())
     assert results["step"] == best
     rate_nats = rows(run)[best]["eval/rate_nats"]
     assert results["figures"]["rate_nats"] == pytest.approx(rate_nats, rel=1e-5)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES
 from tests.support.training import arguments, rows, same_weights, status, train
@@ -17,6 +18,8 @@ from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
 from vae_dist.pictures import RunPainter
+from vae_dist.runfolder import RunFolder
+from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +62,7 @@ def wait_for_row(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         ("optimizer.lrr=1e-3", "did you mean optimizer.lr"),
         ("training.steps=many", "training.steps=many is not a whole number"),
         ("model.latent=vektor", "did you mean vector"),
-        ("training.batch_size=60", "training.batch_size=60 is not a multiple of data.slots=64"),
+        ("training.batch_size=60", "training.batch_size=60 is not a multiple of data.slots=16"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path, digits, capfd, override, message):
@@ -101,7 +104,7 @@ def test_a_number_of_processes_that_does_not_divide_the_slots_is_refused(
     monkeypatch.setenv("RANK", "0")
     assert main(arguments(tmp_path / "run", digits)) == 2
     errors = capfd.readouterr().err
-    assert "3 processes" in errors and "data.slots=64" in errors and "1, 2, 4, 8, 16" in errors
+    assert "3 processes" in errors and "data.slots=16" in errors and "1, 2, 4, 8, 16" in errors
 
 
 def test_processes_that_cannot_find_each_other_are_refused(tmp_path, digits, capfd, monkeypatch):
@@ -201,14 +204,51 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, digits, ca
     assert sorted(rows(run)) == [1, 2, 3, 4]
 
 
-def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(tmp_path, digits, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError("no space left"), torch.OutOfMemoryError("CUDA out of memory")], ids=repr
+)
+def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(
+    tmp_path, digits, capfd, monkeypatch, error
+):
     def full(self: RunPainter, *arguments: object) -> None:
-        raise OSError("no space left")
+        raise error
 
     monkeypatch.setattr(RunPainter, "__call__", full)
     assert train(tmp_path / "run", digits, "training.steps=4") == [0]
     assert "pictures" in capfd.readouterr().out
     assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[4]
+
+
+def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, monkeypatch):
+    """An open W&B run would be ended by wandb's own exit hook, which has no time limit."""
+    closed: list[str] = []
+
+    def fails(*arguments: object) -> None:
+        raise ValueError("no model")
+
+    monkeypatch.setattr("vae_dist.session.build_trainer", fails)
+    monkeypatch.setattr(JsonlSink, "close", lambda self, status: closed.append(status))
+    with pytest.raises(ValueError, match="no model"):
+        main(arguments(tmp_path / "run", digits))
+    assert closed == ["failed"]
+    assert status(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_trainer_whose_folder_was_taken_over_leaves_it_to_the_other(
+    tmp_path, digits, monkeypatch
+):
+    """Frozen for a minute, it was believed dead on another host."""
+    run = RunFolder(tmp_path / "run")
+
+    def paint(self: RunPainter, *arguments: object) -> None:
+        run.write_token()
+        run.write_status("running", step=0, reason="the other one")
+
+    monkeypatch.setattr(RunPainter, "__call__", paint)
+    with pytest.raises(RuntimeError, match="another trainer has taken over"):
+        main(arguments(run.path, digits, "training.steps=4", "evaluation.every=2"))
+    assert run.status()["reason"] == "the other one"
+    assert not run.checkpoints.steps()
 
 
 def test_damaged_validation_images_are_left_out(tmp_path, digits):
@@ -248,7 +288,7 @@ def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(tmp_path, digits):
     process = start(command)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "steps from step" in output  # it went on, it did not begin anew
+    assert "going on at step" in output  # it went on, it did not begin anew
     assert same_weights(run, whole, 60)
     assert [rows(run)[k]["train/loss"] for k in range(1, 61)] == [
         rows(whole)[k]["train/loss"] for k in range(1, 61)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.support.training import arguments
-from vae_dist.config.checks import launch_problem
+from vae_dist.config.automatic import launch_problem
 from vae_dist.train import main
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vae_dist.config import load
+from vae_dist.config.commands import IndexCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import (
     changed_numbers,
@@ -21,7 +22,7 @@ from vae_dist.config.load import (
     to_yaml,
     wants_help,
 )
-from vae_dist.config.schema import IndexCommand, SampleCommand, TrainConfig
+from vae_dist.config.schema import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "data:\n  train: shards/train\n  validation: shards/validation\n"
@@ -106,6 +107,37 @@ def test_run_folder_is_named_after_the_config() -> None:
     assert load_train_config(["config=plain"]).run == "runs/plain"
     assert load_train_config(["config=mine/faces.yaml"]).run == "runs/faces"
     assert load_train_config(["config=plain", "run=elsewhere"]).run == "elsewhere"
+
+
+# ---- switched off ----
+
+RECIPE = DATA + "adversarial: {weight: 0.5, channels: 32, r1: 1.0, r1_every: 8}\n"
+
+
+def test_what_an_argument_switches_off_takes_along_what_the_file_tuned() -> None:
+    write("configs/recipe.yaml", RECIPE)
+    config = load_train_config(["config=recipe", "adversarial.weight=0"])
+    assert config.adversarial == TrainConfig().adversarial
+    config = load_train_config(["config=recipe", "adversarial.r1=0"])
+    assert (config.adversarial.channels, config.adversarial.r1_every) == (32, 16)
+
+
+def test_a_file_switches_off_what_its_base_tuned() -> None:
+    write("configs/recipe.yaml", RECIPE)
+    write("configs/plainer.yaml", "base: recipe\nadversarial: {weight: 0}\n")
+    assert load_train_config(["config=plainer"]).adversarial == TrainConfig().adversarial
+
+
+def test_a_key_without_effect_where_it_is_set_is_refused() -> None:
+    write("configs/recipe.yaml", RECIPE)
+    write("configs/useless.yaml", DATA + "adversarial: {channels: 32}\n")
+    problems = [
+        refused("config=recipe", "adversarial.weight=0", "adversarial.channels=16"),
+        refused("config=useless"),
+        refused("config=useless", "seed=3"),
+    ]
+    for (problem,), channels in zip(problems, (16, 32, 32), strict=True):
+        assert f"adversarial.channels={channels} has no effect with" in problem
 
 
 # ---- where files are found ----
@@ -269,6 +301,13 @@ def test_commands_load_and_refuse_alike() -> None:
         "batch_size=0 must be at least 1",
         "checkpoint=newest is none of latest, best and a step number",
     )
+
+
+def test_a_truth_value_is_no_class() -> None:
+    assert load_command(SampleCommand, ["run=runs/mnist", "label=0"]).label == 0
+    for given in ("false", "true"):
+        with pytest.raises(ConfigError, match=f"label={given} is none of auto"):
+            load_command(SampleCommand, ["run=runs/mnist", f"label={given}"])
 
 
 def test_help_lists_every_key_with_default_and_description() -> None:

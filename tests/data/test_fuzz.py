@@ -10,17 +10,20 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import identities, marked_png
 from vae_dist.config.errors import ConfigError
+from vae_dist.data.buckets import make_buckets
 from vae_dist.data.index import ShardIndex, index_shard, load_index, write_sidecar
 from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader, single_sample
-from vae_dist.data.stream import TrainingStream, TrainingWork
+from vae_dist.data.stream import TrainingStream
 from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.work import TrainingWork
 from vae_dist.data.writer import write_shards
 
 MARKED = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
@@ -61,7 +64,14 @@ class Memory(SampleReader):
         return [bytes([shard, i // 256, i % 256]) for i in range(start, stop)]
 
     def load(
-        self, data: bytes, shard: int, index: int, *, epoch: int, room: np.ndarray | None = None
+        self,
+        data: bytes,
+        shard: int,
+        index: int,
+        *,
+        epoch: int,
+        room: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
     ) -> LoadedSample:
         return LoadedSample(np.frombuffer(data, np.uint8).reshape(1, 1, 3), shard)
 
@@ -101,13 +111,90 @@ def test_streams_of_any_shape(
         parts = [list(work(worker, count)) for worker in range(count)]
         for k, step in enumerate(steps):
             images = np.empty((share, 1, 1, 3), np.uint8)
-            for worker, mine in enumerate(parts):
+            for mine in parts:
                 assert mine[k].step == step
-                images[worker::count] = mine[k].images
+                (block,) = mine[k].blocks
+                images[block.lanes] = block.pixels.permute(0, 3, 1, 2)
             got.setdefault(step, []).extend(identities(images))
     for step in steps:
         want = [order.sample_at(g)[1:] for g in range(step * batch, (step + 1) * batch)]
         assert got[step] == want
+
+
+class Shaped(Memory):
+    """Samples that are their own place, some lost, each of a shape of its own."""
+
+    def size_or_none(self, data: bytes, shard: int) -> tuple[int, int] | None:
+        place = shard * 31 + data[2] * 7
+        return None if place % 11 == 3 else (10 + place % 13, 10 + place % 17)
+
+    def load(
+        self,
+        data: bytes,
+        shard: int,
+        index: int,
+        *,
+        epoch: int,
+        room: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> LoadedSample:
+        if (shard * 31 + index * 7) % 11 == 3:
+            raise DamagedSampleError("lost")
+        assert size is not None
+        marks = np.array([shard, index, epoch % 256], np.uint8)
+        return LoadedSample(np.broadcast_to(marks[:, None, None], (3, *size)), shard)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
+    slots=st.sampled_from([1, 2, 4, 8]),
+    per_slot=st.integers(1, 4),
+    slots_of_window=st.integers(1, 5),
+    workers=st.integers(0, 5),
+    start=st.integers(0, 30),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_bucketed_streams_of_any_shape(
+    lengths: list[int],
+    slots: int,
+    per_slot: int,
+    slots_of_window: int,
+    workers: int,
+    start: int,
+    data: st.DataObject,
+) -> None:
+    """A step shows the same, from wherever the stream was begun and however it is shared."""
+    if not any((shard * 31 + i * 7) % 11 != 3 for shard, n in enumerate(lengths) for i in range(n)):
+        return  # nothing can replace anything
+    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
+    numbers = np.array(lengths, np.int64)
+    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
+    window = per_slot * slots_of_window
+    order = Order(lengths, lanes=slots, window=window, seed=1, slot_rows=per_slot)
+    buckets = make_buckets(area=64, multiple=2, max_aspect=2.0)
+    shape = ImageSettings(3, (8, 8), True, 100, buckets=buckets)
+    reader = Shaped(index, shape, seed=1)
+
+    def shown(world: int, workers: int, steps: range) -> dict[tuple[int, int], list[list[int]]]:
+        found: dict[tuple[int, int], list[list[int]]] = {}
+        share = slots // world
+        for rank in range(world):
+            lanes = range(rank * share, (rank + 1) * share)
+            work = TrainingWork(reader, order, lanes, steps)
+            count = min(max(1, workers), share)
+            for part in (part for worker in range(count) for part in work(worker, count)):
+                for block in part.blocks:
+                    assert tuple(block.pixels.shape[1:3]) in buckets
+                    images = block.pixels[:, 0, 0].tolist()
+                    for k, lane in enumerate(block.lanes):
+                        own = images[k * per_slot : (k + 1) * per_slot]
+                        found[part.step, lanes[lane]] = [*own, list(block.pixels.shape[1:3])]
+        return found
+
+    got = shown(world, workers, range(start, start + 3))
+    from_the_beginning = shown(1, 0, range(start + 3))
+    assert got == {k: v for k, v in from_the_beginning.items() if k[0] >= start}
 
 
 def _one_shard(folder: Path) -> Path:
@@ -154,7 +241,7 @@ def test_damaged_bytes_have_a_named_outcome(edits: list[tuple[float, bytes]], ke
         try:
             steps = {"start_step": 0, "stop_step": 3}
             for batch in TrainingStream(index, order, MARKED, batch_size=4, **steps):
-                assert batch.images.shape == (4, 1, 1, 3)
+                assert batch.groups[0].images.shape == (4, 1, 1, 3)
                 assert len(batch.skipped) <= 4
         except ShardError as error:
             assert damaged or "pixels, but the first one" in str(error)
@@ -177,6 +264,20 @@ def test_any_bytes_as_a_sample(data: bytes) -> None:
         except DamagedSampleError:
             continue
         assert set(sample) >= {"__key__"}
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"-0000002000"])
+def test_a_file_of_less_than_no_bytes_ends_the_reading(tmp_path: Path, size: bytes) -> None:
+    """A valid checksum over a size of -512 bytes: what follows it would be the header itself."""
+    block = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
+    block[124 : 124 + len(size)] = size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    (path := tmp_path / "a.tar").write_bytes(bytes(block) + bytes(1024))
+    with pytest.raises(DamagedSampleError, match="damaged tar header"):
+        single_sample(bytes(block), "a.tar")
+    with pytest.raises(ShardError, match="byte 0: damaged tar header"):
+        index_shard(str(path))
 
 
 @given(

@@ -43,7 +43,7 @@ def test_quotas_follow_the_weights(weights: list[float], lanes: int) -> None:
 
 
 def test_too_few_lanes() -> None:
-    with pytest.raises(ConfigError, match=r"mixes 3 data sets, but training.batch_size=2"):
+    with pytest.raises(ConfigError, match=r"mixes 3 data sets, but training.batch_size=2 is less"):
         quotas([1, 1, 1], 2)
 
 
@@ -57,9 +57,10 @@ def read(index: ShardIndex, *, world: int, workers: int, start: int, stop: int) 
             rank=rank, world=world, workers=workers,
         )  # fmt: skip
         for batch in stream:
-            folder = [shard for shard, _ in identities(batch.images.numpy())]
+            (group,) = batch.groups
+            folder = [shard for shard, _ in identities(group.images.numpy())]
             assert len(folder) == BATCH // world
-            steps.setdefault(batch.step, []).extend(identities(batch.images.numpy()))
+            steps.setdefault(batch.step, []).extend(identities(group.images.numpy()))
     return steps
 
 

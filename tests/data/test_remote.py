@@ -181,7 +181,10 @@ def test_the_index_of_remote_shards(
         assert "name a folder for their index" in capsys.readouterr().err
         assert main([data, f"out={out}", "verify=true"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[-1] == f"shards=10 indexed=10 damaged=0 samples={sum(LENGTHS)}"
+        assert (
+            lines[-1]
+            == f"shards=10 indexed_now=10 indexed_before=0 damaged=0 samples={sum(LENGTHS)}"
+        )
         assert "sizes HxW: 1x3 (122); 1 different" in lines
         assert any(line.startswith("double keys: 77, the first is") for line in lines)
         (out / "000003-set-03.tar.idx").unlink()
@@ -191,6 +194,25 @@ def test_the_index_of_remote_shards(
         assert again <= {"set-03.tar"}
         index = load_index(str(out / "shards.json"), key="data.train", create=False)
         assert index.lengths.tolist() == list(LENGTHS)
+
+
+@pytest.mark.parametrize("protocol", ["memory://", "strict://"])
+def test_what_an_object_store_lacks_is_missing_at_once(pauses: list[float], protocol: str) -> None:
+    """Some stores, such as s3, raise where a size is asked of what is not there."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Strict(MemoryFileSystem):
+        protocol = "strict"
+
+        def size(self, path: str) -> int:
+            raise FileNotFoundError(path)
+
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    assert not remote.exists(f"{protocol}nowhere/_info.json")
+    with pytest.raises(ShardError, match="no such file"):
+        read_range(f"{protocol}nowhere/a.tar", 0, 10)
+    assert pauses == []
 
 
 def test_a_wids_index_of_others_is_read(folder: Path) -> None:

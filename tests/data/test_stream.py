@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.data.conftest import LENGTHS, identities, png
+from vae_dist.data import lane as lane_module
 from vae_dist.data import stream as stream_module
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.order import Order
@@ -67,9 +68,12 @@ def global_batches(
     steps: dict[int, Step] = {}
     for rank in range(world):
         for batch in open_stream(index, settings, rank=rank, world=world, **kwargs):
-            assert batch.images.shape == (BATCH // world, *settings.shape)
-            assert batch.images.dtype == torch.uint8
-            steps.setdefault(batch.step, []).extend(identities(batch.images.numpy()))
+            (group,) = batch.groups
+            share = BATCH // world
+            assert group.slots == tuple(range(rank * share, (rank + 1) * share))
+            assert group.images.shape == (share, *settings.shape)
+            assert group.images.dtype == torch.uint8
+            steps.setdefault(batch.step, []).extend(identities(group.images.numpy()))
     return steps
 
 
@@ -87,8 +91,8 @@ def index(shards: str) -> ShardIndex:
     return load_index(shards, key="data.train", create=False)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_every_layout_shows_the_same_steps(
     index: ShardIndex, marked: ImageSettings, one_process: None, world: int, workers: int
 ) -> None:
@@ -98,6 +102,17 @@ def test_every_layout_shows_the_same_steps(
     for epoch in range(3):
         counts = Counter(flat[epoch * N : (epoch + 1) * N])
         assert len(counts) == N and set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (4, 0), (8, 3)])
+def test_tars_without_an_index_show_the_same_steps(
+    shards: str, tmp_path: Path, marked: ImageSettings, one_process: None, world: int, workers: int
+) -> None:
+    for tar in Path(shards).glob("*.tar"):
+        shutil.copy(tar, tmp_path)
+    index = load_index(str(tmp_path), key="data.train", create=True)
+    layout = {"world": world, "workers": workers, "start_step": 5, "stop_step": 12}
+    assert global_batches(index, marked, **layout) == expected(5, 12)
 
 
 def test_resume_at_every_step(index: ShardIndex, marked: ImageSettings, one_process: None) -> None:
@@ -125,8 +140,9 @@ def test_more_workers_than_lanes(
 
 def test_labels_and_shards_come_with_the_images(index: ShardIndex, marked: ImageSettings) -> None:
     for batch in open_stream(index, marked, start_step=0, stop_step=5):
-        shards = [shard for shard, _ in identities(batch.images.numpy())]
-        assert batch.labels.tolist() == shards and batch.labels.dtype == torch.int64
+        (group,) = batch.groups
+        shards = [shard for shard, _ in identities(group.images.numpy())]
+        assert group.labels.tolist() == shards and group.labels.dtype == torch.int64
         assert batch.shards == tuple(sorted({index.paths[shard] for shard in shards}))
         assert batch.skipped == ()
 
@@ -238,7 +254,7 @@ def test_a_shard_that_is_gone_stops_the_run(copied: Path, marked: ImageSettings)
 def test_data_of_the_wrong_kind_stops_the_run(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "MAX_LOST_IN_A_ROW", 20)
+    monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 20)
     settings = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=2)
     with pytest.raises(ShardError, match=r"20 samples in a row .*data\.max_pixels=2"):
         next(iter(open_stream(index, settings, start_step=0, stop_step=1)))
@@ -341,7 +357,7 @@ def test_random_crops_are_those_of_the_sample_in_every_layout(
     runs = [
         torch.cat(
             [
-                torch.cat([b.images for b in open_stream(index, settings, **layout)])
+                torch.cat([b.groups[0].images for b in open_stream(index, settings, **layout)])
                 for layout in layouts
             ]
         )

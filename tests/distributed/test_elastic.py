@@ -1,5 +1,6 @@
 """A run is a function of its config: not of the number of ranks, microbatches or interruptions."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -35,6 +36,41 @@ def test_losses_do_not_depend_on_ranks_or_microbatches(
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
 
 
+def test_importance_samples_and_free_bits_do_not_depend_on_ranks_or_microbatches(tmp_path, digits):
+    overrides = (
+        "training.steps=12",
+        "objective.importance_samples=4",
+        "objective.gradient=doubly_reparameterized",
+        "objective.free_bits=0.2",
+        "objective.beta_warmup_steps=8",
+    )
+    found = []
+    for world, microbatch in ((1, 0), (2, 16), (1, 8)):
+        run = tmp_path / f"{world} {microbatch}"
+        cut = f"training.microbatch_size={microbatch}"
+        assert train(run, digits, *overrides, cut, world=world) == [0] * world
+        found.append(losses(run))
+        row = rows(run)[12]
+        assert row["train/neg_iwae_nats"] < row["train/neg_elbo_nats"]
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-4, atol=0)
+
+
+def test_labels_and_masks_do_not_depend_on_ranks_or_microbatches(tmp_path, digits):
+    conditions = ("model.num_classes=10", "model.label_dropout=0.3", "data.mask=rectangle")
+    options = ("training.steps=12", "evaluation.every=0", *conditions)
+    alone, together = tmp_path / "1", tmp_path / "2"
+    assert train(alone, digits, *options) == [0]
+    assert train(together, digits, *options, "training.microbatch_size=8", world=2) == [0, 0]
+    torch.testing.assert_close(losses(together), losses(alone), rtol=1e-4, atol=0)
+    for name in ("train/bits_per_dim", "eval/neg_elbo_nats", "eval/bits_per_dim"):
+        found = [rows(run)[12][name] for run in (together, alone)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4), name
+    row = rows(alone)[12]  # per dim means per observed one: half of 784
+    total = row["eval/neg_elbo_nats"]
+    assert row["eval/bits_per_dim"] == pytest.approx(total / (392 * math.log(2)), rel=0.02)
+
+
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 def test_an_interrupted_run_goes_on_with_another_number_of_ranks(
     reference, tmp_path, digits, monkeypatch, first, second
@@ -45,6 +81,7 @@ def test_an_interrupted_run_goes_on_with_another_number_of_ranks(
     assert train(run, digits, *overrides, world=first) == [75] * first
     # ranks agree one step after the first of them was asked
     assert status(run)["status"] == "interrupted" and status(run)["step"] == 22 + first
+    assert 0 < rows(run)[status(run)["step"]]["data/epoch"] < 1  # in the middle of an epoch
     monkeypatch.undo()
     assert train(run, digits, *overrides, world=second) == [0] * second
     torch.testing.assert_close(losses(run), losses(reference), rtol=1e-4, atol=0)

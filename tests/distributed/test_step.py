@@ -1,12 +1,15 @@
 """One optimizer step over ranks: gradients before clipping, agreement on what is not finite."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from tests.support.distributed import run_ranks
-from vae_dist.config.schema import RuntimeConfig, TrainConfig
-from vae_dist.data.stream import Batch
+from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
+from vae_dist.data.stream import Batch, Group
 from vae_dist.models.build import build_vae
 from vae_dist.runtime import Runtime
 from vae_dist.training.ema import Ema
@@ -16,14 +19,25 @@ from vae_dist.training.step import StepReport, TrainingStep
 BATCH_SIZE, SLOTS = 16, 8
 
 
-def config(*, microbatch_size: int = 0, clip: float = 0.0) -> TrainConfig:
-    config = TrainConfig()
+IWAE = ObjectiveConfig(
+    importance_samples=4, gradient="doubly_reparameterized", free_bits=0.3, beta=0.7
+)
+
+
+def config(
+    *,
+    microbatch_size: int = 0,
+    clip: float = 0.0,
+    objective: ObjectiveConfig | None = None,
+    precision: str = "no",
+) -> TrainConfig:
+    config = TrainConfig(objective=objective or ObjectiveConfig())
     config.data.channels, config.data.slots = 3, SLOTS
     config.model.channels, config.model.blocks = [8, 8], 1
     config.model.norm_groups, config.model.attention = 4, False
     config.training.batch_size = BATCH_SIZE
     config.training.microbatch_size = microbatch_size
-    config.training.precision = "no"
+    config.training.precision = precision
     config.optimizer.clip_grad_norm = clip
     return config
 
@@ -45,27 +59,64 @@ def batch(runtime: Runtime, step: int) -> Batch:
     images = torch.randint(256, (BATCH_SIZE, 3, 8, 8), generator=generator, dtype=torch.uint8)
     share = BATCH_SIZE // runtime.world
     part = slice(runtime.rank * share, (runtime.rank + 1) * share)
-    return Batch(step, images[part], torch.zeros(share, dtype=torch.int64), ("a.tar",), ())
+    slots = range(SLOTS)[runtime.rank * SLOTS // runtime.world :][: SLOTS // runtime.world]
+    group = Group(tuple(slots), images[part], torch.zeros(share, dtype=torch.int64))
+    return Batch(step, (group,), ("a.tar",), ())
 
 
-def gradients(microbatch_size: int, clip: float) -> tuple[dict[str, torch.Tensor], float, float]:
+SHAPES = ((8, 8), (8, 8), (4, 12), (8, 8), (8, 8), (8, 8), (8, 8), (8, 8))  # of each slot
+
+
+def mixed_batch(runtime: Runtime, step: int) -> Batch:
+    """Slots of two shapes; on two ranks the first has one group more than the second."""
+    images = batch_of_one(step)
+    mine = range(SLOTS)[runtime.rank * SLOTS // runtime.world :][: SLOTS // runtime.world]
+    groups = []
+    for shape in dict.fromkeys(SHAPES[slot] for slot in mine):
+        slots = tuple(slot for slot in mine if SHAPES[slot] == shape)
+        pixels = [images[2 * slot : 2 * slot + 2, :, : shape[0], : shape[1]] for slot in slots]
+        labels = torch.zeros(2 * len(slots), dtype=torch.int64)
+        groups.append(Group(slots, torch.cat(pixels), labels))
+    return Batch(step, tuple(groups), ("a.tar",), ())
+
+
+def batch_of_one(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(256, (BATCH_SIZE, 3, 8, 12), generator=generator, dtype=torch.uint8)
+
+
+def gradients(
+    microbatch_size: int,
+    clip: float,
+    make_batch: Callable[[Runtime, int], Batch] = batch,
+    objective: ObjectiveConfig | None = None,
+    precision: str = "no",
+) -> tuple[dict[str, torch.Tensor], float, float]:
     """Gradients that the optimizer sees, the norm before clipping, the loss sum of this rank."""
-    runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
-    step = training_step(config(microbatch_size=microbatch_size, clip=clip), runtime)
+    runtime = Runtime.start(RuntimeConfig(threads=1), precision=precision)
+    step = training_step(
+        config(
+            microbatch_size=microbatch_size, clip=clip, objective=objective, precision=precision
+        ),
+        runtime,
+    )
     seen: dict[str, torch.Tensor] = {}
     step.optimizer.register_step_pre_hook(
         lambda *_: seen.update(
             {name: p.grad.clone() for name, p in step.vae.named_parameters() if p.grad is not None}
         )
     )
-    report = step(batch(runtime, 0), 0)
+    report = step(make_batch(runtime, 0), 0)
+    dims = sum(group.images.numel() for group in make_batch(runtime, 0).groups)
+    assert int(report.num_dims) == dims
     return seen, float(report.grad_norm), float(report.loss_sum)
 
 
+@pytest.mark.parametrize("objective", [None, IWAE], ids=["elbo", "iwae"])
 @pytest.mark.parametrize(("world", "microbatch"), [(1, 2), (2, 0), (2, 2), (2, 4)])
-def test_gradients_do_not_depend_on_ranks_or_microbatches(world, microbatch):
-    ((expected, norm, loss),) = run_ranks(1, gradients, 0, 0.0)
-    outcomes = run_ranks(world, gradients, microbatch, 0.0)
+def test_gradients_do_not_depend_on_ranks_or_microbatches(world, microbatch, objective):
+    ((expected, norm, loss),) = run_ranks(1, gradients, 0, 0.0, batch, objective)
+    outcomes = run_ranks(world, gradients, microbatch, 0.0, batch, objective)
     for found, found_norm, _ in outcomes:
         assert found.keys() == expected.keys()
         for name in expected:
@@ -73,6 +124,31 @@ def test_gradients_do_not_depend_on_ranks_or_microbatches(world, microbatch):
             assert (found[name] - expected[name]).abs().max() <= 1e-4 * scale, name
         assert found_norm == pytest.approx(norm, rel=1e-4)
     assert sum(o[2] for o in outcomes) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "microbatch"), [(1, 2), (2, 0), (2, 4), (4, 0)])
+def test_gradients_of_images_of_two_shapes_do_not_depend_on_the_layout(world, microbatch):
+    ((expected, norm, loss),) = run_ranks(1, gradients, 0, 0.0, mixed_batch)
+    outcomes = run_ranks(world, gradients, microbatch, 0.0, mixed_batch)
+    for found, found_norm, _ in outcomes:
+        for name in expected:
+            scale = expected[name].abs().max()
+            assert (found[name] - expected[name]).abs().max() <= 1e-4 * scale, name
+        assert found_norm == pytest.approx(norm, rel=1e-4)
+    assert sum(o[2] for o in outcomes) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_gradient_of_z_is_weighed_through_the_wrappers(world):
+    """Autocast and DDP hand the objective the z of the graph, not a copy that leads nowhere."""
+    name = "encoder.conv_out.bias"
+    ((exact, _, _),) = run_ranks(1, gradients, 0, 0.0, batch, IWAE)
+    plain = dataclasses.replace(IWAE, gradient="standard")
+    ((standard, _, _),) = run_ranks(1, gradients, 0, 0.0, batch, plain)
+    ((found, _, _), *_) = run_ranks(world, gradients, 0, 0.0, batch, IWAE, "bf16")
+    scale = (standard[name] - exact[name]).abs().max()
+    assert scale > 0
+    assert (found[name] - exact[name]).abs().max() < 0.2 * scale
 
 
 def test_clipping_scales_the_gradient_of_all_ranks():
@@ -88,8 +164,8 @@ def poisoned_run(bad_rank: int, bad_step: int) -> tuple[list[float], list[torch.
     step = training_step(config(), runtime)
     inputs = step._inputs
 
-    def poisoned(batch: Batch, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, noise = inputs(batch, number)
+    def poisoned(group: Group, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, noise = inputs(group, number)
         if number == bad_step and runtime.rank == bad_rank:
             noise = noise * float("nan")
         return images, noise

@@ -13,6 +13,7 @@ from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.stream import EvaluationBatch
+from vae_dist.evaluation.importance import ImportanceMeter
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
@@ -125,6 +126,7 @@ def test_row_has_the_names_that_scripts_rely_on(runtime: Runtime) -> None:
         "latent/active_units",
         "latent/active_fraction",
         "latent/posterior_variance",
+        "latent/mutual_information_nats",
         "latent/kl_nats_per_unit",
     }
 
@@ -160,3 +162,37 @@ def test_two_ranks_agree_with_one_process(runtime: Runtime, tmp_path: Path) -> N
     assert first.num_images == NUM_IMAGES
     for name, value in alone.figures().items():
         assert first.figures()[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_images_of_two_shapes_count_by_their_values(runtime: Runtime) -> None:
+    """bits/dim of all is the mean of both weighted by values, nats per image by images."""
+    model = tiny_model(latent="spatial", kind="gaussian")
+
+    def of_shape(height: int, width: int, samples: list[int]) -> EvaluationBatch:
+        generator = torch_generator(0, "shapes", height)
+        shape = (len(samples), 1, height, width)
+        return EvaluationBatch(
+            images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+            labels=torch.full((len(samples),), -1),
+            samples=torch.tensor(samples),
+            weights=torch.ones(len(samples)),
+            skipped=(),
+        )
+
+    small, large = of_shape(6, 5, [0, 3, 4]), of_shape(8, 12, [1, 2])
+
+    def measured(*shares: EvaluationBatch) -> EvaluationResult:
+        meters = [ImportanceMeter(model, torch.device("cpu"), num_samples=3, seed=3)]
+        result = evaluate(model, shares, runtime=runtime, seed=3, meters=meters)
+        assert result is not None
+        return result
+
+    both, first, second = (measured(*of) for of in ((small, large), (small,), (large,)))
+    dims = 3 * 30, 2 * 96
+    for name in ("bits_per_dim", "is_bits_per_dim"):
+        one, two = first.figures()[name], second.figures()[name]
+        expected = (one * dims[0] + two * dims[1]) / sum(dims)
+        assert both.figures()[name] == pytest.approx(expected, rel=1e-6), name
+    for name in ("neg_elbo_nats", "is_nll_nats", "rate_nats"):
+        expected = (3 * first.figures()[name] + 2 * second.figures()[name]) / 5
+        assert both.figures()[name] == pytest.approx(expected, rel=1e-6), name

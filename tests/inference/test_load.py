@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.support.tiny_run import tiny_config, write_images, write_run
+from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import RunCommand
 from vae_dist.inference.load import check_image_size, first_images, load_model, open_images
 
 

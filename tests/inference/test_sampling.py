@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.support.tiny_run import tiny_config
-from vae_dist.inference.sampling import prior_latents, reconstruct, sample_prior
+from vae_dist.inference.sampling import reconstruct, sample_prior
 from vae_dist.models.build import build_vae
+from vae_dist.models.prior import prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 

@@ -12,6 +12,7 @@ from torch.distributions import Normal
 
 from vae_dist.config.schema import DataConfig, LikelihoodConfig
 from vae_dist.models.likelihoods import Gaussian, Likelihood, bits_per_dim, build_likelihood
+from vae_dist.models.likelihoods.levels import uniform_of_content
 
 BATCH, CHANNELS, HEIGHT, WIDTH = 4, 3, 5, 7
 
@@ -48,7 +49,7 @@ def test_bernoulli_is_that_of_torch_distributions() -> None:
     assert torch.isfinite(model.log_prob(1e4 * logits, images)).all()
 
 
-@pytest.mark.parametrize("variance", ["fixed", "shared", "per_pixel"])
+@pytest.mark.parametrize("variance", ["fixed", "shared", "per_channel", "per_pixel"])
 def test_gaussian_is_that_of_torch_distributions(variance: str) -> None:
     model = likelihood(kind="gaussian", variance=variance, sigma=0.2, min_sigma=0.05)
     images = model.prepare(*random_images())
@@ -57,8 +58,13 @@ def test_gaussian_is_that_of_torch_distributions(variance: str) -> None:
         sigma = torch.tensor(0.2, dtype=torch.float64)
     elif variance == "shared":
         with torch.no_grad():
-            model.raw_log_variance.fill_(-0.1)
+            model.moments.raw_log_variance.fill_(-0.1)
         sigma = torch.tensor(0.05**2 + 0.25 * math.exp(-1.0), dtype=torch.float64).sqrt()
+    elif variance == "per_channel":
+        with torch.no_grad():
+            model.moments.raw_log_variance.copy_(torch.tensor([-0.1, 0.0, 0.05]))
+        raw = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
+        sigma = (0.05**2 + 0.25 * raw.exp()).sqrt().view(3, 1, 1)
     else:
         sigma = (0.05**2 + 0.25 * params[:, CHANNELS:].double().exp()).sqrt()
     mean = params[:, :CHANNELS]
@@ -75,7 +81,10 @@ def test_gaussian_is_that_of_torch_distributions(variance: str) -> None:
         ({"kind": "bernoulli"}, 3),
         ({"kind": "gaussian", "variance": "fixed"}, 3),
         ({"kind": "gaussian", "variance": "shared"}, 3),
+        ({"kind": "gaussian", "variance": "per_channel"}, 3),
         ({"kind": "gaussian", "variance": "per_pixel"}, 6),
+        ({"kind": "discretized_gaussian", "variance": "per_pixel"}, 6),
+        ({"kind": "discretized_logistic_mixture", "mixtures": 10}, 100),  # as PixelCNN++
     ],
 )
 def test_number_of_decoder_channels(knobs: dict[str, str], num_params: int) -> None:
@@ -88,7 +97,7 @@ def test_the_floor_of_the_variance_is_smooth_and_counted(variance: str) -> None:
     params = torch.zeros(BATCH, model.num_params(CHANNELS), HEIGHT, WIDTH)
     if variance == "shared":
         with torch.no_grad():
-            model.raw_log_variance.fill_(-100.0)
+            model.moments.raw_log_variance.fill_(-100.0)
         expected = 1.0
     else:
         params[:, CHANNELS:, :, 0] = -1000.0
@@ -184,3 +193,82 @@ def test_draws_have_the_moments_of_the_likelihood() -> None:
     draws = gaussian.sample(torch.full((1, 1, 300, 300), 0.25), generator())
     assert draws.mean().item() == pytest.approx(0.25, abs=2e-3)
     assert draws.std().item() == pytest.approx(0.1, abs=2e-3)
+
+
+# ---- bits and binarisations ----
+
+
+def test_five_bits_drop_three() -> None:
+    data = DataConfig(bits=5, dequantize=False)
+    model = build_likelihood(LikelihoodConfig(), data)
+    stored = torch.tensor([0, 7, 8, 130, 248, 255], dtype=torch.uint8).view(1, 1, 1, 6)
+    found = model.prepare(stored, None).flatten()
+    torch.testing.assert_close(found, torch.tensor([0, 0, 1, 16, 31, 31]) / 15.5 - 1)
+
+
+def test_sixteen_bits_and_floats_keep_theirs() -> None:
+    sixteen = build_likelihood(LikelihoodConfig(), DataConfig(bits=16, dequantize=False))
+    stored = torch.tensor([0, 1, 65535], dtype=torch.uint16).view(1, 1, 1, 3)
+    found = sixteen.prepare(stored, None).flatten().double()
+    torch.testing.assert_close(
+        found, torch.tensor([-1.0, 2 / 65535 - 1, 1.0]).double(), rtol=0, atol=6e-8
+    )
+    floats = build_likelihood(LikelihoodConfig(), DataConfig(bits=32))
+    values = torch.tensor([-1.0, 0.3, 0.9]).view(1, 1, 1, 3)
+    assert not floats.needs_uniform and torch.equal(floats.prepare(values, None), values)
+
+
+def test_what_has_no_levels_has_no_bits() -> None:
+    floats = build_likelihood(LikelihoodConfig(), DataConfig(bits=32))
+    soft = likelihood(kind="bernoulli", binarization="soft")
+    for model in (floats, soft):
+        assert not model.has_levels and model.bits_per_dim(3.0, 4) is None
+        with pytest.raises(ValueError, match="no bits/dim"):
+            model.nats_to_level_nats(3.0, 4)
+    assert likelihood(kind="bernoulli").bits_per_dim(math.log(16), 4) == pytest.approx(1.0)
+    # nor has an image whose pixels are all missing
+    assert likelihood(kind="bernoulli").bits_per_dim(0.0, 0) is None
+
+
+def test_static_binarisation_is_one_draw_of_each_image() -> None:
+    model = likelihood(kind="bernoulli", binarization="static")
+    assert not model.needs_uniform
+    images = random_images(1)[0].repeat(1, 1, 8, 8)
+    images = torch.cat([images, images[:1] // 2])
+    whole = model.prepare(images, None)
+    assert torch.equal(model.prepare(images[2:3], None), whole[2:3])  # in any batch
+    share = (whole > 0).double().mean().item()
+    assert share == pytest.approx((images.double() / 255).mean().item(), abs=0.02)
+    # images of one grey differ from pixel to pixel, and from each other
+    flat = torch.full((2, 1, 64, 64), 128, dtype=torch.uint8)
+    flat[1, 0, 0, 0] = 127
+    first, second = model.prepare(flat, None) > 0
+    assert first.double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (first == second).double().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_noise_of_content_is_uniform() -> None:
+    images = random_images(1)[0].repeat(1, 1, 20, 20)
+    noise = uniform_of_content(images).double().flatten()
+    assert noise.min() >= 0 and noise.max() < 1
+    shares = torch.histc(noise, 20, 0, 1) / len(noise)
+    # multinomial: five standard deviations of a share
+    assert (shares - 0.05).abs().max().item() < 5 * (0.05 * 0.95 / len(noise)) ** 0.5
+    pairs = noise.view(4, -1)
+    assert torch.corrcoef(pairs).fill_diagonal_(0).abs().max() < 0.05
+    shifted = torch.corrcoef(torch.stack([pairs[0, :-1], pairs[0, 1:]]))[0, 1]
+    assert shifted.abs() < 0.05
+
+
+def test_threshold_and_soft_targets_are_deterministic() -> None:
+    stored = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 1, 1, 4)
+    threshold = likelihood(kind="bernoulli", binarization="threshold")
+    assert threshold.prepare(stored, None).flatten().tolist() == [-1, -1, 1, 1]
+    soft = likelihood(kind="bernoulli", binarization="soft")
+    images = soft.prepare(stored, None)
+    logits = random_params(soft, 1)[:1, :, :1, :4]
+    targets = stored.double() / 255
+    expected = -torch.nn.functional.binary_cross_entropy_with_logits(
+        logits.double(), targets, reduction="sum"
+    )
+    assert soft.log_prob(logits, images).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -26,20 +26,20 @@ def test_kl_is_that_of_torch_distributions(shape: tuple[int, ...]) -> None:
     mean, log_variance = random_posterior(*shape)
     q = Normal(mean.double(), torch.exp(0.5 * log_variance.double()))
     p = Normal(torch.zeros_like(q.loc), torch.ones_like(q.loc))
-    expected = kl_divergence(q, p).flatten(1).sum(1)
+    expected = kl_divergence(q, p).reshape(*shape[:2], -1).sum(2)  # of each unit
     kl = kl_to_standard_normal(mean, log_variance)
-    assert kl.shape == (5,) and kl.dtype == torch.float32
+    assert kl.shape == shape[:2] and kl.dtype == torch.float32
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_kl_keeps_its_digits_close_to_the_prior() -> None:
     mean, log_variance = torch.zeros(1, 1), torch.full((1, 1), 1e-3)
     # exp(t) - 1 - t = t^2/2 + t^3/6 + ...
-    expected = torch.tensor([0.5 * (1e-6 / 2 + 1e-9 / 6)])
+    expected = torch.tensor([[0.5 * (1e-6 / 2 + 1e-9 / 6)]])
     torch.testing.assert_close(
         kl_to_standard_normal(mean, log_variance), expected, rtol=2e-3, atol=0
     )
-    assert kl_to_standard_normal(torch.zeros(1, 3), torch.zeros(1, 3)).item() == 0.0
+    assert kl_to_standard_normal(torch.zeros(1, 3), torch.zeros(1, 3)).tolist() == [[0.0] * 3]
 
 
 def test_draws_have_the_moments_of_q() -> None:

@@ -13,6 +13,7 @@ from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
 from vae_dist.models import VAE, build_vae
 from vae_dist.models.blocks import AttentionBlock, ResidualBlock
+from vae_dist.objectives.loss import noise_shape
 from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -23,6 +24,9 @@ KINDS = {
     "bernoulli": LikelihoodConfig(kind="bernoulli"),
     "shared": LikelihoodConfig(variance="shared"),
     "per_pixel": LikelihoodConfig(variance="per_pixel"),
+    "per_channel": LikelihoodConfig(variance="per_channel"),
+    "discretized": LikelihoodConfig(kind="discretized_gaussian", variance="per_pixel"),
+    "mixture": LikelihoodConfig(kind="discretized_logistic_mixture", mixtures=2),
 }
 
 
@@ -77,12 +81,11 @@ def test_shapes_and_types(latent: str, kind: str, patch: int) -> None:
     stride = 4 * patch
     latent_shape = (4,) if latent == "vector" else (4, -(-18 // stride), -(-21 // stride))
     assert model.latent_shape(*size) == latent_shape
-    assert output.log_likelihood.shape == (2,) and output.kl.shape == (2, 1)
+    assert output.log_likelihood.shape == (2,) and output.kl.shape == (2, 4)
     assert output.mean.shape == output.log_variance.shape == (2, *latent_shape)
     assert output.params.shape == (2, model.likelihood.num_params(channels), *size)
-    assert output.reconstruction.shape == (2, channels, *size)
+    assert output.z.shape == noise.shape
     assert all(tensor.dtype == torch.float32 for tensor in output)
-    assert output.reconstruction.abs().max() <= 1
 
 
 @pytest.mark.parametrize("latent", ["spatial", "vector"])
@@ -143,6 +146,29 @@ def test_each_image_is_on_its_own() -> None:
     for field in ("log_likelihood", "kl", "params"):
         joined = torch.cat([getattr(part, field) for part in parts])
         torch.testing.assert_close(joined, getattr(whole, field), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("latent", ["spatial", "vector"])
+def test_several_draws_of_an_image_are_those_of_several_forwards(latent: str) -> None:
+    model = build_vae(small(latent, num_classes=3), (9, 8))
+    away_from_zero(model)
+    images, _ = inputs(model, 2, 3, (9, 8))
+    labels = torch.tensor([2, -1])
+    mask = (torch.arange(2 * 72).view(2, 1, 9, 8) % 5 > 0).to(torch.uint8)
+    shape = (2, 3, *model.latent_shape(9, 8))
+    noise = torch.randn(shape, generator=torch_generator(0, "draws"))
+    encodings: list[int] = []
+    model.encoder.register_forward_hook(lambda _, args, __: encodings.append(len(args[0])))
+    several = model(images, noise, labels, mask)
+    assert encodings == [2]  # once for each image
+    assert several.log_likelihood.shape == (2, 3) and several.z.shape == shape
+    assert several.params.shape == (2, 3, 3, 9, 8)
+    for k in range(3):
+        one = model(images, noise[:, k], labels, mask)
+        torch.testing.assert_close(several.kl, one.kl)
+        for field in ("log_likelihood", "z", "params"):
+            found, expected = getattr(several, field)[:, k], getattr(one, field)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
@@ -211,12 +237,40 @@ def test_attention_is_softmax_attention() -> None:
 def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
     config = load_train_config([f"config={path}"])
     resolution = config.data.resolution
-    size = (28, 28) if resolution == "native" else (resolution, resolution)
+    size = (resolution, resolution) if isinstance(resolution, int) else (28, 36)
     with torch.device("meta"):
         model = build_vae(config, size)
-        output = model(
-            torch.empty(2, config.data.channels, *size),
-            torch.empty(2, *model.latent_shape(*size)),
-        )
+        noise = torch.empty(noise_shape(config.objective, 2, model.latent_shape(*size)))
+        output = model(torch.empty(2, config.data.channels, *size), noise)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert output.params.shape[-2:] == size
+
+
+def test_dense_towers_have_the_textbook_shapes() -> None:
+    config = small("vector", "per_pixel", towers="dense", channels=[32, 16])
+    model = build_vae(config, (6, 5))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
+    assert shapes == {
+        "encoder.hidden.layers.0.weight": (32, 90),
+        "encoder.hidden.layers.1.weight": (16, 32),
+        "encoder.linear_out.weight": (8, 16),
+        "decoder.hidden.layers.0.weight": (16, 4),
+        "decoder.hidden.layers.1.weight": (32, 16),
+        "decoder.linear_out.weight": (180, 32),
+    }
+    images, noise = inputs(model, 2, 3, (6, 5))
+    output = model(images, noise)
+    assert output.params.shape == (2, 6, 6, 5) and output.mean.shape == (2, 4)
+    (output.kl.sum() - output.log_likelihood.sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_dense_towers_are_told_the_label() -> None:
+    config = small("vector", "bernoulli", towers="dense", channels=[16], num_classes=3)
+    model = build_vae(config, (6, 5))
+    away_from_zero(model)
+    images, noise = inputs(model, 2, 1, (6, 5))
+    one, other = (model(images, noise, torch.tensor([k, k])) for k in (0, 1))
+    assert not torch.equal(one.mean, other.mean)
+
+    assert not torch.equal(*(model.decode(noise, (6, 5), torch.tensor([k, k])) for k in (0, 1)))

@@ -61,3 +61,17 @@ def test_beta_rises_linearly_from_zero() -> None:
 
 def test_without_warmup_beta_is_constant() -> None:
     assert beta_at(ObjectiveConfig(beta=0.5), 0) == 0.5
+
+
+def test_cosine_warmup_is_slow_at_both_ends() -> None:
+    config = ObjectiveConfig(beta=2.0, beta_warmup_steps=8, beta_warmup="cosine")
+    found = [beta_at(config, step) for step in (0, 2, 4, 6, 8, 9)]
+    quarter = 1 - math.cos(math.pi / 4)
+    assert found == pytest.approx([0.0, quarter, 1.0, 2 - quarter, 2.0, 2.0])
+
+
+def test_beta_rises_as_often_as_asked_and_then_stays() -> None:
+    config = ObjectiveConfig(beta=1.0, beta_warmup_steps=4, beta_cycles=3)
+    rise, hold = [0.0, 0.25, 0.5, 0.75], [1.0] * 4
+    expected = rise + hold + rise + hold + rise + [1.0] * 20
+    assert [beta_at(config, step) for step in range(len(expected))] == expected

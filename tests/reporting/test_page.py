@@ -37,7 +37,7 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     assert run["curves"]["eval/neg_elbo_nats"][-1][0] == 400
     assert run["distributions"]["latent/kl_nats_per_unit"][-1] == [400, [3.0, 1.0, 0.01]]
     assert run["config"]["optimizer.lr"] == ["0.001", False]
-    assert run["results"]["figures"] == {"neg_elbo_nats": 90.0}
+    assert [one["figures"] for one in run["results"]] == [{"neg_elbo_nats": 90.0}]
     titles = [panel["title"] for panel in embedded(page)["sections"]["Latents"]]
     assert titles == ["Active units"]  # beta is constant, posterior variance is not there
 
@@ -75,7 +75,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
         path.unlink()
     (tmp_path / "a" / "environment.json").write_text('{"sessions": [{"first')
     story = read_story(tmp_path / "a", picture_bytes=10**6)
-    assert (story.curves, story.status, story.sessions, story.results) == ({}, {}, [], {})
+    assert (story.curves, story.status, story.sessions, story.results) == ({}, {}, [], [])
 
 
 def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.slurm.cluster import ROOT, Cluster
-from tests.support.training import rows, same_weights, status
+from tests.support.training import arguments, rows, same_weights, status
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +49,13 @@ class Job:
             assert time.monotonic() < end and state in ("PENDING", "RUNNING"), self.said()
             time.sleep(0.1)
 
+    def saved(self) -> None:
+        """Wait for a checkpoint, which a thread writes while training goes on."""
+        end = time.monotonic() + 60
+        while not (self.run / "checkpoints" / "latest").exists():
+            assert time.monotonic() < end, self.trainer_said()
+            time.sleep(0.05)
+
     def waits(self) -> None:
         """Wait until it is queued again."""
         self.cluster.wait_for_requeue(self.number)
@@ -57,6 +64,19 @@ class Job:
         fields = self.cluster.wait(self.number)
         assert fields["JobState"] == state, self.said() + self.trainer_said()
         return fields
+
+
+def training_keys(digits: Path, run: Path) -> list[str]:
+    return arguments(
+        run,
+        digits,
+        "data.slots=16",
+        "training.batch_size=16",
+        f"training.steps={STEPS}",
+        "evaluation.every=0",
+        "log.num_images=4",
+        "checkpoint.every=0",
+    )
 
 
 def submit(
@@ -75,23 +95,7 @@ def submit(
         f"--output={output}",
         *options,
         script=f"launch/{script}.sbatch",
-        args=[
-            "config=debug",
-            f"run={run}",
-            f"data.train={digits}/train",
-            f"data.validation={digits}/validation",
-            "data.bundled=none",
-            "data.workers=0",
-            "data.slots=16",
-            "wandb.mode=disabled",
-            "training.batch_size=16",
-            f"training.steps={STEPS}",
-            "evaluation.every=0",
-            "log.num_images=4",
-            "checkpoint.every=0",
-            "runtime.threads=1",
-            *overrides,
-        ],
+        args=[*training_keys(digits, run), *overrides],
         variables={
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
@@ -154,19 +158,19 @@ def assert_equal(job: Job, untouched: Job) -> None:
 
 def went_on(job: Job) -> None:
     """The second start did not begin anew."""
-    assert "steps from step" in job.trainer_said()
+    assert "going on at step" in job.trainer_said()
 
 
 # tasks: one srun task a process
 
 
 def test_a_run_on_two_nodes_finishes(untouched: Job) -> None:
-    assert status(untouched.run) | {"time": 0} == {
-        "status": "finished",
-        "step": STEPS,
-        "reason": "all steps are done",
-        "time": 0,
-    }
+    said = status(untouched.run)
+    assert [said[key] for key in ("status", "step", "reason")] == [
+        "finished",
+        STEPS,
+        "all steps are done",
+    ]
     logs = sorted(path.name for path in (untouched.run / "logs").iterdir())
     assert logs == [f"{untouched.number}-n1.log", f"{untouched.number}-n2.log"]
     said = untouched.trainer_said()
@@ -187,6 +191,31 @@ def test_warned_of_the_time_limit_it_saves_goes_on_and_ends_the_same(
     assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
     went_on(job)
     assert_equal(job, untouched_pair)
+
+
+def test_at_its_time_limit_it_saves_and_goes_on(
+    linuxproc: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    """A limit of one minute, watched by SLURM itself, which looks every half minute or so."""
+    job = submit(
+        linuxproc,
+        digits,
+        tmp_path / "run",
+        *TWO_BY_ONE,
+        "--time=1",
+        "--signal=B:USR1@20",
+        overrides=("training.steps=1000000",),
+    )
+    job.reached(1)
+    job.waits()
+    assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
+    saved = status(job.run)["step"]
+    assert status(job.run)["status"] == "interrupted" and saved > 0
+    linuxproc.release(job.number)
+    job.reached(saved + 1)
+    went_on(job)
+    linuxproc.run("scancel", job.number)
+    job.ended("CANCELLED")
 
 
 def preempt(job: Job) -> None:
@@ -215,24 +244,27 @@ def test_cancelled_it_saves_and_is_not_requeued(
     cluster.run("scancel", job.number)
     assert job.ended("CANCELLED")["Restarts"] == "0"
     end = time.monotonic() + 30
-    while "not requeued" not in job.said() and time.monotonic() < end:
+    while status(job.run)["status"] == "running" and time.monotonic() < end:
         time.sleep(0.1)
-    assert "ended from outside: not requeued" in job.said()
-    assert status(job.run)["status"] == "interrupted" and status(job.run)["step"] >= 2
+    assert status(job.run)["status"] == "interrupted", job.said() + job.trainer_said()
+    assert status(job.run)["step"] >= 2
+    assert "ended from outside: not requeued" in job.said(), job.said()
     assert (job.run / "checkpoints" / "latest").exists()
     assert cluster.job(job.number)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.parametrize("node", ["n1", "n2"])  # n1 runs the batch script and rank 0
 def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
-    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched_pair: Job
+    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched_pair: Job, node: str
 ) -> None:
     job = submit(
         linuxproc, digits, tmp_path / "run", *TWO_BY_ONE, overrides=("checkpoint.every=5",)
     )
     job.reached(7)
-    linuxproc.kill_node("n2")
+    job.saved()  # else it rightly begins anew
+    linuxproc.kill_node(node)
     job.waits()
-    linuxproc.boot("n2")
+    linuxproc.boot(node)
     assert int(job.ended("COMPLETED")["Restarts"]) >= 1
     went_on(job)
     assert_equal(job, untouched_pair)
@@ -305,6 +337,7 @@ def test_an_array_trains_one_run_a_seed(linuxproc: Cluster, digits: Path, tmp_pa
         ((), ("optimizer.lrr=1",), {}, "did you mean optimizer.lr"),
         (("--nodes=2", "--ntasks-per-node=3"), (), {}, "6 processes cannot share data.slots=16"),
         (("--gpus-per-node=2",), (), {}, "submit with --ntasks-per-node=2"),
+        (("--nodes=2", "--ntasks=3", "--ntasks-per-node=2"), (), {}, "leave --ntasks out"),
         ((), (), {"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun is neither tasks nor accelerate"),
         (("--nodes=2",), (), {"HEAD_ADDR": "nowhere"}, "nowhere is not resolved on every node"),
         ((), (), {"ACTIVATE": "module load nothing"}, "module: command not found"),
@@ -374,6 +407,40 @@ def test_each_task_of_an_array_asks_for_a_trial_of_a_sweep(
     )
     linuxproc.wait(f"{job}_7")
     assert output.read_text() == "-m wandb agent --count 1 team/project/id\n"
+
+
+AGENT = """#!/bin/sh
+# stands for Python, as the agent of a sweep: `-m wandb agent --count 1 SWEEP` starts the trial
+shift 5
+{python} -m vae_dist.train {overrides}
+"""
+
+
+def test_a_preempted_trial_of_a_sweep_saves_and_goes_on(
+    cgroup: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    agent = tmp_path / "agent"
+    run = tmp_path / "run"
+    overrides = " ".join(training_keys(digits, run))
+    agent.write_text(AGENT.format(python=sys.executable, overrides=overrides))
+    agent.chmod(0o755)
+    sweep = {"PYTHON": str(agent), "SWEEP": "team/project/id"}
+    job = submit(cgroup, digits, run, "--array=7", script="sweep", **sweep)
+    job.number += "_7"
+    job.reached(5)
+    cgroup.run("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.ended("COMPLETED")["Restarts"] == "1"
+    assert "asking the trial to save" in job.said() and "going on at step" in job.said()
+    assert status(run)["status"] == "finished" and sorted(rows(run)) == [*range(1, STEPS + 1)]
+
+
+def test_a_sweep_without_a_config_says_what_to_type(linuxproc: Cluster, tmp_path: Path) -> None:
+    output = tmp_path / "sweep.out"
+    job = linuxproc.submit(
+        "--array=0", f"--output={output}", script="launch/sweep.sbatch", args=[], variables={}
+    )
+    assert linuxproc.wait(f"{job}_0", timeout_s=20)["ExitCode"] == "2:0"
+    assert "launch/sweep.sbatch config=NAME" in output.read_text()
 
 
 @pytest.mark.parametrize("script", ["slurm", "sweep", "pack"])

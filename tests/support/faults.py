@@ -1,8 +1,8 @@
 """Faults from outside: ranks of the real `train` command that can be killed, signalled and frozen.
 
 The ranks are forked from a parent that has imported everything, so that one starts in a moment.
-Nothing inside the package knows of this; `record` notes what each step was trained on by wrapping
-the training step in the forked process.
+Nothing inside the package knows of this: what happens at a chosen point is wrapped around its
+functions in the forked process. `record` notes what each step was trained on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,10 +23,11 @@ import torch
 
 from tests.support.distributed import become_rank, free_port
 from tests.support.training import status
-from vae_dist import session  # imported before any fork
+from vae_dist import checkpoint, session  # imported before any fork
 from vae_dist.data.stream import Batch
 from vae_dist.train import main
 from vae_dist.training.step import StepReport, TrainingStep
+from vae_dist.training.watch import RankWatch
 
 assert session  # what the command would import in each process
 
@@ -122,6 +123,66 @@ def is_running(run: Path) -> bool:
     return (run / "status.json").exists() and status(run)["status"] == "running"
 
 
+# faults at a chosen point, from inside a rank
+
+
+def at_place(
+    place: str, action: Callable[[], object], *, ranks: tuple[int, ...], visit: int = 1
+) -> Callable[[int], None]:
+    """For `prepare`: these ranks do something when they come to a place for the nth time.
+
+    The places are those of `training.watch`: of start-up ("shards", ...) and of a step.
+    """
+
+    def prepare(rank: int) -> None:
+        at, visits = RankWatch.at, 0
+
+        def visited(self: RankWatch, step: int, here: str) -> None:
+            nonlocal visits
+            at(self, step, here)
+            visits += here == place
+            if here == place and visits == visit and rank in ranks:
+                action()
+
+        RankWatch.at = visited  # type: ignore[method-assign]
+
+    return prepare
+
+
+def in_the_middle_of_a_write(
+    action: Callable[[], object], *, after_step: int
+) -> Callable[[int], None]:
+    """For `prepare`: done on the main process, in the thread that writes a checkpoint beyond this
+    step, with one of its files on the disk."""
+
+    def prepare(rank: int) -> None:
+        write = checkpoint.write_durably
+        is_done = False
+
+        def interrupted(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+            nonlocal is_done
+            write(path, data)
+            step = path.parent.name.removeprefix(".step_").removesuffix(".tmp")
+            if not is_done and step.isdigit() and int(step) > after_step:
+                is_done = True
+                action()
+
+        checkpoint.write_durably = interrupted
+
+    return prepare
+
+
+def signal_oneself(number: signal.Signals = signal.SIGTERM) -> None:
+    """As from outside: to the process, whichever thread it is in."""
+    os.kill(os.getpid(), number)
+
+
+def starve(until: Path) -> None:
+    """The loader delivers nothing until the file is there."""
+    while not until.exists():
+        time.sleep(0.01)
+
+
 def record(folder: Path) -> Callable[[int], None]:
     """For `prepare`: a line per step and rank, the step and a digest of each image, in order."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +193,8 @@ def record(folder: Path) -> Callable[[int], None]:
 
         def recorded(self: TrainingStep, batch: Batch, step: int) -> StepReport:
             report = step_once(self, batch, step)
-            digests = " ".join(digest(image) for image in batch.images)
+            images = [image for group in batch.groups for image in group.images]
+            digests = " ".join(digest(image) for image in images)
             file.write(f"{step} {digests}\n")
             file.flush()
             return report

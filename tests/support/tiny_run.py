@@ -18,7 +18,7 @@ STEPS = (10, 20)
 
 
 def tiny_config(
-    *, latent: str = "vector", kind: str = "bernoulli", channels: int = 1
+    *, latent: str = "vector", kind: str = "bernoulli", channels: int = 1, num_classes: int = 0
 ) -> TrainConfig:
     config = TrainConfig()
     config.config = "tiny"
@@ -31,6 +31,7 @@ def tiny_config(
     config.model.blocks = 1
     config.model.attention = False
     config.model.norm_groups = 4
+    config.model.num_classes = num_classes
     config.likelihood.kind = kind  # type: ignore[assignment]
     return config
 

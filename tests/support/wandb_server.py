@@ -43,6 +43,7 @@ class Run:
     files: dict[str, bytes] = field(default_factory=dict)  # uploaded path -> content
     complete: bool = False
     exit_code: int | None = None
+    preempting: bool = False
 
     def stream(self, name: str) -> list[str]:
         return [line for _, line in sorted(self.lines.get(name, {}).items())]
@@ -87,6 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body()
         if self.server.service.hang.is_set():
             self.server.service.resume.wait()
+            self.close_connection = True  # whoever asked has given up long ago
+            return
         status, answer = self.server.service.answer(self.command, self.path, body)
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
@@ -128,6 +131,21 @@ class WandbServer:
         self._port = 0
         self._lock = threading.RLock()
         self._listener: Listener | None = None
+        self.answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "Viewer": self._viewer,
+            "GetDefaultEntity": self._viewer,
+            "ServerFeaturesQuery": self._features,
+            "ServerInfo": self._features,
+            "UpsertBucket": self._upsert,
+            "RunResumeStatus": self._resume_status,
+            "LastRecord": self._resume_status,
+            "RunStoppedStatus": self._stopped_status,
+            "Stopped": self._stopped_status,
+            "CreateRunFiles": self._create_files,
+            "MarkRunFilesUploaded": lambda variables: {"markRunFilesUploaded": {"success": True}},
+            "UpsertView2": self._upsert_view,
+            "OrganizationCoreWeaveOrganizationID": lambda variables: {},
+        }
 
     def start(self) -> WandbServer:
         self._listener = Listener(self, self._port)
@@ -159,15 +177,18 @@ class WandbServer:
         return f"http://127.0.0.1:{self._port}"
 
     def environment(self) -> dict[str, str]:
-        """Variables that send a client here, with a client that retries and sends at once."""
+        """Variables that send a client here, with a client that sends and retries each second.
+
+        Whole seconds: wandb-core reads a fraction as 0, which is its default of 15 s or more.
+        """
         return {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": KEY,
-            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.3",
-            "WANDB__FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "0.2",
-            "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "0.5",
-            "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "0.5",
-            "WANDB__FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS": "0.5",
+            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
+            "WANDB__FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "1",
+            "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "1",
+            "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1",
+            "WANDB__FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS": "1",
         }
 
     def only_run(self) -> Run:
@@ -207,7 +228,7 @@ class WandbServer:
             if method == "PUT":
                 files[name] = body
             return 200, files[name]
-        if path != "/" and not path.startswith("/sdk/otel"):  # the sink's probe; telemetry
+        if not path.startswith("/sdk/otel"):  # telemetry
             self.unknown.append(f"{method} {path}")
         return 404, {}
 
@@ -216,30 +237,21 @@ class WandbServer:
         for name, chunk in (request.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
             lines.update(enumerate(chunk["content"], chunk["offset"]))
+        run.preempting |= bool(request.get("preempting"))
         if request.get("complete"):
             run.complete, run.exit_code = True, request.get("exitcode")
         return {"stopped": run_id in self.stopped}
 
     def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         query, variables = request.get("query", ""), request.get("variables") or {}
+        if not query:  # the sink's probe
+            return {}
         named = re.search(r"(?:query|mutation)\s+(\w+)", query)
         operation = request.get("operationName") or (named[1] if named else "?")
-        answers = {
-            "Viewer": self._viewer,
-            "ServerFeaturesQuery": self._features,
-            "ServerInfo": self._features,
-            "UpsertBucket": self._upsert,
-            "RunResumeStatus": self._resume_status,
-            "RunStoppedStatus": self._stopped_status,
-            "CreateRunFiles": self._create_files,
-            "MarkRunFilesUploaded": lambda variables: {"markRunFilesUploaded": {"success": True}},
-            "UpsertView2": self._upsert_view,
-            "OrganizationCoreWeaveOrganizationID": lambda variables: {},
-        }
-        if operation not in answers:
+        if operation not in self.answers:
             self.unknown.append(operation)
             return {}
-        return answers[operation](variables)
+        return self.answers[operation](variables)
 
     def _viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
         user = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
@@ -269,7 +281,8 @@ class WandbServer:
         return {"model": _project(variables.get("project", "")) | {"bucket": bucket}}
 
     def _stopped_status(self, variables: dict[str, Any]) -> dict[str, Any]:
-        return {"project": {"run": {"stopped": variables.get("runId") in self.stopped}}}
+        run_id = variables.get("runId") or variables.get("name")
+        return {"project": {"run": {"stopped": run_id in self.stopped}}}
 
     def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         url = f"{self.url}/storage/{quote(variables['run'], safe='')}/"
@@ -306,7 +319,7 @@ def _bucket(run: Run) -> dict[str, Any]:
         "historyLineCount": len(history),
         "eventsLineCount": len(events),
         "logLineCount": len(run.stream("output.log")),
-        "historyTail": json.dumps(history[-1:]),
-        "eventsTail": json.dumps(events[-1:]),
+        "historyTail": json.dumps(run.stream(HISTORY)[-1:]),  # a list of lines, each JSON in itself
+        "eventsTail": json.dumps(run.stream("wandb-events.jsonl")[-1:]),
         "wandbConfig": json.dumps({"t": 1}),
     }

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from vae_dist.tracking import machine
 from vae_dist.tracking.machine import UpdateRatio, memory_row, peak_flops
 
 
@@ -56,3 +59,30 @@ def test_peak_by_name(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), precision) == expected
+
+
+@pytest.mark.parametrize(("rows_every", "every"), [(1, 100), (6, 102), (50, 100), (200, 200)])
+def test_update_ratios_come_with_a_row_and_no_oftener_than_each_hundredth_step(
+    rows_every: int, every: int
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    ratio = UpdateRatio(torch.optim.SGD([weight], lr=0.1), rows_every=rows_every)
+    assert ratio.every == every
+
+
+def test_memory_is_asked_for_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Process:
+        def memory_info(self) -> SimpleNamespace:
+            asked.append(1)
+            return SimpleNamespace(rss=len(asked) * 2**30)
+
+    monkeypatch.setattr(machine, "_process", lambda pid: Process())
+    machine._memory.cache_clear()
+    found = []
+    for now in (10.0, 10.4, 10.9, 11.1):
+        monkeypatch.setattr(machine.time, "monotonic", lambda now=now: now)
+        found.append(memory_row(torch.device("cpu"))["system/memory_gib"])
+    machine._memory.cache_clear()
+    assert found == [1.0, 1.0, 1.0, 2.0]

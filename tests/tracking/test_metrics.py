@@ -34,6 +34,9 @@ def test_format_row_leaves_out_what_goes_without_saying() -> None:
     row = {"train/loss": 1.5, "train/beta": 1.0, "data/skipped_samples": 0.0}
     assert format_row(1, row) == "step=1 loss=1.5"
     assert format_row(1, {"data/skipped_samples": 2.0}) == "step=1 data/skipped_samples=2"
+    assert format_row(1, {"time/data_wait_fraction": 0.02, "optim/lr": 1e-3}) == "step=1"
+    assert format_row(1, {"time/data_wait_fraction": 0.2}) == "step=1 data_wait_fraction=0.2"
+    assert format_row(1, {"train/loss": math.nan}) == "step=1 loss=nan"
 
 
 @pytest.mark.parametrize(

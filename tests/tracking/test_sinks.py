@@ -77,7 +77,7 @@ def test_lines_where_there_is_no_terminal() -> None:
     sink.close("finished")
     first, evaluation, second = stream.getvalue().splitlines()
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-    assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left_seconds=92", first)
+    assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left=1m32s", first)
     assert re.fullmatch(stamp + "step=200 eval/neg_elbo_nats=95.5", evaluation)
     assert re.fullmatch(stamp + "step=200 pictures in runs/a/images", second)
 
@@ -87,6 +87,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     return io.StringIO()
+
+
+def test_rows_that_come_faster_than_a_person_reads_have_few_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [10.0]
+    monkeypatch.setattr("vae_dist.tracking.sinks.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=5, stream=stream)
+    for step, clock[0] in enumerate([10.0, 10.05, 10.15, 10.25, 10.3], start=1):
+        sink.log(step, {"train/loss": 1.0})
+    assert re.findall(r"step=(\d)", stream.getvalue()) == ["1", "4", "5"]  # the last one always
 
 
 def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
@@ -108,7 +120,7 @@ def test_a_row_between_close_and_exit_is_a_line(terminal: io.StringIO) -> None:
     sink = ConsoleSink(start_step=0, stop_step=300, stream=terminal, terminal=True)
     sink.close("failed")
     sink.log(200, ROW)
-    assert terminal.getvalue().rstrip().endswith("left_seconds=92")
+    assert terminal.getvalue().rstrip().endswith("left=1m32s")
 
 
 LINES = ["config mnist: 7 parameters", "output runs/mnist"]
@@ -145,3 +157,16 @@ def test_where_a_progress_bar_belongs(
         monkeypatch.setenv(name, value)
     assert is_terminal(Terminal()) is expected
     assert not is_terminal(io.StringIO())
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_console_on_a_full_disk_loses_lines_and_nothing_else() -> None:
+    """A job's stdout is a file, mostly on the disk that the run fills."""
+    console = ConsoleSink(start_step=0, stop_step=9, stream=FullDisk(), terminal=False)
+    console.banner("vae_dist", ["output runs/x"])
+    console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+    console.say("warning: step 1: no log (No space left on device); training goes on")

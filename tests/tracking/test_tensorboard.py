@@ -38,3 +38,11 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'vae_dist\[tensorboard\]'"):
         TensorBoardSink(tmp_path, resume_step=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TENSORBOARD, reason="needs the extra tensorboard")
+def test_a_distribution_without_a_finite_number_is_left_out(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path, resume_step=0)
+    sink.log(10, {"latent/kl_nats_per_unit": [float("nan"), float("nan")]})
+    sink.close("finished")

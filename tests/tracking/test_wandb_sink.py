@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -29,17 +31,21 @@ class FakeRun:
         self.exit_code: int | None = None
         self.on_log: Callable[[], None] = lambda: None
         self.settings = SimpleNamespace(sync_dir="runs/a/wandb/offline-run-1")
+        self.id, self.entity, self.project, self.url = settings["id"], "e", "p", "https://w.test/r"
+        self.on_finish: Callable[[], None] = lambda: None
+        self.is_preempting = False
         self.resumed = settings["resume"] == "allow" and settings["mode"] == "online"
         # what the server has: of step 100 the row, but not the picture
         self.summary: dict[str, Any] = {
             "trainer/step": 100,
+            "trainer/record": "row",
             "trainer/step_of/images/samples": 90,
         }
 
     def define_metric(
         self, name: str, step_metric: str | None = None, hidden: bool = False
     ) -> None:
-        assert (name, step_metric) in (("trainer/step", None), ("*", "trainer/step"))
+        assert step_metric == ("trainer/step" if name == "*" else None)
 
     def log(self, row: dict[str, Any], *, commit: bool) -> None:
         self.on_log()
@@ -49,8 +55,13 @@ class FakeRun:
     def log_artifact(self, artifact: FakeArtifact) -> None:
         self.artifacts.append((artifact.name, artifact.type, artifact.files))
 
+    def mark_preempting(self) -> None:
+        assert self.exit_code is None
+        self.is_preempting = True
+
     def finish(self, *, exit_code: int) -> None:
         self.exit_code = exit_code
+        self.on_finish()
 
 
 class FakeArtifact:
@@ -67,10 +78,11 @@ class FakeWandb:
     """What WandbSink uses of wandb; `fails` are the modes whose init raises."""
 
     def __init__(self) -> None:
-        fields = {"model_fields": {"silent": None, "stop_fn": None}}
+        fields = {"model_fields": {"silent": None, "stop_fn": None, "finish_timeout_raises": 0}}
         self.Settings = type("Settings", (SimpleNamespace,), fields)
         self.Artifact = FakeArtifact
-        self.logged_in = False
+        self.logged_in = self.is_stopped = False
+        self.last_record: dict[str, Any] = {"trainer/step": 100, "trainer/record": "row"}
         self.fails: set[str] = set()
         self.runs: list[FakeRun] = []
         self.num_teardowns = 0
@@ -87,6 +99,16 @@ class FakeWandb:
             raise ConnectionError("no way\nsecond line")
         self.runs.append(FakeRun(settings))
         return self.runs[-1]
+
+    def Api(self, *, timeout: int) -> SimpleNamespace:
+        def answer(query: str, *, variables: dict[str, str], timeout: float) -> dict[str, Any]:
+            assert variables["name"] == self.runs[-1].id
+            if "stopped" in query:
+                return {"project": {"run": {"stopped": self.is_stopped}}}
+            tail = json.dumps([json.dumps(self.last_record)])
+            return {"model": {"bucket": {"historyTail": tail}}}
+
+        return SimpleNamespace(_service_api=SimpleNamespace(execute_graphql=answer))
 
     def Image(self, path: str, *, caption: str) -> tuple[str, str, str]:
         return ("image", path, caption)
@@ -108,7 +130,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
         monkeypatch.delenv(name)
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(wandb_modes, "_answers", lambda url: True)
+    monkeypatch.setattr(wandb_modes, "_no_service", lambda url: "")
     return fake
 
 
@@ -135,9 +157,10 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
     assert said[0].endswith("wandb sync runs/a/wandb/offline-run-1")
     (run,) = fake.runs
     assert run.rows == [
-        {"trainer/step": 50, "train/loss": 1.5},
+        {"trainer/step": 50, "trainer/record": "row", "train/loss": 1.5},
         {
             "trainer/step": 50,
+            "trainer/record": "images/samples",
             "trainer/step_of/images/samples": 50,
             "images/samples": ("image", str(tmp_path / "s.png"), "step 50"),
         },
@@ -158,7 +181,7 @@ def test_auto_goes_offline_when_the_server_does_not_answer(
     fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.logged_in = True
-    monkeypatch.setattr(wandb_modes, "_answers", lambda url: False)
+    monkeypatch.setattr(wandb_modes, "_no_service", lambda url: "does not answer")
     sink, said = start(tmp_path)
     assert sink.mode == "offline"
     assert "https://w.test does not answer" in said[0]
@@ -247,7 +270,7 @@ def test_a_dead_core_ends_tracking_and_nothing_else(fake: FakeWandb, tmp_path: P
     stopped = [line for line in said if "stopped working" in line]
     assert len(stopped) == 1
     assert "ConnectionResetError: gone" in stopped[0]
-    assert "wandb sync runs/a/wandb/offline-run-1" in said[-1]
+    assert said[-1].endswith("wandb sync runs/a/wandb/offline-run-1")
     assert fake.num_teardowns == 1  # takes wandb's exit hook away
 
 
@@ -266,7 +289,7 @@ def test_a_hanging_core_blocks_neither_log_nor_close(
     let_go.set()
     assert time.monotonic() - began < 2
     assert sum("misses some" in line for line in said) == 1
-    assert "did not finish cleanly" in said[-1]
+    assert "did not get everything" in said[-1]
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(fake: FakeWandb, tmp_path: Path) -> None:
@@ -283,6 +306,72 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(fake: FakeWandb, tmp_path: 
     assert len(first.rows) == 6
     sent = [(row["trainer/step"], "images/samples" in row) for row in second.rows]
     assert sent == [(100, True), (110, False), (110, True)]
+
+
+def test_a_record_that_only_the_summary_has_is_sent_again(fake: FakeWandb, tmp_path: Path) -> None:
+    fake.logged_in = True
+    fake.last_record = {"trainer/step": 90, "trainer/record": "images/samples"}
+    start(tmp_path)[0].close("interrupted")
+    sink, _ = start(tmp_path, resume_step=60)
+    for step in (90, 100):
+        sink.log(step, {"train/loss": 1.0})
+    sink.close("finished")
+    assert [row["trainer/step"] for row in fake.runs[1].rows] == [100]
+
+
+@pytest.mark.parametrize(
+    ("status", "sweep", "stopped", "expected"),
+    [
+        ("interrupted", "s1", "", True),
+        ("interrupted", "s1", "button", False),
+        ("interrupted", "s1", "sweep", False),  # its agent sends SIGTERM; the server knows why
+        ("interrupted", "", "", False),
+        ("finished", "s1", "", False),
+    ],
+)
+def test_a_preempted_trial_goes_back_to_its_sweep(
+    fake: FakeWandb,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    sweep: str,
+    stopped: str,
+    expected: bool,
+) -> None:
+    if sweep:
+        monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+    fake.logged_in = True
+    sink, _ = start(tmp_path)
+    fake.is_stopped = stopped == "sweep"
+    if stopped == "button":
+        fake.runs[0].asked["settings"].stop_fn()
+    sink.close(status)
+    assert fake.runs[0].is_preempting == expected
+    assert fake.runs[0].exit_code == (0 if status == "finished" else 1)
+
+
+@pytest.mark.parametrize("trouble", ["timeout", "refused"])
+def test_what_did_not_arrive_is_said(fake: FakeWandb, tmp_path: Path, trouble: str) -> None:
+    fake.logged_in = True
+    sink, said = start(tmp_path)
+
+    def give_up() -> None:
+        raise TimeoutError("finish_timeout")
+
+    if trouble == "timeout":
+        fake.runs[0].on_finish = give_up
+    else:
+        log = Path(fake.runs[0].settings.sync_dir) / "logs" / "debug-internal.log"
+        sink._sync_dir = str(tmp_path / log.parts[0])
+        log = tmp_path / log.parts[0] / "logs" / "debug-internal.log"
+        log.parent.mkdir(parents=True)
+        log.write_text('{"level":"ERROR+4","msg":"filestream: fatal error: 403 Forbidden"}\n')
+    sink.close("finished")
+    assert said == [
+        "W&B did not get everything; upload the rest with: "
+        f"python -m vae_dist.upload run={tmp_path}"
+    ]
+    assert sink.lacks_points
 
 
 def test_the_stop_button_is_passed_on(fake: FakeWandb, tmp_path: Path) -> None:
@@ -304,7 +393,8 @@ def test_distributions_and_artifacts(fake: FakeWandb, tmp_path: Path) -> None:
     sink.artifacts(tmp_path / "step_00000010", tmp_path, step=10)
     sink.close("finished")
     (run,) = fake.runs
-    assert run.rows == [{"trainer/step": 1, "latent/kl_nats_per_unit": ("histogram", [0.5, 2.0])}]
+    (row,) = run.rows
+    assert row["latent/kl_nats_per_unit"] == ("histogram", [0.5, 2.0])
     assert run.artifacts == [
         (f"{tmp_path.name}-checkpoint", "model", ["model.safetensors"]),
         (f"{tmp_path.name}-pictures", "pictures", ["samples_00000010.png"]),
@@ -386,3 +476,18 @@ def test_real_wandb_offline_is_quiet_and_quick_to_leave(tmp_path: Path, damage: 
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")
     assert lines[0].endswith(f"wandb sync {offline}")
     assert list(offline.glob("*.wandb"))
+
+
+def test_a_distribution_that_is_not_finite_does_not_end_tracking(
+    fake: FakeWandb, tmp_path: Path
+) -> None:
+    """wandb.Histogram raises on NaN, and on the null by which log.jsonl stands for it."""
+    said: list[str] = []
+    sink = WandbSink(config(), tmp_path, say=said.append)
+    values: list[Any] = [[math.nan, math.inf], [1.0, math.nan], [None, 2.0]]
+    for step, value in enumerate(values, start=1):
+        sink.log(step, {"train/loss": 1.0, "latent/kl": value})
+    sink.close("finished")
+    assert len(said) == 1  # that it is offline
+    kept = [row.get("latent/kl") for row in fake.runs[0].rows]
+    assert kept == [None, ("histogram", [1.0]), ("histogram", [2.0])]

@@ -1,84 +1,26 @@
-"""The rules between keys, and the values that `auto` stands for.
+"""The rules between keys.
 
 In: a filled config dataclass. Out: one sentence per broken rule (key, value, rule, way out), found
 before any data is read or any device touched. With ips = training.batch_size / data.slots:
 
-    data.slots divides training.batch_size, the number of processes divides data.slots,
-    ips divides training.microbatch_size,
-    2 * data.window * training.batch_size * mean sample bytes <= data.window_bytes
+    data.slots divides training.batch_size, ips divides training.microbatch_size
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import pairwise, starmap
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
-from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import keys, shown
-from vae_dist.config.schema import RunCommand, TrainConfig
-
-MAX_AUTOMATIC_SLOTS = 64
-MAX_AUTOMATIC_WINDOW = 32
-
-# Range of every number that has one on its own: (smallest, largest), both allowed.
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**63 - 1),
-    "data.slots": (0, math.inf),
-    "data.window_bytes": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "data.max_skipped_fraction": (0, 1),
-    "data.max_pixels": (1, math.inf),
-    "model.latent_channels": (1, math.inf),
-    "model.patch": (1, math.inf),
-    "model.blocks": (1, math.inf),
-    "model.norm_groups": (1, math.inf),
-    "objective.beta": (0, math.inf),
-    "objective.beta_warmup_steps": (0, math.inf),
-    "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.final_lr_fraction": (0, 1),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.clip_grad_norm": (0, math.inf),
-    "training.steps": (1, math.inf),
-    "training.batch_size": (1, math.inf),
-    "training.microbatch_size": (0, math.inf),
-    "training.max_consecutive_nonfinite": (1, math.inf),
-    "training.spike_factor": (0, math.inf),
-    "training.checksum_every": (0, math.inf),
-    "evaluation.every": (0, math.inf),
-    "evaluation.batch_size": (1, math.inf),
-    "checkpoint.every": (0, math.inf),
-    "checkpoint.keep_last": (1, math.inf),
-    "log.every": (1, math.inf),
-    "log.images_every": (0, math.inf),
-    "log.num_images": (1, math.inf),
-    "runtime.threads": (0, math.inf),
-    "runtime.timeout_s": (1, math.inf),
-    "num_images": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "temperature": (0, math.inf),
-    "quality": (1, 100),
-    "max_pixels": (1, math.inf),
-    "max_skipped_fraction": (0, 1),
-    "validation": (0, math.inf),
-    "workers": (0, math.inf),
-}
-POSITIVE = (
-    "likelihood.sigma",
-    "likelihood.min_sigma",
-    "optimizer.lr",
-    "optimizer.eps",
-    "shard_mb",
-)
-
-
-class Violation(NamedTuple):
-    """A broken rule and the keys that it is about."""
-
-    keys: tuple[str, ...]
-    text: str
+from vae_dist.config.automatic import default_slots, has_buckets
+from vae_dist.config.buckets import bucket_rules
+from vae_dist.config.keys import shown
+from vae_dist.config.objective_checks import DENSITIES, added_terms
+from vae_dist.config.rules import Violation, is_count, is_size, out_of_range, rule, value_of
+from vae_dist.config.rules import ignored as _ignored
+from vae_dist.config.schema import TrainConfig
 
 
 def problems(config: TrainConfig) -> list[str]:
@@ -87,60 +29,13 @@ def problems(config: TrainConfig) -> list[str]:
 
 
 def violations(config: TrainConfig) -> Iterator[Violation]:
-    out_of_range = list(_ranges(config))
-    yield from out_of_range
-    bad = {name for violation in out_of_range for name in violation.keys}
-    for rules in (_data, _slots, _model, _likelihood, _optimizer):
+    wrong = list(out_of_range(config))
+    yield from wrong
+    bad = {name for violation in wrong for name in violation.keys}
+    everything = (_data, _slots, _model, _likelihood, _objective, added_terms, _optimizer, _runtime)
+    for rules in everything:
         # A rule that divides by a count needs the count to be good.
         yield from (rule for rule in rules(config) if not bad & set(rule.keys))
-
-
-def command_violations(command: Any) -> Iterator[Violation]:
-    """The rules of the other commands' dataclasses."""
-    yield from _ranges(command)
-    if isinstance(command, RunCommand):
-        checkpoint = command.checkpoint
-        is_step = checkpoint.isascii() and checkpoint.isdigit()
-        if checkpoint not in ("latest", "best") and not is_step:
-            yield _rule("checkpoint", checkpoint, "is none of latest, best and a step number")
-    resolution = getattr(command, "resolution", "trained")
-    if resolution != "trained" and not _is_size(resolution):
-        yield _rule("resolution", resolution, "is none of trained, N and [H, W] in pixels")
-
-
-def _rule(name: str, value: Any, sentence: str, *others: str) -> Violation:
-    return Violation((name, *others), f"{name}={shown(value)} {sentence}")
-
-
-def _get(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _ranges(config: Any) -> Iterator[Violation]:
-    for name, key in keys(type(config)).items():
-        value = _get(config, name)
-        if key.type is float and not math.isfinite(value):
-            yield _rule(name, value, "is not a finite number")
-        elif name in POSITIVE and value <= 0:
-            yield _rule(name, value, "must be more than 0")
-        elif name in RANGES:
-            low, high = RANGES[name]
-            if value < low:
-                yield _rule(name, value, f"must be at least {shown(low)}")
-            elif value > high:
-                yield _rule(name, value, f"must be at most {shown(high)}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_size(value: Any) -> bool:
-    """N or [H, W]."""
-    pair = isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
-    return pair or _is_count(value)
 
 
 def _is_shards(value: Any) -> bool:
@@ -164,32 +59,43 @@ def _is_mixture(value: Any) -> bool:
     )
 
 
-def _ignored(config: TrainConfig, name: str, because: str) -> Iterator[Violation]:
-    """A knob that would be ignored is an error: nobody should believe that it has an effect."""
-    value, default = _get(config, name), keys(TrainConfig)[name].default
-    if value != default:
-        yield _rule(
-            name, value, f"has no effect with {because}; remove it (default {shown(default)})"
-        )
-
-
 def _data(config: TrainConfig) -> Iterator[Violation]:
     data = config.data
     for name in ("data.train", "data.validation"):
-        value = _get(config, name)
+        value = value_of(config, name)
         if not (_is_shards(value) or (name == "data.train" and _is_mixture(value))):
-            yield _rule(name, value, "is no folder of *.tar, brace pattern, URL or list of these")
-    if data.channels not in (1, 3):
-        yield _rule("data.channels", data.channels, "must be 1 (grey) or 3 (RGB)")
+            yield rule(name, value, "is no folder of *.tar, brace pattern, URL or list of these")
+    if data.bits not in (5, 8, 16, 32):
+        yield rule("data.bits", data.bits, "is none of 5, 8, 16 and 32")
     if data.resolution == "native":
         because = "data.resolution=native (images are taken as they are)"
         yield from _ignored(config, "data.crop", because)
-    elif not _is_size(data.resolution):
-        yield _rule("data.resolution", data.resolution, "is none of N, [H, W] and native")
-    if data.window != "auto" and not _is_count(data.window):
-        yield _rule("data.window", data.window, "is neither auto nor a count of samples")
+    elif isinstance(data.resolution, dict):
+        yield from starmap(Violation, bucket_rules(config))
+    elif not is_size(data.resolution):
+        sentence = (
+            "is none of N, [H, W], native and aspect buckets "
+            "{area: 65536, multiple: 16, max_aspect: 2.0}"
+        )
+        yield rule("data.resolution", data.resolution, sentence)
+    yield from _mask(config)
+    if data.window != "auto" and not is_count(data.window):
+        yield rule("data.window", data.window, "is neither auto nor a count of samples")
     if data.bundled == "digits":
         yield from _bundled_digits(config)
+
+
+def _mask(config: TrainConfig) -> Iterator[Violation]:
+    data = config.data
+    if data.mask not in ("random", "rectangle"):
+        yield from _ignored(config, "data.mask_fraction", f"data.mask={data.mask}")
+    elif data.mask_fraction == 1:
+        yield rule("data.mask_fraction", 1, "leaves no pixel to learn from", "data.mask")
+    if data.mask == "nan" and data.bits != 32:
+        sentence = f"needs float images: set data.bits=32 (it is {data.bits})"
+        yield rule("data.mask", data.mask, sentence, "data.bits")
+    if data.mask == "alpha" and data.bits == 32:
+        yield rule("data.mask", data.mask, "is not for float images; use nan", "data.bits")
 
 
 def _bundled_digits(config: TrainConfig) -> Iterator[Violation]:
@@ -211,6 +117,10 @@ def _bundled_digits(config: TrainConfig) -> Iterator[Violation]:
         )
 
 
+def _default_slots(config: TrainConfig) -> int:
+    return default_slots(config.training.batch_size, buckets=has_buckets(config))
+
+
 def _slots(config: TrainConfig) -> Iterator[Violation]:
     batch_size, slots = config.training.batch_size, config.data.slots
     names = ("data.slots", "training.batch_size")
@@ -222,11 +132,17 @@ def _slots(config: TrainConfig) -> Iterator[Violation]:
         yield Violation(
             names,
             f"training.batch_size={batch_size} is not a multiple of data.slots={slots}; "
-            f"try training.batch_size={sizes}, or data.slots={default_slots(batch_size)}",
+            f"try training.batch_size={sizes}, or data.slots={_default_slots(config)}",
         )
         return
     microbatch = config.training.microbatch_size
-    per_slot = batch_size // (slots or default_slots(batch_size))
+    if microbatch == "auto":
+        return
+    if microbatch != 0 and not is_count(microbatch):
+        sentence = "is neither auto, nor 0, nor a count of images"
+        yield rule("training.microbatch_size", microbatch, sentence)
+        return
+    per_slot = batch_size // (slots or _default_slots(config))
     involved = (*names, "training.microbatch_size")
     given = f"training.microbatch_size={microbatch}"
     if microbatch > batch_size:
@@ -246,8 +162,23 @@ def _slots(config: TrainConfig) -> Iterator[Violation]:
 
 def _model(config: TrainConfig) -> Iterator[Violation]:
     model = config.model
-    if not model.channels or not all(map(_is_count, model.channels)):
-        yield _rule("model.channels", model.channels, "must be one positive width for each level")
+    if not model.channels or not all(map(is_count, model.channels)):
+        yield rule("model.channels", model.channels, "must be one positive width for each level")
+    elif model.towers == "dense":
+        if model.latent != "vector":
+            yield Violation(
+                ("model.towers", "model.latent"),
+                "model.towers=dense has a latent vector: set model.latent=vector",
+            )
+        for name in (
+            "model.patch",
+            "model.blocks",
+            "model.shortcuts",
+            "model.attention",
+            "model.norm_groups",
+            "model.gradient_checkpointing",
+        ):
+            yield from _ignored(config, name, "model.towers=dense")
     elif model.norm_groups >= 1 and any(width % model.norm_groups for width in model.channels):
         yield Violation(
             ("model.norm_groups", "model.channels"),
@@ -255,124 +186,122 @@ def _model(config: TrainConfig) -> Iterator[Violation]:
             f"model.channels={shown(model.channels)}; {math.gcd(*model.channels)} or a divisor "
             "of it does",
         )
+    else:
+        yield from _levels(config)
+    if model.num_classes == 0:
+        yield from _ignored(config, "model.label_dropout", "model.num_classes=0 (no labels)")
+    elif model.num_classes == 1:
+        yield rule("model.num_classes", 1, "tells nothing; use 0 for a model without labels")
+
+
+def _levels(config: TrainConfig) -> Iterator[Violation]:
+    """Blocks of each level, and the widths that shortcuts can lead to."""
+    model = config.model
+    blocks, channels = model.blocks, model.channels
+    if isinstance(blocks, list):
+        if len(blocks) != len(channels) or not all(map(is_count, blocks)):
+            sentence = f"must be one positive count for each of the {len(channels)} levels"
+            yield rule("model.blocks", blocks, sentence, "model.channels")
+    elif not is_count(blocks):
+        yield rule("model.blocks", blocks, "must be a positive count, or a list of these")
+    if not model.shortcuts:
+        return
+    for above, below in pairwise(channels):
+        if 4 * above % below:
+            sentence = (
+                f"has no shortcut from {above} to {below} channels: with model.shortcuts=true each "
+                "width divides four times the one before it"
+            )
+            yield rule("model.channels", channels, sentence, "model.shortcuts")
+    if model.latent == "spatial" and channels[-1] % model.latent_channels:
+        sentence = (
+            f"does not divide the last width, {channels[-1]}, which the shortcut to the latent "
+            "needs; change one of them, or set model.shortcuts=false"
+        )
+        yield rule("model.latent_channels", model.latent_channels, sentence, "model.channels")
+
+
+# The knobs that not every likelihood heeds, and those that each kind does.
+_LIKELIHOOD_KNOBS = {
+    "gaussian": {"variance", "sigma", "min_sigma"},
+    "laplace": {"variance", "sigma", "min_sigma"},
+    "discretized_gaussian": {"variance", "sigma", "min_sigma"},
+    "discretized_logistic_mixture": {"min_sigma", "mixtures"},
+    "bernoulli": {"binarization"},
+}
 
 
 def _likelihood(config: TrainConfig) -> Iterator[Violation]:
-    likelihood = config.likelihood
-    if likelihood.kind == "bernoulli":
-        if config.data.channels != 1:
-            yield Violation(
-                ("likelihood.kind", "data.channels"),
-                "likelihood.kind=bernoulli is for binarised grey images: set data.channels=1 "
-                f"(it is {config.data.channels}), or likelihood.kind=gaussian",
-            )
-        knobs = ("likelihood.variance", "likelihood.sigma", "likelihood.min_sigma")
-        for name in (*knobs, "data.dequantize"):
-            yield from _ignored(config, name, "likelihood.kind=bernoulli")
-    elif likelihood.variance == "fixed":
-        yield from _ignored(config, "likelihood.min_sigma", "likelihood.variance=fixed")
-    else:
-        yield from _ignored(
-            config, "likelihood.sigma", f"likelihood.variance={likelihood.variance}"
+    likelihood, bits = config.likelihood, config.data.bits
+    kind = likelihood.kind
+    if kind == "bernoulli" and config.data.channels != 1:
+        yield Violation(
+            ("likelihood.kind", "data.channels"),
+            "likelihood.kind=bernoulli is for binarised grey images: set data.channels=1 "
+            f"(it is {config.data.channels}), or likelihood.kind=gaussian",
         )
+    if kind.startswith("discretized") and bits == 32:
+        yield Violation(
+            ("likelihood.kind", "data.bits"),
+            f"likelihood.kind={kind} gives probabilities of levels, and float images "
+            "(data.bits=32) have none; use likelihood.kind=gaussian or laplace",
+        )
+    knobs, heeded = set().union(*_LIKELIHOOD_KNOBS.values()), _LIKELIHOOD_KNOBS[kind]
+    for name in sorted(knobs - heeded):
+        yield from _ignored(config, f"likelihood.{name}", f"likelihood.kind={kind}")
+    if "variance" in heeded:
+        unused = "min_sigma" if likelihood.variance == "fixed" else "sigma"
+        because = f"likelihood.variance={likelihood.variance}"
+        yield from _ignored(config, f"likelihood.{unused}", because)
+    if kind not in DENSITIES:
+        yield from _ignored(config, "data.dequantize", f"likelihood.kind={kind}")
+    elif bits == 32:
+        yield from _ignored(config, "data.dequantize", "data.bits=32 (float images)")
+
+
+def _objective(config: TrainConfig) -> Iterator[Violation]:
+    objective = config.objective
+    if objective.beta_warmup_steps == 0:
+        for name in ("objective.beta_warmup", "objective.beta_cycles"):
+            yield from _ignored(config, name, "objective.beta_warmup_steps=0")
+    if objective.importance_samples == 1:
+        yield from _ignored(config, "objective.gradient", "objective.importance_samples=1")
+    if objective.beta == 0:
+        yield from _ignored(config, "objective.free_bits", "objective.beta=0")
+    rises = (2 * objective.beta_cycles - 1) * objective.beta_warmup_steps
+    if objective.beta_cycles > 1 and rises > config.training.steps:
+        yield Violation(
+            ("objective.beta_cycles", "objective.beta_warmup_steps", "training.steps"),
+            f"objective.beta_cycles={objective.beta_cycles} rises of objective.beta_warmup_steps="
+            f"{objective.beta_warmup_steps}, each but the last held as long, take {rises} steps, "
+            f"more than training.steps={config.training.steps}; try "
+            "objective.beta_warmup_steps="
+            f"{config.training.steps // (2 * objective.beta_cycles)}",
+        )
+
+
+def _runtime(config: TrainConfig) -> Iterator[Violation]:
+    runtime = config.runtime
+    for name, reason in (
+        ("runtime.channels_last", "FSDP cuts contiguous weights only"),
+        ("runtime.compile", "towers that FSDP cuts are not compiled"),
+    ):
+        if runtime.parallel == "fsdp" and (value := value_of(config, name)) == "true":
+            sentence = f"needs runtime.parallel=ddp ({reason}); leave it out, or set that"
+            yield rule(name, value, sentence, "runtime.parallel")
 
 
 def _optimizer(config: TrainConfig) -> Iterator[Violation]:
     optimizer, training = config.optimizer, config.training
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        yield _rule("optimizer.betas", optimizer.betas, "must be two numbers in [0, 1)")
+        yield rule("optimizer.betas", optimizer.betas, "must be two numbers in [0, 1)")
     if optimizer.schedule == "constant":
         yield from _ignored(config, "optimizer.final_lr_fraction", "optimizer.schedule=constant")
     if not 0 <= training.ema_decay < 1:
-        yield _rule("training.ema_decay", training.ema_decay, "must be in [0, 1)")
+        yield rule("training.ema_decay", training.ema_decay, "must be in [0, 1)")
     for name in ("optimizer.warmup_steps", "objective.beta_warmup_steps"):
-        if (steps := _get(config, name)) > training.steps:
+        if (steps := value_of(config, name)) > training.steps:
             sentence = (
                 f"is more than training.steps={training.steps}; try {name}={training.steps // 10}"
             )
-            yield _rule(name, steps, sentence, "training.steps")
-
-
-# ---- slots, processes and what `auto` stands for ----
-
-
-def divisors(number: int) -> list[int]:
-    return [part for part in range(1, number + 1) if number % part == 0]
-
-
-def default_slots(batch_size: int) -> int:
-    """What data.slots=0 stands for: one image a slot, but at most 64 slots."""
-    return max(part for part in divisors(batch_size) if part <= MAX_AUTOMATIC_SLOTS)
-
-
-def world_size_problem(slots: int, world: int) -> str | None:
-    """Why `world` processes cannot share `slots` slots, or None when they can."""
-    if slots % world == 0:
-        return None
-    fitting = ", ".join(str(part) for part in divisors(slots))
-    return (
-        f"{world} processes cannot share data.slots={slots} evenly; the numbers of processes that "
-        f"work are {fitting}. Start one of these, or begin a run with data.slots set to a multiple "
-        f"of {world} that divides training.batch_size"
-    )
-
-
-def launch_problem(environment: Mapping[str, str]) -> str | None:
-    """Why these processes are not those that the launcher promised, or None when they are.
-
-    A promise is EXPECTED_WORLD_SIZE, which a launch script sets, or, inside a step of srun,
-    SLURM_NTASKS: each task starts at least one process, and all of them are of one run.
-    """
-    world = int(environment.get("WORLD_SIZE", "1"))
-    expected = environment.get("EXPECTED_WORLD_SIZE", "")
-    if expected:
-        if world == int(expected):
-            return None
-        return (
-            f"EXPECTED_WORLD_SIZE={expected} processes were promised but WORLD_SIZE={world}: the "
-            "launcher's options do not fit the launch script, and each part would train alone. "
-            "Start with launch/slurm.sbatch or `accelerate launch --multi_gpu --num_processes "
-            f"{expected}`, or unset EXPECTED_WORLD_SIZE"
-        )
-    tasks = int(environment.get("SLURM_NTASKS", "1"))
-    if "SLURM_STEP_ID" not in environment or world % tasks == 0:
-        return None
-    return (
-        f"srun started SLURM_NTASKS={tasks} tasks but WORLD_SIZE={world}: each task would train "
-        "alone. Start with `sbatch launch/slurm.sbatch ...`, or set EXPECTED_WORLD_SIZE="
-        f"{world} if each task is meant to be a run of its own"
-    )
-
-
-def resolve(config: TrainConfig, *, mean_sample_bytes: float, has_accelerator: bool) -> TrainConfig:
-    """A copy in which data.slots, data.window and training.precision have concrete values.
-
-    `mean_sample_bytes` comes from the index of the training shards: so slots and window are
-    properties of config and data; the precision alone depends on the machine.
-    """
-    resolved = copy.deepcopy(config)
-    data, training = resolved.data, resolved.training
-    data.slots = data.slots or default_slots(training.batch_size)
-    if data.window == "auto":
-        data.window = _automatic_window(config, mean_sample_bytes)
-    if training.precision == "auto":
-        training.precision = "bf16" if has_accelerator else "no"
-    elif training.precision == "fp16" and not has_accelerator:
-        raise ConfigError(
-            "training.precision=fp16 needs an accelerator, and there is none; use bf16 or no"
-        )
-    return resolved
-
-
-def _automatic_window(config: TrainConfig, mean_sample_bytes: float) -> int:
-    # Twice: a lane reads its next window while the present one is being used up.
-    row_bytes = 2 * config.training.batch_size * mean_sample_bytes
-    window = MAX_AUTOMATIC_WINDOW
-    while window > 1 and window * row_bytes > config.data.window_bytes:
-        window //= 2
-    if window * row_bytes > config.data.window_bytes:
-        raise ConfigError(
-            f"data.window_bytes={config.data.window_bytes} holds less than two samples of each "
-            f"lane; data.window=auto needs at least {math.ceil(row_bytes)}"
-        )
-    return window
+            yield rule(name, steps, sentence, "training.steps")

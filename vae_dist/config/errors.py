@@ -1,7 +1,7 @@
-"""The one error that is meant for the person who typed the command.
+"""The errors that are meant for the person who typed the command, who gets no traceback.
 
-In: one problem or several, each a sentence that names key, value, rule and way out.
-Out: an exception whose text lists them, one per line; commands print it without a traceback.
+ConfigError: one problem or several with what was asked for, each a sentence that names key, value,
+rule and way out; its text lists them, one per line. CommandFailed: what ended it on the way.
 """
 
 from __future__ import annotations
@@ -22,3 +22,7 @@ class ConfigError(ValueError):
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
         # Loader workers and test ranks send exceptions by pickle; keep the list whole.
         return type(self), (self.problems,)
+
+
+class CommandFailed(Exception):
+    """The command was right, and something else went wrong; the text says what to do."""

@@ -105,6 +105,8 @@ def shown(value: Any) -> str:
         return short if float(short) == value else repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(shown(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
     return str(value)
 
 

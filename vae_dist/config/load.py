@@ -4,6 +4,8 @@ In: arguments `key=value`, among them `config=NAME|PATH`. Later ones win:
 
     schema defaults < base of the file < file < command line
 
+What switches something off takes along what earlier ones tuned of it: adversarial.weight=0 on the
+command line is enough over a file with an adversarial recipe.
 Out: an instance of the schema's dataclass, or one ConfigError that lists every problem found. No
 torch is imported. Values follow YAML's rules: `[1, 2]` is a list, `3e-4` a number, `null` nothing.
 """
@@ -21,7 +23,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vae_dist.config import checks
+from vae_dist.config import checks, command_checks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import (
     Key,
@@ -82,8 +84,11 @@ def load_train_config(argv: list[str]) -> TrainConfig:
     except ConfigError as error:
         problems += error.problems
         file_was_read = False
-    config, missing, wrong = _fill(TrainConfig, [*inherited, *given], problems)
+    settings = [*inherited, *given]
+    config, missing, wrong = _fill(TrainConfig, settings, problems)
     if file_was_read:
+        if off := _switched_off(settings, config):
+            config = _fill(TrainConfig, [s for s in settings if s.name not in off], [])[0]
         config.run = config.run or f"runs/{Path(chosen[-1]).stem}"
         problems += missing
         # A rule between keys says nothing useful while one of its keys has no good value.
@@ -97,7 +102,7 @@ def load_command(cls: type[T], argv: list[str]) -> T:
     """The keys of another command. Raises ConfigError with all problems at once."""
     problems: list[str] = []
     command, missing, wrong = _fill(cls, _parse_arguments(cls, argv, problems), problems)
-    rules = checks.command_violations(command)
+    rules = command_checks.command_violations(command)
     problems += missing + [rule.text for rule in rules if not wrong & set(rule.keys)]
     if problems:
         raise ConfigError(problems)
@@ -267,6 +272,22 @@ def _fill(
             OmegaConf.update(tree, name, "")  # lets the other keys be checked
     config: Any = OmegaConf.to_object(tree)
     return config, missing, wrong
+
+
+def _switched_off(settings: list[_Setting], config: TrainConfig) -> set[str]:
+    """The keys that had an effect in the file that set them, until what came later took it."""
+    off = set()
+    for name in _without_effect(config):
+        origin = [setting.origin for setting in settings if setting.name == name][-1]
+        of_origin = [place for place, setting in enumerate(settings) if setting.origin == origin]
+        earlier = _fill(TrainConfig, settings[: of_origin[-1] + 1], [])[0]
+        if name not in _without_effect(earlier):
+            off.add(name)
+    return off
+
+
+def _without_effect(config: TrainConfig) -> list[str]:
+    return [rule.keys[0] for rule in checks.violations(config) if rule.is_without_effect]
 
 
 def _parent(tree: Any, name: str) -> Any:

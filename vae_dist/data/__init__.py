@@ -1,17 +1,25 @@
-"""Tar shards in, batches of images out: index, order, streams, the writer and the digits."""
+"""Tar shards in, batches of images out: index, order, streams, the writer and the digits.
 
-from vae_dist.data.bundled import load_digits, make_digits
-from vae_dist.data.index import ShardError, ShardIndex, load_index
-from vae_dist.data.order import Order
-from vae_dist.data.reader import SkippedSample, image_settings
-from vae_dist.data.stream import Batch, EvaluationBatch, EvaluationStream, TrainingStream
-from vae_dist.data.transforms import ImageSettings
-from vae_dist.data.writer import write_shards
+A name is imported when it is asked for: the order and the index do without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vae_dist.data.bundled import load_digits, make_digits
+    from vae_dist.data.index import ShardError, ShardIndex, load_index
+    from vae_dist.data.order import Order
+    from vae_dist.data.reader import SkippedSample, image_settings
+    from vae_dist.data.stream import Batch, EvaluationBatch, EvaluationStream, Group, TrainingStream
+    from vae_dist.data.transforms import ImageSettings
+    from vae_dist.data.writer import write_shards
 
 __all__ = [
     "Batch",
     "EvaluationBatch",
     "EvaluationStream",
+    "Group",
     "ImageSettings",
     "Order",
     "ShardError",
@@ -24,3 +32,27 @@ __all__ = [
     "make_digits",
     "write_shards",
 ]
+
+_MODULES = {
+    "Batch": "stream",
+    "EvaluationBatch": "stream",
+    "EvaluationStream": "stream",
+    "Group": "stream",
+    "ImageSettings": "transforms",
+    "Order": "order",
+    "ShardError": "index",
+    "ShardIndex": "index",
+    "SkippedSample": "reader",
+    "TrainingStream": "stream",
+    "image_settings": "reader",
+    "load_digits": "bundled",
+    "load_index": "index",
+    "make_digits": "bundled",
+    "write_shards": "writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,25 +1,28 @@
-"""From the files of one sample to an image and a label, by an allow-list: nothing is unpickled.
+"""From the files of one sample to an image, by an allow-list: nothing is unpickled.
 
-In: a webdataset sample, `{"__key__": ..., "png": bytes, "cls": b"7", ...}`.
-Out: uint8 image (C, H, W), upright, and an integer label, -1 where there is none.
+In: a webdataset sample, `{"__key__": ..., "png": bytes, ...}`. Out: image (C, H, W), upright, uint8
+(bits=16: uint16; bits=32: float32 in [-1, 1]); a file of another depth is refused.
 
 JPEG is decoded by simplejpeg, everything else and what simplejpeg does not take by Pillow; TIFF by
-tifffile (extra `science`); `.npy` by numpy, arrays (H, W) or (C, H, W) of uint8 without objects.
+tifffile, 16-bit colour PNG by imagecodecs (extra `science`: Pillow would narrow it to 8 bits);
+`.npy` by numpy, arrays (H, W) or (C, H, W) without objects.
 Grey becomes colour and colour grey; an alpha channel without transparent pixels is dropped, a
 fourth channel is kept where `channels` is 4. What would lose something is refused by name.
+
+Which pixels are observed may be said by the sample: by its `.mask.png` (white: observed; none: all
+are), by its alpha channel (from half opaque on) or by floats that are NaN where nothing was seen.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vae_dist.data.jpeg import TRANSPOSED, decode_jpeg, orientation, upright
+from vae_dist.data.jpeg import TRANSPOSED, decode_jpeg, jpeg_size, orientation, upright
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
@@ -27,8 +30,16 @@ ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
 SUFFIXES = (*FORMATS, *ARRAYS)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with that many channels
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+PIXEL_TYPES: dict[int, np.dtype[Any]] = {  # by data.bits; what is cut to 5 bits is stored as 8
+    5: np.dtype(np.uint8),
+    8: np.dtype(np.uint8),
+    16: np.dtype(np.uint16),
+    32: np.dtype(np.float32),
+}
+GREY_PNG = 0  # colour type
 MAX_NPY_HEADER = 10_000  # bytes
-NO_LABEL = -1
+MASK_MEMBER = "mask.png"
+MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
 
 def decode_sample(
@@ -36,10 +47,13 @@ def decode_sample(
     *,
     channels: int,
     max_pixels: int,
+    bits: int = 8,
     at_least: tuple[int, int] | None = None,
     room: np.ndarray | None = None,
-) -> tuple[np.ndarray, int]:
-    """Image uint8 (channels, H, W) and label.
+    mask: str = "none",
+) -> np.ndarray:
+    """Image (channels, H, W); with a mask of MASKS_OF_SAMPLES (channels + 1, H, W), the last plane
+    of which is 1 where the pixel was observed, else 0.
 
     at_least: (H, W) that the caller shrinks the image to; a JPEG may then be decoded at 1/2, 1/4
     or 1/8 of its size, as long as twice that many pixels are left.
@@ -47,20 +61,87 @@ def decode_sample(
     there and be `room` itself; what was in it is lost also where decoding fails.
     Raises DamagedSampleError, with the reason, for what cannot or must not be decoded.
     """
-    names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES]
-    if len(names) != 1:
-        found = ", ".join(names) or "no ." + ", .".join(SUFFIXES)
-        raise DamagedSampleError(f"a sample has one image, this one has {found}")
-    suffix = names[0].rpartition(".")[2]
-    image = decode_image(
+    if mask != "member" and MASK_MEMBER in sample:
+        raise DamagedSampleError("its .mask.png says what is missing: set data.mask=member")
+    if mask in MASKS_OF_SAMPLES:
+        return _with_mask(sample, mask, channels, bits=bits, max_pixels=max_pixels)
+    suffix, data = _image_of(sample)
+    return decode_image(
         suffix,
-        sample[names[0]],
+        data,
         channels=channels,
         max_pixels=max_pixels,
+        bits=bits,
         at_least=at_least,
         room=room,
     )
-    return image, _label(sample)
+
+
+def _with_mask(
+    sample: Mapping[str, Any], kind: str, channels: int, *, bits: int, max_pixels: int
+) -> np.ndarray:
+    """Image and mask, (channels + 1, H, W), at their stored size."""
+    suffix, data = _image_of(sample)
+    if kind == "nan":
+        if suffix not in ARRAYS:
+            raise DamagedSampleError(f"a .{suffix} holds no NaN; data.mask=nan reads .npy and TIFF")
+        pixels = decode_array(suffix, data, max_pixels=max_pixels, bits=bits, missing=True)
+        pixels = _with_channels(pixels, channels)
+        observed = ~np.isnan(pixels).any(0)
+        pixels = np.where(observed, pixels, 0.0)
+    elif kind == "alpha" and suffix not in ("jpg", "jpeg"):
+        pixels = decode_image(suffix, data, channels=channels + 1, max_pixels=max_pixels, bits=bits)
+        observed = pixels[-1] > np.iinfo(pixels.dtype).max // 2
+        pixels = pixels[:-1]
+    else:
+        pixels = decode_image(suffix, data, channels=channels, max_pixels=max_pixels, bits=bits)
+        observed = np.ones(pixels.shape[1:], bool)
+        if MASK_MEMBER in sample:
+            shades = decode_image("png", sample[MASK_MEMBER], channels=1, max_pixels=max_pixels)
+            observed = shades[0] > 127
+    if observed.shape != pixels.shape[1:]:
+        raise DamagedSampleError(
+            f"its mask is {observed.shape[0]} x {observed.shape[1]} pixels, but the image "
+            f"{pixels.shape[1]} x {pixels.shape[2]}"
+        )
+    return np.concatenate([pixels, observed[None].astype(PIXEL_TYPES[bits])])
+
+
+def size_of_sample(sample: Mapping[str, Any], *, max_pixels: int) -> tuple[int, int]:
+    """(H, W) of the upright image after its header alone. Raises DamagedSampleError."""
+    suffix, data = _image_of(sample)
+    if suffix == "npy":
+        shape, _, _, _ = _npy_header(data, max_pixels)
+        return shape[-2], shape[-1]
+    if suffix in ARRAYS:
+        shape = decode_array(suffix, data, max_pixels=max_pixels, bits=None).shape
+        return shape[1], shape[2]
+    if suffix in ("jpg", "jpeg"):
+        size = jpeg_size(data)
+        if size is not None:
+            check_pixels(*size, max_pixels)
+            return size
+    image = _opened(data, FORMATS[suffix], max_pixels)
+    turn = orientation(data) if suffix in ("jpg", "jpeg") else _orientation_of(image)
+    size = image.height, image.width
+    return size[::-1] if turn in TRANSPOSED else size
+
+
+def only_jpeg(sample: Mapping[str, Any]) -> bytes | memoryview | None:
+    """The image of a sample if it is a JPEG, comes alone and without a mask."""
+    if MASK_MEMBER in sample:
+        return None
+    suffix, data = _image_of(sample)
+    return data if suffix in ("jpg", "jpeg") else None
+
+
+def _image_of(sample: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Suffix and bytes of the one image of a sample."""
+    names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES and name != MASK_MEMBER]
+    if len(names) != 1:
+        found = ", ".join(names) or "no ." + ", .".join(SUFFIXES)
+        raise DamagedSampleError(f"a sample has one image, this one has {found}")
+    return names[0].rpartition(".")[2], sample[names[0]]
 
 
 def decode_image(
@@ -69,31 +150,30 @@ def decode_image(
     *,
     channels: int,
     max_pixels: int,
+    bits: int = 8,
     at_least: tuple[int, int] | None = None,
     room: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One file of an allowed suffix as uint8 (channels, H, W). Raises DamagedSampleError."""
+    """One file of an allowed suffix as (channels, H, W) of the type of `bits`.
+
+    Raises DamagedSampleError.
+    """
     if suffix in ARRAYS:
-        return _with_channels(decode_array(suffix, data, max_pixels=max_pixels), channels)
+        pixels = decode_array(suffix, data, max_pixels=max_pixels, bits=bits)
+        return _with_channels(pixels, channels)
+    if bits in (16, 32):
+        if bits == 32 or suffix != "png" or not is_png16(data):
+            raise DamagedSampleError(_other_depth(f"a .{suffix} of 8 bits a channel", bits))
+        pixels = decode_png16(data, max_pixels=max_pixels)
+        if len(pixels) == channels + 1 and (pixels[channels] == 65535).all():
+            pixels = pixels[:channels]  # an alpha channel that says nothing
+        return _with_channels(pixels, channels)
     if suffix in ("jpg", "jpeg") and channels in (1, 3):
         place = None if room is None else room.transpose(1, 2, 0)
-        pixels = decode_jpeg(data, channels, max_pixels=max_pixels, at_least=at_least, room=place)
-        if pixels is not None:
-            return pixels.transpose(2, 0, 1)
+        decoded = decode_jpeg(data, channels, max_pixels=max_pixels, at_least=at_least, room=place)
+        if decoded is not None:
+            return decoded.transpose(2, 0, 1)
     return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least)
-
-
-def _label(sample: Mapping[str, Any]) -> int:
-    text = sample.get("cls")
-    if text is None:
-        return NO_LABEL
-    try:
-        label = int(text)
-    except ValueError:
-        raise DamagedSampleError(f".cls is no integer: {text[:20]!r}") from None
-    if abs(label) >= 2**63:
-        raise DamagedSampleError(f".cls is no integer of 64 bits: {text[:20]!r}")
-    return label
 
 
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
@@ -104,16 +184,24 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
         )
 
 
-def open_by_pillow(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
-    """The image before its pixels are decoded. Raises DamagedSampleError."""
+def _opened(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
+    """The image before its pixels are decoded, of any mode. Raises DamagedSampleError."""
     try:
         image = Image.open(io.BytesIO(data), formats=(image_format,))
     except Exception as error:  # Pillow raises many kinds on damaged bytes
         raise DamagedSampleError(f"no readable {image_format} ({_short(error)})") from None
     check_pixels(image.height, image.width, max_pixels)
+    return image
+
+
+def open_by_pillow(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
+    """An image of 8 bits a channel before its pixels are decoded. Raises DamagedSampleError."""
+    image = _opened(data, image_format, max_pixels)
     # Pillow narrows 16-bit colour to 8 bits without a word
     if image.mode.startswith("I") or image.mode == "F" or (image_format == "PNG" and data[24] > 8):
-        raise DamagedSampleError("more than 8 bits a channel; convert it to 8 bits")
+        raise DamagedSampleError(
+            "more than 8 bits a channel: set data.bits=16, or convert it to 8 bits"
+        )
     if image.mode not in CONVERTIBLE:
         raise DamagedSampleError(f"images of mode {image.mode} cannot be read; convert it to RGB")
     return image
@@ -168,16 +256,74 @@ def _orientation_of(image: Image.Image) -> int:
         raise DamagedSampleError(f"damaged EXIF record ({_short(error)})") from None
 
 
-def decode_array(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
-    """A .npy or TIFF as uint8 (C, H, W), with as many channels as it has.
+def is_png16(data: bytes) -> bool:
+    """Whether the header of a PNG names 16 bits a channel."""
+    return len(data) > 25 and data.startswith(b"\x89PNG\r\n\x1a\n") and data[24] == 16
+
+
+def decode_png16(data: bytes, *, max_pixels: int) -> np.ndarray:
+    """A 16-bit PNG as uint16 (C, H, W), with as many channels as it has.
 
     Raises DamagedSampleError.
     """
-    return _decode_npy(data, max_pixels) if suffix == "npy" else _decode_tiff(data, max_pixels)
+    image = _opened(data, "PNG", max_pixels)
+    turn = _orientation_of(image)
+    try:
+        if data[25] == GREY_PNG:
+            pixels = np.asarray(image)[:, :, None]
+        else:
+            pixels = _imagecodecs().png_decode(data)
+    except DamagedSampleError:
+        raise
+    except Exception as error:  # both raise many kinds on damaged bytes
+        raise DamagedSampleError(f"damaged PNG ({_short(error)})") from None
+    if pixels.dtype != np.uint16 or pixels.ndim != 3:
+        raise DamagedSampleError(f"damaged PNG ({pixels.dtype} of shape {pixels.shape})")
+    return np.ascontiguousarray(upright(pixels, turn).transpose(2, 0, 1))
 
 
-def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
-    """uint8 (H, W) or (C, H, W); the header is believed only if the bytes are there."""
+def _imagecodecs() -> Any:
+    try:
+        import imagecodecs
+    except ImportError:
+        raise DamagedSampleError(
+            "16-bit colour PNG needs imagecodecs: pip install 'vae_dist[science]', or store "
+            ".npy arrays"
+        ) from None
+    return imagecodecs
+
+
+def _other_depth(found: str, bits: int) -> str:
+    wanted = {16: "uint16", 32: "floating-point"}.get(bits, "uint8")
+    return f"{found}, but data.bits={bits} reads {wanted} values"
+
+
+def decode_array(
+    suffix: str, data: bytes, *, max_pixels: int, bits: int | None = 8, missing: bool = False
+) -> np.ndarray:
+    """A .npy or TIFF as (C, H, W) of the type of `bits` (None: the one that it has), with as many
+    channels as it has; floats of any width become float32, and may be NaN where `missing` is
+    true. Raises DamagedSampleError.
+    """
+    read = _decode_npy if suffix == "npy" else _decode_tiff
+    pixels = read(data, max_pixels)
+    is_float = pixels.dtype.kind == "f"
+    depth = 32 if is_float else 8 * pixels.dtype.itemsize
+    if pixels.dtype.kind not in "uf" or depth not in PIXEL_TYPES:
+        kind = "floating-point" if bits == 32 else "uint8, uint16 and floating-point"
+        raise DamagedSampleError(f"a .{suffix} of {pixels.dtype}; only {kind} values are images")
+    if bits is not None and depth != (8 if bits == 5 else bits):
+        raise DamagedSampleError(_other_depth(f"a .{suffix} of {pixels.dtype}", bits))
+    pixels = pixels.astype(PIXEL_TYPES[depth], copy=False)
+    inside = np.abs(pixels) <= 1  # false for NaN
+    if is_float and not (inside | np.isnan(pixels) if missing else inside).all():
+        low, high = pixels.min(), pixels.max()
+        raise DamagedSampleError(f"values from {low:g} to {high:g}; float images lie in [-1, 1]")
+    return pixels
+
+
+def _npy_header(data: bytes, max_pixels: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether it lies by column, type, and where the pixels begin."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -185,19 +331,27 @@ def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
         if version != (1, 0):
             read = np.lib.format.read_array_header_2_0
         shape, by_column, kind = read(file, max_header_size=MAX_NPY_HEADER)
-    except (ValueError, EOFError, struct.error, SyntaxError, TypeError) as error:
+    except Exception as error:  # numpy parses the header as Python, with many kinds of errors
         raise DamagedSampleError(f"no readable .npy ({_short(error)})") from None
-    if kind != np.uint8:
-        raise DamagedSampleError(f".npy of {kind}; only uint8 arrays are images here")
+    if kind.hasobject or kind.kind not in "uf":
+        raise DamagedSampleError(
+            f".npy of {kind}; only uint8, uint16 and floating-point arrays are images"
+        )
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise DamagedSampleError(f".npy of shape {shape}; images are (H, W) or (C, H, W)")
     check_pixels(shape[-2], shape[-1], max_pixels)
+    return shape, by_column, kind, file.tell()
+
+
+def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
+    """(C, H, W) as it is stored; the header is believed only if the bytes are there."""
+    shape, by_column, kind, start = _npy_header(data, max_pixels)
     count = int(np.prod(shape, dtype=object))
-    if len(data) - file.tell() != count:
+    if len(data) - start != count * kind.itemsize:
         raise DamagedSampleError(
-            f"the .npy is cut off: {len(data) - file.tell()} of {count} bytes of pixels"
+            f"the .npy is cut off: {len(data) - start} of {count * kind.itemsize} bytes of pixels"
         )
-    pixels = np.frombuffer(data, np.uint8, count, offset=file.tell())
+    pixels = np.frombuffer(data, kind, count, offset=start)
     pixels = pixels.reshape(shape, order="F" if by_column else "C")
     return pixels[None] if len(shape) == 2 else pixels
 
@@ -213,8 +367,6 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
             page: Any = tiff.pages[0]
             check_pixels(page.imagelength, page.imagewidth, max_pixels)
-            if page.dtype != np.uint8:
-                raise DamagedSampleError(f"TIFF of {page.dtype}; convert it to 8 bits")
             if len(tiff.pages) > 1 and tiff.series[0].ndim > 3:
                 raise DamagedSampleError(f"TIFF of shape {tiff.series[0].shape}; one image a file")
             pixels, axes = tiff.series[0].asarray(), tiff.series[0].axes
@@ -222,13 +374,15 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
         raise
     except Exception as error:  # tifffile raises many kinds on damaged bytes
         raise DamagedSampleError(f"damaged TIFF ({_short(error)})") from None
+    if pixels.ndim not in (2, 3) or not pixels.size:
+        raise DamagedSampleError(f"damaged TIFF (pixels of shape {pixels.shape})")
     if pixels.ndim == 2:
         return pixels[None]
     return pixels.transpose(2, 0, 1) if axes.endswith("S") else pixels
 
 
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 (C, H, W) with the wanted C: repeated from grey, otherwise it must be there."""
+    """(C, H, W) with the wanted C: repeated from grey, otherwise it must be there."""
     if len(pixels) == 1 and channels == 3:
         pixels = np.repeat(pixels, 3, axis=0)
     if len(pixels) != channels:

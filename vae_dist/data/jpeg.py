@@ -21,9 +21,15 @@ except ImportError:  # no wheel for this machine: Pillow decodes
     simplejpeg = None
 
 COLOURSPACES = {1: "GRAY", 3: "RGB"}
+PLAIN_SPACES = ("Gray", "RGB", "YCbCr")  # as simplejpeg calls them
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION_TAG = 0x0112
 SHORT = 3  # TIFF type: 16 bits
+EXIF_MARK = b"Exif\0\0"
+MAX_SEGMENT = 1 << 16  # bytes
+SHORT_HEAD = 1 << 11  # bytes, enough for the tables of most files
+START_OF_SCAN = b"\xff\xda"
+SEGMENTS_IN_FRONT = frozenset((*range(0xE0, 0xF0), 0xFE))  # APP0 to APP15, comments
 
 
 def decode_jpeg(
@@ -69,6 +75,38 @@ def decode_jpeg(
     return upright(pixels, turn)
 
 
+def is_plain_jpeg(data: bytes | memoryview, channels: int, size: tuple[int, int]) -> bool:
+    """Whether these bytes are, after their header, an upright image of that size (H, W), which
+    `decode_into` can decode in place."""
+    if simplejpeg is None or channels not in COLOURSPACES:
+        return False
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return False
+    return (height, width) == size and space in PLAIN_SPACES and orientation(data) == 1
+
+
+def decode_into(data: bytes | memoryview, room: np.ndarray) -> bool:
+    """Decode a plain JPEG in `room`, uint8 (H, W, C) in one piece; False: let Pillow try."""
+    try:
+        simplejpeg.decode_jpeg(data, COLOURSPACES[room.shape[2]], buffer=room)
+    except ValueError:
+        return False
+    return True
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(H, W) of the upright image after its header; None: let Pillow try."""
+    if simplejpeg is None:
+        return None
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if orientation(data) in TRANSPOSED else (height, width)
+
+
 def _scale(height: int, width: int, needed: tuple[int, int]) -> int:
     """The largest of 1, 2, 4, 8 that leaves twice the needed pixels on both sides."""
     for scale in (8, 4, 2):
@@ -88,12 +126,9 @@ def upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     return pixels
 
 
-def orientation(data: bytes) -> int:
+def orientation(data: bytes | memoryview) -> int:
     """1 to 8 from the EXIF record of a JPEG; 1 where there is none or it is damaged."""
-    start = data.find(b"Exif\0\0", 0, 1 << 16)
-    if start < 0:
-        return 1
-    exif = data[start + 6 : start + 6 + (1 << 16)]
+    exif = _exif(data)
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return 1
@@ -108,3 +143,24 @@ def orientation(data: bytes) -> int:
     except struct.error:
         pass
     return 1
+
+
+def _exif(data: bytes | memoryview) -> bytes:
+    """What follows the mark of the EXIF record; nothing where there is none.
+
+    The record belongs in front, among the segments of applications. Behind them it is looked for
+    too, up to the pixels: a search through those would take as long as all else that is done with
+    the file before it is decoded.
+    """
+    at = 2
+    while len(data) > at + 4 and data[at] == 0xFF and data[at + 1] in SEGMENTS_IN_FRONT:
+        if data[at + 4 : at + 10] == EXIF_MARK:
+            return bytes(data[at + 10 : at + 10 + MAX_SEGMENT])
+        at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+    head = bytes(data[at : at + SHORT_HEAD])
+    pixels = head.find(START_OF_SCAN)
+    if pixels < 0:
+        head = bytes(data[at : at + MAX_SEGMENT])
+        pixels = head.find(START_OF_SCAN)
+    start = head.find(EXIF_MARK, 0, pixels if pixels >= 0 else len(head))
+    return b"" if start < 0 else head[start + 6 :]

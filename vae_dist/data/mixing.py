@@ -19,22 +19,26 @@ from vae_dist.data.order import Order, Run, Window
 from vae_dist.randomness import derive_seed
 
 
-def make_order(index: ShardIndex, *, lanes: int, window: int, seed: int) -> Order | MixedOrder:
+def make_order(
+    index: ShardIndex, *, lanes: int, window: int, seed: int, slot_rows: int = 0
+) -> Order | MixedOrder:
     """The order of a data set, or of the mixture that the index holds."""
     if not index.parts:
-        return Order(index.lengths, lanes=lanes, window=window, seed=seed)
-    return MixedOrder(index, lanes=lanes, window=window, seed=seed)
+        return Order(index.lengths, lanes=lanes, window=window, seed=seed, slot_rows=slot_rows)
+    return MixedOrder(index, lanes=lanes, window=window, seed=seed, slot_rows=slot_rows)
 
 
-def quotas(weights: Sequence[float], lanes: int) -> list[int]:
+def quotas(weights: Sequence[float], lanes: int, *, key: str = "training.batch_size") -> list[int]:
     """Lanes of each data set: proportional to the weights, at least one, `lanes` in all.
+
+    key: the config key that sets the number of lanes.
 
     Raises ConfigError when there are fewer lanes than data sets.
     """
     if lanes < len(weights):
         raise ConfigError(
-            f"data.train mixes {len(weights)} data sets, but training.batch_size={lanes} has "
-            "fewer images than that; raise it"
+            f"data.train mixes {len(weights)} data sets, but {key}={lanes} is less than that; "
+            "raise it"
         )
     shares = np.array(weights, np.float64) / sum(weights) * lanes
     counts = np.maximum(1, np.floor(shares)).astype(int)
@@ -49,10 +53,13 @@ def quotas(weights: Sequence[float], lanes: int) -> list[int]:
 class MixedOrder:
     """Like `Order`; rows of a lane and sample numbers of the run mean the same."""
 
-    def __init__(self, index: ShardIndex, *, lanes: int, window: int, seed: int) -> None:
-        self.lanes, self.window, self.seed = lanes, window, seed
+    def __init__(
+        self, index: ShardIndex, *, lanes: int, window: int, seed: int, slot_rows: int = 0
+    ) -> None:
+        self.lanes, self.window, self.seed, self.slot_rows = lanes, window, seed, slot_rows
         self.num_samples = index.num_samples
-        counts = quotas([weight for _, weight in index.parts], lanes)
+        key = "data.slots" if slot_rows else "training.batch_size"
+        counts = quotas([weight for _, weight in index.parts], lanes, key=key)
         self.part_of_lane = _dealt(counts)
         ranks = np.zeros(lanes, np.int64)  # of a lane among those of its data set
         self._orders: list[Order] = []
@@ -65,7 +72,9 @@ class MixedOrder:
             if not lengths.sum():
                 raise ConfigError(f"data.train: data set {part} of the mixture holds no sample")
             own_seed = derive_seed(seed, "mixture", part)
-            self._orders.append(Order(lengths, lanes=len(mine), window=window, seed=own_seed))
+            self._orders.append(
+                Order(lengths, lanes=len(mine), window=window, seed=own_seed, slot_rows=slot_rows)
+            )
             self._first_shard.append(first)
             first += num_shards
         self._rank_of_lane = ranks
@@ -81,8 +90,7 @@ class MixedOrder:
     def sample_at(self, g: int) -> tuple[int, int, int]:
         """(epoch of its data set, shard, index in the shard) of sample number g of the run."""
         window = self.window_at(g % self.lanes, g // self.lanes)
-        shard, index = window.sample(int(window.order[g // self.lanes - window.first_row]))
-        return window.epoch, shard, index
+        return window.place(int(window.order[g // self.lanes - window.first_row]))
 
 
 def _dealt(counts: Sequence[int]) -> np.ndarray:

@@ -9,6 +9,11 @@ The number g = 0, 1, 2, ... of a sample over the whole run says everything, N sa
 Within a lane and an epoch, windows of `window` consecutive samples are permuted by
 (seed, epoch, lane, window). With lanes = batch size, step k takes row k of every lane.
 
+With `slot_rows` (aspect buckets) a lane is a slot, and step k takes its rows k slot_rows, ...,
+(k + 1) slot_rows - 1. Windows are then cut on the rows of the whole run, in multiples of slot_rows,
+so that the images of a slot always come from one window; a window may hold the tail of one epoch
+and the head of the next.
+
 In: lengths of the shards, lanes, window, seed. Out: windows of lanes, as runs of samples of shards.
 """
 
@@ -37,11 +42,12 @@ class Run(NamedTuple):
 class Window:
     """Consecutive samples of a lane: row first_row + i takes sample order[i] of the joined runs."""
 
-    epoch: int
+    epoch: int  # of the first run
     lane: int
     first_row: int
     runs: tuple[Run, ...]
     order: np.ndarray  # int64 permutation of range(num_samples)
+    epochs: tuple[int, ...] = ()  # of each run, where they are not all of one
 
     @property
     def end_row(self) -> int:
@@ -49,9 +55,14 @@ class Window:
 
     def sample(self, position: int) -> tuple[int, int]:
         """(shard, index in the shard) of a position of the joined runs."""
-        for run in self.runs:
+        return self.place(position)[1:]
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """(epoch, shard, index in the shard) of a position of the joined runs."""
+        for number, run in enumerate(self.runs):
             if position < run.stop - run.start:
-                return run.shard, run.start + position
+                epoch = self.epochs[number] if self.epochs else self.epoch
+                return epoch, run.shard, run.start + position
             position -= run.stop - run.start
         raise IndexError(position)
 
@@ -70,11 +81,20 @@ class _Plan(NamedTuple):
 class Order:
     """The order of all samples over all epochs, for ever; any part of it in O(window)."""
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, *, lanes: int, window: int, seed: int):
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        lanes: int,
+        window: int,
+        seed: int,
+        slot_rows: int = 0,
+    ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
         self.num_samples = int(self.lengths.sum())
-        self.lanes, self.window, self.seed = lanes, window, seed
+        self.lanes, self.window, self.seed, self.slot_rows = lanes, window, seed, slot_rows
         assert self.num_samples > 0 and lanes > 0 and window > 0, (self.num_samples, lanes, window)
+        assert not slot_rows or window % slot_rows == 0, (window, slot_rows)
         self._plans: dict[int, _Plan] = {}
 
     def epoch(self, g: int) -> int:
@@ -89,6 +109,8 @@ class Order:
 
     def window_at(self, lane: int, row: int) -> Window:
         """The window of a lane that holds a row (counted over the whole run)."""
+        if self.slot_rows:
+            return self._window_over_epochs(lane, row)
         epoch = self.epoch(row * self.lanes + lane)
         plan = self._plan(epoch)
         first, end = int(plan.first_row[lane]), int(plan.end_row[lane])
@@ -101,11 +123,31 @@ class Order:
         generator = numpy_generator(self.seed, "window", epoch, lane, number)
         return Window(epoch, lane, low, tuple(runs), generator.permutation(high - low))
 
+    def _window_over_epochs(self, lane: int, row: int) -> Window:
+        # Ahead by a number of slots that differs by lane, so that not all lanes read at once.
+        ahead = lane * (self.window // self.slot_rows) // self.lanes * self.slot_rows
+        number = (row + ahead) // self.window
+        low, high = max(0, number * self.window - ahead), (number + 1) * self.window - ahead
+        runs: list[Run] = []
+        epochs: list[int] = []
+        at = low
+        while at < high:
+            epoch = self.epoch(at * self.lanes + lane)
+            plan = self._plan(epoch)
+            end = min(high, int(plan.end_row[lane]))
+            start = int(plan.start[lane]) + at - int(plan.first_row[lane])
+            found = list(self._runs(plan, start, end - at))
+            runs += found
+            epochs += [epoch] * len(found)
+            at = end
+        generator = numpy_generator(self.seed, "window", lane, number)
+        order = generator.permutation(high - low)
+        return Window(epochs[0], lane, low, tuple(runs), order, tuple(epochs))
+
     def sample_at(self, g: int) -> tuple[int, int, int]:
         """(epoch, shard, index in the shard) of sample number g of the run."""
         window = self.window_at(g % self.lanes, g // self.lanes)
-        shard, index = window.sample(int(window.order[g // self.lanes - window.first_row]))
-        return window.epoch, shard, index
+        return window.place(int(window.order[g // self.lanes - window.first_row]))
 
     def _plan(self, epoch: int) -> _Plan:
         if epoch not in self._plans:

@@ -1,20 +1,28 @@
 """Reads samples by their place in the index, and turns them into images.
 
 In: (shard, start, stop). Out: undecoded samples, one read for the whole run; and from one
-undecoded sample: uint8 image (C, H, W) of the wanted size, and label.
+undecoded sample: image (C, H, W) of the wanted size, and label.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.decode import decode_sample
+from vae_dist.data.buckets import Size, aspect, make_buckets, nearest, square
+from vae_dist.data.decode import decode_sample, only_jpeg, size_of_sample
 from vae_dist.data.index import ShardIndex
+from vae_dist.data.jpeg import is_plain_jpeg
+from vae_dist.data.kept import KeptImages, augmentation, before_augmentation
+from vae_dist.data.labels import CLS, NO_LABEL, UnknownClassError, label_of
+from vae_dist.data.masks import DRAWN
+from vae_dist.data.order import Run
 from vae_dist.data.remote import read_range
 from vae_dist.data.tar import DamagedSampleError, ShardError, key_and_suffix, members
 from vae_dist.data.transforms import ImageSettings, transform
@@ -37,67 +45,194 @@ class SkippedSample:
 
 
 class LoadedSample(NamedTuple):
-    image: np.ndarray  # uint8 (C, H, W)
+    image: np.ndarray  # (C, H, W), uint8, uint16 or float32 after data.bits; with a mask one more
+    label: int
+
+
+class PlainJpeg(NamedTuple):
+    """A sample that needs nothing but its decoding, where it is to stay."""
+
+    data: bytes | memoryview
     label: int
 
 
 class SampleReader:
     """Samples of a data set, read by position and made into images."""
 
-    def __init__(self, index: ShardIndex, settings: ImageSettings, *, seed: int) -> None:
+    def __init__(
+        self, index: ShardIndex, settings: ImageSettings, *, seed: int, keep_bytes: int = 0
+    ) -> None:
+        """keep_bytes: a data set whose images are no more than that is decoded once."""
         self.index, self.settings, self.seed = index, settings, seed
         self._first_number = (np.cumsum(index.lengths) - index.lengths).tolist()
-        self._shape = settings.shape
+        self._kept = KeptImages.room_for(index.num_samples, settings, max_bytes=keep_bytes)
+        self._constant = before_augmentation(settings) if self._kept is not None else settings
+        self._drawn = augmentation(settings)
+        is_drawn = settings.flip or settings.mask in DRAWN
+        # images that every epoch shows as they are kept
+        self.constant = None if is_drawn else self._kept
+        height, width = settings.size
+        self._may_be_plain = (
+            settings.dtype == np.uint8
+            and not (settings.flip or settings.has_mask or settings.sizes_differ)
+            and height * width <= settings.max_pixels
+        )
 
-    def read(self, shard: int, start: int, stop: int) -> list[bytes]:
-        """The bytes of the samples start, ..., stop - 1, by one read. Raises ShardError."""
+    def read(self, shard: int, start: int, stop: int) -> list[memoryview]:
+        """The bytes of the samples start, ..., stop - 1: views of one read. Raises ShardError."""
         path = self.index.paths[shard]
         try:
             offsets = self.index.offsets(shard, start, stop)
-            blob = read_range(path, int(offsets[0]), int(offsets[-1] - offsets[0]))
+            first, end = int(offsets[0]), int(offsets[-1])
+            blob = memoryview(read_range(path, first, end - first))
         except OSError as error:
             raise ShardError(
                 f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run "
                 "the same command again"
             ) from error
-        borders = (offsets - offsets[0]).tolist()
+        borders = (offsets - first).tolist()
         return [blob[a:b] for a, b in pairwise(borders)]
 
     def load(
-        self, data: bytes, shard: int, index: int, *, epoch: int, room: np.ndarray | None = None
+        self,
+        data: bytes | memoryview,
+        shard: int,
+        index: int,
+        *,
+        epoch: int,
+        room: np.ndarray | None = None,
+        size: Size | None = None,
     ) -> LoadedSample:
         """One sample, decoded and transformed; in `room` where that saves a copy.
 
-        Raises DamagedSampleError when it is unreadable, and ShardError when native images differ
-        in size, which no other sample can make good.
+        size: the bucket that it is brought to; by default its own, or the size of all images.
+        Raises DamagedSampleError when it is unreadable, and ShardError for what no other sample
+        can make good: a label that is no class, native images that differ in size although they
+        must not.
         """
-        settings = self.settings
-        image, label = decode_sample(
-            single_sample(data, self.index.paths[shard]),
+        found = self._decoded(data, shard, index, epoch=epoch, room=room, size=size)
+        if self._kept is None:
+            return found
+        self._kept.keep(self._first_number[shard] + index, *found)
+        return self._augmented(found, shard, index, epoch=epoch)
+
+    def has_kept(self, shard: int, index: int) -> bool:
+        return self._kept is not None and self._kept.has(self._first_number[shard] + index)
+
+    def keep(self, shard: int, index: int, image: np.ndarray, label: int) -> None:
+        """An image (C, H, W) that was decoded elsewhere, where a later epoch wants it."""
+        if self._kept is not None:
+            self._kept.keep(self._first_number[shard] + index, image, label)
+
+    def kept(self, shard: int, index: int, *, epoch: int) -> LoadedSample | None:
+        """What `load` would make of the sample, without its bytes, if an earlier epoch kept it."""
+        found = None
+        if self._kept is not None:
+            found = self._kept.get(self._first_number[shard] + index)
+        return None if found is None else self._augmented(found, shard, index, epoch=epoch)
+
+    def numbers(self, runs: Iterable[Run]) -> np.ndarray:
+        """Numbers among all samples, int64, of the samples of the joined runs."""
+        firsts = self._first_number
+        return np.concatenate(
+            [np.arange(firsts[shard] + start, firsts[shard] + stop) for shard, start, stop in runs]
+        )
+
+    def shards_of(self, numbers: list[int]) -> set[int]:
+        places = np.searchsorted(self._first_number, numbers, "right") - 1
+        return set(places.tolist())
+
+    def _augmented(
+        self, constant: tuple[np.ndarray, int], shard: int, index: int, *, epoch: int
+    ) -> LoadedSample:
+        image, label = constant
+        number = self._first_number[shard] + index
+        image = transform(image, self._drawn, seed=self.seed, epoch=epoch, sample=number)
+        return LoadedSample(image, label)
+
+    def _decoded(
+        self,
+        data: bytes | memoryview,
+        shard: int,
+        index: int,
+        *,
+        epoch: int,
+        room: np.ndarray | None,
+        size: Size | None,
+    ) -> LoadedSample:
+        """Decoded and transformed, up to what is drawn for each epoch where images are kept."""
+        settings = self._constant
+        sample = single_sample(data, self.index.paths[shard])
+        if size is None and settings.buckets:
+            own = size_of_sample(sample, max_pixels=settings.max_pixels)
+            size = nearest(settings.buckets, aspect(own))
+        size = size or settings.size
+        image = decode_sample(
+            sample,
             channels=settings.channels,
+            bits=settings.bits,
             max_pixels=settings.max_pixels,
-            at_least=settings.size if settings.resize else None,
-            room=room,
+            at_least=size if settings.resize else None,
+            room=None if settings.has_mask else room,
+            mask=settings.mask,
         )
         number = self._first_number[shard] + index
-        image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number)
-        if image.shape != self._shape:
+        image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number, size=size)
+        if image.shape[1:] != size and not settings.any_size:
             raise ShardError(
                 f"{self.index.paths[shard]} sample {index}: the image is {_size(image.shape[1:])} "
-                f"pixels, but the first one of its data set is {_size(settings.size)}; with "
-                "data.resolution=native images share a size, else train with one, for example "
-                f"data.resolution={min(settings.size)}"
+                f"pixels, but the first one of its data set is {_size(size)}; here native images "
+                f"share a size: bring them to one, for example data.resolution={min(size)}, use "
+                "aspect buckets, or (model.latent=spatial) let each be a slot of its own with "
+                "data.slots=training.batch_size"
             )
-        return LoadedSample(image, label)
+        return LoadedSample(image, self.label(sample, shard, index))
+
+    def plain_jpeg(self, data: bytes | memoryview, shard: int, index: int) -> PlainJpeg | None:
+        """A sample whose image `decode_into` makes of its bytes as `load` would, or None.
+
+        Short, as it is run between the decoding of two images, when no cache holds it. Raises
+        ShardError for a label that is no class.
+        """
+        if not self._may_be_plain:
+            return None
+        try:
+            sample = single_sample(data, self.index.paths[shard], copied=False)
+            jpeg = only_jpeg(sample)
+            if jpeg is None or not is_plain_jpeg(jpeg, self.settings.channels, self.settings.size):
+                return None
+            return PlainJpeg(jpeg, self.label(sample, shard, index))
+        except DamagedSampleError:
+            return None  # load says why
+
+    def label(self, sample: Mapping[str, Any], shard: int, index: int) -> int:
+        """-1 where there is none. Raises DamagedSampleError, and ShardError for no known class."""
+        key, num_classes = self.settings.label_key, self.settings.num_classes
+        try:
+            return label_of(sample, key=key, num_classes=num_classes)
+        except UnknownClassError as error:
+            raise ShardError(
+                f"{self.name(shard, index)} (key {sample['__key__']}): {error}; set "
+                "model.num_classes to one more than the largest label, or mend the labels"
+            ) from None
+
+    def size_or_none(self, data: bytes | memoryview, shard: int) -> Size | None:
+        """(H, W) of an undecoded sample after the header of its image; None: unreadable."""
+        try:
+            sample = single_sample(data, self.index.paths[shard])
+            return size_of_sample(sample, max_pixels=self.settings.max_pixels)
+        except DamagedSampleError:
+            return None
 
     def name(self, shard: int, index: int) -> str:
         return f"{self.index.paths[shard]} sample {index}"
 
 
-def single_sample(data: bytes, url: str) -> dict[str, Any]:
+def single_sample(data: bytes | memoryview, url: str, *, copied: bool = True) -> dict[str, Any]:
     """The one webdataset sample in these bytes. Raises DamagedSampleError.
 
     webdataset's `group_by_keys`, for bytes of which it is known that they hold one group.
+    copied=False: files are views of `data`.
     """
     sample: dict[str, Any] = {}
     for name, content in members(data):
@@ -109,7 +244,7 @@ def single_sample(data: bytes, url: str) -> dict[str, Any]:
             raise DamagedSampleError("the index does not fit the shard here")
         if suffix in sample:
             raise DamagedSampleError(f"{name}: duplicate file name in tar file {suffix}")
-        sample[suffix] = content
+        sample[suffix] = bytes(content) if copied else content
     if len(sample) < 2:
         raise DamagedSampleError("the index does not fit the shard here")
     sample["__url__"] = url
@@ -122,29 +257,72 @@ def image_settings(
     channels: int,
     resolution: Any,
     max_pixels: int,
+    bits: int = 8,
     crop: Any = "center",
     flip: bool = False,
+    any_size: bool = False,
+    mask: str = "none",
+    mask_fraction: float = 0.5,
+    label_key: str = CLS,
+    num_classes: int = 0,
 ) -> ImageSettings:
     """Settings after `data.*`; the size of native images is that of the first readable one.
 
-    Raises ConfigError when none of the first samples can be read.
+    any_size: native images may differ in size. Raises ConfigError when none of the first samples
+    can be read.
     """
+    common = ImageSettings(
+        channels,
+        (0, 0),
+        True,
+        max_pixels,
+        crop,
+        flip,
+        bits,
+        mask=mask,
+        mask_fraction=mask_fraction,
+        label_key=label_key,
+        num_classes=num_classes,
+    )
+    if isinstance(resolution, Mapping):
+        buckets = make_buckets(**resolution)
+        return replace(common, size=square(buckets), buckets=buckets)
     if resolution != "native":
         size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        return ImageSettings(channels, (size[0], size[1]), True, max_pixels, crop, flip)
+        return replace(common, size=(size[0], size[1]))
     reason = ""
     for shard, number in _first_samples(index, NUM_PROBED):
-        reader = SampleReader(index, ImageSettings(channels, (0, 0), False, max_pixels), seed=0)
+        reader = SampleReader(index, common, seed=0)
         data = reader.read(shard, number, number + 1)[0]
         try:
             sample = single_sample(data, index.paths[shard])
-            image, _ = decode_sample(sample, channels=channels, max_pixels=max_pixels)
+            image = decode_sample(
+                sample, channels=channels, bits=bits, max_pixels=max_pixels, mask=mask
+            )
         except DamagedSampleError as error:
             reason = reason or f"{reader.name(shard, number)}: {error}"
             continue
         height, width = image.shape[1:]
-        return ImageSettings(channels, (height, width), False, max_pixels, crop, flip)
+        return replace(common, size=(height, width), resize=False, any_size=any_size)
     raise ConfigError(f"data.resolution=native: none of the first images can be read; {reason}")
+
+
+def check_labels(index: ShardIndex, settings: ImageSettings, *, key: str) -> None:
+    """Look at the labels of the first samples. Raises ConfigError, which blames `key`, when none of
+    them has a label, and ShardError when one has a label that is no class."""
+    reader = SampleReader(index, settings, seed=0)
+    labels = []
+    for shard, number in _first_samples(index, NUM_PROBED):
+        with contextlib.suppress(DamagedSampleError):
+            data = reader.read(shard, number, number + 1)[0]
+            sample = single_sample(data, index.paths[shard])
+            labels.append(reader.label(sample, shard, number))
+    if labels and all(label == NO_LABEL for label in labels):
+        raise ConfigError(
+            f"model.num_classes={settings.num_classes}, but none of the first {len(labels)} images "
+            f"of {key} has a label under data.label_key={settings.label_key}; name the field that "
+            "holds it, or set model.num_classes=0"
+        )
 
 
 def _first_samples(index: ShardIndex, count: int) -> list[tuple[int, int]]:

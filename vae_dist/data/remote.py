@@ -80,7 +80,9 @@ def size_of(place: str) -> int:
             with _opened(place, 0, 1) as answer:
                 sizes.append(_total(answer))
         else:
-            sizes.append(int(_file_system(place)[0].size(_file_system(place)[1])))
+            system, path = _file_system(place)
+            with _named_by_fsspec():
+                sizes.append(int(system.size(path)))
 
     _with_retries(place, bytearray(), ask)
     return sizes[0]
@@ -164,8 +166,15 @@ def _total(answer: Any) -> int:
 
 def _fetch_by_fsspec(url: str, start: int, count: int, data: bytearray) -> None:
     system, path = _file_system(url)
-    try:
+    with _named_by_fsspec():
         data += system.cat_file(path, start=start + len(data), end=start + count)
+
+
+@contextlib.contextmanager
+def _named_by_fsspec() -> Iterator[None]:
+    """Raises _LastingError for what another attempt does not change."""
+    try:
+        yield
     except FileNotFoundError:
         raise _LastingError("no such file") from None
     except PermissionError as error:

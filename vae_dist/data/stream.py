@@ -1,70 +1,68 @@
 """The batches of a run, for one rank: step by step, from any step on, with any number of workers.
 
 In: the index of the shards, their order, how to make images of them.
-Out: `Batch`: this rank's images of a step, uint8 (b, C, H, W), in slot order.
+Out: `Batch`: this rank's images of a step in groups of one shape, each in slot order.
 
 Step k takes row k of every lane; a rank owns batch_size / world neighbouring lanes, and its loader
-workers share them. So who reads what depends on the machine, but what step k shows does not.
-
-A lost sample keeps its place. It is replaced by the first readable sample of its window, in the
-window's permuted order; if the window has none, by that of the lane's nearest earlier window that
-has one, and if there is none, by that of the nearest later one. The choice is a function of data
-and position, so every world size, worker count and resume makes the same one.
+workers share them. With aspect buckets a slot owns one lane, and step k takes the next
+batch_size / slots rows of it, which share a size (`vae_dist.data.lane`). So who reads what depends
+on the machine, but what step k shows does not.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.mixing import MixedOrder
-from vae_dist.data.order import Order, Window
-from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
-from vae_dist.data.tar import DamagedSampleError, ShardError
+from vae_dist.data.order import Order
+from vae_dist.data.reader import SampleReader, SkippedSample
+from vae_dist.data.ring import can_share, empty_pixels
+from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.work import Block, Shape, Share, TrainingWork
 from vae_dist.data.workers import WorkerPool
 
-MAX_LOST_IN_A_ROW = 4096  # samples of a lane; more is not damage but the wrong kind of data
+
+class Group(NamedTuple):
+    """Slots of a step whose images share a shape, in ascending order."""
+
+    slots: tuple[int, ...]  # numbers among all slots of the step; each has b / len(slots) images
+    images: torch.Tensor  # (b, C, H, W) as stored, in memory as (b, H, W, C)
+    labels: torch.Tensor  # int64 (b,), -1 where there is none
+    masks: torch.Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all are
+
+    def part(self, start: int, stop: int) -> Group:
+        """The slots at places start, ..., stop - 1 of this group."""
+        per_slot = len(self.images) // len(self.slots)
+        part = slice(start * per_slot, stop * per_slot)
+        masks = None if self.masks is None else self.masks[part]
+        return Group(self.slots[start:stop], self.images[part], self.labels[part], masks)
 
 
 class Batch(NamedTuple):
     """One rank's part of a step."""
 
     step: int
-    images: torch.Tensor  # uint8 (b, C, H, W), in memory as (b, H, W, C)
-    labels: torch.Tensor  # int64 (b,), -1 where there is none
+    groups: tuple[Group, ...]  # by their first slot; shapes differ
     shards: tuple[str, ...]  # that these images came from
     skipped: tuple[SkippedSample, ...]
 
-
-class _Share(NamedTuple):
-    """One worker's part of a rank's step."""
-
-    step: int
-    images: torch.Tensor  # uint8, in shared memory when it comes from another process
-    labels: np.ndarray
-    shards: list[int]
-    skipped: list[SkippedSample]
-
-
-class _Donor(NamedTuple):
-    """What replaces lost samples, and where the window ends that it was found in."""
-
-    end_row: int
-    name: str
-    sample: LoadedSample
+    @property
+    def num_images(self) -> int:
+        return sum(len(group.images) for group in self.groups)
 
 
 class TrainingStream:
     """Iterates over the batches start_step, ..., stop_step - 1 of one rank.
 
-    The order must have batch_size lanes. `workers` loader processes (0: this process) decode.
+    slots: of a step over all ranks (0: one for each image). The order must have batch_size lanes,
+    or with slot_rows as many as slots. `workers` loader processes (0: this process) decode.
     Iterating raises ShardError when the data cannot be used; close() ends the workers.
     """
 
@@ -77,207 +75,134 @@ class TrainingStream:
         batch_size: int,
         start_step: int,
         stop_step: int,
+        slots: int = 0,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
+        keep_bytes: int = 0,
     ) -> None:
-        assert order.lanes == batch_size, (order.lanes, batch_size)
-        assert batch_size % world == 0, (batch_size, world)
-        share = batch_size // world
-        self._lanes = range(rank * share, (rank + 1) * share)
-        self._paths, self._settings, self._pin_memory = index.paths, settings, pin_memory
-        reader = SampleReader(index, settings, seed=order.seed)
+        assert order.lanes * max(1, order.slot_rows) == batch_size, (order.lanes, batch_size)
+        assert order.lanes % world == 0, (order.lanes, world)
+        assert bool(order.slot_rows) == bool(settings.buckets), order.slot_rows
+        share = order.lanes // world
+        lanes = range(rank * share, (rank + 1) * share)
+        slots = (slots or batch_size) // world
+        assert share % slots == 0, (share, slots)
+        # with images of any size, those of a slot could not go through together
+        assert not settings.any_size or share == slots, (share, slots)
+        self._lanes_per_slot = share // slots
+        self._first_slot = rank * slots
+        self._paths, self._pin_memory = index.paths, pin_memory
+        self._has_mask = settings.has_mask
+        workers = min(workers, share)
+        reader = SampleReader(
+            index, settings, seed=order.seed, keep_bytes=keep_bytes // max(1, workers)
+        )
         self._steps = range(start_step, stop_step)
-        work = TrainingWork(reader, order, self._lanes, self._steps)
-        self._pool = WorkerPool(work, num_workers=min(workers, share))
-        self.close = weakref.finalize(self, self._pool.close)
+        work = TrainingWork(reader, order, lanes, self._steps)
+        self._work = work
+        self._pool = WorkerPool(work, num_workers=workers)
+        self.close = weakref.finalize(self, _close, work, self._pool)
 
     def __iter__(self) -> Iterator[Batch]:
+        num_workers = self._pool.num_workers
+        ring = self._work.make_ring(num_workers) if num_workers and can_share() else None
         shares = iter(self._pool)
-        num_parts = max(1, self._pool.num_workers)
-        for _ in self._steps:
-            yield self._merge([next(shares) for _ in range(num_parts)])
+        try:
+            for _ in self._steps:
+                if ring is not None:
+                    ring.take_back()
+                yield self._merge([next(shares) for _ in range(max(1, num_workers))])
+        finally:
+            if ring is not None:
+                ring.close()
 
-    def _merge(self, parts: list[_Share]) -> Batch:
-        whole = len(parts) == 1 and not self._pin_memory and not parts[0].images.is_shared()
-        images = (
-            parts[0].images
-            if whole
-            else images_by_pixel(len(self._lanes), self._settings.shape, pin=self._pin_memory)
-        )
-        labels = torch.empty(len(self._lanes), dtype=torch.int64)
-        for worker, part in enumerate(parts):
-            assert part.step == parts[0].step, [part.step for part in parts]
-            if not whole:
-                images[worker :: len(parts)] = part.images
-            labels[worker :: len(parts)] = torch.from_numpy(part.labels)
+    def _merge(self, parts: list[Share]) -> Batch:
+        assert all(part.step == parts[0].step for part in parts), [part.step for part in parts]
+        blocks: dict[torch.Size | None, list[Block]] = {}
+        for part in parts:
+            for block in part.blocks:
+                shape = None if block.pixels is None else block.pixels.shape[1:]
+                blocks.setdefault(shape, []).append(block)
+        groups = sorted((self._group(same) for same in blocks.values()), key=lambda g: g.slots)
         shards = sorted({self._paths[shard] for part in parts for shard in part.shards})
         skipped = [sample for part in parts for sample in part.skipped]
-        return Batch(parts[0].step, images, labels, tuple(shards), tuple(skipped))
+        return Batch(parts[0].step, tuple(groups), tuple(shards), tuple(skipped))
+
+    def _group(self, blocks: list[Block]) -> Group:
+        """The workers' images of one shape, lane by lane."""
+        lanes = sorted(lane for block in blocks for lane in block.lanes)
+        slots = dict.fromkeys(self._first_slot + lane // self._lanes_per_slot for lane in lanes)
+        labels = np.empty((len(lanes), len(blocks[0].labels) // len(blocks[0].lanes)), np.int64)
+        for block in blocks:
+            labels[_places(lanes, block.lanes)] = block.labels.reshape(-1, labels.shape[1])
+        pixels = self._pixels(lanes, blocks)
+        images, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=self._has_mask)
+        return Group(tuple(slots), images, torch.from_numpy(labels.reshape(-1)), masks)
+
+    def _pixels(self, lanes: list[int], blocks: list[Block]) -> torch.Tensor:
+        """(b, H, W, C), where the workers left them if that may be."""
+        first = blocks[0].pixels
+        if first is None:
+            assert self._work.ring is not None
+            return self._work.ring.lend(pin=self._pin_memory)
+        if len(blocks) == 1 and not self._pin_memory and not first.is_shared():
+            return first
+        shape = (len(lanes) * (len(first) // len(blocks[0].lanes)), *first.shape[1:])
+        pixels = empty_pixels(shape, first.dtype, pin=self._pin_memory)
+        by_lane = pixels.numpy().reshape(len(lanes), -1)
+        for block in blocks:
+            assert block.pixels is not None
+            mine = block.pixels.numpy().reshape(len(block.lanes), -1)
+            by_lane[_places(lanes, block.lanes)] = mine
+        return pixels
 
 
-def images_by_pixel(
-    count: int, shape: tuple[int, int, int], *, pin: bool = False, shared: bool = False
-) -> torch.Tensor:
-    """Room for uint8 images (count, C, H, W) whose memory lies as (count, H, W, C).
-
-    Decoders write pixel by pixel, so an image is copied in one piece, wherever it goes on its way
-    to the device. shared: in memory that another process maps instead of copying it.
-    """
-    channels, height, width = shape
-    num_bytes = count * channels * height * width
-    if shared:
-        storage = torch.UntypedStorage._new_shared(num_bytes)
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-    else:
-        flat = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin)
-    return flat.view(count, height, width, channels).permute(0, 3, 1, 2)
+def _close(work: TrainingWork, pool: WorkerPool) -> None:
+    if work.ring is not None:
+        work.ring.close()
+    pool.close()
 
 
-class TrainingWork:
-    """What one worker does: its lanes' share of each step."""
-
-    def __init__(
-        self, reader: SampleReader, order: Order | MixedOrder, lanes: range, steps: range
-    ) -> None:
-        self.reader, self.order, self.lanes, self.steps = reader, order, lanes, steps
-
-    def __call__(self, worker: int, num_workers: int) -> Iterator[_Share]:
-        lanes = [
-            _Lane(self.reader, self.order, lane, self.steps.start)
-            for lane in self.lanes[worker::num_workers]
-        ]
-        shared = get_worker_info() is not None
-        for step in self.steps:
-            images = images_by_pixel(len(lanes), self.reader.settings.shape, shared=shared)
-            pixels = images.numpy()
-            labels = np.empty(len(lanes), np.int64)
-            shards: set[int] = set()
-            skipped: list[SkippedSample] = []
-            for i, lane in enumerate(lanes):
-                pixels[i], labels[i] = lane.take(skipped, pixels[i])
-                shards.add(lane.shard)
-            yield _Share(step, images, labels, sorted(shards), skipped)
+def split_mask(planes: torch.Tensor, *, has_mask: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and masks of what a reader yields: the mask is its last plane."""
+    if not has_mask:
+        return planes, None
+    return planes[:, :-1], planes[:, -1:].to(torch.uint8)
 
 
-class _Lane:
-    """One lane, read row by row: holds the undecoded samples of one window."""
-
-    def __init__(
-        self, reader: SampleReader, order: Order | MixedOrder, lane: int, row: int
-    ) -> None:
-        self.reader, self.order, self.lane, self.row = reader, order, lane, row
-        self.shard = -1  # of the sample that was taken last
-        self.window: Window | None = None
-        self.samples: list[bytes] = []
-        self.previous_row = -1  # first row of the window before this one
-        self.donor: _Donor | None = None
-        self.asked_row = -1  # first row of the window that the donor is for
-
-    def take(self, skipped: list[SkippedSample], room: np.ndarray) -> LoadedSample:
-        """The sample of this row, or its replacement, which is then noted in `skipped`.
-
-        The image may be `room`, which is where the caller wants it.
-        """
-        if self.window is None or self.row == self.window.end_row:
-            self.previous_row = -1 if self.window is None else self.window.first_row
-            self.window = self.order.window_at(self.lane, self.row)
-            self.samples = self._read(self.window)
-        window, row = self.window, self.row
-        self.row += 1
-        position = int(window.order[row - window.first_row])
-        self.shard, index = window.sample(position)
-        try:
-            return self._load(window, self.samples, position, room)
-        except DamagedSampleError as error:
-            donor = self._donor(window)
-            path = self.reader.index.paths[self.shard]
-            skipped.append(SkippedSample(path, index, str(error), donor.name))
-            return donor.sample
-
-    def _read(self, window: Window) -> list[bytes]:
-        return [sample for run in window.runs for sample in self.reader.read(*run)]
-
-    def _load(
-        self, window: Window, samples: list[bytes], position: int, room: np.ndarray | None = None
-    ) -> LoadedSample:
-        shard, index = window.sample(position)
-        return self.reader.load(samples[position], shard, index, epoch=window.epoch, room=room)
-
-    def _donor(self, window: Window) -> _Donor:
-        """What replaces the lost samples of the window that is being read."""
-        asked_row, known = self.asked_row, self.donor
-        if known is not None and asked_row == window.first_row:
-            return known
-        donor = self._first_readable(window, self.samples)
-        if donor is None and known is not None and asked_row == self.previous_row:
-            # The window before asked too: its donor is the nearest for this one as well.
-            if window.first_row - known.end_row >= MAX_LOST_IN_A_ROW:
-                raise self._too_many(window)
-            donor = known
-        self.donor = donor or self._nearest_donor(window)
-        self.asked_row = window.first_row
-        return self.donor
-
-    def _first_readable(self, window: Window, samples: list[bytes]) -> _Donor | None:
-        for position in window.order.tolist():
-            try:
-                sample = self._load(window, samples, position)
-            except DamagedSampleError:
-                continue
-            name = self.reader.name(*window.sample(position))
-            return _Donor(window.end_row, name, sample)
-        return None
-
-    def _nearest_donor(self, lost: Window) -> _Donor:
-        """The donor of the nearest earlier window that has one, else of the nearest later one."""
-        row = lost.first_row
-        while row > 0:
-            if lost.first_row - row >= MAX_LOST_IN_A_ROW:
-                raise self._too_many(lost)
-            window = self.order.window_at(self.lane, row - 1)
-            donor = self._first_readable(window, self._read(window))
-            if donor is not None:
-                return donor
-            row = window.first_row
-        row = lost.end_row
-        while row - lost.end_row < MAX_LOST_IN_A_ROW:
-            window = self.order.window_at(self.lane, row)
-            donor = self._first_readable(window, self._read(window))
-            if donor is not None:
-                return donor
-            row = window.end_row
-        raise self._too_many(lost)
-
-    def _too_many(self, lost: Window) -> ShardError:
-        try:
-            self._load(lost, self.samples, int(lost.order[0]))
-            reason = "no reason"
-        except DamagedSampleError as error:
-            reason = str(error)
-        name = self.reader.name(*lost.sample(int(lost.order[0])))
-        return ShardError(
-            f"{MAX_LOST_IN_A_ROW} samples in a row cannot be read, the last is {name}: {reason}; "
-            "repair the shard, or take it out of the data set"
-        )
+def _places(lanes: list[int], wanted: list[int]) -> slice | np.ndarray:
+    """Where the wanted ones stand among the lanes; a slice, which copies faster, if it can be."""
+    places = np.searchsorted(lanes, wanted)
+    step = int(places[1] - places[0]) if len(places) > 1 else 1
+    if (np.diff(places) == step).all():
+        return slice(int(places[0]), int(places[-1]) + 1, step)
+    return places
 
 
 class EvaluationBatch(NamedTuple):
-    """One rank's part of an evaluation batch; what pads it has weight 0 and sample -1."""
+    """One rank's images of one shape; what pads them has weight 0 and sample -1.
 
-    images: torch.Tensor  # uint8 (b, C, H, W)
+    is_first: every rank has as many of these, in the same order of the data, so all ranks may
+    agree on something there; a rank has others only where its images differ in shape.
+    """
+
+    images: torch.Tensor  # (b, C, H, W) as stored
     labels: torch.Tensor  # int64 (b,), -1 where there is none
     samples: torch.Tensor  # int64 (b,), number in index order
     weights: torch.Tensor  # float32 (b,), 1 for an image, 0 for padding and unreadable samples
     skipped: tuple[SkippedSample, ...]
+    masks: torch.Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all are
+    is_first: bool = True
 
 
 class EvaluationStream:
     """Each image once over all ranks, in index order; iterate as often as wanted.
 
     Every rank yields the same number of batches, of equal sizes over the ranks: batch_size images
-    each, fewer in the last one. max_images: only the first so many. Nothing is drawn.
+    each, fewer in the last one. Where images differ in shape each of these becomes several, one for
+    each shape, the first of them marked. max_images: only the first so many. Nothing is drawn.
     """
 
     def __init__(
@@ -293,23 +218,32 @@ class EvaluationStream:
     ) -> None:
         self.num_images = min(index.num_samples, max_images or index.num_samples)
         self._num_batches = -(-self.num_images // (batch_size * world))
+        self._has_mask = settings.has_mask
         reader = SampleReader(index, settings.without_augmentation(), seed=0)
         work = _EvaluationWork(reader, self.num_images, batch_size, rank, world)
         self._pool = WorkerPool(work, num_workers=min(workers, self._num_batches))
         self.close = weakref.finalize(self, self._pool.close)
 
     def __len__(self) -> int:
+        """Batches that are marked as first."""
         return self._num_batches
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for images, labels, samples, weights, skipped in self._pool:
-            yield EvaluationBatch(
-                images=torch.from_numpy(images),
-                labels=torch.from_numpy(labels),
-                samples=torch.from_numpy(samples),
-                weights=torch.from_numpy(weights),
-                skipped=tuple(skipped),
-            )
+        for parts in self._pool:
+            for number, (planes, labels, samples, weights, skipped) in enumerate(parts):
+                images, masks = split_mask(torch.from_numpy(planes), has_mask=self._has_mask)
+                yield EvaluationBatch(
+                    images=images,
+                    labels=torch.from_numpy(labels),
+                    samples=torch.from_numpy(samples),
+                    weights=torch.from_numpy(weights),
+                    skipped=tuple(skipped),
+                    masks=masks,
+                    is_first=number == 0,
+                )
+
+
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[SkippedSample]]
 
 
 class _EvaluationWork:
@@ -322,31 +256,50 @@ class _EvaluationWork:
         self.rank, self.world = rank, world
         self.first_of_shard = np.cumsum(reader.index.lengths) - reader.index.lengths
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[tuple[Any, ...]]:
+    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_Part]]:
         together = self.batch_size * self.world
         for low in range(worker * together, self.num_images, num_workers * together):
             in_step = min(together, self.num_images - low)
             share = -(-in_step // self.world)  # the last batch is cut evenly, then padded
             first = low + self.rank * share
-            yield self._batch(first, min(first + share, low + in_step), share)
+            yield self._parts(first, min(first + share, low + in_step), share)
 
-    def _batch(self, first: int, stop: int, share: int) -> tuple[Any, ...]:
-        images = np.zeros((share, *self.reader.settings.shape), np.uint8)
-        labels, samples = np.full((2, share), -1, np.int64)
-        weights = np.zeros(share, np.float32)
+    def _parts(self, first: int, stop: int, share: int) -> list[_Part]:
+        """One part for each shape, at least one; the first names what is skipped."""
+        settings = self.reader.settings
+        images: dict[Shape, list[tuple[int, np.ndarray, int]]] = {}
         skipped: list[SkippedSample] = []
-        for i, (shard, index, data) in enumerate(self._read(first, stop)):
-            samples[i] = first + i
+        for sample, (shard, index, data) in enumerate(self._read(first, stop), first):
             try:
-                images[i], labels[i] = self.reader.load(data, shard, index, epoch=0)
+                image, label = self.reader.load(data, shard, index, epoch=0)
             except DamagedSampleError as error:
                 path = self.reader.index.paths[shard]
                 skipped.append(SkippedSample(path, index, str(error), None))
                 continue
-            weights[i] = 1
+            images.setdefault(image.shape, []).append((sample, image, label))
+        if not settings.sizes_differ or not images:
+            shape = (settings.planes, *settings.size)
+            return [self._part(images.get(shape, []), shape, share, skipped)]
+        return [
+            self._part(found, shape, len(found), [] if number else skipped)
+            for number, (shape, found) in enumerate(images.items())
+        ]
+
+    def _part(
+        self,
+        found: Iterable[tuple[int, np.ndarray, int]],
+        shape: Shape,
+        count: int,
+        skipped: list[SkippedSample],
+    ) -> _Part:
+        images = np.zeros((count, *shape), self.reader.settings.dtype)
+        labels, samples = np.full((2, count), -1, np.int64)
+        weights = np.zeros(count, np.float32)
+        for i, (sample, image, label) in enumerate(found):
+            images[i], samples[i], labels[i], weights[i] = image, sample, label, 1
         return images, labels, samples, weights, skipped
 
-    def _read(self, first: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
+    def _read(self, first: int, stop: int) -> Iterator[tuple[int, int, memoryview]]:
         """(shard, index, bytes) of the samples first, ..., stop - 1 of the index."""
         while first < stop:
             shard = int(np.searchsorted(self.first_of_shard, first, "right")) - 1

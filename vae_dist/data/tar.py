@@ -53,6 +53,8 @@ def parse_header(block: bytes) -> Header:
         size = int.from_bytes(field[1:], "big") if field[0] & 128 else int(field.rstrip(b" \0"), 8)
     except ValueError:
         raise DamagedSampleError("damaged tar header") from None
+    if size < 0:  # int() reads a sign; going back in the file would have no end
+        raise DamagedSampleError("damaged tar header")
     # the sum of all bytes, with blanks for its own eight; adler32 starts at 1 and takes it modulo
     rest = zlib.adler32(block[156:], zlib.adler32(block[:148])) & 0xFFFF
     if (rest - 1 + 8 * ord(" ") - checksum) % ADLER_MODULUS or checksum > MAX_CHECKSUM:
@@ -63,20 +65,21 @@ def parse_header(block: bytes) -> Header:
     return Header(name, size, block[156:157])
 
 
-def members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files in the bytes of one or more samples.
+def members(data: bytes | memoryview) -> Iterator[tuple[str, memoryview]]:
+    """Name and content, not copied, of the regular files in the bytes of one or more samples.
 
     Raises DamagedSampleError at a damaged header and where the bytes end too early.
     """
+    data = memoryview(data)
     at, long_name = 0, None
     while at < len(data) and data[at]:
-        header = parse_header(data[at : at + BLOCK])
+        header = parse_header(bytes(data[at : at + BLOCK]))
         content = data[at + BLOCK : at + BLOCK + header.size]
         if len(content) < header.size:
             raise DamagedSampleError("the tar ends inside a file")
         at += BLOCK + _padded(header.size)
         if header.kind in SPECIAL:
-            long_name = _long_name(header.kind, content) or long_name
+            long_name = _long_name(header.kind, bytes(content)) or long_name
             continue
         if header.kind in REGULAR:
             yield _decoded(long_name or header.name), content

@@ -1,18 +1,24 @@
 """From a decoded image to the size that the model sees.
 
-In: uint8 (C, H, W) of any size. Out: uint8 (C, *size): resized (antialiased) so that it covers
-`size` with its shorter side, cropped and perhaps mirrored; or, with resize=False, as it is.
+In: (C, H, W) of any size, uint8, uint16 or float32 in [-1, 1]. Out: (C, *size) of that type:
+resized (antialiased) so that it covers `size` with its shorter side, cropped and perhaps mirrored;
+or, with resize=False, as it is. With a mask, (C + 1, H, W): the last plane is 1 where a pixel was
+observed, and goes where its image goes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from vae_dist.data.buckets import Size
+from vae_dist.data.decode import PIXEL_TYPES
+from vae_dist.data.labels import CLS
+from vae_dist.data.masks import DRAWN, draw_mask, resized_mask
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.randomness import numpy_generator
 
@@ -22,37 +28,108 @@ class ImageSettings:
     """How samples become images: what a stream needs to know of `data.*`."""
 
     channels: int
-    size: tuple[int, int]  # (H, W) of every image that a stream yields
-    resize: bool  # False: the stored images have this size
+    size: Size  # (H, W) of every image, or of a typical one where sizes differ
+    resize: bool  # False: images are taken as they are stored
     max_pixels: int
     crop: Literal["center", "random"] = "center"
     flip: bool = False
+    bits: int = 8  # of a stored value; 32: float in [-1, 1]
+    buckets: tuple[Size, ...] = ()  # not empty: each image goes to one of these sizes
+    any_size: bool = False  # with resize=False: stored sizes may differ
+    mask: str = "none"
+    mask_fraction: float = 0.5  # of the pixels that are missing, where masks are drawn
+    label_key: str = CLS
+    num_classes: int = 0  # 0: labels may be any integer
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return (self.channels, *self.size)
 
+    @property
+    def has_mask(self) -> bool:
+        return self.mask != "none"
+
+    @property
+    def planes(self) -> int:
+        """Of what a reader yields for each image: its channels, then its mask if it has one."""
+        return self.channels + self.has_mask
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return PIXEL_TYPES[self.bits]
+
+    @property
+    def sizes_differ(self) -> bool:
+        return bool(self.buckets) or self.any_size
+
     def without_augmentation(self) -> ImageSettings:
         return replace(self, crop="center", flip=False)
 
+    def at_one_size(self, size: Size | None = None) -> ImageSettings:
+        """All images at `size`, by default the typical one, cropped from the centre."""
+        if not self.sizes_differ and size in (None, self.size):
+            return self.without_augmentation()
+        return replace(
+            self.without_augmentation(),
+            size=size or self.size,
+            resize=True,
+            buckets=(),
+            any_size=False,
+        )
+
 
 def transform(
-    image: np.ndarray, settings: ImageSettings, *, seed: int, epoch: int, sample: int
+    image: np.ndarray,
+    settings: ImageSettings,
+    *,
+    seed: int,
+    epoch: int,
+    sample: int,
+    size: Size | None = None,
 ) -> np.ndarray:
-    """The image at settings.size; crop and flip are drawn by (seed, epoch, sample number)."""
+    """The image at `size` (default: settings.size); crop and flip are drawn by (seed, epoch, sample
+    number)."""
+    size = size or settings.size
     random = settings.flip or (settings.crop == "random" and settings.resize)
     generator = numpy_generator(seed, "augment", epoch, sample) if random else None
     if settings.resize:
-        image = _cover(image, settings.size, max_pixels=settings.max_pixels)
-        spare = [have - want for have, want in zip(image.shape[1:], settings.size, strict=True)]
+        mask = image[settings.channels :]  # not there yet where masks are drawn
+        image = _cover(image[: settings.channels], size, max_pixels=settings.max_pixels)
+        if len(mask):
+            height, width = image.shape[1:]
+            image = np.concatenate([image, resized_mask(mask, (height, width)).astype(image.dtype)])
+        spare = [have - want for have, want in zip(image.shape[1:], size, strict=True)]
         if generator is not None and settings.crop == "random":
             top, left = (int(generator.integers(n + 1)) for n in spare)
         else:
             top, left = (n // 2 for n in spare)
-        image = image[:, top : top + settings.size[0], left : left + settings.size[1]]
+        image = image[:, top : top + size[0], left : left + size[1]]
     if generator is not None and settings.flip and generator.random() < 0.5:
-        image = image[:, :, ::-1]
+        image = _mirrored(image)
+    if settings.mask in DRAWN:
+        drawn = draw_mask(
+            settings.mask,
+            (image.shape[1], image.shape[2]),
+            settings.mask_fraction,
+            seed=seed,
+            epoch=epoch,
+            sample=sample,
+        )
+        image = np.concatenate([image, drawn.astype(image.dtype)])
     return image
+
+
+def _mirrored(image: np.ndarray) -> np.ndarray:
+    """Left to right. A copy of numpy's view with a negative stride takes torch's time 18-fold, and
+    longer than a JPEG's decoding."""
+    if image.dtype == np.uint16:  # which torch does not turn; the bytes are what counts
+        return _mirrored(image.view(np.int16)).view(np.uint16)
+    return torch.flip(_rows(image), (1,)).numpy().transpose(2, 0, 1)
+
+
+def _rows(image: np.ndarray) -> torch.Tensor:
+    """(H, W, C) of (C, H, W); a copy only where the image lies otherwise or must not be written."""
+    return torch.from_numpy(np.require(image.transpose(1, 2, 0), requirements=["C", "W"]))
 
 
 def _cover(image: np.ndarray, size: tuple[int, int], *, max_pixels: int) -> np.ndarray:
@@ -67,5 +144,13 @@ def _cover(image: np.ndarray, size: tuple[int, int], *, max_pixels: int) -> np.n
             f"{height} x {width} pixels would become {scaled[0]} x {scaled[1]} before the crop, "
             f"more than data.max_pixels={max_pixels}"
         )
-    tensor = torch.from_numpy(image.copy())[None]
-    return interpolate(tensor, scaled, mode="bicubic", antialias=True)[0].numpy()
+    if image.dtype == np.uint8:
+        # torch resizes bytes as they lie in most images, (H, W, C), without laying them out anew
+        tensor = _rows(image).permute(2, 0, 1)[None]
+        return interpolate(tensor, scaled, mode="bicubic", antialias=True)[0].numpy()
+    # torch resizes no uint16; float32 holds its levels exactly
+    tensor = torch.from_numpy(image.astype(np.float32))[None]
+    pixels = interpolate(tensor, scaled, mode="bicubic", antialias=True)[0].numpy()
+    if image.dtype == np.uint16:
+        return pixels.round().clip(0, 65535).astype(np.uint16)
+    return pixels.clip(-1.0, 1.0)  # a cubic overshoots at edges

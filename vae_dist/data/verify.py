@@ -63,7 +63,9 @@ def _verify_shard(index: ShardIndex, shard: int, max_pixels: int) -> ShardReport
     return report
 
 
-def _verify_sample(report: ShardReport, number: int, data: bytes, max_pixels: int) -> None:
+def _verify_sample(
+    report: ShardReport, number: int, data: bytes | memoryview, max_pixels: int
+) -> None:
     digest, key = b"%d" % number + report.path.encode(), f"sample {number}"
     try:
         sample = single_sample(data, report.path)

@@ -6,6 +6,7 @@ worker 0's first, worker 1's first, ..., worker 0's second, ...
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import sys
@@ -15,20 +16,43 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vae_dist.config.errors import ConfigError
+from vae_dist.config.errors import CommandFailed, ConfigError
 
 Work = Callable[[int, int], Iterator[Any]]
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PREFETCHED = 2  # shares that each worker prepares ahead
 
 
+class LoaderDied(CommandFailed):
+    """A loader process was ended from outside, or by a fault that Python knows nothing of."""
+
+
+@contextlib.contextmanager
+def deaths_explained(remedy: str) -> Iterator[None]:
+    """Around all that goes on beside loader processes: torch's handler of SIGCHLD raises the news
+    wherever the main thread happens to be. Raises LoaderDied, with what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).strip()
+        if not words.startswith("DataLoader worker"):
+            raise
+        raise LoaderDied(
+            f"a loader process died ({words.splitlines()[0].rstrip('. ')}). Memory that ran out is "
+            f"the usual cause: {remedy}"
+        ) from None
+
+
 class WorkerPool:
-    """Iterates over the shares of `num_workers` processes; 0 works in this process."""
+    """Iterates over the shares of `num_workers` processes; 0 works in this process.
+
+    Raises what `work` raises, and what `deaths_explained` explains.
+    """
 
     def __init__(self, work: Work, *, num_workers: int) -> None:
         self.num_workers = num_workers
         self._work = work
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         if self.num_workers == 0:
@@ -56,8 +80,11 @@ class WorkerPool:
             self.close()
 
     def close(self) -> None:
-        """End the workers. The loader's iterator does so when the last reference to it goes."""
-        self._iterator = None
+        """End the workers. The loader's iterator would do so when the last reference to it goes,
+        but a traceback may hold one, and processes that ignore SIGTERM keep the trainer."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 class _Work(IterableDataset[Any]):

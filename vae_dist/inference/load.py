@@ -6,6 +6,8 @@ one checkpoint, and what the run knew: config, step, image size.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from vae_dist.checkpoint import load_checkpoint
+from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import RunCommand, TrainConfig
+from vae_dist.config.schema import TrainConfig
 from vae_dist.data.bundled import make_digits
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.reader import image_settings
+from vae_dist.data.reader import SkippedSample, image_settings
 from vae_dist.data.stream import EvaluationStream
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.models.build import build_vae
@@ -69,6 +72,15 @@ def load_model(command: RunCommand, *, device: torch.device | None = None) -> Lo
     return LoadedModel(model, config, checkpoint.step, (height, width))
 
 
+def weights_digest(model: VAE) -> str:
+    """Of the weights: a step number alone may come again with others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Images:
     """Shards, and how the run makes images of them: the two that a stream starts from."""
@@ -77,7 +89,7 @@ class Images:
     settings: ImageSettings
 
 
-def open_images(config: TrainConfig, data: Any, *, create: bool) -> Images:
+def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "data") -> Images:
     """The shards of a command's `data` key, or the run's validation shards when that is empty.
 
     `create` makes what can be made (the bundled digits, missing indexes): on one process only.
@@ -85,38 +97,75 @@ def open_images(config: TrainConfig, data: Any, *, create: bool) -> Images:
     """
     if create and not data and config.data.bundled == "digits":
         make_digits(Path(config.data.train).parent)
-    spec, key = (data, "data") if data else (config.data.validation, "data.validation")
+    spec, key = (data, key) if data else (config.data.validation, "data.validation")
     index = load_index(spec, key=key, create=create)
     settings = image_settings(
         index,
         channels=config.data.channels,
         resolution=config.data.resolution,
         max_pixels=config.data.max_pixels,
+        bits=config.data.bits,
+        any_size=config.model.latent == "spatial",
+        mask=config.data.mask,
+        mask_fraction=config.data.mask_fraction,
+        label_key=config.data.label_key,
+        num_classes=config.model.num_classes,
     )
     return Images(index, settings)
 
 
 def first_images(images: Images, num_images: int) -> torch.Tensor:
-    """The readable ones among the first `num_images`, uint8 (N, C, H, W).
+    """The readable ones among the first `num_images`, (N, C, H, W) as stored.
 
     Raises ConfigError when there is none.
     """
-    return first_labelled_images(images, num_images)[0]
+    return first_examples(images, num_images).images
 
 
-def first_labelled_images(images: Images, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with their labels, int64 (N,), -1 where an image has none."""
-    index, settings = images.index, images.settings
-    batch_size = min(num_images, index.num_samples)
-    stream = EvaluationStream(index, settings, batch_size=batch_size, max_images=num_images)
-    parts = [(batch.images[batch.weights > 0], batch.labels[batch.weights > 0]) for batch in stream]
-    found = torch.cat([part for part, _ in parts])
-    if len(found) == 0:
+class Examples(NamedTuple):
+    """Images of one shape."""
+
+    images: torch.Tensor  # (N, C, H, W) as stored
+    labels: torch.Tensor  # int64 (N,), -1 where an image has none
+    masks: torch.Tensor | None  # uint8 (N, 1, H, W), 1: observed; None: all pixels are
+    samples: torch.Tensor  # int64 (N,), numbers in index order
+
+
+def first_examples(images: Images, num_images: int) -> Examples:
+    """The same with what is known of them.
+
+    Where images differ in size, they are resized and cropped to a typical one.
+    """
+    at_one_size = Images(images.index, images.settings.at_one_size())
+    return first_examples_by_shape(at_one_size, num_images)[0]
+
+
+def first_examples_by_shape(images: Images, num_images: int) -> list[Examples]:
+    """The readable ones among the first `num_images` at their own sizes, by shape. Raises
+    ConfigError when there is none."""
+    batch_size = min(num_images, images.index.num_samples)
+    stream = EvaluationStream(
+        images.index, images.settings, batch_size=batch_size, max_images=num_images
+    )
+    found: list[Examples] = []
+    skipped: list[SkippedSample] = []
+    for batch in stream:
+        skipped += batch.skipped
+        counts = batch.weights > 0
+        masks = None if batch.masks is None else batch.masks[counts]
+        if counts.any():
+            found.append(
+                Examples(batch.images[counts], batch.labels[counts], masks, batch.samples[counts])
+            )
+    reason = f"the first: {skipped[0]}" if skipped else ""
+    if not found:
         raise ConfigError(
-            f"none of the first {batch_size} images of {index.paths[0]} can be read; "
-            "raise num_images, or mend the shard"
+            f"none of the first {batch_size} images of {images.index.paths[0]} can be read "
+            f"({reason}); raise num_images, or mend the shard"
         )
-    return found, torch.cat([labels for _, labels in parts])
+    if skipped:
+        print(f"warning: {len(skipped)} images are left out; {reason}", file=sys.stderr)
+    return found
 
 
 def check_image_size(model: VAE, size: tuple[int, int], *, key: str) -> None:

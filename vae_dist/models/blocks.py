@@ -4,16 +4,32 @@ In and out: feature maps (B, C, H, W). Names and shapes of the parameters are th
 `AutoencoderKL`, so that a spatial model exports to it key by key.
 
     residual:   h = x' + conv2(silu(norm2(conv1(silu(norm1(x))))))     x' = x or conv_shortcut(x)
+                with a condition, norm2 is followed by its scale and shift (`film`)
     attention:  h = x + to_out(softmax(q k^T / sqrt(C)) v)             one head over all positions
 
 The last layer of each sum starts at zero: a block is x' before training, and a deep tower of them
 takes a higher learning rate (Zhang et al. 2019, "Fixup Initialization").
+
+Changes of resolution may have a shortcut without parameters beside their convolution (DC-AE, Chen
+et al. 2024, arXiv 2410.10733); their convolution starts at zero then:
+
+    down:  2x2 positions to channels, means of neighbouring channels     (C, H, W) -> (D, H/2, W/2)
+    up:    copies of channels, channels to 2x2 positions                 (D, H, W) -> (C, 2H, 2W)
+
+Every block can give up its inner activations and compute them again in the backward (gradient
+checkpointing): half a forward more time, the same numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vae_dist.models.film import Film
 
 NORM_EPS = 1e-6
 
@@ -29,10 +45,61 @@ def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups, channels, eps=NORM_EPS)
 
 
-class ResidualBlock(nn.Module):
-    """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) in float32, whatever autocast says around it."""
+    if not torch.amp.is_autocast_available(x.device.type):  # such as meta
+        return layer(x.float())
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        h: Tensor = layer(x.float())
+        return h
 
-    def __init__(self, in_channels: int, out_channels: int, *, norm_groups: int) -> None:
+
+def averaged(x: Tensor, channels: int) -> Tensor:
+    """(B, C, H, W) -> (B, channels, H, W): means of C / channels neighbouring channels."""
+    return x.unflatten(1, (channels, -1)).mean(2)
+
+
+def repeated(x: Tensor, channels: int) -> Tensor:
+    """(B, C, H, W) -> (B, channels, H, W): channels / C copies of each channel side by side."""
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+class Recomputable(nn.Module):
+    """A module that can run parts of its forward again in the backward to hold less memory."""
+
+    is_recomputed = False
+
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        if not (self.is_recomputed and torch.is_grad_enabled()):
+            return function(*inputs)
+        # no layer draws, so the random state need not be kept
+        h: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return h
+
+
+def recompute_in_backward(model: nn.Module) -> None:
+    """Turn gradient checkpointing on in all parts of a model that can do it."""
+    for module in model.modules():
+        if isinstance(module, Recomputable):
+            module.is_recomputed = True
+
+
+class Block(Recomputable):
+    """A piece of a tower: the backward keeps its input, and what is inside as it is told to."""
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.run(self.compute, x, condition)
+
+    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class ResidualBlock(Block):
+    """(B, in_channels, H, W) -> (B, out_channels, H, W); with condition_dims, given (B, E) too."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm_groups: int, condition_dims: int = 0
+    ) -> None:
         super().__init__()
         self.norm1 = group_norm(norm_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -41,14 +108,17 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = (
             None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
+        self.film = Film(condition_dims, out_channels) if condition_dims else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        h: Tensor = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if self.film is not None:
+            h = self.film(h, condition)
+        h = self.conv2(F.silu(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Self-attention over the positions of a feature map, one head, shape unchanged."""
 
     def __init__(self, channels: int, *, norm_groups: int) -> None:
@@ -59,7 +129,7 @@ class AttentionBlock(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         batch, channels, height, width = x.shape
         h: Tensor = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         # The head axis of size one lets PyTorch choose its fused kernels.
@@ -69,26 +139,70 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(batch, channels, height, width)
 
 
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2), for even H and W."""
+class Downsample(Block):
+    """(B, in_channels, H, W) -> (B, out_channels, H/2, W/2), for even H and W."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, shortcut: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2)
+        self.shortcut = shortcut
+        if shortcut:
+            zeroed(self.conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
         # Padding on the right and bottom only, as the exported format has it.
         h: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return h
+        return h + averaged(F.pixel_unshuffle(x, 2), h.shape[1]) if self.shortcut else h
 
 
-class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbours, then a convolution."""
+SMALLEST_MAP = 64  # pixels
 
-    def __init__(self, channels: int) -> None:
+
+class Upsample(Block):
+    """(B, in_channels, H, W) -> (B, out_channels, 2H, 2W): nearest neighbours, then a
+    convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, shortcut: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.shortcut = shortcut
+        if shortcut:
+            zeroed(self.conv)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return h
+    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        h: Tensor
+        # nobody has measured it on CUDA, and of a few pixels the calls cost more than the products
+        if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= SMALLEST_MAP:
+            h = convolution_of_doubled(x, self.conv.weight, self.conv.bias)
+        else:
+            h = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return h + F.pixel_shuffle(repeated(x, 4 * h.shape[1]), 2) if self.shortcut else h
+
+
+def convolution_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1) of a 3x3
+    weight, without the enlarged `x`: 4/9 of the products, and a quarter of what backward keeps.
+
+    An output row 2i sees rows i - 1, i, i of `x`, an output row 2i + 1 rows i, i, i + 1: two rows,
+    with weights (w0, w1 + w2) or (w0 + w1, w2). Columns likewise, so each of the four places of an
+    output in its 2x2 has a 2x2 kernel. In float32 the results agree to rounding.
+    """
+    batch, _, height, width = x.shape
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    rows = []
+    for i, of_row in enumerate(_pairs(weight, 2)):
+        row = []
+        for j, kernel in enumerate(_pairs(of_row, 3)):
+            h = F.conv2d(x, kernel, bias, padding=1)[..., i : i + height, j : j + width]
+            row.append(h.permute(0, 2, 3, 1) if channels_last else h)
+        rows.append(torch.stack(row, 3 if channels_last else 4))
+    if channels_last:  # (B, H, 2, W, 2, C)
+        return torch.stack(rows, 2).view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+    return torch.stack(rows, 3).view(batch, -1, 2 * height, 2 * width)  # of (B, C, H, 2, W, 2)
+
+
+def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three weights along `dim` -> the two of an even and of an odd place."""
+    first, middle, last = weight.unbind(dim)
+    even = torch.stack([first, middle + last], dim)
+    return even, torch.stack([first + middle, last], dim)

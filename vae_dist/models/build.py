@@ -8,13 +8,17 @@ has shapes and no memory.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch import nn
 
-from vae_dist.config.schema import TrainConfig
+from vae_dist.config.schema import ModelConfig, TrainConfig
+from vae_dist.models.blocks import recompute_in_backward
 from vae_dist.models.conv import Decoder, Encoder
+from vae_dist.models.dense import DenseDecoder, DenseEncoder
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.models.vae import VAE
+from vae_dist.models.vae import LABEL_DIMS, VAE
 from vae_dist.randomness import derive_seed
 
 
@@ -22,39 +26,89 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
     """The model for images of (H, W) pixels, float32, on the CPU (or meta, if that is the default
     device). With a spatial latent the size binds nothing."""
     model, data = config.model, config.data
-    stride = model.patch * 2 ** (len(model.channels) - 1)
     is_spatial = model.latent == "spatial"
-    height, width = image_size
-    feature_size = None if is_spatial else (math.ceil(height / stride), math.ceil(width / stride))
+    sees_mask = data.mask != "none"
     device = "meta" if torch.get_default_device().type == "meta" else "cpu"
     with torch.device(device), torch.random.fork_rng(devices=()):
         torch.random.default_generator.manual_seed(derive_seed(config.seed, "init"))
         likelihood = build_likelihood(config.likelihood, data)
-        encoder = Encoder(
-            data.channels,
-            2 * model.latent_channels,
-            channels=model.channels,
-            blocks=model.blocks,
-            norm_groups=model.norm_groups,
-            attention=model.attention,
-            patch=model.patch,
-            feature_size=feature_size,
-        )
-        decoder = Decoder(
-            model.latent_channels,
-            likelihood.num_params(data.channels),
-            channels=model.channels,
-            blocks=model.blocks,
-            norm_groups=model.norm_groups,
-            attention=model.attention,
-            patch=model.patch,
-            feature_size=feature_size,
-        )
-        return VAE(
+        num_params = likelihood.num_params(data.channels)
+        towers = _dense_towers if model.towers == "dense" else _conv_towers
+        encoder, decoder = towers(model, data.channels + sees_mask, num_params, image_size)
+        vae = VAE(
             encoder,
             decoder,
             likelihood,
             latent_channels=model.latent_channels,
-            stride=stride,
+            stride=_stride(model),
             image_size=None if is_spatial else image_size,
+            num_classes=model.num_classes,
+            sees_mask=sees_mask,
+            shortcuts=model.shortcuts,
         )
+    _set_spread(vae, model.initial_sigma)
+    if model.gradient_checkpointing:
+        recompute_in_backward(vae)
+    return vae
+
+
+def _stride(model: ModelConfig) -> int:
+    return 1 if model.towers == "dense" else model.patch * 2 ** (len(model.channels) - 1)
+
+
+@torch.no_grad()
+def _set_spread(vae: VAE, sigma: float) -> None:
+    """q(z|x) begins `sigma` times as wide: a term of the last bias, so that no weight differs."""
+    encoder = vae.encoder
+    last: torch.Tensor | nn.Module | None = vae.quant_conv
+    if last is None:
+        has_conv = isinstance(encoder, Encoder) and encoder.is_spatial
+        last = encoder.conv_out if has_conv else encoder.linear_out
+    assert isinstance(last, nn.Conv2d | nn.Linear) and last.bias is not None
+    _, log_variance = last.bias.chunk(2)
+    log_variance += 2 * math.log(sigma)
+
+
+def blocks_of_levels(model: ModelConfig) -> list[int]:
+    """Residual blocks of each level of the encoder."""
+    counts = model.blocks
+    return list(counts) if isinstance(counts, list) else [counts] * len(model.channels)
+
+
+def _condition_dims(model: ModelConfig) -> int:
+    return LABEL_DIMS if model.num_classes else 0
+
+
+def _dense_towers(
+    model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
+) -> tuple[DenseEncoder, DenseDecoder]:
+    dims = model.latent_channels
+    options: dict[str, Any] = {
+        "channels": model.channels,
+        "condition_dims": _condition_dims(model),
+    }
+    return (
+        DenseEncoder((channels, *image_size), 2 * dims, **options),
+        DenseDecoder(dims, (num_params, *image_size), **options),
+    )
+
+
+def _conv_towers(
+    model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
+) -> tuple[Encoder, Decoder]:
+    height, width = image_size
+    stride = _stride(model)
+    is_spatial = model.latent == "spatial"
+    feature_size = None if is_spatial else (math.ceil(height / stride), math.ceil(width / stride))
+    options: dict[str, Any] = {
+        "channels": model.channels,
+        "blocks": blocks_of_levels(model),
+        "norm_groups": model.norm_groups,
+        "attention": model.attention,
+        "patch": model.patch,
+        "shortcuts": model.shortcuts,
+        "feature_size": feature_size,
+        "condition_dims": _condition_dims(model),
+    }
+    encoder = Encoder(channels, 2 * model.latent_channels, **options)
+    return encoder, Decoder(model.latent_channels, num_params, **options)

@@ -37,8 +37,18 @@ def sample(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(q(z|x) || N(0, I)) in nats per image, float32 (B,)."""
+    """KL(q(z_u|x) || N(0, I)) in nats per image of each unit u, float32 (B, U): a dimension of a
+    vector latent, a channel of a spatial one, summed over its positions."""
     mean, log_variance = mean.float(), log_variance.float()
     # expm1 keeps the digits where q is close to the prior and the terms cancel.
     kl = 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance)
-    return kl.flatten(1).sum(1)
+    return kl.flatten(2).sum(2) if kl.ndim > 2 else kl
+
+
+def log_ratio_to_prior(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log q(z|x) - log p(z) of draws z (B, K, *latent), nats, float32 (B, K); its mean over draws
+    of q is the KL."""
+    mean, log_variance = mean.float().unsqueeze(1), log_variance.float().unsqueeze(1)
+    z = z.float()
+    squares = (z - mean).square() * torch.exp(-log_variance)
+    return 0.5 * (z.square() - squares - log_variance).flatten(2).sum(2)

@@ -5,6 +5,20 @@
 
     ELBO = log_likelihood - kl.sum(1)
 
+A conditional model is told a label by both towers, for q(z|x, y) and p(x|z, y): int64 (B,), -1 for
+none, which has an embedding of its own; p(z) stays N(0, I).
+
+Where the `mask` (B, 1, H, W) of incomplete images is not 1, a pixel is missing: the encoder sees 0
+(mid-grey) there and, if the model was built for it, the mask; the likelihood counts observed pixels
+only, which makes the ELBO a bound of log p(x_observed) (MIWAE, Mattei and Frellsen 2019).
+
+Noise (B, K, *latent_shape) asks for K draws of z per image: the encoder runs once for each image,
+the decoder for each draw.
+
+`latent_noise` is added to z before it is decoded; `half_size` asks for log p(x'|z') of image and
+latent averaged over squares of 2x2 (Kouzelis et al. 2025, EQ-VAE), (B,), nats, as a second output.
+Both are for one draw of z.
+
 Noise is an argument, so that a run's draws are a function of (seed, step, slot) and a compiled
 graph stays pure. Sizes that the stride f does not divide are padded by replication on the right and
 bottom; the decoder's outputs are cropped back before the likelihood sees them.
@@ -15,39 +29,50 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.models import posterior
-from vae_dist.models.conv import Decoder, Encoder, in_float32
+from vae_dist.models.blocks import in_float32
+from vae_dist.models.conv import Decoder, Encoder
+from vae_dist.models.dense import DenseDecoder, DenseEncoder
 from vae_dist.models.likelihoods import Likelihood
+
+NO_LABEL = -1
+LABEL_DIMS = 64  # of the embedding that the blocks' scales and shifts are linear in
 
 
 class VAEOutput(NamedTuple):
     """Plain tensors, float32, so a pytree for DDP, FSDP and compile."""
 
-    log_likelihood: Tensor  # (B,) log p(x|z), nats per image
-    kl: Tensor  # (B, groups) KL(q || p) of each group of latents, nats per image; one group
+    log_likelihood: Tensor  # (B,) or (B, K): log p(x|z), nats per image
+    kl: Tensor  # (B, U) KL(q || p) of each unit of the latent, nats per image
     mean: Tensor  # (B, *latent_shape) of q(z|x)
     log_variance: Tensor  # (B, *latent_shape) of q(z|x), bounded
-    params: Tensor  # (B, likelihood.num_params(C), H, W) decoder outputs
-    reconstruction: Tensor  # (B, C, H, W) E[x|z], in [-1, 1]
+    z: Tensor  # of the shape of the noise
+    params: Tensor  # (B, [K,] likelihood.num_params(C), H, W) decoder outputs
 
 
 class VAE(nn.Module):
     """`encoder` and `decoder` agree on the latent; `quant_conv` and `post_quant_conv` are the 1x1
-    layers around a spatial latent, None for a vector one. `image_size` is the (H, W) that a vector
-    latent is bound to, None where any size will do."""
+    layers around a spatial latent, None for a vector one or where `shortcuts` lead to and from the
+    latent. `image_size` is the (H, W) that a vector
+    latent is bound to, None where any size will do. `sees_mask`: the encoder's last input is
+    the mask."""
 
     def __init__(
         self,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: Encoder | DenseEncoder,
+        decoder: Decoder | DenseDecoder,
         likelihood: Likelihood,
         *,
         latent_channels: int,
         stride: int,
         image_size: tuple[int, int] | None,
+        num_classes: int = 0,
+        sees_mask: bool = False,
+        shortcuts: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -56,49 +81,107 @@ class VAE(nn.Module):
         self.latent_channels = latent_channels
         self.stride = stride
         self.image_size = image_size
-        is_spatial = image_size is None
+        self.num_classes = num_classes  # 0: labels are not looked at
+        self.sees_mask = sees_mask
+        has_quant_convs = image_size is None and not shortcuts
         self.quant_conv = (
-            nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if is_spatial else None
+            nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if has_quant_convs else None
         )
         self.post_quant_conv = (
-            nn.Conv2d(latent_channels, latent_channels, 1) if is_spatial else None
+            nn.Conv2d(latent_channels, latent_channels, 1) if has_quant_convs else None
         )
+        # the last row is "no label"; drawn last, so that the other weights are those of a model
+        # without labels
+        self.label_embedding = nn.Embedding(num_classes + 1, LABEL_DIMS) if num_classes else None
 
-    def forward(self, images: Tensor, noise: Tensor) -> VAEOutput:
-        mean, log_variance = self.encode(images)
-        z = posterior.sample(mean, log_variance, noise)
-        height, width = images.shape[-2:]
-        params = self.decode(z, (height, width))
-        kl = posterior.kl_to_standard_normal(mean, log_variance)
-        return VAEOutput(
-            log_likelihood=self.likelihood.log_prob(params, images),
-            kl=kl.unsqueeze(1),
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        latent_noise: Tensor | None = None,
+        half_size: bool = False,
+    ) -> VAEOutput | tuple[VAEOutput, Tensor]:
+        mean, log_variance = self.encode(images, labels, mask)
+        size = images.shape[-2], images.shape[-1]
+        if noise.ndim == mean.ndim:
+            z = posterior.sample(mean, log_variance, noise)
+            params = self.decode(z if latent_noise is None else z + latent_noise, size, labels)
+            log_likelihood = self.likelihood.log_prob(params, images, mask)
+        else:
+            z = posterior.sample(mean.unsqueeze(1), log_variance.unsqueeze(1), noise)  # (B, K, ...)
+            batch, draws = z.shape[:2]
+            flat = self.decode(z.flatten(0, 1), size, _each(labels, draws))  # (B K, ...)
+            log_likelihood = self.likelihood.log_prob(
+                flat, images.repeat_interleave(draws, 0), _each(mask, draws)
+            ).unflatten(0, (batch, draws))
+            params = flat.unflatten(0, (batch, draws))
+        output = VAEOutput(
+            log_likelihood=log_likelihood,
+            kl=posterior.kl_to_standard_normal(mean, log_variance),
             mean=mean,
             log_variance=log_variance,
+            z=z,
             params=params,
-            reconstruction=self.likelihood.mean(params),
         )
+        return (output, self._at_half_size(images, z, labels)) if half_size else output
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_half_size(self, images: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
+        """log p(x'|z') of whole squares of 2x2 latent positions and the pixels that they cover."""
+        height, width = images.shape[-2:]
+        rows, columns = height // self.stride // 2 * 2, width // self.stride // 2 * 2
+        if not rows or not columns:
+            raise ValueError(
+                f"images of {height}x{width} pixels have less than 2x2 latent positions, which "
+                "objective.scale_equivariance needs"
+            )
+        pixels = images[..., : rows * self.stride, : columns * self.stride]
+        small, small_z = F.avg_pool2d(pixels, 2), F.avg_pool2d(z[..., :rows, :columns], 2)
+        params = self.decode(small_z, (small.shape[-2], small.shape[-1]), labels)
+        return self.likelihood.log_prob(params, small)
+
+    def encode(
+        self, images: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each float32 (B, *latent_shape)."""
         height, width = images.shape[-2:]
         self._check_size(height, width)
+        if mask is not None:
+            images = torch.where(mask > 0, images, 0.0)
+        if self.sees_mask:
+            seen = torch.ones_like(images[:, :1]) if mask is None else mask.to(images.dtype)
+            images = torch.cat([images, seen], 1)
         bottom, right = -height % self.stride, -width % self.stride
-        if bottom or right:
+        if bottom or right:  # what is replicated is as observed as the pixel that it repeats
             images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        moments = self.encoder(images)
+        moments = self.encoder(images, self._condition(labels, len(images)))
         if self.quant_conv is not None:
             moments = in_float32(self.quant_conv, moments)
         return posterior.diagonal_gaussian(moments)
 
-    def decode(self, z: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def decode(
+        self, z: Tensor, image_size: tuple[int, int], labels: Tensor | None = None
+    ) -> Tensor:
         """z (B, *latent_shape) -> float32 parameters of p(x|z) for images of size (H, W)."""
         height, width = image_size
         self._check_size(height, width)
+        condition = self._condition(labels, len(z))
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        params: Tensor = self.decoder(z)
+        params: Tensor = self.decoder(z, condition)
         return params[:, :, :height, :width]
+
+    def _condition(self, labels: Tensor | None, batch: int) -> Tensor | None:
+        """Embeddings (B, E) of the labels, None where the model has none."""
+        table = self.label_embedding
+        if table is None:
+            return None
+        if labels is None:
+            labels = torch.full((batch,), NO_LABEL, device=table.weight.device)
+        rows = torch.where(labels == NO_LABEL, self.num_classes, labels)
+        embedded: Tensor = table(rows)
+        return embedded
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latent, for images of height x width pixels."""
@@ -118,3 +201,8 @@ class VAE(nn.Module):
                 f"the {self.image_size[0]}x{self.image_size[1]} that it was built for; train with "
                 "model.latent=spatial to use other sizes"
             )
+
+
+def _each(tensor: Tensor | None, draws: int) -> Tensor | None:
+    """(B, ...) -> (B K, ...): once for each draw of an image."""
+    return None if tensor is None else tensor.repeat_interleave(draws, 0)

@@ -2,10 +2,12 @@
 
     lr(k)   = lr * (k + 1) / warmup                                       k < warmup
             = lr * (f + (1 - f) * (1 + cos(pi * t)) / 2)                  after it, schedule=cosine
-    beta(k) = beta * min(k / warmup, 1)
+    beta(k) = beta * rise(r)                    rise(r) = r, or (1 - cos(pi r)) / 2
 
 with t = (k + 1 - warmup) / (steps - warmup) and f = final_lr_fraction: the rate is lr at the end of
-the warm-up and f * lr at the last step.
+the warm-up and f * lr at the last step. beta rises `beta_cycles` times from 0 (Fu et al. 2019), r
+going from 0 to 1 in beta_warmup_steps, and stays up as long before it starts again; after the last
+rise it stays.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ def lr_at(config: OptimizerConfig, num_steps: int, step: int) -> float:
 
 def beta_at(config: ObjectiveConfig, step: int) -> float:
     """Weight of the rate at step `step`."""
-    if step >= config.beta_warmup_steps:
+    warmup = config.beta_warmup_steps
+    last_rise = 2 * warmup * (config.beta_cycles - 1)  # the step that it begins with
+    since = step - last_rise if step >= last_rise else step % (2 * warmup)
+    if since >= warmup:
         return config.beta
-    return config.beta * step / config.beta_warmup_steps
+    if config.beta_warmup == "cosine":
+        return config.beta * 0.5 * (1 - math.cos(math.pi * since / warmup))
+    return config.beta * since / warmup

@@ -6,6 +6,7 @@ them plain values that JSON has words for. Long curves are thinned to the mean o
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Story:
     pictures: dict[str, list[Frame]]
     config: dict[str, tuple[str, bool]]
     sessions: list[dict[str, Any]]
-    results: dict[str, Any]
+    results: list[dict[str, Any]]  # of the run as it stands first
 
 
 def read_story(path: Path, *, picture_bytes: int) -> Story:
@@ -74,7 +75,7 @@ def read_story(path: Path, *, picture_bytes: int) -> Story:
         ),
         config=_config(config),
         sessions=read_sessions(path / "environment.json"),
-        results=_results(path / "results.json"),
+        results=_results([path / "results.json", *sorted(path.glob("results_*.json"))]),
     )
 
 
@@ -125,9 +126,10 @@ def _config(config: TrainConfig) -> dict[str, tuple[str, bool]]:
     }
 
 
-def _results(path: Path) -> dict[str, Any]:
-    """What `evaluate` wrote; empty where it did not run or is being written."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
-        return {}
+def _results(paths: list[Path]) -> list[dict[str, Any]]:
+    """What `evaluate` wrote; not what is missing or being written."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(dict(json.loads(path.read_bytes())))
+    return found

@@ -250,12 +250,12 @@ function configuration() {
 }
 
 function results() {
-  const found = runs.map((run, i) => [run, i]).filter(([run]) => run.results.figures);
+  const found = runs.flatMap((run, i) => run.results.filter((one) => one.figures).map((one) => [run, i, one]));
   if (!found.length) return;
   heading("Results");
-  for (const [run, i] of found) {
-    const { figures, ...about } = run.results;
-    const words = ["step " + number(about.step), about.weights + " weights", about.precision, about.data].join("  ·  ");
+  for (const [run, i, { figures, ...about }] of found) {
+    const images = figures.num_images ? number(figures.num_images) + " images" : "";
+    const words = ["step " + number(about.step), about.weights + " weights", about.precision, about.data, images].filter(Boolean).join("  ·  ");
     const rows = Object.entries(figures).map(([key, value]) =>
       make("tr", {}, make("td", { class: "key" }, key), make("td", { class: "number" }, number(value))));
     page.append(make("p", { class: "note" }, ...(several ? [dot(i), run.name + ": "] : []), words));

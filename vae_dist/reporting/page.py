@@ -19,12 +19,19 @@ from vae_dist.reporting.collect import PICTURES, Story
 SECTIONS: dict[str, list[tuple[str, str, list[str], bool]]] = {
     "Learning": [
         ("Negative ELBO", "nats/image", ["train/neg_elbo_nats", "eval/neg_elbo_nats"], False),
+        ("Importance-weighted bound", "nats/image, negative", ["train/neg_iwae_nats"], False),
         ("Bits per dim", "bits/dim", ["train/bits_per_dim", "eval/bits_per_dim"], False),
         ("Distortion", "nats/image", ["train/distortion_nats", "eval/distortion_nats"], False),
         ("Rate", "nats/image", ["train/rate_nats", "eval/rate_nats"], False),
     ],
     "Latents": [
         ("Active units", "units", ["latent/active_units"], False),
+        (
+            "Mutual information",
+            "nats, estimated from below",
+            ["latent/mutual_information_nats"],
+            False,
+        ),
         ("Posterior variance", "prior = 1", ["latent/posterior_variance"], False),
         ("Beta", "", ["train/beta"], False),
     ],

@@ -1,14 +1,18 @@
 """Pictures for people: grids of images and of inputs above their reconstructions, as PNG.
 
-What goes in: images (N, C, H, W), uint8 or float in [-1, 1], C = 1 (grey) or 3 (RGB). What comes
-out: a Pillow image, mode L or RGB. Small images are enlarged by a whole factor, pixel by pixel, so
-that 28 x 28 digits can be seen and no pixel is blended with its neighbour.
+What goes in: images (N, C, H, W), or a list of images (C, H, W) of several sizes, uint8, uint16 or
+float in [-1, 1]. What comes out: a Pillow image, mode L or RGB: grey for C = 1, for two channels
+the first as magenta and the second as green, else the first three as red, green and blue. Small
+images are enlarged by a whole factor, pixel by pixel, so that 28 x 28 digits can be seen and no
+pixel is blended with its neighbour.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,8 @@ from PIL import Image
 
 from vae_dist.files import write_durably
 
+Images = torch.Tensor | Sequence[torch.Tensor]
+
 _CELL_PIXELS = 96  # enlarged images stay within this many pixels a side
 _LINE_PIXELS = 2  # between neighbours
 _PAIR_PIXELS = 10  # between a row of reconstructions and the next row of inputs
@@ -24,10 +30,20 @@ _LINE_GREY = 112  # differs from the black and the white ground of digits
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] to the nearest of 256 levels, as uint8; uint8 is returned as it is."""
+    """Float in [-1, 1], or uint16, to the nearest of 256 levels, as uint8; uint8 is returned as it
+    is."""
     if images.dtype == torch.uint8:
         return images
+    if images.dtype == torch.uint16:
+        return ((images.int() + 128) // 257).to(torch.uint8)
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def with_holes(images: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
+    """uint8 images (N, C, H, W) that are grey where the masks (N, 1, H, W) are 0; None: nowhere."""
+    if masks is None:
+        return images
+    return torch.where(masks > 0, to_uint8(images), _LINE_GREY)
 
 
 def enlargement(height: int, width: int) -> int:
@@ -35,11 +51,11 @@ def enlargement(height: int, width: int) -> int:
     return max(1, _CELL_PIXELS // max(height, width))
 
 
-def grid(images: torch.Tensor, *, columns: int | None = None) -> Image.Image:
+def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     """All images, row by row from the top left, with thin lines between them.
 
     `columns` is by default the smallest number that makes the grid at least as wide as high.
-    Cells that the last row leaves over are empty. ValueError without images or for other C.
+    Cells that the last row leaves over are empty. ValueError without images.
     """
     cells = _cells(images)
     columns = columns or _square_columns(len(cells))
@@ -48,12 +64,13 @@ def grid(images: torch.Tensor, *, columns: int | None = None) -> Image.Image:
 
 
 def side_by_side(
-    inputs: torch.Tensor, reconstructions: torch.Tensor, *, columns: int | None = None
+    inputs: Images, reconstructions: Images, *, columns: int | None = None
 ) -> Image.Image:
-    """Rows of inputs, each directly above the row of their reconstructions; both (N, C, H, W)."""
-    if inputs.shape != reconstructions.shape:
+    """Rows of inputs, each directly above the row of their reconstructions."""
+    shapes = [[tuple(image.shape) for image in images] for images in (inputs, reconstructions)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"inputs {tuple(inputs.shape)} and reconstructions {tuple(reconstructions.shape)}"
+            f"inputs {sorted(set(shapes[0]))} and reconstructions {sorted(set(shapes[1]))}"
             " differ in shape"
         )
     above, below = _cells(inputs), _cells(reconstructions)
@@ -66,10 +83,25 @@ def side_by_side(
     return _canvas(rows, columns=columns, gaps=gaps[:-1])
 
 
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures of one mode, a gap between them."""
+    size = (left.width + _PAIR_PIXELS + right.width, max(left.height, right.height))
+    grey = _LINE_GREY if left.mode == "L" else (_LINE_GREY,) * 3
+    both = Image.new(left.mode, size, grey)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + _PAIR_PIXELS, 0))
+    return both
+
+
 def single(image: torch.Tensor) -> Image.Image:
     """One image (C, H, W) at its own size, pixel for pixel."""
-    pixels = to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
+    pixels = _colours(to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy())
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def file_name(number: int, key: str) -> str:
+    """What a picture of sample `number` is called: what of its key can be in a file name."""
+    return f"{number:06d}-{re.sub('[^A-Za-z0-9_-]', '_', key)[:80]}"
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
@@ -89,13 +121,33 @@ def _square_columns(num_images: int) -> int:
     return columns
 
 
-def _cells(images: torch.Tensor) -> np.ndarray:
-    """(N, C, H, W) to enlarged uint8 (N, H', W', C)."""
-    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3):
-        raise ValueError(f"a grid needs images (N, 1 or 3, H, W), not {tuple(images.shape)}")
-    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
-    factor = enlargement(pixels.shape[1], pixels.shape[2])
-    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+def _cells(images: Images) -> np.ndarray:
+    """Enlarged uint8 (N, H', W', 1 or 3); smaller images stand in the middle of their cells."""
+    if isinstance(images, torch.Tensor):
+        if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] == 0:
+            raise ValueError(f"a grid needs images (N, C, H, W), not {tuple(images.shape)}")
+        pixels = _colours(to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy())
+        factor = enlargement(pixels.shape[1], pixels.shape[2])
+        return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    factor = enlargement(height, width)
+    cells: list[np.ndarray] = []
+    for image in images:
+        pixels = _colours(to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy())
+        cell = np.full((height, width, pixels.shape[2]), _LINE_GREY, np.uint8)
+        top, left = (height - pixels.shape[0]) // 2, (width - pixels.shape[1]) // 2
+        cell[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        cells.append(cell.repeat(factor, axis=0).repeat(factor, axis=1))
+    return np.stack(cells)
+
+
+def _colours(pixels: np.ndarray) -> np.ndarray:
+    """(..., C) as (..., 1) or (..., 3)."""
+    channels = pixels.shape[-1]
+    return pixels[..., [0, 1, 0]] if channels == 2 else pixels[..., :3]
 
 
 def _canvas(rows: list[np.ndarray], *, columns: int, gaps: list[int]) -> Image.Image:

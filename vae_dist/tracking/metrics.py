@@ -7,6 +7,7 @@ Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_secon
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -18,8 +19,11 @@ _UNSAID = {
     "train/neg_elbo_nats",
     "train/beta",
     "train/bits_per_dim",
+    "optim/lr",
+    "optim/loss_scale",
     "optim/update_ratio",
     "data/epoch",
+    "eval/num_images",
     "time/checkpoint_stall_seconds",
     "time/step_seconds",
     "time/images_per_second_per_device",
@@ -33,6 +37,7 @@ _UNSAID_WHEN_ZERO = {
     "data/skipped_samples",
     "eval/skipped_samples",
 }
+_UNSAID_BELOW = {"time/data_wait_fraction": 0.1}  # from here on waiting for data costs speed
 
 
 def format_number(value: float) -> str:
@@ -54,15 +59,23 @@ def short_name(key: str) -> str:
 
 def format_row(step: int, row: Mapping[str, Value]) -> str:
     """`step=200 loss=104.2 ...`, in the order of the row, without what goes without saying."""
-    pairs = [
-        f"{short_name(key)}={format_number(value)}"
-        for key, value in row.items()
-        if not isinstance(value, list)
-        and key not in _UNSAID
-        and not key.startswith("latent/")
-        and (value or key not in _UNSAID_WHEN_ZERO)
-    ]
-    return " ".join([f"step={step}", *pairs])
+    pairs = [f"step={step}"]
+    for key, name in _said(tuple(row)):
+        value = row[key]
+        if isinstance(value, list) or (not value and key in _UNSAID_WHEN_ZERO):
+            continue
+        if key == "time/left_seconds":
+            pairs.append(f"left={format_duration(value)}")
+        elif not value < _UNSAID_BELOW.get(key, value):
+            pairs.append(f"{name}={format_number(value)}")
+    return " ".join(pairs)
+
+
+@functools.lru_cache(maxsize=32)
+def _said(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The keys that a line for people has, each with its name there; rows repeat."""
+    said = [key for key in keys if key not in _UNSAID and not key.startswith("latent/")]
+    return tuple((key, short_name(key)) for key in said)
 
 
 def format_duration(seconds: float) -> str:

@@ -8,6 +8,8 @@ W&B run (`vae_dist.tracking.wandb_sink`). Sinks belong to the main process alone
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import json
 import math
 import os
@@ -35,10 +37,11 @@ from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import Value, format_duration, format_number, format_row
 from vae_dist.tracking.wandb_sink import WandbSink
 
-__all__ = ["ConsoleSink", "JsonlSink", "Sink", "WandbSink"]
+__all__ = ["ConsoleSink", "JsonlSink", "Sink", "WandbSink", "say"]
 
 
 _OF_EVALUATION = ("eval/", "latent/")
+LINE_S = 0.2  # between two lines of training rows, at least
 _SLOW_DATA = 0.1  # part of the time: from here on the bar says so
 
 
@@ -65,8 +68,13 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        finite = {key: _finite(value) for key, value in row.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        try:
+            if list in map(type, row.values()):
+                raise ValueError  # its values are shortened
+            text = _ENCODE({"step": step, **row})
+        except ValueError:
+            text = _ENCODE({"step": step} | {key: _finite(value) for key, value in row.items()})
+        self._file.write(text + "\n")
         self._file.flush()
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
@@ -77,6 +85,9 @@ class JsonlSink:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+_ENCODE = json.JSONEncoder(allow_nan=False).encode  # json.dumps makes an encoder at each call
 
 
 def _finite(value: Value) -> Any:
@@ -105,15 +116,34 @@ def _row_step(line: str) -> float:
     return step if isinstance(step, int) else math.inf
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default to stdout. Where it cannot go (a job's log on a full disk, a pipe
+    that nobody reads) the line is lost, and nothing else."""
+    with contextlib.suppress(OSError):
+        stream = stream or sys.stdout
+        stream.write(text + "\n")  # at once: ranks share the terminal
+        stream.flush()
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a progress bar belongs there: not into the log file of a job, nor where TERM=dumb."""
     in_job = "SLURM_JOB_ID" in os.environ
     return stream.isatty() and os.environ.get("TERM") != "dumb" and not in_job
 
 
+@functools.lru_cache(maxsize=32)
+def _of_evaluation(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if key.startswith(_OF_EVALUATION))
+
+
+@functools.lru_cache(maxsize=1)
+def _timestamp(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
 class ConsoleSink:
-    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row; the
-    latter also under SLURM.
+    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row, but
+    of training rows at most five a second; the latter also under SLURM.
 
     On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
     `say` prints a line of text that does not disturb the bar; print nothing else meanwhile.
@@ -131,6 +161,7 @@ class ConsoleSink:
         if terminal is None:
             terminal = is_terminal(self._stream)
         self._pictured_step = -1
+        self._stop_step, self._next_line_s = stop_step, 0.0
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if terminal:
@@ -154,8 +185,7 @@ class ConsoleSink:
         if self._progress is not None:
             self._progress.console.print(escape(text), highlight=False, soft_wrap=True)
         else:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"{stamp} {text}", file=self._stream, flush=True)
+            say(f"{_timestamp(int(time.time()))} {text}", self._stream)
 
     def banner(self, title: str, lines: list[str]) -> None:
         """Lines that begin with their label: framed on a terminal, else one after the other."""
@@ -178,14 +208,24 @@ class ConsoleSink:
             self._progress.update(self._task, completed=step)
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        evaluation = {key: value for key, value in row.items() if key.startswith(_OF_EVALUATION)}
-        training = {key: value for key, value in row.items() if key not in evaluation}
-        if training and self._progress is None:
+        evaluation = {key: row[key] for key in _of_evaluation(tuple(row))}
+        training = row
+        if evaluation:
+            training = {key: value for key, value in row.items() if key not in evaluation}
+        if training and self._progress is None and self._is_worth_a_line(step):
             self.say(format_row(step, training))
         if evaluation:
             self.say(format_row(step, evaluation))
         if "train/loss" in row and self._progress is not None:
             self._progress.update(self._task, completed=step, figures=_bar_figures(row))
+
+    def _is_worth_a_line(self, step: int) -> bool:
+        """Of training rows that come faster than a person reads, some have none."""
+        now = time.monotonic()
+        if now < self._next_line_s and step != self._stop_step:
+            return False
+        self._next_line_s = now + LINE_S
+        return True
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
         if step != self._pictured_step:  # one line for all pictures of a step

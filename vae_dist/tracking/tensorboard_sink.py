@@ -34,7 +34,9 @@ class TensorBoardSink:
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         for key, value in row.items():
             if isinstance(value, list):
-                self._writer.add_histogram(key, np.asarray(value), step)
+                numbers = np.asarray(value)
+                if np.isfinite(numbers).any():  # an empty one raises
+                    self._writer.add_histogram(key, numbers, step)
             else:
                 self._writer.add_scalar(key, value, step)
 

@@ -1,20 +1,17 @@
-"""Whether a W&B run can be online, under which id, and which rows it has from before.
+"""Whether a W&B run can be online, and under which id.
 
 In: the config's wish, the environment, the run folder. Out: a mode, a reason in words why it is not
-online, the run id that a resumed run goes on with, and the last steps that are recorded already.
-Nothing here prompts, and each question to the network ends within seconds.
+online, and the run id that a resumed run goes on with. Nothing here prompts, and each question to
+the network ends within seconds.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-import subprocess
-import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ _MODES = {
     "disabled": "disabled",
 }
 _PROBE_SECONDS = 3.0
-_READ_SECONDS = 30.0
+_PROBES = 2  # a gateway may fail once
 
 
 def asked_mode(configured: str) -> tuple[str, str]:
@@ -66,43 +63,41 @@ def obstacle_to_online(wandb: Any, asked: str) -> str:
             return f"`wandb {settings.mode}` is set here"
         if not wandb.login(prompt=False, verify=False):
             return "nobody is logged in: run `wandb login` or set WANDB_API_KEY"
-        if not _answers(settings.base_url):
-            return f"{settings.base_url} does not answer"
+        if problem := _no_service(settings.base_url):
+            return f"{settings.base_url} {problem}"
     except Exception as error:  # malformed keys and settings raise errors of many kinds
         return f"the W&B login cannot be used: {first_line(error)}"
     return ""
 
 
-def _answers(url: str) -> bool:
-    """One GET through the environment's proxies; any answer counts, even one that TLS rejects."""
-    try:
-        urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return "SSL" in repr(error.reason)
-    except (OSError, ValueError):
-        return False
-    return True
+def _no_service(url: str) -> str:
+    """What is wrong with the service, as a predicate; "" when it answers.
+
+    An empty question to its API through the environment's proxies. Any answer counts that is no
+    server error, also a refusal and one that TLS rejects: wandb itself says more about these.
+    """
+    request = urllib.request.Request(
+        f"{url}/graphql", b'{"query": ""}', {"Content-Type": "application/json"}
+    )
+    problem = ""
+    for attempt in range(_PROBES):
+        if attempt:
+            time.sleep(1.0)
+        try:
+            urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return ""
+            problem = f"answers with HTTP error {error.code}"
+            continue
+        except urllib.error.URLError as error:
+            return "" if "SSL" in repr(error.reason) else "does not answer"
+        except (OSError, ValueError):
+            return "does not answer"
+        return ""
+    return problem
 
 
 def first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def offline_summaries(folder: Path, run_id: str) -> Iterable[dict[str, Any]]:
-    """The last value of every key, of each offline part of this run under `folder`/wandb.
-
-    Read with W&B's own command, which also reads the torn file of a killed run. A part that it
-    cannot read gives none.
-    """
-    for part in sorted((folder / "wandb").glob(f"offline-run-*-{run_id}")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
-        try:
-            answer = subprocess.run(
-                [*command, str(part)], capture_output=True, timeout=_READ_SECONDS, check=True
-            )
-            yield dict(json.loads(answer.stdout)["summary"])
-        except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
-            continue  # the points of this part may then be logged twice; no reason to stop

@@ -11,40 +11,51 @@ Only `mode=online`, asked for by name, is a promise: where it cannot be kept, Co
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import flatten
 from vae_dist.config.schema import TrainConfig
-from vae_dist.tracking.history import find_pictures, picture_caption, read_rows
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.wandb_modes import (
     asked_mode,
     first_line,
     obstacle_to_online,
-    offline_summaries,
     run_id_of,
 )
-
-STEP_KEY = "trainer/step"
+from vae_dist.tracking.wandb_record import (
+    KIND_KEY,
+    ROW,
+    STEP_KEY,
+    Picture,
+    Record,
+    Recorded,
+    address,
+    find_parts,
+    has_upload_errors,
+    is_offline,
+    last_record,
+    late_media,
+    mark_synced,
+    records_on_disk,
+    was_stopped,
+)
 
 _INIT_SECONDS = 30.0
 _QUEUED_ROWS = 4096
 # How long close() may wait. An interrupted run has a deadline of its scheduler to meet, and what
 # has not been sent is on disk; an offline run only has to write what is queued.
 _CLOSE_INTERRUPTED_SECONDS = 10.0
-_CLOSE_OFFLINE_SECONDS = 10.0
-
-
-class _Picture(NamedTuple):
-    path: Path
-    caption: str
+_CLOSE_OFFLINE_SECONDS = 30.0
+# Part of that time after which wandb itself gives up and writes the rest to disk.
+_GIVE_UP = 0.8
 
 
 class _Backfill(NamedTuple):
@@ -59,9 +70,7 @@ class _Artifact(NamedTuple):
     paths: tuple[Path, ...]
 
 
-def _step_of(key: str) -> str:
-    """The key that holds the step of the last picture `key`: what a resumed run asks for."""
-    return f"trainer/step_of/{key}"
+_Task = Record | _Backfill | _Artifact
 
 
 class WandbSink:
@@ -85,6 +94,7 @@ class WandbSink:
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self._say = say
+        self._folder = folder
         self._name = folder.resolve().name
         self._on_stop = on_stop
         self._environment = dict(environment or {})
@@ -94,11 +104,11 @@ class WandbSink:
         self._sync_dir = ""
         self._broken = False
         self._closed = False
+        self._is_incomplete = False
         self._num_dropped = 0
         self._stop_requested = threading.Event()
-        # Rows up to here are recorded already, from before an interruption; so are pictures.
-        self._floor = -1
-        self._image_floor: dict[str, int] = {}
+        self._recorded = Recorded()  # from before an interruption
+        self._earlier: list[Path] = []  # parts of this W&B run, from before
         self.mode = "disabled"
         asked, source = asked_mode(config.wandb.mode)
         if asked == "disabled":
@@ -113,8 +123,8 @@ class WandbSink:
             return
         if self.mode == "offline":
             because = "" if asked == "offline" else f": {obstacle}"
-            say(f"W&B is offline{because}; upload this run with: wandb sync {self._sync_dir}")
-        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUED_ROWS)
+            say(f"W&B is offline{because}; upload this run with: {self._how_to_upload()}")
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name="wandb-rows", daemon=True)
         self._worker.start()
 
@@ -123,21 +133,32 @@ class WandbSink:
         """Whether somebody pressed "Stop run" in the W&B page."""
         return self._stop_requested.is_set()
 
+    @property
+    def lacks_points(self) -> bool:
+        """After close(): whether W&B did not get everything, as far as can be seen from here."""
+        return self._is_incomplete or self._broken or self._num_dropped > 0
+
+    @property
+    def run_id(self) -> str:
+        return str(self._run.id) if self._run is not None else ""
+
+    @property
+    def url(self) -> str:
+        """The page of the run; "" where there is none."""
+        return str(self._run.url or "") if self._run is not None else ""
+
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        if step > self._floor:
-            self._put({STEP_KEY: step, **row})
+        self._put(Record(step, ROW, row))
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        if step > self._image_floor.get(key, -1):
-            picture = _Picture(Path(png_path), caption)
-            self._put({STEP_KEY: step, _step_of(key): step, key: picture})
+        self._put(Record(step, key, {key: Picture(Path(png_path), caption)}))
 
     def backfill(self, log_path: Path, images: Path, *, up_to: int) -> None:
         """Send what the W&B run lacks of the steps up to `up_to`, from log.jsonl and `images`.
 
         A killed trainer takes the newest rows with it; a run that began offline may go on online.
         """
-        self._put({"": _Backfill(log_path, images, up_to)})
+        self._put(_Backfill(log_path, images, up_to))
 
     def artifacts(self, checkpoint: Path, images: Path, *, step: int) -> None:
         """Upload the files of a checkpoint, and the pictures of its step, as W&B artifacts."""
@@ -146,7 +167,7 @@ class WandbSink:
             ("checkpoint", "model", weights),
             ("pictures", "pictures", pictures),
         ):
-            self._put({"": _Artifact(f"{self._name}-{name}", kind, tuple(paths))})
+            self._put(_Artifact(f"{self._name}-{name}", kind, tuple(paths)))
 
     def close(self, status: str) -> None:
         """Flush and end the W&B run in bounded time; what could not be sent stays on disk."""
@@ -158,8 +179,14 @@ class WandbSink:
             seconds = min(seconds, _CLOSE_INTERRUPTED_SECONDS)
         if self.mode == "offline":
             seconds = min(seconds, _CLOSE_OFFLINE_SECONDS)
+        is_preempted = (
+            status == "interrupted"
+            and self.mode == "online"
+            and "WANDB_SWEEP_ID" in os.environ
+            and not self.stop_requested  # a trial that its sweep ends is not to go on
+        )
         closer = threading.Thread(
-            target=self._finish, args=(0 if status == "finished" else 1,), daemon=True
+            target=self._finish, args=(0 if status == "finished" else 1, is_preempted), daemon=True
         )
         closer.start()
         deadline = time.monotonic() + seconds
@@ -167,12 +194,14 @@ class WandbSink:
             closer.join(0.05)
         if closer.is_alive() or self._broken:
             self._abandon()
-            online = "--include-online " if self.mode == "online" else ""
-            self._say(
-                "W&B did not finish cleanly; upload what it has with: "
-                f"wandb sync {online}{self._sync_dir}"
-            )
-        elif self._num_dropped:
+        if self._broken or self._is_incomplete:
+            self._say(f"W&B did not get everything; upload the rest with: {self._how_to_upload()}")
+            return
+        if self.mode == "online":
+            for part in self._earlier:
+                if is_offline(part):
+                    mark_synced(part)
+        if self._num_dropped:
             self._say(f"W&B missed {self._num_dropped} rows; log.jsonl has them all.")
 
     # --- start ---
@@ -208,7 +237,8 @@ class WandbSink:
             "silent": True,
             "console": "off",
             "init_timeout": _INIT_SECONDS,
-            "finish_timeout": self._close_seconds,
+            "finish_timeout": _GIVE_UP * self._close_seconds,
+            "finish_timeout_raises": True,
             "stop_fn": stop,  # settings are deep-copied: a function is, a bound method is not
         }
         known = {key: settings[key] for key in settings if key in wandb.Settings.model_fields}
@@ -228,13 +258,15 @@ class WandbSink:
                     settings=wandb.Settings(**known),
                 )
                 self._run.define_metric(STEP_KEY, hidden=True)
+                self._run.define_metric(KIND_KEY, hidden=True)
                 self._run.define_metric("*", step_metric=STEP_KEY)
-                if mode == "online" and self._run.resumed:
-                    self._set_floors(dict(self._run.summary))
-                elif is_resumed:
-                    for summary in offline_summaries(folder, run_id):
-                        self._set_floors(summary)
                 self._sync_dir = str(self._run.settings.sync_dir)
+                own = Path(self._sync_dir).resolve()
+                parts = find_parts(folder, run_id) if is_resumed else []
+                self._earlier = [part for part in parts if part.resolve() != own]
+                if mode == "online" and self._run.resumed:
+                    last = last_record(wandb, self._run)
+                    self._recorded.add_server(dict(self._run.summary), last)
             except Exception as error:  # CommError, UsageError, ConnectionResetError, OSError, ...
                 self._run = None
                 obstacle = f"W&B could not start a run ({first_line(error)})"
@@ -244,64 +276,67 @@ class WandbSink:
             break
         return obstacle
 
-    def _set_floors(self, summary: Mapping[str, Any]) -> None:
-        """`summary`: the last value of every key that this W&B run has already."""
-        self._floor = max(self._floor, int(summary.get(STEP_KEY, -1)))
-        start = _step_of("")
-        for name, step in summary.items():
-            if name.startswith(start):
-                key = name.removeprefix(start)
-                self._image_floor[key] = max(self._image_floor.get(key, -1), int(step))
+    def _how_to_upload(self) -> str:
+        """A command; `wandb sync` sends a part from its beginning, also what has arrived before."""
+        if self.mode == "online" or not all(map(is_offline, self._earlier)):
+            return f"python -m vae_dist.upload run={self._folder}"
+        # one after the other: parts of a run that are sent at once take each other's places
+        return " && ".join(f"wandb sync {part}" for part in (*self._earlier, self._sync_dir))
 
     # --- the worker ---
 
-    def _put(self, row: dict[str, Any]) -> None:
+    def _put(self, task: _Task) -> None:
         if self._run is None or self._broken or self._closed:
             return
-        try:
-            self._queue.put_nowait(row)
-        except queue.Full:
-            self._num_dropped += 1
-            if self._num_dropped == 1:
-                self._say("W&B does not take rows fast enough and misses some; training goes on.")
+        if self._queue.qsize() < _QUEUED_ROWS:
+            self._queue.put(task)
+            return
+        self._num_dropped += 1
+        if self._num_dropped == 1:
+            self._say("W&B does not take rows fast enough and misses some; training goes on.")
 
     def _work(self) -> None:
-        while (row := self._queue.get()) is not None:
+        if self.mode == "offline":
+            for part in self._earlier:
+                if not self._recorded.add_part(part):
+                    self._say(f"warning: cannot read {part}; its points may come twice to W&B")
+        else:
+            for part in [part for part in self._earlier if not is_offline(part)][-1:]:
+                self._send_late_media(part)
+        while (task := self._queue.get()) is not None:
             if self._broken:
                 continue
             try:
-                if isinstance(task := row.get(""), _Artifact):
+                if isinstance(task, _Artifact):
                     self._upload(task)
                 elif isinstance(task, _Backfill):
-                    for missing in self._missing(task):
-                        self._send(missing)
+                    for record in records_on_disk(task.log_path, task.images, up_to=task.up_to):
+                        self._send(record)
                 else:
-                    self._send(row)
+                    self._send(task)
             except Exception as error:  # wandb raises builtin and own errors of many kinds
                 self._break(error)
 
-    def _send(self, row: Mapping[str, Any]) -> None:
-        self._run.log({key: self._value(value) for key, value in row.items()}, commit=True)
+    def _send_late_media(self, part: Path) -> None:
+        try:
+            for path in late_media(part):
+                self._run.save(str(path), base_path=str(part / "files"), policy="now")
+        except Exception as error:  # as in _work
+            self._say(f"warning: W&B may lack pictures of {part} ({first_line(error)})")
 
-    def _missing(self, task: _Backfill) -> Iterator[dict[str, Any]]:
-        rows = {}
-        for step, row in read_rows(task.log_path):
-            rows[step] = row
-            if self._floor < step <= task.up_to:
-                known = {key: value for key, value in row.items() if value is not None}
-                yield {STEP_KEY: step, **known}
-        for name, paths in find_pictures(task.images).items():
-            key = f"images/{name}"
-            for step, path in paths.items():
-                if self._image_floor.get(key, -1) < step <= task.up_to:
-                    picture = _Picture(path, picture_caption(step, rows.get(step, {})))
-                    yield {STEP_KEY: step, _step_of(key): step, key: picture}
+    def _send(self, record: Record) -> None:
+        step, kind, values = record
+        if not self._recorded.has(step, kind):
+            known = {key: self._value(value) for key, value in values.items()}
+            known = {key: value for key, value in known.items() if value is not None}
+            self._run.log(address(step, kind) | known, commit=True)
 
     def _value(self, value: Any) -> Any:
-        if isinstance(value, _Picture):
+        if isinstance(value, Picture):
             return self._wandb.Image(str(value.path), caption=value.caption)
-        if isinstance(value, list):  # of a distribution
-            return self._wandb.Histogram(value)
+        if isinstance(value, list):  # of a distribution; wandb takes finite numbers alone
+            numbers = [item for item in value if item is not None and math.isfinite(item)]
+            return self._wandb.Histogram(numbers) if numbers else None
         return value
 
     def _upload(self, asked: _Artifact) -> None:
@@ -310,14 +345,21 @@ class WandbSink:
             artifact.add_file(str(path), name=path.name)
         self._run.log_artifact(artifact)
 
-    def _finish(self, exit_code: int) -> None:
+    def _finish(self, exit_code: int, is_preempted: bool) -> None:
         try:
             self._queue.put(None)
             self._worker.join()
-            if not self._broken:
+            if self._broken:
+                return
+            if is_preempted and not was_stopped(self._wandb, self._run):
+                self._run.mark_preempting()  # the sweep gives this trial to another agent
+            try:
                 self._run.finish(exit_code=exit_code)
-                # finish() may return before wandb-core has written the last rows; teardown waits.
-                self._wandb.teardown(exit_code)
+            except TimeoutError:
+                self._is_incomplete = True
+            # finish() may return before wandb-core has written the last rows; teardown waits.
+            self._wandb.teardown(exit_code)
+            self._is_incomplete |= self.mode == "online" and has_upload_errors(Path(self._sync_dir))
         except Exception as error:  # as in _work
             self._break(error)
 

@@ -50,9 +50,12 @@ class Ema:
     def update(self, step: int, *, found_inf: torch.Tensor) -> None:
         """After the update of step `step` (from 0); found_inf = 1 moves nothing."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weight = (1 - decay) * (1 - found_inf)
         averages = [local_part(average) for average in self._averages.values()]
         sources = [local_part(source).detach() for source in self._sources.values()]
+        if found_inf.device.type == "cpu":  # which can be asked without a wait
+            if not found_inf:
+                torch._foreach_lerp_(averages, sources, 1 - decay)  # one pass instead of three
+            return
         difference = torch._foreach_sub(sources, averages)
-        torch._foreach_mul_(difference, weight)
+        torch._foreach_mul_(difference, (1 - decay) * (1 - found_inf))
         torch._foreach_add_(averages, difference)

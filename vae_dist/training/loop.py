@@ -19,17 +19,15 @@ from vae_dist.checkpoint import Checkpoint
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
-from vae_dist.models.likelihoods import bits_per_dim
 from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
 from vae_dist.sharding import full_value, load_full
 from vae_dist.tracking.machine import UpdateRatio, memory_row
-from vae_dist.tracking.sinks import ConsoleSink, Sink
+from vae_dist.tracking.sinks import ConsoleSink, Sink, say
 from vae_dist.tracking.throughput import Meter
 from vae_dist.training.divergence import check_equal_over_ranks
 from vae_dist.training.guard import SkipGuard, TrainingFailed
 from vae_dist.training.hooks import Evaluator, Painter, Row, is_due
-from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.saving import CheckpointWriter
 from vae_dist.training.startup import Startup
@@ -48,7 +46,6 @@ class Trainer:
         *,
         training_step: TrainingStep,
         num_samples: int,
-        num_dims: int,
         sinks: Iterable[Sink],
         console: ConsoleSink | None,
         evaluator: Evaluator,
@@ -58,18 +55,22 @@ class Trainer:
     ) -> None:
         self.config, self.runtime, self.folder = config, runtime, folder
         self.training_step = training_step
-        self.num_samples, self.num_dims = num_samples, num_dims  # of an epoch, of an image
+        self.num_samples = num_samples  # of an epoch
         self.console = console  # on the main process
         self.sinks, self.evaluator, self.painter = list(sinks), evaluator, painter
         self.identity = identity  # what a checkpoint must agree with: data, image size
         self.peak_images_per_second = peak_images_per_second  # of one device; 0: not known
-        self._update_ratio = UpdateRatio(training_step.optimizer)
+        self._bits_per_dim = training_step.vae.likelihood.bits_per_dim
+        self._update_ratio = UpdateRatio(training_step.optimizer, rows_every=config.log.every)
         self.step = 0
         self.guard = SkipGuard(
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
         )
         self.writer = CheckpointWriter(
-            folder.checkpoints, keep_last=config.checkpoint.keep_last, warn=self.say
+            folder.checkpoints,
+            keep_last=config.checkpoint.keep_last,
+            warn=self.say,
+            is_taken_over=folder.is_taken_over,
         )
         self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
@@ -112,7 +113,7 @@ class Trainer:
             watch.at(self.step, "data")
             with meter.data_wait():
                 batch = next(stream)
-            if is_due(self.step + 1, self.config.log.every, last_step):
+            if is_due(self.step + 1, self._update_ratio.every, last_step):
                 self._update_ratio.arm()
             watch.at(self.step, "step")
             self._report = report = self.training_step(batch, self.step)
@@ -124,7 +125,7 @@ class Trainer:
                 startup = None
             self._count_skipped(batch)
             self.step += 1
-            meter.step(len(batch.images))
+            meter.step(batch.num_images)
             self._advance()
             watch.at(self.step, "log")
             self._check_health()
@@ -177,13 +178,13 @@ class Trainer:
 
     def _interrupt(self, stop: StopRequest) -> str:
         stop.settle()
-        self.save()
+        self.save(urgent=True)
         self.runtime.on_main(self.writer.wait)  # a warning says it, and an older one is there
         return "interrupted"
 
     def _finish(self, stop: StopRequest) -> str:
         stop.settle()
-        self.save()
+        self.save(urgent=True)
         if not self.runtime.on_main(self.writer.wait):
             problem = self.runtime.broadcast(self.writer.problem)
             raise TrainingFailed(
@@ -225,33 +226,24 @@ class Trainer:
     def _check_weights(self) -> None:
         if self.runtime.is_sharded:
             return  # no rank holds what another one has
-        step = self.training_step
-        weights = dict(step.vae.named_parameters())
-        averages = {f"ema/{k}": v for k, v in step.ema.module.named_parameters()}
-        check_equal_over_ranks(self.runtime, weights | averages, step=self.step)
+        weights = self.training_step.weights_of_every_rank()
+        check_equal_over_ranks(self.runtime, weights, step=self.step)
 
     # rows
 
     def _training_row(self, report: StepReport, meter: Meter) -> Row:
         """The row of this step: means over the global batch, so a function of the step alone."""
-        local = [report.loss_sum, report.distortion_sum, report.rate_sum]
-        sums = torch.stack([t.double() for t in local])
-        count = torch.tensor([float(self._skipped_here)], dtype=torch.float64, device=sums.device)
-        totals = self.runtime.sum_over_ranks(torch.cat([sums, count])).tolist()
+        local = [*report[:5], *report.more_sums.values()]  # sums over this rank's images
+        *totals, skipped_everywhere = self.runtime.sum_numbers(local, self._skipped_here)
         batch_size = self.config.training.batch_size
-        loss, distortion, rate = (total / batch_size for total in totals[:3])
-        skipped = self._check_skipped(int(totals[3]))
-        num_dims = self.num_dims
-        level_nats = self.training_step.vae.likelihood.nats_to_level_nats(
-            distortion + rate, num_dims
-        )
+        loss, distortion, rate, neg_bound = (total / batch_size for total in totals[:4])
+        num_dims, skipped = int(totals[4]), self._check_skipped(int(skipped_everywhere))
         images_seen = self.step * batch_size
         row: Row = {
             "train/loss": loss,
             "train/neg_elbo_nats": distortion + rate,
             "train/distortion_nats": distortion,
             "train/rate_nats": rate,
-            "train/bits_per_dim": bits_per_dim(level_nats, num_dims=num_dims),
             "train/beta": report.beta,
             "optim/lr": report.lr,
             "optim/grad_norm": float(report.grad_norm),
@@ -261,6 +253,14 @@ class Trainer:
             "data/epoch": images_seen / self.num_samples,
             "data/skipped_samples": float(skipped),
         }
+        # over the whole batch, whose images may differ in shape
+        bits = self._bits_per_dim(totals[1] + totals[2], num_dims)
+        if self.config.objective.importance_samples > 1:
+            row["train/neg_iwae_nats"] = neg_bound
+        if bits is not None:
+            row["train/bits_per_dim"] = bits
+        row |= {k: v / batch_size for k, v in zip(report.more_sums, totals[5:], strict=True)}
+        row |= {name: float(value) for name, value in report.shared.items()}
         if self.training_step.loss_scale.enabled:
             row["optim/loss_scale"] = float(self.training_step.loss_scale.scale)
         row["time/checkpoint_stall_seconds"] = self.writer.stall_s  # since this process started
@@ -276,10 +276,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _disk(self, what: str) -> Iterator[None]:
-        """A disk that is full or gone, or pictures that fail, cost a warning, not the run."""
+        """A disk that is full or gone, or pictures that fail or need more memory than the device
+        has, cost a warning, not the run."""
         try:
             yield
-        except (OSError, ConfigError) as error:
+        except (OSError, ConfigError, torch.OutOfMemoryError) as error:
             problem = f"no {what} ({error})"
             if problem != self._disk_problem:
                 self._disk_problem = problem
@@ -293,7 +294,7 @@ class Trainer:
         if self.console is not None:
             self.console.say(text)
         else:  # a rank other than the main one
-            print(text, file=sys.stderr)
+            say(text, sys.stderr)
 
     # damaged samples
 
@@ -318,24 +319,16 @@ class Trainer:
 
     # checkpoints
 
-    def save(self) -> None:
+    def save(self, *, urgent: bool = False) -> None:
         """Hand checkpoint `step` to the writer, once. Every rank takes part."""
         if self._saved == (self.step, self._evaluated_step):
             return
         if self.config.training.checksum_every:
             self._check_weights()  # what ranks differ in is not worth keeping
-        skipped = self.runtime.sum_over_ranks(
-            torch.tensor(float(self._skipped_here), dtype=torch.float64)
-        )
-        step = self.training_step
-        groups = {
-            "model": step.vae.state_dict(),
-            "ema": step.ema.module.state_dict(),
-            "optimizer": optimizer_tensors(step.optimizer, step.vae),
-        }
+        (skipped,) = self.runtime.sum_numbers([], self._skipped_here)
         tensors = {
             name: self._whole(group) if self.runtime.is_sharded else group
-            for name, group in groups.items()
+            for name, group in self.training_step.tensors().items()
         }
         if self.runtime.is_main:
             state = {
@@ -344,7 +337,7 @@ class Trainer:
                 "pending_row": self._pending_row,
             }
             best_step = self._best[1] if self._best is not None else None
-            self.writer.submit(self.step, tensors, state, best_step=best_step)
+            self.writer.submit(self.step, tensors, state, best_step=best_step, urgent=urgent)
         self._saved = (self.step, self._evaluated_step)
 
     def _whole(self, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -360,32 +353,29 @@ class Trainer:
         best, best_step = self._best or (None, None)
         return {
             **self.guard.state(),
-            **self.training_step.spikes.state(),
-            **self.training_step.loss_scale.state(),
+            **self.training_step.scalars(),
             "best_neg_elbo_nats": best,
             "best_step": best_step,
             "skipped_samples": self._skipped_before + skipped_here,
             "evaluated_step": self._evaluated_step,
         }
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of this run, written on any number of ranks."""
-        step, scalars = self.training_step, checkpoint.state["scalars"]
-        load_full(step.vae, checkpoint.tensors["model"])
-        step.ema.load(checkpoint.tensors["ema"])
-        load_optimizer_tensors(step.optimizer, step.vae, checkpoint.tensors["optimizer"])
+    def restore(self, checkpoint: Checkpoint, *, kept_steps: list[int]) -> None:
+        """Continue from a checkpoint of this run, written on any number of ranks.
+
+        `kept_steps` are those of all checkpoints that are there. Sends no message.
+        """
+        scalars = checkpoint.state["scalars"]
+        self.training_step.load(checkpoint.tensors, scalars)
         self.guard.load_state(scalars)
-        step.spikes.load_state(scalars)
-        step.loss_scale.load_state(scalars)
         self._skipped_before = scalars["skipped_samples"]
         self._evaluated_step = scalars["evaluated_step"]
         self._pending_row = checkpoint.state["pending_row"]
         self.step = checkpoint.step
         self._saved = (self.step, self._evaluated_step)
         self.writer.written_step = self.step
-        steps = self.folder.checkpoints.steps() if self.runtime.is_main else []
         best_step = scalars["best_step"]
-        if best_step in self.runtime.broadcast(steps):  # else it is lost, and the next one counts
+        if best_step in kept_steps:  # else it is lost, and the next one counts
             self._best = (scalars["best_neg_elbo_nats"], best_step)
 
     def initialize(self, weights: dict[str, torch.Tensor]) -> None:
@@ -396,5 +386,5 @@ class Trainer:
     def summary(self) -> str:
         """The figures of the last evaluation in one line."""
         value = self._last_row.get("eval/neg_elbo_nats", math.nan)
-        bits = self._last_row.get("eval/bits_per_dim", math.nan)
-        return f"-ELBO {value:.2f} nats, {bits:.3f} bits/dim"
+        bits = self._last_row.get("eval/bits_per_dim")
+        return f"-ELBO {value:.2f} nats" + ("" if bits is None else f", {bits:.3f} bits/dim")

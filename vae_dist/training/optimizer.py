@@ -1,4 +1,4 @@
-"""AdamW over a module's parameters, and its state by parameter name.
+"""AdamW over a module's parameters, what becomes of gradients before it, and its state by name.
 
 Fused on every device: the fused kernel takes `found_inf`, a device tensor that turns the update of
 a non-finite gradient into nothing without a host synchronisation.
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
-from vae_dist.sharding import part_like
+from vae_dist.sharding import full_value, local_part, part_like
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -28,6 +28,30 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
         eps=config.eps,
         fused=True,
     )
+
+
+def freeze_encoder(vae: nn.Module) -> None:
+    """Leave decoder and likelihood to be trained; the encoder reads the labels' embedding too."""
+    for name, parameter in vae.named_parameters():
+        is_trained = name.split(".")[0] in ("decoder", "post_quant_conv", "likelihood")
+        parameter.requires_grad_(is_trained)
+
+
+def scale_and_clip(
+    gradients: list[torch.Tensor], scale: torch.Tensor, *, largest: float, is_scaled: bool
+) -> torch.Tensor:
+    """Divide gradients by the `scale` of an fp16 loss and clip their norm to `largest` (0: not), in
+    place. Returns the norm over all ranks before clipping, not finite where a gradient is not."""
+    # under FSDP the norm of DTensors, which is of all ranks' parts
+    total = full_value(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    norm = total / scale
+    if largest or is_scaled:
+        factor = torch.ones_like(norm)
+        if largest:
+            factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+        parts = [local_part(gradient) for gradient in gradients]
+        torch._foreach_mul_(parts, factor / scale)
+    return norm
 
 
 def optimizer_tensors(
@@ -49,6 +73,11 @@ def load_optimizer_tensors(
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
-        if value.ndim:  # not Adam's count of steps, which is whole on every rank
-            value = part_like(value, parameter)
-        optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
+        if not value.ndim:  # Adam's count of steps, which is whole on every rank
+            optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
+            continue
+        # in the parameter's own memory layout, which the fused update takes for granted
+        state = torch.empty_like(parameter, dtype=value.dtype)
+        with torch.no_grad():
+            state.copy_(part_like(value, parameter))
+        optimizer.state[parameter][kind] = state

@@ -1,7 +1,8 @@
 """A stop on which all ranks agree: a signal or a STOP file, seen by any of them.
 
 At each step the ranks reduce their flags and act on the result one step later, so that no rank
-waits for this message: all stop after the same step.
+waits for this message: all stop after the same step. The flags are in CPU memory, so that the host
+never waits for the device either.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ FILE_POLL_S = 0.25
 class StopRequest:
     """`agreed()` once per step on every rank; `agreed_now()` before there are steps."""
 
-    def __init__(self, runtime: Runtime, stop_file: Path, signals: StopSignals) -> None:
+    def __init__(self, runtime: Runtime, signals: StopSignals) -> None:
         self.reason = ""
-        self._runtime, self._stop_file, self._signals = runtime, stop_file, signals
+        self._runtime, self._signals = runtime, signals
+        self._stop_file: Path | None = None
         self._polled_at = 0.0
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def heed(self, stop_file: Path) -> None:
+        """From now on this file is a request too: the run folder that it is in is ours."""
+        self._stop_file = stop_file
 
     def agreed(self) -> bool:
         """True on every rank after the same call, one call after the first rank saw a request."""
@@ -36,10 +42,7 @@ class StopRequest:
             work, flag = self._pending
             work.wait()
             answer = bool(flag.item())
-        flag = torch.tensor(int(self._requested()), device=self._runtime.device)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        self._pending = (work, flag)
+        self._pending = self._runtime.ask_any_rank(self._requested())
         if answer:
             self.reason = self.reason or "another rank was asked to stop"
         return answer
@@ -60,7 +63,7 @@ class StopRequest:
 
     def _requested(self) -> bool:
         self.reason = self.reason or self._signals.reason
-        if not self.reason and self._runtime.is_main:
+        if not self.reason and self._runtime.is_main and self._stop_file is not None:
             now = time.monotonic()
             if now - self._polled_at >= FILE_POLL_S:
                 self._polled_at = now

@@ -7,6 +7,7 @@ the numbers of a run that goes on (config, shards) is refused with the differenc
 from __future__ import annotations
 
 import copy
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae_dist.checkpoint import Checkpoint, load_weights
+from vae_dist.checkpoint import Checkpoint, TornCheckpoint, load_weights
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import shown
 from vae_dist.config.load import changed_numbers
+from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
+from vae_dist.models.diffusers_layout import (
+    KINDS_OF_MEANS,
+    Published,
+    fitting_keys,
+    from_diffusers,
+    read_published,
+)
+from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
 
+SHOWN = 12  # tensors of a published model that do not fit: it has hundreds
 WAYS_OUT = "start anew with run=OTHER_FOLDER, or go on all the same with resume.allow_changes=true"
 
 
@@ -38,6 +50,8 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         config.data.window = previous.data.window
     if config.training.precision == "auto":
         config.training.precision = previous.training.precision
+    if config.perceptual.kind == "auto" and previous.perceptual.kind != "none":
+        config.perceptual.kind = previous.perceptual.kind
     changes = changed_numbers(previous, config)
     if changes and not config.resume.allow_changes:
         raise ConfigError(
@@ -51,7 +65,10 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
 
 def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
-    """The checkpoint that the main process chose, read by every rank."""
+    """The checkpoint that the main process chose, read by every rank.
+
+    Raises ConfigError on every rank where one of them cannot read it.
+    """
     found: list[Checkpoint | None] = [None]
 
     def choose() -> int:
@@ -62,9 +79,19 @@ def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
         return found[0].step
 
     step = runtime.on_main(choose)
-    if step < 0 or runtime.is_main:
-        return found[0]
-    return folder.checkpoints.load(step)
+
+    def read() -> Checkpoint | None:
+        if step < 0 or runtime.is_main:
+            return found[0]
+        try:
+            return folder.checkpoints.load(step)
+        except TornCheckpoint as torn:
+            raise ConfigError(
+                f"{torn}, as this rank on {socket.gethostname()} sees it, but the main process "
+                "read it well: is the file system the same on all nodes, and healthy?"
+            ) from None
+
+    return runtime.together(read)
 
 
 def is_finished(config: TrainConfig, checkpoint: Checkpoint) -> bool:
@@ -95,17 +122,14 @@ def check_identity(
         )
 
 
-def initial_weights(source: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of `init_from`, for this model. Raises ConfigError with all that do not fit."""
-    weights = load_weights(Path(source))
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    lines = [
-        f"{name}: {_shape(found.get(name))} -> {_shape(wanted.get(name))}"
-        for name in sorted(wanted.keys() | found.keys())
-        if found.get(name) != wanted.get(name)
-    ]
-    if lines:
+def initial_weights(config: TrainConfig, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of `init_from`, for this model (of any device, meta as well). Raises ConfigError
+    with all that do not fit."""
+    source = Path(config.init_from)
+    if (published := read_published(source)) is not None:
+        return _published_weights(config, published, model)
+    weights = load_weights(source)
+    if lines := _misfits(weights, model):
         raise ConfigError(
             [
                 f"init_from={source}: {len(lines)} of its tensors do not fit this model "
@@ -116,6 +140,62 @@ def initial_weights(source: str, model: nn.Module) -> dict[str, torch.Tensor]:
             ]
         )
     return weights
+
+
+def _published_weights(
+    config: TrainConfig, published: Published, model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Those of a diffusers folder. What it lacks begins as in a model without `init_from`."""
+    blame = f"init_from={config.init_from}"
+    kind = config.likelihood.kind
+    if kind not in KINDS_OF_MEANS:
+        raise ConfigError(
+            f"{blame}: its decoder gives the mean of an image, which likelihood.kind={kind} has no "
+            f"output for; use one of {', '.join(KINDS_OF_MEANS)}"
+        )
+    likelihood = build_likelihood(config.likelihood, config.data)
+    fresh = {f"likelihood.{name}": value for name, value in likelihood.state_dict().items()}
+    last = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.conv_out.")}
+    # a raw log-variance of 0 is where a learned one begins
+    fresh |= {name: torch.zeros(value.shape) for name, value in last.items()}
+    weights = from_diffusers(published, fresh)
+    fitting = fitting_keys(published)
+    wrong = {key: value for key, value in fitting.items() if not _has(config, key, value)}
+    lines = _misfits(weights, model)
+    if wrong or lines:
+        words = " ".join(
+            f"'{key}={shown(value)}'".replace(", ", ",") for key, value in wrong.items()
+        )
+        hidden = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise ConfigError(
+            [
+                f"{blame}: the AutoencoderKL in {published.path} is not the model of this config; "
+                f"{len(lines)} of its tensors differ (there -> here):",
+                *(f"  {line}" for line in lines[:SHOWN]),
+                *hidden,
+                f"set {words}, or leave init_from out"
+                if wrong
+                else "its tensors are not what its config.json says; is the folder whole?",
+            ]
+        )
+    return weights
+
+
+def _has(config: TrainConfig, key: str, value: Any) -> bool:
+    found = value_of(config, key)
+    if key == "model.blocks" and isinstance(found, list):
+        return all(count == value for count in found)
+    return bool(found == value)
+
+
+def _misfits(weights: Mapping[str, torch.Tensor], model: nn.Module) -> list[str]:
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    return [
+        f"{name}: {_shape(found.get(name))} -> {_shape(wanted.get(name))}"
+        for name in sorted(wanted.keys() | found.keys())
+        if found.get(name) != wanted.get(name)
+    ]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -1,28 +1,43 @@
 """Checkpoints in the background: training waits for a copy in memory, not for the disk.
 
 In: tensors and state of a step, on the main process. Out: a folder, some time later. At most one
-write is under way, so that memory is bounded and a kill costs at most the interval before it. A
-disk that does not take a checkpoint (full, read-only, gone) costs a warning: the run goes on, the
-checkpoints before it stay, and the next one tries again.
+write is under way, so that memory is bounded and a kill costs at most the interval before it. The
+copies lie in buffers that are kept from save to save (one more copy of the state in host memory,
+pinned where it comes from a GPU): getting fresh memory would cost more than the copy. The writing
+thread gives way to training where cores are few. A disk that does not take a checkpoint (full,
+read-only, gone) costs a warning: the run goes on, the checkpoints before it stay, and the next one
+tries again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from vae_dist.checkpoint import Checkpoints, Tensors, step_name
+
+BACKGROUND_NICE = 10  # a tenth of a core where training wants all of them
 
 
 class CheckpointWriter:
     """`submit` returns after the copy; `wait` returns when the disk has it, or has refused."""
 
     def __init__(
-        self, checkpoints: Checkpoints, *, keep_last: int, warn: Callable[[str], None]
+        self,
+        checkpoints: Checkpoints,
+        *,
+        keep_last: int,
+        warn: Callable[[str], None],
+        is_taken_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.checkpoints, self.keep_last = checkpoints, keep_last
+        self._is_taken_over = is_taken_over  # the folder, by another trainer
         self.stall_s = 0.0  # that training has waited for checkpoints since the start
         self.written_step = -1  # of the newest checkpoint that is on the disk
         self.failures = 0
@@ -30,6 +45,7 @@ class CheckpointWriter:
         self._warn = warn
         self._thread: threading.Thread | None = None
         self._unforeseen: BaseException | None = None
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
 
     def submit(
         self,
@@ -38,19 +54,39 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         *,
         best_step: int | None,
+        urgent: bool = False,
     ) -> None:
-        """Copy what is given and write it in a thread, after the write before it."""
+        """Copy what is given and write it in a thread, after the write before it.
+
+        `urgent`: nothing goes on beside it, and there may be a grace time.
+        """
         begun = time.perf_counter()
         self.wait()
-        copies = {
-            name: {key: value.detach().to("cpu", copy=True) for key, value in group.items()}
-            for name, group in tensors.items()
-        }
-        arguments = (step, copies, dict(state), best_step)
+        arguments = (step, self._copied(tensors), dict(state), best_step, urgent)
         # no daemon: a process that ends on its own ends with this write done
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
         self.stall_s += time.perf_counter() - begun
+
+    def _copied(self, tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """The tensors in this writer's buffers; waits once for the device, not for each tensor."""
+        sources = {(name, key): v.detach() for name, g in tensors.items() for key, v in g.items()}
+        for place, source in sources.items():
+            buffer = self._buffers.get(place)
+            if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                self._buffers[place] = torch.empty(
+                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
+                )
+        buffers = [self._buffers[place] for place in sources]
+        is_on_cuda = any(source.is_cuda for source in sources.values())
+        if buffers:
+            torch._foreach_copy_(buffers, list(sources.values()), non_blocking=is_on_cuda)
+        if is_on_cuda:
+            torch.cuda.current_stream().synchronize()
+        copies: dict[str, Tensors] = {name: {} for name in tensors}
+        for (name, key), buffer in zip(sources, buffers, strict=True):
+            copies[name][key] = buffer
+        return copies
 
     def wait(self) -> bool:
         """Until the write under way is done; whether the last one went well. Warns otherwise."""
@@ -69,9 +105,22 @@ class CheckpointWriter:
             self.wait()
 
     def _write(
-        self, step: int, tensors: dict[str, Tensors], state: dict[str, Any], best_step: int | None
+        self,
+        step: int,
+        tensors: dict[str, Tensors],
+        state: dict[str, Any],
+        best_step: int | None,
+        urgent: bool,
     ) -> None:
+        if not urgent:
+            with contextlib.suppress(OSError):  # Linux: of this thread alone
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
         try:
+            if self._is_taken_over():
+                raise RuntimeError(
+                    f"another trainer has taken over the run folder of {self.checkpoints.folder} "
+                    "because this one had shown no sign of life; this one ends here"
+                )
             self.checkpoints.save(
                 step, tensors, state, keep_last=self.keep_last, best_step=best_step
             )

@@ -1,30 +1,43 @@
-"""One optimizer step: draws, microbatches, clipping, agreement on finiteness, update, average.
+"""One optimizer step: draws, microbatches, clipping, agreement on finiteness, updates, average.
 
 In: a rank's share of batch k. Out: device tensors to log. What is minimised is
-`sum over images of (distortion + beta(k) rate) / batch_size`; DDP and FSDP average gradients over
-ranks, so each rank backpropagates `world * sum over its images / batch_size`. All draws are
+`sum over images of their loss / batch_size` (vae_dist.objectives); DDP and FSDP average gradients
+over ranks, so each rank backpropagates `world * sum over its images / batch_size`. All draws are
 functions of (seed, purpose, k, slot), so neither the number of ranks nor the microbatch changes
-them.
+them. A microbatch holds slots of one shape; ranks may have different numbers of microbatches, but
+each has one backward that sums gradients over the ranks, its last.
+With a discriminator (`adversary`) there are two networks and two updates: a gradient of either that
+is not finite leaves both as they are.
 Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Batch
-from vae_dist.models.vae import VAE
-from vae_dist.objectives.elbo import elbo_terms
+from vae_dist.data.stream import Batch, Group
+from vae_dist.models.vae import NO_LABEL, VAE
+from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.runtime import Runtime
-from vae_dist.sharding import full_value, local_part
+from vae_dist.sharding import load_full
+from vae_dist.training.adversary import Adversary
 from vae_dist.training.ema import Ema
 from vae_dist.training.guard import SpikeGuard
+from vae_dist.training.optimizer import (
+    load_optimizer_tensors,
+    optimizer_tensors,
+    scale_and_clip,
+)
+from vae_dist.training.picture_terms import PictureTerms
+from vae_dist.training.transfer import Transfer
 
 
 class StepReport(NamedTuple):
@@ -33,11 +46,15 @@ class StepReport(NamedTuple):
     loss_sum: torch.Tensor
     distortion_sum: torch.Tensor
     rate_sum: torch.Tensor
+    neg_bound_sum: torch.Tensor
+    num_dims: torch.Tensor  # values that the likelihood counts, int64
     grad_norm: torch.Tensor  # before clipping, over all ranks
     found_inf: torch.Tensor  # 1.0 where the norm was not finite, so that nothing was updated
     spike: torch.Tensor  # 1.0 where it was a spike, likewise
     lr: float
     beta: float
+    more_sums: Mapping[str, torch.Tensor] = MappingProxyType({})  # local too, by name of the mean
+    shared: Mapping[str, torch.Tensor] = MappingProxyType({})  # by name
 
 
 class LossScale:
@@ -79,11 +96,15 @@ class TrainingStep:
         vae: VAE,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
+        pictures: PictureTerms | None = None,
     ) -> None:
         self.config, self.runtime = config, runtime
         self.wrapped, self.vae, self.optimizer, self.ema = wrapped, vae, optimizer, ema
+        self.pictures = pictures  # None: the bound alone
+        self.adversary: Adversary | None = pictures.adversary if pictures is not None else None
         self.loss_scale = LossScale(runtime.device, enabled=config.training.precision == "fp16")
         self.spikes = SpikeGuard(runtime.device, factor=config.training.spike_factor)
+        self._transfer = Transfer(runtime.device)
         self._generator = torch.Generator()
         self._device_generator = torch.Generator(runtime.device)
         self._parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -92,62 +113,198 @@ class TrainingStep:
         training = self.config.training
         lr = lr_at(self.config.optimizer, training.steps, step)
         beta = beta_at(self.config.objective, step)
-        images, noise = self._inputs(batch, step)
-        share = training.microbatch_size or len(images)
         scale = self.loss_scale.scale * (self.runtime.world / training.batch_size)
-        sums = torch.zeros(3, device=images.device)
-        for start in range(0, len(images), share):
-            part = slice(start, start + share)
-            is_last = start + share >= len(images)
+        sums = torch.zeros(4, device=self.runtime.device)
+        num_dims = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        microbatches = self._microbatches(self._transfer(batch))
+        if self.pictures is not None:
+            self.pictures.begin(step)
+        half_size_sum = torch.zeros((), device=self.runtime.device)
+        for number, microbatch in enumerate(microbatches):
+            images, noise = self._inputs(microbatch, step)
+            labels, mask = self._labels(microbatch, step), self._mask(microbatch)
+            is_last = number == len(microbatches) - 1
             with self.runtime.accumulating(self.wrapped, is_last=is_last):
-                terms = elbo_terms(self.wrapped(images[part], noise[part]), beta=beta)
-                (terms.loss_sum * scale).backward()
+                more = self._more_inputs(microbatch, noise, step)
+                result = self.wrapped(images, noise, labels, mask, **more)
+                output, half_size = result if "half_size" in more else (result, None)
+                terms = loss_terms(output, self.config.objective, beta=beta, half_size=half_size)
+                loss_sum = terms.loss_sum
+                if self.pictures is not None:
+                    surrogate, value = self.pictures.of_microbatch(
+                        output, images, microbatch, self.loss_scale.scale
+                    )
+                    terms = terms._replace(loss_sum=loss_sum + value)
+                    loss_sum = loss_sum + surrogate
+                (loss_sum * scale).backward()
+            if half_size is not None:
+                half_size_sum -= half_size.detach().sum()
             sums += torch.stack([t.detach() for t in terms])
-        grad_norm, found_inf = self._unscale_and_clip()
+            num_dims += images.numel() if mask is None else images.shape[1] * mask.sum()
+        if self.pictures is not None:
+            self.pictures.learn(scale)
+        grad_norm, found_inf, shared = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        spike = self.spikes(grad_norm)
+        spike = self.spikes(grad_norm) * (1 - found_inf)  # which may be the other network's
         skip = found_inf + spike
         # the fused update does nothing, not even count, where found_inf is 1
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary is not None and self.adversary.is_learning:
+            self.adversary.update(lr / self.config.optimizer.lr, skip=skip)
         self.ema.update(step, found_inf=skip)
         self.loss_scale.update(found_inf)
-        loss_sum, distortion_sum, rate_sum = sums.unbind()
-        return StepReport(loss_sum, distortion_sum, rate_sum, grad_norm, found_inf, spike, lr, beta)
+        more_sums = dict(self.pictures.sums) if self.pictures is not None else {}
+        if self.config.objective.scale_equivariance:
+            more_sums["train/half_size_distortion_nats"] = half_size_sum
+        loss, distortion, rate, neg_bound = sums.unbind()
+        return StepReport(
+            loss,
+            distortion,
+            rate,
+            neg_bound,
+            num_dims,
+            grad_norm,
+            found_inf,
+            spike,
+            lr=lr,
+            beta=beta,
+            more_sums=more_sums,
+            shared=shared,
+        )
 
-    def _inputs(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images in [-1, 1] (B/world, C, H, W) and latent noise, drawn slot by slot."""
+    def _microbatches(self, batch: Batch) -> list[Group]:
+        """Parts of the batch that go through the model together: slots of one shape."""
+        training = self.config.training
+        images_per_slot = training.batch_size // self.config.data.slots
+        together = training.microbatch_size // images_per_slot
+        return [
+            group.part(start, start + (together or len(group.slots)))
+            for group in batch.groups
+            for start in range(0, len(group.slots), together or len(group.slots))
+        ]
+
+    def _inputs(self, group: Group, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images in [-1, 1] (b, C, H, W) and latent noise, drawn slot by slot."""
         device, likelihood = self.runtime.device, self.vae.likelihood
-        levels = batch.images.to(device, non_blocking=True).contiguous()
-        slots = self.config.data.slots // self.runtime.world
-        images_per_slot = len(levels) // slots
-        latent = (images_per_slot, *self.vae.latent_shape(*levels.shape[-2:]))
-        dims = (images_per_slot, *levels.shape[1:])
-        noise, uniform = [], []
-        for slot in range(self.runtime.rank * slots, (self.runtime.rank + 1) * slots):
+        levels = group.images.to(device, non_blocking=True).contiguous()
+        images_per_slot = len(levels) // len(group.slots)
+        latent = self.vae.latent_shape(*levels.shape[-2:])
+        # each slot draws into its part: no copies to join
+        noise = torch.empty(noise_shape(self.config.objective, len(levels), latent))
+        for slot, part in zip(group.slots, noise.split(images_per_slot), strict=True):
             # latents are small: drawn on the CPU, the same on every device
             self._generator.manual_seed(derive_seed(self.config.seed, "posterior", step, slot))
-            noise.append(torch.randn(latent, generator=self._generator))
-            if likelihood.needs_uniform:
+            part.normal_(generator=self._generator)
+        uniform = None
+        if likelihood.needs_uniform:
+            uniform = torch.empty(levels.shape, device=device)
+            for slot, part in zip(group.slots, uniform.split(images_per_slot), strict=True):
                 self._device_generator.manual_seed(
                     derive_seed(self.config.seed, "levels", step, slot)
                 )
-                uniform.append(torch.rand(dims, generator=self._device_generator, device=device))
-        images = likelihood.prepare(levels, torch.cat(uniform) if uniform else None)
-        return images, torch.cat(noise).to(device, non_blocking=True)
+                part.uniform_(generator=self._device_generator)
+        images = likelihood.prepare(levels, uniform)
+        return images, self._sent(noise)
 
-    def _unscale_and_clip(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sent(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Drawn on the host, on the device; a CUDA device is waited for unless memory is pinned."""
+        if self.runtime.device.type == "cuda":
+            drawn = drawn.pin_memory()
+        return drawn.to(self.runtime.device, non_blocking=True)
+
+    def _labels(self, group: Group, step: int) -> torch.Tensor | None:
+        """int64 (b,), -1 where there is none or where it is hidden in this step, slot by slot;
+        None for a model without labels."""
+        if not self.vae.num_classes:
+            return None
+        labels, dropout = group.labels, self.config.model.label_dropout
+        if dropout:
+            hidden = []
+            for slot in group.slots:
+                seed = derive_seed(self.config.seed, "label-dropout", step, slot)
+                self._generator.manual_seed(seed)
+                draws = torch.rand(len(labels) // len(group.slots), generator=self._generator)
+                hidden.append(draws)
+            labels = torch.where(torch.cat(hidden) < dropout, NO_LABEL, labels)
+        return self._sent(labels)
+
+    def _mask(self, group: Group) -> torch.Tensor | None:
+        """uint8 (b, 1, H, W), 1 where a pixel was observed; None: everywhere."""
+        if group.masks is None:
+            return None
+        return group.masks.to(self.runtime.device, non_blocking=True)
+
+    def _more_inputs(self, group: Group, noise: torch.Tensor, step: int) -> dict[str, Any]:
+        """What the forward is asked for beside the bound; nothing by default."""
+        objective = self.config.objective
+        more: dict[str, Any] = {}
+        if objective.scale_equivariance:
+            more["half_size"] = True
+        if objective.latent_noise:
+            more["latent_noise"] = self._latent_noise(group, noise, step)
+        return more
+
+    def _latent_noise(self, group: Group, noise: torch.Tensor, step: int) -> torch.Tensor:
+        """Of the shape of the posterior's noise, its size drawn for each image, slot by slot."""
+        images_per_slot = len(noise) // len(group.slots)
+        drawn = []
+        for slot in group.slots:
+            seed = derive_seed(self.config.seed, "latent-noise", step, slot)
+            self._generator.manual_seed(seed)
+            sizes = torch.randn(images_per_slot, generator=self._generator).abs()
+            values = torch.randn((images_per_slot, *noise.shape[1:]), generator=self._generator)
+            drawn.append(values * sizes.view(-1, *[1] * (values.ndim - 1)))
+        scaled = torch.cat(drawn) * self.config.objective.latent_noise
+        return self._sent(scaled)
+
+    def _clip(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The gradient's norm before clipping, 1.0 where it or the discriminator's is not finite,
+        and what else all ranks share."""
+        scale, is_scaled = self.loss_scale.scale, self.loss_scale.enabled
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        # under FSDP the norm of DTensors, which is of all ranks' parts
-        total = full_value(torch.nn.utils.get_total_norm(gradients, foreach=True))
-        norm = total / self.loss_scale.scale
         largest = self.config.optimizer.clip_grad_norm
-        if largest or self.loss_scale.enabled:
-            factor = torch.ones_like(norm)
-            if largest:
-                factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-            parts = [local_part(gradient) for gradient in gradients]
-            torch._foreach_mul_(parts, factor / self.loss_scale.scale)
-        return norm, (~torch.isfinite(norm)).to(torch.float32)
+        norm = scale_and_clip(gradients, scale, largest=largest, is_scaled=is_scaled)
+        is_finite = torch.isfinite(norm)
+        shared = {}
+        if self.adversary is not None and self.adversary.is_learning:
+            other_norm = self.adversary.clip(scale, is_scaled=is_scaled)
+            is_finite = is_finite & torch.isfinite(other_norm)
+            shared["optim/discriminator_grad_norm"] = other_norm
+            shared["optim/adversarial_weight"] = self.adversary.weight  # of this step
+        return norm, (~is_finite).to(torch.float32), shared
+
+    # what a checkpoint holds, and ranks have in common
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Groups of named tensors; those of FSDP are this rank's part."""
+        groups = {
+            "model": self.vae.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.vae),
+        }
+        return groups | (self.adversary.tensors() if self.adversary is not None else {})
+
+    def scalars(self) -> dict[str, Any]:
+        own = {**self.spikes.state(), **self.loss_scale.state()}
+        return own | (self.adversary.scalars() if self.adversary is not None else {})
+
+    def load(self, tensors: dict[str, dict[str, torch.Tensor]], scalars: dict[str, Any]) -> None:
+        load_full(self.vae, tensors["model"])
+        self.ema.load(tensors["ema"])
+        load_optimizer_tensors(self.optimizer, self.vae, tensors["optimizer"])
+        self.spikes.load_state(scalars)
+        self.loss_scale.load_state(scalars)
+        if self.adversary is not None:
+            self.adversary.load(tensors, scalars)
+
+    def weights_of_every_rank(self) -> dict[str, torch.Tensor]:
+        """What all ranks hold alike, bit for bit, where the model is not cut over them."""
+        weights: dict[str, torch.Tensor] = dict(self.vae.named_parameters())
+        weights |= {f"ema/{k}": v for k, v in self.ema.module.named_parameters()}
+        if self.adversary is not None:
+            network = self.adversary.network
+            weights |= {f"discriminator/{k}": v for k, v in network.named_parameters()}
+        return weights

@@ -1,9 +1,9 @@
 """Which rank do the others wait for? A heartbeat per rank, and a diagnosis when nothing moves.
 
-In: each rank's place (step, what it is doing), marked by its loop. Out: after `timeout_s` without a
-step, a message that names the rank that is frozen, gone, failed or behind, on every other rank,
-which then ends. A thread publishes the place every few seconds in the key-value store through which
-the ranks met; a rank whose entry stands still has no running process behind it.
+In: each rank's place (step, what it is doing), marked from start-up on. Out: after `timeout_s` at
+one place, a message that names the rank that is frozen, gone, failed or behind, on every other
+rank, which then ends. A thread publishes the place every few seconds in the key-value store through
+which the ranks met; a rank whose entry stands still has no running process behind it.
 
 Collectives cannot be asked for this: a rank that waits in one is inside C++ until the backend's own
 timeout, and that error does not know who is missing.
@@ -26,15 +26,17 @@ import torch.distributed as dist
 
 from vae_dist.runtime import Runtime
 
-PLACES = ("data", "step", "log", "evaluation", "checkpoint")  # of a step, in this order
+STARTUP = ("ranks", "run folder", "newest checkpoint", "shards", "trackers", "model")
+PLACES = (*STARTUP, "data", "step", "log", "evaluation", "checkpoint")  # of a step, in this order
 MAX_BEAT_S = 5.0
+LAST_WORD_S = 60.0  # that a rank which ends may take for it: the disk may stand still too
 SILENT_BEATS = 3  # without a sign of life; that long takes the diagnosis
 
 
 class RankWatch:
-    """Use as a context manager around the loop, on every rank; nothing happens on one process.
+    """Use as a context manager around all that ranks do together; idle where there is one process.
 
-    `on_lost(message, blamed ranks)` is called in a thread when this rank has made no step for
+    `on_lost(message, blamed ranks)` is called in a thread when this rank has not moved for
     `timeout_s`; then the process ends with exit code 1.
     """
 
@@ -70,31 +72,39 @@ class RankWatch:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """No longer say anything: nobody waits for the others from here on."""
         self._ended.set()
 
     def at(self, step: int, place: str) -> None:
-        """This rank is now at this place."""
+        """This rank is now at this place; -1 is the step of start-up."""
         self._state["step"], self._state["place"] = step, PLACES.index(place)
         self._moved_at = time.monotonic()
+        if step < 0 and self._world > 1:  # these are few, and each may be the last
+            with contextlib.suppress(RuntimeError):
+                self._publish()
 
-    def explain(self, error: BaseException) -> str | None:
-        """After an error of this rank: which other rank caused it, or None when none did."""
+    def explain(self) -> tuple[str, list[int]]:
+        """After `fail`: what caused it and which other ranks, none where this one is the first."""
         if self._world == 1:
-            return None
-        self.fail(error)
+            return "", []
         with self._one_at_a_time:
-            message, blamed = self._diagnosis()
-        return message if blamed else None
+            return self._diagnosis()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank fails, and why, before they notice that it is gone."""
         if self._world == 1:
             return
-        with contextlib.suppress(RuntimeError):
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+        def tell() -> None:
             order = self._asking.add(f"{self._prefix}/failures", 1)
-            text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             self._state["failed"] = [order, text]
             self._publish()
+
+        self._in_time(tell)
 
     # the thread
 
@@ -112,7 +122,13 @@ class RankWatch:
             message, blamed = self._diagnosis()
         if self._ended.is_set():
             return
-        self._on_lost(f"no step for {self._timeout_s:g} s (runtime.timeout_s): {message}", blamed)
+        where = "start-up stands still" if self._state["step"] < 0 else "no step"
+        waited = f"{where} for {self._timeout_s:g} s (runtime.timeout_s)"
+        last_word = threading.Thread(
+            target=self._on_lost, args=(f"{waited}: {message}", blamed), daemon=True
+        )
+        last_word.start()
+        last_word.join(LAST_WORD_S)
         os._exit(1)  # the main thread is inside a collective that cannot be left
 
     def _publish(self) -> None:
@@ -129,23 +145,27 @@ class RankWatch:
 
     def _diagnosis(self) -> tuple[str, list[int]]:
         """What is wrong and with which ranks; none where it cannot be said."""
-        first = self._read_all()
-        self._ended.wait(SILENT_BEATS * self._beat_s)
-        second = self._read_all() if first else None
+        first, second = self._read_all(), None
+        if first:
+            if earlier := self._earlier_failure(first):
+                return earlier
+            self._ended.wait(SILENT_BEATS * self._beat_s)
+            second = self._read_all()
         if not first or not second:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 return "the launcher's key-value store does not answer", []
             return "rank 0, which holds the ranks' key-value store, is frozen or gone", [0]
         others = [rank for rank in range(self._world) if rank != self._rank]
-        failed = [rank for rank in others if second[rank]["failed"]]
-        silent = [r for r in others if first[r]["beat"] == second[r]["beat"] and r not in failed]
+        silent = [
+            rank
+            for rank in others
+            if first[rank]["beat"] == second[rank]["beat"] and not second[rank]["failed"]
+        ]
         if silent:
             names = "; ".join(f"{_name(r, second[r])}, {_place(second[r])}" for r in silent)
             return f"frozen or gone: {names}", silent
-        if failed:
-            rank = min(failed, key=lambda r: second[r]["failed"][0])  # the others followed it
-            if not self._state["failed"] or second[rank]["failed"][0] < self._state["failed"][0]:
-                return f"{_name(rank, second[rank])} failed: {second[rank]['failed'][1]}", [rank]
+        if earlier := self._earlier_failure(second):
+            return earlier
         if self._state["failed"]:
             return "this rank failed first", []
         at = {rank: (second[rank]["step"], second[rank]["place"]) for rank in range(self._world)}
@@ -156,20 +176,38 @@ class RankWatch:
             return f"alive but behind: {names}; rank {ahead} is {_place(second[ahead])}", behind
         return f"all ranks are alive and {_place(second[self._rank])}; suspect the network", []
 
+    def _earlier_failure(self, seen: dict[int, dict[str, Any]]) -> tuple[str, list[int]] | None:
+        """The rank that failed first, where that is another one: the rest followed it."""
+        failed = [r for r in range(self._world) if r != self._rank and seen[r]["failed"]]
+        if not failed:
+            return None
+        rank = min(failed, key=lambda r: seen[r]["failed"][0])
+        if self._state["failed"] and self._state["failed"][0] < seen[rank]["failed"][0]:
+            return None
+        return f"{_name(rank, seen[rank])} failed: {seen[rank]['failed'][1]}", [rank]
+
     def _read_all(self) -> dict[int, dict[str, Any]] | None:
         """Every rank's entry, or None when the store does not answer in time."""
         found: dict[int, dict[str, Any]] = {}
 
         def read() -> None:
             keys = [f"{self._prefix}/{rank}" for rank in range(self._world)]
-            with contextlib.suppress(RuntimeError):
-                values = self._asking.multi_get(keys)
-                found.update((rank, json.loads(value)) for rank, value in enumerate(values))
+            values = self._asking.multi_get(keys)
+            found.update((rank, json.loads(value)) for rank, value in enumerate(values))
 
-        reader = threading.Thread(target=read, daemon=True)  # a frozen host may hold it for ever
-        reader.start()
-        reader.join(2 * max(2.0, SILENT_BEATS * self._beat_s))
+        self._in_time(read)
         return found if len(found) == self._world else None
+
+    def _in_time(self, ask: Callable[[], None]) -> None:
+        """Ask the store, but not for ever: a frozen host may hold the connection."""
+
+        def suppressed() -> None:
+            with contextlib.suppress(RuntimeError):  # its host is gone
+                ask()
+
+        thread = threading.Thread(target=suppressed, daemon=True)
+        thread.start()
+        thread.join(2 * max(2.0, SILENT_BEATS * self._beat_s))
 
 
 def _name(rank: int, state: dict[str, Any]) -> str:
@@ -177,4 +215,6 @@ def _name(rank: int, state: dict[str, Any]) -> str:
 
 
 def _place(state: dict[str, Any]) -> str:
+    if state["step"] < 0:
+        return f"in start-up ({PLACES[state['place']]})"
     return f"at step {state['step']} in {PLACES[state['place']]}"

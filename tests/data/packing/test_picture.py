@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vae_dist.data.packing.picture import PictureSettings, prepare
+from vae_dist.data.packing.picture import PictureSettings, prepare, thumbnail
 from vae_dist.data.tar import DamagedSampleError
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -39,6 +39,9 @@ def decoded(data: bytes) -> np.ndarray:
         ("png", encode(Image.fromarray(COLOUR).convert("P")), 3),
         ("png", encode(Image.fromarray(COLOUR).convert("RGBA")), 4),
         ("npy", npy(COLOUR.transpose(2, 0, 1)), 3),
+        ("npy", npy(COLOUR.transpose(2, 0, 1)[:2].astype(np.uint16) * 255), 2),
+        ("npy", npy(COLOUR.transpose(2, 0, 1).astype(np.float32) / 255), 3),
+        ("png", encode(Image.fromarray(COLOUR[:, :, 0].astype(np.uint16) * 255)), 1),
     ],
 )
 def test_what_needs_no_change_is_kept_byte_for_byte(
@@ -98,9 +101,19 @@ def test_transparent_pixels_get_the_background() -> None:
         ("png", encode(np.zeros((40, 30), np.uint8)), "more than data.max_pixels=1000"),
         ("npy", npy(np.array([print], object)), "object"),
         ("npy", npy(COLOUR)[:-1], "cut off"),
-        ("npy", npy(COLOUR.astype(np.float32)), "float32"),
+        ("npy", npy(COLOUR.astype(np.float32)), "float images lie in"),
+        ("npy", npy(COLOUR.astype(np.int32)), "int32"),
     ],
 )
 def test_what_cannot_be_read_is_refused(suffix: str, data: bytes, reason: str) -> None:
     with pytest.raises(DamagedSampleError, match=reason):
         prepare(suffix, data, PictureSettings(max_pixels=1000))
+
+
+def test_16_bit_pictures_are_not_resized_and_have_thumbnails() -> None:
+    levels = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
+    data = encode(Image.fromarray(levels))
+    with pytest.raises(DamagedSampleError, match="16-bit PNG is kept as it is; leave size"):
+        prepare("png", data, PictureSettings(size=8))
+    sheet = thumbnail("png", data, 8)
+    assert sheet.shape == (8, 8, 3) and sheet[0].mean() < 40 and sheet[-1].mean() > 215

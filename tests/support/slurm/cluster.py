@@ -81,10 +81,14 @@ class Cluster:
             if fields["JobState"] in ENDED:
                 return fields
             if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
-                time.sleep(1)  # SLURM takes a start that comes at once for the past
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+                self.release(job)
             time.sleep(0.2)
         raise AssertionError(f"job {job} after {timeout_s} s: {self.job(job)}")
+
+    def release(self, job: str) -> None:
+        """Cut the pause after a requeue short."""
+        time.sleep(1)  # SLURM takes a start that comes at once for the past
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait_for_requeue(self, job: str, *, timeout_s: float = 240) -> None:
         """Until the job waits for its next start."""

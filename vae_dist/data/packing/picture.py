@@ -2,6 +2,7 @@
 
 In: suffix and bytes. Out: suffix and bytes that the trainer reads, checked by decoding them.
 A picture is kept when the trainer reads it as it is and neither size nor format asks for more.
+Arrays (.npy, TIFF) and 16-bit PNG are kept always: what would change them is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from vae_dist.data.decode import ARRAYS, decode_array, decode_image, open_by_pillow
+from vae_dist.data.decode import (
+    ARRAYS,
+    decode_array,
+    decode_image,
+    decode_png16,
+    is_png16,
+    open_by_pillow,
+)
 from vae_dist.data.packing.items import READABLE
 from vae_dist.data.tar import DamagedSampleError
 
@@ -57,6 +65,8 @@ def prepare(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
     if suffix in ARRAYS:
         return _raw(suffix, data, settings)
     image_format = _format(suffix, data)
+    if image_format == "PNG" and is_png16(data):
+        return _raw("png", data, settings)
     image = open_by_pillow(data, image_format, settings.max_pixels)
     height, width = _upright_size(image)
     transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
@@ -76,9 +86,13 @@ def prepare(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
 
 
 def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
-    if settings.size is not None or settings.format != "keep":
-        raise DamagedSampleError(f".{suffix} is kept as it is; leave size and format away")
-    pixels = decode_array(suffix, data, max_pixels=settings.max_pixels)
+    if settings.size is not None or settings.format not in ("keep", suffix):
+        name = "16-bit PNG" if suffix == "png" else f".{suffix}"
+        raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
+    if suffix == "png":
+        pixels = decode_png16(data, max_pixels=settings.max_pixels)
+    else:
+        pixels = decode_array(suffix, data, max_pixels=settings.max_pixels, bits=None)
     channels, height, width = pixels.shape
     return Picture(suffix, data, (channels, height, width), True)
 
@@ -155,9 +169,22 @@ def _resized(image: Image.Image, size: int | tuple[int, int] | None) -> Image.Im
 def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
     """uint8 (pixels, pixels, 3) for a contact sheet; grey where nothing can be drawn."""
     try:
-        if suffix in ARRAYS:
-            raise DamagedSampleError("no picture for the eye")
+        if suffix in ARRAYS or is_png16(data):
+            return _thumbnail_of_array(suffix, data, pixels)
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))
     except Exception:
         return np.full((pixels, pixels, 3), 128, np.uint8)
+
+
+def _thumbnail_of_array(suffix: str, data: bytes, pixels: int) -> np.ndarray:
+    """The first channel, stretched to its own range."""
+    array = (
+        decode_array(suffix, data, max_pixels=2**26, bits=None)
+        if suffix in ARRAYS
+        else decode_png16(data, max_pixels=2**26)
+    )[0].astype(np.float32)
+    low, high = float(array.min()), float(array.max())
+    grey = (255 * (array - low) / max(high - low, 1e-6)).astype(np.uint8)
+    image = Image.fromarray(grey).convert("RGB")
+    return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))

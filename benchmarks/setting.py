@@ -1,0 +1,133 @@
+"""What training benchmarks begin with: config, runtime, data, trainer, as a session makes them.
+
+`train` runs the real loop on the real stream, with the sinks of a session; what a benchmark wants
+to know or do between two batches goes `around` the stream. Shards that a config asks for and nobody
+gave are made: the bundled digits, or smooth random pictures of a stated size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vae_dist.assembly import build_trainer, training_stream, with_perceptual_kind
+from vae_dist.config import automatic
+from vae_dist.config.load import load_train_config
+from vae_dist.config.schema import TrainConfig
+from vae_dist.data.stream import Batch
+from vae_dist.data.writer import write_shards
+from vae_dist.plan import Data
+from vae_dist.runfolder import RunFolder
+from vae_dist.runtime import Runtime, has_accelerator
+from vae_dist.session import _with_data
+from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from vae_dist.training.loop import Trainer
+from vae_dist.training.preemption import StopRequest
+from vae_dist.training.signals import StopSignals
+from vae_dist.training.watch import RankWatch
+
+
+@dataclass(frozen=True)
+class Setting:
+    config: TrainConfig  # resolved
+    runtime: Runtime
+    data: Data
+
+
+def make_setting(words: Sequence[str]) -> Setting:
+    """Of a training command's words. Raises ConfigError."""
+    config = load_train_config(list(words))
+    config = automatic.resolve_precision(config, has_accelerator=has_accelerator(config.runtime))
+    runtime = Runtime.start(config.runtime, precision=config.training.precision)
+    config, data = _with_data(with_perceptual_kind(config, runtime), runtime)
+    return Setting(config, runtime, data)
+
+
+class Enough(Exception):
+    """Raised by what goes around the stream: the run is over before its last step."""
+
+
+def train(
+    setting: Setting,
+    out: Path,
+    around: Callable[[Trainer, Iterator[Batch]], Iterable[Batch]],
+    *,
+    evaluates: bool = False,
+) -> Trainer:
+    """Trains in the run folder `out` until the batches of `around` end; all ranks together.
+
+    Console lines go nowhere, rows to log.jsonl and W&B as the config says. evaluates=False: at the
+    last step nothing is evaluated and no picture is made.
+    """
+    config, runtime, data = setting.config, setting.runtime, setting.data
+    folder = RunFolder(out)
+    folder.create()
+    with open(os.devnull, "w") as nowhere:
+        sinks: list[Sink] = []
+        console = None
+        if runtime.is_main:
+            console = ConsoleSink(start_step=0, stop_step=config.training.steps, stream=nowhere)
+            wandb = WandbSink(config, folder.path, say=lambda line: None)
+            sinks += [console, JsonlSink(folder.log_path, resume_step=0), wandb]
+        trainer = build_trainer(config, runtime, folder, data, sinks, console)
+        if not evaluates:
+            trainer.evaluator = lambda model, stop_requested: {}
+            trainer.painter.close()
+            trainer.painter = lambda model, step, metrics: None  # type: ignore[assignment]
+        stop = StopRequest(runtime, StopSignals())
+        with contextlib.closing(training_stream(config, runtime, data, 0)) as stream:
+            with (
+                contextlib.suppress(Enough),
+                RankWatch(runtime, timeout_s=600, on_lost=lambda message, blamed: None) as watch,
+            ):
+                trainer.fit(around(trainer, iter(stream)), stop, watch)
+            stop.settle()
+        trainer.writer.wait()
+        for sink in sinks:
+            sink.close("finished")
+    return trainer
+
+
+def is_compiled(config: TrainConfig) -> bool:
+    """Whether the resolved config asks for torch.compile, so that a peer gets it too."""
+    return getattr(config.runtime, "compile", "false") == "true"
+
+
+def is_channels_last(config: TrainConfig) -> bool:
+    return getattr(config.runtime, "channels_last", "false") == "true"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shards(data: str, folder: Path, *, size: tuple[int, int], num_images: int = 512) -> list[str]:
+    """Words for data.train and data.validation: of FOLDER that `pack` wrote, or, where none was
+    given, of synthetic JPEGs of (H, W) written below `folder`."""
+    if not data:
+        for part, count in (("train", num_images), ("validation", 64)):
+            write_shards(_pictures(count, size, part), folder / part, num_shards=4)
+        data = str(folder)
+    return [f"data.{part}={data}/{part}" for part in ("train", "validation")]
+
+
+def _pictures(count: int, size: tuple[int, int], part: str) -> Iterator[dict[str, str | bytes]]:
+    """Colour clouds: as many bytes and as much decoding as a photograph, roughly."""
+    random = np.random.default_rng(len(part))
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), np.uint8))
+        smooth = np.asarray(coarse.resize(size[::-1], Image.Resampling.BICUBIC), np.int16)
+        noisy = smooth + random.integers(-6, 7, smooth.shape, np.int16)
+        file = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        yield {"__key__": f"{number:06d}", "jpg": file.getvalue()}

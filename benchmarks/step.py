@@ -1,0 +1,263 @@
+"""What does the trainer cost? Our whole training loop against a bare PyTorch loop.
+
+    python -m benchmarks.step [shapes=mnist,celeba64] [rounds=5] [data=FOLDER] [key=value ...]
+
+`ours` is the Trainer that `train` builds, with shards, decoding, draws by slot, guards, and rows
+for log.jsonl and W&B's offline queue as often as the config says. `bare` is a loop around the same
+module, with the same precision, batch, fused AdamW, learning rate, average and clipping, on images
+that lie in memory as bytes, and noise drawn in one call. Both take turns in one run: a slice is
+`steps` optimizer steps of each. A data set that has room in `data.keep_bytes` is decoded once, in
+the slices before the first round (`warmup`), whose ratio is printed apart.
+
+data=FOLDER: faces for celeba64 as `pack` writes them (else synthetic JPEGs of their size). On a
+CPU celeba64 runs at a reduced batch. Keys of a training run go to both. Out: a table; the last line
+is a JSON object. Ratios are medians over rounds of bare seconds / our seconds; 1.0: the trainer is
+free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import finish, head, median_ratio, split_options, table
+from benchmarks.setting import (
+    Enough,
+    Setting,
+    is_channels_last,
+    is_compiled,
+    make_setting,
+    shards,
+    synchronize,
+    train,
+)
+from vae_dist.assembly import training_stream
+from vae_dist.data.stream import Batch
+from vae_dist.models.build import build_vae
+from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.schedules import beta_at, lr_at
+from vae_dist.training.loop import Trainer
+from vae_dist.training.optimizer import build_optimizer
+
+GOAL = 0.97
+
+
+@dataclass(frozen=True)
+class Shape:
+    keys: tuple[str, ...]  # of the config
+    on_cpu: tuple[str, ...]  # added where there is no accelerator
+    steps: int  # of a slice
+    warmup: int  # steps before the first round
+    image_size: tuple[int, int] | None  # of synthetic shards; None: the bundled digits
+
+
+SHAPES = {
+    "mnist": Shape(("config=mnist",), (), steps=50, warmup=150, image_size=None),
+    "celeba64": Shape(
+        ("config=celeba64", "data.workers=0"),
+        ("training.batch_size=16", "training.precision=bf16"),
+        steps=10,
+        warmup=20,
+        image_size=(109, 89),
+    ),
+    "imagenet256_kl_f8": Shape(
+        (
+            "config=imagenet256_kl_f8",
+            # the bound alone, which both loops have
+            "perceptual.kind=none",
+            "adversarial.weight=0",
+        ),
+        ("training.batch_size=2", "data.slots=2", "data.workers=0"),
+        steps=10,
+        warmup=20,
+        image_size=(300, 280),
+    ),
+}
+
+
+class BareLoop:
+    """The step that anybody would write: nothing of the trainer, the same module and arithmetic."""
+
+    def __init__(self, setting: Setting, images: torch.Tensor) -> None:
+        self.config, self.device = setting.config, setting.runtime.device
+        self.images = images  # uint8 (batches, B, C, H, W) on the device
+        self.vae = build_vae(self.config, setting.data.image_size).to(self.device)
+        if is_channels_last(self.config):
+            self.vae.to(memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.vae).requires_grad_(False)
+        self.optimizer = build_optimizer(self.vae, self.config.optimizer)
+        self.model = torch.compile(self.vae) if is_compiled(self.config) else self.vae
+        self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
+        self.averages = list(self.average.parameters())
+        self.step = 0
+
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self._one()
+
+    def _one(self) -> None:
+        config, device = self.config, self.device
+        levels = self.images[self.step % len(self.images)]
+        likelihood = self.vae.likelihood
+        uniform = torch.rand(levels.shape, device=device) if likelihood.needs_uniform else None
+        images = likelihood.prepare(levels, uniform)
+        latent = self.vae.latent_shape(*levels.shape[-2:])
+        noise = torch.randn(noise_shape(config.objective, len(levels), latent), device=device)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.training.precision)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.model(images, noise)
+        terms = loss_terms(output, config.objective, beta=beta_at(config.objective, self.step))
+        (terms.loss_sum / len(levels)).backward()
+        if config.optimizer.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(config.optimizer, config.training.steps, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - config.training.ema_decay)
+        self.step += 1
+
+
+@dataclass
+class Turns:
+    """Hands our trainer its batches, and lets the bare loop run between two slices.
+
+    A slice of ours goes from the request of its first batch to that of the next slice's, so that
+    all that the trainer does in between counts.
+    """
+
+    bare: BareLoop
+    steps: int  # of a slice
+    warmup: int
+    rounds: int
+    ours_s: list[float] = field(default_factory=list)
+    bare_s: list[float] = field(default_factory=list)
+    data_s: list[float] = field(default_factory=list)  # of ours, waiting for the batch
+    warmup_s: float = 0.0
+
+    def around(self, trainer: Trainer, stream: Iterator[Batch]) -> Iterator[Batch]:
+        self.bare.run(3)
+        yield from self._slice(stream, 2)  # imports, caches, lazy states
+        began = self._now()
+        yield from self._slice(stream, self.warmup)
+        self.warmup_s = self._now() - began
+        for number in range(self.rounds):
+            for arm in ("ours", "bare") if number % 2 else ("bare", "ours"):
+                began = self._now()
+                if arm == "ours":
+                    self.data_s.append(0.0)
+                    yield from self._slice(stream, self.steps)
+                    self.ours_s.append(self._now() - began)
+                else:
+                    self.bare.run(self.steps)
+                    self.bare_s.append(self._now() - began)
+        raise Enough
+
+    def _slice(self, stream: Iterator[Batch], num_steps: int) -> Iterator[Batch]:
+        for _ in range(num_steps):
+            began = time.perf_counter()
+            batch = next(stream)
+            if self.data_s:
+                self.data_s[-1] += time.perf_counter() - began
+            yield batch
+
+    def _now(self) -> float:
+        synchronize(self.bare.device)
+        return time.perf_counter()
+
+
+def images_in_memory(setting: Setting, num_batches: int = 4) -> torch.Tensor:
+    """The first batches of the run, in one tensor on the device."""
+    with contextlib.closing(
+        training_stream(setting.config, setting.runtime, setting.data, 0)
+    ) as stream:
+        batches = list(itertools.islice(stream, num_batches))
+    images = torch.stack([batch.groups[0].images for batch in batches])
+    return images.contiguous().to(setting.runtime.device)
+
+
+def measure(
+    name: str, *, data: str, rounds: int, steps: int, warmup: int, keys: list[str]
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="step.") as temporary:
+        out, shape = Path(temporary), SHAPES[name]
+        steps, warmup = steps or shape.steps, warmup or shape.warmup
+        words = [*shape.keys, "wandb.mode=offline", f"run={out}/run"]
+        if not torch.accelerator.is_available():
+            words += shape.on_cpu
+        if shape.image_size is None:
+            words += [f"data.{part}={out}/data/{part}" for part in ("train", "validation")]
+        else:
+            words += shards(data, out / "data", size=shape.image_size)
+        words += ["evaluation.every=0", "checkpoint.every=0", "training.steps=100000"]
+        setting = make_setting([*words, *keys])
+        return _figures(name, setting, out, steps, warmup, rounds)
+
+
+def _figures(
+    name: str, setting: Setting, out: Path, steps: int, warmup: int, rounds: int
+) -> dict[str, Any]:
+    config = setting.config
+    bare = BareLoop(setting, images_in_memory(setting))
+    turns = Turns(bare, steps, warmup, rounds)
+    train(setting, out / "run", turns.around)
+    batch = config.training.batch_size
+    ours, plain = (statistics.median(s) / steps for s in (turns.ours_s, turns.bare_s))
+    data_wait = statistics.median(a / b for a, b in zip(turns.data_s, turns.ours_s, strict=True))
+    return {
+        "shape": name,
+        "batch_size": batch,
+        "precision": config.training.precision,
+        "threads": torch.get_num_threads(),
+        "bare_ms": 1e3 * plain,
+        "ours_ms": 1e3 * ours,
+        "ours_images_per_second": batch / ours,
+        "data_wait_fraction": data_wait,
+        "ratio": median_ratio(turns.bare_s, turns.ours_s),
+        "ratios": [round(b / a, 4) for a, b in zip(turns.ours_s, turns.bare_s, strict=True)],
+        "first_steps_ratio": plain / (turns.warmup_s / warmup),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    options, keys = split_options(
+        arguments,
+        {"shapes": "mnist,celeba64", "rounds": "5", "data": "", "steps": "0", "warmup": "0"},
+    )
+    facts = head("the whole training loop against a bare one")
+    found = [
+        measure(
+            name,
+            data=options["data"],
+            rounds=int(options["rounds"]),
+            steps=int(options["steps"]),
+            warmup=int(options["warmup"]),
+            keys=keys,
+        )
+        for name in options["shapes"].split(",")
+    ]
+    titles = [key for key in found[0] if key != "ratios"]
+    print(table(titles, [[row[title] for title in titles] for row in found]))
+    for row in found:
+        verdict = "reached" if row["ratio"] >= GOAL else "not reached"
+        print(
+            f"{row['shape']}: {row['ratio']:.3f} of the bare loop; the goal of {GOAL} is {verdict}"
+        )
+    finish(facts, {"goal": GOAL, "rows": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

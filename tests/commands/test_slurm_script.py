@@ -1,0 +1,70 @@
+"""What launch/slurm.sbatch decides; srun and scontrol are stand-ins. tests/slurm has a cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SRUN = """#!/bin/bash
+case $* in
+  *checked_config*) echo "$RUN" ;;
+  *--overlap*) ;;
+  *) [[ -z $STATUS ]] || echo "{\\"status\\": \\"$STATUS\\", \\"step\\": 1}" >"$RUN/status.json"
+     echo x >"$RUN/logs/7-n.log"
+     exit "$CODE" ;;
+esac
+"""
+SCONTROL = """#!/bin/bash
+echo "$*" >>"$RUN/scontrol"
+kill -KILL $PPID
+"""
+
+
+def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    job = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "RUN": str(tmp_path / "run"),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n",
+        "SLURM_NNODES": "1",
+        "STATUS": "",
+        "CODE": "0",
+        **variables,
+    }
+    script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "config=debug"]
+    return subprocess.run(script, env=job, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "is_requeued"),
+    [
+        ("interrupted", "75", True),
+        ("interrupted", "1", True),  # an elastic agent
+        ("", "75", True),  # while it waited for the lock of a host that died
+        ("", "143", True),
+        ("", "2", False),
+        ("failed", "1", False),
+    ],
+)
+def test_who_is_requeued(tmp_path: Path, status: str, code: str, is_requeued: bool) -> None:
+    done = submit(tmp_path, SLURM_NTASKS_PER_NODE="1", STATUS=status, CODE=code)
+    asked = tmp_path / "run" / "scontrol"
+    assert asked.exists() == is_requeued, done.stdout + done.stderr
+    assert is_requeued or done.returncode == int(code)
+
+
+def test_tasks_without_their_number_a_node_are_refused_with_the_option(tmp_path: Path) -> None:
+    done = submit(tmp_path)
+    assert done.returncode != 0
+    assert "submit with --ntasks-per-node=N" in done.stderr

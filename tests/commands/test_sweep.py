@@ -1,0 +1,83 @@
+"""`wandb agent` runs launch/sweep.yaml on the stand-in server; a preempted trial goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.distributed import LAUNCHER_VARIABLES
+from tests.support.tiny_run import write_images
+from tests.support.training import rows, status
+from tests.support.wandb_server import ENTITY, WandbServer
+from tests.support.wandb_sweep import Sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 400
+OPTIONS = (
+    f"config=debug training.steps={STEPS} evaluation.every={STEPS} log.num_images=4 "
+    "training.batch_size=4 data.slots=4 data.workers=0 data.bundled=none runtime.threads=1 "
+    "data.train=images data.validation=images wandb.project=p"
+)
+
+
+def sweep_yaml() -> str:
+    """The shipped sweep, on a small config."""
+    text = (ROOT / "launch" / "sweep.yaml").read_text()
+    assert text.count("config=mnist") == 1
+    return text.replace("config=mnist", OPTIONS)
+
+
+@pytest.mark.slow
+def test_a_preempted_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
+    write_images(
+        tmp_path / "images", np.random.default_rng(0).integers(1, 256, (16, 8, 8), dtype=np.uint8)
+    )
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith("WANDB_")
+    }
+    clean |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
+    trials = {
+        "trial1": {"optimizer.lr": 0.001, "objective.beta": 0.5},
+        "trial2": {"optimizer.lr": 0.002, "model.latent_channels": 4},
+    }
+    with WandbServer() as server:
+        sweep = Sweep(server, "sweep1", sweep_yaml(), trials)
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep1"],
+            cwd=tmp_path,
+            env=clean | server.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        folder = tmp_path / "runs" / "sweep" / "trial1"
+        end = time.monotonic() + 180
+        while not (folder / "log.jsonl").exists() or len(rows(folder)) < 20:
+            assert agent.poll() is None and time.monotonic() < end, agent.communicate()[0]
+            time.sleep(0.05)
+        os.kill(json.loads((folder / "lock.json").read_text())["pid"], signal.SIGUSR1)
+        said = agent.communicate(timeout=300)[0]
+        assert agent.returncode == 0, said
+        assert sweep.handed_out == ["trial1", "trial1", "trial2"], said
+        for run_id, values in trials.items():
+            folder = tmp_path / "runs" / "sweep" / run_id
+            assert status(folder)["status"] == "finished"
+            run = server.runs[run_id]
+            assert (run.complete, run.exit_code) == (True, 0)
+            assert {key: run.user_config[key] for key in values} == values
+            assert run.steps("train/loss") == list(range(1, STEPS + 1)) == sorted(rows(folder))
+            assert "eval/neg_elbo_nats" in run.summary  # what the sweep looks at
+        sessions = json.loads((tmp_path / "runs/sweep/trial1/environment.json").read_text())
+        assert len(sessions["sessions"]) == 2

@@ -1,0 +1,224 @@
+"""Masks of samples, from the file to the batch: they stay where their image is."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.data import (
+    EvaluationStream,
+    ShardError,
+    TrainingStream,
+    image_settings,
+    load_index,
+    write_shards,
+)
+from vae_dist.data.decode import decode_sample
+from vae_dist.data.mixing import make_order
+from vae_dist.data.reader import check_labels
+from vae_dist.data.tar import DamagedSampleError
+
+SIZE = (12, 16)
+NUM_IMAGES = 12
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def npy(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, pixels)
+    return file.getvalue()
+
+
+def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Grey images and masks; a missing pixel is white, an observed one is darker."""
+    generator = np.random.default_rng(0)
+    for _ in range(NUM_IMAGES):
+        observed = np.ones(SIZE, bool)
+        top, left = generator.integers(6), generator.integers(8)
+        observed[top : top + 6, left : left + 8] = False
+        pixels = generator.integers(0, 200, SIZE, dtype=np.uint8)
+        yield np.where(observed, pixels, 255).astype(np.uint8), observed
+
+
+def sample(kind: str, pixels: np.ndarray, observed: np.ndarray) -> dict[str, bytes]:
+    if kind == "alpha":
+        return {"png": png(np.stack([pixels, np.where(observed, 255, 90).astype(np.uint8)], 2))}
+    if kind == "nan":
+        return {"npy": npy(np.where(observed, pixels / 127.5 - 1, np.nan).astype(np.float32))}
+    return {"png": png(pixels), "mask.png": png(np.where(observed, 255, 0).astype(np.uint8))}
+
+
+@pytest.mark.parametrize("kind", ["member", "alpha", "nan"])
+def test_a_sample_says_what_is_missing(kind: str) -> None:
+    bits = 32 if kind == "nan" else 8
+    for pixels, observed in pictures():
+        files = sample(kind, pixels, observed)
+        planes = decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=kind)
+        assert planes.shape == (2, *SIZE) and planes.dtype == (np.float32 if bits == 32 else "u1")
+        assert ((planes[1] == 1) == observed).all()
+        assert np.isfinite(planes).all()
+        expected = (pixels / 127.5 - 1).astype(np.float32) if kind == "nan" else pixels
+        assert (planes[0] == expected)[observed].all()
+
+
+def test_colour_with_alpha_and_pictures_without_one() -> None:
+    pixels, observed = next(pictures())
+    coloured = np.stack([pixels, pixels // 2, pixels // 3], 2)
+    alpha = np.where(observed, 255, 0).astype(np.uint8)
+    files = {"png": png(np.concatenate([coloured, alpha[:, :, None]], 2))}
+    planes = decode_sample(files, channels=3, max_pixels=1000, mask="alpha")
+    assert ((planes[3] == 1) == observed).all()
+    assert (planes[:3] == coloured.transpose(2, 0, 1))[:, observed].all()
+    for files in ({"png": png(coloured)}, {"jpg": b""}):
+        if "jpg" in files:
+            file = io.BytesIO()
+            Image.fromarray(coloured).save(file, "JPEG")
+            files = {"jpg": file.getvalue()}
+        assert decode_sample(files, channels=3, max_pixels=1000, mask="alpha")[3].all()
+        assert decode_sample(files, channels=3, max_pixels=1000, mask="member")[3].all()
+
+
+@pytest.mark.parametrize(
+    ("files", "mask", "reason"),
+    [
+        ({"png": png(np.zeros((4, 4), np.uint8)), "mask.png": png(np.zeros((4, 5), np.uint8))},
+         "member", "its mask is 4 x 5 pixels, but the image 4 x 4"),
+        ({"png": png(np.zeros((4, 4), np.uint8)), "mask.png": b"no png"}, "member", "readable PNG"),
+        ({"png": png(np.zeros((4, 4), np.uint8)), "mask.png": b""}, "none", "set data.mask=member"),
+        ({"png": png(np.zeros((4, 4), np.uint8))}, "nan", "a .png holds no NaN"),
+        ({"npy": npy(np.full((4, 4), np.inf, np.float32))}, "nan", "lie in"),
+        ({"npy": npy(np.full((4, 4), np.nan, np.float32))}, "none", "lie in"),
+    ],
+)  # fmt: skip
+def test_masks_that_are_damage(files: dict[str, bytes], mask: str, reason: str) -> None:
+    bits = 32 if "npy" in files else 8
+    with pytest.raises(DamagedSampleError, match=reason):
+        decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=mask)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    samples = (
+        {"__key__": f"{i:04d}", "cls": str(i % 3).encode(), **sample("member", *picture)}
+        for i, picture in enumerate(pictures())
+    )
+    write_shards(samples, tmp_path / "shards", num_shards=2, name="images")
+    return tmp_path / "shards"
+
+
+def streams(shards: Path, *, world: int = 1, workers: int = 0, **keys: Any) -> list[TrainingStream]:
+    index = load_index(str(shards), key="data.train", create=True)
+    settings = image_settings(
+        index, **{"channels": 1, "resolution": "native", "max_pixels": 10**6, **keys}
+    )
+    return [
+        TrainingStream(
+            index,
+            make_order(index, lanes=4, window=2, seed=1),
+            settings,
+            batch_size=4,
+            start_step=0,
+            stop_step=6,
+            rank=rank,
+            world=world,
+            workers=workers,
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.mark.parametrize("resolution", ["native", [9, 9], [24, 24]])
+def test_masks_follow_their_images_through_crop_mirror_and_resizing(
+    shards: Path, resolution: Any
+) -> None:
+    """A pixel that counts holds nothing of a missing one, which is white."""
+    keys = {"crop": "random"} if resolution != "native" else {}
+    (stream,) = streams(shards, mask="member", flip=True, resolution=resolution, **keys)
+    seen = 0
+    for batch in stream:
+        (group,) = batch.groups
+        assert group.masks is not None and group.masks.shape == (4, 1, *group.images.shape[2:])
+        observed = group.masks > 0
+        if resolution == "native":
+            assert ((group.images == 255) == ~observed).all()
+        # a cubic filter overshoots by less than a quarter of the range
+        assert (group.images[observed] < 250).all()
+        seen += int(observed.sum())
+    assert seen > 500
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize("mask", ["member", "random", "half"])
+def test_masks_do_not_depend_on_ranks_or_workers(
+    shards: Path, world: int, workers: int, mask: str
+) -> None:
+    if mask != "member":
+        shards = without_masks(shards)
+    (alone,) = streams(shards, mask=mask, flip=True)
+    together = streams(shards, world=world, workers=workers, mask=mask, flip=True)
+    for batch, *parts in zip(alone, *together, strict=True):
+        (group,) = batch.groups
+        for name in ("images", "masks", "labels"):
+            joined = torch.cat([getattr(part.groups[0], name) for part in parts])
+            assert torch.equal(joined, getattr(group, name)), name
+    for stream in together:
+        stream.close()
+
+
+def without_masks(shards: Path) -> Path:
+    folder = shards.parent / "complete"
+    samples = (
+        {"__key__": f"{i:04d}", "cls": str(i % 3).encode(), "png": png(pixels)}
+        for i, (pixels, _) in enumerate(pictures())
+    )
+    write_shards(samples, folder, num_shards=2, name="images")
+    return folder
+
+
+def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(shards: Path) -> None:
+    index = load_index(str(without_masks(shards)), key="data", create=True)
+    settings = image_settings(
+        index, channels=1, resolution="native", max_pixels=1000, mask="random", mask_fraction=0.25
+    )
+
+    def masks(batch_size: int) -> torch.Tensor:
+        stream = EvaluationStream(index, settings, batch_size=batch_size)
+        return torch.cat([b.masks[b.weights > 0] for b in stream if b.masks is not None])
+
+    assert torch.equal(masks(12), masks(5))
+    assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_labels_are_looked_at_before_training(shards: Path) -> None:
+    index = load_index(str(shards), key="data", create=True)
+
+    def look(**keys: Any) -> None:
+        settings = image_settings(
+            index, channels=1, resolution="native", max_pixels=1000, mask="member", **keys
+        )
+        check_labels(index, settings, key="data.train")
+
+    look(num_classes=3)
+    with pytest.raises(ShardError, match=r"images.*\.tar sample \d+ \(key \d{4}\): its label 2"):
+        look(num_classes=2)
+    with pytest.raises(ConfigError, match=r"none of the first 12 images of data\.train"):
+        look(num_classes=3, label_key="attributes.Smiling")
+
+
+def test_a_label_out_of_range_stops_a_stream(shards: Path) -> None:
+    (stream,) = streams(shards, mask="member", num_classes=2)
+    with pytest.raises(ShardError, match=r"its label 2 \(\.cls\) is none of the classes 0 to 1"):
+        list(stream)

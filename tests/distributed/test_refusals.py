@@ -1,0 +1,80 @@
+"""What goes wrong on one rank before training is said by all, who end together."""
+
+import errno
+import os
+
+import pytest
+
+from tests.support.training import status, train
+from vae_dist import assembly, session
+from vae_dist.checkpoint import Checkpoints, TornCheckpoint
+from vae_dist.config.errors import ConfigError
+from vae_dist.runfolder import RunFolder
+
+TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file")
+WRONG = ConfigError("the shards are others here")
+CASES = {  # where it is, the name, the rank that fails, its error, and what all say
+    "config of the run": (session, "as_in_run_folder", 1, WRONG, "rank 1: the shards"),
+    "second read of the index": (assembly, "_both_indexes", 1, WRONG, "rank 1: the shards"),
+    "checkpoint": (Checkpoints, "load", 1, TORN, "rank 1: step_00000002/model.safetensors is"),
+    "identity of the shards": (session, "check_identity", 1, WRONG, "rank 1: the shards"),
+    "weights to restore": (session, "_restore", 1, WRONG, "rank 1: the shards"),
+    "environment.json": (assembly, "add_session", 0, FULL, "/run/file: No space left on device"),
+    "config.yaml": (RunFolder, "write_config", 0, FULL, "/run/file: No space left on device"),
+    "lock": (RunFolder, "write_token", 0, FULL, "/run/file: No space left on device"),
+}
+FAST = ("second read of the index", "checkpoint", "environment.json")
+QUIET = ("evaluation.every=0", "checkpoint.every=2")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, digits):
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("begun") / "run"
+    assert train(run, digits, "training.steps=2", *QUIET, world=2) == [0, 0]
+    return run
+
+
+def fails_on(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, rank: int, error) -> None:
+    """Forked ranks inherit this."""
+    function = getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        if os.environ["RANK"] == str(rank):
+            raise error
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES]
+)
+def test_an_error_of_one_rank_before_training_ends_all(begun, digits, monkeypatch, capfd, case):
+    owner, name, rank, error, words = CASES[case]
+    before = status(begun)
+    fails_on(monkeypatch, owner, name, rank, error)
+    assert train(begun, digits, "training.steps=4", *QUIET, world=2) == [2, 2]
+    assert words in capfd.readouterr().err
+    assert status(begun) == before  # refused: the run is as it was
+    assert not (begun / "lock.json").exists() and Checkpoints(begun / "checkpoints").steps() == [2]
+
+
+def test_weights_to_begin_with_that_one_rank_cannot_read(
+    begun, digits, tmp_path, monkeypatch, capfd
+):
+    fails_on(monkeypatch, session, "initial_weights", 1, ConfigError("init_from=: no such file"))
+    options = ("training.steps=4", f"init_from={begun}", *QUIET)
+    assert train(tmp_path / "run", digits, *options, world=2) == [2, 2]
+    assert "rank 1: init_from=: no such file" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_nobody_foresaw_on_one_rank_is_named_by_the_others(begun, digits, monkeypatch, capfd):
+    fails_on(monkeypatch, session, "check_identity", 1, KeyError("a bug"))
+    with pytest.raises(AssertionError, match=r"rank 1:[^$]*KeyError: 'a bug'"):
+        train(begun, digits, "training.steps=4", "runtime.timeout_s=20", *QUIET, world=2)
+    assert "failed: rank 1: KeyError: 'a bug'" in capfd.readouterr().out
+    found = status(begun)
+    assert found["status"] == "failed" and "KeyError: 'a bug'" in found["reason"]

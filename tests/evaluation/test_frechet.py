@@ -1,0 +1,171 @@
+"""The Frechet distance against closed forms; moments over batches and ranks; whose it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.evaluation.test_run import NUM_IMAGES, batches, tiny_model
+from tests.support.distributed import run_ranks
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.evaluation.frechet import FrechetMeter, Moments, frechet_distance
+from vae_dist.evaluation.meter import Inputs, Seen, in_colour
+from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.inference.sampling import sample_prior
+from vae_dist.models.mixture import GaussianMixture
+from vae_dist.runtime import Runtime
+
+CPU = torch.device("cpu")
+
+
+def start() -> Runtime:
+    return Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_of_gaussians_with_commuting_covariances() -> None:
+    """Then d^2 = |m_1 - m_2|^2 + sum (sqrt(a) - sqrt(b))^2 over the eigenvalues."""
+    basis = torch.linalg.qr(random(5, 5))[0]
+    a, b = random(5, seed=1).square(), random(5, seed=2).square()
+    shift = random(5, seed=3)
+    exact = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    cov_a, cov_b = ((basis * values) @ basis.T for values in (a, b))
+    found = frechet_distance(shift, cov_a, torch.zeros(5, dtype=torch.float64), cov_b)
+    assert found == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_of_gaussians_in_the_plane() -> None:
+    """tr (S_1 S_2)^(1/2) = sqrt(tr S_1 S_2 + 2 sqrt(det S_1 S_2)) for two dimensions."""
+    a, b = random(2, 2), random(2, 2, seed=1)
+    a, b = a @ a.T, b @ b.T
+    product = a @ b
+    root = torch.sqrt(product.trace() + 2 * torch.sqrt(torch.linalg.det(product)))
+    zero = torch.zeros(2, dtype=torch.float64)
+    exact = a.trace() + b.trace() - 2 * root
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_it_is_zero_for_equal_moments_and_symmetric_also_where_singular() -> None:
+    features = random(4, 10)  # rank 3 of 10
+    moments = Moments(10, CPU)
+    moments.add(features)
+    _, mean, cov = moments.pooled(start())
+    assert frechet_distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-6)
+    other = random(10, 10, seed=5)
+    other = other @ other.T
+    there, back = (
+        frechet_distance(mean, cov, -mean, other),
+        frechet_distance(-mean, other, mean, cov),
+    )
+    assert there == pytest.approx(back, rel=1e-6)
+
+
+def test_moments_are_those_of_all_features_together() -> None:
+    features = 100 + random(50, 6).float()
+    moments = Moments(6, CPU)
+    for part in features.split(7):
+        moments.add(part)
+    count, mean, cov = moments.pooled(start())
+    assert count == 50
+    torch.testing.assert_close(mean, features.double().mean(0))
+    torch.testing.assert_close(cov, torch.cov(features.double().T))
+
+
+def pixels(images: Tensor) -> Tensor:
+    """A feature network for tests: (b, 3, H, W) in [0, 1] -> (b, 4)."""
+    assert images.shape[1] == 3
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    return images[:, 0, :2, :2].flatten(1)
+
+
+def prior() -> GaussianMixture:
+    one = torch.ones(1, 3, dtype=torch.float64)
+    return GaussianMixture(torch.zeros(1, dtype=torch.float64), 2 * one, one)
+
+
+def measured(batch_size: int) -> EvaluationResult:
+    runtime, model = start(), tiny_model()
+    meter = FrechetMeter(
+        pixels,
+        4,
+        model,
+        CPU,
+        of_reconstructions=True,
+        priors={"fid": None, "fid_gmm": prior()},
+        seed=3,
+    )
+    shares = batches(batch_size, rank=runtime.rank, world=runtime.world)
+    result = evaluate(model, shares, runtime=runtime, seed=3, meters=[meter])
+    assert result is not None
+    return result
+
+
+def test_the_samples_are_those_that_sample_draws() -> None:
+    result, model = measured(13), tiny_model()
+    assert set(result.measured) == {"rfid", "fid", "fid_gmm"}
+    assert "of 13 images: biased" in result.notes["frechet"]
+    images = torch.cat([batch.images[batch.weights > 0] for batch in batches(4)])
+    for name, mixture in (("fid", None), ("fid_gmm", prior())):
+        samples = sample_prior(model, NUM_IMAGES, (6, 5), seed=3, mixture=mixture)
+        sides = []
+        for shown in (images, samples):
+            features = pixels(in_colour(shown.float() / 255)).double()
+            sides += [features.mean(0), torch.cov(features.T)]
+        exact = frechet_distance(*sides)
+        assert result.measured[name] == pytest.approx(exact, rel=1e-5), name
+
+
+def test_two_ranks_and_other_batches_agree(tmp_path: Path) -> None:
+    alone = measured(13).measured
+    assert measured(4).measured == pytest.approx(alone, rel=1e-5)
+    first, second = run_ranks(2, measured_on_a_rank, tmp_path)
+    assert first == second == pytest.approx(alone, rel=1e-5)
+
+
+def measured_on_a_rank(_: Path) -> dict[str, float]:
+    return measured(2).measured
+
+
+def test_images_of_several_sizes_have_no_fid_of_samples() -> None:
+    model = tiny_model(latent="spatial")
+    meter = FrechetMeter(
+        pixels, 4, model, CPU, of_reconstructions=True, priors={"fid": None}, seed=0
+    )
+    for side in (4, 6):
+        images = torch.rand(3, 1, side, side)
+        seen = Seen(model, Inputs(images, images, [0, 1, 2]), images, None)  # type: ignore[arg-type]
+        seen.__dict__["pictures"] = (images, images)
+        meter.add(seen)
+    report = meter.report(start())
+    assert set(report.figures) == {"rfid"}
+    assert report.figures["rfid"] == pytest.approx(0, abs=1e-9)
+    assert report.notes["fid"] == "fid is left out: the images have 2 sizes"
+
+
+def test_incomplete_images_are_not_compared() -> None:
+    model, images = tiny_model(), torch.rand(3, 1, 6, 5)
+    meter = FrechetMeter(
+        pixels, 4, model, CPU, of_reconstructions=True, priors={"fid": None}, seed=0
+    )
+    inputs = Inputs(images, images, [0, 1, 2], mask=torch.ones(3, 1, 6, 5))
+    seen = Seen(model, inputs, images, None)  # type: ignore[arg-type]
+    seen.__dict__["pictures"] = (images, images)
+    meter.add(seen)
+    report = meter.report(start())
+    assert report.figures == {}
+    assert set(report.notes) == {"rfid", "fid"}
+    assert all("pixels are missing" in note for note in report.notes.values())
+
+
+def test_channels_that_the_networks_do_not_know_are_refused() -> None:
+    assert in_colour(torch.zeros(2, 1, 3, 3)).shape == (2, 3, 3, 3)
+    with pytest.raises(ConfigError, match="not for 5 channels"):
+        in_colour(torch.zeros(2, 5, 3, 3))

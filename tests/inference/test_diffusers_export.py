@@ -1,0 +1,345 @@
+"""Both ways between our runs and diffusers' AutoencoderKL, with the real package."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from tests.support.tiny_run import tiny_config, write_run
+from vae_dist import export
+from vae_dist.config.commands import RunCommand
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import TrainConfig
+from vae_dist.inference.load import load_model
+from vae_dist.models import posterior
+from vae_dist.models.build import build_vae
+from vae_dist.models.diffusers_layout import read_published
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import torch_generator
+from vae_dist.sharding import load_full
+from vae_dist.training.resume import initial_weights
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
+diffusers = pytest.importorskip("diffusers")
+SIZES = [(16, 16), (24, 32), (8, 40)]
+EXACT = {"rtol": 0, "atol": 1e-5}
+
+
+def spatial_config(**model: object) -> TrainConfig:
+    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
+    config.model.channels = [8, 12, 12]
+    config.model.attention = True
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    return config
+
+
+def pixels(size: tuple[int, int]) -> torch.Tensor:
+    return torch.rand(2, 3, *size, generator=torch_generator(0, "pixels")) * 2 - 1
+
+
+def assert_same(ours: VAE, theirs: object, size: tuple[int, int]) -> None:
+    """Means, log-variances and decoded images agree for images of this size."""
+    images = pixels(size)
+    with torch.no_grad():
+        mean, log_variance = ours.encode(images)
+        found = theirs.encode(images).latent_dist  # type: ignore[attr-defined]
+        assert mean.std() > 0.01
+        torch.testing.assert_close(found.mean, mean, **EXACT)
+        unclamped = found.parameters.chunk(2, dim=1)[1]
+        torch.testing.assert_close(posterior.bounded(unclamped), log_variance, rtol=0, atol=2e-5)
+        usual = (unclamped > -20) & (unclamped < 10)
+        assert usual.any()
+        assert (found.logvar - log_variance)[usual].abs().max() < 2e-4
+        z = mean + torch.randn(mean.shape, generator=torch_generator(0, "z"))
+        decoded = theirs.decode(z).sample  # type: ignore[attr-defined]
+        expected = ours.decode(z, size)[:, :3]
+        assert expected.std() > 0.01
+        torch.testing.assert_close(decoded, expected, **EXACT)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("channels", [[8], [8, 12, 12], [8, 8, 16, 24]])
+def test_an_exported_run_is_the_same_model(
+    tmp_path: Path, channels: list[int], attention: bool
+) -> None:
+    config = spatial_config(channels=channels, attention=attention, latent_channels=5, blocks=2)
+    run = tmp_path / "run"
+    write_run(run, config, (16, 24))
+    out = tmp_path / "out"
+    assert export.main([f"run={run}", f"out={out}"]) == 0
+    theirs = diffusers.AutoencoderKL.from_pretrained(out).eval()
+    ours = load_model(RunCommand(run=str(run), device="cpu")).model
+    for size in SIZES:
+        assert_same(ours, theirs, size)
+
+
+def test_a_variance_for_each_pixel_is_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = spatial_config()
+    config.likelihood.variance = "per_pixel"
+    write_run(tmp_path / "run", config, (16, 16))
+    assert export.main([f"run={tmp_path}/run", f"out={tmp_path}/out", "weights=model"]) == 0
+    assert "cut off: 3 of 6 decoder outputs" in capsys.readouterr().out
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval()
+    command = RunCommand(run=f"{tmp_path}/run", device="cpu", weights="model")
+    assert_same(load_model(command).model, theirs, (16, 24))
+
+
+def test_what_the_format_has_no_place_for_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = spatial_config(patch=2, shortcuts=True, num_classes=4, blocks=[1, 1, 2])
+    config.model.latent_channels = 4
+    config.likelihood.kind = "discretized_logistic_mixture"
+    config.data.mask = "member"
+    write_run(tmp_path / "run", config, (16, 16))
+    assert export.main([f"run={tmp_path}/run", f"out={tmp_path}/out"]) == 2
+    errors = capsys.readouterr().err
+    for words in (
+        "model.patch=2",
+        "model.shortcuts=true",
+        "model.num_classes=4",
+        "model.blocks=[1, 1, 2]",
+        "likelihood.kind=discretized_logistic_mixture",
+        "data.mask=member",
+        "format=safetensors writes any model",
+    ):
+        assert words in errors
+    assert not (tmp_path / "out").exists()
+    write_run(tmp_path / "vector", tiny_config(channels=1), (16, 16))
+    assert export.main([f"run={tmp_path}/vector", f"out={tmp_path}/out"]) == 2
+    errors = capsys.readouterr().err
+    assert "model.latent=vector" in errors and "likelihood.kind=bernoulli" in errors
+
+
+def test_factors_come_from_the_measured_latents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    write_run(run, spatial_config(), (16, 16))
+
+    def factors() -> tuple[float, float]:
+        assert export.main([f"run={run}", f"out={tmp_path}/out"]) == 0
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        return written["scaling_factor"], written["shift_factor"]
+
+    assert factors() == (1.0, 0.0)
+    assert "latents.json is not there" in capsys.readouterr().out
+    (run / "latents.json").write_text('{"scaling_factor": 0.5, "shift_factor": -0.25, "step": 10}')
+    assert factors() == (0.5, -0.25)
+    assert "measured at step 10, the weights are of 20" in capsys.readouterr().out
+    (run / "latents.json").write_text('{"scaling_factor": "much"}')
+    assert factors() == (1.0, 0.0)
+    assert "cannot be read" in capsys.readouterr().out
+
+
+def test_one_file_of_any_model_begins_another_run(tmp_path: Path) -> None:
+    config = tiny_config()
+    write_run(tmp_path / "run", config, (8, 6))
+    out = tmp_path / "out"
+    assert export.main([f"run={tmp_path}/run", f"out={out}", "format=safetensors"]) == 0
+    file = out / "model.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["step"]) == 20 and metadata["likelihood"] == "bernoulli"
+    assert json.loads(metadata["config"])["model"]["channels"] == [8, 8]
+    assert "shards" not in metadata["config"]  # no paths
+    config.init_from = str(file)
+    model = build_vae(config, (8, 6))
+    load_full(model, initial_weights(config, model))
+    exported = load_model(RunCommand(run=f"{tmp_path}/run", device="cpu")).model
+    assert torch.equal(model.encoder.conv_in.weight, exported.encoder.conv_in.weight)
+
+
+def test_nothing_but_an_export_is_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_run(run, spatial_config(), (16, 16))
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    assert export.main([f"run={run}", f"out={out}"]) == 2
+    assert "holds README.md, but no diffusion_pytorch_model" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "mine"
+    (out / "README.md").unlink()
+    for _ in range(2):
+        assert export.main([f"run={run}", f"out={out}"]) == 0
+    checkpoint = max((run / "checkpoints").glob("step_*"))
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert export.main([f"run={run}", f"out={checkpoint}", "format=safetensors"]) == 2
+    assert "is among the checkpoints" in capsys.readouterr().err
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+
+
+def test_a_push_without_a_login_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    keys = [f"run={tmp_path}/none", f"out={tmp_path}/out"]
+    assert export.main([*keys, "push=me/model"]) == 2
+    assert "push=me/model: nobody is logged in" in capsys.readouterr().err
+    assert export.main([*keys, "push=a/b/c"]) == 2
+    assert "give OWNER/NAME" in capsys.readouterr().err
+
+
+def test_a_push_uploads_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Api:
+        def __init__(self, token: str) -> None:
+            assert token == "secret"
+
+        def create_repo(self, repo: str, *, exist_ok: bool) -> None:
+            calls.append(("create", repo, exist_ok))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> object:
+            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    write_run(tmp_path / "run", spatial_config(), (16, 16))
+    assert export.main([f"run={tmp_path}/run", f"out={tmp_path}/out", "push=me/model"]) == 0
+    names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert calls == [("create", "me/model", True), ("upload", "me/model", names)]
+    text = capsys.readouterr().out
+    assert "pushed: https://hub/commit" in text and "secret" not in text
+
+
+# the other way
+
+
+def published(folder: Path, **options: object) -> object:
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 12, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        **{"latent_channels": 4, **options},
+    ).eval()
+    with torch.no_grad():  # biases that are zero would hide a lost one
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model
+
+
+LAYOUTS = {
+    "sd": {},
+    "sdxl": {"force_upcast": True, "scaling_factor": 0.13025},
+    "flux": {
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
+    "without attention": {"mid_block_add_attention": False},
+}
+
+
+def fitting_config(source: Path, **model: object) -> TrainConfig:
+    config = spatial_config(channels=[8, 12, 16], **{"latent_channels": 4, **model})
+    config.init_from = str(source)
+    return config
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("variance", ["shared", "per_pixel", "fixed"])
+def test_a_published_model_is_the_same_here(tmp_path: Path, layout: str, variance: str) -> None:
+    options = LAYOUTS[layout]
+    theirs = published(tmp_path / "pipeline" / "vae", **options)
+    config = fitting_config(
+        tmp_path / "pipeline",
+        latent_channels=options.get("latent_channels", 4),
+        attention=options.get("mid_block_add_attention", True),
+    )
+    config.likelihood.variance = variance  # type: ignore[assignment]
+    with torch.device("meta"):
+        shapes = build_vae(config, (16, 16))
+    weights = initial_weights(config, shapes)
+    ours = build_vae(config, (16, 16))
+    likelihood = {k: v for k, v in ours.state_dict().items() if k.startswith("likelihood.")}
+    load_full(ours, weights)
+    assert all(torch.equal(ours.state_dict()[k], v) for k, v in likelihood.items())
+    for size in SIZES:
+        assert_same(ours, theirs, size)
+
+
+def test_old_names_and_half_precision_are_read(tmp_path: Path) -> None:
+    theirs = published(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {}
+    for name, tensor in safetensors.torch.load_file(file).items():
+        for now, before in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
+            if f".{now}." in name:
+                name = name.replace(now, before)
+                if name.endswith("weight"):
+                    tensor = tensor[:, :, None, None]
+        old[name] = tensor.half()
+    assert any("proj_attn" in name for name in old)
+    file.unlink()
+    safetensors.torch.save_file(old, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    config = fitting_config(tmp_path)
+    ours = build_vae(config, (16, 16))
+    load_full(ours, initial_weights(config, ours))
+    assert_same(ours, theirs.half().float(), (16, 24))  # type: ignore[attr-defined]
+
+
+def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path: Path) -> None:
+    published(tmp_path)
+    config = spatial_config(latent_channels=3, norm_groups=2, blocks=[1, 1, 2])
+    config.init_from = str(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        initial_weights(config, build_vae(config, (16, 16)))
+    text = str(caught.value)
+    assert "decoder.conv_in.weight: 16x4x3x3 -> 12x3x3x3" in text and "... and" in text
+    last = caught.value.problems[-1]
+    assert "'model.channels=[8,12,16]'" in last and "'model.latent_channels=4'" in last
+    assert "'model.norm_groups=4'" in last and "'model.blocks=1'" in last
+    # what changes no shape changes the model all the same
+    config = fitting_config(tmp_path, norm_groups=2)
+    with pytest.raises(ConfigError, match=r"0 of its tensors differ(.|\n)*model.norm_groups=4"):
+        initial_weights(config, build_vae(config, (16, 16)))
+    config = fitting_config(tmp_path)
+    config.likelihood.kind = "discretized_logistic_mixture"
+    with pytest.raises(ConfigError, match=r"which likelihood.kind=discretized"):
+        initial_weights(config, build_vae(config, (16, 16)))
+
+
+def test_pickles_and_strangers_are_refused(tmp_path: Path) -> None:
+    published(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(file.read_bytes())
+    assert read_published(tmp_path) is not None  # the safetensors beside it
+    assert read_published(file) is not None
+    file.unlink()
+    for source in (tmp_path, tmp_path / "diffusion_pytorch_model.bin"):
+        with pytest.raises(ConfigError, match=r"model\.bin is a pickle, which can run code"):
+            read_published(source)
+    (tmp_path / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(ConfigError, match=r"has no diffusion_pytorch_model\.safetensors"):
+        read_published(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["_class_name"] = "AutoencoderTiny"
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="a diffusers AutoencoderTiny"):
+        read_published(tmp_path)
+    assert read_published(tmp_path / "elsewhere") is None

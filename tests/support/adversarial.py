@@ -1,0 +1,95 @@
+"""A step with every term that is added to the bound, of networks that are small."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+
+from vae_dist.assembly import build_picture_terms
+from vae_dist.compilation import compile_towers, num_shapes
+from vae_dist.config.schema import RuntimeConfig, TrainConfig
+from vae_dist.data.stream import Batch, Group
+from vae_dist.models.build import build_vae
+from vae_dist.runtime import Runtime
+from vae_dist.training.ema import Ema
+from vae_dist.training.optimizer import build_optimizer, freeze_encoder
+from vae_dist.training.step import TrainingStep
+
+BATCH_SIZE, SLOTS = 8, 4
+SIZE = (24, 32)
+# so that Adam does not divide by the root of rounding errors
+EPS = 1e-3
+
+
+def adversarial_config() -> TrainConfig:
+    """Discriminator from step 0, decoder from step 1, R1 at even steps."""
+    config = TrainConfig()
+    config.data.slots = SLOTS
+    config.training.batch_size, config.training.precision = BATCH_SIZE, "no"
+    config.model.channels, config.model.blocks = [8, 16], 1
+    config.model.norm_groups, config.model.attention = 4, False
+    config.likelihood.kind = "laplace"
+    config.optimizer.warmup_steps, config.optimizer.eps = 0, EPS
+    config.perceptual.kind = "structure"
+    adversarial = config.adversarial
+    adversarial.weight, adversarial.warmup_steps, adversarial.ramp_steps = 0.5, 1, 2
+    adversarial.channels, adversarial.layers = 8, 2
+    adversarial.r1, adversarial.r1_every = 0.5, 2
+    config.objective.scale_equivariance, config.objective.latent_noise = 0.25, 0.1
+    return config
+
+
+def start(precision: str = "no", parallel: Literal["ddp", "fsdp"] = "ddp") -> Runtime:
+    return Runtime.start(RuntimeConfig(threads=1, parallel=parallel), precision=precision)
+
+
+def adversarial_step(
+    config: TrainConfig, runtime: Runtime, *, compiled: bool = False
+) -> TrainingStep:
+    vae = build_vae(config, SIZE)
+    if config.training.train_only == "decoder":
+        freeze_encoder(vae)
+    replica = copy.deepcopy(vae)
+    if compiled:
+        compile_towers(vae, num_shapes=num_shapes(config, num_buckets=0))
+    wrapped = runtime.prepare(vae)
+    return TrainingStep(
+        config,
+        runtime,
+        wrapped=wrapped,
+        vae=vae,
+        optimizer=build_optimizer(vae, config.optimizer),
+        ema=Ema(vae, decay=0.9, replica=replica),
+        pictures=build_picture_terms(config, runtime, vae),
+    )
+
+
+def picture_batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
+    """This rank's share of smooth random pictures; `mixed`: the second slot has another shape."""
+    share = SLOTS // runtime.world
+    mine = range(runtime.rank * share, (runtime.rank + 1) * share)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for slot in mine:
+        groups.setdefault((32, 24) if mixed and slot == 1 else SIZE, []).append(slot)
+    return Batch(
+        step,
+        tuple(
+            Group(
+                tuple(slots),
+                torch.cat([_pictures(step, slot, size) for slot in slots]),
+                torch.zeros(len(slots) * BATCH_SIZE // SLOTS, dtype=torch.int64),
+            )
+            for size, slots in groups.items()
+        ),
+        ("a.tar",),
+        (),
+    )
+
+
+def _pictures(step: int, slot: int, size: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + slot)
+    shape = (BATCH_SIZE // SLOTS, 3, size[0] // 4, size[1] // 4)
+    coarse = 255 * torch.rand(shape, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=size).to(torch.uint8)

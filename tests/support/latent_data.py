@@ -1,0 +1,52 @@
+"""Images with labels and further members, several sizes and damage, for `encode` and `decode`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.support.tiny_run import tiny_config, write_run
+from vae_dist.data.writer import write_shards
+
+SIZES = ((20, 16), (16, 16), (12, 24))
+
+
+def write_photos(
+    folder: Path,
+    count: int,
+    *,
+    damaged: Sequence[int] = (),
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> list[dict[str, str | bytes]]:
+    """Colour images with .cls, .json and .clip.txt in shards of about 7 samples; what they hold."""
+    generator = np.random.default_rng(0)
+    samples: list[dict[str, str | bytes]] = []
+    for number in range(count):
+        height, width = sizes[number % len(sizes)]
+        file = io.BytesIO()
+        pixels = generator.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(file, "PNG")
+        samples.append(
+            {
+                "__key__": f"part{number // 5}/{number:04d}",
+                "png": b"no PNG" if number in damaged else file.getvalue(),
+                "cls": str(number % 3).encode(),
+                "json": json.dumps({"number": number}).encode(),
+                "clip.txt": bytes([number % 256, 0, 255]),
+            }
+        )
+    write_shards(samples, folder, shard_bytes=7 * 4 * 1024, name="photos")
+    return samples
+
+
+def write_spatial_run(folder: Path, data: Path, *, kind: str = "gaussian") -> Path:
+    """A run of random weights with a spatial latent of 3 channels at half the resolution."""
+    config = tiny_config(latent="spatial", kind=kind, channels=3)
+    config.data.train = config.data.validation = str(data)
+    write_run(folder, config, SIZES[0])
+    return folder

@@ -1,0 +1,206 @@
+"""Compilation, memory layout and what `auto` makes of them; compiled steps equal eager ones."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+from tests.distributed.test_step import IWAE, batch, config
+from tests.support.adversarial import adversarial_config, adversarial_step, picture_batch
+from tests.support.distributed import run_ranks
+from vae_dist.compilation import (
+    compile_towers,
+    compiler_problem,
+    lay_out,
+    num_shapes,
+    resolve_compilation,
+)
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import RuntimeConfig, TrainConfig
+from vae_dist.models.build import build_vae
+from vae_dist.runtime import Runtime
+from vae_dist.training.ema import Ema
+from vae_dist.training.optimizer import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from vae_dist.training.step import TrainingStep
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BUCKETS = {"area": 4096, "multiple": 16, "max_aspect": 2.0}
+
+
+def resolved(device=CPU, *, problem=None, sizes_differ=False, **values):
+    made = TrainConfig()
+    made.training.precision = values.pop("precision", "bf16")
+    for name, value in values.items():
+        setattr(made.runtime, name, value)
+    made = resolve_compilation(made, device=device, sizes_differ=sizes_differ, problem=problem)
+    return made.runtime.compile, made.runtime.channels_last
+
+
+def test_auto_compiles_on_cuda_alone():
+    assert resolved(CPU) == ("false", "false")
+    assert resolved(CUDA) == ("true", "true")
+    assert resolved(CUDA, precision="no") == ("true", "false")
+    assert resolved(CUDA, parallel="fsdp") == ("false", "false")
+    assert resolved(CUDA, compile="false") == ("false", "false")
+    assert resolved(CUDA, sizes_differ=True) == ("false", "false")
+    assert resolved(CUDA, sizes_differ=True, compile="true") == ("true", "true")
+    assert resolved(CUDA, problem="there is no compiler") == ("false", "false")
+    assert resolved(CPU, compile="true", channels_last="true") == ("true", "true")
+
+
+def test_a_missing_compiler_is_an_error_that_says_the_way_out():
+    with pytest.raises(ConfigError, match=r"no compiler; or set runtime\.compile=false"):
+        resolved(problem="no compiler", compile="true")
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler (g++ or clang++" in str(compiler_problem(CPU))
+    monkeypatch.setenv("CXX", "/bin/sh")
+    assert "C++ compiler" not in str(compiler_problem(CPU))
+
+
+def test_aspect_buckets_are_compiled_for_one_number_of_images_each():
+    made = TrainConfig()
+    made.data.resolution, made.training.batch_size, made.data.slots = BUCKETS, 64, 16
+    made.runtime.compile = "true"
+    made = resolve_compilation(made, device=CPU, sizes_differ=False, problem=None)
+    assert made.training.microbatch_size == 4
+    assert num_shapes(made, num_buckets=5) == 5
+    made.training.microbatch_size = 8
+    assert num_shapes(made, num_buckets=5) == 10
+
+
+def one_process():
+    return Runtime.start(RuntimeConfig(threads=1), precision="no")
+
+
+def stepper(runtime, *, channels_last="false", compiled=False, settings=None):
+    settings = settings or config()
+    settings.runtime.channels_last = channels_last
+    vae = build_vae(settings, (8, 8))
+    lay_out(vae, settings)
+    replica = copy.deepcopy(vae)
+    if compiled:
+        compile_towers(vae, num_shapes=2)
+    return TrainingStep(
+        settings,
+        runtime,
+        wrapped=runtime.prepare(vae),
+        vae=vae,
+        optimizer=build_optimizer(vae, settings.optimizer),
+        ema=Ema(vae, decay=0.9, replica=replica),
+    )
+
+
+def losses(step, runtime, num_steps=5):
+    return [float(step(batch(runtime, k), k).loss_sum) for k in range(num_steps)]
+
+
+def test_channels_last_changes_the_layout_and_no_number():
+    runtime = one_process()
+    plain, other = stepper(runtime), stepper(runtime, channels_last="true")
+    assert losses(other, runtime) == pytest.approx(losses(plain, runtime), rel=1e-5)
+    name = "encoder.down_blocks.0.resnets.0.conv1.weight"
+    weight = dict(other.vae.named_parameters())[name]
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    saved = {k: v.contiguous() for k, v in optimizer_tensors(other.optimizer, other.vae).items()}
+    again = stepper(runtime, channels_last="true")
+    load_optimizer_tensors(again.optimizer, again.vae, saved)
+    moment = again.optimizer.state[dict(again.vae.named_parameters())[name]]["exp_avg"]
+    assert moment.stride() == weight.stride()
+    assert torch.equal(moment, saved[f"exp_avg/{name}"])
+
+
+@pytest.fixture
+def front_end(monkeypatch):
+    """Graphs as the compiler's front end makes them; code, which takes minutes, is not written."""
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler_problem(CPU) is not None, reason=str(compiler_problem(CPU)))
+def test_compiled_steps_equal_eager_ones():
+    assert_compiled_equals_eager(None)
+
+
+@pytest.mark.slow
+def test_compiled_steps_with_hooked_gradients_equal_eager_ones(front_end):
+    assert_compiled_equals_eager(IWAE)
+
+
+def assert_compiled_equals_eager(objective):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runtime = one_process()
+    settings = config(objective=objective)
+    expected = losses(stepper(runtime, settings=settings), runtime)
+    step = stepper(runtime, compiled=True, settings=settings)
+    assert losses(step, runtime) == pytest.approx(expected, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one of each tower
+    assert set(step.vae.state_dict()) == set(build_vae(config(), (8, 8)).state_dict())
+    # a copy computes with its own weights
+    twin = copy.deepcopy(step.vae)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert float(twin.encode(torch.ones(2, 3, 8, 8))[0].abs().sum()) == 0.0
+
+
+def compiled_losses():
+    runtime = one_process()
+    step = stepper(runtime, compiled=True)
+    sums = [runtime.sum_over_ranks(step(batch(runtime, k), k).loss_sum.double()) for k in range(3)]
+    return [float(total) for total in sums]
+
+
+@pytest.mark.slow
+def test_compiled_steps_on_two_ranks_equal_eager_ones_on_one(front_end):
+    runtime = one_process()
+    expected = losses(stepper(runtime), runtime, 3)
+    for found in run_ranks(2, compiled_losses, timeout_s=300):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_steps_with_a_discriminator_equal_eager_ones(front_end, checkpointed):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runtime = one_process()
+    settings = adversarial_config()
+    settings.training.microbatch_size = 4
+    settings.model.gradient_checkpointing = checkpointed
+
+    def numbers(step):
+        found = []
+        for k in range(3):
+            report = step(picture_batch(runtime, k), k)
+            found.append((float(report.loss_sum), float(step.adversary.weight)))
+        return found
+
+    expected = numbers(adversarial_step(settings, runtime))
+    found = numbers(adversarial_step(settings, runtime, compiled=True))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # encoder; decoder, watched; decoder at half size
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_shapes_count_the_passes_of_added_terms():
+    made = TrainConfig()
+    assert num_shapes(made, num_buckets=0) == 2
+    made.objective.scale_equivariance = 0.25
+    assert num_shapes(made, num_buckets=0) == 4
+    made.adversarial.weight = 0.5
+    assert num_shapes(made, num_buckets=3) == 12

@@ -1,0 +1,156 @@
+"""How the arithmetic of a run is carried out: torch.compile, memory layout, TensorFloat-32.
+
+In: the resolved config and the device. Out: whether the towers are compiled and lie channels last,
+and a model to which that was done. None of it changes a run's numbers but by rounding, as another
+number of processes does, so all of it may differ when a run is resumed. Weights keep their names.
+
+Encoder and decoder are compiled one by one, for fixed shapes: what lies between them (draws, terms
+of the loss, hooks on gradients) stays as it is. Averaged weights are evaluated without compilation,
+which would be of one more shape and in float32. FSDP is not compiled.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vae_dist.config.automatic import default_slots, has_buckets
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import TrainConfig
+
+SIXTEEN_BITS = ("bf16", "fp16")
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, or None."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "there is no Triton for this device (pip install triton)"
+        names = [os.environ.get("CC", ""), "gcc", "clang", "cc"]  # for Triton's launchers
+    if not any(name and shutil.which(name) for name in names):
+        return f"there is no C++ compiler ({' or '.join(filter(None, names))} in PATH; or set CXX)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        return f"there is no {header} (install Python's headers, for example python3-dev)"
+    return None
+
+
+def resolve_compilation(
+    config: TrainConfig, *, device: torch.device, sizes_differ: bool, problem: str | None
+) -> TrainConfig:
+    """A copy in which runtime.compile and runtime.channels_last have concrete values.
+
+    `sizes_differ`: training images come as they are, perhaps in any number of shapes, which is not
+    compiled unasked. `problem` is what some process lacks for compilation. Raises ConfigError where
+    what is asked for cannot be.
+    """
+    config = copy.deepcopy(config)
+    runtime, training = config.runtime, config.training
+    if runtime.compile == "true" and problem is not None:
+        raise ConfigError(f"runtime.compile=true: {problem}; or set runtime.compile=false")
+    if runtime.compile == "auto":
+        wanted = device.type == "cuda" and problem is None and not sizes_differ
+        wanted = wanted and runtime.parallel == "ddp"
+        runtime.compile = "true" if wanted else "false"
+    if runtime.channels_last == "auto":
+        # in eager mode GroupNorm goes back to the other layout, and back again
+        wanted = device.type == "cuda" and training.precision in SIXTEEN_BITS
+        wanted = wanted and runtime.compile == "true"
+        runtime.channels_last = "true" if wanted else "false"
+    if runtime.compile == "true" and has_buckets(config) and training.microbatch_size == 0:
+        # how many slots of a step share a bucket varies: each number would be a shape of its own
+        slots = config.data.slots or default_slots(training.batch_size, buckets=True)
+        training.microbatch_size = training.batch_size // slots
+    return config
+
+
+def num_shapes(config: TrainConfig, *, num_buckets: int) -> int:
+    """Forms of its input that a compiled part may see: sizes times numbers of images of a
+    microbatch, at half size too, and with the decoder watched for a discriminator or not."""
+    per_slot = config.training.batch_size // max(1, config.data.slots)
+    together = max(1, int(config.training.microbatch_size or 0) // per_slot)
+    shapes = num_buckets * together if num_buckets else 2  # the last microbatch may be smaller
+    if config.objective.scale_equivariance:
+        shapes *= 2
+    return shapes * 2 if config.adversarial.weight else shapes
+
+
+def lay_out(model: nn.Module, config: TrainConfig) -> None:
+    """The weights in the memory layout of the config, in place."""
+    if config.runtime.channels_last == "true":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def compile_towers(model: nn.Module, *, num_shapes: int) -> None:
+    """Compile the towers in place. Compilation itself comes with the first forward of each shape.
+
+    A tower that meets more shapes than were foreseen goes on without compilation.
+    """
+    import torch._dynamo  # half a second
+
+    # towers may be of one class, whose code they share
+    towers = [tower for tower in model.children() if any(tower.children())]
+    limit = num_shapes * len(towers) + 2
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    for tower in towers:
+        tower.compile(dynamic=False)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, compiled parts of the model run as they were written."""
+    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
+    calls = [part._compiled_call_impl for part in parts]
+    decompile(model)
+    try:
+        yield
+    finally:
+        for part, call in zip(parts, calls, strict=True):
+            part._compiled_call_impl = call
+
+
+def decompile(model: nn.Module) -> None:
+    for part in model.modules():
+        part._compiled_call_impl = None
+
+
+def use_tensor_float_32(device: torch.device, precision: str) -> None:
+    """On CUDA: products of float32 parts in TensorFloat-32 where the rest is in 16 bits anyway;
+    with precision=no float32 is float32, convolutions included."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision in SIXTEEN_BITS
+        torch.backends.cudnn.allow_tf32 = precision in SIXTEEN_BITS
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Without TensorFloat-32, for figures that are reported."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def has_native_bf16() -> bool:
+    """Whether this CPU computes in bfloat16; elsewhere it is emulated, slower than float32."""
+    return any(
+        getattr(torch.cpu, name, bool)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )

@@ -1,0 +1,226 @@
+"""Every key of the other commands: `evaluate`, `sample`, `pack` and the rest.
+
+Structured configs as in `vae_dist.config.schema`, filled by `vae_dist.config.load`; the rules
+between their keys are in `vae_dist.config.command_checks`. No torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vae_dist.config.schema import knob
+
+
+@dataclass
+class RunCommand:
+    """Keys that every command on a run folder takes."""
+
+    run: str = knob("???", "run folder, for example runs/mnist")
+    checkpoint: str = knob("latest", "latest, best, or a step number")
+    weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
+    device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
+    seed: int = knob(0, "seed of the draws")
+
+
+PRIOR_HELP = (
+    "normal: N(0, I); gmm:K: K Gaussians fitted to the latents of the training images, with full "
+    "covariances up to 64 latents, else diagonal; gmm:K:full, gmm:K:diagonal: as you say"
+)
+PRIOR_IMAGES_HELP = "training images that gmm:K is fitted to, from the first on (0: all)"
+
+
+@dataclass
+class SampleCommand(RunCommand):
+    num_images: int = knob(64, "images to draw from the prior")
+    label: Any = knob(
+        "auto",
+        "conditional models: a class 0, 1, ...; all: a row for each class; none: the label that "
+        "stands for none; auto: each image's class drawn, all equally likely",
+    )
+    out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of PNGs")
+    temperature: float = knob(1.0, "standard deviation of the prior draws")
+    prior: str = knob("normal", PRIOR_HELP)
+    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP)
+    compare: bool = knob(
+        False, "prior=gmm:K: one picture, draws of N(0, I) on the left, of the mixture on the right"
+    )
+    resolution: Any = knob("trained", "trained, N or [H, W] (spatial latents only), pixels")
+    batch_size: int = knob(256, "images per forward")
+
+
+@dataclass
+class ReconstructCommand(RunCommand):
+    data: Any = knob("", "shards to take images from (default: the run's validation shards)")
+    num_images: int = knob(32, "images to reconstruct, from the first on")
+    tile: int = knob(
+        0,
+        "pixels: images larger than this go through the towers in overlapping square tiles (0: "
+        "whole; spatial latents only)",
+    )
+    out: str = knob("reconstructions.png", "PNG grid to write: inputs above their reconstructions")
+    batch_size: int = knob(256, "images per forward")
+
+
+@dataclass
+class ImputeCommand(RunCommand):
+    data: Any = knob(
+        "",
+        "shards, or a folder of pictures with NAME.mask.png beside them or an alpha channel "
+        "(default: the run's validation shards)",
+    )
+    mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
+        "auto", "what is missing, as data.mask; auto: as in training, in a folder as its files say"
+    )
+    mask_fraction: float = knob(0.5, "mask=random, rectangle: part of the pixels that is missing")
+    method: Literal["importance", "single", "gibbs"] = knob(
+        "importance", "importance-weighted mean over draws of z, one draw, or pseudo-Gibbs chains"
+    )
+    samples: int = knob(1000, "importance: draws of z for each image; gibbs: steps of a chain")
+    draws: int = knob(4, "draws to show for each image; gibbs: chains")
+    num_images: int = knob(16, "images to fill, from the first on")
+    out: str = knob("imputed", "folder to write: a picture of all, and a folder for each image")
+    batch_size: int = knob(256, "latents per forward")
+
+
+@dataclass
+class EvaluateCommand(RunCommand):
+    data: Any = knob("", "shards to evaluate (default: the run's validation shards)")
+    max_images: int = knob(0, "images to evaluate, from the first on (0: all)")
+    samples: int = knob(
+        0, "draws of q(z|x) per image for the importance-sampled log p(x) (0: leave it out)"
+    )
+    chunk: int = knob(
+        0, "images x draws per decoder forward of one process (0: by image size); memory only"
+    )
+    prior: str = knob("normal", PRIOR_HELP)
+    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP)
+    metrics: Any = knob(
+        "",
+        "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid (of reconstructions), "
+        "fid (of prior samples); ssim, ms_ssim and lpips need the extra metrics",
+    )
+    metric_weights: str = knob(
+        "", "folder of the weights of lpips, rfid and fid (default: torch.hub's, downloaded)"
+    )
+    out: str = knob(
+        "",
+        "JSON file to write (default: results.json in the run folder; results_first1000.json and "
+        "the like of another checkpoint, other weights, other data or a part of the images)",
+    )
+    batch_size: int = knob(256, "images per forward of one process")
+    threads: int = knob(0, "CPU threads of one process (0: this machine's cores / its processes)")
+
+
+@dataclass
+class ExportCommand:
+    run: str = knob("???", "run folder, for example runs/photos64_kl_f4")
+    out: str = knob("???", "folder to write")
+    format: Literal["diffusers", "safetensors"] = knob(
+        "diffusers",
+        "diffusers: folder that AutoencoderKL.from_pretrained loads; safetensors: one file of any "
+        "model, with config, step and likelihood as metadata",
+    )
+    checkpoint: str = knob("latest", "latest, best, or a step number")
+    weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
+    push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
+
+
+@dataclass
+class EncodeCommand(RunCommand):
+    data: Any = knob(
+        "???", "shards of images: folder of *.tar, brace pattern, URL, or list of these"
+    )
+    out: str = knob("???", "folder to write: shards of latents, their index, latents.json")
+    content: Literal["moments", "mean", "sample"] = knob(
+        "moments", "of q(z|x): mean and log-variance, the mean, or one draw for each image"
+    )
+    dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the stored values")
+    flip: bool = knob(False, "store the latents of the mirrored images too")
+    resolution: Any = knob(
+        "trained", "trained: as data.resolution of the run; native; N or [H, W], pixels"
+    )
+    keep_images: bool = knob(False, "carry the images over too, as all other members are")
+    shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about")
+    max_skipped_fraction: float = knob(0.01, "part of the images that may be left out as damaged")
+    precision: Literal["no", "bf16"] = knob(
+        "no", "no: the forward is float32; bf16: autocast, on accelerators"
+    )
+    tile: int = knob(
+        0,
+        "pixels: images larger than this go through the encoder in overlapping square tiles (0: "
+        "whole; spatial latents only)",
+    )
+    batch_size: int = knob(32, "images per forward of one process")
+    threads: int = knob(0, "CPU threads of one process (0: this machine's cores / its processes)")
+
+
+@dataclass
+class DecodeCommand(RunCommand):
+    data: Any = knob("???", "shards of latents that vae_dist.encode wrote")
+    num_images: int = knob(64, "images to decode, from the first on")
+    out: str = knob("decoded.png", "PNG grid to write; a name without .png: a folder of PNGs")
+    tile: int = knob(
+        0,
+        "pixels: images larger than this go through the decoder in overlapping square tiles (0: "
+        "whole; spatial latents only)",
+    )
+    batch_size: int = knob(32, "images per forward")
+
+
+@dataclass
+class IndexCommand:
+    data: Any = knob("???", "shards: folder of *.tar, brace pattern, or list of these")
+    out: str = knob("", "folder for the index of shards that lie elsewhere (URLs, pipes)")
+    overwrite: bool = knob(False, "index shards again that have an index already")
+    verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
+    max_pixels: int = knob(2**26, "verify: images with more pixels are damage")
+
+
+@dataclass
+class PackCommand:
+    source: Any = knob(
+        "???",
+        "folder of pictures, archive or list of archives, MNIST or CIFAR-10 files, CelebA folder, "
+        "parquet files, or the word mnist (downloads it)",
+    )
+    out: str = knob("???", "folder to write: OUT/train, OUT/validation, OUT/test")
+    labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
+    validation: float = knob(
+        0.05, "part (below 1) or number of training pictures set aside if the source sets none"
+    )
+    size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
+    format: Literal["keep", "png", "jpg", "webp"] = knob(
+        "keep", "keep: byte for byte where nothing has to change"
+    )
+    quality: int = knob(95, "of pictures that are encoded as JPEG or WebP, 1 to 100")
+    background: Literal["none", "white", "black"] = knob(
+        "none", "colour behind transparent pixels; none: keep them"
+    )
+    max_pixels: int = knob(2**26, "pictures with more pixels are left out")
+    max_skipped_fraction: float = knob(0.01, "part of the pictures that may be left out as damaged")
+    shard_mb: float = knob(256.0, "bytes of a shard, megabytes")
+    shard_range: str = knob("0/1", "i/n: write the shards k with k mod n = i, for job arrays")
+    shuffle: bool = knob(True, "write the pictures in an order drawn from the seed")
+    seed: int = knob(0, "seed of the order and of the choice of validation pictures")
+    workers: int = knob(0, "processes (0: one for each core)")
+
+
+@dataclass
+class ReportCommand:
+    run: Any = knob("???", "run folder, or several: runs/a,runs/b")
+    out: str = knob("", "HTML file to write (default: report.html in the run folder)")
+    picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page")
+
+
+@dataclass
+class UploadCommand:
+    run: str = knob("???", "run folder, for example runs/mnist")
+    timeout_s: int = knob(3600, "longest wait for W&B to take it all, seconds")
+
+
+@dataclass
+class DashboardCommand:
+    project: str = knob("vae_dist", "W&B project")
+    entity: str = knob("", "W&B team or user (default: yours)")
+    name: str = knob("vae_dist", "name of the saved view")

@@ -1,0 +1,68 @@
+"""Show what shards of latents hold: images decoded from them by the model that encoded them.
+
+python -m vae_dist.decode run=runs/photos data=data/photos-latents out=decoded.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vae_dist.command import run_command
+from vae_dist.config.commands import DecodeCommand
+from vae_dist.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from vae_dist.inference.latents import LatentSample
+
+USAGE = "python -m vae_dist.decode run=FOLDER data=SHARDS [key=value ...]"
+INTRO = "Decode latents to images, E[x|z]: one PNG grid, or a folder of PNGs."
+
+
+def decode(command: DecodeCommand) -> None:
+    from vae_dist.data.index import load_index
+    from vae_dist.inference import tiles
+    from vae_dist.inference.latents import decode_latents, read_latents
+    from vae_dist.inference.load import load_model
+
+    loaded = load_model(command)
+    tiles.check_tile(loaded.model, command.tile)
+    index = load_index(command.data, key="data", create=True)
+    latents = read_latents(index, loaded.model, loaded.config, num_images=command.num_images)
+    decoded = decode_latents(
+        loaded.model, latents, batch_size=command.batch_size, tile=command.tile
+    )
+    out = Path(command.out)
+    try:
+        count = _write(out, decoded)
+    except OSError as error:
+        raise ConfigError(f"out={command.out}: cannot be written ({error.strerror})") from None
+    print(f"{count} images of latents, at step {loaded.step} ({command.weights} weights): {out}")
+
+
+def _write(out: Path, decoded: Iterator[tuple[LatentSample, Tensor]]) -> int:
+    """A grid, or a picture for each image, as it comes; how many."""
+    from vae_dist.tracking.images import file_name, grid, save_png, single
+
+    if out.suffix == ".png":
+        images = [image for _, image in decoded]
+        save_png(grid(images), out)
+        return len(images)
+    count = 0
+    for sample, image in decoded:
+        save_png(single(image), out / f"{file_name(sample.number, sample.key)}.png")
+        count += 1
+    return count
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(DecodeCommand, decode, argv, usage=USAGE, intro=INTRO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Write a trained model for other programs.
+
+python -m vae_dist.export run=runs/photos64_kl_f4 out=exported
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vae_dist.command import run_command
+from vae_dist.config.commands import ExportCommand, RunCommand
+from vae_dist.config.errors import ConfigError
+
+USAGE = "python -m vae_dist.export run=FOLDER out=FOLDER [key=value ...]"
+INTRO = (
+    "Write the weights of a run as a folder that diffusers loads as AutoencoderKL, or as one "
+    "safetensors file with metadata; with push=, to the Hugging Face Hub as well."
+)
+
+
+def export(command: ExportCommand) -> None:
+    from vae_dist.inference.diffusers_export import export_diffusers, export_safetensors
+    from vae_dist.inference.load import load_model
+
+    out, run = Path(command.out), Path(command.run)
+    if out.resolve() == run.resolve():
+        raise ConfigError(f"out={out} is the run folder itself; give another one")
+    if (run / "checkpoints").resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"out={out} is among the checkpoints of the run; give another folder")
+    token = _token(command.push) if command.push else ""
+    loaded = load_model(
+        RunCommand(
+            run=command.run,
+            checkpoint=command.checkpoint,
+            weights=command.weights,
+            device="cpu",
+        )
+    )
+    write = export_diffusers if command.format == "diffusers" else export_safetensors
+    try:
+        words = write(loaded, run, out)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
+    print("\n".join([*words, f"step {loaded.step}, {command.weights} weights: {out}"]))
+    if command.push:
+        print(f"pushed: {_push(out, command.push, token)}")
+
+
+def _token(repo: str) -> str:
+    """Of the Hub's login, asked for before any work is done."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"push={repo}: {error}; give OWNER/NAME") from None
+    token = get_token()
+    if token is None:
+        raise ConfigError(
+            f"push={repo}: nobody is logged in to the Hugging Face Hub; run `hf auth login` or set "
+            "HF_TOKEN to a token that may write"
+        )
+    return token
+
+
+def _push(folder: Path, repo: str, token: str) -> str:
+    """Upload what was written; the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=["config.json", "README.md", "*.safetensors"],
+            commit_message="Weights of vae_dist",
+        )
+    except Exception as error:  # its transport, and so what it raises, differs by version
+        raise ConfigError(
+            f"push={repo}: {folder} is written, but the Hub did not take it: {error}"
+        ) from None
+    return str(done.commit_url)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(ExportCommand, export, argv, usage=USAGE, intro=INTRO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Fill the missing pixels of images with a trained model.
+
+    python -m vae_dist.impute run=runs/mnist_missing out=imputed
+    python -m vae_dist.impute run=runs/celeba64 data=FOLDER method=gibbs samples=50 out=imputed
+
+In: shards, or a folder of pictures (alpha channel, or NAME.mask.png beside NAME.png, white where a
+pixel was observed). Out: `overview.png`, `imputed.json`, and for each image a folder with its mean,
+draws and standard deviation as PNG and .npy. Observed pixels are those of the input, exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from vae_dist.command import run_command
+from vae_dist.config.commands import ImputeCommand
+from vae_dist.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vae_dist.inference.filling import Filled
+    from vae_dist.inference.load import LoadedModel
+
+USAGE = "python -m vae_dist.impute run=FOLDER [key=value ...]"
+INTRO = (
+    "Fill the missing pixels of images: their mean, draws and uncertainty under a trained model."
+)
+
+
+def impute(command: ImputeCommand) -> None:
+    from vae_dist.inference.load import load_model
+
+    out = Path(command.out)
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"out={out} exists already: remove it, or choose another folder")
+    loaded = load_model(command)
+    with TemporaryDirectory() as scratch:
+        filled = _filled(command, loaded, Path(scratch))
+    if not any(one.missing_fraction for one in filled):
+        raise ConfigError(
+            f"no pixel of the {len(filled)} images of {command.data or 'the validation shards'} is "
+            "missing: pictures need a NAME.mask.png beside them, black where a pixel is missing, "
+            "or an alpha channel; samples of shards a .mask.png, alpha or NaN, as mask= says; or "
+            "try with mask=half, rectangle or random"
+        )
+    try:
+        _write(out, command, loaded, filled)
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
+    missing = sum(one.missing_fraction for one in filled) / len(filled)
+    print(
+        f"{len(filled)} images of which {missing:.0%} was missing, filled by method="
+        f"{command.method} at step {loaded.step} ({command.weights} weights): {out}"
+    )
+    if command.method == "importance":
+        effective = sorted(one.effective_samples for one in filled)
+        print(
+            f"effective draws of z, of {command.samples}: {effective[0]:.1f} in the worst image, "
+            f"{effective[len(effective) // 2]:.1f} in the median"
+        )
+    if command.method == "gibbs" and loaded.model.sees_mask:
+        print(
+            "note: this model was trained on incomplete images, and the chains show it complete "
+            "ones; method=importance asks it what it was trained for"
+        )
+
+
+def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[Filled]:
+    from vae_dist.inference.filling import fill, is_folder_of_pictures, shards_of_pictures
+    from vae_dist.inference.load import check_image_size, open_images
+
+    config, data, names = loaded.config, command.data, None
+    if isinstance(data, str) and data and is_folder_of_pictures(data):
+        data, names, found = shards_of_pictures(Path(data), scratch / "shards", command.num_images)
+        config.data.mask = found
+    if command.mask != "auto":
+        config.data.mask = command.mask
+        config.data.mask_fraction = command.mask_fraction
+    if config.data.mask == "none":
+        raise ConfigError(
+            f"run={command.run} was trained on complete images, so nothing says what is missing; "
+            "name it: mask=member, alpha, nan, or one to try with: half, rectangle, random"
+        )
+    images = open_images(config, data, create=True)
+    if names is not None and loaded.model.image_size is not None:
+        images = replace(images, settings=images.settings.at_one_size(loaded.model.image_size))
+    check_image_size(loaded.model, images.settings.size, key=f"data={command.data or 'validation'}")
+    return fill(
+        loaded.model,
+        images,
+        bits=config.data.bits,
+        names=names,
+        num_images=command.num_images,
+        method=command.method,
+        num_samples=command.samples,
+        num_draws=command.draws,
+        seed=command.seed,
+        chunk=command.batch_size,
+    )
+
+
+def _write(out: Path, command: ImputeCommand, loaded: LoadedModel, filled: list[Filled]) -> None:
+    import json
+
+    import numpy as np
+
+    from vae_dist.files import write_durably
+    from vae_dist.tracking.images import grid, save_png, single
+
+    records = []
+    for one in filled:
+        folder = out / one.name
+        for name, picture in one.pictures().items():
+            save_png(single(picture), folder / f"{name}.png")
+        for name, values in (("mean", one.mean), ("std", one.deviation), ("draws", one.draws)):
+            np.save(folder / f"{name}.npy", values)
+        records.append(
+            {
+                "folder": one.name,
+                "key": one.key,
+                "missing_fraction": one.missing_fraction,
+                "effective_samples": one.effective_samples,
+            }
+        )
+    rows = [one.row() for one in filled]
+    overview = grid([cell for row in rows for cell in row], columns=len(rows[0]))
+    save_png(overview, out / "overview.png")
+    facts = {
+        "run": str(Path(command.run).resolve()),
+        "step": loaded.step,
+        "weights": command.weights,
+        "method": command.method,
+        "samples": 1 if command.method == "single" else command.samples,
+        "seed": command.seed,
+        "images": records,
+    }
+    write_durably(out / "imputed.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(ImputeCommand, impute, argv, usage=USAGE, intro=INTRO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""A mixture of Gaussians fitted to the aggregate posterior of a trained model, as its prior.
+
+    q(z) = 1/N sum_i q(z|x_i) over training images;   p(z) = what EM finds for draws of q(z)
+
+The decoder was trained on draws of q(z), so latents of the mixture lie where it has seen any;
+N(0, I) also covers the rest. One draw of each image, which belongs to (run seed, image). The fit is
+a function of checkpoint, images and K, and is kept in the run folder under `priors/`: safetensors
+that name the checkpoint step and the data that they belong to. Vector latents only: the latent of a
+spatial model has thousands of dimensions whose correlations no K Gaussians hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vae_dist.config.command_checks import mixture_prior
+from vae_dist.config.commands import EvaluateCommand, SampleCommand
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.stream import EvaluationBatch, EvaluationStream
+from vae_dist.files import write_durably
+from vae_dist.inference.load import LoadedModel, open_images, weights_digest
+from vae_dist.models import posterior
+from vae_dist.models.mixture import Covariance, GaussianMixture, fit_mixture
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import draws
+
+FULL_UP_TO = 64  # latents; above, a full covariance has more numbers than most data sets determine
+
+
+@dataclass(frozen=True)
+class FittedPrior:
+    mixture: GaussianMixture  # on the CPU
+    description: str  # in a sentence, for people
+
+
+def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> FittedPrior:
+    """The mixture that `command.prior` asks for, read from the run folder or fitted; for one
+    process only.
+
+    Raises ConfigError for a model or data that it cannot be fitted to.
+    """
+    asked = mixture_prior(command.prior)
+    assert asked is not None
+    model, num_latents = loaded.model, loaded.model.latent_channels
+    if model.image_size is None:
+        raise ConfigError(
+            f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
+            "spatial one; train with model.latent=vector, or use prior=normal"
+        )
+    chosen: Covariance = "full" if num_latents <= FULL_UP_TO else "diagonal"
+    if asked.covariance:
+        chosen = "full" if asked.covariance == "full" else "diagonal"
+    config = loaded.config
+    images = open_images(config, config.data.train, create=True, key="data.train")
+    num_images = min(command.prior_images or images.index.num_samples, images.index.num_samples)
+    belongs_to = {
+        "step": loaded.step,
+        "weights": command.weights,
+        "weights_digest": weights_digest(model),
+        "train_data": images.index.fingerprint,
+        "num_images": num_images,
+        "components": asked.num_components,
+        "covariance": chosen,
+    }
+    name = f"gmm{asked.num_components}_{chosen}_{command.weights}_step_{loaded.step:08d}"
+    file = Path(command.run) / "priors" / f"{name}.safetensors"
+    known, kept = _read(file, belongs_to), f"from {file}"
+    if known is None:
+        stream = EvaluationStream(
+            images.index, images.settings, batch_size=command.batch_size, max_images=num_images
+        )
+        z = aggregate_posterior(model, stream, seed=config.seed)
+        if len(z) < asked.num_components:
+            raise ConfigError(
+                f"prior={command.prior}: {len(z)} training images could be read, fewer than "
+                "components; ask for fewer"
+            )
+        known = _fit(z, asked.num_components, chosen, seed=config.seed)
+        kept = _write(file, *known, belongs_to)
+    mixture, facts = known
+    description = (
+        f"prior {asked.num_components} Gaussians, {chosen} covariance, fitted to "
+        f"{facts['latents']} training images of step {loaded.step} in {facts['iterations']} "
+        f"iterations: {facts['cross_entropy_nats']:.2f} nats per latent vector, N(0, I) "
+        f"{facts['cross_entropy_normal_nats']:.2f} ({kept})"
+    )
+    return FittedPrior(mixture, description)
+
+
+@torch.inference_mode()
+def aggregate_posterior(model: VAE, batches: Iterable[EvaluationBatch], *, seed: int) -> Tensor:
+    """One draw of q(z|x) for each readable image, float32 (N, d) on CPU."""
+    device = next(model.parameters()).device
+    latents = []
+    for batch in batches:
+        counts = batch.weights > 0
+        stored, samples = batch.images[counts].to(device), batch.samples[counts].tolist()
+        if not samples:
+            continue
+        uniform = None
+        if model.likelihood.needs_uniform:
+            shape = tuple(stored.shape[1:])
+            uniform = draws(torch.rand, seed, "aggregate-levels", samples, shape).to(device)
+        mask = None if batch.masks is None else batch.masks[counts].to(device)
+        prepared = model.likelihood.prepare(stored, uniform)
+        mean, log_variance = model.encode(prepared, batch.labels[counts].to(device), mask)
+        shape = tuple(mean.shape[1:])
+        noise = draws(torch.randn, seed, "aggregate-posterior", samples, shape).to(device)
+        latents.append(posterior.sample(mean, log_variance, noise).cpu())
+    return torch.cat(latents) if latents else torch.empty(0, model.latent_channels)
+
+
+def _fit(
+    z: Tensor, num_components: int, covariance: Covariance, *, seed: int
+) -> tuple[GaussianMixture, dict[str, float]]:
+    fit = fit_mixture(z, num_components=num_components, covariance=covariance, seed=seed)
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    facts = {
+        "latents": len(z),
+        "iterations": len(fit.log_likelihoods) - 1,
+        "cross_entropy_nats": -fit.log_likelihoods[-1],
+        "cross_entropy_normal_nats": -float(normal.log_prob(z.double()).sum(1).mean()),
+    }
+    return fit.mixture, facts
+
+
+def _read(
+    file: Path, belongs_to: Mapping[str, object]
+) -> tuple[GaussianMixture, dict[str, float]] | None:
+    """What the file holds if it was fitted for the same; a damaged one is fitted again."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if json.loads(metadata["belongs_to"]) != belongs_to:
+                return None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            facts: dict[str, float] = json.loads(metadata["facts"])
+            return GaussianMixture(**tensors), facts
+    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError):
+        return None
+
+
+def _write(
+    file: Path,
+    mixture: GaussianMixture,
+    facts: dict[str, float],
+    belongs_to: Mapping[str, object],
+) -> str:
+    """What became of it, in words: a run folder that is read-only costs the next command a fit."""
+    tensors = {
+        "log_weights": mixture.log_weights,
+        "means": mixture.means,
+        "factors": mixture.factors,
+    }
+    metadata = {"belongs_to": json.dumps(belongs_to), "facts": json.dumps(facts)}
+    data = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, data)
+    except OSError as error:
+        return f"not kept: {error.strerror}"
+    return f"kept in {file}"

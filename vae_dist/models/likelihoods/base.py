@@ -1,0 +1,101 @@
+"""What a model needs to know of p(x|z).
+
+In: `params` (B, num_params, H, W), decoder outputs; images (B, C, H, W), float32 in [-1, 1] as
+`prepare` made them. Out: log p(x|z) in nats per image, float32 (B,) (float64 for float64 params).
+
+The arithmetic is float32 whatever autocast says around it: no layer, matrix product or convolution
+is used, and the params are widened first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae_dist.models.likelihoods.levels import bits_per_dim
+
+MAX_LOG_SIZE = 20.0  # of a variance or scale: far above any image's, far below overflow
+
+
+class Likelihood(nn.Module, ABC):
+    needs_uniform: bool
+    """Whether `prepare` draws: it then needs uniform noise of the shape of the images."""
+
+    has_levels: bool
+    """Whether `log_prob` is, or stands for, that of discrete data, so that bits/dim mean
+    something."""
+
+    @abstractmethod
+    def num_params(self, channels: int) -> int:
+        """Decoder channels for images of `channels` channels."""
+
+    @abstractmethod
+    def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
+        """Images as they are stored (uint8, uint16 or float32, by data.bits) and uniform noise in
+        [0, 1) -> float32 images in [-1, 1]."""
+
+    def without_noise(self, stored: Tensor, prepared: Tensor) -> Tensor:
+        """The images of `prepare` as a network that compares pictures should see them: without
+        the noise of dequantisation, by which it would tell images from means."""
+        return prepared
+
+    def log_prob(self, params: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """log p(x|z) in nats per image, float32 (B,). `mask`, broadcastable to (B, C, H, W), is 1
+        where a value was observed: only such values count, the others may be anything."""
+        params = widened(params)
+        if mask is None:
+            return self.log_prob_of_values(params, images).flatten(1).sum(1)
+        observed = mask > 0
+        # before and after: what is missing may be NaN, and 0 * NaN in a gradient is NaN
+        images = torch.where(observed, images, 0.0)
+        values = self.log_prob_of_values(params, images)
+        if observed.ndim == 4 and observed.shape[1] > values.shape[1]:
+            raise ValueError(
+                "this likelihood couples the channels of a pixel, so a pixel is observed or "
+                f"missing as a whole: pass a mask (B, 1, H, W), not {tuple(observed.shape)}"
+            )
+        return torch.where(observed, values, 0.0).flatten(1).sum(1)
+
+    @abstractmethod
+    def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
+        """log p of each value (B, C, H, W), or of each pixel (B, 1, H, W) where its channels are
+        coupled; params are at least float32."""
+
+    @abstractmethod
+    def mean(self, params: Tensor) -> Tensor:
+        """E[x|z] in [-1, 1], float32 (B, C, H, W)."""
+
+    @abstractmethod
+    def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
+        """One draw of x given z, float32 (B, C, H, W); `generator` is of the device of params."""
+
+    @abstractmethod
+    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
+        """-log p in nats per image of `num_dims` values -> that of the discrete data it stands
+        for. ValueError without `has_levels`."""
+
+    def bits_per_dim(self, nll_nats: float, num_dims: int) -> float | None:
+        """-log p of images of `num_dims` values in all, in bits of discrete data per value; None
+        without `has_levels`, or without a value (all are missing)."""
+        if not self.has_levels or num_dims == 0:
+            return None
+        return bits_per_dim(self.nats_to_level_nats(nll_nats, num_dims), num_dims=num_dims)
+
+    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
+        """Part of each image's values whose variance is floor more than signal, float32 (B,); None
+        where no variance is learned."""
+        return None
+
+
+def widened(params: Tensor) -> Tensor:
+    """At least float32: differences of CDFs have no digit left in bfloat16."""
+    return params if params.dtype == torch.float64 else params.float()
+
+
+def above_floor(log_size: Tensor, log_floor: float) -> Tensor:
+    """log(floor + exp(log_size)) of a variance or a scale, smooth, finite for any input."""
+    capped = MAX_LOG_SIZE - F.softplus(MAX_LOG_SIZE - log_size)
+    return log_floor + F.softplus(capped - log_floor)

@@ -1,0 +1,171 @@
+"""Independent normal values, as a density or as probabilities of levels.
+
+    gaussian               log p = -1/2 sum((x - mean)^2 / v + log v + log 2 pi),     v = sigma^2
+    discretized_gaussian   log p = sum log(Phi((x + h - mean)/sigma) - Phi((x - h - mean)/sigma))
+
+with h half a level, and the bins of the lowest and the highest level open to infinity. The variance
+is `fixed`, or v = min_sigma^2 + exp(raw) with one learned `raw` (`shared`), one for each channel
+(`per_channel`) or one decoder output per value (`per_pixel`): a smooth floor, as if noise of
+min_sigma were added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vae_dist.config.schema import LikelihoodConfig
+from vae_dist.models.likelihoods.base import Likelihood, above_floor, widened
+from vae_dist.models.likelihoods.levels import Levels
+from vae_dist.models.likelihoods.normal import clipped_mean, log_ndtr, log_probability_of_bin
+
+# Log-variance that a decoder output of 0 stands for: sigma = 1/2 fits images before training.
+INITIAL_LOG_VARIANCE = 2 * math.log(0.5)
+# Adam moves every parameter by about lr per step, whatever its gradient; log-variance has several
+# nats to go, which would take a single scalar 10,000 steps and more.
+LOG_VARIANCE_GAIN = 10.0
+
+
+class NormalMoments(nn.Module):
+    """Decoder outputs -> mean (B, C, H, W) and log-variance that broadcasts to it."""
+
+    def __init__(self, config: LikelihoodConfig, *, channels: int) -> None:
+        super().__init__()
+        self.variance = config.variance
+        self.fixed_log_variance = 2 * math.log(config.sigma)
+        self.floor_log_variance = 2 * math.log(config.min_sigma)
+        if self.variance == "shared":
+            self.raw_log_variance = nn.Parameter(torch.zeros(1))  # FSDP shards no 0-dim one
+        elif self.variance == "per_channel":
+            self.raw_log_variance = nn.Parameter(torch.zeros(channels))
+
+    def num_params(self, channels: int) -> int:
+        """Means, then raw log-variances if per_pixel."""
+        return 2 * channels if self.variance == "per_pixel" else channels
+
+    def forward(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        params = widened(params)
+        mean = params.chunk(2, dim=1)[0] if self.variance == "per_pixel" else params
+        raw = self._raw(params)
+        if raw is None:
+            return mean, mean.new_tensor(self.fixed_log_variance)
+        return mean, above_floor(raw, self.floor_log_variance)
+
+    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
+        raw = self._raw(widened(params))
+        if raw is None:
+            return None
+        at_floor = (raw < self.floor_log_variance).float()
+        return at_floor.expand_as(self(params)[0]).flatten(1).mean(1)
+
+    def _raw(self, params: Tensor) -> Tensor | None:
+        if self.variance == "fixed":
+            return None
+        if self.variance == "per_pixel":
+            return params.chunk(2, dim=1)[1] + INITIAL_LOG_VARIANCE
+        raw = self.raw_log_variance * LOG_VARIANCE_GAIN + INITIAL_LOG_VARIANCE
+        return raw.view(1, -1, 1, 1)
+
+
+class Density(Likelihood):
+    """Independent values around a mean with a variance, a density on [-1, 1]: of dequantised
+    levels, of their centers, or of float images. Who inherits gives it its shape."""
+
+    def __init__(
+        self, config: LikelihoodConfig, *, channels: int, levels: Levels, dequantize: bool
+    ) -> None:
+        super().__init__()
+        self.moments = NormalMoments(config, channels=channels)
+        self.levels = levels
+        self.needs_uniform = dequantize and levels.are_discrete
+        self.has_levels = levels.are_discrete
+
+    def num_params(self, channels: int) -> int:
+        return self.moments.num_params(channels)
+
+    def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
+        if not self.needs_uniform:
+            return self.levels.centers(stored)
+        if uniform is None:
+            raise ValueError("data.dequantize=true adds uniform noise: pass uniform=")
+        return self.levels.dequantized(stored, uniform)
+
+    def without_noise(self, stored: Tensor, prepared: Tensor) -> Tensor:
+        return self.levels.centers(stored)
+
+    def mean(self, params: Tensor) -> Tensor:
+        mean: Tensor = self.moments(params)[0]
+        return mean.clamp(-1.0, 1.0)
+
+    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
+        if not self.has_levels:
+            raise ValueError("float images (data.bits=32) have no levels, so no bits/dim")
+        return self.levels.density_to_level_nats(
+            nll_nats, num_dims, is_dequantized=self.needs_uniform
+        )
+
+    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
+        return self.moments.at_floor_fraction(params)
+
+
+class Gaussian(Density):
+    def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
+        mean, log_variance = self.moments(params)
+        squares = (images - mean).square() * torch.exp(-log_variance)
+        return -0.5 * (squares + log_variance + math.log(2 * math.pi))
+
+    def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
+        return _draw(self.moments, params, generator).clamp(-1.0, 1.0)
+
+
+class DiscretizedGaussian(Likelihood):
+    """Probabilities of levels; images are centers of levels.
+
+    `mean` is that of the normal variable clipped to [-1, 1], which differs from the mean of the
+    levels by less than rounding to levels does.
+    """
+
+    needs_uniform = False
+    has_levels = True
+
+    def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
+        super().__init__()
+        self.moments = NormalMoments(config, channels=channels)
+        self.levels = levels
+
+    def num_params(self, channels: int) -> int:
+        return self.moments.num_params(channels)
+
+    def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
+        return self.levels.centers(stored)
+
+    def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
+        mean, log_variance = self.moments(params)
+        precision = torch.exp(-0.5 * log_variance)
+        center = (images - mean) * precision
+        half_width = (self.levels.half_width * precision).expand_as(center)
+        inside = log_probability_of_bin(center, half_width)
+        is_lowest, is_highest = self.levels.at_lowest(images), self.levels.at_highest(images)
+        outward = log_ndtr(half_width + torch.where(is_lowest, center, -center))
+        return torch.where(is_lowest | is_highest, outward, inside)
+
+    def mean(self, params: Tensor) -> Tensor:
+        mean, log_variance = self.moments(params)
+        return clipped_mean(mean, torch.exp(0.5 * log_variance))
+
+    def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
+        return self.levels.nearest(_draw(self.moments, params, generator))
+
+    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
+        return nll_nats
+
+    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
+        return self.moments.at_floor_fraction(params)
+
+
+def _draw(moments: NormalMoments, params: Tensor, generator: torch.Generator) -> Tensor:
+    mean, log_variance = moments(params)
+    noise = torch.randn(mean.shape, generator=generator, device=params.device)
+    return mean + torch.exp(0.5 * log_variance) * noise
