@@ -23,7 +23,8 @@ def test_without_an_accelerator_batches_stay() -> None:
     assert Transfer(torch.device("cpu"))(given) is given
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_cuda_device_gets_the_same_values() -> None:
     transfer = Transfer(torch.device("cuda"))
     for given in (batch(pin=True) for _ in range(20)):
