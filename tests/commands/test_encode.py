@@ -1,72 +1,39 @@
-"""`encode` and `decode` through their entry points."""
+"""What `encode` writes, through its entry point."""
 
 from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
-import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-import webdataset as wds
 from PIL import Image
 
-from tests.support.distributed import run_ranks
-from tests.support.latent_data import SIZES, write_photos, write_spatial_run
-from tests.support.tiny_run import tiny_config, write_images, write_run
-from vae_dist import decode, encode, reconstruct
+from tests.support.encoding import (
+    COUNT,
+    DAMAGED,
+    encoded,
+    keys,
+    level_noise,
+    photo_run,
+    samples_of,
+    source_image,
+    tensors_of,
+)
+from tests.support.latent_data import SIZES, write_photos
+from tests.support.tiny_run import tiny_config, write_run
+from vae_dist import decode, encode
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.data.index import load_index
-from vae_dist.data.writer import ShardWriter, write_shards
-from vae_dist.inference import tiles
-from vae_dist.inference.encoding import folder, writing
-from vae_dist.inference.load import load_model, open_images
-from vae_dist.inference.sampling import posteriors
-from vae_dist.runfolder import RunFolder, RunLock
-from vae_dist.tracking.images import to_uint8
-
-COUNT = 23
-DAMAGED = (4, 11)
-SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cpu", "threads=1")
+from vae_dist.data.writer import write_shards
+from vae_dist.inference.load import load_model
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A spatial model, and beside it `photos`: 23 samples of three sizes, two of them damaged."""
-    folder = tmp_path_factory.mktemp("work")
-    write_photos(folder / "photos", COUNT, damaged=DAMAGED)
-    return write_spatial_run(folder / "run", folder / "photos")
-
-
-def keys(run: Path, out: Path, *more: str) -> list[str]:
-    return [f"run={run}", f"data={run.parent}/photos", f"out={out}", *SMALL, *more]
-
-
-def encoded(run: Path, out: Path, *more: str) -> dict[str, Any]:
-    assert encode.main(keys(run, out, *more)) == 0
-    summary: dict[str, Any] = json.loads((out / "encode.json").read_text())
-    return summary
-
-
-def samples_of(out: Path) -> list[dict[str, Any]]:
-    """As a plain webdataset user reads them."""
-    shards = sorted(str(path) for path in out.glob("*.tar"))
-    return list(wds.WebDataset(shards, shardshuffle=False))
-
-
-def tensors_of(out: Path) -> list[dict[str, torch.Tensor]]:
-    return [safetensors.torch.load(s["latent.safetensors"]) for s in samples_of(out)]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return photo_run(tmp_path_factory.mktemp("work"))
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,32 +67,17 @@ def test_latents_are_those_of_the_model(run: Path, tmp_path: Path) -> None:
     loaded = load_model(command)
     for found, sample in zip(tensors_of(out), samples_of(out), strict=True):
         number = json.loads(sample["json"])["number"]
-        source = write_source(run.parent / "photos", number)
+        source = source_image(run.parent / "photos", number)
         height, width = SIZES[number % 3]
         assert found["image_size"].tolist() == [height, width]
         mean, log_variance = loaded.model.encode(
-            loaded.model.likelihood.prepare(source, noise(number, source))
+            loaded.model.likelihood.prepare(source, level_noise(number, source))
         )
         assert found["mean"].shape == (3, height // 2, width // 2)
         torch.testing.assert_close(found["mean"], mean[0].detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             found["log_variance"], log_variance[0].detach(), rtol=1e-4, atol=1e-5
         )
-
-
-def write_source(photos: Path, number: int) -> torch.Tensor:
-    """The image of a sample, uint8 (1, C, H, W), read by webdataset and Pillow."""
-    shards = sorted(str(path) for path in photos.glob("*.tar"))
-    sample = list(wds.WebDataset(shards, shardshuffle=False))[number]
-    pixels = np.array(Image.open(io.BytesIO(sample["png"])))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-
-
-def noise(number: int, image: torch.Tensor) -> torch.Tensor:
-    from vae_dist.randomness import torch_generator
-
-    generator = torch_generator(0, "eval-levels", number)
-    return torch.rand(tuple(image.shape[1:]), generator=generator)[None]
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -167,8 +119,8 @@ def test_mirrored_images(run: Path, tmp_path: Path) -> None:
     encoded(run, tmp_path / "out", "dtype=fp32", "flip=true", "content=mean")
     loaded = load_model(EncodeCommand(run=str(run), device="cpu", data="", out=""))
     found = tensors_of(tmp_path / "out")[1]
-    source = write_source(run.parent / "photos", 1)
-    prepared = loaded.model.likelihood.prepare(source, noise(1, source))
+    source = source_image(run.parent / "photos", 1)
+    prepared = loaded.model.likelihood.prepare(source, level_noise(1, source))
     mean, _ = loaded.model.encode(prepared.flip(3))
     torch.testing.assert_close(found["mean_flip"], mean[0].detach(), rtol=1e-4, atol=1e-5)
     assert set(found) == {"mean", "mean_flip", "image_size"}
@@ -200,294 +152,6 @@ def test_another_resolution(run: Path, tmp_path: Path) -> None:
     summary = encoded(run, tmp_path / "out", "resolution=[8,12]")
     assert summary["image_sizes"] == {"8x12": COUNT - 2}
     assert encode.main(keys(run, tmp_path / "no", "resolution=big")) == 2
-
-
-# damage, kills, processes
-
-
-def test_too_much_damage_stops(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert encode.main(keys(run, out, "max_skipped_fraction=0.05")) == 2
-    message = capsys.readouterr().err
-    assert "2 of 23 images cannot be read" in message and "sample 4: " in message
-    assert not out.exists()
-    encoded(run, out)  # goes on, with the limit of the other tests
-    encoded(run, tmp_path / "fresh")
-    assert files_of(out) == files_of(tmp_path / "fresh")
-
-
-def test_a_finished_folder_is_left_alone(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    encoded(run, out)
-    before = files_of(out)
-    encoded(run, out)
-    assert "nothing is left to do" in capsys.readouterr().out
-    assert files_of(out) == before
-    assert encode.main(keys(run, out, "dtype=bf16")) == 2
-    assert "another dtype (fp16 there, bf16 here)" in capsys.readouterr().err
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "file").write_text("")
-    assert encode.main(keys(run, tmp_path / "used")) == 2
-    assert "in use" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("at", [1, 9, 17])
-def test_a_killed_encode_goes_on(
-    run: Path, tmp_path: Path, at: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """kill -9 while sample `at` is written; then the same command, and refusals of others."""
-    out = tmp_path / "out"
-
-    def killed() -> None:
-        write, count = ShardWriter.write, 0
-
-        def write_or_die(self: ShardWriter, sample: Any) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(self, sample)
-
-        ShardWriter.write = write_or_die  # type: ignore[method-assign]
-        encode.main(keys(run, out))
-
-    process = multiprocessing.get_context("fork").Process(target=killed)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert not out.exists()
-    partial = tmp_path / "out.partial"
-    whole = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
-    assert bool(whole) == (at > 1)
-    assert encode.main(keys(run, out, "content=mean")) == 2
-    assert "another content (moments there, mean here)" in capsys.readouterr().err
-    assert encode.main(keys(run, out, "checkpoint=10")) == 2
-    assert "another step (20 there, 10 here)" in capsys.readouterr().err
-    encoded(run, out)
-    assert not partial.exists() and not (out / ".encode").exists()
-    assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
-    encoded(run, tmp_path / "straight")
-    assert files_of(out) == files_of(tmp_path / "straight")
-
-
-@pytest.mark.parametrize(("world", "shard_mb"), [(2, 0.02), (3, 0.02), (2, 10)])
-def test_any_number_of_processes_writes_the_same(
-    run: Path, tmp_path: Path, world: int, shard_mb: float
-) -> None:
-    """Of the 6 shards, or of a single one: then a rank has nothing to do."""
-    size = f"shard_mb={shard_mb}"
-    encoded(run, tmp_path / "one", size)
-    assert run_ranks(world, encode.main, keys(run, tmp_path / "many", size)) == [0] * world
-    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
-
-
-def test_what_goes_wrong_on_one_process_is_raised_on_all(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def full(path: Path, data: bytes) -> None:
-        if os.environ["RANK"] == "1":
-            raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(writing, "write_durably", full)
-    assert run_ranks(2, encode.main, keys(run, tmp_path / "out")) == [2, 2]
-    assert "rank 1" in (message := capfd.readouterr().err) and "No space left" in message
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_loader_processes_change_nothing(run: Path, tmp_path: Path) -> None:
-    other = tmp_path / "run"
-    write_spatial_run(other, run.parent / "photos")
-    text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace("workers: 0", "workers: 2"))
-    encoded(run, tmp_path / "none")
-    assert encode.main([*keys(run, tmp_path / "two")[1:], f"run={other}"]) == 0
-    for path in (tmp_path / "none").glob("*.tar"):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-
-
-@pytest.mark.slow
-def test_accelerate_launch_writes_the_same(run: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    encoded(run, tmp_path / "one")
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, "--main_process_port", "0", "-m", "vae_dist.encode"]
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *command, *keys(run, tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "on 2 x cpu" in done.stdout, time.monotonic() - started
-    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
-
-
-def test_keys_that_a_tar_cannot_name(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, "PNG")
-    sample: dict[str, str | bytes] = {"__key__": "k" * 90, "png": file.getvalue()}
-    write_shards([sample], tmp_path / "long", num_shards=1)
-    assert encode.main([*keys(run, tmp_path / "out"), f"data={tmp_path}/long"]) == 2
-    assert "give it a shorter key" in capsys.readouterr().err
-
-
-# back to images
-
-
-def test_decoded_latents_are_the_reconstructions(tmp_path: Path) -> None:
-    """Of undamaged images, so that both count alike; fp32, so that no rounding stands between."""
-    write_photos(tmp_path / "photos", 6)
-    run = write_spatial_run(tmp_path / "run", tmp_path / "photos")
-    encoded(run, tmp_path / "latents", "dtype=fp32")
-    folder, data = tmp_path / "decoded", f"data={tmp_path}/latents"
-    assert decode.main([f"run={run}", data, f"out={folder}", "device=cpu"]) == 0
-    command = EncodeCommand(run=str(run), device="cpu", data="", out="")
-    model = load_model(command).model
-    pictures = sorted(folder.glob("*.png"))
-    assert [path.stem for path in pictures[:2]] == ["000000-part0_0000", "000001-part0_0001"]
-    for number, path in enumerate(pictures):
-        source = write_source(run.parent / "photos", number)
-        uniform = noise(number, source)
-        mean, _ = model.encode(model.likelihood.prepare(source, uniform))
-        picture = model.likelihood.mean(model.decode(mean, SIZES[number % 3]))[0]
-        expected = ((picture + 1) * 127.5).round().clamp(0, 255)
-        found = np.array(Image.open(path)).transpose(2, 0, 1).astype(int)
-        assert np.abs(found - expected.detach().numpy()).max() <= 1
-        assert found.std() > 1
-
-
-def test_the_grid_shows_what_reconstruct_shows(tmp_path: Path) -> None:
-    write_photos(tmp_path / "photos", 4, sizes=[(100, 104)])
-    run = write_spatial_run(tmp_path / "run", tmp_path / "photos")
-    encoded(run, tmp_path / "latents", "dtype=fp32")
-    decoded, pairs = tmp_path / "decoded.png", tmp_path / "pairs.png"
-    data = f"data={tmp_path}/latents"
-    assert decode.main([f"run={run}", data, f"out={decoded}", "num_images=4", "device=cpu"]) == 0
-    assert reconstruct.main([f"run={run}", f"out={pairs}", "num_images=4", "device=cpu"]) == 0
-    ours, theirs = (
-        np.array(Image.open(decoded)).astype(int),
-        np.array(Image.open(pairs)).astype(int),
-    )
-    assert ours.shape == (2 * 102 + 2, 2 * 106 + 2, 3)
-    below = theirs[2 + 102 :][:100]  # the first row of reconstructions
-    width = min(ours.shape[1], below.shape[1])
-    assert np.abs(ours[2:102, :width] - below[:, :width])[:, 2:106].max() <= 1
-
-
-def test_decode_refuses_what_is_not_its_own(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = f"data={run.parent}/photos"
-    assert decode.main([f"run={run}", photos, f"out={tmp_path}/a.png", "device=cpu"]) == 2
-    assert "it has no .latent.safetensors" in capsys.readouterr().err
-    encoded(run, tmp_path / "latents")
-    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
-    config.data.train = config.data.validation = str(run.parent / "photos")
-    config.model.latent_channels = 5
-    write_run(tmp_path / "other", config, SIZES[0])
-    keys = [f"run={tmp_path}/other", f"data={tmp_path}/latents", f"out={tmp_path}/a.png"]
-    assert decode.main([*keys, "device=cpu"]) == 2
-    assert "does not fit this model" in capsys.readouterr().err
-
-
-def test_a_vector_latent_with_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both towers are told the label, which decode reads from the carried .cls member."""
-    pixels = np.random.default_rng(0).integers(1, 256, (5, 28, 28), dtype=np.uint8)
-    write_images(tmp_path / "digits", pixels)
-    config = tiny_config(num_classes=3)
-    config.data.train = config.data.validation = str(tmp_path / "digits")
-    config.likelihood.binarization = "soft"
-    write_run(tmp_path / "run", config, (28, 28))
-    run, data = f"run={tmp_path}/run", f"data={tmp_path}/digits"
-    assert encode.main([run, data, f"out={tmp_path}/latents", "dtype=fp32", "device=cpu"]) == 0
-    found = tensors_of(tmp_path / "latents")
-    assert [tuple(t["mean"].shape) for t in found] == [(3,)] * 5
-    loaded = load_model(EncodeCommand(run=f"{tmp_path}/run", device="cpu", data="", out=""))
-    assert open_images(loaded.config, "", create=False).index.num_samples == 5
-    mean, _ = posteriors(loaded.model, torch.from_numpy(pixels)[:, None], seed=0)
-    torch.testing.assert_close(torch.stack([t["mean"] for t in found]), mean.cpu())
-    out = f"out={tmp_path}/decoded"
-    assert decode.main([run, f"data={tmp_path}/latents", out, "device=cpu"]) == 0
-    assert len(list((tmp_path / "decoded").glob("*.png"))) == 5
-    assert encode.main([run, data, f"out={tmp_path}/tiled", "tile=8", "device=cpu"]) == 2
-    assert "a vector latent holds the whole image" in capsys.readouterr().err
-    assert decode.main([run, f"data={tmp_path}/latents", out, "tile=8", "device=cpu"]) == 2
-    assert "a vector latent holds the whole image" in capsys.readouterr().err
-
-
-def test_two_at_once_do_not_share_a_folder(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    work = RunFolder(tmp_path / "out.partial" / writing.WORK)
-    with RunLock(work):  # as the first one holds it
-        assert encode.main(keys(run, out)) == 2
-    message = capsys.readouterr().err
-    assert f"out={out}: in use by process {os.getpid()}" in message and "with out=FOLDER" in message
-    encoded(run, out)
-    assert not list(out.rglob("lock.json")) and not (tmp_path / "out.partial").exists()
-
-
-def test_another_process_may_finish_just_before_the_lock_is_taken(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    plan = folder.plan_shards
-
-    def late(*args: Any) -> Any:
-        monkeypatch.setattr(folder, "plan_shards", plan)
-        encoded(run, out)
-        return plan(*args)
-
-    monkeypatch.setattr(folder, "plan_shards", late)
-    encoded(run, out)
-    assert "nothing is left to do" in capsys.readouterr().out
-    assert not (tmp_path / "out.partial").exists()
-
-
-# other kinds of images
-
-
-def test_large_images_in_tiles(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The latents are those of `tiles.encode`, not those of the whole image."""
-    write_photos(tmp_path / "photos", 2, sizes=[(48, 72)])
-    native = (f"data={tmp_path}/photos", "resolution=native", "dtype=fp32")
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    encoded(run, out, *native, "tile=32")
-    encoded(run, whole, *native)
-    assert encode.main(keys(run, out, *native, "tile=16")) == 2
-    assert "another tile (32 there, 16 here)" in capsys.readouterr().err
-    model = load_model(EncodeCommand(run=str(run), device="cpu", data="", out="")).model
-    stored = tensors_of(out)
-    for number, (latents, untiled) in enumerate(zip(stored, tensors_of(whole), strict=True)):
-        source = write_source(tmp_path / "photos", number)
-        prepared = model.likelihood.prepare(source, noise(number, source))
-        mean, log_variance = tiles.encode(model, prepared, tile=32)
-        torch.testing.assert_close(latents["mean"], mean[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(latents["log_variance"], log_variance[0], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(latents["mean"], untiled["mean"], atol=1e-4)
-    pictures = tmp_path / "pictures"
-    data = [f"run={run}", f"data={out}", f"out={pictures}", "device=cpu"]
-    assert decode.main([*data, "tile=32"]) == 0
-    z = torch.stack([one["mean"] for one in stored])
-    params = tiles.decode(model, z, (48, 72), tile=32)
-    expected = to_uint8(model.likelihood.mean(params)).permute(0, 2, 3, 1).numpy()
-    found = np.stack([np.array(Image.open(path)) for path in sorted(pictures.glob("*.png"))])
-    np.testing.assert_array_equal(found, expected)
-    assert encode.main(keys(run, tmp_path / "small", *native, "tile=4")) == 2
-    assert "too few to overlap; give at least tile=16" in capsys.readouterr().err
 
 
 def test_aspect_buckets(tmp_path: Path) -> None:
