@@ -26,7 +26,7 @@ from vae_dist.data.stream import Batch
 from vae_dist.data.writer import write_shards
 from vae_dist.plan import Data
 from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime, has_accelerator
+from vae_dist.runtime import Runtime, computes_bf16, has_accelerator
 from vae_dist.session import _with_data
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from vae_dist.training.loop import Trainer
@@ -45,7 +45,11 @@ class Setting:
 def make_setting(words: Sequence[str]) -> Setting:
     """Of a training command's words. Raises ConfigError."""
     config = load_train_config(list(words))
-    config = automatic.resolve_precision(config, has_accelerator=has_accelerator(config.runtime))
+    config = automatic.resolve_precision(
+        config,
+        has_accelerator=has_accelerator(config.runtime),
+        has_bf16=computes_bf16(config.runtime),
+    )
     runtime = Runtime.start(config.runtime, precision=config.training.precision)
     config, data = _with_data(with_perceptual_kind(config, runtime), runtime)
     return Setting(config, runtime, data)

@@ -31,7 +31,7 @@ from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
 from vae_dist.pictures import RunPainter
 from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime, has_accelerator
+from vae_dist.runtime import Runtime, computes_bf16, has_accelerator
 from vae_dist.tracking.machine import UpdateRatio
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, WandbSink
 from vae_dist.tracking.throughput import Meter
@@ -54,7 +54,11 @@ def main() -> None:
 def measure(out: Path, nowhere: TextIO) -> None:
     shards = [f"data.{part}={out}/data/{part}" for part in ("train", "validation")]
     config = load_train_config(["config=mnist", "wandb.mode=offline", *shards, *sys.argv[1:]])
-    config = automatic.resolve_precision(config, has_accelerator=has_accelerator(config.runtime))
+    config = automatic.resolve_precision(
+        config,
+        has_accelerator=has_accelerator(config.runtime),
+        has_bf16=computes_bf16(config.runtime),
+    )
     runtime = Runtime.start(config.runtime, precision=config.training.precision)
     data = load_data(config, runtime)
     config = automatic.resolve(config, mean_sample_bytes=data.train.mean_sample_bytes)

@@ -146,11 +146,3 @@ def exact_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def has_native_bf16() -> bool:
-    """Whether this CPU computes in bfloat16; elsewhere it is emulated, slower than float32."""
-    return any(
-        getattr(torch.cpu, name, bool)()
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vae_dist.compilation import has_native_bf16
 from vae_dist.config.automatic import divisors
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import ShardIndex
@@ -18,7 +17,7 @@ from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.words import added_terms_in_words
-from vae_dist.runtime import Runtime
+from vae_dist.runtime import Runtime, computes_bf16
 from vae_dist.tracking.machine import peak_flops
 
 
@@ -82,8 +81,8 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
 def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
     """Precision, and how it is carried out."""
     words = [f"precision {config.training.precision}"]
-    if runtime.device.type == "cpu" and config.training.precision == "no" and has_native_bf16():
-        words[0] += " (this CPU has bfloat16: training.precision=bf16 may be faster)"
+    if config.training.precision == "bf16" and not computes_bf16(config.runtime):
+        words[0] += " (this CPU emulates it: training.precision=no is several times faster)"
     if config.runtime.compile == "true":
         words.append("compiled")
     if config.runtime.channels_last == "true":

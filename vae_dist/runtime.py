@@ -46,6 +46,15 @@ def has_accelerator(config: RuntimeConfig) -> bool:
     return config.device == "auto" and torch.accelerator.is_available()
 
 
+def computes_bf16(config: RuntimeConfig) -> bool:
+    """Whether this process trains on a device that computes in bfloat16; a CPU without it emulates
+    it, several times slower than float32."""
+    return has_accelerator(config) or any(
+        getattr(torch.cpu, name, bool)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
 def precision_problem(precision: str) -> str | None:
     """Why the launcher's precision is not this config's, or None when it is."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

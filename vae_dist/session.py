@@ -35,7 +35,7 @@ from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbat
 from vae_dist.models.build import build_vae
 from vae_dist.plan import Data, costs, largest_size, plan
 from vae_dist.runfolder import EXIT_INTERRUPTED, RunFolder, RunLock
-from vae_dist.runtime import RankFailed, Runtime, has_accelerator
+from vae_dist.runtime import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.tracking.sinks import Sink, WandbSink, say
 from vae_dist.training.ending import Ending
 from vae_dist.training.guard import TrainingFailed
@@ -68,7 +68,8 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         return 1
     startup.mark("ranks")
     try:
-        config = runtime.together(lambda: _agreed_config(config, folder))
+        has_bf16 = all(runtime.gather(computes_bf16(config.runtime)))
+        config = runtime.together(lambda: _agreed_config(config, folder, has_bf16=has_bf16))
         config = with_perceptual_kind(config, runtime)
         runtime.together(lambda: runtime.use_precision(config.training.precision))
         if config.dry_run:
@@ -84,10 +85,12 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         runtime.stop()
 
 
-def _agreed_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """The config with what the run in the folder, or this machine, makes of `auto`."""
+def _agreed_config(config: TrainConfig, folder: RunFolder, *, has_bf16: bool) -> TrainConfig:
+    """The config with what the run in the folder, or the ranks' machines, make of `auto`."""
     return automatic.resolve_precision(
-        as_in_run_folder(config, folder), has_accelerator=has_accelerator(config.runtime)
+        as_in_run_folder(config, folder),
+        has_accelerator=has_accelerator(config.runtime),
+        has_bf16=has_bf16,
     )
 
 

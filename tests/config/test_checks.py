@@ -243,24 +243,27 @@ def test_resolve_fills_a_copy_and_keeps_what_was_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "has_accelerator", "expected"),
+    ("given", "has_accelerator", "has_bf16", "expected"),
     [
-        ("auto", True, "bf16"),
-        ("auto", False, "no"),
-        ("fp16", True, "fp16"),
-        ("bf16", False, "bf16"),
+        ("auto", True, True, "bf16"),
+        ("auto", False, True, "bf16"),  # a CPU that has it
+        ("auto", False, False, "no"),
+        ("fp16", True, True, "fp16"),
+        ("bf16", False, False, "bf16"),
     ],
 )
-def test_the_precision_is_resolved_once(given: str, has_accelerator: bool, expected: str) -> None:
+def test_the_precision_is_resolved_once(
+    given: str, has_accelerator: bool, has_bf16: bool, expected: str
+) -> None:
     given_config = config(training__precision=given)
-    found = resolve_precision(given_config, has_accelerator=has_accelerator)
+    found = resolve_precision(given_config, has_accelerator=has_accelerator, has_bf16=has_bf16)
     assert found.training.precision == expected and given_config.training.precision == given
 
 
 def test_fp16_needs_an_accelerator() -> None:
     half = config(training__precision="fp16")
     with pytest.raises(ConfigError, match=r"training\.precision=fp16 needs an accelerator"):
-        resolve_precision(half, has_accelerator=False)
+        resolve_precision(half, has_accelerator=False, has_bf16=False)
 
 
 def test_slots_and_window_of_aspect_buckets() -> None:

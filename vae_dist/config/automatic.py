@@ -76,12 +76,15 @@ def launch_problem(environment: Mapping[str, str]) -> str | None:
     )
 
 
-def resolve_precision(config: TrainConfig, *, has_accelerator: bool) -> TrainConfig:
-    """A copy in which training.precision has a concrete value, which this machine can train in."""
+def resolve_precision(config: TrainConfig, *, has_accelerator: bool, has_bf16: bool) -> TrainConfig:
+    """A copy in which training.precision has a concrete value, which these machines can train in.
+
+    `has_bf16`: every rank's device computes in bfloat16 rather than emulating it.
+    """
     resolved = copy.deepcopy(config)
     training = resolved.training
     if training.precision == "auto":
-        training.precision = "bf16" if has_accelerator else "no"
+        training.precision = "bf16" if has_bf16 else "no"
     elif training.precision == "fp16" and not has_accelerator:
         raise ConfigError(
             "training.precision=fp16 needs an accelerator, and there is none; use bf16 or no"

@@ -256,7 +256,8 @@ class TrainingConfig:
         neutral=True,
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
-        "auto", "autocast of the forward; auto: bf16 on an accelerator, no (float32) on CPU"
+        "auto",
+        "autocast of the forward; auto: bf16 where every device computes in it, else no (float32)",
     )
     ema_decay: float = knob(0.999, "decay per step of the averaged weights")
     train_only: Literal["all", "decoder"] = knob(
