@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +173,41 @@ def test_a_console_on_a_full_disk_loses_lines_and_nothing_else() -> None:
     console.banner("vae_dist", ["output runs/x"])
     console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
     console.say("warning: step 1: no log (No space left on device); training goes on")
+
+
+def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when ssh drops: the other end of the pseudo terminal is closed while the bar moves."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    errors: list[object] = []
+    monkeypatch.setattr("threading.excepthook", errors.append)
+    master, slave = os.openpty()
+    with contextlib.suppress(OSError), os.fdopen(slave, "w") as stream:
+        console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
+        bar = console._progress
+        assert bar is not None
+        os.close(master)
+        bar.refresh()  # as its thread does ten times a second
+        sys.stderr.write("a line of another package\n")
+        console.advance(1)
+        console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+        console.image(1, "images/samples", Path("samples.png"), "")
+        console.banner("vae_dist", LINES)
+        console.say("warning: step 1")
+        assert console._progress is None and not bar.live.is_started
+        console.close("finished")
+    assert errors == []
+
+
+def test_a_terminal_that_is_slow_keeps_its_bar(terminal: io.StringIO) -> None:
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    console = ConsoleSink(start_step=0, stop_step=9, stream=Slow(), terminal=True)
+    console.say("a line")
+    console.say("another")
+    assert console._progress is not None
+    console.close("finished")

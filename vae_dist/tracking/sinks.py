@@ -15,9 +15,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -141,12 +141,44 @@ def _timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
+class _Terminal:
+    """What rich writes to. A terminal goes away with its ssh session or tmux server: from then on
+    `is_gone`, and what is written is lost. The bar's own thread and the redirected stderr write
+    here too, so that neither meets an error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.is_gone = False
+
+    def write(self, text: str) -> int:
+        with self._no_error():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._no_error():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _no_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:  # it is slow, no more
+            pass
+        except OSError:
+            self.is_gone = True
+
+
 class ConsoleSink:
     """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row, but
     of training rows at most five a second; the latter also under SLURM.
 
     On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
-    `say` prints a line of text that does not disturb the bar; print nothing else meanwhile.
+    `say` prints a line of text that does not disturb the bar; print nothing else meanwhile. What
+    cannot be written is lost; no method raises OSError.
     """
 
     def __init__(
@@ -163,6 +195,7 @@ class ConsoleSink:
         self._pictured_step = -1
         self._stop_step, self._next_line_s = stop_step, 0.0
         self._progress: Progress | None = None
+        self._terminal = _Terminal(self._stream)
         self._task = TaskID(0)
         if terminal:
             self._progress = Progress(
@@ -171,7 +204,7 @@ class ConsoleSink:
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[figures]}"),
                 TimeElapsedColumn(),  # shows life between two rows
-                console=Console(file=self._stream, force_terminal=True),
+                console=Console(file=cast(TextIO, self._terminal), force_terminal=True),
                 expand=True,
                 transient=True,
             )
@@ -181,15 +214,21 @@ class ConsoleSink:
             self._progress.start()
             atexit.register(self._progress.stop)  # else an error leaves the cursor hidden
 
+    def _bar(self) -> Progress | None:
+        """None where there is no terminal, or no longer."""
+        if self._terminal.is_gone:
+            self.close("")
+        return self._progress
+
     def say(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(escape(text), highlight=False, soft_wrap=True)
+        if (bar := self._bar()) is not None:
+            bar.console.print(escape(text), highlight=False, soft_wrap=True)
         else:
             say(f"{_timestamp(int(time.time()))} {text}", self._stream)
 
     def banner(self, title: str, lines: list[str]) -> None:
         """Lines that begin with their label: framed on a terminal, else one after the other."""
-        if self._progress is None:
+        if (bar := self._bar()) is None:
             for line in lines:
                 self.say(line)
             return
@@ -200,24 +239,25 @@ class ConsoleSink:
             label, _, text = line.partition(" ")
             facts.add_row(Text(label), Text(text))
         panel = Panel(facts, title=Text(title), title_align="left", border_style="blue")
-        self._progress.console.print(panel)
+        bar.console.print(panel)
 
     def advance(self, step: int) -> None:
         """Move the bar between two rows; without a terminal this prints nothing."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        if (bar := self._bar()) is not None:
+            bar.update(self._task, completed=step)
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
+        bar = self._bar()
         evaluation = {key: row[key] for key in _of_evaluation(tuple(row))}
         training = row
         if evaluation:
             training = {key: value for key, value in row.items() if key not in evaluation}
-        if training and self._progress is None and self._is_worth_a_line(step):
+        if training and bar is None and self._is_worth_a_line(step):
             self.say(format_row(step, training))
         if evaluation:
             self.say(format_row(step, evaluation))
-        if "train/loss" in row and self._progress is not None:
-            self._progress.update(self._task, completed=step, figures=_bar_figures(row))
+        if "train/loss" in row and bar is not None:
+            bar.update(self._task, completed=step, figures=_bar_figures(row))
 
     def _is_worth_a_line(self, step: int) -> bool:
         """Of training rows that come faster than a person reads, some have none."""
@@ -233,9 +273,9 @@ class ConsoleSink:
             self.say(f"step={step} pictures in {png_path.parent}")
 
     def close(self, status: str) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        bar, self._progress = self._progress, None
+        if bar is not None:
+            bar.stop()
 
 
 _BAR_FIGURES: dict[str, Callable[[float], str]] = {
