@@ -184,20 +184,22 @@ def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(
     errors: list[object] = []
     monkeypatch.setattr("threading.excepthook", errors.append)
     master, slave = os.openpty()
-    with contextlib.suppress(OSError), os.fdopen(slave, "w") as stream:
-        console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
-        bar = console._progress
-        assert bar is not None
-        os.close(master)
-        bar.refresh()  # as its thread does ten times a second
-        sys.stderr.write("a line of another package\n")
-        console.advance(1)
-        console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
-        console.image(1, "images/samples", Path("samples.png"), "")
-        console.banner("vae_dist", LINES)
-        console.say("warning: step 1")
-        assert console._progress is None and not bar.live.is_started
-        console.close("finished")
+    stream = os.fdopen(slave, "w")
+    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
+    bar = console._progress
+    assert bar is not None
+    os.close(master)
+    bar.refresh()  # as its thread does ten times a second
+    sys.stderr.write("a line of another package\n")
+    console.advance(1)
+    console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+    console.image(1, "images/samples", Path("samples.png"), "")
+    console.banner("vae_dist", LINES)
+    console.say("warning: step 1")
+    assert console._progress is None and not bar.live.is_started
+    console.close("finished")
+    with contextlib.suppress(OSError):
+        stream.close()
     assert errors == []
 
 
