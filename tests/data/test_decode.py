@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
 
 from vae_dist.data.decode import decode_sample, size_of_sample
@@ -219,6 +220,58 @@ def test_simplejpeg_and_pillow_agree() -> None:
     data = encode(Image.fromarray(COLOUR).resize((64, 48)), "JPEG", quality=90)
     by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
     np.testing.assert_allclose(decode(data, "jpg", channels=3), by_pillow, atol=2)
+
+
+def test_damaged_pixels_of_a_jpeg_are_refused() -> None:
+    """Every other kind of damage that libjpeg only warns of: Pillow would show what it made up."""
+    image = Image.fromarray(np.add.outer(3 * np.arange(32), np.arange(48)).astype(np.uint8))
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 2}):
+        whole = encode(image, "JPEG", **options)
+        right = decode(whole, "jpg")
+        for at in range(whole.index(b"\xff\xda") + 12, len(whole) - 2, 5):
+            data = whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :]
+            try:
+                simplejpeg.decode_jpeg(data, "GRAY")
+            except ValueError as error:
+                if "before marker 0xd9" not in str(error):
+                    with pytest.raises(DamagedSampleError, match="JPEG"):
+                        decode(data, "jpg")
+        for data in (whole[:-40], whole[:-2]):
+            with pytest.raises(DamagedSampleError, match=r"Premature end|truncated"):
+                decode(data, "jpg")
+        assert (decode(whole + b"abc", "jpg") == right).all()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_touched_byte_of_a_png_is_refused(bits: int) -> None:
+    """Also the last ones of the pixels, which Pillow does not compare with their checksum."""
+    ramp = SMOOTH[:12, :12]
+    whole = encode(Image.fromarray(ramp)) if bits == 8 else png16(ramp.astype(np.uint16))
+    decode(whole, bits=bits)
+    for at in range(len(whole)):
+        data = whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :]
+        with pytest.raises(DamagedSampleError):
+            decode(data, bits=bits)
+    assert (decode(whole[:-12], bits=bits) == decode(whole, bits=bits)).all()  # no end mark
+    with pytest.raises(DamagedSampleError, match="cut off"):
+        decode(whole[:-13], bits=bits)
+
+
+def test_a_jpeg_with_harmless_warnings_is_read() -> None:
+    whole = encode(Image.fromarray(SMOOTH), "JPEG")
+    right = decode(whole, "jpg")
+    tables = whole.index(b"\xff\xc4")
+    scan = whole.index(b"\xff\xda")
+    harmless = {
+        "between segments": whole[:tables] + b"abc" + whole[tables:],
+        "behind the pixels": whole[:-2] + bytes(20) + whole[-2:],
+        "odd parameters": whole[: scan + 8] + b"\x3e" + whole[scan + 9 :],
+        "JFIF revision": whole[:11] + b"\x09" + whole[12:],
+    }
+    for name, data in harmless.items():
+        with pytest.raises(ValueError):
+            simplejpeg.decode_jpeg(data, "GRAY")
+        assert (decode(data, "jpg") == right).all(), name
 
 
 def test_arrays_of_any_number_of_channels() -> None:

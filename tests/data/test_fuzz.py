@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.data.conftest import identities, marked_png
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.buckets import make_buckets
+from vae_dist.data.decode import decode_image
 from vae_dist.data.index import ShardIndex, index_shard, load_index, write_sidecar
 from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader, single_sample
@@ -212,8 +213,8 @@ def _one_shard(folder: Path) -> Path:
 )
 @settings(max_examples=60, deadline=None)
 def test_damaged_bytes_have_a_named_outcome(edits: list[tuple[float, bytes]], keep: float) -> None:
-    """Whatever happens to a shard after it was indexed: an image is either one of those that were
-    packed, at its own place, or it is named as damaged; nothing else is raised."""
+    """Whatever happens to a shard after it was indexed: an image is either the one that was packed
+    at its place, or it is named as damaged; nothing else is raised."""
     with tempfile.TemporaryDirectory() as name:
         path = _one_shard(Path(name))
         index = load_index(str(path), key="data.train", create=False)
@@ -224,7 +225,6 @@ def test_damaged_bytes_have_a_named_outcome(edits: list[tuple[float, bytes]], ke
             data[at : at + len(piece)] = piece[: len(data) - at]
         path.write_bytes(bytes(data[: int(keep * len(data))]))
         reader = SampleReader(index, MARKED, seed=0)
-        offsets = index.offsets(0)
         damaged = 0
         for i, sample in enumerate(reader.read(0, 0, COUNT)):
             try:
@@ -235,8 +235,7 @@ def test_damaged_bytes_have_a_named_outcome(edits: list[tuple[float, bytes]], ke
             except ShardError as error:
                 assert "pixels, but the first one" in str(error)  # another size: data.resolution
                 continue
-            untouched = whole[offsets[i] : offsets[i + 1]] == sample
-            assert not untouched or identities(image) == [(3, i)]
+            assert identities(image) == [(3, i)]  # a PNG has checksums
         order = Order(index.lengths, lanes=4, window=4, seed=0)
         try:
             steps = {"start_step": 0, "stop_step": 3}
@@ -287,11 +286,11 @@ def test_a_file_of_less_than_no_bytes_ends_the_reading(tmp_path: Path, size: byt
     st.integers(0, 400),
 )
 @settings(max_examples=150, deadline=None)
-def test_damaged_images_decode_to_their_shape_or_are_refused(
+def test_damaged_images_are_refused_or_of_an_allowed_shape(
     suffix: str, place: float, piece: bytes, cut: int
 ) -> None:
-    from vae_dist.data.decode import decode_image
-
+    """PNG has checksums, so that touched bytes are refused or change no pixel. Of JPEG that is so
+    where libjpeg warns; otherwise, and for WebP and arrays, nothing says that pixels are others."""
     data = bytearray(ENCODED[suffix])
     at = int(place * len(data))
     data[at : at + len(piece)] = piece
@@ -302,6 +301,8 @@ def test_damaged_images_decode_to_their_shape_or_are_refused(
         return
     assert image.dtype == np.uint8 and image.ndim == 3 and len(image) == 3
     assert image.shape[1] * image.shape[2] <= 100_000
+    if suffix == "png":
+        assert (image == WHOLE["png"]).all()
 
 
 def _encoded() -> dict[str, bytes]:
@@ -324,6 +325,10 @@ def _encoded() -> dict[str, bytes]:
 
 
 ENCODED = _encoded()
+WHOLE = {
+    suffix: decode_image(suffix, data, channels=3, max_pixels=1000)
+    for suffix, data in ENCODED.items()
+}
 
 
 def test_a_shard_that_is_shorter_than_its_index_loses_its_last_samples(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ are), by its alpha channel (from half opaque on) or by floats that are NaN where
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +38,7 @@ PIXEL_TYPES: dict[int, np.dtype[Any]] = {  # by data.bits; what is cut to 5 bits
     16: np.dtype(np.uint16),
     32: np.dtype(np.float32),
 }
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY_PNG = 0  # colour type
 MAX_NPY_HEADER = 10_000  # bytes
 MASK_MEMBER = "mask.png"
@@ -204,7 +207,25 @@ def open_by_pillow(data: bytes, image_format: str, max_pixels: int) -> Image.Ima
         )
     if image.mode not in CONVERTIBLE:
         raise DamagedSampleError(f"images of mode {image.mode} cannot be read; convert it to RGB")
+    if image_format == "PNG":
+        _check_png(data)
     return image
+
+
+def _check_png(data: bytes) -> None:
+    """Compare the checksums of all chunks: Pillow leaves out those of the pixels. Raises
+    DamagedSampleError."""
+    view, at = memoryview(data), len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        checksum = view[at + 8 + length : at + 12 + length]
+        if len(checksum) < 4:
+            raise DamagedSampleError("damaged PNG (it is cut off)")
+        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(checksum, "big"):
+            raise DamagedSampleError(f"damaged PNG (checksum of the {ascii(name)[2:-1]} chunk)")
+        if name == b"IEND":
+            return
+        at += 12 + length
 
 
 def _decode_by_pillow(
@@ -258,7 +279,7 @@ def _orientation_of(image: Image.Image) -> int:
 
 def is_png16(data: bytes) -> bool:
     """Whether the header of a PNG names 16 bits a channel."""
-    return len(data) > 25 and data.startswith(b"\x89PNG\r\n\x1a\n") and data[24] == 16
+    return len(data) > 25 and data.startswith(PNG_SIGNATURE) and data[24] == 16
 
 
 def decode_png16(data: bytes, *, max_pixels: int) -> np.ndarray:
@@ -267,6 +288,7 @@ def decode_png16(data: bytes, *, max_pixels: int) -> np.ndarray:
     Raises DamagedSampleError.
     """
     image = _opened(data, "PNG", max_pixels)
+    _check_png(data)
     turn = _orientation_of(image)
     try:
         if data[25] == GREY_PNG:

@@ -1,7 +1,8 @@
 """JPEG by simplejpeg (libjpeg-turbo), about twice as fast as Pillow.
 
 In: the bytes of a JPEG. Out: uint8 (H, W, C), upright after its EXIF orientation; or None where
-Pillow must decide: simplejpeg is not installed, CMYK, or bytes that it calls damaged.
+Pillow must decide: simplejpeg is not installed, CMYK, or what it does not take but does not call
+damaged pixels either. Pillow does not hear libjpeg's warnings, so those are acted upon here.
 
 libjpeg can decode at k/8 of the size. Only 1/2, 1/4 and 1/8 are used: the other scales are slower
 and round the grid up, so that a resize afterwards stretches the picture.
@@ -9,6 +10,7 @@ and round the grid up, so that a resize afterwards stretches the picture.
 
 from __future__ import annotations
 
+import re
 import struct
 
 import numpy as np
@@ -29,6 +31,12 @@ EXIF_MARK = b"Exif\0\0"
 MAX_SEGMENT = 1 << 16  # bytes
 SHORT_HEAD = 1 << 11  # bytes, enough for the tables of most files
 START_OF_SCAN = b"\xff\xda"
+# Warnings after which libjpeg makes pixels up: coded pixels end early, hold a code that is none, or
+# go on where a restart marker or the next scan should be. No damage is what warns of the header
+# alone: bytes between its segments, an unknown JFIF revision, odd parameters of a sequential scan.
+WRONG_PIXELS = ("Corrupt JPEG data", "Inconsistent progression", "Premature end of JPEG")
+# Cameras fill up files behind the last pixel.
+PADDING = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")
 SEGMENTS_IN_FRONT = frozenset((*range(0xE0, 0xF0), 0xFE))  # APP0 to APP15, comments
 
 
@@ -43,24 +51,27 @@ def decode_jpeg(
     """uint8 (H, W, channels), channels 1 or 3, or None: let Pillow try.
 
     room: (H, W, C) in one piece; an upright image of that size is decoded there.
-    Raises DamagedSampleError when the header names more than max_pixels.
+    Raises DamagedSampleError when the header names more than max_pixels, and for damaged pixels.
     """
     if simplejpeg is None:
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if height * width > max_pixels:
-            raise DamagedSampleError(
-                f"{width} x {height} pixels are more than data.max_pixels={max_pixels}"
-            )
-        if space == "CMYK":
-            return None
-        turn = orientation(data)
-        scale = 1
-        if at_least is not None:
-            needed = at_least[::-1] if turn in TRANSPOSED else at_least
-            scale = _scale(height, width, needed)
-        fits = room is not None and scale == 1 and room.shape == (height, width, channels)
+    except ValueError:
+        return None
+    if height * width > max_pixels:
+        raise DamagedSampleError(
+            f"{width} x {height} pixels are more than data.max_pixels={max_pixels}"
+        )
+    if space == "CMYK":
+        return None
+    turn = orientation(data)
+    scale = 1
+    if at_least is not None:
+        needed = at_least[::-1] if turn in TRANSPOSED else at_least
+        scale = _scale(height, width, needed)
+    fits = room is not None and scale == 1 and room.shape == (height, width, channels)
+    try:
         pixels = simplejpeg.decode_jpeg(
             data,
             COLOURSPACES[channels],
@@ -68,9 +79,9 @@ def decode_jpeg(
             min_width=0 if scale == 1 else -(-width // scale),
             buffer=room if fits and turn == 1 else None,
         )
-    except DamagedSampleError:
-        raise
-    except ValueError:
+    except ValueError as error:
+        if str(error).startswith(WRONG_PIXELS) and not PADDING.match(str(error)):
+            raise DamagedSampleError(f"damaged JPEG ({error})") from None
         return None
     return upright(pixels, turn)
 
@@ -88,7 +99,8 @@ def is_plain_jpeg(data: bytes | memoryview, channels: int, size: tuple[int, int]
 
 
 def decode_into(data: bytes | memoryview, room: np.ndarray) -> bool:
-    """Decode a plain JPEG in `room`, uint8 (H, W, C) in one piece; False: let Pillow try."""
+    """Decode a plain JPEG in `room`, uint8 (H, W, C) in one piece; False: `decode_jpeg` says why
+    not, or decodes it after all."""
     try:
         simplejpeg.decode_jpeg(data, COLOURSPACES[room.shape[2]], buffer=room)
     except ValueError:
