@@ -2,6 +2,7 @@
 # Trains on this machine: one process per visible GPU, or two CPU processes where there is none.
 #   launch/local.sh config=mnist [key=value ...]
 #   PROCESSES=4 launch/local.sh config=celeba64         another number; it must divide data.slots
+#   SAVE_SECONDS=600 launch/local.sh ...                how long a stop may take to save (default: 240)
 #   PYTHON=.venv/bin/python launch/local.sh ...         the Python that has vae_dist (default: python)
 set -euo pipefail
 
@@ -15,4 +16,7 @@ if ((processes > 1)); then
   # any free one, so that two runs on one machine do not meet.
   options+=(--multi_gpu --main_process_port 0)
 fi
+# Of a SIGUSR1 the launcher would die at once, and it would kill what still saves after 30 s.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
 exec "$python" -m accelerate.commands.launch "${options[@]}" -m vae_dist.train "$@"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from tests.commands.test_train import environment, wait_for_row
+from tests.commands.test_train import ROOT, environment, wait_for_row
 from tests.support.distributed import run_ranks
 from tests.support.faults import Ranks
 from tests.support.training import (
@@ -86,31 +86,49 @@ def test_a_run_folder_that_vanishes_stops_nothing_but_the_record(tmp_path, digit
 # the launcher
 
 
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu")
+ACCELERATE_LAUNCH = (*ACCELERATE, "--num_processes", "2", "--main_process_port", "0")
+LAUNCHERS = {
+    "accelerate launch": [*ACCELERATE_LAUNCH, "-m", "vae_dist.train"],
+    "launch/local.sh": ["bash", str(ROOT / "launch" / "local.sh")],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["launcher", "one worker"])
-def test_a_signal_under_accelerate_launch(tmp_path, digits, whom):
+@pytest.mark.parametrize(
+    ("launcher", "number", "whom", "code"),
+    [
+        # the agent's code is 1 for every one but 0: status.json has the truth
+        ("accelerate launch", signal.SIGTERM, "launcher", 1),
+        ("accelerate launch", signal.SIGTERM, "one worker", 1),
+        ("accelerate launch", signal.SIGUSR1, "launcher", -signal.SIGUSR1),
+        ("accelerate launch", signal.SIGKILL, "launcher", -signal.SIGKILL),
+        ("launch/local.sh", signal.SIGUSR1, "launcher", 1),
+    ],
+)
+def test_a_signal_under_a_launcher(tmp_path, digits, launcher, number, whom, code):
     run = tmp_path / "run"
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     options = arguments(run, digits, "training.steps=100000", "optimizer.schedule=constant", *QUIET)
-    command = [*launch, "--main_process_port", "0", "-m", "vae_dist.train", *options]
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [*LAUNCHERS[launcher], *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment(PYTHON=sys.executable, PROCESSES="2"),
     )
     try:
         wait_for_row(run, 3, process)
         family = psutil.Process(process.pid).children(recursive=True)
         workers = [p for p in family if p.environ().get("LOCAL_RANK") == "1"]
-        os.kill(process.pid if whom == "launcher" else workers[0].pid, signal.SIGTERM)
+        os.kill(process.pid if whom == "launcher" else workers[0].pid, number)
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     found = status(run)
     assert found["status"] == "interrupted" and found["step"] == max(steps_of(run)), output
-    assert process.returncode == 1  # the agent's, for every code but 0: status.json has the truth
+    assert process.returncode == code
+    if code < 0:
+        assert found["reason"] == f"the launcher, process {process.pid}, is gone"
     end = time.monotonic() + 20
     while any(p.is_running() for p in family) and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,5 +1,6 @@
 """Requests to stop, counted in processes of their own: the second one ends the process."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -72,3 +73,29 @@ def test_handlers_are_put_back():
     assert stop.reason == "signal SIGTERM"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "reason"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, "agent", "the launcher, process {pid}, is gone"),
+        ({}, "accelerate", "the launcher, process {pid}, is gone"),
+        ({}, "shell", "signal SIGTERM"),  # a run under nohup outlives its shell
+    ],
+)
+def test_a_launcher_that_is_gone_is_a_request(variables, name, reason):
+    parent = subprocess.Popen(
+        ["bash", "-c", '"$@" & echo $!; wait', name, sys.executable, "-c", CHILD],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**{k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}, **variables},
+    )
+    assert parent.stdout is not None
+    child_pid = int(parent.stdout.readline())
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.wait()
+    time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child_pid, signal.SIGTERM)
+    assert parent.communicate(timeout=20)[0] == reason.format(pid=parent.pid) + "\n"

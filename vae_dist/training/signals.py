@@ -1,6 +1,9 @@
 """Signals that ask a run to stop: caught from the first line of the command on, and counted.
 
-In: SIGTERM, SIGUSR1 and SIGINT of this process. Out: `reason`, for the loop to act on at a step.
+In: SIGTERM, SIGUSR1 and SIGINT of this process, and the life of the launcher that started it. Out:
+`reason`, for the loop to act on at a step. A launcher that is killed passes nothing on, and its
+processes would train on, unknown to whoever starts the command again.
+
 A second request ends the process at once; checkpoints are replaced atomically, so none is harmed.
 Schedulers and elastic agents deliver one request several times (to the process, to its group, from
 the agent again), so what follows within BURST_S is the same request.
@@ -18,6 +21,8 @@ import threading
 import time
 from types import FrameType
 
+import psutil
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BURST_S = 2.0
 
@@ -26,12 +31,20 @@ class StopSignals:
     """Use as a context manager on the main thread; `reason` is empty until the first signal."""
 
     def __init__(self) -> None:
-        self.reason = ""
+        self._reason = ""
+        self._launcher: int | None = None
         self._previous: dict[signal.Signals, object] = {}
         self._previous_descriptor = -1
         self._reader = self._writer = -1
 
+    @property
+    def reason(self) -> str:
+        if not self._reason and self._launcher not in (None, os.getppid()):
+            self._reason = f"the launcher, process {self._launcher}, is gone"
+        return self._reason
+
     def __enter__(self) -> StopSignals:
+        self._launcher = _launcher()
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)  # as set_wakeup_fd wants it
         threading.Thread(target=self._count, name="stop-signals", daemon=True).start()
@@ -48,7 +61,7 @@ class StopSignals:
         os.close(self._writer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or f"signal {signal.Signals(number).name}"
+        self._reason = self._reason or f"signal {signal.Signals(number).name}"
 
     def _count(self) -> None:
         """In a thread: the first signal, its burst, and the end of the process at the next one."""
@@ -61,3 +74,16 @@ class StopSignals:
             elif time.monotonic() - first_s > BURST_S:
                 os._exit(128 + number)
         os.close(self._reader)
+
+
+def _launcher() -> int | None:
+    """The parent process where it is a launcher, which outlives what it starts. Others may leave:
+    a shell goes with its ssh session while the run stays under nohup."""
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return parent
+    try:  # `accelerate launch` of one process has no elastic agent
+        command = psutil.Process(parent).cmdline()
+    except psutil.Error:
+        return None
+    return parent if any("accelerate" in word for word in command[:4]) else None
