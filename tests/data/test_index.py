@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset as wds
 from webdataset.tariterators import base_plus_ext
 
 from tests.data.conftest import LENGTHS
@@ -19,7 +22,9 @@ from vae_dist.data.index import (
     resolve_shards,
     write_index,
 )
-from vae_dist.data.tar import key_and_suffix
+from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.tar import DamagedSampleError, key_and_suffix, sample_starts
+from vae_dist.data.transforms import ImageSettings
 
 
 @pytest.fixture
@@ -82,6 +87,56 @@ def test_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int) -> None:
     starts = [member.offset for member in files if member.name.endswith(".png")]
     end = files[-1].offset_data + 512
     assert index_shard(path).tolist() == [*starts, end]
+
+
+def write_files(path: Path, *names: str) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+
+
+METADATA = ["__meta__", "__meta__/a.json", "__meta__.json", "__MACOSX/a.png", "__a.png", "__.png"]
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_metadata_is_what_webdataset_says(tmp_path: Path, name: str, place: int) -> None:
+    names = ["a.png", "b.png"]
+    names.insert(place, name)
+    write_files(path := tmp_path / "a.tar", *names)
+    index = load_index(str(path), key="k", create=True)
+    reader = SampleReader(index, ImageSettings(1, (1, 1), True, 10), seed=0)
+    found = [single_sample(d, "a.tar") for d in reader.read(0, 0, index.num_samples)]
+    expected = list(wds.WebDataset(str(path), shardshuffle=False))
+    assert [s.keys() - {"__url__"} for s in found] == [
+        s.keys() - {"__url__", "__local_path__"} for s in expected
+    ]
+    assert [s["__key__"] for s in found] == [s["__key__"] for s in expected]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path: Path, tar_format: int) -> None:
+    """Folders and links between samples are passed over; a header of zeros is damage."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for key in ("a", "b"):
+            for suffix in ("png", "cls"):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size, member.mtime = 3, 1.5
+                tar.addfile(member, io.BytesIO(b"abc"))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+                member = tarfile.TarInfo("between")
+                member.type, member.linkname = kind, "a.png"
+                tar.addfile(member)
+    (first, second), end = sample_starts(str(path))
+    for sample in (path.read_bytes()[first:second], path.read_bytes()[second:end]):
+        assert single_sample(sample, "a.tar").keys() == {"__key__", "__url__", "png", "cls"}
+        for at in range(0, len(sample), 512):
+            zeroed = sample[:at] + bytes(512) + sample[at + 512 :]
+            with contextlib.suppress(DamagedSampleError):
+                assert single_sample(zeroed, "a.tar").keys() >= {"png", "cls"}
 
 
 def test_loading_makes_what_is_missing_and_then_reads_it(copied: Path) -> None:

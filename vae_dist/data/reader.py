@@ -24,7 +24,7 @@ from vae_dist.data.labels import CLS, NO_LABEL, UnknownClassError, label_of
 from vae_dist.data.masks import DRAWN
 from vae_dist.data.order import Run
 from vae_dist.data.remote import read_range
-from vae_dist.data.tar import DamagedSampleError, ShardError, key_and_suffix, members
+from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
 from vae_dist.data.transforms import ImageSettings, transform
 
 NUM_PROBED = 100  # samples that are tried for the size of native images
@@ -237,7 +237,7 @@ def single_sample(data: bytes | memoryview, url: str, *, copied: bool = True) ->
     sample: dict[str, Any] = {}
     for name, content in members(data):
         key, suffix = key_and_suffix(name)
-        if key is None:
+        if key is None or is_metadata(name):
             continue
         suffix = suffix.lower()
         if sample.setdefault("__key__", key) != key:

@@ -25,6 +25,7 @@ MAX_CHECKSUM = 255 * 504 + 8 * ord(" ")
 LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
 SPECIAL = (LONG_NAME, PAX, b"K", b"g")
 REGULAR = (b"0", b"\0")
+METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset leaves out (`skip_meta`)
 _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
 
@@ -68,11 +69,12 @@ def parse_header(block: bytes) -> Header:
 def members(data: bytes | memoryview) -> Iterator[tuple[str, memoryview]]:
     """Name and content, not copied, of the regular files in the bytes of one or more samples.
 
-    Raises DamagedSampleError at a damaged header and where the bytes end too early.
+    Raises DamagedSampleError at a damaged header and where the bytes end too early. A header of
+    zeros is a damaged one: the bytes of samples hold no end mark.
     """
     data = memoryview(data)
     at, long_name = 0, None
-    while at < len(data) and data[at]:
+    while at < len(data):
         header = parse_header(bytes(data[at : at + BLOCK]))
         content = data[at + BLOCK : at + BLOCK + header.size]
         if len(content) < header.size:
@@ -114,7 +116,12 @@ def end_of_samples(path: str, end: int) -> bool:
 
 def _sample_key(name: bytes) -> str | None:
     text = _decoded(name)
-    return None if text.startswith("__") else key_and_suffix(text)[0]
+    return None if is_metadata(text) else key_and_suffix(text)[0]
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a file of that name belongs to no sample, after webdataset's rule."""
+    return name.startswith("__") and METADATA.match(name) is not None
 
 
 def key_and_suffix(name: str) -> tuple[str | None, str]:
