@@ -92,6 +92,7 @@ def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
     double: list[str] = []
     sizes: Counter[tuple[int, int]] = Counter()
     channels: Counter[int] = Counter()
+    masks: Counter[str] = Counter()
     with ProgressBar("verified", len(index.paths), unit="shards") as progress:
         reports = []
         for report in verify(index, max_pixels=max_pixels):
@@ -100,6 +101,7 @@ def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
     for report in reports:
         sizes.update(report.sizes)
         channels.update(report.channels)
+        masks.update(report.masks)
         if report.error:
             print(report.error, file=sys.stderr)
         double += [f"{report.path} {key}" for key in report.double]
@@ -115,6 +117,8 @@ def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes.most_common(NUM_SIZES))
     print(f"sizes HxW: {common or 'none'}; {len(sizes)} different")
     print(f"channels: {', '.join(f'{c} ({count})' for c, count in sorted(channels.items()))}")
+    for mask, count in sorted((+masks).items()):
+        print(f"incomplete: {count} samples, which data.mask={mask} reads")
     return damaged
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.data.conftest import marked_png
+from tests.data.conftest import marked_png, png
 from vae_dist.data.writer import write_shards
 from vae_dist.index import main
 
@@ -51,6 +53,29 @@ def test_verify_decodes_every_sample(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "shard-000000.tar sample 2: no readable PNG" in err
     assert "sizes HxW: 1x3 (5); 1 different" in out and "channels: 1 (5)" in out
     assert out.endswith("damaged=1 samples=6\n")
+
+
+def test_verify_reads_incomplete_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels, mask = np.zeros((3, 4), np.uint8), np.full((3, 4), 255, np.uint8)
+    pixels_with_nan = np.full((3, 4), np.nan, np.float32)
+    np.save(array := io.BytesIO(), pixels_with_nan)
+    samples = [
+        {"__key__": "a", "png": png(pixels), "mask.png": png(mask)},
+        {"__key__": "b", "npy": array.getvalue()},
+        {"__key__": "c", "png": png(pixels)},
+    ]
+    write_shards(samples, tmp_path / "whole", num_shards=1)
+    assert main([f"data={tmp_path / 'whole'}", "verify=true"]) == 0
+    out, err = capsys.readouterr()
+    assert "damaged" not in err and "sizes HxW: 3x4 (3); 1 different" in out
+    assert "incomplete: 1 samples, which data.mask=member reads" in out
+    assert "incomplete: 1 samples, which data.mask=nan reads" in out
+    samples[0]["mask.png"], samples[2]["mask.png"] = png(mask[:2]), b"no picture"
+    write_shards(samples, tmp_path / "damaged", num_shards=1)
+    assert main([f"data={tmp_path / 'damaged'}", "verify=true"]) == 1
+    err = capsys.readouterr().err
+    assert "sample 0: its mask is 2 x 4 pixels, but the image 3 x 4" in err
+    assert "sample 2: no readable PNG" in err
 
 
 def test_wrong_keys_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def decode_sample(
         raise DamagedSampleError("its .mask.png says what is missing: set data.mask=member")
     if mask in MASKS_OF_SAMPLES:
         return _with_mask(sample, mask, channels, bits=bits, max_pixels=max_pixels)
-    suffix, data = _image_of(sample)
+    suffix, data = image_of(sample)
     return decode_image(
         suffix,
         data,
@@ -84,7 +84,7 @@ def _with_mask(
     sample: Mapping[str, Any], kind: str, channels: int, *, bits: int, max_pixels: int
 ) -> np.ndarray:
     """Image and mask, (channels + 1, H, W), at their stored size."""
-    suffix, data = _image_of(sample)
+    suffix, data = image_of(sample)
     if kind == "nan":
         if suffix not in ARRAYS:
             raise DamagedSampleError(f"a .{suffix} holds no NaN; data.mask=nan reads .npy and TIFF")
@@ -98,21 +98,28 @@ def _with_mask(
         pixels = pixels[:-1]
     else:
         pixels = decode_image(suffix, data, channels=channels, max_pixels=max_pixels, bits=bits)
-        observed = np.ones(pixels.shape[1:], bool)
-        if MASK_MEMBER in sample:
-            shades = decode_image("png", sample[MASK_MEMBER], channels=1, max_pixels=max_pixels)
-            observed = shades[0] > 127
-    if observed.shape != pixels.shape[1:]:
+        observed = decode_mask(sample, pixels.shape[1:], max_pixels=max_pixels)
+    return np.concatenate([pixels, observed[None].astype(PIXEL_TYPES[bits])])
+
+
+def decode_mask(sample: Mapping[str, Any], size: tuple[int, ...], *, max_pixels: int) -> np.ndarray:
+    """Which pixels of an image of that size (H, W) its `.mask.png` calls observed, bool (H, W); all
+    where it has none. Raises DamagedSampleError."""
+    if MASK_MEMBER not in sample:
+        return np.ones(size, bool)
+    shades = decode_image("png", sample[MASK_MEMBER], channels=1, max_pixels=max_pixels)
+    observed = shades[0] > 127
+    if observed.shape != size:
         raise DamagedSampleError(
             f"its mask is {observed.shape[0]} x {observed.shape[1]} pixels, but the image "
-            f"{pixels.shape[1]} x {pixels.shape[2]}"
+            f"{size[0]} x {size[1]}"
         )
-    return np.concatenate([pixels, observed[None].astype(PIXEL_TYPES[bits])])
+    return observed
 
 
 def size_of_sample(sample: Mapping[str, Any], *, max_pixels: int) -> tuple[int, int]:
     """(H, W) of the upright image after its header alone. Raises DamagedSampleError."""
-    suffix, data = _image_of(sample)
+    suffix, data = image_of(sample)
     if suffix == "npy":
         shape, _, _, _ = _npy_header(data, max_pixels)
         return shape[-2], shape[-1]
@@ -134,11 +141,11 @@ def only_jpeg(sample: Mapping[str, Any]) -> bytes | memoryview | None:
     """The image of a sample if it is a JPEG, comes alone and without a mask."""
     if MASK_MEMBER in sample:
         return None
-    suffix, data = _image_of(sample)
+    suffix, data = image_of(sample)
     return data if suffix in ("jpg", "jpeg") else None
 
 
-def _image_of(sample: Mapping[str, Any]) -> tuple[str, bytes]:
+def image_of(sample: Mapping[str, Any]) -> tuple[str, bytes]:
     """Suffix and bytes of the one image of a sample."""
     names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES and name != MASK_MEMBER]
     if len(names) != 1:

@@ -1,4 +1,5 @@
-"""Reads every sample of a data set once: can it be decoded, is its key its own, how large is it.
+"""Reads every sample of a data set once: can it be decoded, is its key its own, how large is it,
+and does it say that pixels are missing.
 
 In: an index. Out: a `ShardReport` for each shard, in order, and what they sum up to.
 """
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from vae_dist.data.decode import SUFFIXES
+import numpy as np
+
+from vae_dist.data.decode import ARRAYS, MASK_MEMBER, decode_array, decode_mask, image_of
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.packing.picture import PictureSettings, prepare
 from vae_dist.data.reader import SampleReader, single_sample
@@ -29,6 +32,7 @@ class ShardReport:
     path: str
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
+    masks: Counter[str] = field(default_factory=Counter)  # samples by the data.mask they ask for
     damaged: list[tuple[int, str]] = field(default_factory=list)  # (index, reason)
     double: list[str] = field(default_factory=list)  # keys that an earlier sample has too
     error: str = ""  # why the shard as a whole cannot be read on
@@ -71,11 +75,15 @@ def _verify_sample(
         sample = single_sample(data, report.path)
         key = str(sample["__key__"])
         digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=12).digest()
-        names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES]
-        if len(names) != 1:
-            raise DamagedSampleError(f"a sample has one image, this one has {names or 'none'}")
-        suffix = names[0].rpartition(".")[2]
-        shape = prepare(suffix, sample[names[0]], PictureSettings(max_pixels=max_pixels)).shape
+        suffix, image = image_of(sample)
+        if suffix in ARRAYS:
+            pixels = decode_array(suffix, image, max_pixels=max_pixels, bits=None, missing=True)
+            shape = pixels.shape
+            report.masks["nan"] += bool(np.isnan(pixels).any())
+        else:
+            shape = prepare(suffix, image, PictureSettings(max_pixels=max_pixels)).shape
+        decode_mask(sample, shape[1:], max_pixels=max_pixels)
+        report.masks["member"] += MASK_MEMBER in sample
         report.channels[shape[0]] += 1
         report.sizes[shape[1], shape[2]] += 1
     except DamagedSampleError as error:
