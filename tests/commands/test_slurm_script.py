@@ -14,12 +14,14 @@ SRUN = """#!/bin/bash
 case $* in
   *checked_config*) echo "$RUN" ;;
   *--overlap*) ;;
-  *) [[ -z $STATUS ]] || echo "{\\"status\\": \\"$STATUS\\", \\"step\\": 1}" >"$RUN/status.json"
+  *) [[ -z $WARNED ]] || { kill -USR1 $PPID; /bin/sleep 0.05; }
+     [[ -z $STATUS ]] || echo "{\\"status\\": \\"$STATUS\\", \\"step\\": 1}" >"$RUN/status.json"
      echo x >"$RUN/logs/7-n.log"
      exit "$CODE" ;;
 esac
 """
 SCONTROL = """#!/bin/bash
+[[ $1 != show ]] || { echo "   PreemptEligibleTime=None PreemptTime=$PREEMPTED"; exit; }
 echo "$*" >>"$RUN/scontrol"
 kill -KILL $PPID
 """
@@ -28,7 +30,7 @@ kill -KILL $PPID
 def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sleep", "#!/bin/bash\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     job = {
@@ -40,6 +42,8 @@ def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
         "SLURM_NNODES": "1",
         "STATUS": "",
         "CODE": "0",
+        "WARNED": "",
+        "PREEMPTED": "None",
         **variables,
     }
     script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "config=debug"]
@@ -52,7 +56,10 @@ def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
         ("interrupted", "75", True),
         ("interrupted", "1", True),  # an elastic agent
         ("", "75", True),  # while it waited for the lock of a host that died
-        ("", "143", True),
+        ("", "143", False),  # srun ends the other tasks when one fails
+        ("running", "143", False),
+        ("failed", "143", False),
+        ("failed", "138", False),
         ("", "2", False),
         ("failed", "1", False),
     ],
@@ -62,6 +69,18 @@ def test_who_is_requeued(tmp_path: Path, status: str, code: str, is_requeued: bo
     asked = tmp_path / "run" / "scontrol"
     assert asked.exists() == is_requeued, done.stdout + done.stderr
     assert is_requeued or done.returncode == int(code)
+
+
+@pytest.mark.parametrize("signs", [{"WARNED": "1"}, {"PREEMPTED": "2026-01-02T03:04:05"}])
+@pytest.mark.parametrize(
+    ("status", "code", "is_requeued"),
+    [("", "143", True), ("", "138", True), ("running", "143", True), ("failed", "143", False)],
+)
+def test_after_a_warning_a_task_that_a_signal_ended_is_requeued(
+    tmp_path: Path, signs: dict[str, str], status: str, code: str, is_requeued: bool
+) -> None:
+    done = submit(tmp_path, SLURM_NTASKS_PER_NODE="1", STATUS=status, CODE=code, **signs)
+    assert (tmp_path / "run" / "scontrol").exists() == is_requeued, done.stdout + done.stderr
 
 
 def test_tasks_without_their_number_a_node_are_refused_with_the_option(tmp_path: Path) -> None:
