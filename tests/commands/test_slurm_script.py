@@ -1,4 +1,5 @@
-"""What launch/slurm.sbatch decides; srun and scontrol are stand-ins. tests/slurm has a cluster."""
+"""What launch/slurm.sbatch and launch/pack.sbatch decide; srun, scontrol and Python are stand-ins.
+tests/slurm has a cluster."""
 
 from __future__ import annotations
 
@@ -87,3 +88,34 @@ def test_tasks_without_their_number_a_node_are_refused_with_the_option(tmp_path:
     done = submit(tmp_path)
     assert done.returncode != 0
     assert "submit with --ntasks-per-node=N" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "count", "parts", "shard_range"),
+    [
+        ("0", "8", "", "0/8"),
+        ("7", "8", "", "7/8"),
+        ("3", "1", "8", "3/8"),  # --array=3: this one again
+        ("5", "2", "8", "5/8"),  # --array=3,5
+        ("3", "1", "", None),
+        ("8", "8", "", None),  # --array=1-8, or 0-14:2
+        ("8", "1", "8", None),
+    ],
+)
+def test_a_task_packs_the_part_of_its_number(
+    tmp_path: Path, task: str, count: str, parts: str, shard_range: str | None
+) -> None:
+    job = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": "echo",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_ARRAY_TASK_ID": task,
+        "SLURM_ARRAY_TASK_COUNT": count,
+        "PARTS": parts,
+    }
+    script = ["bash", str(ROOT / "launch" / "pack.sbatch"), "source=a", "out=b"]
+    done = subprocess.run(script, env=job, capture_output=True, text=True, timeout=60)
+    if shard_range is None:
+        assert done.returncode == 2 and "set PARTS to the number of all" in done.stderr
+    else:
+        assert done.stdout == f"-m vae_dist.pack source=a out=b shard_range={shard_range}\n"
