@@ -381,7 +381,7 @@ def test_each_task_of_an_array_packs_its_part(linuxproc: Cluster, tmp_path: Path
     """The command line alone: `echo` stands for Python."""
     output = tmp_path / "pack-%a.out"
     job = linuxproc.submit(
-        "--array=1-3",
+        "--array=0-2",
         "--cpus-per-task=1",
         f"--output={output}",
         script="launch/pack.sbatch",
