@@ -13,7 +13,9 @@ import io
 import pickle
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); copy it again") from error
     num_axes = data[3] if len(data) > 3 else 0
     if data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * num_axes:
@@ -135,7 +137,7 @@ def download_mnist(
         for mirror in mirrors:
             try:
                 data = _fetch(f"{mirror}{name}.gz")
-            except (OSError, EOFError, ValueError) as error:
+            except (OSError, EOFError, ValueError, zlib.error, HTTPException) as error:
                 answers.append(f"{mirror}: {error}")
                 continue
             if hashlib.sha256(data).hexdigest() == digest:
@@ -206,7 +208,7 @@ def _cifar_files(path: Path) -> Iterator[tuple[str, bytes]]:
                 file = archive.extractfile(member) if member.isreg() else None
                 if file is not None:
                     yield member.name.rpartition("/")[2], file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"source={path}: cannot be read ({error}); copy it again") from error
 
 
