@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vae_dist.data.packing.picture import PictureSettings, prepare, thumbnail
+from vae_dist.data.packing.picture import PictureSettings, _resized, _target, prepare, thumbnail
 from vae_dist.data.tar import DamagedSampleError
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -48,7 +49,7 @@ def test_what_needs_no_change_is_kept_byte_for_byte(
     suffix: str, data: bytes, channels: int
 ) -> None:
     picture = prepare(suffix, data, PictureSettings())
-    assert picture == (suffix, data, (channels, 12, 20), True)
+    assert picture == (suffix, data, (channels, 12, 20), True, None)
 
 
 def test_a_suffix_that_lies_is_put_right() -> None:
@@ -117,3 +118,83 @@ def test_16_bit_pictures_are_not_resized_and_have_thumbnails() -> None:
         prepare("png", data, PictureSettings(size=8))
     sheet = thumbnail("png", data, 8)
     assert sheet.shape == (8, 8, 3) and sheet[0].mean() < 40 and sheet[-1].mean() > 215
+
+
+def test_missing_pixels_of_float_arrays_are_kept_and_drawn_black() -> None:
+    pixels = np.linspace(-1, 1, 240, dtype=np.float32).reshape(12, 20)
+    pixels[:6] = np.nan
+    data = npy(pixels)
+    assert prepare("npy", data, PictureSettings()).data == data
+    sheet = thumbnail("npy", data, 8)
+    assert (sheet[:3] == 0).all() and sheet[-1].mean() > 215
+    assert (thumbnail("npy", npy(np.full_like(pixels, np.nan)), 8) == 128).all()
+
+
+MASK = np.pad(np.zeros((3, 4), np.uint8), ((5, 4), (9, 7)), constant_values=255)
+
+
+@pytest.mark.parametrize("size", [None, 12, (12, 20)])
+def test_the_mask_of_a_picture_that_keeps_its_size_is_kept_byte_for_byte(size: Any) -> None:
+    settings = PictureSettings(size=size, format="webp")
+    picture = prepare("png", encode(COLOUR), settings, mask=encode(MASK))
+    assert not picture.kept and picture.mask == encode(MASK)
+
+
+@pytest.mark.parametrize("size", [7, (8, 8), (5, 16), (12, 13), (24, 20), (9, 31)])
+def test_no_missing_pixel_leaks_through_resizing_and_crop(size: Any) -> None:
+    picture = prepare("png", encode(COLOUR), PictureSettings(size=size), mask=encode(MASK))
+    assert picture.mask is not None
+    observed = decoded(picture.mask)
+    touched = np.zeros(picture.shape[1:], bool)
+    for row, column in np.argwhere(MASK == 0):
+        impulse = np.zeros(MASK.shape, np.float32)
+        impulse[row, column] = 1
+        touched |= np.asarray(_resized(Image.fromarray(impulse), size)) != 0
+    assert set(np.unique(observed)) == {0, 255} and observed.shape == touched.shape
+    assert not (observed[touched] == 255).any()
+    assert (observed == 0).sum() <= touched.sum() + 2 * sum(touched.shape)  # zeros of the filter
+
+
+@pytest.mark.parametrize("size", [7, 99, (8, 8), (5, 16), (12, 13), (24, 20)])
+def test_crops_are_those_of_pillow(size: Any) -> None:
+    image = Image.fromarray(COLOUR)
+    height, width = _target(12, 20, size)
+    np.testing.assert_array_equal(
+        _resized(image, size),
+        ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        if isinstance(size, tuple)
+        else image.resize((width, height), Image.Resampling.BICUBIC),
+    )
+
+
+def test_a_jpeg_with_a_mask_is_decoded_in_full_before_it_is_resized() -> None:
+    """At a quarter of its size, as the decoder offers, blocks of 8 pixels would leak."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    data, mask = encode(pixels, "JPEG"), encode(np.full((64, 64), 255, np.uint8))
+    picture = prepare("jpg", data, PictureSettings(size=8, format="png"), mask=mask)
+    want = Image.open(io.BytesIO(data)).resize((8, 8), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(decoded(picture.data), np.asarray(want))
+
+
+def test_a_mask_is_as_upright_as_its_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data, mask = encode(COLOUR, "JPEG", exif=exif), np.full((20, 12), 255, np.uint8)
+    mask[:10] = 0
+    picture = prepare("jpg", data, PictureSettings(size=6), mask=encode(mask))
+    assert picture.mask is not None and picture.shape == (3, 10, 6)
+    assert (decoded(picture.mask)[:5] == 0).all() and (decoded(picture.mask)[7:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (encode(MASK.T), "its mask is 20 x 12 pixels, but the picture 12 x 20"),
+        (b"no picture", "its mask: no readable PNG"),
+        (b"", "its mask: no readable PNG"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask: bytes, reason: str) -> None:
+    for settings in (PictureSettings(), PictureSettings(size=6)):
+        with pytest.raises(DamagedSampleError, match=reason):
+            prepare("png", encode(COLOUR), settings, mask=mask)

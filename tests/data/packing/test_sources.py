@@ -5,8 +5,8 @@ import gzip
 import hashlib
 import io
 import pickle
-import tarfile
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,34 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.picture_sources import opened, png, summary, write_tar
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.arrays import download_mnist, restricted_load
-from vae_dist.data.packing.items import Item, Listing, from_paths, numbered
-from vae_dist.data.packing.open import open_source
+from vae_dist.data.packing.arrays import download_mnist, read_idx, restricted_load
+from vae_dist.data.packing.items import Item, Listing, check_splits, from_paths, numbered
 
 RANDOM = np.random.default_rng(0)
 
 
-def png(seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def summary(items: list[Item]) -> dict[str, tuple[str | None, object]]:
-    return {item.name: (item.split, item.category) for item in items}
-
-
-def opened(path: Path, work: Path, *, labels: str = "") -> tuple[Listing, list[tuple[str, bytes]]]:
-    source = open_source(str(path), labels=labels, work_folder=work)
-    listing = source.list()
-    return listing, [source.read(item) for item in listing.items]
-
-
 def test_splits_and_categories_are_read_off_the_paths() -> None:
     def read(*paths: str) -> list[tuple[str | None, object]]:
-        return [(i.split, i.category) for i in from_paths((path, None, 1) for path in paths)]
+        return [(i.split, i.category) for i in from_paths(Item(path, None, 1) for path in paths)]
 
     assert read("a.png", "b.png") == [(None, None)] * 2
     assert read("cat/a.png", "dog/x/b.png") == [(None, "cat"), (None, "dog")]
@@ -61,6 +44,21 @@ def test_names_of_classes_become_numbers_in_alphabetical_order() -> None:
     assert [item.category for item in got] == [1, 0, None] and classes == ("cat", "dog")
     with pytest.raises(ConfigError, match="some classes are named and some are numbers"):
         numbered(Listing([*items, Item("b", None, 1, None, 3)], []))
+
+
+def test_names_that_are_numbers_are_ordered_as_numbers() -> None:
+    items = [Item(f"{i}/a.png", None, 1, None, str(i)) for i in range(12)]
+    got, classes = numbered(Listing(items, []))
+    assert [item.category for item in got] == list(range(12))
+    assert classes == tuple(map(str, range(12)))
+
+
+def test_a_split_between_classes_is_refused() -> None:
+    names = ("bus/0.png", "train/0.png", "car/0.png")
+    items = from_paths(Item(name, None, 1) for name in names)
+    with pytest.raises(ConfigError, match=r"train/0\.png: train\) and 2 to none \(bus/0\.png\)"):
+        check_splits(items)
+    check_splits(from_paths(Item(f"train/{name}", None, 1) for name in names))
 
 
 def test_a_folder(tmp_path: Path) -> None:
@@ -96,20 +94,40 @@ def test_a_zip_and_its_evil_members(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_a_tar_of_every_compression(tmp_path: Path, mode: str) -> None:
     path = tmp_path / f"in.tar{mode[1:].replace(':', '.')}"
-    with tarfile.open(path, mode) as archive:
-        members = {"x/a.png": png(0), "x/a.cls": b"7", "x/b.png": png(1), "../evil.png": png(2)}
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-        link = tarfile.TarInfo("x/link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+    members = {"x/a.png": png(0), "x/a.cls": b"7", "x/b.png": png(1), "../evil.png": png(2)}
+    write_tar(path, members, mode, link="x/link.png")
     listing, files = opened(path, tmp_path / "work")
     assert summary(listing.items) == {"x/a.png": (None, 7), "x/b.png": (None, None)}
     assert files == [("png", png(0)), ("png", png(1))]
     assert listing.refused == [("../evil.png", "a path with ..")]
     assert not (tmp_path / "evil.png").exists()
+
+
+def test_a_zip_that_has_a_name_twice_gives_both_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+        for i in range(2):
+            archive.writestr("a.png", png(i))
+    _, files = opened(path, tmp_path / "work")
+    assert files == [("png", png(0)), ("png", png(1))]
+
+
+def test_a_tar_of_the_folder_it_was_made_in(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in.tar", {"./cat/a.png": png(0), "./dog/b.png": png(1)})
+    listing, _ = opened(tmp_path / "in.tar", tmp_path / "work")
+    assert [item.category for item in listing.items] == ["cat", "dog"]
+
+
+def corrupt(data: bytes) -> bytes:
+    """A gzip file whose deflate stream is wrong: no OSError but zlib.error."""
+    return data[:10] + b"\xff" * 8 + data[18:]
+
+
+def test_a_tar_gz_with_a_damaged_stream_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.tar.gz").write_bytes(corrupt(gzip.compress(b"x" * 5000)))
+    with pytest.raises(ConfigError, match=r"in\.tar\.gz: cannot be unpacked"):
+        opened(tmp_path / "in.tar.gz", tmp_path / "work")
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_damaged_archives_are_named(tmp_path: Path) -> None:
@@ -164,12 +182,21 @@ def test_a_cut_idx_file_is_refused(tmp_path: Path) -> None:
         opened(tmp_path, tmp_path / "work")
 
 
+def test_a_damaged_idx_gz_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(corrupt(gzip.compress(idx(np.zeros((2, 4, 3), np.uint8)))))
+    with pytest.raises(ConfigError, match=r"ubyte\.gz: cannot be read"):
+        read_idx(path)
+
+
 @contextlib.contextmanager
 def served(files: dict[str, bytes]) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             data = files.get(self.path)
             self.send_response(404 if data is None else 200)
+            if self.path.startswith("/cut/"):
+                self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(data or b"")
 
@@ -190,11 +217,14 @@ def test_mnist_is_downloaded_from_the_mirror_that_has_it(tmp_path: Path) -> None
     sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     served_files = {f"/good/{name}.gz": gzip.compress(data) for name, data in files.items()}
     served_files |= {f"/other/{name}.gz": gzip.compress(b"other") for name in files}
+    served_files |= {f"/cut/{name}.gz": gzip.compress(b"cut") for name in files}
+    served_files |= {f"/damaged/{name}.gz": corrupt(gzip.compress(bytes(99))) for name in files}
     with served(served_files) as url:
-        mirrors = [f"{url}/none/", f"{url}/other/", f"{url}/good/"]
+        bad = ("none", "other", "cut", "damaged")
+        mirrors = [*(f"{url}/{kind}/" for kind in bad), f"{url}/good/"]
         download_mnist(tmp_path / "mnist", mirrors=mirrors, sha256=sha256)
         with pytest.raises(ConfigError) as refused:
-            download_mnist(tmp_path / "again", mirrors=mirrors[:2], sha256=sha256)
+            download_mnist(tmp_path / "again", mirrors=mirrors[:4], sha256=sha256)
     for name, data in files.items():
         assert (tmp_path / "mnist" / name).read_bytes() == data
     assert "404" in str(refused.value) and "its checksum differs" in str(refused.value)
@@ -213,14 +243,6 @@ def cifar_batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         )
         for i, name in enumerate(names)
     }
-
-
-def write_archive(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
 
 
 @pytest.mark.parametrize("kind", ["binary", "python", "python protocol 2"])
@@ -245,7 +267,7 @@ def test_cifar_of_both_kinds(tmp_path: Path, kind: str) -> None:
             {b"label_names": [name.encode() for name in names]}, protocol
         )
     path = tmp_path / f"cifar-10-{kind.split()[0]}.tar.gz"
-    write_archive(path, files)
+    write_tar(path, {f"cifar-10-batches/{name}": data for name, data in files.items()}, "w:gz")
     listing, pictures = opened(path, tmp_path / "work")
     assert listing.classes == tuple(names)
     assert [item.split for item in listing.items] == ["train"] * 10 + ["test"] * 2
@@ -267,73 +289,3 @@ def test_a_pickle_that_wants_more_than_arrays_is_refused_by_name(
     with pytest.raises(ConfigError, match=r"data_batch_1: .*builtins\.print, which is not admitt"):
         restricted_load(data, "data_batch_1")
     assert capsys.readouterr().out == ""
-
-
-# tables
-
-
-def test_celeba_after_its_lists(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "img_align_celeba.zip", "w") as archive:
-        for i in range(1, 5):
-            archive.writestr(f"img_align_celeba/{i:06d}.jpg", png(i))
-    partition = [f"{i:06d}.jpg {split}" for i, split in ((1, 0), (2, 1), (3, 2))]
-    (tmp_path / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
-    attributes = ["4", "Smiling Young "] + [f"{i:06d}.jpg  1 -1" for i in range(1, 5)]
-    (tmp_path / "list_attr_celeba.txt").write_text("\n".join(attributes) + "\n")
-    for path in (tmp_path, tmp_path / "img_align_celeba.zip"):
-        listing, files = opened(path, tmp_path / "work")
-        assert [item.split for item in listing.items] == ["train", "validation", "test"]
-        assert listing.items[1].extra == {"attributes": {"Smiling": 1, "Young": -1}}
-        assert files[0] == ("jpg", png(1))
-        assert [name for name, _ in listing.refused] == ["img_align_celeba/000004.jpg"]
-
-
-def test_labels_from_a_csv_file(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    for i in range(3):
-        (tmp_path / f"in/{i}.png").write_bytes(png(i))
-    labels = tmp_path / "labels.csv"
-    labels.write_text("file,label,split,age\n0.png,tabby,train,3\n1.png,siam,val,4\n")
-    listing, _ = opened(tmp_path / "in", tmp_path / "work", labels=str(labels))
-    assert summary(listing.items) == {"0.png": ("train", "tabby"), "1.png": ("validation", "siam")}
-    assert listing.items[0].extra == {"age": "3"}
-    assert listing.refused == [("2.png", f"not in labels={labels}")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a,b\n1,2\n", r"hold none of path, file"),
-        ("path,label\nx.png\n", "line 2 has another number of columns"),
-        ("path,split\n0.png,holdout\n", "line 2: split 'holdout' is unknown"),
-        ("path,label\nx.png,1\n", "names none of the 1 pictures"),
-    ],
-)
-def test_wrong_csv_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/0.png").write_bytes(png())
-    (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        opened(tmp_path / "in", tmp_path / "work", labels=str(tmp_path / "labels.csv"))
-
-
-def test_parquet_of_the_hub_kind(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
-    schema = pyarrow.schema([("image", kind), ("label", pyarrow.int64())])
-    for split, count in (("train", 3), ("test", 1)):
-        images = [{"bytes": png(i), "path": None} for i in range(count)]
-        images[-1] = images[-1] if split == "test" else {"bytes": None, "path": "x.png"}
-        table = pyarrow.table({"image": images, "label": [1] * count}, schema)
-        table = table.replace_schema_metadata({b"huggingface": features})
-        parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
-    listing, files = opened(tmp_path, tmp_path / "work")
-    assert [(i.split, i.category) for i in listing.items] == [
-        ("test", 1), ("train", 1), ("train", 1)
-    ]  # fmt: skip
-    assert listing.classes == ("cat", "dog")
-    assert files == [("png", png(0)), ("png", png(0)), ("png", png(1))]
-    assert listing.refused == [("train-00000-of-00001.parquet row 2", "no bytes of a picture")]

@@ -2,7 +2,8 @@
 
 Members of archives are read into memory and never written by their names; those with an absolute
 path or `..` are refused by name. A tar that is compressed is unpacked once into one plain tar in
-the work folder, so that pictures can be read in any order.
+the work folder, so that pictures can be read in any order. `NAME.mask.png` goes with NAME.png; of a
+tar also `NAME.cls`, `NAME.json` and `NAME.txt`, and other members are left out by kind.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.packing.items import (
     MAX_FILE_BYTES,
     SUFFIXES,
     Item,
     Listing,
     from_paths,
+    grouped,
     is_hidden,
+    member_of,
     suffix_of,
     why_unsafe,
+    why_wrong_size,
 )
+from vae_dist.data.packing.unpacked import write_once
 from vae_dist.data.tar import DamagedSampleError, files_of_tar
 
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
@@ -35,6 +42,8 @@ COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
+TAR_MEMBERS = ("cls", "json", MASK_MEMBER, "txt")  # of a sample, taken along with its picture
+MAX_LABEL_BYTES = 32  # of a .cls
 
 
 class FolderSource:
@@ -44,7 +53,7 @@ class FolderSource:
         self.folder = str(folder)
 
     def list(self) -> Listing:
-        found: list[tuple[str, Any, int]] = []
+        found: list[Item] = []
         refused: list[tuple[str, str]] = []
         for folder, subfolders, names in os.walk(self.folder):
             subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
@@ -53,16 +62,14 @@ class FolderSource:
                 inner = os.path.relpath(path, self.folder).replace(os.sep, "/")
                 if suffix_of(name) not in SUFFIXES or is_hidden(name):
                     continue
-                try:
-                    size = os.stat(path).st_size
-                except OSError as error:
-                    refused.append((inner, error.strerror or "cannot be read"))
-                    continue
-                if 0 < size <= MAX_FILE_BYTES:
-                    found.append((inner, None, size))
+                size, reason = _size_of(path)
+                reason = reason or why_wrong_size(inner, size)
+                if reason is None or member_of(inner)[1] == MASK_MEMBER:
+                    found.append(Item(inner, None, size))
                 else:
-                    refused.append((inner, "an empty file" if size == 0 else "too large"))
-        return Listing(from_paths(found), refused)
+                    refused.append((inner, reason))
+        pictures, alone = grouped(found, (MASK_MEMBER,))
+        return Listing(from_paths(pictures), refused + alone)
 
     def read(self, item: Item) -> tuple[str, bytes]:
         try:
@@ -70,6 +77,14 @@ class FolderSource:
                 return suffix_of(item.name), file.read()
         except OSError as error:
             raise DamagedSampleError(f"cannot be read ({error.strerror})") from None
+
+
+def _size_of(path: str) -> tuple[int, str | None]:
+    """Bytes of a file, or why they are not known."""
+    try:
+        return os.stat(path).st_size, None
+    except OSError as error:
+        return 0, error.strerror or "cannot be read"
 
 
 class ZipSource:
@@ -80,37 +95,33 @@ class ZipSource:
         self._opened: tuple[int, zipfile.ZipFile] | None = None  # by process
 
     def list(self) -> Listing:
-        found: list[tuple[str, Any, int]] = []
+        found: list[Item] = []
         refused: list[tuple[str, str]] = []
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, OSError) as error:
             raise ConfigError(f"source={self.path}: no readable zip file ({error})") from error
-        for member in members:
+        for number, member in enumerate(members):
             name = member.filename
             if member.is_dir() or is_hidden_or_other(name):
                 continue
-            reason = why_unsafe(name)
-            if member.flag_bits & 1:
+            reason = why_unsafe(name) or why_wrong_size(name, member.file_size)
+            if member.flag_bits & 1 and member_of(name)[1] != MASK_MEMBER:
                 reason = "encrypted"
-            elif member.file_size == 0:
-                reason = "an empty file"
-            elif member.file_size > MAX_FILE_BYTES:
-                reason = "too large"
             if reason is not None:
                 refused.append((name, reason))
             else:
-                found.append((name, None, member.file_size))
-        return Listing(from_paths(found), refused)
+                found.append(Item(name, number, member.file_size))
+        pictures, alone = grouped(found, (MASK_MEMBER,))
+        return Listing(from_paths(pictures), refused + alone)
 
     def read(self, item: Item) -> tuple[str, bytes]:
         try:
-            with self._archive().open(item.name) as file:
+            archive = self._archive()
+            with archive.open(archive.infolist()[item.place]) as file:  # names may be there twice
                 data = file.read(MAX_FILE_BYTES + 1)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, KeyError) as error:
-            raise DamagedSampleError(f"damaged in the zip file ({error})") from None
-        except Exception as error:  # zlib.error and others of the decompressors
+        except Exception as error:  # BadZipFile, OSError, zlib.error and others
             raise DamagedSampleError(f"damaged in the zip file ({error})") from None
         return suffix_of(item.name), data
 
@@ -134,35 +145,35 @@ class TarSource:
 
     def list(self) -> Listing:
         self.plain = [plain_tar(path, self.work_folder) for path in self.paths]
-        found: list[tuple[str, Any, int]] = []
+        pictures: list[Item] = []
         refused: list[tuple[str, str]] = []
-        labels: dict[tuple[int, str], tuple[int, int]] = {}
         for tar, path in enumerate(self.plain):
+            found: list[Item] = []
             for name, at, size in files_of_tar(path):
-                if suffix_of(name) == "cls":
-                    labels[tar, name.rpartition(".")[0]] = (at, size)
-                    continue
-                if is_hidden_or_other(name):
-                    continue
-                reason = why_unsafe(name)
-                if size == 0 or size > MAX_FILE_BYTES:
-                    reason = "an empty file" if size == 0 else "too large"
+                reason = why_unsafe(name) or why_wrong_size(name, size)
                 if reason is not None:
                     refused.append((name, reason))
-                else:
-                    found.append((name, (tar, at, size), size))
-        items = from_paths(found)
-        return Listing([self._labelled(item, labels) for item in items], refused)
+                elif not is_hidden(name):
+                    found.append(Item(name, (tar, at, size), size))
+            own, left_out = grouped(found, TAR_MEMBERS)
+            pictures += own
+            refused += left_out
+        return Listing([self._labelled(item) for item in from_paths(pictures)], refused)
 
-    def _labelled(self, item: Item, labels: dict[tuple[int, str], tuple[int, int]]) -> Item:
-        found = labels.get((item.place[0], item.name.rpartition(".")[0]))
+    def _labelled(self, item: Item) -> Item:
+        """The item with its .cls for a category."""
+        files = dict(item.companions)
+        found = files.pop("cls", None)
         if found is None:
             return item
-        text = self._read(item.place[0], found[0], min(found[1], 32))
+        tar, at, size = found.place
+        text = self._read(tar, at, min(size, MAX_LABEL_BYTES))
+        category: int | str
         try:
-            return item._replace(category=int(text))
+            category = int(text)
         except ValueError:
-            return item._replace(category=text.decode("utf-8", "replace").strip())
+            category = text.decode("utf-8", "replace").strip()
+        return item._replace(category=category, companions=tuple(files.items()))
 
     def read(self, item: Item) -> tuple[str, bytes]:
         data = self._read(*item.place)
@@ -190,14 +201,9 @@ def plain_tar(path: str, work_folder: Path) -> str:
     stat = os.stat(path)
     plain = work_folder / f"{Path(path).name}-{stat.st_size}-{stat.st_mtime_ns}.tar"
     if not plain.exists():
-        work_folder.mkdir(parents=True, exist_ok=True)
-        partial = plain.with_name(f".{plain.name}.{os.getpid()}.tmp")
         try:
-            with opened(path, "rb") as source, open(partial, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            os.replace(partial, plain)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+            with opened(path, "rb") as source:
+                write_once(plain, lambda target: shutil.copyfileobj(source, target, 1 << 20))
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ConfigError(f"source={path}: cannot be unpacked ({error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
     return str(plain)

@@ -2,7 +2,8 @@
 
 In: suffix and bytes. Out: suffix and bytes that the trainer reads, checked by decoding them.
 A picture is kept when the trainer reads it as it is and neither size nor format asks for more.
-Arrays (.npy, TIFF) and 16-bit PNG are kept always: what would change them is refused.
+Arrays (.npy, TIFF) and 16-bit PNG are kept always: what would change them is refused. Floats may be
+NaN where a pixel is missing; a mask goes through the same resizing and crop as its picture.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vae_dist.data.decode import (
     open_by_pillow,
 )
 from vae_dist.data.packing.items import READABLE
+from vae_dist.data.packing.masks import Box, prepare_mask
 from vae_dist.data.tar import DamagedSampleError
 
 FORMAT_OF = {
@@ -56,17 +58,35 @@ class Picture(NamedTuple):
     data: bytes
     shape: tuple[int, int, int]  # C, H, W
     kept: bool  # byte for byte
+    mask: bytes | None = None  # PNG of as many pixels
 
 
-def prepare(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
-    """The picture as it goes into the shard. Raises DamagedSampleError, with the reason."""
+def prepare(
+    suffix: str, data: bytes, settings: PictureSettings, *, mask: bytes | None = None
+) -> Picture:
+    """The picture as it goes into the shard, and the .mask.png that came with it.
+
+    Raises DamagedSampleError, with the reason.
+    """
     if not data:
         raise DamagedSampleError("an empty file")
-    if suffix in ARRAYS:
-        return _raw(suffix, data, settings)
-    image_format = _format(suffix, data)
-    if image_format == "PNG" and is_png16(data):
-        return _raw("png", data, settings)
+    picture, have = _prepared(suffix, data, settings, exact=mask is not None)
+    if mask is None:
+        return picture
+    box = _box(*have, settings.size)
+    max_pixels = settings.max_pixels
+    mask = prepare_mask(mask, have, picture.shape[1:], box, max_pixels=max_pixels)
+    return picture._replace(mask=mask)
+
+
+def _prepared(
+    suffix: str, data: bytes, settings: PictureSettings, *, exact: bool
+) -> tuple[Picture, tuple[int, int]]:
+    """The picture, and its (H, W) in the source, upright. exact: decoded in full, then resized."""
+    image_format = "" if suffix in ARRAYS else _format(suffix, data)
+    if suffix in ARRAYS or (image_format == "PNG" and is_png16(data)):
+        picture = _raw(suffix if suffix in ARRAYS else "png", data, settings)
+        return picture, picture.shape[1:]
     image = open_by_pillow(data, image_format, settings.max_pixels)
     height, width = _upright_size(image)
     transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
@@ -81,8 +101,9 @@ def prepare(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
     if keep:
         assert stored is not None
         decoded = decode_image(stored, data, channels=channels, max_pixels=settings.max_pixels)
-        return Picture(stored, data, (channels, *decoded.shape[1:]), True)
-    return _changed(image, image_format, settings, transparent)
+        return Picture(stored, data, (channels, *decoded.shape[1:]), True), (height, width)
+    changed = _changed(image, image_format, settings, transparent, exact=exact)
+    return changed, (height, width)
 
 
 def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
@@ -92,7 +113,7 @@ def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
     if suffix == "png":
         pixels = decode_png16(data, max_pixels=settings.max_pixels)
     else:
-        pixels = decode_array(suffix, data, max_pixels=settings.max_pixels, bits=None)
+        pixels = decode_array(suffix, data, max_pixels=settings.max_pixels, bits=None, missing=True)
     channels, height, width = pixels.shape
     return Picture(suffix, data, (channels, height, width), True)
 
@@ -125,11 +146,16 @@ def _target(height: int, width: int, size: Any) -> tuple[int, int]:
 
 
 def _changed(
-    image: Image.Image, image_format: str, settings: PictureSettings, transparent: bool
+    image: Image.Image,
+    image_format: str,
+    settings: PictureSettings,
+    transparent: bool,
+    *,
+    exact: bool,
 ) -> Picture:
     target_format = FORMAT_OF.get(settings.format, "JPEG" if image_format in LOSSY else "PNG")
     try:
-        if settings.size is not None and image_format == "JPEG":
+        if settings.size is not None and image_format == "JPEG" and not exact:
             shorter = settings.size if isinstance(settings.size, int) else max(settings.size)
             image.draft(None, (2 * shorter, 2 * shorter))
         image = ImageOps.exif_transpose(image)
@@ -156,14 +182,26 @@ def _changed(
 
 
 def _resized(image: Image.Image, size: int | tuple[int, int] | None) -> Image.Image:
-    if size is None:
+    height, width = _target(image.height, image.width, size)
+    if (height, width) == (image.height, image.width):
         return image
-    if isinstance(size, int):
-        height, width = _target(image.height, image.width, size)
-        if (height, width) == (image.height, image.width):
-            return image
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    box = _box(image.height, image.width, size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def _box(height: int, width: int, size: int | tuple[int, int] | None) -> Box:
+    """What of a picture is resized: all of it, or the middle of the shape of [H, W]."""
+    if not isinstance(size, tuple):
+        return (0, 0, width, height)
+    wanted = size[1] / size[0]
+    crop_width: float = width
+    crop_height: float = height
+    if width / height > wanted:
+        crop_width = wanted * height
+    elif width / height < wanted:
+        crop_height = width / wanted
+    left, top = (width - crop_width) * 0.5, (height - crop_height) * 0.5
+    return (left, top, left + crop_width, top + crop_height)
 
 
 def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
@@ -178,13 +216,15 @@ def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
 
 
 def _thumbnail_of_array(suffix: str, data: bytes, pixels: int) -> np.ndarray:
-    """The first channel, stretched to its own range."""
+    """The first channel, stretched to its own range; missing pixels are black."""
     array = (
-        decode_array(suffix, data, max_pixels=2**26, bits=None)
+        decode_array(suffix, data, max_pixels=2**26, bits=None, missing=True)
         if suffix in ARRAYS
         else decode_png16(data, max_pixels=2**26)
     )[0].astype(np.float32)
-    low, high = float(array.min()), float(array.max())
+    seen = array[~np.isnan(array)]
+    low, high = float(seen.min()), float(seen.max())
+    array = np.nan_to_num(array, nan=low)
     grey = (255 * (array - low) / max(high - low, 1e-6)).astype(np.uint8)
     image = Image.fromarray(grey).convert("RGB")
     return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))

@@ -69,11 +69,17 @@ def make_plan(
     """
     digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16)
     for item in items:
-        digest.update(repr((item.name, item.num_bytes, item.split, item.category)).encode())
+        companions = [(member, file.name, file.num_bytes) for member, file in item.companions]
+        digest.update(repr((*item._replace(place=None)[:-1], companions)).encode())
     splits: dict[str, list[Item]] = {}
     for item in items:
         splits.setdefault(item.split or "train", []).append(item)
-    if "validation" not in splits and validation and "train" in splits:
+    if "train" not in splits:
+        raise ConfigError(
+            f"source: all {len(items)} pictures are of {' and '.join(sorted(splits))}; add some to "
+            "train on, or give the folder of that name itself as source="
+        )
+    if "validation" not in splits and validation:
         splits["train"], splits["validation"] = _held_out(splits["train"], validation, seed)
     shards: list[PlannedShard] = []
     for split in SPLIT_ORDER:
@@ -108,6 +114,7 @@ def _cut(
     if not items:
         return []
     total = sum(item.num_bytes for item in items) * bytes_factor + 2048 * len(items)
+    total += sum(file.num_bytes for item in items for _, file in item.companions)
     count = max(-(-int(total) // int(shard_bytes)), min(MIN_SHARDS, len(items) // MIN_PER_SHARD))
     count = min(max(1, count), len(items))
     borders = [len(items) * k // count for k in range(count + 1)]

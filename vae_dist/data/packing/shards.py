@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.index import index_shard, write_sidecar
-from vae_dist.data.packing.items import Source
-from vae_dist.data.packing.picture import PictureSettings, prepare
+from vae_dist.data.packing.items import MAX_FILE_BYTES, Item, Source
+from vae_dist.data.packing.picture import Picture, PictureSettings, prepare
 from vae_dist.data.packing.plan import Plan, PlannedShard
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.writer import ShardWriter
@@ -31,6 +32,7 @@ from vae_dist.files import sync_folder, write_durably
 
 POLL_SECONDS = 0.2
 MAX_SIZES = 1000  # of different image sizes that a report lists
+COUNTED = ("sizes", "channels", "labels", "members")  # of the samples of a shard
 
 Progress = Callable[[int], None]  # pictures done
 
@@ -51,7 +53,9 @@ def report_path(work: Path, shard: PlannedShard) -> Path:
 
 
 def is_written(work: Path, shard: PlannedShard) -> bool:
-    return (work / shard.split / shard.name).exists()
+    """Whether a shard is whole, in the work folder or where `pack` moved its split in the end."""
+    inner = Path(shard.split) / shard.name
+    return (work / inner).exists() or (work.parent / inner).exists()
 
 
 def write_missing(
@@ -131,38 +135,30 @@ def _write_shard(writing: Writing, shard: PlannedShard) -> Iterator[int]:
     work = writing.work
     partial = work / "tmp" / f"{shard.name}.{os.uname().nodename}.{os.getpid()}"
     report: dict[str, Any] = {"samples": 0, "kept": 0, "skipped": [], "names": []}
-    sizes: Counter[str] = Counter()
-    channels: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
     writer = ShardWriter(partial)
     try:
         for i, item in enumerate(shard.items):
             try:
-                suffix, data = writing.source.read(item)
-                picture = prepare(suffix, data, writing.settings)
+                picture, members = _packed(writing, item)
             except DamagedSampleError as error:
                 report["skipped"].append([item.name, str(error)])
                 yield 1
                 continue
-            sample: dict[str, str | bytes] = {
-                "__key__": f"{shard.first + i:09d}",
-                picture.suffix: picture.data,
-            }
-            if item.category is not None:
-                sample["cls"] = str(item.category).encode()
-                labels[str(item.category)] += 1
-            if item.extra:
-                sample["json"] = json.dumps(item.extra, sort_keys=True).encode()
-            writer.write(sample)
+            writer.write(
+                {"__key__": f"{shard.first + i:09d}", picture.suffix: picture.data, **members}
+            )
             report["names"].append(item.name)
             report["samples"] += 1
             report["kept"] += picture.kept
-            sizes[f"{picture.shape[1]}x{picture.shape[2]}"] += 1
-            channels[str(picture.shape[0])] += 1
+            counts["sizes"][f"{picture.shape[1]}x{picture.shape[2]}"] += 1
+            counts["channels"][str(picture.shape[0])] += 1
+            counts["labels"].update([str(item.category)] if "cls" in members else [])
+            counts["members"].update(members.keys())
             yield 1
         writer.close()
-        report["sizes"] = dict(sizes.most_common(MAX_SIZES))
-        report["channels"], report["labels"] = dict(channels), dict(labels)
+        counts["sizes"] = Counter(dict(counts["sizes"].most_common(MAX_SIZES)))
+        report |= {key: dict(count) for key, count in counts.items()}
         target = work / shard.split / shard.name
         write_durably(report_path(work, shard), json.dumps(report).encode())
         write_sidecar(target, index_shard(partial))
@@ -170,3 +166,37 @@ def _write_shard(writing: Writing, shard: PlannedShard) -> Iterator[int]:
         sync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _packed(writing: Writing, item: Item) -> tuple[Picture, dict[str, bytes]]:
+    """The picture of a sample and its other members. Raises DamagedSampleError."""
+    suffix, data = writing.source.read(item)
+    members = {member: _companion(writing.source, member, file) for member, file in item.companions}
+    picture = prepare(suffix, data, writing.settings, mask=members.get(MASK_MEMBER))
+    if picture.mask is not None:
+        members[MASK_MEMBER] = picture.mask
+    if item.category is not None:
+        members["cls"] = str(item.category).encode()
+    if item.extra:
+        members["json"] = _with_extra(members.get("json"), item.extra)
+    return picture, members
+
+
+def _companion(source: Source, member: str, file: Item) -> bytes:
+    if file.num_bytes > MAX_FILE_BYTES:
+        raise DamagedSampleError(f"its .{member} is too large")
+    try:
+        return source.read(file)[1]
+    except DamagedSampleError as error:
+        raise DamagedSampleError(f"its .{member}: {error}") from None
+
+
+def _with_extra(text: bytes | None, extra: dict[str, Any]) -> bytes:
+    """The .json of a sample with what a table says of it."""
+    try:
+        fields = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise DamagedSampleError("its .json has no fields; labels= could not add its own")
+    return json.dumps({**fields, **extra}, sort_keys=True).encode()
