@@ -5,6 +5,7 @@ In: `source=`: a folder, an archive, a list of archives, or the word mnist. Out:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vae_dist.data.packing.tables import (
     LabelledSource,
     ParquetSource,
     celeba_lists,
+    read_celeba_lists,
     read_csv,
 )
 
@@ -39,36 +41,69 @@ def open_source(spec: Any, *, labels: str, work_folder: Path) -> Source:
 
     Raises ConfigError when nothing is there, or nothing that can be packed.
     """
-    paths = [str(part) for part in spec] if isinstance(spec, Sequence) else [str(spec)]
-    paths = [str(spec)] if isinstance(spec, str) else paths
-    if paths == ["mnist"] and not Path("mnist").exists():
+    paths = _paths(spec)
+    source: Source
+    if _is_mnist(paths):
         download_mnist(work_folder / "mnist")
-        return read_mnist(work_folder / "mnist")
-    missing = [path for path in paths if not Path(path).exists()]
-    if missing or not paths:
-        raise ConfigError(f"source={','.join(missing) or '[]'}: no such file; give {KINDS}")
-    source, folder = _open(paths, work_folder)
-    table = celeba_lists(folder)
+        source = read_mnist(work_folder / "mnist")
+    else:
+        missing = [path for path in paths if not Path(path).exists()]
+        if missing or not paths:
+            raise ConfigError(f"source={','.join(missing) or '[]'}: no such file; give {KINDS}")
+        source = _open(paths, work_folder)
     if labels:
         return LabelledSource(source, read_csv(Path(labels)), f"labels={labels}")
-    if table is not None:
-        return LabelledSource(source, table, f"{folder}/list_eval_partition")
+    lists = _celeba_lists(paths)
+    if lists:
+        return LabelledSource(source, read_celeba_lists(*lists), str(lists[0].with_suffix("")))
     return source
 
 
-def _open(paths: list[str], work_folder: Path) -> tuple[Source, Path]:
-    """The source, and the folder in which lists about it may lie."""
+def label_digest(spec: Any, labels: str) -> str:
+    """Of what is in the files that label the pictures: the CSV file, or CelebA's lists; empty where
+    none does. Raises ConfigError."""
+    files = [Path(labels)] if labels else _celeba_lists(_paths(spec))
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        try:
+            digest.update(file.read_bytes())
+        except OSError as error:
+            where = f"labels={file}" if labels else str(file)
+            raise ConfigError(f"{where}: cannot be read ({error})") from error
+    return digest.hexdigest() if files else ""
+
+
+def _paths(spec: Any) -> list[str]:
+    if isinstance(spec, str) or not isinstance(spec, Sequence):
+        return [str(spec)]
+    return [str(part) for part in spec]
+
+
+def _is_mnist(paths: list[str]) -> bool:
+    return paths == ["mnist"] and not Path("mnist").exists()
+
+
+def _celeba_lists(paths: list[str]) -> list[Path]:
+    """CelebA's lists in the folder of the source, or in the one that it lies in."""
+    if not paths or _is_mnist(paths):
+        return []
+    first = Path(paths[0])
+    inside = len(paths) == 1 and first.is_dir() and not is_cifar(first)
+    return celeba_lists(first if inside else first.parent)
+
+
+def _open(paths: list[str], work_folder: Path) -> Source:
     first = Path(paths[0])
     if len(paths) == 1 and is_cifar(first):
-        return read_cifar(first), first.parent
+        return read_cifar(first)
     if len(paths) == 1 and first.is_dir():
-        return _open_folder(first, work_folder), first
+        return _open_folder(first, work_folder)
     if len(paths) == 1 and first.suffix == ".zip":
-        return ZipSource(first), first.parent
+        return ZipSource(first)
     if all(path.endswith(TARS) for path in paths):
-        return TarSource(paths, work_folder=work_folder), first.parent
+        return TarSource(paths, work_folder=work_folder)
     if all(path.endswith(".parquet") for path in paths):
-        return ParquetSource(paths, work_folder=work_folder), first.parent
+        return ParquetSource(paths, work_folder=work_folder)
     raise ConfigError(f"source={','.join(paths)}: is nothing that can be packed; give {KINDS}")
 
 
