@@ -5,6 +5,9 @@ In: the keys of `pack`. Out: what `vae_dist.pack` says; raises ConfigError with 
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -13,17 +16,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.decode import SUFFIXES
+from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.index import load_index, write_info
-from vae_dist.data.packing.items import Item, Source, numbered
-from vae_dist.data.packing.open import open_source
+from vae_dist.data.packing.items import Item, Source, check_splits, numbered
+from vae_dist.data.packing.open import label_digest, open_source
 from vae_dist.data.packing.picture import PictureSettings, prepare, thumbnail
 from vae_dist.data.packing.plan import Plan, make_plan
 from vae_dist.data.packing.shards import Writing, is_written, report_path, write_missing
@@ -37,6 +40,7 @@ from vae_dist.tracking.images import grid, save_png
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
 NUM_NAMED = 5  # damaged pictures that the screen shows
 SHEET_PICTURES, SHEET_PIXELS = 64, 96
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without them
 WORK = ".pack"  # folder inside out= until everything is there
 
 
@@ -56,6 +60,7 @@ def pack(command: PackCommand) -> None:
     if not items:
         refused = "".join(f"; {name}: {reason}" for name, reason in listing.refused[:NUM_NAMED])
         raise ConfigError(f"source={command.source}: no picture is there{refused}")
+    check_splits(items)
     plan = make_plan(
         items,
         validation=command.validation,
@@ -107,7 +112,9 @@ def _shard_range(text: str) -> tuple[int, int]:
 def _identity(command: PackCommand) -> dict[str, Any]:
     """What decides the bytes of the shards."""
     keys = ("size", "format", "quality", "background", "max_pixels", "shard_mb", "validation")
-    return {key: getattr(command, key) for key in (*keys, "shuffle", "seed")}
+    identity = {key: getattr(command, key) for key in (*keys, "shuffle", "seed")}
+    labels = label_digest(command.source, command.labels)
+    return {**identity, "labels": labels} if labels else identity
 
 
 def _bytes_factor(source: Source, items: list[Item], settings: PictureSettings) -> float:
@@ -127,22 +134,27 @@ def _claim(work: Path, plan: Plan) -> None:
     work.mkdir(parents=True, exist_ok=True)
     path = work / "plan.json"
     mine = {"identity": plan.identity, "shards": len(plan.shards)}
-    if not path.exists():
+    try:
+        begun = json.loads(path.read_text())
+    except FileNotFoundError:
         write_durably(path, json.dumps(mine).encode())
-    if json.loads(path.read_text()) != mine:
+        return
+    if begun != mine:
         raise ConfigError(
-            f"out={work.parent}: another pack was begun there, with another source or other keys; "
-            f"run that command again, or remove {work}, or give another folder"
+            f"out={work.parent}: another pack was begun there, with another source or other keys "
+            f"or labels; run that command again, or remove {work}, or give another folder"
         )
 
 
 def _check_finished(command: PackCommand, out: Path) -> None:
     summary = json.loads((out / "pack.json").read_text())
     asked = {"source": _shown(command.source), **_identity(command)}
+    if "labels" not in asked and not Path(asked["source"]).exists():
+        summary["command"].pop("labels", None)  # CelebA's lists, gone with the source
     if summary["command"] != json.loads(json.dumps(asked)):
         raise ConfigError(
             f"out={out}: holds shards that were made from source={summary['command']['source']} "
-            "or with other keys; give another folder, or remove this one"
+            "or with other keys or labels; give another folder, or remove this one"
         )
     _say(out, summary)
     print("finished already; nothing is left to do")
@@ -158,7 +170,40 @@ def _shown(source: Any) -> str:
 def _finish(
     command: PackCommand, plan: Plan, refused: list[tuple[str, str]], classes: tuple[str, ...]
 ) -> None:
-    """Move the shards into place, write index, names, contact sheet and, last, the summary."""
+    """Move the shards into place, or find that another job of the array did so."""
+    out = Path(command.out)
+    work = out / WORK
+    with _alone(work):
+        if (out / "pack.json").exists():
+            _check_finished(command, out)
+        else:
+            _move_and_describe(command, plan, refused, classes)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """One job of an array at a time; the system lifts the lock of one that is killed."""
+    with _lock_file(work) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+
+
+def _lock_file(work: Path) -> BinaryIO:
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the job that ended first removes the folder
+            return open(work / "lock", "wb")
+
+
+def _move_and_describe(
+    command: PackCommand, plan: Plan, refused: list[tuple[str, str]], classes: tuple[str, ...]
+) -> None:
+    """The shards in their places, index, names, contact sheet and, last, the summary."""
     out = Path(command.out)
     work = out / WORK
     reports = [json.loads(report_path(work, shard).read_text()) for shard in plan.shards]
@@ -177,7 +222,7 @@ def _finish(
     for split in plan.splits:
         shards = plan.of(split)
         own = [r for r, shard in zip(reports, plan.shards, strict=True) if shard.split == split]
-        if not (out / split).exists():  # another job of the array may have been first
+        if not (out / split).exists():  # a job that was killed may have moved it
             write_info([work / split / shard.name for shard in shards], split=split)
             os.rename(work / split, out / split)
         splits[split] = {
@@ -196,10 +241,10 @@ def _finish(
         "classes": list(classes),
         "channels": dict(_sum(reports, "channels")),
         "sizes": dict(_sum(reports, "sizes").most_common(20)),
+        "members": dict(_sum(reports, "members")),
         "skipped": [*skipped, *refused],
     }
     write_durably(out / "pack.json", json.dumps(summary, indent=1).encode())
-    shutil.rmtree(work, ignore_errors=True)
     _say(out, summary)
 
 
@@ -241,6 +286,9 @@ def _say(out: Path, summary: dict[str, Any]) -> None:
     sizes = [f"{size} ({count})" for size, count in list(summary["sizes"].items())[:3]]
     channels = [f"{key} ({count})" for key, count in summary["channels"].items()]
     print(f"sizes HxW: {', '.join(sizes)}; channels: {', '.join(channels)}")
+    if summary.get("members", {}).get(MASK_MEMBER):
+        count = summary["members"][MASK_MEMBER]
+        print(f"missing pixels: {count} pictures have a .{MASK_MEMBER}; set data.mask=member")
     for name, reason in summary["skipped"][:NUM_NAMED]:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if len(summary["skipped"]) > NUM_NAMED:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import vae_dist.data.packing.shards as shards_module
+import vae_dist.packing as packing
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader, image_settings
 from vae_dist.pack import main
@@ -29,6 +34,12 @@ def write_pictures(folder: Path, count: int = COUNT) -> None:
 def pictures(tmp_path: Path) -> Path:
     write_pictures(tmp_path / "pictures")
     return tmp_path / "pictures"
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    write_pictures(tmp_path / "few", 6)
+    return tmp_path / "few"
 
 
 def pack(source: Path, out: Path, *more: str) -> int:
@@ -90,11 +101,11 @@ def test_a_killed_pack_goes_on_and_ends_the_same(
     assert pack(pictures, tmp_path / "whole") == 0
     prepare, calls = shards_module.prepare, []
 
-    def killed(*args: object) -> object:
+    def killed(*args: Any, **options: Any) -> object:
         calls.append(args)
         if len(calls) == 25:
             raise KeyboardInterrupt
-        return prepare(*args)  # type: ignore[arg-type]
+        return prepare(*args, **options)
 
     monkeypatch.setattr(shards_module, "prepare", killed)
     assert pack(pictures, tmp_path / "killed") == 130
@@ -114,6 +125,52 @@ def test_workers_and_job_arrays_write_the_same_bytes(pictures: Path, tmp_path: P
         assert not (tmp_path / "array/train").exists()
         assert pack(pictures, tmp_path / "array", f"shard_range={i}/3") == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "array")
+
+
+def test_array_jobs_that_end_together_finish_once(
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, finish = tmp_path / "out", packing._finish
+
+    def after_another(*args: Any) -> None:
+        finish(*args)
+        capsys.readouterr()
+        finish(*args)
+
+    monkeypatch.setattr(packing, "_finish", after_another)
+    assert pack(few, out, "validation=2") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert not (out / ".pack").exists() and len(loaded(out / "train")) == 4
+
+
+def test_a_job_waits_for_the_one_that_finishes(tmp_path: Path) -> None:
+    work = tmp_path / ".pack"
+    with packing._alone(work), open(work / "lock", "wb") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_kill_between_the_moves_of_two_splits_repeats_no_shard(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.os, "rename", killed_after(rename))
+        assert pack(few, out, "validation=2") == 130
+    assert (out / "train").exists() and (out / ".pack/validation").exists()
+    monkeypatch.setattr(shards_module, "_write_shard", None)
+    assert pack(few, out, "validation=2") == 0
+    assert len(loaded(out / "train")) + len(loaded(out / "validation")) == 6
+
+
+def killed_after(function: Callable[..., None]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        function(*args)
+        raise KeyboardInterrupt
+
+    return call
 
 
 def test_another_pack_in_the_same_folder_is_refused(
