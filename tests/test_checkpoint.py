@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -53,6 +54,36 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(checkpoints, capsys, nam
     loaded = checkpoints.load_newest()
     assert loaded is not None and loaded.step == 20
     assert "step_00000030" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "manifest", ["null", "[]", "[1]", '{"state.json": {}}', '{"state.json": 7}', '{"": {}}', None]
+)
+def test_a_manifest_of_another_form_is_torn(checkpoints, manifest):
+    path = checkpoints.folder / "step_00000030" / "manifest.json"
+    if manifest is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(manifest)
+    assert checkpoints.load_newest().step == 20
+
+
+def test_a_file_in_place_of_a_checkpoint_is_torn(checkpoints):
+    (checkpoints.folder / "step_00000040").write_text("")
+    assert checkpoints.load_newest().step == 30
+
+
+def test_leftovers_that_cannot_be_removed_stay(checkpoints, monkeypatch):
+    def busy(*args, **kwargs):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (checkpoints.folder / ".step_00000007.old").mkdir()
+    (checkpoints.folder / ".latest.17.tmp").write_text("")
+    monkeypatch.setattr(os, "rmdir", busy)
+    monkeypatch.setattr(os, "unlink", busy)
+    checkpoints.remove_leftovers()
+    assert checkpoints.load_newest().step == 30
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(checkpoints):

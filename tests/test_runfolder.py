@@ -36,20 +36,41 @@ def test_half_written_files_of_killed_sessions_are_removed_but_not_a_starters_lo
     half_saved.mkdir()
     for path in (status, lock):
         path.write_text("{")
-    folder.remove_leftovers()
+    picture = folder.images / ".samples_00000020.png.5.tmp"
+    forgotten = [
+        folder.path / f".{folder.lock_path.name}.fedc{ending}" for ending in (".tmp", ".stale")
+    ]
+    forgotten.append(folder.path / ".probe.77")
+    for path in (picture, *forgotten):
+        path.write_text("")
+    long_ago = time.time() - 2 * STALE_AFTER_S
+    for path in forgotten:
+        os.utime(path, (long_ago, long_ago))
+    with RunLock(folder):
+        folder.remove_leftovers()
     assert not status.exists() and not half_saved.exists() and lock.exists()
+    assert not any(path.exists() for path in (picture, *forgotten))
 
 
 def test_a_lock_of_a_dead_process_is_taken_over(folder):
-    write_lock(folder, pid=2**22 - 3, started="1.0")
+    write_lock(folder, pid=2**22 - 3)
     with RunLock(folder):
         assert json.loads(folder.lock_path.read_text())["pid"] == os.getpid()
 
 
 def test_a_pid_that_is_used_again_does_not_hold_the_lock(folder):
-    write_lock(folder, started="1.0")
+    since_this_boot = Holder.this_process().started.partition(" of ")[2]
+    write_lock(folder, started=f"1 of {since_this_boot}" if since_this_boot else "1.0")
     with RunLock(folder):
         pass
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_lock_of_another_host_of_this_name_is_not_taken_at_once(folder):
+    """A clone has this name, but was started at another time."""
+    write_lock(folder, started="4711 of 00000000-0000-0000-0000-000000000000")
+    assert not RunLock(folder, say=lambda text: None).attempt()
+    assert folder.lock_path.exists()
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ SAFETENSORS_NAMES = {
 }
 PIECE_BYTES = 4 << 20  # of a file that are summed and written at once
 
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # nothing to read there
+
 REPLACED = ".replaced"  # ending of a checkpoint that gives way to another of its step
 
 
@@ -180,15 +182,19 @@ class Checkpoints:
         return None
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left half written. Only for the holder of the run's lock."""
+        """Remove what killed processes left half written. Only for the holder of the run's lock.
+
+        What a disk does not let go is in nobody's way, and stays.
+        """
         for path in self.folder.glob(f".*{REPLACED}"):  # killed between two renames
             if not (target := self.folder / path.name[1 : -len(REPLACED)]).exists():
                 os.replace(path, target)
         for path in self.folder.glob(".*"):
             if path.name.endswith(".tmp") and path.is_file():
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    path.unlink()
             elif path.name.endswith((".tmp", ".old", REPLACED)):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints newer than `step`: torn ones, which the run is going to write anew."""
@@ -207,20 +213,23 @@ class Checkpoints:
     def _checked_files(self, folder: Path) -> dict[str, bytes]:
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
-        except (FileNotFoundError, ValueError) as error:
-            raise TornCheckpoint(f"{folder} has no readable manifest.json ({error})") from None
+            expected = {name: (one["bytes"], one["crc32"]) for name, one in manifest.items()}
+        except (*_NO_FILE, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise TornCheckpoint(
+                f"{folder} has no readable manifest.json ({type(error).__name__}: {error})"
+            ) from None
         files = {}
-        for name, expected in manifest.items():
-            if Path(name).name != name:
+        for name, (num_bytes, crc32) in expected.items():
+            if not name or Path(name).name != name:
                 raise TornCheckpoint(f"{folder}/manifest.json names {name!r}, outside its folder")
             try:
                 data = (folder / name).read_bytes()
-            except FileNotFoundError:  # any other trouble of the disk is no sign of a torn write
+            except _NO_FILE:  # any other trouble of the disk is no sign of a torn write
                 raise TornCheckpoint(f"{folder}/{name} is missing") from None
-            if len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]:
+            if len(data) != num_bytes or zlib.crc32(data) != crc32:
                 raise TornCheckpoint(
                     f"{folder}/{name} is damaged: {len(data)} bytes with CRC {zlib.crc32(data)}, "
-                    f"its manifest says {expected['bytes']} bytes with CRC {expected['crc32']}"
+                    f"its manifest says {num_bytes} bytes with CRC {crc32}"
                 )
             files[name] = data
         if "state.json" not in files:

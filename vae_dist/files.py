@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,13 +11,18 @@ from pathlib import Path
 def write_durably(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file, given whole or in pieces, under a temporary name, sync it, and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb", buffering=0) as file:
-        for piece in [data] if isinstance(data, bytes) else data:
-            rest = memoryview(piece)
-            while rest:  # an unbuffered write may take a part
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            for piece in [data] if isinstance(data, bytes) else data:
+                rest = memoryview(piece)
+                while rest:  # an unbuffered write may take a part
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

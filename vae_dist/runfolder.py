@@ -77,9 +77,15 @@ class RunFolder:
     def remove_leftovers(self) -> None:
         """Remove what killed processes left half written. Only for the holder of the lock; what
         other starters are just writing, to ask for it, stays."""
-        for path in self.path.glob(".*.tmp"):
-            if not path.name.startswith(f".{self.lock_path.name}."):
-                path.unlink(missing_ok=True)
+        asking = f".{self.lock_path.name}."
+        for path in (*self.path.glob(".*.tmp"), *self.images.glob(".*.tmp")):
+            if not path.name.startswith(asking):
+                _remove(path)
+        for path in (*self.path.glob(f"{asking}*"), *self.path.glob(".probe.*")):
+            with contextlib.suppress(OSError):
+                # both by the file server's clock
+                if self.lock_path.stat().st_mtime - path.stat().st_mtime > STALE_AFTER_S:
+                    _remove(path)
         self.checkpoints.remove_leftovers()
 
     def has_config(self) -> bool:
@@ -172,8 +178,10 @@ class Holder:
         )
 
     def is_here(self) -> bool:
-        """Whether its pid says whether it lives."""
-        return self.host == socket.gethostname() and self.namespace == _pid_namespace()
+        """Whether its pid says whether it lives: on this host since its last start, which another
+        one of that name (a clone, a container) does not share."""
+        is_same_host = self.host == socket.gethostname() and self.namespace == _pid_namespace()
+        return is_same_host and _boot(self.started) == _boot(_process_start(os.getpid()))
 
     def is_earlier_start(self) -> bool:
         """Whether SLURM has ended it and started its job again, here."""
@@ -316,6 +324,12 @@ class RunLock:
                     os.utime(self.path)
 
 
+def _remove(path: Path) -> None:
+    """What a disk does not let go is in nobody's way, and stays."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def _process_start(pid: int) -> str:
     """When a process began, or "" when there is none.
 
@@ -337,6 +351,11 @@ def _process_start(pid: int) -> str:
         return f"{after_name[19]} of {boot}"  # field 22 of proc(5)
     except (OSError, IndexError):
         return created
+
+
+def _boot(started: str) -> str:
+    """The id of the boot in what `_process_start` found, "" where it has none."""
+    return started.partition(" of ")[2]
 
 
 def _pid_namespace() -> str:

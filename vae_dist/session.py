@@ -35,7 +35,7 @@ from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbat
 from vae_dist.models.build import build_vae
 from vae_dist.plan import Data, costs, largest_size, plan
 from vae_dist.runfolder import EXIT_INTERRUPTED, RunFolder, RunLock
-from vae_dist.runtime import RankFailed, Runtime, computes_bf16, has_accelerator
+from vae_dist.runtime import RankFailed, Runtime, StoppedWaiting, computes_bf16, has_accelerator
 from vae_dist.tracking.sinks import Sink, WandbSink, say
 from vae_dist.training.ending import Ending
 from vae_dist.training.guard import TrainingFailed
@@ -62,14 +62,19 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
     try:
-        runtime = Runtime.join(config.runtime)
+        runtime = Runtime.join(config.runtime, stop_reason=lambda: signals.reason)
+    except StoppedWaiting as stop:
+        say(_interrupted_before_training(str(stop)), sys.stderr)
+        return EXIT_INTERRUPTED
     except RankFailed as failure:
         print(f"failed: {failure}", file=sys.stderr)
         return 1
     startup.mark("ranks")
     try:
         has_bf16 = all(runtime.gather(computes_bf16(config.runtime)))
-        config = runtime.together(lambda: _agreed_config(config, folder, has_bf16=has_bf16))
+        config = runtime.together(
+            lambda: _agreed_config(config, folder, world=runtime.world, has_bf16=has_bf16)
+        )
         config = with_perceptual_kind(config, runtime)
         runtime.together(lambda: runtime.use_precision(config.training.precision))
         if config.dry_run:
@@ -85,12 +90,18 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         runtime.stop()
 
 
-def _agreed_config(config: TrainConfig, folder: RunFolder, *, has_bf16: bool) -> TrainConfig:
-    """The config with what the run in the folder, or the ranks' machines, make of `auto`."""
+def _agreed_config(
+    config: TrainConfig, folder: RunFolder, *, world: int, has_bf16: bool
+) -> TrainConfig:
+    """The config with what the run in the folder, or the ranks' machines, make of `auto`.
+
+    Raises ConfigError, also where these processes cannot share the slots of the run in the folder.
+    """
+    config = as_in_run_folder(config, folder)
+    if problem := automatic.world_size_problem(config, world):
+        raise ConfigError(f"run={folder.path}: {problem}")
     return automatic.resolve_precision(
-        as_in_run_folder(config, folder),
-        has_accelerator=has_accelerator(config.runtime),
-        has_bf16=has_bf16,
+        config, has_accelerator=has_accelerator(config.runtime), has_bf16=has_bf16
     )
 
 
@@ -152,7 +163,7 @@ def _locked(
                 "system that all nodes see"
             )
         folder.session = token
-        stop.heed(folder.stop_path)
+        stop.heed(folder)
         yield True
 
 
@@ -262,8 +273,12 @@ def _stopped_before_training(ending: Ending, step: int, stop: StopRequest) -> in
     if ending.folder.session:
         ending.record("interrupted", step=step, reason=stop.reason)
     if ending.runtime.is_main:
-        say(f"interrupted before training ({stop.reason}); the same command starts it again")
+        say(_interrupted_before_training(stop.reason))
     return EXIT_INTERRUPTED
+
+
+def _interrupted_before_training(reason: str) -> str:
+    return f"interrupted before training ({reason}); the same command starts it again"
 
 
 def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, ending: Ending) -> int:

@@ -10,12 +10,7 @@ import os
 import sys
 
 from vae_dist.command import leave
-from vae_dist.config.automatic import (
-    default_slots,
-    has_buckets,
-    launch_problem,
-    world_size_problem,
-)
+from vae_dist.config.automatic import launch_problem, world_size_problem
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
 from vae_dist.config.schema import TrainConfig
@@ -33,10 +28,7 @@ def checked_config(argv: list[str]) -> TrainConfig:
     if problem := launch_problem(os.environ):
         raise ConfigError(problem)
     config = load_train_config(argv)
-    slots = config.data.slots or default_slots(
-        config.training.batch_size, buckets=has_buckets(config)
-    )
-    if problem := world_size_problem(slots, int(os.environ.get("WORLD_SIZE", "1"))):
+    if problem := world_size_problem(config, int(os.environ.get("WORLD_SIZE", "1"))):
         raise ConfigError(problem)
     return config
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.support.distributed import LAUNCHER_VARIABLES
+from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
 from tests.support.training import arguments, rows, same_weights, status, train
+from vae_dist.checkpoint import Checkpoints
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
@@ -105,6 +107,43 @@ def test_a_number_of_processes_that_does_not_divide_the_slots_is_refused(
     assert main(arguments(tmp_path / "run", digits)) == 2
     errors = capfd.readouterr().err
     assert "3 processes" in errors and "data.slots=16" in errors and "1, 2, 4, 8, 16" in errors
+
+
+def test_slots_of_the_run_that_do_not_fit_the_processes_are_refused(tmp_path, digits, capfd):
+    run = tmp_path / "run"
+    options = ("data.slots=1", "evaluation.every=0")
+    assert train(run, digits, "training.steps=2", *options) == [0]
+    without_slots = arguments(run, digits, "training.steps=4", "evaluation.every=0", "data.slots=0")
+    assert run_ranks(2, main, without_slots, timeout_s=100) == [2, 2]
+    errors = capfd.readouterr().err
+    assert f"run={run}: 2 processes cannot share data.slots=1" in errors
+    assert status(run)["status"] == "finished"
+
+
+def test_another_batch_size_gets_slots_that_divide_it(tmp_path, digits, capfd):
+    run = tmp_path / "run"
+    options = ("data.slots=0", "evaluation.every=0")
+    assert train(run, digits, "training.steps=2", "training.batch_size=64", *options) == [0]
+    changed = ("training.steps=4", "training.batch_size=96", "resume.allow_changes=true")
+    assert train(run, digits, *changed, *options) == [0]
+    assert status(run)["step"] == 4
+
+
+def test_a_disk_that_refuses_the_last_checkpoint_once_does_not_fail_the_run(
+    tmp_path, digits, monkeypatch
+):
+    save, refused = Checkpoints.save, []
+
+    def failing_once(self: Checkpoints, step: int, *arguments: Any, **options: Any) -> Path:
+        if step == 4 and not refused:
+            refused.append(step)
+            raise OSError(5, "Input/output error")
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", failing_once)
+    options = ("training.steps=4", "evaluation.every=0", "checkpoint.every=2")
+    assert main(arguments(tmp_path / "run", digits, *options)) == 0
+    assert refused and RunFolder(tmp_path / "run").checkpoints.steps()[-1] == 4
 
 
 def test_processes_that_cannot_find_each_other_are_refused(tmp_path, digits, capfd, monkeypatch):
@@ -234,8 +273,9 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
     assert status(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.parametrize("options", [("evaluation.every=2",), ("evaluation.every=4",)])
 def test_a_trainer_whose_folder_was_taken_over_leaves_it_to_the_other(
-    tmp_path, digits, monkeypatch
+    tmp_path, digits, capfd, monkeypatch, options
 ):
     """Frozen for a minute, it was believed dead on another host."""
     run = RunFolder(tmp_path / "run")
@@ -245,10 +285,28 @@ def test_a_trainer_whose_folder_was_taken_over_leaves_it_to_the_other(
         run.write_status("running", step=0, reason="the other one")
 
     monkeypatch.setattr(RunPainter, "__call__", paint)
-    with pytest.raises(RuntimeError, match="another trainer has taken over"):
-        main(arguments(run.path, digits, "training.steps=4", "evaluation.every=2"))
+    assert main(arguments(run.path, digits, "training.steps=4", *options)) == 1
+    assert "failed: another trainer has taken over" in capfd.readouterr().out
     assert run.status()["reason"] == "the other one"
     assert not run.checkpoints.steps()
+
+
+def test_a_trainer_without_checkpoints_notices_that_its_folder_was_taken_over(
+    tmp_path, digits, capfd, monkeypatch
+):
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.setattr("vae_dist.training.preemption.FILE_POLL_S", 0)
+    paint = RunPainter.__call__
+
+    def taken_over(self: RunPainter, *arguments: Any) -> None:
+        paint(self, *arguments)
+        run.write_token()
+
+    monkeypatch.setattr(RunPainter, "__call__", taken_over)
+    options = ("evaluation.every=2", "checkpoint.every=0")
+    assert main(arguments(run.path, digits, "training.steps=50", *options)) == 1
+    assert "failed: another trainer has taken over" in capfd.readouterr().out
+    assert max(rows(run.path)) <= 4 and not run.checkpoints.steps()
 
 
 def test_damaged_validation_images_are_left_out(tmp_path, digits):

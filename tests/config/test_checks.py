@@ -208,7 +208,7 @@ def test_default_slots_is_the_largest_divisor_up_to_64(batch_size: int) -> None:
 
 @given(st.integers(1, 256), st.integers(1, 300))
 def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int) -> None:
-    problem = world_size_problem(slots, world)
+    problem = world_size_problem(config(data__slots=slots), world)
     assert (problem is None) == (slots % world == 0)
     if problem is not None:
         listed = problem.split("work are ")[1].split(".")[0]

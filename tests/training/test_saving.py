@@ -70,6 +70,27 @@ def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(checkpoints, m
     assert one.wait() and checkpoints.steps() == [10, 30] and len(warnings) == 1
 
 
+def test_a_disk_that_hangs_costs_checkpoints_but_not_the_run(checkpoints, monkeypatch):
+    one, warnings = writer(checkpoints)
+    monkeypatch.setattr("vae_dist.training.saving.PATIENCE_S", 0.02)
+    go_on, save = threading.Event(), checkpoints.save
+
+    def hanging(*args, **kwargs):
+        go_on.wait(10)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save", hanging)
+    submit(one, 10)
+    submit(one, 20)
+    monkeypatch.setattr("vae_dist.training.saving.PATIENCE_S", 600)
+    submit(one, 30)  # training has waited long enough
+    assert len(warnings) == 2 and "step_00000020 is left out" in warnings[0]
+    go_on.set()
+    assert one.wait() and one.written_step == 10
+    submit(one, 40)
+    assert one.wait() and checkpoints.steps() == [10, 40]
+
+
 def test_a_folder_that_is_gone_is_not_made_again_elsewhere(checkpoints, tmp_path):
     one, warnings = writer(checkpoints)
     submit(one, 10)

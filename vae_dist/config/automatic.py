@@ -37,8 +37,16 @@ def default_slots(batch_size: int, *, buckets: bool = False) -> int:
     return max(part for part in divisors(batch_size) if part <= largest)
 
 
-def world_size_problem(slots: int, world: int) -> str | None:
-    """Why `world` processes cannot share `slots` slots, or None when they can."""
+def slots_of(config: TrainConfig) -> int:
+    """data.slots, or what 0 stands for."""
+    return config.data.slots or default_slots(
+        config.training.batch_size, buckets=has_buckets(config)
+    )
+
+
+def world_size_problem(config: TrainConfig, world: int) -> str | None:
+    """Why `world` processes cannot share the slots, or None when they can."""
+    slots = slots_of(config)
     if slots % world == 0:
         return None
     fitting = ", ".join(str(part) for part in divisors(slots))
@@ -100,9 +108,7 @@ def resolve(config: TrainConfig, *, mean_sample_bytes: float) -> TrainConfig:
     """
     resolved = copy.deepcopy(config)
     data = resolved.data
-    data.slots = data.slots or default_slots(
-        resolved.training.batch_size, buckets=has_buckets(config)
-    )
+    data.slots = slots_of(resolved)
     if data.window == "auto":
         data.window = _automatic_window(resolved, mean_sample_bytes)
     return resolved

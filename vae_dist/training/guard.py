@@ -60,9 +60,9 @@ class SpikeGuard:
 
 
 class SkippedStep(NamedTuple):
-    """What the last of too many skipped steps in a row looked like."""
+    """What was seen of too many skipped steps in a row."""
 
-    step: int
+    step: int  # at which the host looked
     streak: int
     shards: tuple[str, ...]  # that this rank read in those steps
 
@@ -70,8 +70,8 @@ class SkippedStep(NamedTuple):
         """For people; `grad_norm` is of the last step, `shards` are of all ranks."""
         names = sorted(shards)
         return (
-            f"the gradient was not finite, or a spike, for {self.streak} steps in a row, the last "
-            f"one at step {self.step} with optim/grad_norm={grad_norm:g} "
+            f"the gradient was not finite, or a spike, for {self.streak} steps in a row, noticed "
+            f"at step {self.step} with optim/grad_norm={grad_norm:g} "
             "(training.max_consecutive_nonfinite); shards in hand: "
             f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower optimizer.lr, set "
             "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
@@ -86,8 +86,9 @@ class SkipGuard:
         self.max_consecutive = max_consecutive
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # not finite
         self.spikes = torch.zeros((), dtype=torch.int64, device=device)
-        self.streak = torch.zeros((), dtype=torch.int64, device=device)  # of both
-        self._recent: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=max_consecutive)
+        self.streak = torch.zeros((), dtype=torch.int64, device=device)  # of both, at the end
+        self._longest = torch.zeros((), dtype=torch.int64, device=device)  # since the last look
+        self._recent: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=2 * max_consecutive)
 
     def observe(
         self, step: int, found_inf: torch.Tensor, spike: torch.Tensor, shards: tuple[str, ...]
@@ -96,6 +97,7 @@ class SkipGuard:
         self.skipped += nonfinite
         self.spikes += spike
         self.streak.copy_((self.streak + 1) * (nonfinite + spike))
+        torch.maximum(self._longest, self.streak, out=self._longest)
         self._recent.append((step, shards))
 
     def is_due(self, step: int) -> bool:
@@ -103,12 +105,15 @@ class SkipGuard:
         return step % self.max_consecutive == 0
 
     def failure(self) -> SkippedStep | None:
-        """After `max_consecutive` skipped steps in a row, on all ranks alike. Waits for device."""
-        if int(self.streak) < self.max_consecutive:
+        """`max_consecutive` skipped steps in a row since the last look, on all ranks alike. Waits
+        for the device."""
+        longest = int(self._longest)
+        self._longest.copy_(self.streak)
+        if longest < self.max_consecutive:
             return None
         step = self._recent[-1][0] if self._recent else 0
         shards = sorted({shard for _, names in self._recent for shard in names})
-        return SkippedStep(step, int(self.streak), tuple(shards))
+        return SkippedStep(step, longest, tuple(shards))
 
     def state(self) -> dict[str, int]:
         return {
@@ -121,3 +126,4 @@ class SkipGuard:
         self.skipped.fill_(state["skipped_steps"])
         self.spikes.fill_(state["spike_steps"])
         self.streak.fill_(state["skip_streak"])
+        self._longest.copy_(self.streak)

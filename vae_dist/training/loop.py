@@ -29,7 +29,7 @@ from vae_dist.training.divergence import check_equal_over_ranks
 from vae_dist.training.guard import SkipGuard, TrainingFailed
 from vae_dist.training.hooks import Evaluator, Painter, Row, is_due
 from vae_dist.training.preemption import StopRequest
-from vae_dist.training.saving import CheckpointWriter
+from vae_dist.training.saving import TAKEN_OVER, CheckpointWriter
 from vae_dist.training.startup import Startup
 from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.watch import RankWatch
@@ -135,7 +135,7 @@ class Trainer:
             if self._checkpoint_is_due():
                 watch.at(self.step, "checkpoint")
                 with meter.pause():
-                    self.save()
+                    self.save(urgent=self.step == last_step)
             if self.step < last_step and stop.agreed():
                 return self._interrupt(stop)
         return self._finish(stop)
@@ -178,20 +178,32 @@ class Trainer:
 
     def _interrupt(self, stop: StopRequest) -> str:
         stop.settle()
-        self.save(urgent=True)
-        self.runtime.on_main(self.writer.wait)  # a warning says it, and an older one is there
+        self._save_for_good()  # else a warning says it, and an older one is there
         return "interrupted"
 
     def _finish(self, stop: StopRequest) -> str:
         stop.settle()
-        self.save(urgent=True)
-        if not self.runtime.on_main(self.writer.wait):
+        if not self._save_for_good():
             problem = self.runtime.broadcast(self.writer.problem)
             raise TrainingFailed(
                 f"all {self.step} steps are done but {problem}; make room for it, then the same "
                 "command goes on from the last checkpoint"
             )
         return "finished"
+
+    def _save_for_good(self) -> bool:
+        """Whether the disk has this step's checkpoint; one that it refused is tried once more."""
+        if self.runtime.on_main(self.folder.is_taken_over):
+            raise TrainingFailed(TAKEN_OVER)
+        self.save(urgent=True)
+        if self.runtime.on_main(self._is_written):
+            return True
+        self._saved = (-1, -1)
+        self.save(urgent=True)
+        return self.runtime.on_main(self._is_written)
+
+    def _is_written(self) -> bool:
+        return self.writer.wait() and self.writer.written_step == self.step
 
     def _log_is_due(self) -> bool:
         return is_due(self.step, self.config.log.every, self.config.training.steps)

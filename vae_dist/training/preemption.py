@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
 from vae_dist.training.signals import StopSignals
 
@@ -25,13 +26,14 @@ class StopRequest:
     def __init__(self, runtime: Runtime, signals: StopSignals) -> None:
         self.reason = ""
         self._runtime, self._signals = runtime, signals
-        self._stop_file: Path | None = None
+        self._folder: RunFolder | None = None
         self._polled_at = 0.0
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def heed(self, stop_file: Path) -> None:
-        """From now on this file is a request too: the run folder that it is in is ours."""
-        self._stop_file = stop_file
+    def heed(self, folder: RunFolder) -> None:
+        """From now on the STOP file of this run folder is a request too, and so is its loss to
+        another trainer: the folder is ours."""
+        self._folder = folder
 
     def agreed(self) -> bool:
         """True on every rank after the same call, one call after the first rank saw a request."""
@@ -63,12 +65,14 @@ class StopRequest:
 
     def _requested(self) -> bool:
         self.reason = self.reason or self._signals.reason
-        if not self.reason and self._runtime.is_main and self._stop_file is not None:
+        if not self.reason and self._runtime.is_main and self._folder is not None:
             now = time.monotonic()
             if now - self._polled_at >= FILE_POLL_S:
                 self._polled_at = now
-                if _exists(self._stop_file):
-                    self.reason = f"{self._stop_file} exists"
+                if _exists(self._folder.stop_path):
+                    self.reason = f"{self._folder.stop_path} exists"
+                elif self._folder.is_taken_over():
+                    self.reason = "another trainer has taken over the run folder"
         return bool(self.reason)
 
 

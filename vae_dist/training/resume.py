@@ -45,7 +45,8 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         return config  # nothing is there that could be lost
     previous = folder.config()
     config = copy.deepcopy(config)
-    config.data.slots = config.data.slots or previous.data.slots
+    if config.training.batch_size % previous.data.slots == 0:  # else its batch is another one
+        config.data.slots = config.data.slots or previous.data.slots
     if config.data.window == "auto":
         config.data.window = previous.data.window
     if config.training.precision == "auto":

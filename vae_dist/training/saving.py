@@ -21,8 +21,14 @@ from typing import Any
 import torch
 
 from vae_dist.checkpoint import Checkpoints, Tensors, step_name
+from vae_dist.training.guard import TrainingFailed
 
 BACKGROUND_NICE = 10  # a tenth of a core where training wants all of them
+TAKEN_OVER = (
+    "another trainer has taken over the run folder, because this one had shown no sign of life; "
+    "this one ends here and leaves it alone"
+)
+PATIENCE_S = 120.0  # that training waits for the write before
 
 
 class CheckpointWriter:
@@ -44,6 +50,7 @@ class CheckpointWriter:
         self.problem = ""  # of the last write, empty when it went well
         self._warn = warn
         self._thread: threading.Thread | None = None
+        self._is_late = False  # training has waited for it long enough
         self._unforeseen: BaseException | None = None
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -58,10 +65,20 @@ class CheckpointWriter:
     ) -> None:
         """Copy what is given and write it in a thread, after the write before it.
 
-        `urgent`: nothing goes on beside it, and there may be a grace time.
+        Where that one hangs on its disk this one is left out, with a warning, unless it is
+        `urgent`: then nothing goes on beside it, and there may be a grace time.
         """
         begun = time.perf_counter()
+        if self._hangs(0.0 if self._is_late else PATIENCE_S) and not urgent:
+            self._warn(
+                f"warning: the disk of {self.checkpoints.folder} has not taken the checkpoint "
+                f"before this one yet; {step_name(step)} is left out, training goes on"
+            )
+            self._is_late = True
+            self.stall_s += time.perf_counter() - begun
+            return
         self.wait()
+        self._is_late = False
         arguments = (step, self._copied(tensors), dict(state), best_step, urgent)
         # no daemon: a process that ends on its own ends with this write done
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
@@ -99,6 +116,13 @@ class CheckpointWriter:
                 self._warn(self._words())
         return not self.problem
 
+    def _hangs(self, patience_s: float) -> bool:
+        """Whether a write is still under way after that time."""
+        if self._thread is None:
+            return False
+        self._thread.join(patience_s)
+        return self._thread.is_alive()
+
     def poll(self) -> None:
         """Say at once, not at the next checkpoint, that a write has failed."""
         if self._thread is not None and not self._thread.is_alive():
@@ -117,10 +141,7 @@ class CheckpointWriter:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
         try:
             if self._is_taken_over():
-                raise RuntimeError(
-                    f"another trainer has taken over the run folder of {self.checkpoints.folder} "
-                    "because this one had shown no sign of life; this one ends here"
-                )
+                raise TrainingFailed(TAKEN_OVER)
             self.checkpoints.save(
                 step, tensors, state, keep_last=self.keep_last, best_step=best_step
             )
