@@ -101,6 +101,7 @@ def test_parquet_of_the_hub_kind(tmp_path: Path) -> None:
     features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
     schema = pyarrow.schema([("image", kind), ("label", pyarrow.int64())])
     for split, count in (("train", 3), ("test", 1)):
+        images: list[dict[str, object]]
         images = [{"bytes": png(i), "path": None} for i in range(count)]
         images[-1] = images[-1] if split == "test" else {"bytes": None, "path": "x.png"}
         table = pyarrow.table({"image": images, "label": [1] * count}, schema)
