@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,11 +37,16 @@ from vae_dist.sharding import shard, sync_gradients
 T = TypeVar("T")
 
 LAST_S = 2  # that rank 0 waits longer for ranks that do not come
+STOP_POLL_S = 0.2  # between two looks for a request to stop, while ranks are waited for
 MARGIN_S = 60  # that a collective waits longer than runtime.timeout_s
 
 
 class RankFailed(RuntimeError):
     """Another rank did not come, or failed in a way that nobody foresaw; the message names it."""
+
+
+class StoppedWaiting(RuntimeError):
+    """This process was asked to stop before the ranks had met; the message is the reason."""
 
 
 def has_accelerator(config: RuntimeConfig) -> bool:
@@ -123,13 +130,14 @@ class Runtime:
         return runtime
 
     @classmethod
-    def join(cls, config: RuntimeConfig) -> Runtime:
+    def join(cls, config: RuntimeConfig, *, stop_reason: Callable[[], str] = str) -> Runtime:
         """Join the other ranks. Raises ConfigError where launcher and config disagree, RankFailed
-        with the names of ranks that have not come after runtime.timeout_s."""
+        with the names of ranks that have not come after runtime.timeout_s, and StoppedWaiting when
+        `stop_reason` is not empty before."""
         if problems := launcher_problems():
             raise ConfigError(problems)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        roll_call = _roll_call(config.timeout_s) if launched > 1 else None
+        roll_call = _roll_call(config.timeout_s, stop_reason) if launched > 1 else None
         state = PartialState(cpu=not has_accelerator(config), timeout=_collective_timeout(config))
         del roll_call  # its server, in rank 0, lives on in the process group
         if state.num_processes != launched:
@@ -283,7 +291,24 @@ def _collective_timeout(config: RuntimeConfig) -> timedelta:
 # who is there
 
 
-def _roll_call(timeout_s: float) -> dist.TCPStore:
+def _roll_call(timeout_s: float, stop_reason: Callable[[], str]) -> dist.TCPStore:
+    """`_meet`, in a thread: it waits in C++, where a request to stop is not heard."""
+    meeting: Future[dist.TCPStore] = Future()
+
+    def meet() -> None:
+        try:
+            meeting.set_result(_meet(timeout_s))
+        except BaseException as error:
+            meeting.set_exception(error)
+
+    threading.Thread(target=meet, name="roll-call", daemon=True).start()
+    while not wait([meeting], STOP_POLL_S).done:
+        if reason := stop_reason():
+            raise StoppedWaiting(reason)
+    return meeting.result()
+
+
+def _meet(timeout_s: float) -> dist.TCPStore:
     """Wait until all ranks of the launcher's environment have come. Raises RankFailed.
 
     The backend's own rendezvous knows how many are missing, but not which.
@@ -294,14 +319,14 @@ def _roll_call(timeout_s: float) -> dist.TCPStore:
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     names = [f"vae_dist/start{start}/rank{number}" for number in range(world)]
     # rank 0 leaves last: the others ask its store who is missing
-    wait = timedelta(seconds=timeout_s + (LAST_S if rank == 0 else 0))
+    patience = timedelta(seconds=timeout_s + (LAST_S if rank == 0 else 0))
     try:
         store = dist.TCPStore(
             host,
             port,
             world,
             is_master=rank == 0 and not agent_has_store,
-            timeout=wait,
+            timeout=patience,
             wait_for_workers=False,
             multi_tenant=True,  # the process group's own store, in a moment, is on this server too
         )
@@ -312,7 +337,7 @@ def _roll_call(timeout_s: float) -> dist.TCPStore:
         ) from None
     store.set(names[rank], socket.gethostname())
     try:
-        store.wait(names, wait)
+        store.wait(names, patience)
     except RuntimeError:
         try:
             missing = [number for number in range(world) if not store.check([names[number]])]
