@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.support.http_shards import serving
 from vae_dist.config.errors import ConfigError
 from vae_dist.data import remote
 from vae_dist.data.index import load_index, write_index_of_remote, write_info
-from vae_dist.data.remote import read_range
+from vae_dist.data.remote import UnreadableError, read_range
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.index import main
@@ -187,13 +188,98 @@ def test_the_index_of_remote_shards(
         )
         assert "sizes HxW: 1x3 (122); 1 different" in lines
         assert any(line.startswith("double keys: 77, the first is") for line in lines)
-        (out / "000003-set-03.tar.idx").unlink()
+        (sidecar,) = out.glob("set-03.tar-*.idx")
+        sidecar.unlink()
         asked = dict(server.asked)
         assert main([data, f"out={out}"]) == 0  # goes on with what is missing
         again = {p for p in asked if server.asked[p] > asked[p] + 2 and p.endswith(".tar")}
         assert again <= {"set-03.tar"}
         index = load_index(str(out / "shards.json"), key="data.train", create=False)
         assert index.lengths.tolist() == list(LENGTHS)
+
+
+def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> None:
+    """Other shards of the same names, or another size, are indexed anew; a damaged shard keeps
+    neither its sidecar nor the list that names it; an unreachable one keeps both."""
+    place, out = tmp_path / "a", tmp_path / "index"
+
+    def made(name: str, **options: bool) -> list[int]:
+        place.mkdir(exist_ok=True)
+        shutil.copy(folder / name, place / "x.tar")
+        damage = write_index_of_remote([f"file://{place}/x.tar"], out, **options)
+        assert set(damage.values()) <= {None}
+        index = load_index(str(out / "shards.json"), key="k", create=False)
+        return [*index.lengths.tolist(), len(damage)]
+
+    assert made("set-03.tar") == [30, 1]
+    assert made("set-03.tar") == [30, 0]  # kept
+    assert made("set-05.tar") == [45, 1]  # another size
+    place = tmp_path / "b"
+    assert made("set-02.tar") == [7, 1]  # another address
+    url = f"file://{place}/x.tar"
+    (place / "x.tar").rename(place / "away")
+    (error,) = write_index_of_remote([url], out, overwrite=True).values()
+    assert "no such file" in str(error) and (out / "shards.json").exists()
+    data = bytearray((folder / "set-02.tar").read_bytes())
+    data[1024:1100] = b"\xff" * 76
+    (place / "x.tar").write_bytes(data)
+    sidecars = len(list(out.glob("*.idx")))
+    (error,) = write_index_of_remote([url], out, overwrite=True).values()
+    assert "damaged tar header" in str(error)
+    assert len(list(out.glob("*.idx"))) == sidecars - 1 and not (out / "shards.json").exists()
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_is_forbidden_counts_as_missing(folder: Path, status: int) -> None:
+    """S3 says so of what is not there, to those who may not list it."""
+    with serving(folder, lambda path, n: status if path == "_info.json" else None) as server:
+        index = load_index(f"{server.url}/set-{{00..09}}.tar", key="data.train", create=False)
+        assert index.lengths.tolist() == list(LENGTHS)
+        with pytest.raises(ConfigError, match=f"HTTP {status} .*name the shards"):
+            load_index(server.url, key="data.train", create=False)
+
+
+def test_only_the_status_says_what_is_missing(tmp_path: Path) -> None:
+    """Not the digits of a name; and the answer outlives the way from a worker."""
+    with serving(tmp_path, lambda path, n: 500) as server, pytest.raises(UnreadableError):
+        remote.exists(f"{server.url}/train-000403.tar.idx")
+    with serving(tmp_path) as server, pytest.raises(UnreadableError) as raised:
+        read_range(f"{server.url}/x", 0, 1)
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert again.is_missing and str(again) == str(raised.value)
+
+
+def test_signed_addresses_name_shards(folder: Path) -> None:
+    signature = "?sig=a/b.c&sv=2"
+    with serving(folder, query=signature) as server:
+        for spec in (f"{server.url}/set-{{00..09}}.tar{signature}", f"{server.url}/{signature}"):
+            index = load_index(spec, key="data.train", create=False)
+            assert index.lengths.tolist() == list(LENGTHS)
+            assert (
+                index.offsets(3).tolist()
+                == np.fromfile(folder / "set-03.tar.idx").view("<u8").tolist()
+            )
+        (folder / "_info.json").unlink()
+        spec = f"{server.url}/set-{{00..09}}.tar{signature}"
+        again = load_index(spec, key="data.train", create=False)
+    assert again.fingerprint == index.fingerprint
+    assert index.fingerprint == load_index(str(folder), key="data", create=False).fingerprint
+
+
+@pytest.mark.parametrize("says", ["bytes 0-9/300000", "bytes 6-15/300000", "whole", ""])
+def test_a_piece_that_was_not_asked_for_is_refused(tmp_path: Path, blob: bytes, says: str) -> None:
+    with serving(tmp_path, content_range=says) as server:
+        message = "cannot send pieces" if says.startswith("bytes") else "does not say which piece"
+        with pytest.raises(UnreadableError, match=message):
+            read_range(f"{server.url}/blob", 5, 10)
+
+
+def test_a_file_of_unknown_length_is_read(tmp_path: Path, blob: bytes) -> None:
+    with serving(tmp_path, content_range="bytes {start}-{last}/*") as server:
+        assert read_range(f"{server.url}/blob", 1000, 50_000) == blob[1000:51_000]
+        assert read_range(f"{server.url}/blob", 299_000, 5000) == blob[299_000:]
+        assert remote.size_of(f"{server.url}/blob") == len(blob)
+        assert remote.read_all(f"{server.url}/blob") == blob
 
 
 @pytest.mark.parametrize("protocol", ["memory://", "strict://"])

@@ -18,16 +18,31 @@ Misbehave = Callable[[str, int], int | None]
 
 
 class ShardServer:
-    """Serves a folder. `sent` counts the bytes of answers by path, `asked` the requests."""
+    """Serves a folder. `sent` counts the bytes of answers by path, `asked` the requests.
 
-    def __init__(self, folder: Path, misbehave: Misbehave | None, *, ranges: bool) -> None:
+    query: what an address must end with, or it is forbidden. content_range: the header of a piece.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        misbehave: Misbehave | None,
+        *,
+        ranges: bool,
+        query: str,
+        content_range: str,
+    ) -> None:
         self.folder, self.misbehave, self.ranges = folder, misbehave, ranges
+        self.query, self.content_range = query, content_range
         self.sent: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.url = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.lstrip("/")
+        if not request.path.endswith(self.query):
+            request.send_error(403)
+            return
+        path = request.path.removesuffix(self.query).lstrip("/")
         number = self.asked[path]
         self.asked[path] += 1
         trouble = self.misbehave(path, number) if self.misbehave else None
@@ -47,7 +62,8 @@ class ShardServer:
                 return
             data = data[start:stop]
             request.send_response(206)
-            request.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
+            says = self.content_range.format(start=start, last=stop - 1, total=total)
+            request.send_header("Content-Range", says)
         else:
             request.send_response(200)
         request.send_header("Content-Length", str(len(data)))
@@ -65,9 +81,14 @@ class ShardServer:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, misbehave: Misbehave | None = None, *, ranges: bool = True
+    folder: Path,
+    misbehave: Misbehave | None = None,
+    *,
+    ranges: bool = True,
+    query: str = "",
+    content_range: str = "bytes {start}-{last}/{total}",
 ) -> Iterator[ShardServer]:
-    shards = ShardServer(folder, misbehave, ranges=ranges)
+    shards = ShardServer(folder, misbehave, ranges=ranges, query=query, content_range=content_range)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

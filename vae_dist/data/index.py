@@ -18,19 +18,28 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.locate import NUM_NAMED, Shard, locate, shown
-from vae_dist.data.remote import exists, is_pipe, is_remote, read_range, size_of
+from vae_dist.data.remote import (
+    UnreadableError,
+    exists,
+    is_pipe,
+    is_remote,
+    name_of,
+    read_range,
+    size_of,
+)
 from vae_dist.data.tar import Read, ShardError, end_of_samples, sample_starts
 from vae_dist.files import write_durably
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
 NUM_THREADS = 8  # header hops wait for the disk, not for the CPU
+MAX_NAME = 100  # letters of a shard's name in that of its sidecar
 WINDOW_BYTES = 1 << 22  # of a remote shard that are read at once to index it
 
 
@@ -58,7 +67,7 @@ class ShardIndex:
         """Names, lengths and sizes in one word: another data set, or another order, differs."""
         digest = hashlib.blake2b(digest_size=16)
         for path, length, size in zip(self.paths, self.lengths, self.bytes, strict=True):
-            digest.update(f"{os.path.basename(path)}\0{length}\0{size}\n".encode())
+            digest.update(f"{name_of(path)}\0{length}\0{size}\n".encode())
         digest.update(repr(self.parts).encode() if self.parts else b"")
         return digest.hexdigest()
 
@@ -111,37 +120,63 @@ def write_index_of_remote(
     urls: Sequence[str], folder: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, ShardError | None]:
     """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
-    when all are whole. Sidecars that are there are kept, so that a killed call goes on.
+    when all are whole. Sidecars of these addresses and sizes are kept, so that a killed call goes
+    on. Where a shard is damaged, its sidecar goes, and an earlier `shards.json`.
 
     Returns each shard that was read, with its damage or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sidecars = [folder / f"{i:06d}-{os.path.basename(url)}.idx" for i, url in enumerate(urls)]
-
-    def make(number: int) -> ShardError | None:
-        try:
-            offsets = index_shard(urls[number])
-        except ShardError as error:
-            return error
-        write_durably(sidecars[number], offsets.astype("<u8").tobytes())
-        return None
-
-    todo = [i for i, sidecar in enumerate(sidecars) if overwrite or not sidecar.exists()]
-    damage: dict[str, ShardError | None] = {}
+    todo = list(dict.fromkeys(urls))
+    made: dict[str, _Made] = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for number, error in zip(todo, pool.map(make, todo), strict=True):
-            damage[urls[number]] = error
+        found = pool.map(lambda url: _index_of_remote(url, folder, overwrite=overwrite), todo)
+        for url, of_shard in zip(todo, found, strict=True):
+            made[url] = of_shard
             if progress is not None:
-                progress(len(damage), len(todo))
-    if all(sidecar.exists() for sidecar in sidecars):
-        shards = [
-            {"url": url, "nsamples": sidecar.stat().st_size // 8 - 1, "index": sidecar.name}
-            | ({} if is_pipe(url) else {"filesize": size_of(url)})
-            for url, sidecar in zip(urls, sidecars, strict=True)
-        ]
-        text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": shards}, indent=1)
+                progress(len(made), len(todo))
+    damage = {url: of_shard.error for url, of_shard in made.items() if not of_shard.is_kept}
+    entries = [made[url].entry for url in urls]
+    if all(entries):
+        text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": entries}, indent=1)
         write_durably(folder / "shards.json", text.encode())
+    elif any(error and not isinstance(error, UnreadableError) for error in damage.values()):
+        (folder / "shards.json").unlink(missing_ok=True)  # it is of other bytes
     return damage
+
+
+class _Made(NamedTuple):
+    """Of a remote shard: its entry in `shards.json` or why there is none."""
+
+    entry: dict[str, Any] | None
+    is_kept: bool
+    error: ShardError | None
+
+
+def _index_of_remote(url: str, folder: Path, *, overwrite: bool) -> _Made:
+    """Make the sidecar of a remote shard, unless it is there."""
+    try:
+        size = None if is_pipe(url) else size_of(url)
+        # a sidecar's name says whose it is: other addresses and sizes have others
+        owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
+        sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
+        is_kept = sidecar.exists() and not overwrite
+        if not is_kept:
+            _make_sidecar(url, sidecar)
+    except ShardError as error:
+        return _Made(None, False, error)
+    entry = {"url": url, "nsamples": sidecar.stat().st_size // 8 - 1, "index": sidecar.name}
+    return _Made(entry if size is None else entry | {"filesize": size}, is_kept, None)
+
+
+def _make_sidecar(url: str, sidecar: Path) -> None:
+    try:
+        offsets = index_shard(url)
+    except UnreadableError:
+        raise  # that says nothing of a sidecar that is there
+    except ShardError:
+        sidecar.unlink(missing_ok=True)
+        raise
+    write_durably(sidecar, offsets.astype("<u8").tobytes())
 
 
 def write_sidecar(path: str | Path, offsets: np.ndarray) -> None:

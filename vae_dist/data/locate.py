@@ -17,8 +17,14 @@ from typing import Any, NamedTuple
 from webdataset.shardlists import expand_urls
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.remote import is_pipe, is_remote, read_all
-from vae_dist.data.tar import ShardError
+from vae_dist.data.remote import (
+    UnreadableError,
+    is_pipe,
+    is_remote,
+    name_of,
+    read_all,
+    without_query,
+)
 
 NUM_NAMED = 5  # shards that one message names
 
@@ -54,7 +60,7 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
     if not isinstance(part, str | os.PathLike):
         raise ConfigError(f"{key}={part!r} is no path; give a folder, a brace pattern or a list")
     text = os.fspath(part)
-    if text.endswith(".json") and not is_pipe(text):
+    if without_query(text)[0].endswith(".json") and not is_pipe(text):
         return _from_wids(text, key)
     if is_remote(text):
         return _remote(text, key)
@@ -89,17 +95,22 @@ def _remote(text: str, key: str) -> list[Shard]:
     """A URL of shards, with braces or not, or of the folder that holds `_info.json`."""
     if is_pipe(text):
         return [Shard(url, "") for url in _expanded(text, key)]
-    folder, _, name = text.rpartition("/")
-    is_folder = not name.endswith(".tar")
-    folder = text.rstrip("/") if is_folder else folder
-    known = _info(folder, key, needed=is_folder)
-    urls = [f"{folder}/{name}" for name in known] if is_folder else _expanded(text, key)
-    return [Shard(url, f"{url}.idx", *known.get(os.path.basename(url), ())) for url in urls]
+    path, query = without_query(text)
+    is_folder = not path.endswith(".tar")
+    folder = path.rstrip("/") if is_folder else path.rpartition("/")[0]
+    known = _info(f"{folder}/_info.json{query}", key, needed=is_folder)
+    urls = [f"{folder}/{name}{query}" for name in known] if is_folder else _expanded(text, key)
+    return [Shard(url, sidecar_of(url), *known.get(name_of(url), ())) for url in urls]
 
 
-def _info(folder: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | None]]:
+def sidecar_of(url: str) -> str:
+    """Where the offsets of a shard are, unless something says otherwise: beside it."""
+    path, query = without_query(url)
+    return f"{path}.idx{query}"
+
+
+def _info(where: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | None]]:
     """(samples, bytes) of each shard after a folder's `_info.json`."""
-    where = f"{folder}/_info.json"
     try:
         splits = json.loads(read_all(where))["splits"]
         found: dict[str, tuple[int, int | None]] = {}
@@ -111,21 +122,22 @@ def _info(folder: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | 
                 for name, length, size in zip(names, lengths, sizes, strict=True)
             }
         return found
-    except ShardError as error:
-        if "HTTP 404" not in str(error) and "no such file" not in str(error) and not needed:
-            raise
+    except UnreadableError as error:
         if needed:
+            folder = where.rpartition("/_info.json")[0]
             raise ConfigError(
                 f"{key}={folder}: {error}; name the shards, like {folder}/train-{{000000..000007}}"
                 ".tar"
             ) from error
+        if not error.is_missing:
+            raise
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}: {where} is no index of shards ({error!r})") from error
 
 
 def _from_wids(text: str, key: str) -> list[Shard]:
-    folder = text.rpartition("/")[0]
+    folder = without_query(text)[0].rpartition("/")[0]
     try:
         entries = json.loads(read_all(text))["shardlist"]
         return [_wids_shard(entry, folder) for entry in entries]
@@ -139,7 +151,7 @@ def _from_wids(text: str, key: str) -> list[Shard]:
 
 def _wids_shard(entry: dict[str, Any], folder: str) -> Shard:
     url = _beside(str(entry["url"]), folder)
-    sidecar = _beside(str(entry["index"]), folder) if "index" in entry else f"{url}.idx"
+    sidecar = _beside(str(entry["index"]), folder) if "index" in entry else sidecar_of(url)
     num_bytes = entry.get("filesize")
     return Shard(
         url, sidecar, int(entry["nsamples"]), None if num_bytes is None else int(num_bytes)

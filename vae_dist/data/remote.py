@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from vae_dist.data.tar import ShardError
 
@@ -29,12 +30,43 @@ TIMEOUT_S = 60  # without a byte
 CHUNK = 1 << 18
 MAX_PIPES = 256  # that one process keeps open
 LASTING = (400, 401, 403, 404, 405, 410, 416, 451)  # answers that another attempt does not change
+FORBIDDEN, NOT_FOUND, NO_SUCH_PIECE = 403, 404, 416
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+HTTP = ("http://", "https://")
 
 sleep = time.sleep
 
 
+class UnreadableError(ShardError):
+    """A place elsewhere cannot be read; status: the answer of HTTP, or 0."""
+
+    def __init__(self, problem: str, status: int = 0) -> None:
+        super().__init__(problem)
+        self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.status)
+
+    @property
+    def is_missing(self) -> bool:
+        """Nothing is there. Stores that hide what they hold say so too: forbidden."""
+        return self.status in (FORBIDDEN, NOT_FOUND)
+
+
 class _LastingError(Exception):
     """Another attempt will not help."""
+
+    def __init__(self, reason: str, status: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _Piece(NamedTuple):
+    """What an answer holds: bytes start, ..., stop - 1 of a file of `total`; None: unknown."""
+
+    start: int
+    stop: int
+    total: int | None
 
 
 def is_remote(place: str) -> bool:
@@ -45,22 +77,35 @@ def is_pipe(place: str) -> bool:
     return place.startswith("pipe:")
 
 
+def without_query(place: str) -> tuple[str, str]:
+    """An address and its query, such as the signature in `https://HOST/x.tar?sig=...`."""
+    if not place.startswith(HTTP):
+        return place, ""  # elsewhere a name may hold a question mark
+    path, mark, query = place.partition("?")
+    return path, mark + query
+
+
+def name_of(place: str) -> str:
+    """The name of the file at a place."""
+    return os.path.basename(without_query(place)[0])
+
+
 def read_range(place: str, start: int, count: int) -> bytes:
-    """`count` bytes from byte `start` on. Raises OSError (local) or ShardError (remote)."""
+    """`count` bytes from byte `start` on. Raises OSError (local) or UnreadableError (remote)."""
     if count <= 0:
         return b""
     if not is_remote(place):
         return _read_local(place, start, count)
     if is_pipe(place):
         return _read_pipe(place, start, count)
-    fetch = _fetch_http if place.startswith(("http://", "https://")) else _fetch_by_fsspec
+    fetch = _fetch_http if place.startswith(HTTP) else _fetch_by_fsspec
     data = bytearray()
     _with_retries(place, data, lambda: fetch(place, start, count, data))
     return bytes(data)
 
 
 def read_all(place: str) -> bytes:
-    """A whole small file, such as an index. Raises OSError or ShardError."""
+    """A whole small file, such as an index. Raises OSError or UnreadableError."""
     if not is_remote(place):
         with open(place, "rb") as file:
             return file.read()
@@ -68,17 +113,15 @@ def read_all(place: str) -> bytes:
 
 
 def size_of(place: str) -> int:
-    """Bytes of a file. Raises OSError or ShardError; a pipe has no size that could be asked."""
+    """Bytes of a file; a pipe has no size that could be asked. Raises as read_range."""
     if not is_remote(place):
         return os.path.getsize(place)
     assert not is_pipe(place), place
     sizes: list[int] = []
 
     def ask() -> None:
-        if place.startswith(("http://", "https://")):
-            # A GET of one byte: unlike HEAD it is allowed by signed URLs.
-            with _opened(place, 0, 1) as answer:
-                sizes.append(_total(answer))
+        if place.startswith(HTTP):
+            sizes.append(_size_by_http(place))
         else:
             system, path = _file_system(place)
             with _named_by_fsspec():
@@ -89,13 +132,13 @@ def size_of(place: str) -> int:
 
 
 def exists(place: str) -> bool:
-    """Whether a file is there; an unreachable server is no answer, but a ShardError."""
+    """Whether a file is there; an unreachable server is no answer, but an UnreadableError."""
     if not is_remote(place):
         return os.path.exists(place)
     try:
         size_of(place)
-    except ShardError as error:
-        if "404" in str(error) or "403" in str(error) or "no such file" in str(error):
+    except UnreadableError as error:
+        if error.is_missing:
             return False
         raise
     return True
@@ -109,14 +152,16 @@ def _with_retries(place: str, data: bytearray, attempt: Callable[[], None]) -> N
             attempt()
             return
         except _LastingError as error:
-            raise ShardError(f"{place}: cannot be read ({error}); check the address") from None
+            raise UnreadableError(
+                f"{place}: cannot be read ({error}); check the address", error.status
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             reason = f"{type(error).__name__}: {error}"
         if len(data) > before:
             failures, pause = 0, FIRST_PAUSE_S
         failures += 1
         if failures == ATTEMPTS:
-            raise ShardError(
+            raise UnreadableError(
                 f"{place}: cannot be read after {ATTEMPTS} attempts, the last one broke off after "
                 f"{len(data)} bytes ({reason}); when the server answers again, run the same command"
             )
@@ -125,43 +170,75 @@ def _with_retries(place: str, data: bytearray, attempt: Callable[[], None]) -> N
 
 
 @contextlib.contextmanager
-def _opened(url: str, start: int, count: int) -> Iterator[Any]:
-    """The answer to a request for a piece. Raises _LastingError where it is no use to ask again."""
-    last = start + count - 1
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{last}"})
+def _opened(url: str, start: int = 0, count: int | None = None) -> Iterator[tuple[Any, _Piece]]:
+    """The answer to a request for a piece, or the whole file, and what it holds, which begins at
+    `start`. Raises _LastingError where it is no use to ask again."""
+    pieces = {} if count is None else {"Range": f"bytes={start}-{start + count - 1}"}
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            if answer.status != 206 and start > 0:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=pieces), timeout=TIMEOUT_S
+        ) as answer:
+            piece = _piece(answer)
+            if piece.start != start:
                 raise _LastingError(
-                    f"the server answers {answer.status} to a Range request: it cannot send pieces;"
-                    f" read it as 'pipe:curl -sf {url}'"
+                    f"the server answers {answer.status} from byte {piece.start} on to a request "
+                    f"for those from {start} on: it cannot send pieces; read it as "
+                    f"'pipe:curl -sf {url}'"
                 )
-            yield answer
+            yield answer, piece
     except urllib.error.HTTPError as error:
         if error.code in LASTING:
-            raise _LastingError(f"HTTP {error.code} {error.reason}") from None
+            raise _LastingError(f"HTTP {error.code} {error.reason}", error.code) from None
         raise
+
+
+def _piece(answer: Any) -> _Piece:
+    if answer.status == 206:
+        found = CONTENT_RANGE.fullmatch(str(answer.headers.get("Content-Range", "")).strip())
+        if found is None:
+            raise _LastingError("the server does not say which piece of the file it sends")
+        first, last, total = found.groups()
+        return _Piece(int(first), int(last) + 1, None if total == "*" else int(total))
+    length = str(answer.headers.get("Content-Length", ""))
+    if not length.isdigit():
+        raise _LastingError("the server does not say how long the file is")
+    return _Piece(0, int(length), int(length))
+
+
+def _size_by_http(url: str) -> int:
+    # A GET of one byte: unlike HEAD it is allowed by signed URLs.
+    with _opened(url, 0, 1) as (_, piece):
+        total = piece.total
+    if total is None:
+        with _opened(url) as (_, piece):
+            total = piece.stop
+    return total
 
 
 def _fetch_http(url: str, start: int, count: int, data: bytearray) -> None:
     """Append what is missing of the piece to `data`."""
-    with _opened(url, start + len(data), count - len(data)) as answer:
-        end = min(start + count, _total(answer))
-        while start + len(data) < end:
-            chunk = answer.read1(min(CHUNK, end - start - len(data)))  # what came before a break
-            if not chunk:
-                raise ConnectionError("the connection ended too early")
-            data += chunk
+    end = start + count
+    total: int | None = 0
+    while start + len(data) < end:
+        try:
+            with _opened(url, start + len(data), end - start - len(data)) as (answer, piece):
+                _read_to(min(end, piece.stop) - start, answer, data)
+        except _LastingError as error:
+            if error.status == NO_SUCH_PIECE and total is None:
+                return  # the file ends where the answer before did
+            raise
+        total = piece.total
+        if total is not None:
+            end = min(end, total)
 
 
-def _total(answer: Any) -> int:
-    """Bytes of the whole file, as an answer to a Range request says."""
-    total = str(answer.headers.get("Content-Range", "")).rpartition("/")[2]
-    if answer.status != 206:
-        total = str(answer.headers.get("Content-Length", ""))
-    if not total.isdigit():
-        raise _LastingError("the server does not say how long the file is")
-    return int(total)
+def _read_to(length: int, answer: Any, data: bytearray) -> None:
+    """Append to `data` until it has that many bytes."""
+    while len(data) < length:
+        chunk = answer.read1(min(CHUNK, length - len(data)))  # what came before a break
+        if not chunk:
+            raise ConnectionError("the connection ended too early")
+        data += chunk
 
 
 def _fetch_by_fsspec(url: str, start: int, count: int, data: bytearray) -> None:
@@ -176,9 +253,9 @@ def _named_by_fsspec() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise _LastingError("no such file") from None
+        raise _LastingError("no such file", NOT_FOUND) from None
     except PermissionError as error:
-        raise _LastingError(f"no permission: {error}") from None
+        raise _LastingError(f"no permission: {error}", FORBIDDEN) from None
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -252,7 +329,7 @@ def _read_pipe(place: str, start: int, count: int) -> bytes:
             return data  # the file ends here
         failures += 1
         if failures == ATTEMPTS:
-            raise ShardError(
+            raise UnreadableError(
                 f"{place}: the command failed {ATTEMPTS} times, the last time with exit code "
                 f"{code} after {pipe.position} bytes; run it by hand to see why"
             )
