@@ -8,7 +8,13 @@ from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
 from vae_dist import runtime as runtime_module
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.runtime import RankFailed, Runtime, launcher_problems, precision_problem
+from vae_dist.runtime import (
+    RankFailed,
+    Runtime,
+    StoppedWaiting,
+    launcher_problems,
+    precision_problem,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -185,13 +191,29 @@ def test_a_rank_that_does_not_come_is_named(absent, message):
         assert text == "absent" if rank == absent else message in text
 
 
+def stop_while_waiting(rank: str) -> str:
+    os.environ.update(RANK=rank, WORLD_SIZE="2")
+    reasons = iter(["", "signal SIGTERM"])
+    runtime_module.STOP_POLL_S = 0.02
+    try:
+        Runtime.join(RuntimeConfig(threads=1, timeout_s=30), stop_reason=lambda: next(reasons))
+    except StoppedWaiting as stop:
+        return str(stop)
+    return ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])  # with the key-value store, and without an answer
+def test_a_request_to_stop_is_heard_while_ranks_are_waited_for(rank):
+    assert run_ranks(1, stop_while_waiting, rank) == ["signal SIGTERM"]
+
+
 def half_launched() -> str:
     os.environ["WORLD_SIZE"] = "1"  # what Accelerate sees ...
     from accelerate import Accelerator
 
     Accelerator(cpu=True)
     os.environ["WORLD_SIZE"] = "2"  # ... and what was launched
-    runtime_module._roll_call = lambda timeout_s: None  # the other one has come
+    runtime_module._roll_call = lambda *_: None  # the other one has come
     try:
         Runtime.start(RuntimeConfig(threads=1), precision="no")
     except ConfigError as problem:

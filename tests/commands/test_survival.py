@@ -18,7 +18,7 @@ import torch
 
 from tests.commands.test_train import ROOT, environment, wait_for_row
 from tests.support.distributed import run_ranks
-from tests.support.faults import Ranks
+from tests.support.faults import Ranks, signal_oneself
 from tests.support.training import (
     arguments,
     losses,
@@ -28,6 +28,7 @@ from tests.support.training import (
     train,
     weights,
 )
+from vae_dist import runtime
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
 from vae_dist.train import main
@@ -133,6 +134,27 @@ def test_a_signal_under_a_launcher(tmp_path, digits, launcher, number, whom, cod
     while any(p.is_running() for p in family) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(p.is_running() for p in family)
+
+
+def test_a_stop_while_other_ranks_are_waited_for_is_an_interruption(tmp_path, digits):
+    run = tmp_path / "run"
+
+    def only_rank_0_comes(rank: int) -> None:
+        meet = runtime._meet
+        if rank == 1:
+            time.sleep(60)
+
+        def stopped_at_once(timeout_s: float) -> object:
+            signal_oneself()
+            return meet(timeout_s)
+
+        runtime._meet = stopped_at_once
+
+    argv = arguments(run, digits, "runtime.timeout_s=30", *QUIET)
+    with Ranks(2, argv, output=tmp_path / "output", prepare=only_rank_0_comes) as group:
+        assert group.wait(0, timeout_s=20) == [75], group.text()
+        assert "interrupted before training (signal SIGTERM)" in group.text()
+    assert not run.exists()
 
 
 # what a run begins from

@@ -388,10 +388,10 @@ def test_each_task_of_an_array_packs_its_part(linuxproc: Cluster, tmp_path: Path
         args=["source=a folder", "out=b"],
         variables={"PYTHON": "echo"},
     )
-    for task in (1, 2, 3):
+    for task in (0, 1, 2):
         linuxproc.wait(f"{job}_{task}")
         said = (tmp_path / f"pack-{task}.out").read_text()
-        assert said == f"-m vae_dist.pack source=a folder out=b shard_range={task - 1}/3\n"
+        assert said == f"-m vae_dist.pack source=a folder out=b shard_range={task}/3\n"
 
 
 def test_each_task_of_an_array_asks_for_a_trial_of_a_sweep(
