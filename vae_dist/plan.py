@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vae_dist.config.automatic import divisors
+from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.kept import bytes_kept
@@ -75,6 +76,16 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
         f"{config.data.slots} slots, on {runtime.world} x {runtime.device.type}{threads}, "
         f"{_arithmetic(config, runtime)}",
         *added_terms_in_words(config),
+        *_unfinished_warmups(config),
+    ]
+
+
+def _unfinished_warmups(config: TrainConfig) -> list[str]:
+    """Of a trial of a few steps, or of a slip of the pen."""
+    return [
+        f"note: the last step, {config.training.steps}, comes before the end of {name}={steps}"
+        for name in ("optimizer.warmup_steps", "objective.beta_warmup_steps")
+        if (steps := value_of(config, name)) > config.training.steps
     ]
 
 

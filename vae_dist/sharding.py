@@ -16,6 +16,8 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+SHOWN = 8  # tensors that do not fit, in a message
+
 
 def shard(model: nn.Module) -> None:
     """Cut the parameters of a model over all ranks, in place: by child of its towers, then whole.
@@ -64,14 +66,16 @@ def part_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def load_full(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copy full values into a module, cut or not.
 
-    Raises RuntimeError with every name whose shape differs or that only one side has.
+    Raises RuntimeError with the names whose shape differs or that only one side has.
     """
     state = module.state_dict()
     wanted = {name: tuple(value.shape) for name, value in state.items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if wanted != found:
         names = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
-        raise RuntimeError("; ".join(f"{k}: {found.get(k)} -> {wanted.get(k)}" for k in names))
+        shown = [f"{k}: {found.get(k)} -> {wanted.get(k)}" for k in names[:SHOWN]]
+        more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        raise RuntimeError("; ".join([*shown, *more]))
     with torch.no_grad():
         for name, value in state.items():
             local_part(value).copy_(local_part(part_like(tensors[name], value)))

@@ -21,6 +21,7 @@ from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
 from vae_dist.pictures import RunPainter
 from vae_dist.runfolder import RunFolder
+from vae_dist.sharding import load_full
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
 
@@ -173,6 +174,12 @@ def test_a_model_that_does_not_fit_the_weights_leaves_the_run_as_it_was(tmp_path
     assert train(run, digits, *changed) == [2]
     assert "do not fit this config's model" in capfd.readouterr().err
     assert (run / "config.yaml").read_text() == before
+
+
+def test_of_weights_that_do_not_fit_some_are_named():
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(20))
+    with pytest.raises(RuntimeError, match=r"0\.bias: None -> \(2,\); .*; and 32 more$"):
+        load_full(model, {})
 
 
 def test_other_shards_under_an_old_run_are_refused(tmp_path, digits, capfd):
@@ -384,8 +391,9 @@ def test_accelerate_launch_trains_one_model_on_two_processes(tmp_path, digits):
 
 
 def test_dry_run_shows_the_plan_and_leaves_no_folder(tmp_path, digits, capfd):
-    assert train(tmp_path / "run", digits, "dry_run=true") == [0]
+    assert train(tmp_path / "run", digits, "dry_run=true", "optimizer.warmup_steps=70") == [0]
     output = capfd.readouterr().out
+    assert "the last step, 60, comes before the end of optimizer.warmup_steps=70" in output
     for part in ("parameters", "9,000 images", "60", "MiB", "1, 2, 4, 8", "nothing was trained"):
         assert part in output
     assert not (tmp_path / "run").exists()

@@ -299,9 +299,3 @@ def _optimizer(config: TrainConfig) -> Iterator[Violation]:
         yield from _ignored(config, "optimizer.final_lr_fraction", "optimizer.schedule=constant")
     if not 0 <= training.ema_decay < 1:
         yield rule("training.ema_decay", training.ema_decay, "must be in [0, 1)")
-    for name in ("optimizer.warmup_steps", "objective.beta_warmup_steps"):
-        if (steps := value_of(config, name)) > training.steps:
-            sentence = (
-                f"is more than training.steps={training.steps}; try {name}={training.steps // 10}"
-            )
-            yield rule(name, steps, sentence, "training.steps")

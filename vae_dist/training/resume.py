@@ -59,10 +59,15 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             [
                 f"run={folder.path}: this config would change the numbers of the run in it:",
                 *(f"  {line}" for line in changes),
-                f"take these back, or {WAYS_OUT}",
+                f"take these back, or {WAYS_OUT}"
+                + (" (its weights must fit)" if any(map(_is_of_model, changes)) else ""),
             ]
         )
     return config
+
+
+def _is_of_model(change: str) -> bool:
+    return change.startswith(("model.", "likelihood.", "data.channels"))
 
 
 def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
