@@ -1,12 +1,13 @@
 """TensorBoard files beside log.jsonl, for those who have a TensorBoard open already.
 
-In: the rows and pictures that every sink gets. Out: event files in `folder`. After a resume, points
-past the checkpoint are hidden by TensorBoard itself (`purge_step`).
+In: the rows and pictures that every sink gets. Out: event files in `folder`. Points past the step
+at which a session begins are hidden by TensorBoard itself (`purge_step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.tracking.metrics import Value
+
+_LARGEST_BIN = 1e20  # TensorBoard's own limit, on both sides of zero
 
 
 class TensorBoardSink:
@@ -27,24 +30,36 @@ class TensorBoardSink:
                 "log.tensorboard=true needs the package tensorboard: "
                 "pip install 'vae_dist[tensorboard]'"
             ) from None
-        purge_step = resume_step + 1 if resume_step else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
         self._is_closed = False
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        for key, value in row.items():
-            if isinstance(value, list):
-                numbers = np.asarray(value)
-                if np.isfinite(numbers).any():  # an empty one raises
-                    self._writer.add_histogram(key, numbers, step)
-            else:
-                self._writer.add_scalar(key, value, step)
+        with _as_disk_error():
+            for key, value in row.items():
+                if isinstance(value, list):
+                    numbers = np.asarray(value)
+                    if (np.abs(numbers) < _LARGEST_BIN).any():  # an empty histogram raises
+                        self._writer.add_histogram(key, numbers, step)
+                else:
+                    self._writer.add_scalar(key, value, step)
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        pixels = np.asarray(Image.open(png_path).convert("RGB"))
-        self._writer.add_image(key, pixels, step, dataformats="HWC")
+        with _as_disk_error():
+            pixels = np.asarray(Image.open(png_path).convert("RGB"))
+            self._writer.add_image(key, pixels, step, dataformats="HWC")
 
     def close(self, status: str) -> None:
         if not self._is_closed:
             self._is_closed = True
             self._writer.close()
+
+
+@contextlib.contextmanager
+def _as_disk_error() -> Iterator[None]:
+    """What the package raises, of whatever type, as the OSError that costs no more than a warning."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"TensorBoard: {type(error).__name__}: {error}") from error
