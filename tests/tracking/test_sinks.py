@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,65 @@ def test_what_json_has_no_word_for_is_null(tmp_path: Path) -> None:
     sink = JsonlSink(path, resume_step=0)
     sink.log(1, {"train/loss": math.nan, "optim/grad_norm": math.inf, "optim/lr": 0.1})
     assert rows(path) == [{"step": 1, "train/loss": None, "optim/grad_norm": None, "optim/lr": 0.1}]
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond the limit, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def log_on_a_full_disk(path: Path) -> JsonlSink:
+    """Ten rows of some 30 bytes where there is room for 100 bytes."""
+    sink = JsonlSink(path, resume_step=0)
+    with files_of_at_most(100):
+        for step in range(1, 11):
+            with contextlib.suppress(OSError):
+                sink.log(step, {"train/loss": step / 2})
+    return sink
+
+
+def test_rows_wait_for_a_full_disk_and_come_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.jsonl"
+    sink = log_on_a_full_disk(path)
+    assert path.stat().st_size == 100  # the last row is torn
+    sink.log(11, {"train/loss": 5.5})
+    assert [row["step"] for row in rows(path)] == list(range(1, 12))
+    sink.close("finished")
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_beyond_the_backlog_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.jsonl"
+    monkeypatch.setattr("vae_dist.tracking.sinks.BACKLOG_BYTES", 100)
+    sink = log_on_a_full_disk(path)
+    sink.log(11, {"train/loss": 5.5})
+    sink.close("finished")
+    found = [row["step"] for row in rows(path)]
+    assert found[:3] == [1, 2, 3] and found == sorted(found)
+    assert f"{path} lacks {11 - len(found)} rows" in capsys.readouterr().out
+
+
+def test_rows_that_still_wait_at_the_end_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.jsonl"
+    sink = log_on_a_full_disk(path)
+    with files_of_at_most(100), pytest.raises(OSError):
+        sink.close("finished")
+    sink.close("finished")
+    assert capsys.readouterr().out == f"warning: {path} lacks 7 rows that the disk did not take\n"
+    JsonlSink(path, resume_step=99).close("finished")
+    assert [row["step"] for row in rows(path)] == [1, 2, 3]
 
 
 ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_seconds": 92.0}

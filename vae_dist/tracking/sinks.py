@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
@@ -40,12 +41,15 @@ from vae_dist.tracking.wandb_sink import WandbSink
 __all__ = ["ConsoleSink", "JsonlSink", "Sink", "WandbSink", "say"]
 
 
+BACKLOG_BYTES = 16 << 20  # thousands of rows
 _OF_EVALUATION = ("eval/", "latent/")
 LINE_S = 0.2  # between two lines of training rows, at least
 _SLOW_DATA = 0.1  # part of the time: from here on the bar says so
 
 
 class Sink(Protocol):
+    """What cannot be written raises OSError, which costs a warning; all else ends the run."""
+
     def log(self, step: int, row: Mapping[str, Value]) -> None: ...
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None: ...
@@ -56,16 +60,22 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends each row to `path` as one JSON object, "step" first; flushed, so a kill loses none.
+    """Appends each row to `path` as one JSON object, "step" first; at once, so a kill loses none.
 
     At open, rows past `resume_step` and a torn last line are cut, so that a resumed run has each
-    row once. Values that JSON has no word for (NaN, infinities) are written as null.
+    row once. Values that JSON has no word for (NaN, infinities) are written as null. Rows that the
+    disk does not take wait until it does, up to BACKLOG_BYTES of them; a warning tells how many are
+    lost beyond that.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int) -> None:
-        path = Path(path)
-        _keep_rows_up_to(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = Path(path)
+        _keep_rows_up_to(self._path, resume_step)
+        # unbuffered: of what a full disk took a part, the rest is known
+        self._file = self._path.open("ab", buffering=0)
+        self._backlog: deque[bytes] = deque()  # the first may be the rest of a row
+        self._backlog_bytes = 0
+        self._num_lost = 0
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         try:
@@ -74,16 +84,44 @@ class JsonlSink:
             text = _ENCODE({"step": step, **row})
         except ValueError:
             text = _ENCODE({"step": step} | {key: _finite(value) for key, value in row.items()})
-        self._file.write(text + "\n")
-        self._file.flush()
+        line = text.encode() + b"\n"
+        self._backlog.append(line)
+        self._backlog_bytes += len(line)
+        try:
+            self._write_backlog()
+        except OSError:
+            if self._backlog_bytes > BACKLOG_BYTES and len(self._backlog) > 1:
+                self._backlog_bytes -= len(self._backlog.pop())
+                self._num_lost += 1
+            raise
+
+    def _write_backlog(self) -> None:
+        while self._backlog:
+            num_written = self._file.write(self._backlog[0])
+            self._backlog_bytes -= num_written
+            if rest := self._backlog[0][num_written:]:
+                self._backlog[0] = rest
+            else:
+                self._backlog.popleft()
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        if self._num_lost:
+            say(f"warning: {self._path} lacks {self._num_lost} rows that the disk did not take")
+            self._num_lost = 0
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
         """The picture's file is its own record."""
 
     def close(self, status: str) -> None:
-        if not self._file.closed:
-            self._file.flush()
+        if self._file.closed:
+            return
+        try:
+            self._write_backlog()
             os.fsync(self._file.fileno())
+        finally:
+            self._num_lost += len(self._backlog)
+            self._tell_lost()
             self._file.close()
 
 
