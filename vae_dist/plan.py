@@ -66,18 +66,23 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
     epochs = training.steps * training.batch_size / data.train.num_samples
     begin = f", going on at step {first_step}" if first_step else ""
     buckets = f" in {len(data.settings.buckets)} aspect buckets" if data.settings.buckets else ""
-    threads = f" ({torch.get_num_threads()} threads)" if runtime.device.type == "cpu" else ""
+    is_cpu = runtime.device.type == "cpu"
+    threads = f" ({_counted(torch.get_num_threads(), 'thread')})" if is_cpu else ""
     return [
         f"config {config.config}: {num_parameters:,} parameters, {_likelihood(config)} "
         f"of {config.data.channels}x{height}x{width} images{buckets}, {latent} latents",
-        f"data {config.data.train}: {data.train.num_samples:,} images in {len(data.train.paths)} "
-        f"shards; validation: {data.validation.num_samples:,}",
+        f"data {config.data.train}: {data.train.num_samples:,} images in "
+        f"{_counted(len(data.train.paths), 'shard')}; validation: {data.validation.num_samples:,}",
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {runtime.device.type}{threads}, "
         f"{_arithmetic(config, runtime)}",
         *added_terms_in_words(config),
         *_unfinished_warmups(config),
     ]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _unfinished_warmups(config: TrainConfig) -> list[str]:

@@ -178,6 +178,7 @@ def test_a_missing_config_argument_names_the_key() -> None:
 
 def test_a_missing_file_is_named() -> None:
     assert refused("config=no/such.yaml") == ["config=no/such.yaml: no such file: no/such.yaml"]
+    assert refused("config=mnist.yaml")[0].endswith("did you mean mnist?")
     write("configs/orphan.yaml", "base: nobody\n")
     (problem,) = refused("config=orphan")
     assert problem.startswith("configs/orphan.yaml: base=nobody: no config has this name")
@@ -238,6 +239,7 @@ def test_all_problems_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("seed: 1\nlog: every: 2\n", "not allowed in this context at line 2"),
         ("seed: [1\n", "configs/odd.yaml: not readable as YAML"),
         ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML"),
         ("- seed\n", "configs/odd.yaml: holds no keys"),

@@ -149,7 +149,8 @@ def _find(name: str, *, key: str, beside: Path | None = None) -> Path:
         path = Path(name) if beside is None else beside / name
         if path.is_file():
             return path
-        raise ConfigError(f"{key}={name}: no such file: {path}")
+        hint = f"; did you mean {path.stem}?" if path.stem in config_names() else ""
+        raise ConfigError(f"{key}={name}: no such file: {path}{hint}")
     for folder in ([beside] if beside else []) + _folders():
         path = folder / f"{name}.yaml"
         if path.is_file():
@@ -185,9 +186,8 @@ def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
         tree = OmegaConf.create(text) if text.strip() else OmegaConf.create()
         values = OmegaConf.to_container(tree, resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{origin}: not readable as YAML: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise ConfigError(f"{origin}: not readable as YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: holds no keys; write one `key: value` per line")
     return {str(key): value for key, value in values.items()}
