@@ -82,11 +82,11 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def log_on_a_full_disk(path: Path) -> JsonlSink:
-    """Ten rows of some 30 bytes where there is room for 100 bytes."""
+def log_on_a_full_disk(path: Path, *, num_rows: int = 10) -> JsonlSink:
+    """Rows of some 30 bytes where there is room for 100 bytes."""
     sink = JsonlSink(path, resume_step=0)
     with files_of_at_most(100):
-        for step in range(1, 11):
+        for step in range(1, num_rows + 1):
             with contextlib.suppress(OSError):
                 sink.log(step, {"train/loss": step / 2})
     return sink
@@ -96,10 +96,10 @@ def test_rows_wait_for_a_full_disk_and_come_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "log.jsonl"
-    sink = log_on_a_full_disk(path)
+    sink = log_on_a_full_disk(path, num_rows=500)  # more than the buffer of a file holds
     assert path.stat().st_size == 100  # the last row is torn
-    sink.log(11, {"train/loss": 5.5})
-    assert [row["step"] for row in rows(path)] == list(range(1, 12))
+    sink.log(501, {"train/loss": 5.5})
+    assert [row["step"] for row in rows(path)] == list(range(1, 502))
     sink.close("finished")
     assert capsys.readouterr().out == ""
 

@@ -56,7 +56,7 @@ class TensorBoardSink:
 
 @contextlib.contextmanager
 def _as_disk_error() -> Iterator[None]:
-    """What the package raises, of whatever type, as the OSError that costs no more than a warning."""
+    """What the package raises, of any type, as the OSError that costs no more than a warning."""
     try:
         yield
     except OSError:
