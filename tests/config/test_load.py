@@ -178,7 +178,7 @@ def test_a_missing_config_argument_names_the_key() -> None:
 
 def test_a_missing_file_is_named() -> None:
     assert refused("config=no/such.yaml") == ["config=no/such.yaml: no such file: no/such.yaml"]
-    assert refused("config=mnist.yaml")[0].endswith("did you mean mnist?")
+    assert refused("config=plain.yaml")[0].endswith("did you mean plain?")
     write("configs/orphan.yaml", "base: nobody\n")
     (problem,) = refused("config=orphan")
     assert problem.startswith("configs/orphan.yaml: base=nobody: no config has this name")
