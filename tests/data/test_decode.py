@@ -10,7 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from vae_dist.data.decode import decode_sample, size_of_sample
+from vae_dist.data.decode import decode_array, decode_sample, size_of_sample
 from vae_dist.data.tar import DamagedSampleError
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
@@ -287,6 +287,68 @@ def test_arrays_of_any_number_of_channels() -> None:
     np.testing.assert_array_equal(
         decode(tiff(COLOUR), "tiff", channels=3), COLOUR.transpose(2, 0, 1)
     )
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_tiff_is_turned_upright_after_its_orientation(turn: int, separate: bool) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    stored = pixels.transpose(2, 0, 1) if separate else pixels
+    options = {"planarconfig": "separate"} if separate else {}
+    tags = [(274, "H", 1, turn, True)]
+    data = tiff(stored, photometric="rgb", extratags=tags, **options)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    png = Image.open(io.BytesIO(encode(Image.fromarray(pixels), exif=exif)))
+    expected = np.asarray(ImageOps.exif_transpose(png)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(decode(data, "tif", channels=3), expected)
+    assert size_of_sample({"tif": data}, max_pixels=35) == expected.shape[1:]
+
+
+def test_what_the_values_of_a_tiff_mean() -> None:
+    for source in (GREY, GREY.astype(np.uint16)):
+        inverted = np.iinfo(source.dtype).max - source
+        got = decode(tiff(inverted, photometric="miniswhite"), "tif", bits=8 * source.itemsize)
+        np.testing.assert_array_equal(got[0], source)
+    by_jpeg = tiff(np.full((16, 16, 3), (200, 30, 60), np.uint8), compression="jpeg")
+    np.testing.assert_allclose(decode(by_jpeg, "tif", channels=3)[:, 0, 0], (200, 30, 60), atol=2)
+    colours = np.zeros((3, 256), np.uint16)
+    cmyk = np.dstack([COLOUR, GREY])
+    refused = {
+        "PALETTE": tiff(GREY, photometric="palette", colormap=colours),
+        "SEPARATED": tiff(cmyk, photometric="separated"),
+        "YCBCR": tiff(COLOUR, photometric="ycbcr"),
+        "CIELAB": tiff(COLOUR, photometric="cielab"),
+        "MINISWHITE": tiff(FLOATS[0], photometric="miniswhite"),
+    }
+    for name, data in refused.items():
+        for channels in (1, 3, 4):
+            with pytest.raises(DamagedSampleError, match=f"PhotometricInterpretation {name}|chann"):
+                decode(data, "tif", channels=channels, bits=32 if name == "MINISWHITE" else 8)
+        with pytest.raises(DamagedSampleError, match=name):
+            size_of_sample({"tif": data}, max_pixels=1000)
+
+
+def test_a_tiff_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pages of few bytes, and the size of a bucket: no pixel is unpacked for either."""
+    import tifffile
+
+    bomb = tiff(np.zeros((50, 64, 64), np.uint8), photometric="minisblack", compression="zlib")
+    five = tiff(np.zeros((5, 8, 9), np.uint8), photometric="minisblack")
+
+    def unpack(*args: object, **kwargs: object) -> None:
+        raise AssertionError("pixels are unpacked")
+
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", unpack)
+    with pytest.raises(DamagedSampleError, match=r"50 channels, but data\.channels=3"):
+        decode(bomb, "tif", channels=3)
+    with pytest.raises(DamagedSampleError, match=r"50 x 64 x 64 values are more than 4 x data"):
+        decode_array("tif", bomb, max_pixels=10_000, bits=None)
+    with pytest.raises(DamagedSampleError, match="50 channels, but"):
+        decode(bomb, "tif", channels=3, mask="nan", bits=32)
+    assert size_of_sample({"tif": five}, max_pixels=72) == (8, 9)
+    with pytest.raises(DamagedSampleError, match="9 x 8 pixels are more"):
+        size_of_sample({"tif": five}, max_pixels=71)
 
 
 def test_four_channels_keep_alpha() -> None:

@@ -15,16 +15,25 @@ are), by its alpha channel (from half opaque on) or by floats that are NaN where
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vae_dist.data.jpeg import TRANSPOSED, decode_jpeg, jpeg_size, orientation, upright
+from vae_dist.data.jpeg import (
+    ORIENTATION_TAG,
+    TRANSPOSED,
+    decode_jpeg,
+    jpeg_size,
+    orientation,
+    upright,
+)
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
@@ -41,6 +50,9 @@ PIXEL_TYPES: dict[int, np.dtype[Any]] = {  # by data.bits; what is cut to 5 bits
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY_PNG = 0  # colour type
 MAX_NPY_HEADER = 10_000  # bytes
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
+TIFF_JPEG = 7  # Compression
+VALUES_PER_PIXEL = 4  # of a TIFF, times max_pixels, where nobody says how many channels it has
 MASK_MEMBER = "mask.png"
 MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
@@ -88,7 +100,9 @@ def _with_mask(
     if kind == "nan":
         if suffix not in ARRAYS:
             raise DamagedSampleError(f"a .{suffix} holds no NaN; data.mask=nan reads .npy and TIFF")
-        pixels = decode_array(suffix, data, max_pixels=max_pixels, bits=bits, missing=True)
+        pixels = decode_array(
+            suffix, data, max_pixels=max_pixels, bits=bits, missing=True, channels=channels
+        )
         pixels = _with_channels(pixels, channels)
         observed = ~np.isnan(pixels).any(0)
         pixels = np.where(observed, pixels, 0.0)
@@ -124,8 +138,10 @@ def size_of_sample(sample: Mapping[str, Any], *, max_pixels: int) -> tuple[int, 
         shape, _, _, _ = _npy_header(data, max_pixels)
         return shape[-2], shape[-1]
     if suffix in ARRAYS:
-        shape = decode_array(suffix, data, max_pixels=max_pixels, bits=None).shape
-        return shape[1], shape[2]
+        with _opened_tiff(data) as tiff:
+            _, height, width = _tiff_shape(tiff, max_pixels)
+            is_turned = _tiff_orientation(tiff) in TRANSPOSED
+        return (width, height) if is_turned else (height, width)
     if suffix in ("jpg", "jpeg"):
         size = jpeg_size(data)
         if size is not None:
@@ -169,7 +185,7 @@ def decode_image(
     Raises DamagedSampleError.
     """
     if suffix in ARRAYS:
-        pixels = decode_array(suffix, data, max_pixels=max_pixels, bits=bits)
+        pixels = decode_array(suffix, data, max_pixels=max_pixels, bits=bits, channels=channels)
         return _with_channels(pixels, channels)
     if bits in (16, 32):
         if bits == 32 or suffix != "png" or not is_png16(data):
@@ -279,7 +295,7 @@ def _orientation_of(image: Image.Image) -> int:
     if "exif" not in image.info:
         return 1
     try:
-        return int(image.getexif().get(0x0112, 1))
+        return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception as error:
         raise DamagedSampleError(f"damaged EXIF record ({_short(error)})") from None
 
@@ -328,14 +344,24 @@ def _other_depth(found: str, bits: int) -> str:
 
 
 def decode_array(
-    suffix: str, data: bytes, *, max_pixels: int, bits: int | None = 8, missing: bool = False
+    suffix: str,
+    data: bytes,
+    *,
+    max_pixels: int,
+    bits: int | None = 8,
+    missing: bool = False,
+    channels: int | None = None,
 ) -> np.ndarray:
     """A .npy or TIFF as (C, H, W) of the type of `bits` (None: the one that it has), with as many
     channels as it has; floats of any width become float32, and may be NaN where `missing` is
     true. Raises DamagedSampleError.
+
+    channels: how many the caller takes; a TIFF that has others is refused by its header.
     """
-    read = _decode_npy if suffix == "npy" else _decode_tiff
-    pixels = read(data, max_pixels)
+    if suffix == "npy":
+        pixels = _decode_npy(data, max_pixels)
+    else:
+        pixels = _decode_tiff(data, max_pixels, channels)
     is_float = pixels.dtype.kind == "f"
     depth = 32 if is_float else 8 * pixels.dtype.itemsize
     if pixels.dtype.kind not in "uf" or depth not in PIXEL_TYPES:
@@ -344,10 +370,13 @@ def decode_array(
     if bits is not None and depth != (8 if bits == 5 else bits):
         raise DamagedSampleError(_other_depth(f"a .{suffix} of {pixels.dtype}", bits))
     pixels = pixels.astype(PIXEL_TYPES[depth], copy=False)
-    inside = np.abs(pixels) <= 1  # false for NaN
-    if is_float and not (inside | np.isnan(pixels) if missing else inside).all():
-        low, high = pixels.min(), pixels.max()
-        raise DamagedSampleError(f"values from {low:g} to {high:g}; float images lie in [-1, 1]")
+    if is_float:
+        inside = np.abs(pixels) <= 1  # false for NaN
+        if not (inside | np.isnan(pixels) if missing else inside).all():
+            low, high = pixels.min(), pixels.max()
+            raise DamagedSampleError(
+                f"values from {low:g} to {high:g}; float images lie in [-1, 1]"
+            )
     return pixels
 
 
@@ -385,7 +414,30 @@ def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
     return pixels[None] if len(shape) == 2 else pixels
 
 
-def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
+def _decode_tiff(data: bytes, max_pixels: int, channels: int | None) -> np.ndarray:
+    """(C, H, W), upright, of the stored type; the headers are judged first, as a few bytes may
+    unpack to any number of pages."""
+    with _opened_tiff(data) as tiff:
+        shape = _tiff_shape(tiff, max_pixels)
+        if channels is not None:
+            _check_channels(shape[0], channels)
+        elif math.prod(shape) > VALUES_PER_PIXEL * max_pixels:
+            raise DamagedSampleError(
+                f"{shape[0]} x {shape[1]} x {shape[2]} values are more than {VALUES_PER_PIXEL} x "
+                f"data.max_pixels={max_pixels}"
+            )
+        pixels = tiff.series[0].asarray()
+        if tiff.series[0].axes.endswith("S"):
+            pixels = pixels.reshape(*shape[1:], shape[0])
+        else:
+            pixels = pixels.reshape(shape).transpose(1, 2, 0)
+        if tiff.pages[0].photometric == WHITE_IS_ZERO:
+            pixels = (1 << tiff.pages[0].bitspersample) - 1 - pixels
+        return upright(pixels, _tiff_orientation(tiff)).transpose(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _opened_tiff(data: bytes) -> Iterator[Any]:
     try:
         import tifffile
     except ImportError:
@@ -394,29 +446,62 @@ def _decode_tiff(data: bytes, max_pixels: int) -> np.ndarray:
         ) from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            page: Any = tiff.pages[0]
-            check_pixels(page.imagelength, page.imagewidth, max_pixels)
-            if len(tiff.pages) > 1 and tiff.series[0].ndim > 3:
-                raise DamagedSampleError(f"TIFF of shape {tiff.series[0].shape}; one image a file")
-            pixels, axes = tiff.series[0].asarray(), tiff.series[0].axes
+            yield tiff
     except DamagedSampleError:
         raise
     except Exception as error:  # tifffile raises many kinds on damaged bytes
         raise DamagedSampleError(f"damaged TIFF ({_short(error)})") from None
-    if pixels.ndim not in (2, 3) or not pixels.size:
-        raise DamagedSampleError(f"damaged TIFF (pixels of shape {pixels.shape})")
-    if pixels.ndim == 2:
-        return pixels[None]
-    return pixels.transpose(2, 0, 1) if axes.endswith("S") else pixels
+
+
+def _tiff_shape(tiff: Any, max_pixels: int) -> tuple[int, int, int]:
+    """C, H, W as they are stored, after the headers. Raises DamagedSampleError for what is no image
+    or has more pixels."""
+    shape, axes = tuple(map(int, tiff.series[0].shape)), tiff.series[0].axes
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise DamagedSampleError(f"TIFF of shape {shape}; one image a file")
+    if len(shape) == 2:
+        shape = (1, *shape)
+    elif axes.endswith("S"):
+        shape = (shape[2], *shape[:2])
+    check_pixels(shape[1], shape[2], max_pixels)
+    _check_colours(tiff.pages[0])
+    return shape[0], shape[1], shape[2]
+
+
+def _check_colours(page: Any) -> None:
+    """Refuse a TIFF whose values are no grey, colour or measured channels. Raises
+    DamagedSampleError."""
+    kind, is_jpeg = int(page.photometric), int(page.compression) == TIFF_JPEG
+    of_integers = page.dtype is not None and page.dtype.kind == "u"
+    readable = (
+        kind in (BLACK_IS_ZERO, RGB)
+        or (kind == WHITE_IS_ZERO and of_integers and page.samplesperpixel == 1)
+        or (kind == YCBCR and is_jpeg)  # its decoder makes RGB of it
+    )
+    if not readable:
+        name = getattr(page.photometric, "name", kind)
+        raise DamagedSampleError(
+            f"a TIFF of PhotometricInterpretation {name} is not read; store it as grey or RGB"
+        )
+
+
+def _tiff_orientation(tiff: Any) -> int:
+    """1 to 8 from its tag, 1 where there is none."""
+    tag = tiff.pages[0].tags.get(ORIENTATION_TAG)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
 
 
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """(C, H, W) with the wanted C: repeated from grey, otherwise it must be there."""
     if len(pixels) == 1 and channels == 3:
         pixels = np.repeat(pixels, 3, axis=0)
-    if len(pixels) != channels:
-        raise DamagedSampleError(f"{len(pixels)} channels, but data.channels={channels}")
+    _check_channels(len(pixels), channels)
     return np.ascontiguousarray(pixels)
+
+
+def _check_channels(found: int, channels: int) -> None:
+    if found != channels and (found, channels) != (1, 3):
+        raise DamagedSampleError(f"{found} channels, but data.channels={channels}")
 
 
 def _short(error: Exception) -> str:
