@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.report_run import EVALUATED, write_report_run
 from vae_dist.report import main
-from vae_dist.reporting.collect import MAX_POINTS, read_story
+from vae_dist.reporting.collect import MAX_POINTS, read_story, short_names
 from vae_dist.reporting.frames import chosen, encode_frames
 from vae_dist.tracking.images import save_png
 
@@ -42,13 +42,40 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     assert titles == ["Active units"]  # beta is constant, posterior variance is not there
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a"], ["a"]),
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["a/seed_0", "b/seed_0", "b/seed_1"], ["a/seed_0", "b/seed_0", "seed_1"]),
+        (["x/a/seed_0", "y/a/seed_0"], ["x/a/seed_0", "y/a/seed_0"]),
+        (["a", "a"], ["a", "a"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(paths: list[str], names: list[str]) -> None:
+    assert short_names([Path("/runs") / path for path in paths]) == names
+
+
 def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
+    for name in ("a/seed_0", "b/seed_0"):
         write_report_run(tmp_path / name)
-    assert main(["run=a,b"]) == 0
-    runs = embedded(Path("report.html").read_text(encoding="utf-8"))["runs"]
-    assert [run["name"] for run in runs] == ["a", "b"]
+    assert main(["run=a/seed_0,b/seed_0"]) == 0
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "<title>a/seed_0, b/seed_0 - " in page
+    assert [run["name"] for run in embedded(page)["runs"]] == ["a/seed_0", "b/seed_0"]
+
+
+def test_figures_that_are_no_numbers_are_null(tmp_path: Path) -> None:
+    folder = write_report_run(tmp_path / "a")
+    (tmp_path / "a" / "results.json").write_text('{"step": 4, "figures": {"x": NaN, "y": 1.0}}')
+    with folder.log_path.open("a") as log:
+        log.write('{"step": 404, "eval/neg_elbo_nats": Infinity}\n')
+    assert main([f"run={tmp_path / 'a'}"]) == 0
+    page = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    (run,) = embedded(page)["runs"]
+    assert run["results"] == [{"step": 4, "figures": {"x": None, "y": 1.0}}]
+    assert run["curves"]["eval/neg_elbo_nats"][-1][0] == 400
 
 
 def test_a_value_cannot_leave_its_script_element(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,21 @@ class Story:
     results: list[dict[str, Any]]  # of the run as it stands first
 
 
-def read_story(path: Path, *, picture_bytes: int) -> Story:
-    """Raises ConfigError when `path` is no run folder."""
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The end of each path that no other one has: `seed_0`, or `a/seed_0` beside `b/seed_0`."""
+    parts = [path.resolve().parts for path in paths]
+    return [_shortest_end(own, set(parts) - {own}) for own in parts]
+
+
+def _shortest_end(own: tuple[str, ...], others: set[tuple[str, ...]]) -> str:
+    size = 1
+    while size < len(own) and any(other[-size:] == own[-size:] for other in others):
+        size += 1
+    return str(Path(*own[-size:]))
+
+
+def read_story(path: Path, *, picture_bytes: int, name: str = "") -> Story:
+    """Raises ConfigError when `path` is no run folder. `name` is by default that of the folder."""
     folder = RunFolder(path)
     config = folder.config()
     rows = list(read_rows(folder.log_path))
@@ -60,7 +74,7 @@ def read_story(path: Path, *, picture_bytes: int) -> Story:
     found = find_pictures(folder.images)
     ordered = {name: found[name] for name in [*PICTURES, *sorted(found)] if name in found}
     return Story(
-        name=path.resolve().name,
+        name=name or path.resolve().name,
         folder=str(path),
         status=folder.status(),
         steps=config.training.steps,
@@ -131,5 +145,9 @@ def _results(paths: list[Path]) -> list[dict[str, Any]]:
     found = []
     for path in paths:
         with contextlib.suppress(OSError, ValueError):
-            found.append(dict(json.loads(path.read_bytes())))
+            found.append(dict(json.loads(path.read_bytes(), parse_constant=_nothing)))
     return found
+
+
+def _nothing(constant: str) -> None:
+    """For NaN and infinities, which Python writes and JSON has no word for."""

@@ -16,6 +16,8 @@ from typing import Any
 from vae_dist.tracking.metrics import format_number
 
 _PICTURE = re.compile(r"(?P<name>.+)_(?P<step>\d{8,})\.png")
+# JSON has no word for NaN and infinities, but Python's writers have
+_DECODE = json.JSONDecoder(parse_constant=lambda constant: None).decode
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -25,7 +27,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                row = json.loads(line)
+                row = _DECODE(line)
                 step = row.pop("step")
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
