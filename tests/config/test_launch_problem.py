@@ -6,6 +6,9 @@ from tests.support.training import arguments
 from vae_dist.config.automatic import launch_problem
 from vae_dist.train import main
 
+BATCH = {"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}
+AGENT = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}
+
 
 @pytest.mark.parametrize(
     "environment",
@@ -14,8 +17,16 @@ from vae_dist.train import main
         {"WORLD_SIZE": "4"},
         {"WORLD_SIZE": "4", "EXPECTED_WORLD_SIZE": "4"},
         {"WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},
-        {"WORLD_SIZE": "16", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},  # a launcher on each node
-        {"SLURM_NTASKS": "8"},  # a shell of salloc, no step
+        {**AGENT, "WORLD_SIZE": "16", "GROUP_WORLD_SIZE": "2"},  # a launcher on each node
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},  # a shell of salloc, no step
+        {
+            "SLURM_NTASKS": "8",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_ID": "4294967290",
+        },  # as step
+        {**BATCH, "SLURM_NTASKS": "1"},
+        {**BATCH, "WORLD_SIZE": "8"},  # a launcher in the batch script
+        {**BATCH, "EXPECTED_WORLD_SIZE": "1"},
         {"EXPECTED_WORLD_SIZE": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},  # meant so
     ],
 )
@@ -29,7 +40,9 @@ def test_a_promise_that_is_kept_is_no_problem(environment):
         ({"EXPECTED_WORLD_SIZE": "4"}, "EXPECTED_WORLD_SIZE=4 processes were promised"),
         ({"EXPECTED_WORLD_SIZE": "4", "WORLD_SIZE": "2"}, "--num_processes 4"),
         ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "each task would train alone"),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "WORLD_SIZE": "2"}, "SLURM_NTASKS=4"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "WORLD_SIZE": "2"}, "srun started 4 tasks"),
+        (BATCH, "its script starts one process, without srun"),
+        ({**AGENT, "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}, "each with a launcher of its own"),
     ],
 )
 def test_a_broken_promise_is_named(environment, message):

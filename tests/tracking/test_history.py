@@ -12,6 +12,11 @@ def test_whole_rows_of_a_log_that_is_being_written(tmp_path: Path) -> None:
     assert list(read_rows(log)) == [(1, {"a": 2}), (2, {"a": None})]
 
 
+def test_what_is_no_number_is_none(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "a": NaN, "b": [1.0, -Infinity]}\n')
+    assert list(read_rows(tmp_path / "log.jsonl")) == [(1, {"a": None, "b": [1.0, None]})]
+
+
 def test_pictures_by_name_and_step(tmp_path: Path) -> None:
     for name in ("by_class_00000020", "by_class_00000010", "other", "samples_00000010"):
         (tmp_path / f"{name}.png").touch()
