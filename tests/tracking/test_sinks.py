@@ -48,6 +48,20 @@ def test_resume_cuts_later_rows_and_a_torn_line(tmp_path: Path) -> None:
     assert rows(path)[-1]["train/loss"] == 0.0
 
 
+def test_what_is_made_up_after_a_resume_joins_the_row_of_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write(path, range(1, 5))
+    for _ in range(2):  # killed before the checkpoint that follows, it is made up again
+        sink = JsonlSink(path, resume_step=3)
+        sink.log(3, {"eval/loss": 0.5, "eval/best": math.nan})
+        sink.log(4, {"loss": 9.0})
+        sink.close("interrupted")
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4]
+    third = rows(path)[2]
+    assert third.pop("eval/best") is None
+    assert third == {"step": 3, "train/loss": 1.5, "eval/loss": 0.5}
+
+
 def test_a_line_that_is_no_row_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     write(path, range(1, 3))

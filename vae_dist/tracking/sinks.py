@@ -63,14 +63,15 @@ class JsonlSink:
     """Appends each row to `path` as one JSON object, "step" first; at once, so a kill loses none.
 
     At open, rows past `resume_step` and a torn last line are cut, so that a resumed run has each
-    row once. Values that JSON has no word for (NaN, infinities) are written as null. Rows that the
-    disk does not take wait until it does, up to BACKLOG_BYTES of them; a warning tells how many are
-    lost beyond that.
+    row once; what an evaluation that is made up adds to the row of `resume_step` joins it. Values
+    that JSON has no word for (NaN, infinities) are written as null. Rows that the disk does not
+    take wait until it does, up to BACKLOG_BYTES of them; a warning tells how many are lost beyond
+    that.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int) -> None:
         self._path = Path(path)
-        _keep_rows_up_to(self._path, resume_step)
+        self._last_step = _keep_rows_up_to(self._path, resume_step)
         # unbuffered: of what a full disk took a part, the rest is known
         self._file = self._path.open("ab", buffering=0)
         self._backlog: deque[bytes] = deque()  # the first may be the rest of a row
@@ -78,13 +79,11 @@ class JsonlSink:
         self._num_lost = 0
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        try:
-            if list in map(type, row.values()):
-                raise ValueError  # its values are shortened
-            text = _ENCODE({"step": step, **row})
-        except ValueError:
-            text = _ENCODE({"step": step} | {key: _finite(value) for key, value in row.items()})
-        line = text.encode() + b"\n"
+        line = _line(step, row)
+        if step == self._last_step and not self._backlog:
+            self._join_last(line)
+            return
+        self._last_step = step
         self._backlog.append(line)
         self._backlog_bytes += len(line)
         try:
@@ -94,6 +93,15 @@ class JsonlSink:
                 self._backlog_bytes -= len(self._backlog.pop())
                 self._num_lost += 1
             raise
+
+    def _join_last(self, line: bytes) -> None:
+        """Puts a row's values into the last one, whole: a kill leaves the old row or the new."""
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        last = json.loads(lines.pop()) if lines else {}
+        joined = _ENCODE(last | json.loads(line)).encode() + b"\n"
+        write_durably(self._path, [*lines, joined])
+        self._file.close()
+        self._file = self._path.open("ab", buffering=0)
 
     def _write_backlog(self) -> None:
         while self._backlog:
@@ -134,15 +142,28 @@ def _finite(value: Value) -> Any:
     return value if math.isfinite(value) else None
 
 
-def _keep_rows_up_to(path: Path, step: int) -> None:
-    """Rewrite the log atomically without later rows and torn lines; leave a clean one alone."""
+def _line(step: int, row: Mapping[str, Value]) -> bytes:
+    try:
+        if list in map(type, row.values()):
+            raise ValueError  # its values are shortened
+        text = _ENCODE({"step": step, **row})
+    except ValueError:
+        text = _ENCODE({"step": step} | {key: _finite(value) for key, value in row.items()})
+    return text.encode() + b"\n"
+
+
+def _keep_rows_up_to(path: Path, step: int) -> int:
+    """Rewrite the log atomically without later rows and torn lines; leave a clean one alone.
+
+    The step of the last row, -1 where there is none.
+    """
     if not path.exists():
-        return
+        return -1
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _row_step(line) <= step]
-    if kept == lines:
-        return
-    write_durably(path, "".join(kept).encode())
+    if kept != lines:
+        write_durably(path, "".join(kept).encode())
+    return int(_row_step(kept[-1])) if kept else -1
 
 
 def _row_step(line: str) -> float:
