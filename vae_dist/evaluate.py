@@ -7,14 +7,12 @@
 
 Writes `results.json` in the run folder, for a spatial latent also `latents.json`: the factors by
 which a model of latents scales and shifts them. Of another checkpoint, other weights or data, or a
-part of the images it writes a file of its own, as `results_first1000.json`. The figures do not
-depend on the number of processes.
+part of the images it writes a file of its own, as `results_first1000.json`. Figures that another
+evaluation of the same left in the file stay. They do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import sys
 from collections.abc import Iterable
@@ -67,8 +65,9 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
 
     from vae_dist.data.stream import EvaluationStream
     from vae_dist.evaluation import run
+    from vae_dist.evaluation.record import conditions_of
     from vae_dist.inference.aggregate import fitted_prior
-    from vae_dist.inference.load import check_image_size, load_model, open_images
+    from vae_dist.inference.load import check_image_size, load_model, open_images, weights_digest
     from vae_dist.models.latent_moments import FILE, write_statistics
 
     loaded = runtime.together(lambda: load_model(command, device=runtime.device))
@@ -105,21 +104,23 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
     assert result is not None  # nothing asks it to stop
     name = _file_name(command, loaded, images.index)
     out = Path(command.out or Path(command.run) / name)
+    figures = result.figures()
     record = {
         "run": str(Path(command.run).resolve()),
         "step": loaded.step,
         "weights": command.weights,
+        "weights_digest": weights_digest(loaded.model),
         "data": command.data or loaded.config.data.validation,
         "data_fingerprint": images.index.fingerprint,
         "seed": command.seed,
         "precision": "float32",
         "mask": loaded.config.data.mask,  # figures count what it leaves
-        "prior": prior.description if prior else "N(0, I)",
-        "importance_samples": command.samples,
-        "figures": {
-            name: value if math.isfinite(value) else str(value)  # JSON has no NaN
-            for name, value in result.figures().items()
-        },
+        "figures": figures,
+        "conditions": conditions_of(
+            figures,
+            importance_samples=command.samples,
+            prior=prior.description if prior else "",
+        ),
         "latents": result.statistics.record(),
         "notes": result.notes,
         "metric_weights": files,
@@ -253,16 +254,18 @@ def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex)
         "" if command.weights == "ema" else command.weights,
         "" if is_own else f"data{index.fingerprint[:6]}",
         f"first{command.max_images}" if is_part else "",
+        f"seed{command.seed}" if command.seed else "",
     ]
     return "_".join([Path(RESULTS).stem, *filter(None, parts)]) + ".json"
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
+    from vae_dist.evaluation.record import as_json, with_earlier
     from vae_dist.files import write_durably
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(out, (json.dumps(record, indent=1) + "\n").encode())
+        write_durably(out, as_json(with_earlier(record, out)))
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
 

@@ -139,13 +139,32 @@ def test_evaluate_estimates_the_evidence(
     assert evaluate.main(keys) == 0
     results = json.loads(out.read_text())
     figures = results["figures"]
-    assert results["importance_samples"] == 20
+    assert results["conditions"]["is_nll_nats"] == {"importance_samples": 20}
     assert (figures["num_images"], figures["skipped_samples"]) == (3, 1)
     assert figures["is_nll_nats"] < figures["neg_elbo_nats"] + figures["is_nll_se_nats"]
     assert 1 <= figures["is_effective_samples"] <= 20
     assert f"{figures['is_nll_nats']:.3f}" in capsys.readouterr().out
     assert evaluate.main([f"run={run}", "chunk=10"]) == 2
     assert "chunk=10 has no effect without importance samples" in capsys.readouterr().err
+
+
+def test_figures_of_earlier_evaluations_stay(run: Path, tmp_path: Path) -> None:
+    """As long as weights, images and seed are the same; each with what it rests on."""
+    out = tmp_path / "r.json"
+    keys = [f"run={run}", f"out={out}", "device=cpu", "max_images=2"]
+
+    def figures(*more: str) -> dict[str, float]:
+        assert evaluate.main([*keys, *more]) == 0
+        found: dict[str, float] = json.loads(out.read_text())["figures"]
+        return found
+
+    first = figures("samples=9")
+    both = figures("metrics=psnr")
+    assert both.keys() - first.keys() == {"psnr_db"} and both.items() >= first.items()
+    record = json.loads(out.read_text())
+    assert record["conditions"]["is_nll_nats"] == {"importance_samples": 9}
+    assert "is_nll_nats" in record["notes"]
+    assert not figures("seed=1").keys() & {"psnr_db", "is_nll_nats"}
 
 
 def test_a_part_of_the_images_does_not_replace_the_results_of_all(run: Path) -> None:
