@@ -13,7 +13,7 @@ from tests.support.distributed import run_ranks
 from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.stream import EvaluationBatch
-from vae_dist.evaluation.importance import ImportanceMeter, StreamedLogSumExp, importance_evidence
+from vae_dist.evaluation.importance import ImportanceMeter, importance_evidence
 from vae_dist.evaluation.meter import Inputs
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.runtime import Runtime
@@ -164,18 +164,6 @@ def test_another_prior_is_estimated_from_the_same_decodings() -> None:
     assert abs(figures["is_nll_shifted_nats"] - exact) < 3 * error
     assert error < 0.1
     assert figures["is_nll_nats"] == pytest.approx(exact_nll(toy), abs=0.05)
-
-
-def test_the_streamed_sum_equals_logsumexp_and_survives_extremes() -> None:
-    log_weights = 300 * torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).double()
-    log_weights[0, 0] -= 1e5
-    log_weights[1, 2, :9] = -torch.inf  # whole parts without weight
-    streamed = StreamedLogSumExp(2, 3, device=torch.device("cpu"))
-    for part in log_weights.split(3, dim=-1):
-        streamed.add(part)
-    torch.testing.assert_close(streamed.log_sum, log_weights.logsumexp(-1))
-    weights = log_weights.softmax(-1)
-    torch.testing.assert_close(streamed.effective_samples, 1 / weights.square().sum(-1))
 
 
 def test_missing_pixels_are_integrated_out() -> None:

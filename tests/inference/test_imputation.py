@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, LinearGaussian, linear_gaussian
 from tests.support.tiny_run import tiny_config
-from vae_dist.inference.imputation import Imputed, Incomplete, impute
+from vae_dist.inference.imputation import Imputed, Incomplete, _Moments, impute
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -80,6 +80,19 @@ def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact() ->
     assert ((found.mean.flatten(1) - mean).abs() < 0.25 * deviation).all()
     ratio = found.deviation.flatten(1) / deviation
     assert (ratio > 0.8).all() and (ratio < 1.2).all()
+
+
+def test_values_without_weight_count_nothing_wherever_they_stand() -> None:
+    """Also where they come first, and all others have weights that exp() alone calls 0."""
+    values = torch.arange(8.0).view(1, 4, 2)
+    log_weights = torch.tensor([[-torch.inf, -torch.inf, -1000.0, -1000.0]])
+    for order in ([0, 1, 2, 3], [2, 0, 1, 3], [2, 3, 0, 1]):
+        moments = _Moments(1, 2, 0, torch.device("cpu"))
+        for i in order:
+            moments.add(values[:, i : i + 1], log_weights[:, i : i + 1])
+        found = moments.result(None, (2,))
+        assert found.mean.tolist() == [[5.0, 6.0]] and found.deviation.tolist() == [[1.0, 1.0]]
+        assert found.effective_samples.item() == 2
 
 
 @pytest.mark.parametrize("method", ["single", "importance", "gibbs"])

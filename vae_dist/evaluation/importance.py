@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vae_dist.evaluation.meter import Inputs, Report, Seen, mean_and_error
 from vae_dist.models import posterior
+from vae_dist.models.streamed_weights import StreamedWeights
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.runtime import Runtime
@@ -47,35 +48,6 @@ class Evidence(NamedTuple):
 
     log_evidence: Tensor
     effective_samples: Tensor
-
-
-class StreamedLogSumExp:
-    """log sum exp and the effective sample size of weights that come in parts, float64."""
-
-    def __init__(self, *shape: int, device: torch.device) -> None:
-        self._largest = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
-        self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self._sum)
-
-    def add(self, log_weights: Tensor) -> None:
-        """log_weights (*shape, s)."""
-        log_weights = log_weights.double()
-        largest = torch.maximum(self._largest, log_weights.amax(-1))
-        # where every weight so far is 0, any shift will do
-        shift = torch.where(largest == -torch.inf, 0.0, largest)
-        shrink = (self._largest - shift).exp()
-        weights = (log_weights - shift.unsqueeze(-1)).exp()
-        self._sum = self._sum * shrink + weights.sum(-1)
-        self._squares = self._squares * shrink.square() + weights.square().sum(-1)
-        self._largest = shift
-
-    @property
-    def log_sum(self) -> Tensor:
-        return self._largest + self._sum.log()
-
-    @property
-    def effective_samples(self) -> Tensor:
-        return self._sum.square() / self._squares
 
 
 def automatic_chunk(num_dims: int, device: torch.device) -> int:
@@ -106,7 +78,7 @@ def importance_evidence(
     together = max(1, chunk // min(BLOCK, num_samples))  # images of one forward
     for first in range(0, len(inputs.images), together):
         part = slice(first, first + together)
-        streamed = StreamedLogSumExp(
+        streamed = StreamedWeights(
             1 + len(priors), len(inputs.samples[part]), device=inputs.images.device
         )
         for block in range(-(-num_samples // BLOCK)):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.models import posterior
+from vae_dist.models.streamed_weights import StreamedWeights
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
@@ -60,8 +61,7 @@ class _Moments:
     """Weighted mean, variance and draws of values that come in parts; log weights of any size."""
 
     def __init__(self, n: int, dims: int, num_draws: int, device: torch.device) -> None:
-        self._largest = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(2, n, dtype=torch.float64, device=device)  # of w, of w^2
+        self._weights = StreamedWeights(n, device=device)
         self._first, self._second = torch.zeros(2, n, dims, dtype=torch.float64, device=device)
         self._draws = torch.zeros(n, num_draws, dims, device=device)
         self._best = torch.full((n, num_draws), -torch.inf, dtype=torch.float64, device=device)
@@ -70,13 +70,7 @@ class _Moments:
         """values (n, s, D), log_weights (n, s), gumbel (n, s, J): a draw is the value of the
         largest log weight + Gumbel noise, which makes its probability the normalised weight."""
         log_weights = log_weights.double()
-        largest = torch.maximum(self._largest, log_weights.amax(1))
-        largest = torch.where(largest == -torch.inf, 0.0, largest)  # all weights 0: any shift
-        shrink = (self._largest - largest).exp()
-        weights = (log_weights - largest.unsqueeze(1)).exp()  # (n, s), at most 1
-        self._largest = largest
-        self._sums[0] = self._sums[0] * shrink + weights.sum(1)
-        self._sums[1] = self._sums[1] * shrink.square() + weights.square().sum(1)
+        weights, shrink = self._weights.add(log_weights)
         for total, power in ((self._first, values), (self._second, values.square())):
             total *= shrink.unsqueeze(1)
             total += torch.einsum("ns,nsd->nd", weights.float(), power)
@@ -88,7 +82,7 @@ class _Moments:
             self._best = torch.where(is_better, best, self._best)
 
     def result(self, draws: Tensor | None, shape: tuple[int, ...]) -> Imputed:
-        total = self._sums[0].unsqueeze(1)
+        total = self._weights.sum.unsqueeze(1)
         mean = self._first / total
         deviation = (self._second / total - mean.square()).clamp(min=0).sqrt()
         values = self._draws if draws is None else draws
@@ -96,7 +90,7 @@ class _Moments:
             mean.float().view(-1, *shape).cpu(),
             deviation.float().view(-1, *shape).cpu(),
             values.view(*values.shape[:2], *shape).cpu(),
-            (self._sums[0].square() / self._sums[1]).cpu(),
+            self._weights.effective_samples.cpu(),
         )
 
 
