@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from vae_dist.config.schema import RuntimeConfig
 from vae_dist.evaluation.meter import Inputs, Seen
 from vae_dist.evaluation.reconstruction import ReconstructionMeter, comparisons, psnr_db
 from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.models.likelihoods.levels import Levels
 from vae_dist.randomness import torch_generator
 from vae_dist.runtime import Runtime
 
@@ -41,6 +43,22 @@ def test_psnr_of_a_known_error() -> None:
     values = psnr_db(images, images + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1))
     assert values.tolist() == pytest.approx([20, 40], abs=1e-4)
     assert psnr_db(images, images).tolist() == [100, 100]  # and not infinity
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_a_perfect_reconstruction_is_perfect_at_any_bits(bits: int) -> None:
+    """Of 5 bits, the original is the image that the model was given."""
+    stored = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    levels = Levels(bits)
+    images = levels.centers(stored)
+    likelihood = SimpleNamespace(levels=levels, mean=lambda params: params)
+    model = SimpleNamespace(likelihood=likelihood, decode=lambda *_: images)
+    both = Seen(
+        cast(Any, model), Inputs(stored, images, [0]), images, cast(Any, SimpleNamespace(mean=0))
+    ).pictures
+    assert psnr_db(*both).tolist() == [100]
+    distance = (both[0] - stored.float() / 255).abs().max().item()
+    assert distance == 0 if bits == 8 else 0.02 < distance < 8 / 255
 
 
 def test_ssim_of_constant_images_is_the_luminance_term() -> None:

@@ -56,12 +56,14 @@ class Seen:
     @cached_property
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Images and their reconstructions E[x | z = E[z|x]], float32 (b, C, H, W) in [0, 1]; where
-        images have 8 bits, reconstructions are rounded to them, as a PNG of them is."""
+        images have 8 bits, both are rounded to them, as a PNG of them is. Of images that are cut to
+        fewer bits, what is left is the original: the model has seen no other."""
         params = self.model.decode(self.output.mean, self.inputs.image_size, self.inputs.labels)
         means = self.model.likelihood.mean(params)
         levels = self.inputs.levels
         if levels.dtype == torch.uint8:
-            return levels.float() / 255, to_uint8(means).float() / 255
+            originals = self.model.likelihood.levels.centers(levels)
+            return to_uint8(originals).float() / 255, to_uint8(means).float() / 255
         means = (means.float() + 1).clamp(0, 2) / 2
         if levels.dtype == torch.uint16:
             return levels.float() / 65535, means

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_dist.models.likelihoods.levels import bits_per_dim
+from vae_dist.models.likelihoods.levels import Levels, bits_per_dim
 
 MAX_LOG_SIZE = 20.0  # of a variance or scale: far above any image's, far below overflow
 
 
 class Likelihood(nn.Module, ABC):
+    levels: Levels
+    """What stored values stand for."""
+
     needs_uniform: bool
     """Whether `prepare` draws: it then needs uniform noise of the shape of the images."""
 
