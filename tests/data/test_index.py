@@ -21,6 +21,7 @@ from vae_dist.data.index import (
     load_index,
     resolve_shards,
     write_index,
+    write_info,
 )
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, key_and_suffix, sample_starts
@@ -160,6 +161,24 @@ def test_an_info_file_of_others_is_kept(copied: Path) -> None:
     (copied / "set-03.tar.idx").unlink()
     load_index(str(copied), key="data.train", create=True)
     assert (copied / "_info.json").read_text() == "theirs"
+
+
+def test_an_info_file_that_says_otherwise_is_named(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    load_index(str(copied), key="data.train", create=True)
+    assert not capsys.readouterr().err
+    info = json.loads((copied / "_info.json").read_text())
+    info["splits"]["train"]["shard_lengths"][3] = 99
+    (copied / "_info.json").write_text(json.dumps(info))
+    load_index(str(copied / "set-04.tar"), key="data.train", create=True)
+    assert not capsys.readouterr().err
+    load_index(str(copied), key="data.train", create=True)
+    message = "_info.json does not say what the sidecars of 1 shards do, the first is set-03.tar"
+    assert message in capsys.readouterr().err
+    load_index(str(copied), key="data.train", create=False)  # as all other ranks do
+    assert not capsys.readouterr().err
 
 
 def test_fingerprint_tells_data_sets_apart(copied: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.locate import NUM_NAMED, Shard, locate, shown
+from vae_dist.data.locate import NUM_NAMED, Shard, locate, read_info, shown
 from vae_dist.data.remote import (
     UnreadableError,
     exists,
@@ -269,7 +270,34 @@ def load_index(
     )
     if index.num_samples == 0:
         raise ConfigError(f"{key}={shown(spec)}: the shards hold no sample")
+    if create:
+        for problem in _problems_of_info(index):
+            print(f"warning: {problem}", file=sys.stderr)
     return index
+
+
+def _problems_of_info(index: ShardIndex) -> list[str]:
+    """Of folders here whose `_info.json` says otherwise than the sidecars; one of others, in
+    another form, says nothing."""
+    lengths: dict[str, dict[str, int]] = {}
+    for path, length in zip(index.paths, index.lengths.tolist(), strict=True):
+        if not is_remote(path):
+            lengths.setdefault(os.path.dirname(path), {})[os.path.basename(path)] = length
+    problems = []
+    for folder, of_shards in lengths.items():
+        info = os.path.join(folder, "_info.json")
+        try:
+            known = read_info(info, key=info)
+        except (OSError, ConfigError):
+            continue
+        others = [name for name, n in of_shards.items() if known.get(name, (None,))[0] != n]
+        if others:
+            problems.append(
+                f"{info} does not say what the sidecars of {len(others)} shards do, the first is "
+                f"{others[0]} with {of_shards[others[0]]} samples; who reads the folder by its "
+                f"URL, or with timm, believes it; {_REMAKE}"
+            )
+    return problems
 
 
 def is_mixture(spec: Any) -> bool:

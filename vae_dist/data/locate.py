@@ -110,18 +110,9 @@ def sidecar_of(url: str) -> str:
 
 
 def _info(where: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | None]]:
-    """(samples, bytes) of each shard after a folder's `_info.json`."""
+    """`read_info`; where nothing is there and it is not needed, nothing is known."""
     try:
-        splits = json.loads(read_all(where))["splits"]
-        found: dict[str, tuple[int, int | None]] = {}
-        for split in splits.values():
-            names, lengths = split["filenames"], split["shard_lengths"]
-            sizes = split.get("shard_bytes", [None] * len(names))
-            found |= {
-                os.path.basename(name): (int(length), size)
-                for name, length, size in zip(names, lengths, sizes, strict=True)
-            }
-        return found
+        return read_info(where, key=key)
     except UnreadableError as error:
         if needed:
             folder = where.rpartition("/_info.json")[0]
@@ -132,6 +123,22 @@ def _info(where: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | N
         if not error.is_missing:
             raise
         return {}
+
+
+def read_info(where: str, *, key: str) -> dict[str, tuple[int, int | None]]:
+    """(samples, bytes) of each shard after a folder's `_info.json`. Raises ConfigError, and what
+    `read_all` raises."""
+    data = read_all(where)
+    try:
+        found: dict[str, tuple[int, int | None]] = {}
+        for split in json.loads(data)["splits"].values():
+            names, lengths = split["filenames"], split["shard_lengths"]
+            sizes = split.get("shard_bytes", [None] * len(names))
+            found |= {
+                os.path.basename(name): (int(length), size)
+                for name, length, size in zip(names, lengths, sizes, strict=True)
+            }
+        return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key}: {where} is no index of shards ({error!r})") from error
 
