@@ -20,7 +20,7 @@ import pytest
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.tracking import wandb_modes, wandb_sink
-from vae_dist.tracking.sinks import WandbSink
+from vae_dist.tracking.sinks import JsonlSink, WandbSink
 
 
 class FakeRun:
@@ -278,7 +278,7 @@ def test_a_hanging_core_blocks_neither_log_nor_close(
     fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb_sink, "_CLOSE_OFFLINE_SECONDS", 0.05)
-    monkeypatch.setattr(wandb_sink, "_QUEUED_ROWS", 10)
+    monkeypatch.setattr(wandb_sink, "_QUEUED_RECORDS", 10)
     sink, said = start(tmp_path)
     let_go = threading.Event()
     fake.runs[0].on_log = lambda: let_go.wait(10) and None
@@ -288,8 +288,38 @@ def test_a_hanging_core_blocks_neither_log_nor_close(
     sink.close("finished")
     let_go.set()
     assert time.monotonic() - began < 2
-    assert sum("misses some" in line for line in said) == 1
+    assert sum("gets some later" in line for line in said) == 1
     assert "did not get everything" in said[-1]
+
+
+def test_what_a_full_queue_does_not_take_comes_from_the_disk_once_and_in_order(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_sink, "_QUEUED_RECORDS", 10)
+    sink, said = start(tmp_path)
+    log = JsonlSink(tmp_path / "log.jsonl", resume_step=0)
+    let_go = threading.Event()
+    fake.runs[0].on_log = lambda: let_go.wait(10) and None
+    (tmp_path / "images").mkdir()
+    for step in range(1, 201):
+        if step == 150:  # slow until here
+            let_go.set()
+            while sink._queue.qsize() > 2:
+                time.sleep(0.001)
+        log.log(step, {"train/loss": step / 2})
+        sink.log(step, {"train/loss": step / 2})
+        if step % 50 == 0:
+            png = tmp_path / "images" / f"samples_{step:08d}.png"
+            png.touch()
+            sink.image(step, "images/samples", png, f"step {step}")
+    sink.close("finished")
+    found = [(row["trainer/step"], row["trainer/record"]) for row in fake.runs[0].rows]
+    of_rows = [(step, "row") for step in range(1, 201)]
+    pictures = [(step, "images/samples") for step in (50, 100, 150, 200)]
+    assert sorted(found) == sorted(of_rows + pictures)
+    assert [place for place in found if place[1] == "row"] == of_rows
+    assert not sink.lacks_points
+    assert sum("gets some later" in line for line in said) == 1
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(fake: FakeWandb, tmp_path: Path) -> None:

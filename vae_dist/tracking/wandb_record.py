@@ -61,16 +61,17 @@ class Picture(NamedTuple):
 
 
 def records_on_disk(log_path: Path, images: Path, *, up_to: int) -> Iterator[Record]:
-    """The rows of log.jsonl and the picture files of a run, of the steps up to `up_to`."""
+    """The rows of log.jsonl and the picture files of a run, of the steps up to `up_to`; by step, so
+    that the last one that arrives tells of all before it."""
     rows = {step: row for step, row in read_rows(log_path) if step <= up_to}
-    for step, row in rows.items():
-        yield Record(step, ROW, row)
+    records = [Record(step, ROW, row) for step, row in rows.items()]
     for name, paths in find_pictures(images).items():
         key = f"images/{name}"
         for step, path in paths.items():
             if step <= up_to:
                 picture = Picture(path, picture_caption(step, rows.get(step, {})))
-                yield Record(step, key, {key: picture})
+                records.append(Record(step, key, {key: picture}))
+    yield from sorted(records, key=lambda record: record.step)
 
 
 def address(step: int, kind: str) -> dict[str, Any]:
@@ -89,6 +90,9 @@ class Recorded:
     def has(self, step: int, kind: str) -> bool:
         return step <= self._floors.get(kind, -1) or step in self._steps.get(kind, ())
 
+    def add(self, step: int, kind: str) -> None:
+        self._steps.setdefault(kind, set()).add(step)
+
     def add_server(self, summary: Mapping[str, Any], last: Mapping[str, Any] | None) -> None:
         """`summary` has the last value of every key, `last` is the last record of the history."""
         if STEP_KEY not in summary:
@@ -106,8 +110,7 @@ class Recorded:
         """The history in a part's file, seconds each; False when it cannot be read."""
         try:
             for record in _history(part):
-                step, kind = _address_of(record)
-                self._steps.setdefault(kind, set()).add(step)
+                self.add(*_address_of(record))
         except (OSError, subprocess.SubprocessError, LookupError, ValueError, TypeError):
             return False
         return True

@@ -3,7 +3,8 @@
 What goes in: the rows and PNG files of a run. What comes out: a W&B run, online when the user is
 logged in and the server answers, else offline under the run folder with one line that shows how to
 upload it. Every call into wandb during training happens on one worker thread behind a bounded
-queue: a full queue drops rows, a dead or hanging wandb-core ends tracking, and training goes on.
+queue: what a full queue does not take is sent later, from log.jsonl and the pictures, a dead or
+hanging wandb-core ends tracking, and training goes on.
 
 Only `mode=online`, asked for by name, is a promise: where it cannot be kept, ConfigError at start.
 """
@@ -49,7 +50,7 @@ from vae_dist.tracking.wandb_record import (
 )
 
 _INIT_SECONDS = 30.0
-_QUEUED_ROWS = 4096
+_QUEUED_RECORDS = 4096
 # How long close() may wait. An interrupted run has a deadline of its scheduler to meet, and what
 # has not been sent is on disk; an offline run only has to write what is queued.
 _CLOSE_INTERRUPTED_SECONDS = 10.0
@@ -105,9 +106,11 @@ class WandbSink:
         self._broken = False
         self._closed = False
         self._is_incomplete = False
-        self._num_dropped = 0
+        self._queueing = threading.Lock()  # rows and pictures come from two threads
+        self._left_on_disk = -1  # the last step of which a full queue did not take something
+        self._was_slow = False
         self._stop_requested = threading.Event()
-        self._recorded = Recorded()  # from before an interruption
+        self._recorded = Recorded()  # from before an interruption, and sent since
         self._earlier: list[Path] = []  # parts of this W&B run, from before
         self.mode = "disabled"
         asked, source = asked_mode(config.wandb.mode)
@@ -136,7 +139,7 @@ class WandbSink:
     @property
     def lacks_points(self) -> bool:
         """After close(): whether W&B did not get everything, as far as can be seen from here."""
-        return self._is_incomplete or self._broken or self._num_dropped > 0
+        return self._is_incomplete or self._broken
 
     @property
     def run_id(self) -> str:
@@ -148,10 +151,11 @@ class WandbSink:
         return str(self._run.url or "") if self._run is not None else ""
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        self._put(Record(step, ROW, row))
+        """The row is in log.jsonl already, and an image in `images`: a slow W&B gets them there."""
+        self._put_record(Record(step, ROW, row))
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        self._put(Record(step, key, {key: Picture(Path(png_path), caption)}))
+        self._put_record(Record(step, key, {key: Picture(Path(png_path), caption)}))
 
     def backfill(self, log_path: Path, images: Path, *, up_to: int) -> None:
         """Send what the W&B run lacks of the steps up to `up_to`, from log.jsonl and `images`.
@@ -201,8 +205,6 @@ class WandbSink:
             for part in self._earlier:
                 if is_offline(part):
                     mark_synced(part)
-        if self._num_dropped:
-            self._say(f"W&B missed {self._num_dropped} rows; log.jsonl has them all.")
 
     # --- start ---
 
@@ -286,14 +288,33 @@ class WandbSink:
     # --- the worker ---
 
     def _put(self, task: _Task) -> None:
-        if self._run is None or self._broken or self._closed:
-            return
-        if self._queue.qsize() < _QUEUED_ROWS:
+        if self._is_open():
             self._queue.put(task)
+
+    def _put_record(self, record: Record) -> None:
+        """Queue it, unless W&B is too slow; then the disk keeps it until half the queue is sent."""
+        if not self._is_open():
             return
-        self._num_dropped += 1
-        if self._num_dropped == 1:
-            self._say("W&B does not take rows fast enough and misses some; training goes on.")
+        with self._queueing:
+            num_queued = self._queue.qsize()
+            if self._left_on_disk < 0 and num_queued < _QUEUED_RECORDS:
+                self._queue.put(record)
+                return
+            self._left_on_disk = max(self._left_on_disk, record.step)
+            if num_queued <= _QUEUED_RECORDS // 2:
+                self._take_from_disk()
+        if not self._was_slow:
+            self._was_slow = True
+            self._say("W&B does not take rows fast enough and gets some later; training goes on.")
+
+    def _take_from_disk(self) -> None:
+        if self._left_on_disk >= 0:
+            log_path, images = self._folder / "log.jsonl", self._folder / "images"
+            self._queue.put(_Backfill(log_path, images, self._left_on_disk))
+            self._left_on_disk = -1
+
+    def _is_open(self) -> bool:
+        return self._run is not None and not self._broken and not self._closed
 
     def _work(self) -> None:
         if self.mode == "offline":
@@ -330,6 +351,7 @@ class WandbSink:
             known = {key: self._value(value) for key, value in values.items()}
             known = {key: value for key, value in known.items() if value is not None}
             self._run.log(address(step, kind) | known, commit=True)
+            self._recorded.add(step, kind)
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, Picture):
@@ -347,7 +369,9 @@ class WandbSink:
 
     def _finish(self, exit_code: int, is_preempted: bool) -> None:
         try:
-            self._queue.put(None)
+            with self._queueing:
+                self._take_from_disk()
+                self._queue.put(None)
             self._worker.join()
             if self._broken:
                 return
