@@ -25,6 +25,7 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BURST_S = 2.0
+_LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
 
 
 class StopSignals:
@@ -86,4 +87,4 @@ def _launcher() -> int | None:
         command = psutil.Process(parent).cmdline()
     except psutil.Error:
         return None
-    return parent if any("accelerate" in word for word in command[:4]) else None
+    return parent if any(os.path.basename(word) in _LAUNCHERS for word in command[:4]) else None
