@@ -224,6 +224,19 @@ def test_damage_is_reported_with_its_byte(copied: Path) -> None:
         load_index(str(copied), key="data.train", create=True)
 
 
+def test_a_header_of_zeros_is_not_the_end_of_a_shard(copied: Path) -> None:
+    path = copied / "set-05.tar"
+    whole, shard = path.read_bytes(), index_shard(path)
+    at = int(shard[20])
+    path.write_bytes(whole[:at] + bytes(512) + whole[at + 512 :])
+    with pytest.raises(ShardError, match=f"byte {at}: a block of zeros where a header should be"):
+        index_shard(path)
+    assert shard[-1] + 1024 <= len(whole)
+    for end in (512, 1024):  # end marks of one block and of two
+        path.write_bytes(whole[: shard[-1] + end])
+        assert index_shard(path).tolist() == shard.tolist()
+
+
 def test_a_sidecar_that_does_not_fit_is_refused(copied: Path) -> None:
     message = r"set-05\.tar\.idx does not fit .*overwrite=true"
     shutil.copy(copied / "set-03.tar", copied / "set-05.tar")

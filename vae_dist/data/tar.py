@@ -157,6 +157,8 @@ def _hops(
         while True:
             block = read(at, BLOCK)
             if len(block) == BLOCK and not any(block):
+                if any(read(at + BLOCK, BLOCK)):  # an end mark is two blocks, or the last one
+                    raise _shard_error(path, at, "a block of zeros where a header should be")
                 return
             if not block:
                 raise _shard_error(path, at, "the tar ends without its end mark, it is cut off")
