@@ -106,7 +106,7 @@ class EvaluateCommand(RunCommand):
     out: str = knob(
         "",
         "JSON file to write (default: results.json in the run folder; results_first1000.json and "
-        "the like of another checkpoint, other weights, other data or a part of the images)",
+        "the like of another checkpoint, other weights, data or seed, or a part of the images)",
     )
     batch_size: int = knob(256, "images per forward of one process")
     threads: int = knob(0, "CPU threads of one process (0: this machine's cores / its processes)")

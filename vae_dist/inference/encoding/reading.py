@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.reader import SampleReader, SkippedSample
-from vae_dist.data.tar import DamagedSampleError, key_and_suffix, members
+from vae_dist.data.tar import DamagedSampleError, is_metadata, key_and_suffix, members
 from vae_dist.inference.latents import MEMBER
 
 Shape = tuple[int, ...]
@@ -86,6 +86,8 @@ def carried(data: bytes | memoryview, *, keep_images: bool) -> tuple[str, dict[s
     found: dict[str, bytes] = {}
     sample_key = ""
     for name, content in members(data):
+        if is_metadata(name):
+            continue
         key, suffix = key_and_suffix(name)
         if key is not None and (keep_images or not is_image(suffix)):
             found[suffix] = bytes(content)
