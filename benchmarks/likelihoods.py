@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from vae_dist.assembly import load_data, training_stream
-from vae_dist.config.automatic import resolve
-from vae_dist.config.load import load_train_config
+from benchmarks.setting import Setting, make_setting
+from vae_dist.assembly import training_stream
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import EvaluationStream
 from vae_dist.evaluation.reconstruction import ReconstructionMeter, psnr_db
@@ -65,7 +64,6 @@ SMALL = [
     "optimizer.warmup_steps=50",
     "optimizer.clip_grad_norm=5000",
     "training.batch_size=32",
-    "training.precision=bf16",
     "training.ema_decay=0.98",
     "data.workers=0",
     "runtime.threads=1",
@@ -153,7 +151,7 @@ def main(arguments: list[str]) -> int:
     names = options["only"].split(";") if options["only"] else list(LIKELIHOODS)
     results, pictures = [], []
     for name in names:
-        config = load_train_config(
+        setting = make_setting(
             [
                 f"config={options['config']}",
                 f"data.train={options['data']}/train",
@@ -163,10 +161,7 @@ def main(arguments: list[str]) -> int:
                 *LIKELIHOODS[name],
             ]
         )
-        runtime = Runtime.start(config.runtime, precision=config.training.precision)
-        data = load_data(config, runtime)
-        config = resolve(config, mean_sample_bytes=data.train.mean_sample_bytes)
-        row, rows_of_pictures, first = run(name, config, runtime, data, float(options["seconds"]))
+        row, rows_of_pictures, first = run(name, setting, float(options["seconds"]))
         results.append(row)
         pictures += rows_of_pictures if pictures else [first, *rows_of_pictures]
         print(table(results), flush=True)
@@ -176,8 +171,9 @@ def main(arguments: list[str]) -> int:
 
 
 def run(
-    name: str, config: TrainConfig, runtime: Runtime, data: Data, seconds: float
+    name: str, setting: Setting, seconds: float
 ) -> tuple[Row, list[torch.Tensor], torch.Tensor]:
+    config, runtime, data = setting.config, setting.runtime, setting.data
     model, steps, skipped, spent = train(config, runtime, data, seconds=seconds)
     meter = ReconstructionMeter({"psnr_db": (psnr_db, 1)}, runtime.device)
     stream = validation(config, data, runtime)

@@ -66,7 +66,7 @@ SHAPES = {
     "mnist": Shape(("config=mnist",), (), steps=50, warmup=150, image_size=None),
     "celeba64": Shape(
         ("config=celeba64", "data.workers=0"),
-        ("training.batch_size=16", "training.precision=bf16"),
+        ("training.batch_size=16",),
         steps=10,
         warmup=20,
         image_size=(109, 89),
