@@ -10,7 +10,8 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from vae_dist.data.decode import decode_array, decode_sample, size_of_sample
+from vae_dist.data.arrays import decode_array
+from vae_dist.data.decode import decode_sample, size_of_sample
 from vae_dist.data.tar import DamagedSampleError
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from vae_dist.config.automatic import MIN_SLOTS_OF_WINDOW, default_slots
+from vae_dist.config.automatic import MIN_SLOTS_OF_WINDOW, slots_of
 from vae_dist.config.keys import shown
 from vae_dist.config.schema import TrainConfig
 
@@ -50,7 +50,7 @@ def _slots(config: TrainConfig) -> Iterator[Rule]:
     data, training = config.data, config.training
     if training.batch_size < 1 or data.slots < 0:
         return
-    slots = data.slots or default_slots(training.batch_size, buckets=True)
+    slots = slots_of(config)
     if training.batch_size % slots:
         return  # said elsewhere
     per_slot = training.batch_size // slots

@@ -14,7 +14,7 @@ from itertools import pairwise, starmap
 from pathlib import PurePath
 from typing import Any
 
-from vae_dist.config.automatic import default_slots, has_buckets
+from vae_dist.config.automatic import default_slots, has_buckets, slots_of
 from vae_dist.config.buckets import bucket_rules
 from vae_dist.config.keys import shown
 from vae_dist.config.objective_checks import DENSITIES, added_terms
@@ -142,7 +142,7 @@ def _slots(config: TrainConfig) -> Iterator[Violation]:
         sentence = "is neither auto, nor 0, nor a count of images"
         yield rule("training.microbatch_size", microbatch, sentence)
         return
-    per_slot = batch_size // (slots or _default_slots(config))
+    per_slot = batch_size // slots_of(config)
     involved = (*names, "training.microbatch_size")
     given = f"training.microbatch_size={microbatch}"
     if microbatch > batch_size:

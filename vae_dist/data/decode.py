@@ -15,17 +15,16 @@ are), by its alpha channel (from half opaque on) or by floats that are NaN where
 
 from __future__ import annotations
 
-import contextlib
 import io
-import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vae_dist.data.arrays import ARRAYS, array_size, decode_array
 from vae_dist.data.jpeg import (
     ORIENTATION_TAG,
     TRANSPOSED,
@@ -34,25 +33,15 @@ from vae_dist.data.jpeg import (
     orientation,
     upright,
 )
+from vae_dist.data.pixels import PIXEL_TYPES, check_channels, check_pixels, other_depth, short
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
-ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
 SUFFIXES = (*FORMATS, *ARRAYS)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with that many channels
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-PIXEL_TYPES: dict[int, np.dtype[Any]] = {  # by data.bits; what is cut to 5 bits is stored as 8
-    5: np.dtype(np.uint8),
-    8: np.dtype(np.uint8),
-    16: np.dtype(np.uint16),
-    32: np.dtype(np.float32),
-}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY_PNG = 0  # colour type
-MAX_NPY_HEADER = 10_000  # bytes
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
-TIFF_JPEG = 7  # Compression
-VALUES_PER_PIXEL = 4  # of a TIFF, times max_pixels, where nobody says how many channels it has
 MASK_MEMBER = "mask.png"
 MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
@@ -134,14 +123,8 @@ def decode_mask(sample: Mapping[str, Any], size: tuple[int, ...], *, max_pixels:
 def size_of_sample(sample: Mapping[str, Any], *, max_pixels: int) -> tuple[int, int]:
     """(H, W) of the upright image after its header alone. Raises DamagedSampleError."""
     suffix, data = image_of(sample)
-    if suffix == "npy":
-        shape, _, _, _ = _npy_header(data, max_pixels)
-        return shape[-2], shape[-1]
     if suffix in ARRAYS:
-        with _opened_tiff(data) as tiff:
-            _, height, width = _tiff_shape(tiff, max_pixels)
-            is_turned = _tiff_orientation(tiff) in TRANSPOSED
-        return (width, height) if is_turned else (height, width)
+        return array_size(suffix, data, max_pixels=max_pixels)
     if suffix in ("jpg", "jpeg"):
         size = jpeg_size(data)
         if size is not None:
@@ -189,7 +172,7 @@ def decode_image(
         return _with_channels(pixels, channels)
     if bits in (16, 32):
         if bits == 32 or suffix != "png" or not is_png16(data):
-            raise DamagedSampleError(_other_depth(f"a .{suffix} of 8 bits a channel", bits))
+            raise DamagedSampleError(other_depth(f"a .{suffix} of 8 bits a channel", bits))
         pixels = decode_png16(data, max_pixels=max_pixels)
         if len(pixels) == channels + 1 and (pixels[channels] == 65535).all():
             pixels = pixels[:channels]  # an alpha channel that says nothing
@@ -202,20 +185,12 @@ def decode_image(
     return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least)
 
 
-def check_pixels(height: int, width: int, max_pixels: int) -> None:
-    """Refuse an image by its header, before memory is taken. Raises DamagedSampleError."""
-    if width * height > max_pixels:
-        raise DamagedSampleError(
-            f"{width} x {height} pixels are more than data.max_pixels={max_pixels}"
-        )
-
-
 def _opened(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
     """The image before its pixels are decoded, of any mode. Raises DamagedSampleError."""
     try:
         image = Image.open(io.BytesIO(data), formats=(image_format,))
     except Exception as error:  # Pillow raises many kinds on damaged bytes
-        raise DamagedSampleError(f"no readable {image_format} ({_short(error)})") from None
+        raise DamagedSampleError(f"no readable {image_format} ({short(error)})") from None
     check_pixels(image.height, image.width, max_pixels)
     return image
 
@@ -270,7 +245,7 @@ def _decode_by_pillow(
     except DamagedSampleError:
         raise
     except Exception as error:
-        raise DamagedSampleError(f"damaged {image_format} ({_short(error)})") from None
+        raise DamagedSampleError(f"damaged {image_format} ({short(error)})") from None
     pixels = upright(pixels.reshape(*pixels.shape[:2], channels), turn)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -297,7 +272,7 @@ def _orientation_of(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception as error:
-        raise DamagedSampleError(f"damaged EXIF record ({_short(error)})") from None
+        raise DamagedSampleError(f"damaged EXIF record ({short(error)})") from None
 
 
 def is_png16(data: bytes) -> bool:
@@ -321,7 +296,7 @@ def decode_png16(data: bytes, *, max_pixels: int) -> np.ndarray:
     except DamagedSampleError:
         raise
     except Exception as error:  # both raise many kinds on damaged bytes
-        raise DamagedSampleError(f"damaged PNG ({_short(error)})") from None
+        raise DamagedSampleError(f"damaged PNG ({short(error)})") from None
     if pixels.dtype != np.uint16 or pixels.ndim != 3:
         raise DamagedSampleError(f"damaged PNG ({pixels.dtype} of shape {pixels.shape})")
     return np.ascontiguousarray(upright(pixels, turn).transpose(2, 0, 1))
@@ -338,171 +313,9 @@ def _imagecodecs() -> Any:
     return imagecodecs
 
 
-def _other_depth(found: str, bits: int) -> str:
-    wanted = {16: "uint16", 32: "floating-point"}.get(bits, "uint8")
-    return f"{found}, but data.bits={bits} reads {wanted} values"
-
-
-def decode_array(
-    suffix: str,
-    data: bytes,
-    *,
-    max_pixels: int,
-    bits: int | None = 8,
-    missing: bool = False,
-    channels: int | None = None,
-) -> np.ndarray:
-    """A .npy or TIFF as (C, H, W) of the type of `bits` (None: the one that it has), with as many
-    channels as it has; floats of any width become float32, and may be NaN where `missing` is
-    true. Raises DamagedSampleError.
-
-    channels: how many the caller takes; a TIFF that has others is refused by its header.
-    """
-    if suffix == "npy":
-        pixels = _decode_npy(data, max_pixels)
-    else:
-        pixels = _decode_tiff(data, max_pixels, channels)
-    is_float = pixels.dtype.kind == "f"
-    depth = 32 if is_float else 8 * pixels.dtype.itemsize
-    if pixels.dtype.kind not in "uf" or depth not in PIXEL_TYPES:
-        kind = "floating-point" if bits == 32 else "uint8, uint16 and floating-point"
-        raise DamagedSampleError(f"a .{suffix} of {pixels.dtype}; only {kind} values are images")
-    if bits is not None and depth != (8 if bits == 5 else bits):
-        raise DamagedSampleError(_other_depth(f"a .{suffix} of {pixels.dtype}", bits))
-    pixels = pixels.astype(PIXEL_TYPES[depth], copy=False)
-    if is_float:
-        inside = np.abs(pixels) <= 1  # false for NaN
-        if not (inside | np.isnan(pixels) if missing else inside).all():
-            low, high = pixels.min(), pixels.max()
-            raise DamagedSampleError(
-                f"values from {low:g} to {high:g}; float images lie in [-1, 1]"
-            )
-    return pixels
-
-
-def _npy_header(data: bytes, max_pixels: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, whether it lies by column, type, and where the pixels begin."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, by_column, kind = read(file, max_header_size=MAX_NPY_HEADER)
-    except Exception as error:  # numpy parses the header as Python, with many kinds of errors
-        raise DamagedSampleError(f"no readable .npy ({_short(error)})") from None
-    if kind.hasobject or kind.kind not in "uf":
-        raise DamagedSampleError(
-            f".npy of {kind}; only uint8, uint16 and floating-point arrays are images"
-        )
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise DamagedSampleError(f".npy of shape {shape}; images are (H, W) or (C, H, W)")
-    check_pixels(shape[-2], shape[-1], max_pixels)
-    return shape, by_column, kind, file.tell()
-
-
-def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
-    """(C, H, W) as it is stored; the header is believed only if the bytes are there."""
-    shape, by_column, kind, start = _npy_header(data, max_pixels)
-    count = int(np.prod(shape, dtype=object))
-    if len(data) - start != count * kind.itemsize:
-        raise DamagedSampleError(
-            f"the .npy is cut off: {len(data) - start} of {count * kind.itemsize} bytes of pixels"
-        )
-    pixels = np.frombuffer(data, kind, count, offset=start)
-    pixels = pixels.reshape(shape, order="F" if by_column else "C")
-    return pixels[None] if len(shape) == 2 else pixels
-
-
-def _decode_tiff(data: bytes, max_pixels: int, channels: int | None) -> np.ndarray:
-    """(C, H, W), upright, of the stored type; the headers are judged first, as a few bytes may
-    unpack to any number of pages."""
-    with _opened_tiff(data) as tiff:
-        shape = _tiff_shape(tiff, max_pixels)
-        if channels is not None:
-            _check_channels(shape[0], channels)
-        elif math.prod(shape) > VALUES_PER_PIXEL * max_pixels:
-            raise DamagedSampleError(
-                f"{shape[0]} x {shape[1]} x {shape[2]} values are more than {VALUES_PER_PIXEL} x "
-                f"data.max_pixels={max_pixels}"
-            )
-        pixels = tiff.series[0].asarray()
-        if tiff.series[0].axes.endswith("S"):
-            pixels = pixels.reshape(*shape[1:], shape[0])
-        else:
-            pixels = pixels.reshape(shape).transpose(1, 2, 0)
-        if tiff.pages[0].photometric == WHITE_IS_ZERO:
-            pixels = (1 << tiff.pages[0].bitspersample) - 1 - pixels
-        return upright(pixels, _tiff_orientation(tiff)).transpose(2, 0, 1)
-
-
-@contextlib.contextmanager
-def _opened_tiff(data: bytes) -> Iterator[Any]:
-    try:
-        import tifffile
-    except ImportError:
-        raise DamagedSampleError(
-            "TIFF images need tifffile: pip install 'vae_dist[science]'"
-        ) from None
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            yield tiff
-    except DamagedSampleError:
-        raise
-    except Exception as error:  # tifffile raises many kinds on damaged bytes
-        raise DamagedSampleError(f"damaged TIFF ({_short(error)})") from None
-
-
-def _tiff_shape(tiff: Any, max_pixels: int) -> tuple[int, int, int]:
-    """C, H, W as they are stored, after the headers. Raises DamagedSampleError for what is no image
-    or has more pixels."""
-    shape, axes = tuple(map(int, tiff.series[0].shape)), tiff.series[0].axes
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise DamagedSampleError(f"TIFF of shape {shape}; one image a file")
-    if len(shape) == 2:
-        shape = (1, *shape)
-    elif axes.endswith("S"):
-        shape = (shape[2], *shape[:2])
-    check_pixels(shape[1], shape[2], max_pixels)
-    _check_colours(tiff.pages[0])
-    return shape[0], shape[1], shape[2]
-
-
-def _check_colours(page: Any) -> None:
-    """Refuse a TIFF whose values are no grey, colour or measured channels. Raises
-    DamagedSampleError."""
-    kind, is_jpeg = int(page.photometric), int(page.compression) == TIFF_JPEG
-    of_integers = page.dtype is not None and page.dtype.kind == "u"
-    readable = (
-        kind in (BLACK_IS_ZERO, RGB)
-        or (kind == WHITE_IS_ZERO and of_integers and page.samplesperpixel == 1)
-        or (kind == YCBCR and is_jpeg)  # its decoder makes RGB of it
-    )
-    if not readable:
-        name = getattr(page.photometric, "name", kind)
-        raise DamagedSampleError(
-            f"a TIFF of PhotometricInterpretation {name} is not read; store it as grey or RGB"
-        )
-
-
-def _tiff_orientation(tiff: Any) -> int:
-    """1 to 8 from its tag, 1 where there is none."""
-    tag = tiff.pages[0].tags.get(ORIENTATION_TAG)
-    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
-
-
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """(C, H, W) with the wanted C: repeated from grey, otherwise it must be there."""
     if len(pixels) == 1 and channels == 3:
         pixels = np.repeat(pixels, 3, axis=0)
-    _check_channels(len(pixels), channels)
+    check_channels(len(pixels), channels)
     return np.ascontiguousarray(pixels)
-
-
-def _check_channels(found: int, channels: int) -> None:
-    if found != channels and (found, channels) != (1, 3):
-        raise DamagedSampleError(f"{found} channels, but data.channels={channels}")
-
-
-def _short(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0].split(" <_io")[0][:100]

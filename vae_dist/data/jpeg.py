@@ -15,6 +15,7 @@ import struct
 
 import numpy as np
 
+from vae_dist.data.pixels import check_pixels
 from vae_dist.data.tar import DamagedSampleError
 
 try:
@@ -59,10 +60,7 @@ def decode_jpeg(
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if height * width > max_pixels:
-        raise DamagedSampleError(
-            f"{width} x {height} pixels are more than data.max_pixels={max_pixels}"
-        )
+    check_pixels(height, width, max_pixels)
     if space == "CMYK":
         return None
     turn = orientation(data)

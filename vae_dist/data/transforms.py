@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from vae_dist.data.buckets import Size
-from vae_dist.data.decode import PIXEL_TYPES
 from vae_dist.data.labels import CLS
 from vae_dist.data.masks import DRAWN, draw_mask, resized_mask
+from vae_dist.data.pixels import PIXEL_TYPES
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.randomness import numpy_generator
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vae_dist.data.decode import ARRAYS, MASK_MEMBER, decode_array, decode_mask, image_of
+from vae_dist.data.arrays import ARRAYS, decode_array
+from vae_dist.data.decode import MASK_MEMBER, decode_mask, image_of
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.packing.picture import PictureSettings, prepare
 from vae_dist.data.reader import SampleReader, single_sample
