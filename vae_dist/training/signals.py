@@ -21,8 +21,6 @@ import threading
 import time
 from types import FrameType
 
-import psutil
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BURST_S = 2.0
 _LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
@@ -83,6 +81,8 @@ def _launcher() -> int | None:
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return parent
+    import psutil  # `--help` and wrong configs need none
+
     try:  # `accelerate launch` of one process has no elastic agent
         command = psutil.Process(parent).cmdline()
     except psutil.Error:
