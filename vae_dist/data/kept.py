@@ -20,6 +20,8 @@ import numpy as np
 from vae_dist.data.masks import DRAWN
 from vae_dist.data.transforms import ImageSettings
 
+_NOT_KEPT = np.iinfo(np.int64).min  # instead of a label
+
 
 class KeptImages:
     """Images (planes, H, W) and labels of `num_samples` samples. Make it by `room_for`."""
@@ -28,7 +30,8 @@ class KeptImages:
         planes, height, width = shape
         self._made_of = num_samples, shape, dtype
         self._images = np.empty((num_samples, height, width, planes), dtype)
-        self._labels: list[int | None] = [None] * num_samples  # None: not kept yet
+        self._labels = np.full(num_samples, _NOT_KEPT)
+        self._num_missing = num_samples
 
     @classmethod
     def room_for(
@@ -45,18 +48,23 @@ class KeptImages:
         return KeptImages, self._made_of
 
     def has(self, sample: int) -> bool:
-        return self._labels[sample] is not None
+        return bool(self._labels[sample] != _NOT_KEPT)
+
+    def has_all(self) -> bool:
+        """Every sample of the data set."""
+        return self._num_missing == 0
 
     def get(self, sample: int) -> tuple[np.ndarray, int] | None:
         """Image, not to be written to, and label; None where it was not kept yet."""
-        label = self._labels[sample]
-        return None if label is None else (self._images[sample].transpose(2, 0, 1), label)
+        if not self.has(sample):
+            return None
+        return self._images[sample].transpose(2, 0, 1), int(self._labels[sample])
 
-    def get_all(self, samples: list[int], pixels: np.ndarray) -> list[int] | None:
+    def get_all(self, samples: np.ndarray, pixels: np.ndarray) -> np.ndarray | None:
         """The samples' images into `pixels` (b, H, W, planes), and their labels; None, and nothing
         done, where one was not kept yet."""
-        labels = [label for sample in samples if (label := self._labels[sample]) is not None]
-        if len(labels) < len(samples):
+        labels: np.ndarray = self._labels[samples]
+        if (labels == _NOT_KEPT).any():
             return None
         # "clip" as numpy otherwise copies twice; all numbers are of samples
         np.take(self._images, samples, axis=0, out=pixels, mode="clip")
@@ -64,6 +72,7 @@ class KeptImages:
 
     def keep(self, sample: int, image: np.ndarray, label: int) -> None:
         self._images[sample] = image.transpose(1, 2, 0)
+        self._num_missing -= not self.has(sample)
         self._labels[sample] = label
 
 

@@ -116,6 +116,16 @@ class Lane:
         """Leave out the next row, whose image is taken from what is kept."""
         self.row += 1
 
+    def next_numbers(self, count: int) -> list[int]:
+        """Of the next rows, which are passed by."""
+        found: list[int] = []
+        while len(found) < count:
+            start = self.row - self._window().first_row
+            part = self.numbers[start : start + count - len(found)]
+            self.row += len(part)
+            found += part
+        return found
+
     def _window(self) -> Window:
         """That of the next row."""
         if self.window is None or self.row == self.window.end_row:

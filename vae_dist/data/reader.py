@@ -138,7 +138,7 @@ class SampleReader:
             [np.arange(firsts[shard] + start, firsts[shard] + stop) for shard, start, stop in runs]
         )
 
-    def shards_of(self, numbers: list[int]) -> set[int]:
+    def shards_of(self, numbers: np.ndarray) -> set[int]:
         places = np.searchsorted(self._first_number, numbers, "right") - 1
         return set(places.tolist())
 

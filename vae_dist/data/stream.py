@@ -132,14 +132,18 @@ class TrainingStream:
 
     def _group(self, blocks: list[Block]) -> Group:
         """The workers' images of one shape, lane by lane."""
-        lanes = sorted(lane for block in blocks for lane in block.lanes)
+        lanes, labels = blocks[0].lanes, blocks[0].labels
+        if len(blocks) > 1:
+            lanes = sorted(lane for block in blocks for lane in block.lanes)
+            by_lane = np.empty((len(lanes), len(labels) // len(blocks[0].lanes)), np.int64)
+            for block in blocks:
+                mine = block.labels.reshape(-1, by_lane.shape[1])
+                by_lane[_places(lanes, block.lanes)] = mine
+            labels = by_lane.reshape(-1)
         slots = dict.fromkeys(self._first_slot + lane // self._lanes_per_slot for lane in lanes)
-        labels = np.empty((len(lanes), len(blocks[0].labels) // len(blocks[0].lanes)), np.int64)
-        for block in blocks:
-            labels[_places(lanes, block.lanes)] = block.labels.reshape(-1, labels.shape[1])
         pixels = self._pixels(lanes, blocks)
         images, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=self._has_mask)
-        return Group(tuple(slots), images, torch.from_numpy(labels.reshape(-1)), masks)
+        return Group(tuple(slots), images, torch.from_numpy(labels), masks)
 
     def _pixels(self, lanes: list[int], blocks: list[Block]) -> torch.Tensor:
         """(b, H, W, C), where the workers left them if that may be."""
