@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -6,6 +7,7 @@ from vae_dist.training.optimizer import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
+    scale_and_clip,
 )
 
 
@@ -56,3 +58,29 @@ def test_found_inf_skips_the_update_and_its_count():
     train(model, optimizer, 2, flag=1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert optimizer_tensors(optimizer, model)["step/0.weight"] == count == 1
+
+
+def gradients_of_many_sizes() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = ((3,), (200, 150), (1,), (8, 4, 3, 3), (130, 130), ())
+    return [10.0**k * torch.randn(shape) for k, shape in enumerate(shapes, -3)]
+
+
+@pytest.mark.parametrize("largest", [0.0, 2.0])
+def test_the_norm_is_of_all_gradients_together(largest: float):
+    gradients = gradients_of_many_sizes()
+    before = [gradient.double() for gradient in gradients]
+    expected = sum(float(gradient.square().sum()) for gradient in before) ** 0.5 / 4
+    norm = scale_and_clip(gradients, torch.tensor(4.0), largest=largest, is_scaled=True)
+    assert abs(float(norm) - expected) < 1e-5 * expected
+    factor = min(1.0, largest / expected) / 4 if largest else 1 / 4
+    for gradient, value in zip(gradients, before, strict=True):
+        assert torch.allclose(gradient.double(), factor * value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_gradient_of_any_size_that_is_not_finite_shows_in_the_norm(place: int):
+    gradients = gradients_of_many_sizes()
+    gradients[place].view(-1)[-1] = torch.nan
+    norm = scale_and_clip(gradients, torch.tensor(1.0), largest=0.0, is_scaled=False)
+    assert not torch.isfinite(norm)

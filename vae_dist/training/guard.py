@@ -93,12 +93,15 @@ class SkipGuard:
     def observe(
         self, step: int, found_inf: torch.Tensor, spike: torch.Tensor, shards: tuple[str, ...]
     ) -> None:
+        self._recent.append((step, shards))
+        if self.streak.is_cpu and not found_inf and not spike:  # which can be asked without a wait
+            self.streak.zero_()
+            return
         nonfinite, spike = found_inf.to(torch.int64), spike.to(torch.int64)
         self.skipped += nonfinite
         self.spikes += spike
         self.streak.copy_((self.streak + 1) * (nonfinite + spike))
         torch.maximum(self._longest, self.streak, out=self._longest)
-        self._recent.append((step, shards))
 
     def is_due(self, step: int) -> bool:
         """Whether the host must look: every `max_consecutive` steps at the latest."""

@@ -12,6 +12,8 @@ from torch import nn
 from vae_dist.config.schema import OptimizerConfig
 from vae_dist.sharding import full_value, local_part, part_like
 
+SMALL = 2**14  # values of a gradient that is joined with others for their norm
+
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Weight decay acts on matrices and kernels; biases, norms and scales have none."""
@@ -42,9 +44,7 @@ def scale_and_clip(
 ) -> torch.Tensor:
     """Divide gradients by the `scale` of an fp16 loss and clip their norm to `largest` (0: not), in
     place. Returns the norm over all ranks before clipping, not finite where a gradient is not."""
-    # under FSDP the norm of DTensors, which is of all ranks' parts
-    total = full_value(torch.nn.utils.get_total_norm(gradients, foreach=True))
-    norm = total / scale
+    norm = _total_norm(gradients) / scale
     if largest or is_scaled:
         factor = torch.ones_like(norm)
         if largest:
@@ -52,6 +52,19 @@ def scale_and_clip(
         parts = [local_part(gradient) for gradient in gradients]
         torch._foreach_mul_(parts, factor / scale)
     return norm
+
+
+def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of all of them, 0-dim; there is at least one."""
+    if type(gradients[0]) is not torch.Tensor or not gradients[0].is_cpu:
+        # under FSDP the norm of DTensors, which is of all ranks' parts
+        return full_value(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    # on a CPU the norm of a bias or of a small kernel costs more than to copy it
+    parts = [gradient for gradient in gradients if gradient.numel() > SMALL]
+    if len(parts) < len(gradients):
+        small = [gradient for gradient in gradients if gradient.numel() <= SMALL]
+        parts.append(torch._utils._flatten_dense_tensors(small))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)))
 
 
 def optimizer_tensors(
