@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vae_dist.command import leave
+from vae_dist.command import leave, share_cores
 from vae_dist.config.automatic import launch_problem, world_size_problem
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
@@ -34,6 +34,7 @@ def checked_config(argv: list[str]) -> TrainConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
+    share_cores()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(TrainConfig, usage=USAGE, intro=INTRO))

@@ -26,7 +26,9 @@ from vae_dist.files import write_durably
 PACKAGES = ("vae_dist", "torch", "accelerate", "webdataset", "wandb", "numpy", "omegaconf")
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
+    "GOMP_SPINCOUNT",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
     "SLURM_JOB_ID",
     "SLURM_JOB_NAME",
     "SLURM_JOB_PARTITION",
