@@ -1,12 +1,13 @@
 """Our autoencoder training against a plain loop around diffusers' AutoencoderKL: PSNR, images/s.
 
     PEERS_PYTHON=PYTHON python -m benchmarks.autoencoder [seconds=600] [turn_s=30] [threads=1]
-        [arms=ours,adversarial,diffusers] [data=FOLDER] [out=FILE.png] [config=photos64_kl_f4]
-        [key=value ...]
+        [arms=ours,adversarial,diffusers] [data=FOLDER] [image_pixels=80] [out=FILE.png]
+        [config=photos64_kl_f4] [key=value ...]
 
 Each arm trains for `seconds` in a process of its own; they take turns of `turn_s` seconds, so one
 trains at a time, on `threads` threads. `ours` is the trainer, data loading and logging included;
-`adversarial` the same with `adversarial_keys` (words with spaces between them); `diffusers` a loop
+`adversarial` the same with `adversarial_keys` (words with spaces between them), `shortcuts` with
+`shortcuts_keys`, the towers of imagenet256_f16_dc at first; `diffusers` a loop
 over `pool` images in memory, drawn from our stream with its crops and mirrors, with an L2 loss,
 kl_weight and gradient clipping at `clip`, and from the same keys widths, blocks, latent channels,
 batch, precision, learning rate, warm-up, weight decay, averaging, compile. The learning rate is
@@ -14,7 +15,8 @@ constant after the warm-up: nobody knows how many steps the seconds hold.
 
 At the end `num_images` held-out images are reconstructed in float32 by the averaged weights from
 E[z|x], rounded to 8 bits; PSNR is one function on the same images for all arms. data=FOLDER: shards
-as `pack` writes them, else synthetic pictures. PEERS_PYTHON: the Python of an environment made by
+as `pack` writes them, else synthetic pictures of image_pixels a side. PEERS_PYTHON: the Python of
+an environment made by
 
     python -m venv peers && peers/bin/pip install -c constraints.txt torch==2.13.0 diffusers
 
@@ -64,6 +66,7 @@ OPTIONS = {
     "threads": "1",
     "arms": "ours,adversarial,diffusers",
     "data": "",
+    "image_pixels": "80",
     "out": "",
     "pool": "16384",
     "num_images": "200",
@@ -72,6 +75,8 @@ OPTIONS = {
     "adversarial_keys": "perceptual.kind=structure perceptual.weight=0.3 adversarial.weight=0.25 "
     "adversarial.start_step=800 adversarial.warmup_steps=200 adversarial.ramp_steps=300 "
     "adversarial.channels=32",
+    "shortcuts_keys": "model.latent_channels=32 model.patch=2 model.channels=[128,256,512,512] "
+    "model.blocks=[2,2,4,4] model.shortcuts=true",
     "arm": "",  # of the process that trains: the folder of its files
 }
 BUDGET = (
@@ -221,7 +226,7 @@ def start_arm(
         (mine / "options.json").write_text(json.dumps(given))
         command = peer_command(mine / "options.json")
     else:
-        more = shlex.split(options["adversarial_keys"]) if name == "adversarial" else []
+        more = shlex.split(options.get(f"{name}_keys", ""))
         command = [sys.executable, "-m", "benchmarks.autoencoder", f"arm={mine}", *keys, *more]
     return Arm(name, command, threads=threads, log=log)
 
@@ -232,7 +237,8 @@ def compare(options: dict[str, str], keys: list[str]) -> dict[str, Any]:
         folder = Path(temporary)
         words = [] if any(key.startswith("config=") for key in keys) else ["config=photos64_kl_f4"]
         given = any(key.startswith("data.train=") for key in keys)
-        words += [] if given else shards(options["data"], folder / "data", size=(80, 80))
+        side = int(options["image_pixels"])
+        words += [] if given else shards(options["data"], folder / "data", size=(side, side))
         words = [*words, *BUDGET, f"runtime.threads={options['threads']}", *keys]
         setting = make_setting(words)
         write_images(

@@ -1,6 +1,7 @@
 """What does the trainer cost? Our whole training loop against a bare PyTorch loop.
 
-    python -m benchmarks.step [shapes=mnist,celeba64] [rounds=5] [data=FOLDER] [key=value ...]
+    python -m benchmarks.step [shapes=mnist,celeba64] [rounds=5] [data=FOLDER]
+        [bare_compile=whole] [key=value ...]
 
 `ours` is the Trainer that `train` builds, with shards, decoding, draws by slot, guards, and rows
 for log.jsonl and W&B's offline queue as often as the config says. `bare` is a loop around the same
@@ -9,10 +10,12 @@ that lie in memory as bytes, and noise drawn in one call. Both take turns in one
 `steps` optimizer steps of each. A data set that has room in `data.keep_bytes` is decoded once, in
 the slices before the first round (`warmup`), whose ratio is printed apart.
 
-data=FOLDER: faces for celeba64 as `pack` writes them (else synthetic JPEGs of their size). On a
-CPU celeba64 runs at a reduced batch. Keys of a training run go to both. Out: a table; the last line
-is a JSON object. Ratios are medians over rounds of bare seconds / our seconds; 1.0: the trainer is
-free.
+data=FOLDER: photographs as `pack` writes them (else synthetic JPEGs). On a CPU all but mnist run at
+a reduced batch. Keys of a training run go to both. `mfu`, on GPUs whose peak speed is known, is the
+part of it that our loop makes use of (`time/mfu` of a run). Where ours compiles its towers, the
+bare loop compiles the whole module; bare_compile=towers: its towers too, of which one compilation
+serves both. Out: a table; the last line is a JSON object. Ratios are medians over rounds of bare
+seconds / our seconds; 1.0: the trainer is free.
 """
 
 from __future__ import annotations
@@ -43,10 +46,12 @@ from benchmarks.setting import (
     train,
 )
 from vae_dist.assembly import training_stream
+from vae_dist.compilation import compile_towers, num_shapes
 from vae_dist.data.stream import Batch
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
+from vae_dist.plan import peak_images_per_second
 from vae_dist.training.loop import Trainer
 from vae_dist.training.optimizer import build_optimizer
 
@@ -65,31 +70,35 @@ class Shape:
 SHAPES = {
     "mnist": Shape(("config=mnist",), (), steps=50, warmup=150, image_size=None),
     "celeba64": Shape(
-        ("config=celeba64", "data.workers=0"),
-        ("training.batch_size=16",),
+        ("config=celeba64",),
+        ("training.batch_size=16", "data.workers=0"),
         steps=10,
         warmup=20,
         image_size=(109, 89),
     ),
-    "imagenet256_kl_f8": Shape(
-        (
-            "config=imagenet256_kl_f8",
+    **{
+        name: Shape(
             # the bound alone, which both loops have
-            "perceptual.kind=none",
-            "adversarial.weight=0",
-        ),
-        ("training.batch_size=2", "data.slots=2", "data.workers=0"),
-        steps=10,
-        warmup=20,
-        image_size=(300, 280),
-    ),
+            (f"config={name}", "perceptual.kind=none", "adversarial.weight=0"),
+            (
+                "training.batch_size=2",
+                "training.microbatch_size=0",
+                "data.slots=2",
+                "data.workers=0",
+            ),
+            steps=10,
+            warmup=20,
+            image_size=(300, 280),
+        )
+        for name in ("celeba256_kl_f8", "imagenet256_kl_f8", "imagenet256_f16_dc")
+    },
 }
 
 
 class BareLoop:
     """The step that anybody would write: nothing of the trainer, the same module and arithmetic."""
 
-    def __init__(self, setting: Setting, images: torch.Tensor) -> None:
+    def __init__(self, setting: Setting, images: torch.Tensor, *, compiles_whole: bool) -> None:
         self.config, self.device = setting.config, setting.runtime.device
         self.images = images  # uint8 (batches, B, C, H, W) on the device
         self.vae = build_vae(self.config, setting.data.image_size).to(self.device)
@@ -97,9 +106,14 @@ class BareLoop:
             self.vae.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.vae).requires_grad_(False)
         self.optimizer = build_optimizer(self.vae, self.config.optimizer)
-        self.model = torch.compile(self.vae) if is_compiled(self.config) else self.vae
+        self.model: Any = self.vae
+        if is_compiled(self.config) and compiles_whole:
+            self.model = torch.compile(self.vae)
+        elif is_compiled(self.config):
+            compile_towers(self.vae, num_shapes=num_shapes(self.config, num_buckets=0))
         self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
         self.averages = list(self.average.parameters())
+        self.microbatch = int(self.config.training.microbatch_size)  # images of a forward; 0: all
         self.step = 0
 
     def run(self, num_steps: int) -> None:
@@ -107,18 +121,10 @@ class BareLoop:
             self._one()
 
     def _one(self) -> None:
-        config, device = self.config, self.device
+        config = self.config
         levels = self.images[self.step % len(self.images)]
-        likelihood = self.vae.likelihood
-        uniform = torch.rand(levels.shape, device=device) if likelihood.needs_uniform else None
-        images = likelihood.prepare(levels, uniform)
-        latent = self.vae.latent_shape(*levels.shape[-2:])
-        noise = torch.randn(noise_shape(config.objective, len(levels), latent), device=device)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.training.precision)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            output = self.model(images, noise)
-        terms = loss_terms(output, config.objective, beta=beta_at(config.objective, self.step))
-        (terms.loss_sum / len(levels)).backward()
+        for part in levels.split(self.microbatch or len(levels)):
+            self._backward(part)
         if config.optimizer.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip_grad_norm)
         for group in self.optimizer.param_groups:
@@ -128,6 +134,19 @@ class BareLoop:
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.parameters, 1 - config.training.ema_decay)
         self.step += 1
+
+    def _backward(self, levels: torch.Tensor) -> None:
+        config, device = self.config, self.device
+        likelihood = self.vae.likelihood
+        uniform = torch.rand(levels.shape, device=device) if likelihood.needs_uniform else None
+        images = likelihood.prepare(levels, uniform)
+        latent = self.vae.latent_shape(*levels.shape[-2:])
+        noise = torch.randn(noise_shape(config.objective, len(levels), latent), device=device)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.training.precision)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.model(images, noise)
+        terms = loss_terms(output, config.objective, beta=beta_at(config.objective, self.step))
+        (terms.loss_sum / config.training.batch_size).backward()
 
 
 @dataclass
@@ -189,7 +208,14 @@ def images_in_memory(setting: Setting, num_batches: int = 4) -> torch.Tensor:
 
 
 def measure(
-    name: str, *, data: str, rounds: int, steps: int, warmup: int, keys: list[str]
+    name: str,
+    *,
+    data: str,
+    rounds: int,
+    steps: int,
+    warmup: int,
+    compiles_whole: bool,
+    keys: list[str],
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="step.") as temporary:
         out, shape = Path(temporary), SHAPES[name]
@@ -203,38 +229,48 @@ def measure(
             words += shards(data, out / "data", size=shape.image_size)
         words += ["evaluation.every=0", "checkpoint.every=0", "training.steps=100000"]
         setting = make_setting([*words, *keys])
-        return _figures(name, setting, out, steps, warmup, rounds)
+        bare = BareLoop(setting, images_in_memory(setting), compiles_whole=compiles_whole)
+        turns = Turns(bare, steps, warmup, rounds)
+        train(setting, out / "run", turns.around)
+        return _figures(name, setting, turns)
 
 
-def _figures(
-    name: str, setting: Setting, out: Path, steps: int, warmup: int, rounds: int
-) -> dict[str, Any]:
+def _figures(name: str, setting: Setting, turns: Turns) -> dict[str, Any]:
     config = setting.config
-    bare = BareLoop(setting, images_in_memory(setting))
-    turns = Turns(bare, steps, warmup, rounds)
-    train(setting, out / "run", turns.around)
     batch = config.training.batch_size
-    ours, plain = (statistics.median(s) / steps for s in (turns.ours_s, turns.bare_s))
+    ours, plain = (statistics.median(s) / turns.steps for s in (turns.ours_s, turns.bare_s))
+    peak = peak_images_per_second(config, setting.data, setting.runtime)
     data_wait = statistics.median(a / b for a, b in zip(turns.data_s, turns.ours_s, strict=True))
     return {
         "shape": name,
         "batch_size": batch,
+        "microbatch": min(turns.bare.microbatch or batch, batch),
         "precision": config.training.precision,
+        "compile": is_compiled(config),
+        "channels_last": is_channels_last(config),
         "threads": torch.get_num_threads(),
         "bare_ms": 1e3 * plain,
         "ours_ms": 1e3 * ours,
         "ours_images_per_second": batch / ours,
+        **({"mfu": batch / ours / peak} if peak else {}),
         "data_wait_fraction": data_wait,
         "ratio": median_ratio(turns.bare_s, turns.ours_s),
         "ratios": [round(b / a, 4) for a, b in zip(turns.ours_s, turns.bare_s, strict=True)],
-        "first_steps_ratio": plain / (turns.warmup_s / warmup),
+        "first_steps_ratio": plain / (turns.warmup_s / turns.warmup),
     }
 
 
 def main(arguments: list[str]) -> int:
     options, keys = split_options(
         arguments,
-        {"shapes": "mnist,celeba64", "rounds": "5", "data": "", "steps": "0", "warmup": "0"},
+        {
+            "shapes": "mnist,celeba64",
+            "rounds": "5",
+            "data": "",
+            "steps": "0",
+            "warmup": "0",
+            "bare_compile": "whole",
+        },
     )
     facts = head("the whole training loop against a bare one")
     found = [
@@ -244,6 +280,7 @@ def main(arguments: list[str]) -> int:
             rounds=int(options["rounds"]),
             steps=int(options["steps"]),
             warmup=int(options["warmup"]),
+            compiles_whole=options["bare_compile"] == "whole",
             keys=keys,
         )
         for name in options["shapes"].split(",")

@@ -158,6 +158,13 @@ def test_worst_moment_counts_what_compares_pictures(kind, channels, tolerance):
     assert cost.peak_bytes - before == pytest.approx(peak, rel=tolerance)
 
 
+def test_a_device_without_a_number_is_the_first_one():
+    """Autograd knows no other, and Accelerate says `cuda` where one process has one."""
+    assert Abstract(torch.device("cuda")).device == torch.device("cuda", 0)
+    assert Abstract(torch.device("cuda", 1)).device == torch.device("cuda", 1)
+    assert Abstract(torch.device("cpu")).device == torch.device("cpu")
+
+
 def test_microbatches_before_leave_gradients_and_pictures():
     config = adversarial_config()
     one, first = (step_cost(config, SIZE, CPU, num_images=2, share=n) for n in (2, 8))

@@ -62,6 +62,8 @@ class Abstract(TorchDispatchMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
+        if device.type != "cpu":  # autograd has a queue for each numbered device alone
+            device = torch.device(device.type, device.index or 0)
         self.device = device
         self.flops = 0
         self.live_bytes = 0

@@ -107,6 +107,8 @@ class Runtime:
         self.config = config
         self.is_sharded = config.parallel == "fsdp" and state.num_processes > 1
         self.device: torch.device = state.device
+        if self.device.type == "cuda" and self.device.index is None:  # of one process alone
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.rank: int = state.process_index
         self.world: int = state.num_processes
         self.is_main: bool = state.is_main_process

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vae_dist.checkpoint import load_checkpoint
+from vae_dist.compilation import use_tensor_float_32
 from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -68,7 +69,9 @@ def load_model(command: RunCommand, *, device: torch.device | None = None) -> Lo
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
             f"of its config.yaml; was that file edited? {error}"
         ) from None
-    model.to(device or choose_device(command)).eval()
+    device = device or choose_device(command)
+    use_tensor_float_32(device, "no")  # what is read off a model does not depend on the device
+    model.to(device).eval()
     return LoadedModel(model, config, checkpoint.step, (height, width))
 
 

@@ -50,7 +50,7 @@ class NormalMoments(nn.Module):
         mean = params.chunk(2, dim=1)[0] if self.variance == "per_pixel" else params
         raw = self._raw(params)
         if raw is None:
-            return mean, mean.new_tensor(self.fixed_log_variance)
+            return mean, mean.new_full((), self.fixed_log_variance)  # a copy would be waited for
         return mean, above_floor(raw, self.floor_log_variance)
 
     def at_floor_fraction(self, params: Tensor) -> Tensor | None:

@@ -1,0 +1,55 @@
+"""Figures that are reported do not depend on the device, nor on what training has set for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.evaluation.test_run import batches, tiny_model
+from tests.support.devices import DEVICES, runtime_on
+from vae_dist.compilation import use_tensor_float_32
+from vae_dist.evaluation.frechet import FrechetMeter
+from vae_dist.evaluation.importance import ImportanceMeter
+from vae_dist.evaluation.meter import Meter
+from vae_dist.evaluation.reconstruction import ReconstructionMeter, psnr_db
+from vae_dist.evaluation.run import EvaluationResult, evaluate
+
+
+def result_on(device: str, **keys: str) -> EvaluationResult:
+    with runtime_on(device) as runtime:
+        use_tensor_float_32(runtime.device, "bf16")
+        model = tiny_model(**keys).to(runtime.device)
+        meters: list[Meter] = [
+            ImportanceMeter(model, runtime.device, num_samples=60, seed=3),
+            ReconstructionMeter({"psnr_db": (psnr_db, 1)}, runtime.device),
+            FrechetMeter(
+                lambda images: images.flatten(1)[:, :5].double(),
+                5,
+                model,
+                runtime.device,
+                of_reconstructions=True,
+                priors={"fid": None},
+                seed=3,
+            ),
+        ]
+        result = evaluate(model, batches(4), runtime=runtime, seed=3, meters=meters)
+        use_tensor_float_32(runtime.device, "no")
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("latent", "kind"), [("vector", "bernoulli"), ("spatial", "gaussian")])
+def test_an_evaluation_is_that_of_the_cpu(device: str, latent: str, kind: str) -> None:
+    expected = result_on("cpu", latent=latent, kind=kind)
+    found = result_on(device, latent=latent, kind=kind)
+    assert found.figures().keys() == expected.figures().keys()
+    for name, value in expected.figures().items():
+        # pictures are rounded to levels, so that a rounding may move one of them
+        is_of_pictures = name in ("rfid", "fid", "psnr_db")
+        assert found.figures()[name] == pytest.approx(value, rel=1e-2 if is_of_pictures else 1e-4)
+    assert found.latent.kl_nats_per_unit == pytest.approx(
+        expected.latent.kl_nats_per_unit, rel=1e-4
+    )
+    assert found.statistics.std == pytest.approx(expected.statistics.std, rel=1e-4)
+    assert torch.isfinite(torch.tensor(found.bits_per_dim or 0.0))

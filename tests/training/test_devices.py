@@ -1,0 +1,243 @@
+"""What a CUDA device computes is what the CPU computes, without waiting for it, and exactly again.
+
+Each body is a function of the device, so that the CPU runs all of them in every test run.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_step import batch, config
+from tests.support.adversarial import SIZE, adversarial_config, picture_batch
+from tests.support.devices import (
+    CUDA,
+    DEVICES,
+    float32_without_tricks,
+    no_waiting,
+    pinned,
+    runtime_on,
+)
+from vae_dist.assembly import build_picture_terms
+from vae_dist.checkpoint import Checkpoints
+from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
+from vae_dist.config.schema import TrainConfig
+from vae_dist.data.stream import Batch
+from vae_dist.estimate import step_cost
+from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
+from vae_dist.models.build import build_vae
+from vae_dist.runtime import Runtime
+from vae_dist.training.ema import Ema
+from vae_dist.training.guard import SkipGuard
+from vae_dist.training.optimizer import build_optimizer
+from vae_dist.training.saving import CheckpointWriter
+from vae_dist.training.step import LossScale, StepReport, TrainingStep
+
+KINDS = ("bound", "discriminator")
+
+
+def settings_of(kind: str, precision: str = "no") -> TrainConfig:
+    """Clipping, guard, microbatches; in `bound` labels of which some are hidden, and holes."""
+    settings = adversarial_config() if kind == "discriminator" else config(microbatch_size=8)
+    settings.training.precision = precision  # type: ignore[assignment]
+    settings.training.spike_factor = 100.0
+    settings.optimizer.clip_grad_norm = 1.0
+    settings.optimizer.eps = 1e-3  # Adam does not divide by the root of rounding errors
+    settings.optimizer.warmup_steps = 2
+    settings.data.dequantize = False  # these draws are made on the device, by its own generator
+    settings.likelihood.kind = "gaussian"
+    if kind == "bound":
+        settings.model.num_classes, settings.model.label_dropout = 3, 0.3
+        settings.model.attention = True
+        settings.likelihood.variance = "fixed"
+        settings.data.mask = "member"
+    return settings
+
+
+def size_of(kind: str) -> tuple[int, int]:
+    return SIZE if kind == "discriminator" else (8, 8)
+
+
+def batch_of(kind: str, runtime: Runtime, step: int) -> Batch:
+    if kind == "discriminator":
+        return pinned(picture_batch(runtime, step), runtime.device.type)
+    made = batch(runtime, step)
+    (group,) = made.groups
+    generator = torch.Generator().manual_seed(step)
+    masks = torch.rand((len(group.images), 1, 8, 8), generator=generator) < 0.8
+    labels = torch.arange(len(group.images)) % 3
+    group = group._replace(masks=masks.to(torch.uint8), labels=labels)
+    return pinned(made._replace(groups=(group,)), runtime.device.type)
+
+
+def make_step(
+    settings: TrainConfig, runtime: Runtime, size: tuple[int, int], *, compiled: bool = False
+) -> TrainingStep:
+    """As vae_dist.assembly does it."""
+    vae = build_vae(settings, size).to(runtime.device)
+    use_tensor_float_32(runtime.device, settings.training.precision)
+    lay_out(vae, settings)
+    replica = copy.deepcopy(vae)
+    if compiled:
+        compile_towers(vae, num_shapes=num_shapes(settings, num_buckets=0))
+    return TrainingStep(
+        settings,
+        runtime,
+        wrapped=runtime.prepare(vae),
+        vae=vae,
+        optimizer=build_optimizer(vae, settings.optimizer),
+        ema=Ema(vae, decay=0.9, replica=replica),
+        pictures=build_picture_terms(settings, runtime, vae),
+    )
+
+
+def flat(step: TrainingStep) -> dict[str, torch.Tensor]:
+    return {
+        f"{group}/{name}": tensor.detach().cpu().clone()
+        for group, tensors in step.tensors().items()
+        for name, tensor in tensors.items()
+    }
+
+
+def run_steps(kind: str, device: str, num_steps: int) -> tuple[list[list[float]], dict[str, Any]]:
+    """Sums and norm of each step, and what a checkpoint holds after the last."""
+    with float32_without_tricks(), runtime_on(device) as runtime:
+        step = make_step(settings_of(kind), runtime, size_of(kind))
+        numbers = []
+        for k in range(num_steps):
+            report = step(batch_of(kind, runtime, k), k)
+            shared = [float(value) for value in report.shared.values()]
+            numbers.append([float(value) for value in report[:8]] + shared)
+        return numbers, flat(step)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_those_of_the_cpu(kind: str, device: str) -> None:
+    expected, expected_tensors = run_steps(kind, "cpu", 6)
+    found, found_tensors = run_steps(kind, device, 6)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+    assert found_tensors.keys() == expected_tensors.keys()
+    for name, theirs in expected_tensors.items():
+        scale = float(theirs.abs().max()) + 1e-3
+        assert float((found_tensors[name] - theirs).abs().max()) < 2e-3 * scale, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_goes_on_bit_for_bit(kind: str, device: str, tmp_path: Path) -> None:
+    settings, size = settings_of(kind), size_of(kind)
+    with float32_without_tricks(), runtime_on(device) as runtime:
+        whole = make_step(settings, runtime, size)
+        for k in range(6):
+            whole(batch_of(kind, runtime, k), k)
+            if k == 2:
+                writer = CheckpointWriter(Checkpoints(tmp_path), keep_last=1, warn=print)
+                writer.submit(3, whole.tensors(), whole.scalars(), best_step=None)
+        assert writer.wait()
+        again = make_step(settings, runtime, size)
+        checkpoint = Checkpoints(tmp_path).load(3)
+        again.load(checkpoint.tensors, checkpoint.state)
+        for k in range(3, 6):
+            again(batch_of(kind, runtime, k), k)
+        expected, found = flat(whole), flat(again)
+        assert whole.scalars() == again.scalars()
+    assert found.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_in_a_step_waits_for_the_device(kind: str, device: str) -> None:
+    with runtime_on(device, "bf16") as runtime:
+        settings = settings_of(kind, "bf16")
+        settings.data.dequantize = True
+        step = make_step(settings, runtime, size_of(kind))
+        guard = SkipGuard(runtime.device, max_consecutive=100)
+
+        def one(k: int) -> StepReport:
+            report = step(batch_of(kind, runtime, k), k)
+            guard.observe(k, report.found_inf, report.spike, ("a.tar",))
+            return report
+
+        for k in range(3):
+            one(k)
+        with no_waiting(device):
+            for k in range(3, 8):
+                report = one(k)
+        assert float(report.found_inf) == 0.0 and torch.isfinite(report.loss_sum)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(device: str) -> None:
+    # a CPU has no fp16 to train in, but it has the scale
+    with runtime_on(device, "no" if device == "cpu" else "fp16") as runtime:
+        step = make_step(settings_of("bound", "fp16"), runtime, (8, 8))
+        step.loss_scale.scale.fill_(1.0)
+        assert float(step(batch_of("bound", runtime, 0), 0).found_inf) == 0.0
+        before = flat(step)
+        step.loss_scale.scale.fill_(2.0**127)
+        report = step(batch_of("bound", runtime, 1), 1)
+        assert float(report.found_inf) == 1.0 and not torch.isfinite(report.grad_norm)
+        assert float(step.loss_scale.scale) == 2.0**126
+        after = flat(step)
+        assert not [name for name in before if not torch.equal(after[name], before[name])]
+        step.loss_scale.scale.fill_(1.0)
+        assert float(step(batch_of("bound", runtime, 2), 2).found_inf) == 0.0
+        assert not torch.equal(
+            flat(step)["model/decoder.conv_out.weight"], after["model/decoder.conv_out.weight"]
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_scale_of_fp16_stays_on_the_device(device: str) -> None:
+    scale = LossScale(torch.device(device), enabled=True)
+    good, bad = torch.zeros((), device=device), torch.ones((), device=device)
+    with no_waiting(device):
+        for found_inf in (good, bad):
+            scale.update(found_inf)
+    assert scale.state() == {"loss_scale": 32768.0, "good_steps": 0.0}
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(device: str) -> None:
+    with runtime_on(device, "bf16") as runtime:
+        settings = settings_of("bound", "bf16")
+        settings.training.microbatch_size = 0
+        settings.runtime.channels_last = "true"
+        settings.model.channels, settings.model.norm_groups = [32, 64], 8
+        settings.model.num_classes, settings.data.mask = 0, "none"
+        size = (32, 32)
+        step = make_step(settings, runtime, size, compiled=True)
+        assert check_compiled(step, size, is_asked=False) == ""
+        weight = step.vae.decoder.conv_out.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_automatic_microbatches_fit_and_the_estimate_is_near(device: str) -> None:
+    with runtime_on(device, "bf16") as runtime:
+        settings = config(microbatch_size="auto", precision="bf16")  # type: ignore[arg-type]
+        settings.model.channels, settings.model.attention = [64, 128], True
+        size = (128, 128)
+        settings = fitting_microbatch(settings, size, runtime)
+        assert settings.training.microbatch_size == settings.training.batch_size
+        step = make_step(settings, runtime, size)
+        torch.cuda.reset_peak_memory_stats()
+        assert try_microbatch(step, size) == settings.training.batch_size
+        used, (_, total) = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()
+        estimate = step_cost(settings, size, runtime.device, num_images=16).peak_bytes
+        assert 0.6 < used / estimate < 1.4, (used, estimate)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(0.7 * used / total)
+        try:
+            smaller = try_microbatch(step, size)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert 0 < smaller < settings.training.batch_size
+        assert all(p.grad is None for p in step.vae.parameters())
