@@ -5,6 +5,8 @@ import ast
 import sys
 from pathlib import Path
 
+from vae_dist.command import share_cores
+
 
 def _tell(module: str) -> None:
     path = Path(__file__).with_name(f"{module.rpartition('.')[2]}.py")
@@ -14,3 +16,4 @@ def _tell(module: str) -> None:
 if sys.argv[0] == "-m" and {"-h", "--help"} & set(sys.argv[1:]):  # before torch is imported
     _tell(sys.orig_argv[sys.orig_argv.index("-m") + 1])
     sys.exit(0)
+share_cores()  # as training does
