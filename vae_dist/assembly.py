@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
@@ -21,10 +20,12 @@ from vae_dist.data.bundled import make_digits
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.mixing import make_order
 from vae_dist.data.reader import check_labels, image_settings
+from vae_dist.data.sizes import NativeSet, check_native_sizes
 from vae_dist.data.stream import EvaluationStream, TrainingStream
+from vae_dist.data.transforms import Need
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably
-from vae_dist.models.build import build_vae
+from vae_dist.models.build import build_vae, stride_of
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.discriminator import smallest_side as discriminator_side
 from vae_dist.models.latent_moments import FILE, write_statistics
@@ -73,11 +74,21 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
             crop=config.data.crop,
             flip=config.data.flip,
             any_size=each_image_has_its_own_size(config),
+            needs=_size_needs(config),
         )
+        data = Data(train, validation, settings, any_size=config.model.latent == "spatial")
+        if create:
+            check_native_sizes(
+                [
+                    NativeSet("data.train", train, settings),
+                    NativeSet("data.validation", validation, data.evaluation_settings),
+                ],
+                max_skipped_fraction=config.data.max_skipped_fraction,
+            )
         if create and config.model.num_classes:
             check_labels(train, settings, key="data.train")
             check_labels(validation, settings, key="data.validation")
-        return Data(train, validation, settings, any_size=config.model.latent == "spatial")
+        return data
 
     def prepare() -> None:
         if config.data.bundled == "digits":
@@ -164,22 +175,33 @@ def check_image_sizes(config: TrainConfig, data: Data) -> None:
     """Raises ConfigError where images are too small for what compares them."""
     sizes = data.settings.buckets or (data.image_size,)
     side = min(min(size) for size in sizes)
-    needed = {f"perceptual.kind={config.perceptual.kind}": smallest_side(config.perceptual)}
-    if config.adversarial.weight:
-        layers = config.adversarial.layers
-        needed[f"adversarial.layers={layers}"] = discriminator_side(layers)
-    if config.objective.scale_equivariance:
-        with torch.device("meta"):
-            stride = build_vae(config, data.image_size).stride
-        needed["objective.scale_equivariance"] = 2 * stride
     problems = [
-        f"{key} needs images of {pixels} pixels on the shorter side, and these have {side}; "
-        "raise data.resolution, or choose another value"
-        for key, pixels in needed.items()
-        if side < pixels
+        f"{need.key} needs images of {need.shorter} pixels on the shorter side, and these have "
+        f"{side}; raise data.resolution, or choose another value"
+        for need in _size_needs(config)
+        if side < need.shorter
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _size_needs(config: TrainConfig) -> tuple[Need, ...]:
+    """The smallest images that the model and what compares pictures take."""
+    model, needs = config.model, []
+    if config.perceptual.kind != "none":
+        key = f"perceptual.kind={config.perceptual.kind}"
+        needs.append(Need(key, shorter=smallest_side(config.perceptual)))
+    if config.adversarial.weight:
+        layers = config.adversarial.layers
+        needs.append(Need(f"adversarial.layers={layers}", shorter=discriminator_side(layers)))
+    stride = stride_of(model)
+    if config.objective.scale_equivariance:
+        needs.append(Need("objective.scale_equivariance", shorter=2 * stride))
+    if model.latent == "spatial" and model.channels[-1] == model.norm_groups:
+        # GroupNorm refuses a group of one value: one channel of one image at one position
+        key = f"model.norm_groups={model.norm_groups}, one channel each,"
+        needs.append(Need(key, longer=stride + 1, in_evaluation=True))
+    return tuple(needs)
 
 
 def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> PictureTerms | None:

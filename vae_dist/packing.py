@@ -25,6 +25,7 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.index import load_index, write_info
+from vae_dist.data.locate import WORK
 from vae_dist.data.packing.items import Item, Source, check_splits, numbered
 from vae_dist.data.packing.open import label_digest, open_source
 from vae_dist.data.packing.picture import PictureSettings, prepare, thumbnail
@@ -41,7 +42,6 @@ NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
 NUM_NAMED = 5  # damaged pictures that the screen shows
 SHEET_PICTURES, SHEET_PIXELS = 64, 96
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without them
-WORK = ".pack"  # folder inside out= until everything is there
 
 
 def pack(command: PackCommand) -> None:

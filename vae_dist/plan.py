@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vae_dist.compilation import compiler_problem
 from vae_dist.config.automatic import divisors
 from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
@@ -20,6 +21,9 @@ from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.words import added_terms_in_words
 from vae_dist.runtime import Runtime, computes_bf16
 from vae_dist.tracking.machine import peak_flops
+
+# NVAE and VDVAE take 400 to 650 epochs of CIFAR-10, the shipped configs 10 to 135 of their data
+MANY_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,11 @@ class Data:
     @property
     def evaluation_settings(self) -> ImageSettings:
         settings = self.settings.without_augmentation()
-        return replace(settings, any_size=self.any_size and not settings.resize)
+        return replace(
+            settings,
+            any_size=self.any_size and not settings.resize,
+            needs=tuple(need for need in settings.needs if need.in_evaluation),
+        )
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -78,6 +86,7 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
         f"{_arithmetic(config, runtime)}",
         *added_terms_in_words(config),
         *_unfinished_warmups(config),
+        *_unusual_epochs(config, data.train.num_samples),
     ]
 
 
@@ -94,6 +103,23 @@ def _unfinished_warmups(config: TrainConfig) -> list[str]:
     ]
 
 
+def _unusual_epochs(config: TrainConfig, num_samples: int) -> list[str]:
+    """Of a config that was made for a larger data set, or a run that sees a part of its own."""
+    batch_size, steps = config.training.batch_size, config.training.steps
+    shown = steps * batch_size
+    if shown < num_samples:
+        return [
+            f"note: the run ends within its first epoch, after {shown:,} of {num_samples:,} images"
+        ]
+    if shown > MANY_EPOCHS * num_samples:
+        enough = max(1, MANY_EPOCHS * num_samples // batch_size)
+        return [
+            f"note: each image is shown {shown // num_samples:,} times, more than most VAEs gain "
+            f"from; training.steps={enough} makes {MANY_EPOCHS:,}"
+        ]
+    return []
+
+
 def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
     """Precision, and how it is carried out."""
     words = [f"precision {config.training.precision}"]
@@ -101,6 +127,8 @@ def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
         words[0] += " (this CPU emulates it: training.precision=no is several times faster)"
     if config.runtime.compile == "true":
         words.append("compiled")
+    elif runtime.device.type == "cuda" and (problem := compiler_problem(runtime.device)):
+        words.append(f"not compiled ({problem})")
     if config.runtime.channels_last == "true":
         words.append("channels last")
     if config.training.microbatch_size:

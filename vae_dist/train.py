@@ -45,11 +45,19 @@ def main(argv: list[str] | None = None) -> int:
         return _refused(error, speaker="LOCAL_RANK")
     try:
         with StopSignals() as signals:
+            _say_what_takes_time(config)
             from vae_dist.session import run_session  # torch, once the config is right
 
             return run_session(config, signals)
     except ConfigError as error:  # the same on all ranks
         return _refused(error, speaker="RANK")
+
+
+def _say_what_takes_time(config: TrainConfig) -> None:
+    """Tell the main process' reader that the command is at work: imports take seconds, on a slow
+    file system half a minute. On stderr, so that stdout holds the plan and the log alone."""
+    if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
+        print(f"config {config.config}: loading torch ...", file=sys.stderr, flush=True)
 
 
 def _refused(error: ConfigError, *, speaker: str) -> int:

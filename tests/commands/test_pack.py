@@ -14,6 +14,7 @@ from PIL import Image
 
 import vae_dist.data.packing.shards as shards_module
 import vae_dist.packing as packing
+from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader, image_settings
 from vae_dist.pack import main
@@ -163,6 +164,37 @@ def test_a_kill_between_the_moves_of_two_splits_repeats_no_shard(
     monkeypatch.setattr(shards_module, "_write_shard", None)
     assert pack(few, out, "validation=2") == 0
     assert len(loaded(out / "train")) + len(loaded(out / "validation")) == 6
+
+
+def test_shards_of_a_pack_that_has_not_finished_are_not_taken_for_the_data_set(
+    few: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, rename = tmp_path / "out", os.rename
+    again = f"give its command, with out={out}, again"
+    assert pack(few, out, "validation=2", "shard_range=0/2") == 0
+    for place in (out, out / "train"):
+        with pytest.raises(ConfigError, match="a pack has not finished there") as missing:
+            load_index(str(place), key="data.train", create=True)
+        assert again in str(missing.value)
+    for place in (out / ".pack/train", out / ".pack/train/train-{000000..000000}.tar"):
+        with pytest.raises(ConfigError) as part:
+            load_index(str(place), key="data.train", create=True)
+        assert again in str(part.value)
+        assert f"then take {out / place.relative_to(out / '.pack')}" in str(part.value)
+    assert not (out / ".pack/train/_info.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.os, "rename", killed_after(rename))
+        assert pack(few, out, "validation=2") == 130
+    capsys.readouterr()
+    assert load_index(str(out / "train"), key="data.train", create=True).num_samples == 4
+    assert again in capsys.readouterr().err  # a whole split may be trained on
+    assert pack(few, out, "validation=2") == 0
+    capsys.readouterr()
+    load_index(str(out / "train"), key="data.train", create=True)
+    assert capsys.readouterr().err == ""
 
 
 def killed_after(function: Callable[..., None]) -> Callable[..., None]:

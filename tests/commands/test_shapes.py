@@ -193,9 +193,12 @@ def test_native_images_of_several_sizes_need_slots_of_one_image(
     packed: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ("data.resolution=native", "data.slots=4", "data.crop=center")
-    assert run_train("photos_buckets", tmp_path / "run", packed("photos"), *options) == [2]
-    said = capfd.readouterr().err
-    assert "share a size" in said and "data.slots=training.batch_size" in said
+    for dry_run in ("true", "false"):
+        asked = (*options, f"dry_run={dry_run}")
+        assert run_train("photos_buckets", tmp_path / "run", packed("photos"), *asked) == [2]
+        out, said = capfd.readouterr()
+        assert "share a size" in said and "data.slots=training.batch_size" in said
+        assert "steps 6" not in out  # it does not come to a plan
 
 
 def test_16_bit_files_are_refused_with_the_key_that_reads_them(

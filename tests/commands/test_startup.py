@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
+
+from vae_dist import train
 
 WATCHED = ("torch", "accelerate", "wandb", "webdataset", "sympy", "torch._dynamo")
 
@@ -40,6 +43,30 @@ def test_help_needs_no_torch(module, tmp_path):
 def test_config_errors_need_no_torch(tmp_path):
     found = imported_by("config=mnist", "optimizer.rate=1", folder=tmp_path)
     assert found == (set(), 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rank", "loaded", "said"),
+    [
+        ((), "0", False, "config debug: loading torch ...\n"),
+        ((), "1", False, ""),
+        ((), "0", True, ""),
+        (("optimizer.rate=1",), "0", False, None),
+    ],
+)
+def test_training_says_what_it_waits_for(overrides, rank, loaded, said, monkeypatch, capsys):
+    """On the main process, where torch is not loaded yet, once the config is found right."""
+    session = types.ModuleType("vae_dist.session")
+    heard = []
+    session.run_session = lambda *_: heard.append(capsys.readouterr()) or 0
+    monkeypatch.setitem(sys.modules, "vae_dist.session", session)
+    monkeypatch.setenv("RANK", rank)
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+    code = train.main(["config=debug", *overrides])
+    assert [(shown.out, shown.err) for shown in heard] == ([] if said is None else [("", said)])
+    assert code == (2 if said is None else 0)
+    assert "loading torch" not in capsys.readouterr().err
 
 
 def test_dry_run_imports_no_tracker_and_no_compiler(tmp_path):

@@ -394,6 +394,7 @@ def test_dry_run_shows_the_plan_and_leaves_no_folder(tmp_path, digits, capfd):
     assert train(tmp_path / "run", digits, "dry_run=true", "optimizer.warmup_steps=70") == [0]
     output = capfd.readouterr().out
     assert "the last step, 60, comes before the end of optimizer.warmup_steps=70" in output
+    assert "the run ends within its first epoch, after 3,840 of 9,000 images" in output
     for part in ("parameters", "9,000 images", "60", "MiB", "1, 2, 4, 8", "nothing was trained"):
         assert part in output
     assert not (tmp_path / "run").exists()

@@ -11,12 +11,12 @@ import torch
 from tests.support.training import losses, rows, same_weights, status, train, weights
 from vae_dist.training.loop import Trainer
 
-STEPS = 50
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, digits) -> Path:
-    """50 float32 steps on one process."""
+    """Float32 steps on one process."""
     run = tmp_path_factory.mktemp("reference") / "run"
     assert train(run, digits, f"training.steps={STEPS}") == [0]
     return run
@@ -76,11 +76,11 @@ def test_an_interrupted_run_goes_on_with_another_number_of_ranks(
     reference, tmp_path, digits, monkeypatch, first, second
 ):
     run = tmp_path / "run"
-    stop_after(monkeypatch, 23)
+    stop_after(monkeypatch, 11)
     overrides = (f"training.steps={STEPS}", "checkpoint.every=0")
     assert train(run, digits, *overrides, world=first) == [75] * first
     # ranks agree one step after the first of them was asked
-    assert status(run)["status"] == "interrupted" and status(run)["step"] == 22 + first
+    assert status(run)["status"] == "interrupted" and status(run)["step"] == 10 + first
     assert 0 < rows(run)[status(run)["step"]]["data/epoch"] < 1  # in the middle of an epoch
     monkeypatch.undo()
     assert train(run, digits, *overrides, world=second) == [0] * second
@@ -91,14 +91,14 @@ def test_an_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
     reference, tmp_path, digits, monkeypatch
 ):
     run = tmp_path / "run"
-    for step in (7, 40):  # 40: an evaluation is due at that step
+    for step in (7, 20):  # 20: an evaluation is due at that step
         stop_after(monkeypatch, step)
         assert train(run, digits, f"training.steps={STEPS}") == [75]
         monkeypatch.undo()
     assert train(run, digits, f"training.steps={STEPS}") == [0]
     assert same_weights(run, reference, STEPS)
     assert torch.equal(losses(run), losses(reference))
-    evaluated = [rows(r)[40]["eval/neg_elbo_nats"] for r in (run, reference)]
+    evaluated = [rows(r)[20]["eval/neg_elbo_nats"] for r in (run, reference)]
     assert evaluated[0] == evaluated[1]
 
 

@@ -25,7 +25,7 @@ from vae_dist.data.masks import DRAWN
 from vae_dist.data.order import Run
 from vae_dist.data.remote import read_range
 from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
-from vae_dist.data.transforms import ImageSettings, transform
+from vae_dist.data.transforms import ImageSettings, Need, transform
 
 NUM_PROBED = 100  # samples that are tried for the size of native images
 
@@ -178,14 +178,14 @@ class SampleReader:
         )
         number = self._first_number[shard] + index
         image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number, size=size)
-        if image.shape[1:] != size and not settings.any_size:
+        height, width = image.shape[1:]
+        if (height, width) != size and not settings.any_size:
             raise ShardError(
-                f"{self.index.paths[shard]} sample {index}: the image is {_size(image.shape[1:])} "
-                f"pixels, but the first one of its data set is {_size(size)}; here native images "
-                f"share a size: bring them to one, for example data.resolution={min(size)}, use "
-                "aspect buckets, or (model.latent=spatial) let each be a slot of its own with "
-                "data.slots=training.batch_size"
+                f"{self.name(shard, index)}: the image is {in_words((height, width))} pixels, but "
+                f"the first one of its data set is {in_words(size)}; {ways_to_one_size(size)}"
             )
+        if problem := settings.too_small((height, width)):
+            raise DamagedSampleError(f"too small: {problem}")
         return LoadedSample(image, self.label(sample, shard, index))
 
     def plain_jpeg(self, data: bytes | memoryview, shard: int, index: int) -> PlainJpeg | None:
@@ -265,11 +265,12 @@ def image_settings(
     mask_fraction: float = 0.5,
     label_key: str = CLS,
     num_classes: int = 0,
+    needs: tuple[Need, ...] = (),
 ) -> ImageSettings:
     """Settings after `data.*`; the size of native images is that of the first readable one.
 
-    any_size: native images may differ in size. Raises ConfigError when none of the first samples
-    can be read.
+    any_size: native images may differ in size, and those below `needs` are not taken. Raises
+    ConfigError when none of the first samples can be used.
     """
     common = ImageSettings(
         channels,
@@ -303,8 +304,12 @@ def image_settings(
             reason = reason or f"{reader.name(shard, number)}: {error}"
             continue
         height, width = image.shape[1:]
-        return replace(common, size=(height, width), resize=False, any_size=any_size)
-    raise ConfigError(f"data.resolution=native: none of the first images can be read; {reason}")
+        native = replace(common, size=(height, width), resize=False, any_size=any_size, needs=needs)
+        if problem := native.too_small(native.size):
+            reason = reason or f"{reader.name(shard, number)}: {problem}"
+            continue
+        return native
+    raise ConfigError(f"data.resolution=native: none of the first images can be used; {reason}")
 
 
 def check_labels(index: ShardIndex, settings: ImageSettings, *, key: str) -> None:
@@ -334,5 +339,19 @@ def _first_samples(index: ShardIndex, count: int) -> list[tuple[int, int]]:
     return found
 
 
-def _size(size: tuple[int, ...]) -> str:
+# words
+
+
+def in_words(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
+
+
+def ways_to_one_size(size: Size) -> str:
+    """What to do where native images of about that size must share one and do not."""
+    return (
+        "here native images share a size: bring them to one, for example "
+        f"data.resolution={min(size)}, or, with model.latent=spatial, use aspect buckets "
+        "(data.resolution={area: ..., multiple: ..., max_aspect: ...}), or let each image be a "
+        "slot of its own with data.slots=training.batch_size (and, with runtime.parallel=fsdp, "
+        "training.microbatch_size=1)"
+    )

@@ -9,7 +9,7 @@ observed, and goes where its image goes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,15 @@ from vae_dist.data.masks import DRAWN, draw_mask, resized_mask
 from vae_dist.data.pixels import PIXEL_TYPES
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.randomness import numpy_generator
+
+
+class Need(NamedTuple):
+    """Pixels of the sides of the smallest image that something takes."""
+
+    key: str  # and value, to name it by
+    shorter: int = 1
+    longer: int = 1
+    in_evaluation: bool = False  # too
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class ImageSettings:
     mask_fraction: float = 0.5  # of the pixels that are missing, where masks are drawn
     label_key: str = CLS
     num_classes: int = 0  # 0: labels may be any integer
+    needs: tuple[Need, ...] = ()  # of images as they are stored, with any_size
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,6 +74,18 @@ class ImageSettings:
 
     def without_augmentation(self) -> ImageSettings:
         return replace(self, crop="center", flip=False)
+
+    def too_small(self, size: Size) -> str:
+        """Why a stored size (H, W) will not do; empty: it will."""
+        if not self.any_size:
+            return ""  # all images share one, which was looked at
+        words = f"{size[0]} x {size[1]} pixels, and"
+        for need in self.needs:
+            if min(size) < need.shorter:
+                return f"{words} {need.key} needs {need.shorter} on the shorter side"
+            if max(size) < need.longer:
+                return f"{words} {need.key} needs {need.longer} on the longer side"
+        return ""
 
     def at_one_size(self, size: Size | None = None) -> ImageSettings:
         """All images at `size`, by default the typical one, cropped from the centre."""

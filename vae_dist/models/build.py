@@ -40,7 +40,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
             decoder,
             likelihood,
             latent_channels=model.latent_channels,
-            stride=_stride(model),
+            stride=stride_of(model),
             image_size=None if is_spatial else image_size,
             num_classes=model.num_classes,
             sees_mask=sees_mask,
@@ -52,7 +52,8 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
     return vae
 
 
-def _stride(model: ModelConfig) -> int:
+def stride_of(model: ModelConfig) -> int:
+    """Pixels of an image along one position of the last feature map."""
     return 1 if model.towers == "dense" else model.patch * 2 ** (len(model.channels) - 1)
 
 
@@ -97,7 +98,7 @@ def _conv_towers(
     model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
 ) -> tuple[Encoder, Decoder]:
     height, width = image_size
-    stride = _stride(model)
+    stride = stride_of(model)
     is_spatial = model.latent == "spatial"
     feature_size = None if is_spatial else (math.ceil(height / stride), math.ceil(width / stride))
     options: dict[str, Any] = {

@@ -1,0 +1,45 @@
+"""The notes of the plan: what a config says that its writer may not have meant."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vae_dist import plan
+from vae_dist.config.schema import TrainConfig
+from vae_dist.plan import _arithmetic, _unusual_epochs
+
+
+@pytest.mark.parametrize(
+    ("steps", "num_samples", "note"),
+    [
+        (100_000, 500, "each image is shown 25,600 times, more than most VAEs gain from; "
+                       "training.steps=3906 makes 1,000"),
+        (3906, 500, ""),
+        (100_000, 162_770, ""),
+        (2, 256, ""),
+        (2, 257, "the run ends within its first epoch, after 256 of 257 images"),
+        (1000, 1_281_167, "the run ends within its first epoch, after 128,000 of 1,281,167 images"),
+    ],
+)  # fmt: skip
+def test_thousands_of_epochs_and_less_than_one_are_noted(
+    steps: int, num_samples: int, note: str
+) -> None:
+    config = TrainConfig()
+    config.training.batch_size, config.training.steps = 128, steps
+    assert _unusual_epochs(config, num_samples) == ([f"note: {note}"] if note else [])
+
+
+def test_what_keeps_a_gpu_run_from_being_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig()
+    config.training.precision, config.runtime.compile = "no", "false"
+    monkeypatch.setattr(plan, "compiler_problem", lambda device: "there is no Triton")
+    gpu: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    assert _arithmetic(config, gpu) == "precision no, not compiled (there is no Triton)"
+    cpu: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert _arithmetic(config, cpu) == "precision no"
+    monkeypatch.setattr(plan, "compiler_problem", lambda device: None)
+    assert _arithmetic(config, gpu) == "precision no"
