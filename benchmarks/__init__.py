@@ -5,7 +5,7 @@ import ast
 import sys
 from pathlib import Path
 
-from vae_dist.command import share_cores
+from vae_dist.cores import share_cores
 
 
 def _tell(module: str) -> None:

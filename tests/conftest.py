@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_dist.command import share_cores
+from vae_dist.cores import share_cores
 from vae_dist.data.bundled import make_digits
 
 share_cores()  # before torch is imported: tests run beside each other, and in several processes

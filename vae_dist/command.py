@@ -18,22 +18,9 @@ from typing import NoReturn, TypeVar
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.keys import help_text
 from vae_dist.config.load import load_command, wants_help
+from vae_dist.cores import share_cores
 
 T = TypeVar("T")
-
-SPIN_COUNT = 1000  # what GNU OpenMP itself takes where it knows that cores are shared
-
-
-def share_cores() -> None:
-    """Let the threads of an operation sleep after a moment when they wait for each other; before
-    torch is imported.
-
-    GNU OpenMP has them turn in a loop 300,000 times first. Where another program uses one of the
-    cores, its share of time passes with that: `mnist` on two threads then takes 20 to 40 times as
-    long. A number of turns or a policy that the environment has stays.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def run_command(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 
-from vae_dist.command import leave, share_cores
+from vae_dist.command import leave
 from vae_dist.config.automatic import launch_problem, world_size_problem
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
 from vae_dist.config.schema import TrainConfig
+from vae_dist.cores import share_cores
 from vae_dist.training.signals import StopSignals
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
