@@ -127,17 +127,21 @@ part_tests() {
   run 210 tests.log pytest -m gpu -p no:cacheprovider --durations=10 -q "${files[@]}"
 }
 
+# step_twice LIMIT_S EAGER_LIMIT_S WORD ...: compiled, then eager
+step_twice() {
+  local limit=$1 eager_limit=$2
+  shift 2
+  run "$limit" step.log benchmarks.step "$@"
+  run "$eager_limit" step.log benchmarks.step "$@" runtime.compile=false
+}
+
 part_celeba64() {
-  run 100 step.log benchmarks.step shapes=celeba64 "${small[@]}" "${loading[@]}"
-  run 60 step.log benchmarks.step shapes=celeba64 "${small[@]}" "${loading[@]}" \
-    runtime.compile=false
+  step_twice 100 60 shapes=celeba64 "${small[@]}" "${loading[@]}"
 }
 
 part_imagenet256() {
-  run 130 step.log benchmarks.step shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" \
-    "${batch[@]}" "${sixteen[@]}"
-  run 60 step.log benchmarks.step shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" \
-    "${batch[@]}" "${sixteen[@]}" runtime.compile=false
+  step_twice 130 60 shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" "${batch[@]}" \
+    "${sixteen[@]}"
 }
 
 part_autoencoder() {
@@ -148,17 +152,12 @@ part_autoencoder() {
 }
 
 part_celeba256() {
-  run 90 step.log benchmarks.step shapes=celeba256_kl_f8 "${slice[@]}" "${loading[@]}" \
-    "${sixteen[@]}"
-  run 45 step.log benchmarks.step shapes=celeba256_kl_f8 "${slice[@]}" "${loading[@]}" \
-    "${sixteen[@]}" runtime.compile=false
+  step_twice 90 45 shapes=celeba256_kl_f8 "${slice[@]}" "${loading[@]}" "${sixteen[@]}"
 }
 
 part_f16() {
-  run 100 step.log benchmarks.step shapes=imagenet256_f16_dc "${slice[@]}" "${loading[@]}" \
-    "${batch[@]}" "${sixteen[@]}"
-  run 45 step.log benchmarks.step shapes=imagenet256_f16_dc "${slice[@]}" "${loading[@]}" \
-    "${batch[@]}" "${sixteen[@]}" runtime.compile=false
+  step_twice 100 45 shapes=imagenet256_f16_dc "${slice[@]}" "${loading[@]}" "${batch[@]}" \
+    "${sixteen[@]}"
 }
 
 part_profile() {

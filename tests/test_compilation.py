@@ -11,10 +11,9 @@ import torch
 from tests.distributed.test_step import IWAE, batch, config
 from tests.support.adversarial import adversarial_config, adversarial_step, picture_batch
 from tests.support.distributed import run_ranks
+from tests.support.steps import make_step
 from vae_dist.compilation import (
-    compile_towers,
     compiler_problem,
-    lay_out,
     num_shapes,
     resolve_compilation,
 )
@@ -22,13 +21,10 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.models.build import build_vae
 from vae_dist.runtime import Runtime
-from vae_dist.training.ema import Ema
 from vae_dist.training.optimizer import (
-    build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from vae_dist.training.step import TrainingStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BUCKETS = {"area": 4096, "multiple": 16, "max_aspect": 2.0}
@@ -86,19 +82,7 @@ def one_process():
 def stepper(runtime, *, channels_last="false", compiled=False, settings=None):
     settings = settings or config()
     settings.runtime.channels_last = channels_last
-    vae = build_vae(settings, (8, 8))
-    lay_out(vae, settings)
-    replica = copy.deepcopy(vae)
-    if compiled:
-        compile_towers(vae, num_shapes=2)
-    return TrainingStep(
-        settings,
-        runtime,
-        wrapped=runtime.prepare(vae),
-        vae=vae,
-        optimizer=build_optimizer(vae, settings.optimizer),
-        ema=Ema(vae, decay=0.9, replica=replica),
-    )
+    return make_step(settings, runtime, (8, 8), compiled=compiled)
 
 
 def losses(step, runtime, num_steps=5):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import torch
 
-from vae_dist.assembly import build_picture_terms
-from vae_dist.compilation import compile_towers, num_shapes
+from tests.support.steps import make_step
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.data.stream import Batch, Group
-from vae_dist.models.build import build_vae
 from vae_dist.runtime import Runtime
-from vae_dist.training.ema import Ema
-from vae_dist.training.optimizer import build_optimizer, freeze_encoder
 from vae_dist.training.step import TrainingStep
 
 BATCH_SIZE, SLOTS = 8, 4
@@ -48,22 +43,7 @@ def start(precision: str = "no", parallel: Literal["ddp", "fsdp"] = "ddp") -> Ru
 def adversarial_step(
     config: TrainConfig, runtime: Runtime, *, compiled: bool = False
 ) -> TrainingStep:
-    vae = build_vae(config, SIZE)
-    if config.training.train_only == "decoder":
-        freeze_encoder(vae)
-    replica = copy.deepcopy(vae)
-    if compiled:
-        compile_towers(vae, num_shapes=num_shapes(config, num_buckets=0))
-    wrapped = runtime.prepare(vae)
-    return TrainingStep(
-        config,
-        runtime,
-        wrapped=wrapped,
-        vae=vae,
-        optimizer=build_optimizer(vae, config.optimizer),
-        ema=Ema(vae, decay=0.9, replica=replica),
-        pictures=build_picture_terms(config, runtime, vae),
-    )
+    return make_step(config, runtime, SIZE, compiled=compiled)
 
 
 def picture_batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:

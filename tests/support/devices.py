@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.support.distributed import reset_accelerate
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.stream import Batch, split_mask
 from vae_dist.runtime import Runtime
@@ -39,15 +39,10 @@ def runtime_on(device: str, precision: str = "no") -> Iterator[Runtime]:
 def fresh_accelerate() -> Iterator[None]:
     """Its state is of the first device and precision of a process: forgotten before and after."""
     try:
-        _forget_accelerate()
+        reset_accelerate()
         yield
     finally:
-        _forget_accelerate()
-
-
-def _forget_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+        reset_accelerate()
 
 
 def pinned(batch: Batch, device: str) -> Batch:

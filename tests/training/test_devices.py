@@ -5,7 +5,6 @@ Each body is a function of the device, so that the CPU runs all of them in every
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,14 @@ from tests.support.devices import (
     pinned,
     runtime_on,
 )
-from vae_dist.assembly import build_picture_terms
+from tests.support.steps import make_step
 from vae_dist.checkpoint import Checkpoints
-from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
 from vae_dist.estimate import step_cost
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
-from vae_dist.models.build import build_vae
 from vae_dist.runtime import Runtime
-from vae_dist.training.ema import Ema
 from vae_dist.training.guard import SkipGuard
-from vae_dist.training.optimizer import build_optimizer
 from vae_dist.training.saving import CheckpointWriter
 from vae_dist.training.step import LossScale, StepReport, TrainingStep
 
@@ -72,27 +67,6 @@ def batch_of(kind: str, runtime: Runtime, step: int) -> Batch:
     labels = torch.arange(len(group.images)) % 3
     group = group._replace(masks=masks.to(torch.uint8), labels=labels)
     return pinned(made._replace(groups=(group,)), runtime.device.type)
-
-
-def make_step(
-    settings: TrainConfig, runtime: Runtime, size: tuple[int, int], *, compiled: bool = False
-) -> TrainingStep:
-    """As vae_dist.assembly does it."""
-    vae = build_vae(settings, size).to(runtime.device)
-    use_tensor_float_32(runtime.device, settings.training.precision)
-    lay_out(vae, settings)
-    replica = copy.deepcopy(vae)
-    if compiled:
-        compile_towers(vae, num_shapes=num_shapes(settings, num_buckets=0))
-    return TrainingStep(
-        settings,
-        runtime,
-        wrapped=runtime.prepare(vae),
-        vae=vae,
-        optimizer=build_optimizer(vae, settings.optimizer),
-        ema=Ema(vae, decay=0.9, replica=replica),
-        pictures=build_picture_terms(settings, runtime, vae),
-    )
 
 
 def flat(step: TrainingStep) -> dict[str, torch.Tensor]:

@@ -106,17 +106,12 @@ class TrainingWork:
         a decoder has filled the caches with its own.
         """
         kept = self.reader.constant
-        if kept is not None and kept.has_all():
-            samples = next(ahead)
-            shards |= self.reader.shards_of(samples)
-            labels = kept.get_all(samples, places)
-            assert labels is not None
-            return labels
         if kept is not None:
-            samples = np.array([lane.next_number() for lane in lanes])
+            has_all = kept.has_all()
+            samples = next(ahead) if has_all else np.array([lane.next_number() for lane in lanes])
             labels = kept.get_all(samples, places)
             if labels is not None:
-                for lane in lanes:
+                for lane in () if has_all else lanes:  # what is ahead has passed by already
                     lane.pass_by()
                 shards |= self.reader.shards_of(samples)
                 return labels
