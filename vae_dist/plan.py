@@ -22,7 +22,7 @@ from vae_dist.objectives.words import added_terms_in_words
 from vae_dist.runtime import Runtime, computes_bf16
 from vae_dist.tracking.machine import peak_flops
 
-# NVAE and VDVAE take 400 to 650 epochs of CIFAR-10, the shipped configs 10 to 135 of their data
+# the shipped configs take 10 to 135 epochs of their data
 MANY_EPOCHS = 1000
 
 
