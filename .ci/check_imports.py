@@ -8,7 +8,7 @@ modules may import each other as long as no circle arises.
              > estimate > training | evaluation | inference | reporting > objectives
              > models | data | runfolder | tracking > checkpoint
              > runtime | randomness | files | progress | abstract | compilation
-             > sharding > config | cores
+             > sharding > config | cores | heap
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset({"checkpoint"}),
     frozenset({"runtime", "randomness", "files", "progress", "abstract", "compilation"}),
     frozenset({"sharding"}),
-    frozenset({"config", "cores"}),
+    frozenset({"config", "cores", "heap"}),
 )
 
 

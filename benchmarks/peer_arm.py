@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.turns import Finished, Turn
+from vae_dist.heap import keep_freed_memory
 
 Options = dict[str, Any]
 
@@ -257,6 +258,8 @@ def main() -> int:
     options = json.loads(Path(sys.argv[1]).read_text())
     if options["threads"]:
         torch.set_num_threads(options["threads"])
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as our arms do
     run = run_diffusers if options["kind"] == "diffusers" else run_pythae
     run(options)
     return 0

@@ -32,6 +32,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.heap import keep_freed_memory
 from vae_dist.sharding import shard, sync_gradients
 
 T = TypeVar("T")
@@ -154,6 +155,7 @@ class Runtime:
             cores = cores or os.cpu_count() or 1
             # `accelerate launch` exports OMP_NUM_THREADS=1, which halves the speed of two cores
             torch.set_num_threads(config.threads or max(1, cores // local))
+            keep_freed_memory()
         elif config.threads:
             torch.set_num_threads(config.threads)
         return cls(config, state)

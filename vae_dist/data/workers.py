@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vae_dist.config.errors import CommandFailed, ConfigError
+from vae_dist.heap import keep_freed_memory
 
 Work = Callable[[int, int], Iterator[Any]]
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -114,3 +115,4 @@ def _start_worker(worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()

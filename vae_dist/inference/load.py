@@ -24,6 +24,7 @@ from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SkippedSample, image_settings
 from vae_dist.data.stream import EvaluationStream
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.heap import keep_freed_memory
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.runfolder import RunFolder
@@ -70,6 +71,8 @@ def load_model(command: RunCommand, *, device: torch.device | None = None) -> Lo
             f"of its config.yaml; was that file edited? {error}"
         ) from None
     device = device or choose_device(command)
+    if device.type == "cpu":
+        keep_freed_memory()
     use_tensor_float_32(device, "no")  # what is read off a model does not depend on the device
     model.to(device).eval()
     return LoadedModel(model, config, checkpoint.step, (height, width))
