@@ -3,7 +3,8 @@
 #
 #   benchmarks/gpu.sh [WHEELS] [PART ...]
 #
-# Parts: tests celeba64 imagenet256 autoencoder celeba256 f16 profile (default: all, in this order).
+# Parts: tests celeba64 imagenet256 autoencoder celeba256 f16 blocks profile (default: all, in this
+# order).
 # What no longer fits into BUDGET_S is left out and named; give those parts to a second call.
 # WHEELS is a folder for machines without network and without all packages, made beforehand by
 #
@@ -40,7 +41,7 @@ python=${PYTHON:-python3}
 budget=${BUDGET_S:-540}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-all=(tests celeba64 imagenet256 autoencoder celeba256 f16 profile)
+all=(tests celeba64 imagenet256 autoencoder celeba256 f16 blocks profile)
 
 parts=("${@:-${all[@]}}")
 for part in "${parts[@]}"; do
@@ -106,6 +107,7 @@ turns=(seconds=8 turn_s=2)
 batch=(training.batch_size=32 data.slots=32)
 one_batch=(training.batch_size=16 data.slots=16)
 pool=(pool=256 num_images=32)
+by_block=(runtime.compile=blocks)
 if [[ -n ${SMALL:-} ]]; then
   narrow=(model.norm_groups=4 "model.channels=[8,8,8,8]" data.workers=0 data.resolution=64)
   narrow+=(model.latent_channels=4 training.microbatch_size=0 runtime.threads=1)
@@ -119,6 +121,7 @@ if [[ -n ${SMALL:-} ]]; then
   batch=()
   one_batch=(training.batch_size=2 data.slots=2)
   pool=(pool=4 num_images=2)
+  by_block=() # which takes minutes on a CPU
 fi
 
 part_tests() {
@@ -158,6 +161,12 @@ part_celeba256() {
 part_f16() {
   step_twice 100 45 shapes=imagenet256_f16_dc "${slice[@]}" "${loading[@]}" "${batch[@]}" \
     "${sixteen[@]}"
+}
+
+# to be compared with part imagenet256: seconds until it ends, ms of a step
+part_blocks() {
+  run 100 step.log benchmarks.step shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" \
+    "${batch[@]}" "${sixteen[@]}" "${by_block[@]}"
 }
 
 part_profile() {

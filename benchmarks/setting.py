@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from vae_dist.assembly import build_trainer, training_stream, with_perceptual_kind
+from vae_dist.compilation import COMPILED
 from vae_dist.config import automatic
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
@@ -102,11 +103,11 @@ def train(
 
 def is_compiled(config: TrainConfig) -> bool:
     """Whether the resolved config asks for torch.compile, so that a peer gets it too."""
-    return getattr(config.runtime, "compile", "false") == "true"
+    return config.runtime.compile in COMPILED
 
 
 def is_channels_last(config: TrainConfig) -> bool:
-    return getattr(config.runtime, "channels_last", "false") == "true"
+    return config.runtime.channels_last == "true"
 
 
 def synchronize(device: torch.device) -> None:

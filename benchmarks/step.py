@@ -48,6 +48,7 @@ from benchmarks.setting import (
 from vae_dist.assembly import training_stream
 from vae_dist.compilation import compile_towers, num_shapes
 from vae_dist.data.stream import Batch
+from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
@@ -110,7 +111,9 @@ class BareLoop:
         if is_compiled(self.config) and compiles_whole:
             self.model = torch.compile(self.vae)
         elif is_compiled(self.config):
-            compile_towers(self.vae, num_shapes=num_shapes(self.config, num_buckets=0))
+            parts = Block if self.config.runtime.compile == "blocks" else None
+            shapes = num_shapes(self.config, num_buckets=0)
+            compile_towers(self.vae, num_shapes=shapes, parts=parts)
         self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
         self.averages = list(self.average.parameters())
         self.microbatch = int(self.config.training.microbatch_size)  # images of a forward; 0: all
@@ -246,7 +249,7 @@ def _figures(name: str, setting: Setting, turns: Turns) -> dict[str, Any]:
         "batch_size": batch,
         "microbatch": min(turns.bare.microbatch or batch, batch),
         "precision": config.training.precision,
-        "compile": is_compiled(config),
+        "compile": config.runtime.compile,
         "channels_last": is_channels_last(config),
         "threads": torch.get_num_threads(),
         "bare_ms": 1e3 * plain,

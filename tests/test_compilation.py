@@ -16,9 +16,11 @@ from vae_dist.compilation import (
     compiler_problem,
     num_shapes,
     resolve_compilation,
+    uncompiled,
 )
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
+from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
 from vae_dist.runtime import Runtime
 from vae_dist.training.optimizer import (
@@ -49,11 +51,13 @@ def test_auto_compiles_on_cuda_alone():
     assert resolved(CUDA, sizes_differ=True, compile="true") == ("true", "true")
     assert resolved(CUDA, problem="there is no compiler") == ("false", "false")
     assert resolved(CPU, compile="true", channels_last="true") == ("true", "true")
+    assert resolved(CUDA, compile="blocks") == ("blocks", "true")
 
 
 def test_a_missing_compiler_is_an_error_that_says_the_way_out():
-    with pytest.raises(ConfigError, match=r"no compiler; or set runtime\.compile=false"):
-        resolved(problem="no compiler", compile="true")
+    for asked in ("true", "blocks"):
+        with pytest.raises(ConfigError, match=rf"={asked}: no compiler; or set runtime\.compile=f"):
+            resolved(problem="no compiler", compile=asked)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -138,6 +142,41 @@ def assert_compiled_equals_eager(objective):
         for parameter in twin.parameters():
             parameter.zero_()
         assert float(twin.encode(torch.ones(2, 3, 8, 8))[0].abs().sum()) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_steps_compiled_block_by_block_equal_eager_ones(front_end, checkpointed):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runtime = one_process()
+    settings = config()
+    settings.model.blocks, settings.model.attention = 3, True
+    settings.model.gradient_checkpointing = checkpointed
+    expected = losses(stepper(runtime, settings=settings), runtime)
+    step = make_step(settings, runtime, (8, 8), compiled=True, parts=Block)
+    assert losses(step, runtime) == pytest.approx(expected, rel=1e-5)
+    blocks = [module for module in step.vae.modules() if isinstance(module, Block)]
+    assert len(blocks) == 22
+    # residual blocks at 8x8 and 4x4, attention, down, up
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with uncompiled(step.vae):
+        assert all(block._compiled_call_impl is None for block in blocks)
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+@pytest.mark.slow
+def test_towers_without_blocks_are_compiled_whole(front_end):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runtime = one_process()
+    settings = config()
+    settings.model.towers, settings.model.channels, settings.model.latent = "dense", [8], "vector"
+    expected = losses(stepper(runtime, settings=settings), runtime, 2)
+    step = make_step(settings, runtime, (8, 8), compiled=True, parts=Block)
+    assert losses(step, runtime, 2) == pytest.approx(expected, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def compiled_losses():

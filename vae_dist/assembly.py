@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
+from vae_dist.compilation import COMPILED, compile_towers, lay_out, num_shapes, use_tensor_float_32
 from vae_dist.config.automatic import default_slots, has_buckets
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -25,6 +25,7 @@ from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.data.transforms import Need
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably
+from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae, stride_of
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.discriminator import smallest_side as discriminator_side
@@ -240,9 +241,10 @@ def build_trainer(
     use_tensor_float_32(runtime.device, config.training.precision)
     lay_out(vae, config)
     replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
-    if config.runtime.compile == "true":
+    if config.runtime.compile in COMPILED:
         shapes = num_shapes(config, num_buckets=len(data.settings.buckets))
-        compile_towers(vae, num_shapes=shapes)
+        parts = Block if config.runtime.compile == "blocks" else None
+        compile_towers(vae, num_shapes=shapes, parts=parts)
     wrapped = runtime.prepare(vae)
     ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
     pictures = build_picture_terms(config, runtime, vae)

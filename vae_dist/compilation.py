@@ -5,8 +5,10 @@ and a model to which that was done. None of it changes a run's numbers but by ro
 number of processes does, so all of it may differ when a run is resumed. Weights keep their names.
 
 Encoder and decoder are compiled one by one, for fixed shapes: what lies between them (draws, terms
-of the loss, hooks on gradients) stays as it is. Averaged weights are evaluated without compilation,
-which would be of one more shape and in float32. FSDP is not compiled.
+of the loss, hooks on gradients) stays as it is. Or each block of theirs is: blocks of the same form
+share their code, so that of a deep tower little has to be compiled, but what lies between blocks is
+not fused. Averaged weights are evaluated without compilation, which would be of one more shape and
+in float32. FSDP is not compiled.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 
 SIXTEEN_BITS = ("bf16", "fp16")
+COMPILED = ("true", "blocks")  # values of runtime.compile
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -57,8 +60,10 @@ def resolve_compilation(
     """
     config = copy.deepcopy(config)
     runtime, training = config.runtime, config.training
-    if runtime.compile == "true" and problem is not None:
-        raise ConfigError(f"runtime.compile=true: {problem}; or set runtime.compile=false")
+    if runtime.compile in COMPILED and problem is not None:
+        raise ConfigError(
+            f"runtime.compile={runtime.compile}: {problem}; or set runtime.compile=false"
+        )
     if runtime.compile == "auto":
         wanted = device.type == "cuda" and problem is None and not sizes_differ
         wanted = wanted and runtime.parallel == "ddp"
@@ -66,9 +71,9 @@ def resolve_compilation(
     if runtime.channels_last == "auto":
         # in eager mode GroupNorm goes back to the other layout, and back again
         wanted = device.type == "cuda" and training.precision in SIXTEEN_BITS
-        wanted = wanted and runtime.compile == "true"
+        wanted = wanted and runtime.compile in COMPILED
         runtime.channels_last = "true" if wanted else "false"
-    if runtime.compile == "true" and has_buckets(config) and training.microbatch_size == 0:
+    if runtime.compile in COMPILED and has_buckets(config) and training.microbatch_size == 0:
         # how many slots of a step share a bucket varies: each number would be a shape of its own
         slots = config.data.slots or default_slots(training.batch_size, buckets=True)
         training.microbatch_size = training.batch_size // slots
@@ -92,19 +97,33 @@ def lay_out(model: nn.Module, config: TrainConfig) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def compile_towers(model: nn.Module, *, num_shapes: int) -> None:
+def compile_towers(
+    model: nn.Module, *, num_shapes: int, parts: type[nn.Module] | None = None
+) -> None:
     """Compile the towers in place. Compilation itself comes with the first forward of each shape.
 
-    A tower that meets more shapes than were foreseen goes on without compilation.
+    `parts`: compile these of a tower instead, each by itself, where it has any. What meets more
+    shapes than were foreseen goes on without compilation.
     """
     import torch._dynamo  # half a second
 
-    # towers may be of one class, whose code they share
-    towers = [tower for tower in model.children() if any(tower.children())]
-    limit = num_shapes * len(towers) + 2
-    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
-    for tower in towers:
-        tower.compile(dynamic=False)
+    regions = [
+        region
+        for tower in model.children()
+        if any(tower.children())
+        for region in _inside(tower, parts) or [tower]
+    ]
+    # regions of one class share their code
+    options = torch._dynamo.config
+    limit = num_shapes * len(regions) + 2
+    options.recompile_limit = max(limit, options.recompile_limit)
+    options.accumulated_recompile_limit = max(limit, options.accumulated_recompile_limit)
+    for region in regions:
+        region.compile(dynamic=False)
+
+
+def _inside(tower: nn.Module, parts: type[nn.Module] | None) -> list[nn.Module]:
+    return [module for module in tower.modules() if parts and isinstance(module, parts)]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ VARIABLES = tuple(
 def keep_freed_memory() -> None:
     """From now on freed memory stays with this process, for its own later use.
 
-    What it holds is what it held at its worst moment, and up to a tenth more that lies in gaps.
+    It holds as much as at its worst moment, and up to a sixth more that lies in gaps.
     An environment that sets glibc's malloc itself is left alone; other C libraries and allocators
     (musl, a preloaded jemalloc) and other systems take no notice.
     """

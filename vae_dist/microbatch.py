@@ -15,7 +15,7 @@ import os
 import psutil
 import torch
 
-from vae_dist.compilation import decompile, uncompiled
+from vae_dist.compilation import COMPILED, decompile, uncompiled
 from vae_dist.config.automatic import has_buckets
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -41,7 +41,7 @@ def candidates(config: TrainConfig, world: int) -> list[int]:
     """Images of a microbatch, from the whole share of a rank down to one slot: the even cuts."""
     slots = config.data.slots // world
     per_slot = config.training.batch_size // config.data.slots
-    if has_buckets(config) and config.runtime.compile == "true":
+    if has_buckets(config) and config.runtime.compile in COMPILED:
         return [per_slot]  # each number of slots would be compiled for each bucket
     return sorted(
         {math.ceil(slots / cuts) * per_slot for cuts in range(1, slots + 1)}, reverse=True
@@ -127,7 +127,8 @@ def check_compiled(step: TrainingStep, image_size: tuple[int, int], *, is_asked:
         f"({', '.join(problems[0][:3])})"
     )
     if is_asked:
-        raise ConfigError(f"runtime.compile=true: {sentence}; set runtime.compile=false")
+        asked = step.config.runtime.compile
+        raise ConfigError(f"runtime.compile={asked}: {sentence}; set runtime.compile=false")
     decompile(step.vae)
     return sentence + "; the towers run without compilation"
 

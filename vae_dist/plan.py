@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vae_dist.compilation import compiler_problem
+from vae_dist.compilation import COMPILED, compiler_problem
 from vae_dist.config.automatic import divisors
 from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
@@ -125,8 +125,8 @@ def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
     words = [f"precision {config.training.precision}"]
     if config.training.precision == "bf16" and not computes_bf16(config.runtime):
         words[0] += " (this CPU emulates it: training.precision=no is several times faster)"
-    if config.runtime.compile == "true":
-        words.append("compiled")
+    if config.runtime.compile in COMPILED:
+        words.append("compiled" if config.runtime.compile == "true" else "compiled block by block")
     elif runtime.device.type == "cuda" and (problem := compiler_problem(runtime.device)):
         words.append(f"not compiled ({problem})")
     if config.runtime.channels_last == "true":

@@ -26,7 +26,7 @@ from vae_dist.assembly import (
     with_perceptual_kind,
 )
 from vae_dist.checkpoint import Checkpoint, Tensors, step_name
-from vae_dist.compilation import compiler_problem, resolve_compilation
+from vae_dist.compilation import COMPILED, compiler_problem, resolve_compilation
 from vae_dist.config import automatic
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -191,7 +191,7 @@ def _train(
         return _stopped_before_training(ending, start_step, stop)
     watch.at(-1, "shards")
     is_automatic = config.training.microbatch_size == "auto"
-    compile_is_asked = config.runtime.compile == "true"
+    compile_is_asked = config.runtime.compile in COMPILED
     config, data = _with_data(config, runtime)
 
     def weights_to_begin_with() -> Tensors | None:
@@ -217,7 +217,7 @@ def _train(
     if is_automatic and runtime.device.type == "cuda" and not runtime.is_sharded:
         # the trainer holds this very config
         config.training.microbatch_size = try_microbatch(trainer.training_step, largest_size(data))
-    if config.runtime.compile == "true":
+    if config.runtime.compile in COMPILED:
         problem = check_compiled(
             trainer.training_step, largest_size(data), is_asked=compile_is_asked
         )
@@ -256,7 +256,7 @@ def _with_data(config: TrainConfig, runtime: Runtime) -> tuple[TrainConfig, Data
 def _for_this_machine(config: TrainConfig, data: Data, runtime: Runtime) -> TrainConfig:
     """The config with what memory and compiler of the machines make of `auto`."""
     asked = config.runtime.compile
-    may_compile = asked == "true" or (asked == "auto" and runtime.device.type == "cuda")
+    may_compile = asked in COMPILED or (asked == "auto" and runtime.device.type == "cuda")
     problems = runtime.gather(compiler_problem(runtime.device) if may_compile else None)
     resolved = runtime.together(
         lambda: resolve_compilation(

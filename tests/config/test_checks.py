@@ -106,6 +106,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"data__resolution": BUCKETS, "runtime__parallel": "fsdp"},
         "set training.microbatch_size=4, the images of one slot, or runtime.parallel=ddp",
     ),
+    (
+        {"runtime__compile": "blocks", "runtime__parallel": "fsdp"},
+        "runtime.compile=blocks needs runtime.parallel=ddp (towers that FSDP cuts",
+    ),
     ({"data__resolution": [64]}, "data.resolution=[64] is none of"),
     ({"data__resolution": 0}, "data.resolution=0 is none of"),
     ({"data__resolution": True}, "data.resolution=true is none of"),

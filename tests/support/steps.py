@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+from torch import nn
+
 from vae_dist.assembly import build_picture_terms
 from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
 from vae_dist.config.schema import TrainConfig
@@ -15,9 +17,15 @@ from vae_dist.training.step import TrainingStep
 
 
 def make_step(
-    settings: TrainConfig, runtime: Runtime, size: tuple[int, int], *, compiled: bool = False
+    settings: TrainConfig,
+    runtime: Runtime,
+    size: tuple[int, int],
+    *,
+    compiled: bool = False,
+    parts: type[nn.Module] | None = None,
 ) -> TrainingStep:
-    """`size`: (H, W) of its images, pixels; its weights come from the config's seed."""
+    """`size`: (H, W) of its images, pixels; its weights come from the config's seed. `parts`: what
+    is compiled by itself."""
     vae = build_vae(settings, size).to(runtime.device)
     if settings.training.train_only == "decoder":
         freeze_encoder(vae)
@@ -25,7 +33,7 @@ def make_step(
     lay_out(vae, settings)
     replica = copy.deepcopy(vae)
     if compiled:
-        compile_towers(vae, num_shapes=num_shapes(settings, num_buckets=0))
+        compile_towers(vae, num_shapes=num_shapes(settings, num_buckets=0), parts=parts)
     return TrainingStep(
         settings,
         runtime,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.distributed.test_step import batch, config
 from tests.support.adversarial import SIZE, adversarial_config, picture_batch
@@ -27,6 +28,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
 from vae_dist.estimate import step_cost
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
+from vae_dist.models.blocks import Block
 from vae_dist.runtime import Runtime
 from vae_dist.training.guard import SkipGuard
 from vae_dist.training.saving import CheckpointWriter
@@ -179,7 +181,10 @@ def test_the_scale_of_fp16_stays_on_the_device(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(device: str) -> None:
+@pytest.mark.parametrize("parts", [None, Block])
+def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(
+    device: str, parts: type[nn.Module] | None
+) -> None:
     with runtime_on(device, "bf16") as runtime:
         settings = settings_of("bound", "bf16")
         settings.training.microbatch_size = 0
@@ -187,7 +192,7 @@ def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(device: str) -
         settings.model.channels, settings.model.norm_groups = [32, 64], 8
         settings.model.num_classes, settings.data.mask = 0, "none"
         size = (32, 32)
-        step = make_step(settings, runtime, size, compiled=True)
+        step = make_step(settings, runtime, size, compiled=True, parts=parts)
         assert check_compiled(step, size, is_asked=False) == ""
         weight = step.vae.decoder.conv_out.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)

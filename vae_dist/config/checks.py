@@ -286,7 +286,7 @@ def _runtime(config: TrainConfig) -> Iterator[Violation]:
         ("runtime.channels_last", "FSDP cuts contiguous weights only"),
         ("runtime.compile", "towers that FSDP cuts are not compiled"),
     ):
-        if runtime.parallel == "fsdp" and (value := value_of(config, name)) == "true":
+        if runtime.parallel == "fsdp" and (value := value_of(config, name)) in ("true", "blocks"):
             sentence = f"needs runtime.parallel=ddp ({reason}); leave it out, or set that"
             yield rule(name, value, sentence, "runtime.parallel")
 

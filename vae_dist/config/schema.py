@@ -330,10 +330,11 @@ class RuntimeConfig:
     parallel: Literal["ddp", "fsdp"] = knob(
         "ddp", "ddp: each process holds the model; fsdp: it is cut over the processes", neutral=True
     )
-    compile: Literal["auto", "true", "false"] = knob(
+    compile: Literal["auto", "true", "blocks", "false"] = knob(
         "auto",
-        "torch.compile of both towers, for fixed shapes; results differ by rounding only (auto: on "
-        "CUDA where a compiler is there and images share sizes; not on CPU or under fsdp)",
+        "torch.compile of both towers, for fixed shapes; results differ by rounding only; blocks: "
+        "of each block by itself, a shorter start (auto: true on CUDA where a compiler is there "
+        "and images share sizes; not on CPU or under fsdp)",
         neutral=True,
     )
     channels_last: Literal["auto", "true", "false"] = knob(
