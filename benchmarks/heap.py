@@ -4,11 +4,11 @@
         [key=value ...]
 
 Two processes train the same config in turns, each in the trainer, data loading included. `kept` is
-what training does; in `returned` the environment holds glibc to its own way. Keys are those of a
-training run (default config=mnist). data=FOLDER: photographs as `pack` writes them, else synthetic
-JPEGs of `image_pixels` a side, or the bundled digits where the config asks for those. Out:
-images/s, pages that the kernel handed out per step, the largest resident memory; the ratio is the
-median over turns of `kept` to `returned`. The last line is a JSON object.
+what training does; `returned` leaves glibc as it is. Keys are those of a training run (default
+config=mnist). data=FOLDER: photographs as `pack` writes them, else synthetic JPEGs of
+`image_pixels` a side, or the bundled digits where the config asks for those. Out: images/s, pages
+that the kernel handed out per step, the largest resident memory; the ratio is the median over turns
+of `kept` to `returned`. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from typing import Any
 
 import torch
 
+import vae_dist.runtime
 from benchmarks.report import finish, head, median_ratio, split_options, table
 from benchmarks.setting import Enough, make_setting, shards, train
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.load import load_train_config
 from vae_dist.data.stream import Batch
+from vae_dist.heap import VARIABLES
 from vae_dist.training.loop import Trainer
 
 OPTIONS = {"seconds": "60", "turn_s": "2", "data": "", "image_pixels": "64", "arm": ""}
 QUIET = ("wandb.mode=disabled", "evaluation.every=0", "checkpoint.every=0", "training.steps=100000")
-# leaves glibc's malloc as it is, and says that the environment has a say in it
-ARMS = {"kept": {}, "returned": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}}
+ARMS = ("kept", "returned")
 
 
 def run_arm(folder: Path, keys: list[str]) -> None:
     """An arm's process: the trainer, until its turns are over."""
+    if folder.name == "returned":
+        vae_dist.runtime.keep_freed_memory = lambda: None
     setting = make_setting([*keys, f"run={folder}/run"])
     turn = Turn(num_images_per_step=setting.config.training.batch_size)
 
@@ -74,6 +77,8 @@ def main(arguments: list[str]) -> int:
     if options["arm"]:
         run_arm(Path(options["arm"]), keys)
         return 0
+    if set(VARIABLES) & set(os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        raise SystemExit("unset GLIBC_TUNABLES and MALLOC_*_: with them nothing is kept")
     facts = head("memory that a step frees: kept, or given back")
     words = [] if any(key.startswith("config=") for key in keys) else ["config=mnist"]
     words += [*QUIET, *keys]
@@ -86,10 +91,10 @@ def main(arguments: list[str]) -> int:
             words += [f"data.{part}={folder}/data/{part}" for part in ("train", "validation")]
         arms = []
         try:
-            for name, environment in ARMS.items():
+            for name in ARMS:
                 command = [sys.executable, "-m", "benchmarks.heap", f"arm={folder}/{name}", *words]
                 log = folder / f"{name}.log"
-                arms.append(Arm(name, command, threads=0, log=log, environment=environment))
+                arms.append(Arm(name, command, threads=0, log=log))
             turn_s = float(options["turn_s"])
             for _ in take_turns(arms, seconds=turn_s, turn_s=turn_s):  # not measured
                 pass

@@ -13,9 +13,9 @@ the slices before the first round (`warmup`), whose ratio is printed apart.
 data=FOLDER: photographs as `pack` writes them (else synthetic JPEGs). On a CPU all but mnist run at
 a reduced batch. Keys of a training run go to both. `mfu`, on GPUs whose peak speed is known, is the
 part of it that our loop makes use of (`time/mfu` of a run). Where ours compiles its towers, the
-bare loop compiles the whole module; bare_compile=towers: its towers too, of which one compilation
-serves both. Out: a table; the last line is a JSON object. Ratios are medians over rounds of bare
-seconds / our seconds; 1.0: the trainer is free.
+bare loop compiles the whole module; bare_compile=towers: what ours compiles, towers or blocks, and
+one compilation serves both. Out: a table; the last line is a JSON object. Ratios are medians over
+rounds of bare seconds / our seconds; 1.0: the trainer is free.
 """
 
 from __future__ import annotations

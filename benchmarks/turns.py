@@ -14,9 +14,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]  # where `python -m benchmarks.NAME` is understood
@@ -67,21 +66,13 @@ class Turn:
 class Arm:
     """The caller's side: a process, its options and what its turns came to."""
 
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        threads: int,
-        log: Path,
-        environment: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, threads: int, log: Path) -> None:
         self.name = name
         self.images, self.steps, self.seconds = 0, 0, 0.0
         self.rates: list[float] = []  # images per second of each turn
-        variables = {**os.environ, **environment}
+        environment = dict(os.environ)
         if threads:
-            variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self._log = log
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -89,7 +80,7 @@ class Arm:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=variables,
+                env=environment,
                 cwd=ROOT,
                 text=True,
             )

@@ -166,19 +166,6 @@ def test_steps_compiled_block_by_block_equal_eager_ones(front_end, checkpointed)
     assert all(block._compiled_call_impl is not None for block in blocks)
 
 
-@pytest.mark.slow
-def test_towers_without_blocks_are_compiled_whole(front_end):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    runtime = one_process()
-    settings = config()
-    settings.model.towers, settings.model.channels, settings.model.latent = "dense", [8], "vector"
-    expected = losses(stepper(runtime, settings=settings), runtime, 2)
-    step = make_step(settings, runtime, (8, 8), compiled=True, parts=Block)
-    assert losses(step, runtime, 2) == pytest.approx(expected, rel=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-
-
 def compiled_losses():
     runtime = one_process()
     step = stepper(runtime, compiled=True)

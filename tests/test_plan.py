@@ -43,3 +43,5 @@ def test_what_keeps_a_gpu_run_from_being_compiled_is_said(monkeypatch: pytest.Mo
     assert _arithmetic(config, cpu) == "precision no"
     monkeypatch.setattr(plan, "compiler_problem", lambda device: None)
     assert _arithmetic(config, gpu) == "precision no"
+    config.runtime.compile = "blocks"
+    assert _arithmetic(config, gpu) == "precision no, compiled block by block"

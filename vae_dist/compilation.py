@@ -102,8 +102,8 @@ def compile_towers(
 ) -> None:
     """Compile the towers in place. Compilation itself comes with the first forward of each shape.
 
-    `parts`: compile these of a tower instead, each by itself, where it has any. What meets more
-    shapes than were foreseen goes on without compilation.
+    `parts`: compile these of a tower instead, each by itself. What meets more shapes than were
+    foreseen goes on without compilation.
     """
     import torch._dynamo  # half a second
 
@@ -111,7 +111,8 @@ def compile_towers(
         region
         for tower in model.children()
         if any(tower.children())
-        for region in _inside(tower, parts) or [tower]
+        for region in (tower.modules() if parts else [tower])
+        if parts is None or isinstance(region, parts)
     ]
     # regions of one class share their code
     options = torch._dynamo.config
@@ -120,10 +121,6 @@ def compile_towers(
     options.accumulated_recompile_limit = max(limit, options.accumulated_recompile_limit)
     for region in regions:
         region.compile(dynamic=False)
-
-
-def _inside(tower: nn.Module, parts: type[nn.Module] | None) -> list[nn.Module]:
-    return [module for module in tower.modules() if parts and isinstance(module, parts)]
 
 
 @contextmanager

@@ -57,6 +57,12 @@ def test_profile(tmp_path: Path) -> None:
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_heap() -> None:
+    found = last_line("heap", "seconds=1", "turn_s=0.5", "config=debug", *SMALL)
+    assert [row["arm"] for row in found["rows"]] == ["kept", "returned"]
+    assert found["ratio"] > 0
+
+
 def test_scaling() -> None:
     words = ["rounds=1", "steps=2", "warmup=2", "images=8", "config=debug", "data.slots=8"]
     found = last_line("scaling", *words)

@@ -19,6 +19,7 @@ from vae_dist.checkpoint import Checkpoints
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
+from vae_dist.models.blocks import Block
 from vae_dist.pictures import RunPainter
 from vae_dist.runfolder import RunFolder
 from vae_dist.sharding import load_full
@@ -278,6 +279,18 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
         main(arguments(tmp_path / "run", digits))
     assert closed == ["failed"]
     assert status(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize(("value", "parts"), [("true", None), ("blocks", Block)])
+def test_what_is_compiled_is_what_was_asked_for(tmp_path, digits, capfd, monkeypatch, value, parts):
+    asked = []
+    monkeypatch.setattr(
+        "vae_dist.assembly.compile_towers", lambda model, **options: asked.append(options["parts"])
+    )
+    words = ("training.steps=1", f"runtime.compile={value}")
+    assert main(arguments(tmp_path / "run", digits, *words)) == 0
+    assert asked == [parts]
+    assert ("compiled block by block" in capfd.readouterr().out) == (value == "blocks")
 
 
 @pytest.mark.parametrize("options", [("evaluation.every=2",), ("evaluation.every=4",)])

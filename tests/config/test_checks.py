@@ -110,6 +110,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"runtime__compile": "blocks", "runtime__parallel": "fsdp"},
         "runtime.compile=blocks needs runtime.parallel=ddp (towers that FSDP cuts",
     ),
+    (
+        {"runtime__compile": "blocks", "model__towers": "dense", "model__latent": "vector"},
+        "runtime.compile=blocks finds none in model.towers=dense; use true",
+    ),
     ({"data__resolution": [64]}, "data.resolution=[64] is none of"),
     ({"data__resolution": 0}, "data.resolution=0 is none of"),
     ({"data__resolution": True}, "data.resolution=true is none of"),

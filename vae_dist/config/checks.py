@@ -179,6 +179,9 @@ def _model(config: TrainConfig) -> Iterator[Violation]:
             "model.gradient_checkpointing",
         ):
             yield from _ignored(config, name, "model.towers=dense")
+        if config.runtime.compile == "blocks":
+            sentence = "finds none in model.towers=dense; use true"
+            yield rule("runtime.compile", "blocks", sentence, "model.towers")
     elif model.norm_groups >= 1 and any(width % model.norm_groups for width in model.channels):
         yield Violation(
             ("model.norm_groups", "model.channels"),
@@ -286,7 +289,8 @@ def _runtime(config: TrainConfig) -> Iterator[Violation]:
         ("runtime.channels_last", "FSDP cuts contiguous weights only"),
         ("runtime.compile", "towers that FSDP cuts are not compiled"),
     ):
-        if runtime.parallel == "fsdp" and (value := value_of(config, name)) in ("true", "blocks"):
+        value = value_of(config, name)
+        if runtime.parallel == "fsdp" and value not in ("auto", "false"):
             sentence = f"needs runtime.parallel=ddp ({reason}); leave it out, or set that"
             yield rule(name, value, sentence, "runtime.parallel")
 

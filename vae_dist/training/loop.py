@@ -19,6 +19,7 @@ from vae_dist.checkpoint import Checkpoint
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
+from vae_dist.heap import release_freed_memory
 from vae_dist.runfolder import RunFolder
 from vae_dist.runtime import Runtime
 from vae_dist.sharding import full_value, load_full
@@ -146,7 +147,9 @@ class Trainer:
         """False when a stop was agreed on during the evaluation."""
         if self._evaluation_is_due():
             with meter.pause():
-                return self._evaluate(row, stop, watch)
+                is_complete = self._evaluate(row, stop, watch)
+                release_freed_memory()
+                return is_complete
         if row:
             self._log(row)
         return True
