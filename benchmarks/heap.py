@@ -31,7 +31,7 @@ from benchmarks.setting import Enough, make_setting, shards, train
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.load import load_train_config
 from vae_dist.data.stream import Batch
-from vae_dist.heap import VARIABLES
+from vae_dist.heap import environment_decides
 from vae_dist.training.loop import Trainer
 
 OPTIONS = {"seconds": "60", "turn_s": "2", "data": "", "image_pixels": "64", "arm": ""}
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     if options["arm"]:
         run_arm(Path(options["arm"]), keys)
         return 0
-    if set(VARIABLES) & set(os.environ) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if environment_decides():
         raise SystemExit("unset GLIBC_TUNABLES and MALLOC_*_: with them nothing is kept")
     facts = head("memory that a step frees: kept, or given back")
     words = [] if any(key.startswith("config=") for key in keys) else ["config=mnist"]

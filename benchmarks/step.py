@@ -45,10 +45,8 @@ from benchmarks.setting import (
     synchronize,
     train,
 )
-from vae_dist.assembly import training_stream
-from vae_dist.compilation import compile_towers, num_shapes
+from vae_dist.assembly import compile_as_asked, training_stream
 from vae_dist.data.stream import Batch
-from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
@@ -111,9 +109,7 @@ class BareLoop:
         if is_compiled(self.config) and compiles_whole:
             self.model = torch.compile(self.vae)
         elif is_compiled(self.config):
-            parts = Block if self.config.runtime.compile == "blocks" else None
-            shapes = num_shapes(self.config, num_buckets=0)
-            compile_towers(self.vae, num_shapes=shapes, parts=parts)
+            compile_as_asked(self.vae, self.config, num_buckets=0)
         self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
         self.averages = list(self.average.parameters())
         self.microbatch = int(self.config.training.microbatch_size)  # images of a forward; 0: all

@@ -227,6 +227,12 @@ def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> Pict
 # model, sinks
 
 
+def compile_as_asked(vae: VAE, config: TrainConfig, *, num_buckets: int) -> None:
+    """Its towers or their blocks, as runtime.compile says; in place."""
+    parts = Block if config.runtime.compile == "blocks" else None
+    compile_towers(vae, num_shapes=num_shapes(config, num_buckets=num_buckets), parts=parts)
+
+
 def build_trainer(
     config: TrainConfig,
     runtime: Runtime,
@@ -242,9 +248,7 @@ def build_trainer(
     lay_out(vae, config)
     replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
     if config.runtime.compile in COMPILED:
-        shapes = num_shapes(config, num_buckets=len(data.settings.buckets))
-        parts = Block if config.runtime.compile == "blocks" else None
-        compile_towers(vae, num_shapes=shapes, parts=parts)
+        compile_as_asked(vae, config, num_buckets=len(data.settings.buckets))
     wrapped = runtime.prepare(vae)
     ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
     pictures = build_picture_terms(config, runtime, vae)

@@ -25,6 +25,13 @@ VARIABLES = tuple(f"MALLOC_{name.upper()}_" for name in SETTINGS)
 _keeps = False
 
 
+def environment_decides() -> bool:
+    told = os.environ.get("GLIBC_TUNABLES", "")
+    return any(name in os.environ for name in VARIABLES) or any(
+        f"glibc.malloc.{name}=" in told for name in SETTINGS
+    )
+
+
 def keep_freed_memory() -> None:
     """From now on freed memory stays with this process, for its own later use.
 
@@ -32,11 +39,8 @@ def keep_freed_memory() -> None:
     allocators (musl, a preloaded jemalloc) and other systems take no notice.
     """
     global _keeps
-    told = os.environ.get("GLIBC_TUNABLES", "")
-    is_set = any(name in os.environ for name in VARIABLES)
-    is_set = is_set or any(f"glibc.malloc.{name}=" in told for name in SETTINGS)
     mallopt = _function("mallopt")
-    if mallopt is None or is_set:
+    if mallopt is None or environment_decides():
         return
     mallopt(M_TRIM_THRESHOLD, -1)  # never give the end of the heap back
     mallopt(M_MMAP_MAX, 0)  # nor take large pieces as mappings of their own
