@@ -36,9 +36,8 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset({"training", "evaluation", "inference", "packing"})
     | {"session", "assembly", "pictures", "plan", "microbatch", "estimate", "reporting"},
     frozenset({"objectives", "tracking"}),
-    frozenset({"models", "data", "run", "runfolder", "checkpoint"}),
-    frozenset({"distributed", "randomness", "files"})
-    | {"runtime", "progress", "abstract", "compilation", "sharding"},
+    frozenset({"models", "data", "run"}),
+    frozenset({"distributed", "randomness", "files"}) | {"abstract", "compilation", "sharding"},
     frozenset({"config", "cores", "heap"}),
 )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from vae_dist.checkpoint import Checkpoints
+from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.training.saving import CheckpointWriter
 
 INTERVAL_S = 30.0

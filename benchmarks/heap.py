@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-import vae_dist.runtime
+import vae_dist.distributed
 from benchmarks.report import finish, head, median_ratio, split_options, table
 from benchmarks.setting import Enough, make_setting, shards, train
 from benchmarks.turns import Arm, Finished, Turn, take_turns
@@ -42,7 +42,7 @@ ARMS = ("kept", "returned")
 def run_arm(folder: Path, keys: list[str]) -> None:
     """An arm's process: the trainer, until its turns are over."""
     if folder.name == "returned":
-        vae_dist.runtime.keep_freed_memory = lambda: None
+        vae_dist.distributed.keep_freed_memory = lambda: None
     setting = make_setting([*keys, f"run={folder}/run"])
     turn = Turn(num_images_per_step=setting.config.training.batch_size)
 

@@ -26,6 +26,7 @@ from benchmarks.setting import Setting, make_setting
 from vae_dist.assembly import training_stream
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import EvaluationStream
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.reconstruction import ReconstructionMeter, psnr_db
 from vae_dist.evaluation.run import evaluate
 from vae_dist.inference.sampling import prior_latents, reconstruct
@@ -33,7 +34,6 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Data
 from vae_dist.randomness import torch_generator
-from vae_dist.runtime import Runtime
 from vae_dist.tracking.images import grid, save_png, to_uint8
 from vae_dist.training.ema import Ema
 from vae_dist.training.optimizer import build_optimizer

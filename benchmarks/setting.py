@@ -25,9 +25,9 @@ from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
 from vae_dist.data.writer import write_shards
+from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
 from vae_dist.plan import Data
-from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime, computes_bf16, has_accelerator
+from vae_dist.run.folder import RunFolder
 from vae_dist.session import _with_data
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from vae_dist.training.loop import Trainer

@@ -29,9 +29,9 @@ from vae_dist.assembly import build_trainer, load_data, training_stream
 from vae_dist.config import automatic
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
+from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
 from vae_dist.pictures import RunPainter
-from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime, computes_bf16, has_accelerator
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.machine import UpdateRatio
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, WandbSink
 from vae_dist.tracking.throughput import Meter

@@ -20,9 +20,9 @@ from vae_dist.compilation import (
 )
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
+from vae_dist.distributed import Runtime
 from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
-from vae_dist.runtime import Runtime
 from vae_dist.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,

@@ -12,8 +12,8 @@ import pytest
 
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.workers import WorkerPool
+from vae_dist.distributed import Runtime
 from vae_dist.heap import keep_freed_memory
-from vae_dist.runtime import Runtime
 
 PAGES_OF_A_PIECE = 8448  # 33 MiB: more than glibc's own limit for pieces of its heap
 TAKE_AND_FREE = """
@@ -89,6 +89,6 @@ def test_settings_of_other_things_do_not_count(name, value):
 
 def test_training_on_a_cpu_asks_for_it(monkeypatch):
     asked = []
-    monkeypatch.setattr("vae_dist.runtime.keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr("vae_dist.distributed.keep_freed_memory", lambda: asked.append(True))
     Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
     assert asked == [True]

@@ -10,6 +10,7 @@ from tests.support.distributed import run_ranks
 from vae_dist import microbatch
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
 from vae_dist.microbatch import (
     candidates,
@@ -17,7 +18,6 @@ from vae_dist.microbatch import (
     fitting_microbatch,
     try_microbatch,
 )
-from vae_dist.runtime import Runtime
 
 SIZE = (8, 8)
 

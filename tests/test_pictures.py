@@ -18,7 +18,7 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.pictures import RunPainter
 from vae_dist.plan import Data
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import to_uint8
 
 NUM_IMAGES = 12  # in the shards; the grids search the first 10

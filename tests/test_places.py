@@ -2,7 +2,7 @@ import socket
 
 from tests.support.distributed import run_ranks
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.runtime import Runtime
+from vae_dist.distributed import Runtime
 
 
 def places() -> list[str]:

@@ -23,6 +23,7 @@ from vae_dist.data.reader import check_labels, image_settings
 from vae_dist.data.sizes import NativeSet, check_native_sizes
 from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.data.transforms import Need
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably
 from vae_dist.models.blocks import Block
@@ -40,8 +41,7 @@ from vae_dist.objectives.perceptual import (
 )
 from vae_dist.pictures import RunPainter
 from vae_dist.plan import Data, peak_images_per_second
-from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from vae_dist.tracking.tensorboard_sink import TensorBoardSink

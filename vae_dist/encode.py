@@ -18,8 +18,8 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:
+    from vae_dist.distributed import Runtime
     from vae_dist.inference.encoding.folder import Encoded
-    from vae_dist.runtime import Runtime
 
 USAGE = "python -m vae_dist.encode run=FOLDER data=SHARDS out=FOLDER [key=value ...]"
 INTRO = (
@@ -31,7 +31,7 @@ NUM_NAMED = 5  # images left out that the screen shows
 
 def encode(command: EncodeCommand) -> None:
     from vae_dist.data.workers import deaths_explained
-    from vae_dist.runtime import Runtime
+    from vae_dist.distributed import Runtime
 
     runtime = Runtime.start(
         RuntimeConfig(device=command.device, threads=command.threads),

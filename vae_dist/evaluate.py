@@ -29,6 +29,7 @@ from vae_dist.config.schema import RuntimeConfig
 if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex
     from vae_dist.data.stream import EvaluationBatch, EvaluationStream
+    from vae_dist.distributed import Runtime
     from vae_dist.evaluation.meter import Meter
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.aggregate import FittedPrior
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from vae_dist.models.perceptual import Backbone
     from vae_dist.models.pretrained import PretrainedFile
     from vae_dist.models.vae import VAE
-    from vae_dist.runtime import Runtime
 
 USAGE = "python -m vae_dist.evaluate run=FOLDER [key=value ...]"
 RESULTS = "results.json"
@@ -46,7 +46,7 @@ INTRO = "Evaluate a trained model on its validation shards, or others, and write
 
 def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.data.workers import deaths_explained
-    from vae_dist.runtime import Runtime
+    from vae_dist.distributed import Runtime
 
     runtime = Runtime.start(
         RuntimeConfig(device=command.device, threads=command.threads),
@@ -244,7 +244,7 @@ def _weights(command: EvaluateCommand, file: PretrainedFile, runtime: Runtime) -
 def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex) -> str:
     """results.json is about the run as it stands, all of its validation images; what differs from
     that is in the file's name."""
-    from vae_dist.runfolder import RunFolder
+    from vae_dist.run.folder import RunFolder
 
     newest = RunFolder(command.run).newest_step()
     is_own = command.data in ("", loaded.config.data.validation)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vae_dist.command import run_command
 from vae_dist.config.commands import IndexCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.progress import ProgressBar
+from vae_dist.files import ProgressBar
 
 if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex

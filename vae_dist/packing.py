@@ -34,8 +34,7 @@ from vae_dist.data.packing.shards import Writing, is_written, report_path, write
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
-from vae_dist.files import sync_folder, write_durably
-from vae_dist.progress import ProgressBar
+from vae_dist.files import ProgressBar, sync_folder, write_durably
 from vae_dist.tracking.images import grid, save_png
 
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan

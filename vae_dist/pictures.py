@@ -27,7 +27,7 @@ from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
 from vae_dist.models.prior import drawn_labels
 from vae_dist.models.vae import VAE
 from vae_dist.plan import Data
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.background import Picture, PictureWriter
 from vae_dist.tracking.history import picture_caption
 from vae_dist.tracking.images import grid, side_by_side, to_uint8, with_holes

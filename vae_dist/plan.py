@@ -15,11 +15,11 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.kept import bytes_kept
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.words import added_terms_in_words
-from vae_dist.runtime import Runtime, computes_bf16
 from vae_dist.tracking.machine import peak_flops
 
 # the shipped configs take 10 to 135 epochs of their data

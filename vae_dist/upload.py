@@ -18,7 +18,7 @@ INTRO = "Send to W&B what it lacks of a run: rows of log.jsonl and pictures, eac
 
 
 def upload(command: UploadCommand) -> None:
-    from vae_dist.runfolder import RunFolder, RunLock
+    from vae_dist.run.folder import RunFolder, RunLock
     from vae_dist.tracking.environment import read_sessions
     from vae_dist.tracking.history import read_rows
     from vae_dist.tracking.wandb_modes import asked_mode

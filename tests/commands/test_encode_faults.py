@@ -26,7 +26,7 @@ from tests.support.latent_data import write_spatial_run
 from vae_dist import encode
 from vae_dist.data.writer import ShardWriter, write_shards
 from vae_dist.inference.encoding import folder, writing
-from vae_dist.runfolder import RunFolder, RunLock
+from vae_dist.run.folder import RunFolder, RunLock
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tests.support.training import (
     train,
     weights,
 )
-from vae_dist import runtime
+from vae_dist import distributed
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
 from vae_dist.train import main
@@ -140,7 +140,7 @@ def test_a_stop_while_other_ranks_are_waited_for_is_an_interruption(tmp_path, di
     run = tmp_path / "run"
 
     def only_rank_0_comes(rank: int) -> None:
-        meet = runtime._meet
+        meet = distributed._meet
         if rank == 1:
             time.sleep(60)
 
@@ -148,7 +148,7 @@ def test_a_stop_while_other_ranks_are_waited_for_is_an_interruption(tmp_path, di
             signal_oneself()
             return meet(timeout_s)
 
-        runtime._meet = stopped_at_once
+        distributed._meet = stopped_at_once
 
     argv = arguments(run, digits, "runtime.timeout_s=30", *QUIET)
     with Ranks(2, argv, output=tmp_path / "output", prepare=only_rank_0_comes) as group:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.tiny_run import tiny_config
 from tests.tracking.test_wandb_sink import FakeWandb, fake  # noqa: F401  (a fixture)
-from vae_dist.runfolder import RunFolder, RunLock
+from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.upload import main
 
 

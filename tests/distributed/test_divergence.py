@@ -5,7 +5,7 @@ import torch
 
 from tests.support.distributed import run_ranks
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.runtime import Runtime
+from vae_dist.distributed import Runtime
 from vae_dist.training.divergence import check_equal_over_ranks, checksums
 from vae_dist.training.guard import TrainingFailed
 

@@ -16,7 +16,7 @@ from tests.support.faults import (
     starve,
 )
 from tests.support.training import arguments, rows, same_weights, status, train
-from vae_dist.checkpoint import Checkpoints
+from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.training import signals
 from vae_dist.training.watch import STARTUP
 

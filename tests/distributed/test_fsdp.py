@@ -9,8 +9,8 @@ from tests.distributed.test_step import IWAE, batch, config
 from tests.support.distributed import run_ranks
 from tests.support.training import losses, rows, train, weights
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
-from vae_dist.runtime import Runtime
 from vae_dist.sharding import full_value, local_part
 from vae_dist.training.ema import Ema
 from vae_dist.training.optimizer import build_optimizer, optimizer_tensors

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.distributed import run_ranks
 from tests.support.training import arguments
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.train import main
 
 SLOW_S = 1.0

@@ -7,9 +7,9 @@ import pytest
 
 from tests.support.training import status, train
 from vae_dist import assembly, session
-from vae_dist.checkpoint import Checkpoints, TornCheckpoint
 from vae_dist.config.errors import ConfigError
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
+from vae_dist.run.folder import RunFolder
 
 TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file")

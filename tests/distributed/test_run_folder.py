@@ -9,10 +9,10 @@ from tests.support.distributed import run_ranks
 from vae_dist import session
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.runfolder import RunFolder, RunLock
-from vae_dist.runtime import Runtime
+from vae_dist.distributed import Runtime
+from vae_dist.run.folder import RunFolder, RunLock
+from vae_dist.run.resume import newest_checkpoint
 from vae_dist.training.preemption import StopRequest
-from vae_dist.training.resume import newest_checkpoint
 from vae_dist.training.signals import StopSignals
 from vae_dist.training.watch import RankWatch
 

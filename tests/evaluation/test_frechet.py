@@ -12,12 +12,12 @@ from tests.evaluation.test_run import NUM_IMAGES, batches, tiny_model
 from tests.support.distributed import run_ranks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.frechet import FrechetMeter, Moments, frechet_distance
 from vae_dist.evaluation.meter import Inputs, Seen, in_colour
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.inference.sampling import sample_prior
 from vae_dist.models.mixture import GaussianMixture
-from vae_dist.runtime import Runtime
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,10 @@ from tests.support.distributed import run_ranks
 from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.stream import EvaluationBatch
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.importance import ImportanceMeter, importance_evidence
 from vae_dist.evaluation.meter import Inputs
 from vae_dist.evaluation.run import EvaluationResult, evaluate
-from vae_dist.runtime import Runtime
 
 NUM_IMAGES = 13
 ENCODER_ERROR = 0.3  # the proposal misses: the ELBO lies 0.15 nats below

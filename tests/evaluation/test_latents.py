@@ -8,9 +8,9 @@ from torch.distributions import Normal, kl_divergence
 
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.latents import LatentReport, LatentSums, mutual_information_nats
 from vae_dist.models.build import build_vae
-from vae_dist.runtime import Runtime
 
 
 def report(latent: str, mean: torch.Tensor, log_variance: torch.Tensor) -> LatentReport:

@@ -8,12 +8,12 @@ from torch.distributions import Normal
 
 from tests.evaluation.test_run import IMAGES, NUM_IMAGES, batches, tiny_model
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.importance import ImportanceMeter
 from vae_dist.evaluation.prior import PriorMeter
 from vae_dist.evaluation.run import evaluate
 from vae_dist.models.mixture import GaussianMixture
 from vae_dist.randomness import torch_generator
-from vae_dist.runtime import Runtime
 
 CPU = torch.device("cpu")
 

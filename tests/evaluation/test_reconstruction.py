@@ -15,12 +15,12 @@ from tests.evaluation.test_run import batches, tiny_model
 from tests.support.distributed import run_ranks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.meter import Inputs, Seen
 from vae_dist.evaluation.reconstruction import ReconstructionMeter, comparisons, psnr_db
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.models.likelihoods.levels import Levels
 from vae_dist.randomness import torch_generator
-from vae_dist.runtime import Runtime
 
 CPU = torch.device("cpu")
 

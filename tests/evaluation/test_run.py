@@ -13,12 +13,12 @@ from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.stream import EvaluationBatch
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.importance import ImportanceMeter
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
-from vae_dist.runtime import Runtime
 
 NUM_IMAGES = 13
 IMAGES = torch.randint(

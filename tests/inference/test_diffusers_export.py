@@ -22,8 +22,8 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.diffusers_layout import read_published
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
+from vae_dist.run.resume import initial_weights
 from vae_dist.sharding import load_full
-from vae_dist.training.resume import initial_weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
 diffusers = pytest.importorskip("diffusers")

@@ -15,11 +15,11 @@ from tests.models.test_vae import away_from_zero, inputs, small
 from tests.support.distributed import run_ranks
 from vae_dist.config.checks import problems
 from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
 from vae_dist.models import VAE, build_vae
 from vae_dist.models.blocks import Downsample, Upsample, averaged, repeated
 from vae_dist.randomness import torch_generator
-from vae_dist.runtime import Runtime
 from vae_dist.sharding import full_value
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tests.support.tiny_run import tiny_config
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.images import grid, save_png
 from vae_dist.tracking.sinks import JsonlSink

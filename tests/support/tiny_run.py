@@ -12,7 +12,7 @@ from PIL import Image
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.writer import write_shards
 from vae_dist.models.build import build_vae
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 
 STEPS = (10, 20)
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.tiny_run import tiny_config
 from tests.support.wandb_server import WandbServer
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.history import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]

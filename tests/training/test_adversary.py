@@ -19,10 +19,10 @@ from tests.support.adversarial import (
 from tests.support.distributed import reset_accelerate
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Group
+from vae_dist.distributed import Runtime
 from vae_dist.microbatch import try_microbatch
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.loss import loss_terms
-from vae_dist.runtime import Runtime
 from vae_dist.training import picture_terms
 from vae_dist.training.adversary import Adversary, LastLayer
 from vae_dist.training.step import TrainingStep

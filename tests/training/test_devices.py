@@ -23,13 +23,13 @@ from tests.support.devices import (
     runtime_on,
 )
 from tests.support.steps import make_step
-from vae_dist.checkpoint import Checkpoints
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
+from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
 from vae_dist.models.blocks import Block
-from vae_dist.runtime import Runtime
+from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.training.guard import SkipGuard
 from vae_dist.training.saving import CheckpointWriter
 from vae_dist.training.step import LossScale, StepReport, TrainingStep

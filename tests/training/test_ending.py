@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.training.ending import Ending
 
 

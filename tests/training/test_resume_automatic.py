@@ -9,8 +9,8 @@ import yaml
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.runfolder import RunFolder
-from vae_dist.training.resume import as_in_run_folder
+from vae_dist.run.folder import RunFolder
+from vae_dist.run.resume import as_in_run_folder
 
 
 def folder_of(path: Path, config: TrainConfig) -> RunFolder:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from vae_dist.checkpoint import Checkpoints
+from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.training.saving import CheckpointWriter
 
 
@@ -59,7 +59,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(checkpoints, m
         (checkpoints.folder / ".step_00000020.tmp" / "half").write_bytes(b"torn")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vae_dist.checkpoint.write_durably", full)
+    monkeypatch.setattr("vae_dist.run.checkpoint.write_durably", full)
     submit(one, 20)
     assert not one.wait() and one.failures == 1
     assert "step_00000020: No space left" in warnings[0] and "step_00000010" in warnings[0]

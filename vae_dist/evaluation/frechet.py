@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.meter import Report, Seen, in_colour
 from vae_dist.models.mixture import GaussianMixture
 from vae_dist.models.prior import drawn_labels, prior_latents
 from vae_dist.models.vae import VAE
-from vae_dist.runtime import Runtime
 from vae_dist.tracking.images import to_uint8
 
 IMAGES_AT_ONCE = 64  # through the feature network

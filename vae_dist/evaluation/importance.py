@@ -23,12 +23,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.meter import Inputs, Report, Seen, mean_and_error
 from vae_dist.models import posterior
 from vae_dist.models.streamed_weights import StreamedWeights
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
-from vae_dist.runtime import Runtime
 
 FEW = 3  # effective samples of an image, on average
 BLOCK = 50  # draws of one image that come from one generator

@@ -30,9 +30,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vae_dist.distributed import Runtime
 from vae_dist.models.latent_moments import LatentMoments, LatentStatistics
 from vae_dist.models.vae import VAE
-from vae_dist.runtime import Runtime
 
 ACTIVE_VARIANCE = 0.01
 INFORMATION_IMAGES = 1024  # M, fewer where a latent is so large that

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.distributed import Runtime
 from vae_dist.models.vae import VAE, VAEOutput
-from vae_dist.runtime import Runtime
 from vae_dist.tracking.images import to_uint8
 
 

@@ -11,10 +11,10 @@ import math
 
 import torch
 
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.importance import LatentPrior
 from vae_dist.evaluation.meter import Report, Seen, mean_and_error
 from vae_dist.models import posterior
-from vae_dist.runtime import Runtime
 
 
 class PriorMeter:

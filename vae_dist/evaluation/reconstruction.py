@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.meter import Report, Seen, in_colour
 from vae_dist.models.perceptual import Lpips
-from vae_dist.runtime import Runtime
 
 LARGEST_PSNR_DB = 100.0  # of an image that is reconstructed exactly, whose PSNR has no bound
 SSIM_PIXELS = 11  # the window

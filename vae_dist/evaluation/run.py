@@ -25,12 +25,12 @@ from torch import Tensor
 from vae_dist.compilation import exact_float32
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.stream import EvaluationBatch
+from vae_dist.distributed import Runtime
 from vae_dist.evaluation.latents import LatentReport, LatentSums
 from vae_dist.evaluation.meter import Inputs, Meter, Report, Seen, mean_and_error
 from vae_dist.models.latent_moments import LatentStatistics
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
-from vae_dist.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from vae_dist.config.keys import MISSING, flatten, keys, shown
 from vae_dist.config.schema import TrainConfig
 from vae_dist.reporting.frames import Frame, encode_frames
-from vae_dist.runfolder import RunFolder
+from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import read_sessions
 from vae_dist.tracking.history import find_pictures, picture_caption, read_rows
 

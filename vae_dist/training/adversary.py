@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.grad import conv2d_weight
 
 from vae_dist.config.schema import OptimizerConfig, TrainConfig
+from vae_dist.distributed import Runtime
 from vae_dist.models.conv import Decoder
 from vae_dist.models.discriminator import PatchDiscriminator
 from vae_dist.models.vae import VAE
@@ -31,7 +32,6 @@ from vae_dist.objectives.adversarial import (
     r1_penalty,
     ramp_at,
 )
-from vae_dist.runtime import Runtime
 from vae_dist.sharding import full_value, load_full
 from vae_dist.training.optimizer import (
     build_optimizer,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from vae_dist.runtime import Runtime
+from vae_dist.distributed import Runtime
 from vae_dist.training.guard import TrainingFailed
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from vae_dist.checkpoint import Checkpoint
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
+from vae_dist.distributed import Runtime
 from vae_dist.heap import release_freed_memory
-from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime
+from vae_dist.run.checkpoint import Checkpoint
+from vae_dist.run.folder import RunFolder
 from vae_dist.sharding import full_value, load_full
 from vae_dist.tracking.machine import UpdateRatio, memory_row
 from vae_dist.tracking.sinks import ConsoleSink, Sink, say

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime
+from vae_dist.distributed import Runtime
+from vae_dist.run.folder import RunFolder
 from vae_dist.training.signals import StopSignals
 
 FILE_POLL_S = 0.25

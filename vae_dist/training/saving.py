@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vae_dist.checkpoint import Checkpoints, Tensors, step_name
+from vae_dist.run.checkpoint import Checkpoints, Tensors, step_name
 from vae_dist.training.guard import TrainingFailed
 
 BACKGROUND_NICE = 10  # a tenth of a core where training wants all of them

@@ -22,11 +22,11 @@ from torch import nn
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch, Group
+from vae_dist.distributed import Runtime
 from vae_dist.models.vae import NO_LABEL, VAE
 from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
-from vae_dist.runtime import Runtime
 from vae_dist.sharding import load_full
 from vae_dist.training.adversary import Adversary
 from vae_dist.training.ema import Ema

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vae_dist.runtime import Runtime
+from vae_dist.distributed import Runtime
 
 STARTUP = ("ranks", "run folder", "newest checkpoint", "shards", "trackers", "model")
 PLACES = (*STARTUP, "data", "step", "log", "evaluation", "checkpoint")  # of a step, in this order

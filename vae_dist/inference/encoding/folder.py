@@ -25,7 +25,8 @@ from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.data.index import write_info
-from vae_dist.files import sync_folder, write_durably
+from vae_dist.distributed import Runtime
+from vae_dist.files import ProgressBar, sync_folder, write_durably
 from vae_dist.inference.encoding.plan import NAME, PlannedShard, identity, plan_shards
 from vae_dist.inference.encoding.writing import (
     NUM_NAMED,
@@ -42,9 +43,7 @@ from vae_dist.models.latent_moments import (
     LatentStatistics,
     write_statistics,
 )
-from vae_dist.progress import ProgressBar
-from vae_dist.runfolder import RunFolder, RunLock
-from vae_dist.runtime import Runtime
+from vae_dist.run.folder import RunFolder, RunLock
 
 SUMMARY = "encode.json"
 BEAT_S = 2.0  # between two meetings of the ranks

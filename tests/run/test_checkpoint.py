@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from vae_dist.checkpoint import Checkpoints, TornCheckpoint, load_checkpoint
 from vae_dist.config.errors import ConfigError
+from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint, load_checkpoint
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:

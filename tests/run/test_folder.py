@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.runfolder import STALE_AFTER_S, Holder, RunFolder, RunLock
+from vae_dist.run.folder import STALE_AFTER_S, Holder, RunFolder, RunLock
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_a_lock_of_another_host_of_this_name_is_not_taken_at_once(folder):
 @pytest.fixture
 def quick(monkeypatch):
     """A lock is stale after 0.3 s, with heartbeats to fit."""
-    monkeypatch.setattr("vae_dist.runfolder.HEARTBEAT_S", 0.05)
-    monkeypatch.setattr("vae_dist.runfolder.STALE_AFTER_S", 0.3)
+    monkeypatch.setattr("vae_dist.run.folder.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("vae_dist.run.folder.STALE_AFTER_S", 0.3)
 
 
 def test_a_lock_of_another_host_is_waited_for_and_refused_at_a_sign_of_life(folder):

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vae_dist.checkpoint import Checkpoint, TornCheckpoint, load_weights
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.config.load import changed_numbers
 from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
+from vae_dist.distributed import Runtime
 from vae_dist.models.diffusers_layout import (
     KINDS_OF_MEANS,
     Published,
@@ -29,8 +29,8 @@ from vae_dist.models.diffusers_layout import (
     read_published,
 )
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.runfolder import RunFolder
-from vae_dist.runtime import Runtime
+from vae_dist.run.checkpoint import Checkpoint, TornCheckpoint, load_weights
+from vae_dist.run.folder import RunFolder
 
 SHOWN = 12  # tensors of a published model that do not fit: it has hundreds
 WAYS_OUT = "start anew with run=OTHER_FOLDER, or go on all the same with resume.allow_changes=true"

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vae_dist.checkpoint import Checkpoints
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import from_yaml, to_yaml
 from vae_dist.config.schema import TrainConfig
 from vae_dist.files import write_durably
+from vae_dist.run.checkpoint import Checkpoints
 
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 60.0

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
-from vae_dist import runtime as runtime_module
+from vae_dist import distributed as runtime_module
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.runtime import (
+from vae_dist.distributed import (
     RankFailed,
     Runtime,
     StoppedWaiting,
