@@ -93,18 +93,19 @@ def test_wrong_csv_files_are_refused(tmp_path: Path, text: str, message: str) ->
         opened(tmp_path / "in", tmp_path / "work", labels=str(tmp_path / "labels.csv"))
 
 
-def test_parquet_of_the_hub_kind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["image", "img"])
+def test_parquet_of_the_hub_kind(tmp_path: Path, column: str) -> None:
     import pyarrow
     from pyarrow import parquet
 
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
-    schema = pyarrow.schema([("image", kind), ("label", pyarrow.int64())])
+    schema = pyarrow.schema([(column, kind), ("label", pyarrow.int64())])
     for split, count in (("train", 3), ("test", 1)):
         images: list[dict[str, object]]
         images = [{"bytes": png(i), "path": None} for i in range(count)]
         images[-1] = images[-1] if split == "test" else {"bytes": None, "path": "x.png"}
-        table = pyarrow.table({"image": images, "label": [1] * count}, schema)
+        table = pyarrow.table({column: images, "label": [1] * count}, schema)
         table = table.replace_schema_metadata({b"huggingface": features})
         parquet.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
     listing, files = opened(tmp_path, tmp_path / "work")

@@ -1,8 +1,8 @@
 """Data sets that come as arrays: MNIST idx files and CIFAR-10. Pictures become PNG, losslessly.
 
-In: `train-images-idx3-ubyte[.gz]` and its three companions, in a folder or downloaded; the CIFAR-10
-archive of either kind, or its folder unpacked. The python kind is a pickle: it is read by an
-unpickler that admits arrays, bytes, lists and dicts, and refuses everything else by its name.
+In: `train-images-idx3-ubyte[.gz]` and its three companions, in a folder or downloaded; the binary
+archive of CIFAR-10, or its folder unpacked. The python archive is refused: loading a pickle can run
+code.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import pickle
 import tarfile
 import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -166,7 +164,7 @@ def _fetch(url: str) -> bytes:
 
 
 def is_cifar(path: Path) -> bool:
-    """Whether this is a folder or an archive of CIFAR-10, of either kind."""
+    """Whether this is a folder or an archive of CIFAR-10; `read_cifar` refuses the pickles."""
     if path.is_dir():
         return any((path / f"data_batch_1{end}").is_file() for end in ("", ".bin"))
     return path.name.startswith("cifar-10-") and path.name.endswith((".tar.gz", ".tar"))
@@ -179,14 +177,16 @@ def read_cifar(path: Path) -> ArraySource:
     for name, data in _cifar_files(path):
         where = f"source={path}: {name}"
         split = next((s for part, s in CIFAR_SPLITS.items() if name.startswith(part)), None)
+        if split is not None and not name.endswith(".bin"):
+            raise ConfigError(
+                f"{where} is a Python pickle, which can run code and is not loaded; give the "
+                "binary archive (cifar-10-binary.tar.gz, from the same page), or the parquet files "
+                "of the hub's data set uoft-cs/cifar10"
+            )
         if split is not None:
-            read = _binary_batch if name.endswith(".bin") else _python_batch
-            arrays[split].append(read(data, where))
+            arrays[split].append(_binary_batch(data, where))
         elif name == "batches.meta.txt":
             classes = tuple(data.decode("utf-8", "replace").split())
-        elif name == "batches.meta":
-            meta = restricted_load(data, where)
-            classes = tuple(label.decode() for label in meta[b"label_names"])
     if not arrays["train"] or not arrays["test"]:
         raise ConfigError(f"source={path}: the batches of CIFAR-10 are missing; copy it again")
     joined = {
@@ -219,38 +219,3 @@ def _binary_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         )
     records = np.frombuffer(data, np.uint8).reshape(-1, CIFAR_RECORD)
     return records[:, 1:].reshape(-1, *CIFAR_SHAPE), records[:, 0]
-
-
-def _python_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
-    batch = restricted_load(data, where)
-    try:
-        images, labels = batch[b"data"], np.asarray(batch[b"labels"], np.uint8)
-        return images.reshape(len(labels), *CIFAR_SHAPE), labels
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: is no batch of CIFAR-10 ({error})") from error
-
-
-class _OnlyArrays(pickle.Unpickler):
-    """Knows the four names that a pickled array of numbers needs, and no other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        if name == "_reconstruct" and module.endswith(".multiarray") and module[:5] == "numpy":
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which is not admitted")
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """What protocol 2 of Python 3 writes for bytes."""
-    return text.encode("latin1" if encoding == "latin1" else "ascii")
-
-
-def restricted_load(data: bytes, where: str) -> Any:
-    """A pickle of dicts, lists, bytes, numbers and arrays of numbers. Raises ConfigError."""
-    try:
-        return _OnlyArrays(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ConfigError(f"{where}: the pickle is refused: {error}") from None

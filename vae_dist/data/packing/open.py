@@ -31,8 +31,8 @@ from vae_dist.data.packing.tables import (
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 KINDS = (
     f"a folder of pictures (.{', .'.join(SUFFIXES)}), a .zip, a .tar (also .gz, .bz2, .xz), a "
-    "folder with the MNIST idx files, the CIFAR-10 archive, a folder with CelebA's lists, parquet "
-    "files, or the word mnist"
+    "folder with the MNIST idx files, the binary archive of CIFAR-10, a folder with CelebA's "
+    "lists, parquet files, or the word mnist"
 )
 
 

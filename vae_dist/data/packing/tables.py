@@ -4,8 +4,8 @@ CSV: a header line, a column `path` (or file, filename, image, image_id, name), 
 (or class, category) and `split`; the other columns are kept as .json. An empty label is none. A row
 fits the picture of its path, or of its name if only one picture has it.
 CelebA: `list_eval_partition.txt` and `list_attr_celeba.txt` beside the pictures, as published.
-Parquet: a column `image` of {bytes, path} or of bytes, if wanted `label`; the split is the first
-word of the file's name (`train-00000-of-00002.parquet`). Needs the extra `parquet`.
+Parquet: a column `image` or `img` of {bytes, path} or of bytes, if wanted `label`; the split is
+the first word of the file's name (`train-00000-of-00002.parquet`). Needs the extra `parquet`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vae_dist.data.tar import DamagedSampleError
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_id", "name")
 LABEL_COLUMNS = ("label", "class", "category")
+IMAGE_COLUMNS = ("image", "img")  # of parquet
 PARTITION, ATTRIBUTES = "list_eval_partition", "list_attr_celeba"
 PARTITIONS = {"0": "train", "1": "validation", "2": "test"}
 SUFFIX_OF_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"BM": "bmp"}
@@ -215,12 +216,14 @@ def _open_parquet(path: str) -> Any:
 
 def _rows(file: Any, path: str) -> Iterator[dict[str, Any]]:
     columns = file.schema_arrow.names
-    if "image" not in columns:
-        raise ConfigError(f"source={path}: no column image among {columns}")
-    wanted = [name for name in ("image", "label") if name in columns]
+    image = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    if image is None:
+        raise ConfigError(f"source={path}: no column image or img among {columns}")
+    wanted = [name for name in (image, "label") if name in columns]
     try:
         for batch in file.iter_batches(batch_size=64, columns=wanted):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield {"image": row[image], "label": row.get("label")}
     except (OSError, ValueError) as error:
         raise ConfigError(f"source={path}: cannot be read ({error})") from error
 
