@@ -32,13 +32,13 @@ VERBS = {
     "cli",
 }
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
-    frozenset(VERBS | {"upload", "command"}),
+    frozenset(VERBS | {"upload"}),
     frozenset({"training", "evaluation", "inference", "packing"})
     | {"session", "assembly", "pictures", "plan", "microbatch", "estimate", "reporting"},
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
     frozenset({"distributed", "randomness", "files"}) | {"abstract", "compilation", "sharding"},
-    frozenset({"config", "cores", "heap"}),
+    frozenset({"config", "heap"}),
 )
 
 

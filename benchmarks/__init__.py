@@ -2,10 +2,9 @@
 what one measures and takes."""
 
 import ast
+import os
 import sys
 from pathlib import Path
-
-from vae_dist.cores import share_cores
 
 
 def _tell(module: str) -> None:
@@ -16,4 +15,5 @@ def _tell(module: str) -> None:
 if sys.argv[0] == "-m" and {"-h", "--help"} & set(sys.argv[1:]):  # before torch is imported
     _tell(sys.orig_argv[sys.orig_argv.index("-m") + 1])
     sys.exit(0)
-share_cores()  # as training does
+if "OMP_WAIT_POLICY" not in os.environ:  # as vae_dist.cli does, which peers cannot import
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

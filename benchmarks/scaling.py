@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.report import finish, head, median_ratio, split_options, table
 from benchmarks.setting import Enough, make_setting, synchronize, train
-from vae_dist.command import leave
+from vae_dist.cli import exit_process
 from vae_dist.data.stream import Batch
 from vae_dist.training.loop import Trainer
 
@@ -179,4 +179,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

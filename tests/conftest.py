@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vae_dist.cores import share_cores
+from vae_dist.cli import set_environment
 from vae_dist.data.bundled import make_digits
 
-share_cores()  # before torch is imported: tests run beside each other, and in several processes
+set_environment()  # before torch is imported: tests run beside each other, and in several processes
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from vae_dist.command import run_command
+from vae_dist.cli import run_command
 from vae_dist.config.commands import DashboardCommand
 from vae_dist.config.errors import ConfigError
 

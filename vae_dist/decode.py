@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae_dist.command import run_command
+from vae_dist.cli import run_command
 from vae_dist.config.commands import DecodeCommand
 from vae_dist.config.errors import ConfigError
 

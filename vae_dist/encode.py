@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from vae_dist.command import leave, run_command
+from vae_dist.cli import exit_process, run_command
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
@@ -104,4 +104,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

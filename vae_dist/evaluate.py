@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_dist.command import leave, run_command
+from vae_dist.cli import exit_process, run_command
 from vae_dist.config.command_checks import metric_names
 from vae_dist.config.commands import EvaluateCommand
 from vae_dist.config.errors import ConfigError
@@ -317,4 +317,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

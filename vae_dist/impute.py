@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from vae_dist.command import run_command
+from vae_dist.cli import run_command
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.config.errors import ConfigError
 

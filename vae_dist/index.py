@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_dist.command import run_command
+from vae_dist.cli import run_command
 from vae_dist.config.commands import IndexCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.files import ProgressBar

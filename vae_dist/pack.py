@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from vae_dist.command import run_command
+from vae_dist.cli import run_command
 from vae_dist.config.commands import PackCommand
 
 INTERRUPTED = 130  # exit code after Ctrl-C

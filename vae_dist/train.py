@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import sys
 
-from vae_dist.command import leave
+from vae_dist.cli import exit_process, set_environment
 from vae_dist.config.automatic import launch_problem, world_size_problem
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import help_text, load_train_config, wants_help
 from vae_dist.config.schema import TrainConfig
-from vae_dist.cores import share_cores
 from vae_dist.training.signals import StopSignals
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
@@ -35,7 +34,7 @@ def checked_config(argv: list[str]) -> TrainConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    share_cores()
+    set_environment()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(TrainConfig, usage=USAGE, intro=INTRO))
@@ -68,4 +67,4 @@ def _refused(error: ConfigError, *, speaker: str) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

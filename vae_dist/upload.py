@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from vae_dist.command import run_command
+from vae_dist.cli import run_command
 from vae_dist.config.commands import UploadCommand
 from vae_dist.config.errors import ConfigError
 

@@ -1,8 +1,8 @@
-"""What every command line has in common: help, keys, errors and exit code.
+"""What all command lines share: keys, `--help`, errors, exit codes.
 
-In: the dataclass of the command's keys and the function that does the work. Out: an exit code: 0
-done, 1 something went wrong on the way, 2 something about the command line, the config or the data
-is wrong (said on stderr).
+In: the dataclass of a command's keys and the function that does the work. Out: an exit code: 0
+done, 1 failed on the way, 2 something about the command line, the config or the data is wrong (the
+message is on stderr).
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ from typing import NoReturn, TypeVar
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.keys import help_text
 from vae_dist.config.load import load_command, wants_help
-from vae_dist.cores import share_cores
 
 T = TypeVar("T")
+
+SPIN_COUNT = 1000  # turns of a waiting OpenMP thread; GNU's own choice where it shares its cores
+
+
+def set_environment() -> None:
+    """Set what libraries read when they are loaded; call it before torch is imported.
+
+    A GNU OpenMP thread waits in a loop of 300,000 turns before it sleeps. Where another program
+    uses one of the cores, training then takes 20 times as long (benchmarks/RESULTS.md). A count or
+    a policy that the environment has stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def run_command(
@@ -32,7 +44,7 @@ def run_command(
     intro: str,
 ) -> int:
     """Read the keys of `cls` from `argv` (default: the command line) and do the work."""
-    share_cores()
+    set_environment()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         print(help_text(cls, usage=usage, intro=intro))
@@ -49,12 +61,12 @@ def run_command(
     return 0
 
 
-def leave(code: int) -> NoReturn:
-    """End this process; where it is one of several ranks, without taking the interpreter apart.
+def exit_process(code: int) -> NoReturn:
+    """End this process; one rank of several skips the interpreter's shutdown.
 
-    A backend's threads may still hold tensors of collectives that are over. To drop one they ask
-    for the GIL, and Python ends a thread that asks for it at shutdown in a way that C++ answers
-    with abort(): exit code -6 after a finished run, at one of 150 ends on a busy machine.
+    A backend's threads may still hold tensors of finished collectives. To drop one they ask for the
+    GIL, and Python ends a thread that asks for it during shutdown, which C++ answers with abort():
+    exit code -6 after a finished run, at one of 150 ends on a busy machine.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
