@@ -53,9 +53,9 @@ def _index(command: IndexCommand) -> list[str]:
         if not command.out:
             raise ConfigError(
                 f"data={command.data}: the shards lie elsewhere; name a folder for their index, "
-                "for example out=index, and then give data.train=index/shards.json"
+                "for example out=index, and then give data.train={path: SHARDS, index: index}"
             )
-        spec = f"{command.out}/shards.json"
+        spec = {"path": paths, "index": command.out}
         with ProgressBar("indexed", len(paths), unit="shards") as progress:
             damage = write_index_of_remote(
                 paths, Path(command.out), overwrite=command.overwrite, progress=progress
@@ -66,10 +66,10 @@ def _index(command: IndexCommand) -> list[str]:
     damaged = [path for path, error in damage.items() if error is not None]
     for path in damaged:
         print(damage[path], file=sys.stderr)
-    if not isinstance(spec, str):
+    if not isinstance(spec, dict):
         spec = [path for path in paths if damage.get(path) is None]
     num_samples = 0
-    if spec and not (damaged and isinstance(spec, str)):
+    if spec and not (damaged and isinstance(spec, dict)):
         index = load_index(spec, key="data", create=False)
         num_samples = index.num_samples
         for path, length, size in zip(index.paths, index.lengths, index.bytes, strict=True):

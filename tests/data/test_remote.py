@@ -11,6 +11,7 @@ import pytest
 from tests.data.conftest import LENGTHS
 from tests.data.test_stream import BATCH, STEPS, expected, global_batches, one_process
 from tests.support.http_shards import serving
+from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.data import remote
 from vae_dist.data.index import load_index, write_index_of_remote, write_info
@@ -18,6 +19,7 @@ from vae_dist.data.remote import UnreadableError, read_range
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.index import main
+from vae_dist.inference.load import open_images
 
 __all__ = ["one_process"]  # a fixture
 
@@ -62,7 +64,7 @@ def test_the_same_steps_from_everywhere(
         if way == "pipe":
             urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
             assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
-            spec = str(tmp_path / "index/shards.json")
+            spec = {"path": urls, "index": str(tmp_path / "index")}
         elif way == "fsspec":
             spec = f"file://{folder}/set-{{00..09}}.tar"
         else:
@@ -161,7 +163,7 @@ def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
     [
         ("{url}/set-{{08..11}}.tar", r"set-10\.tar has no index; .*index data='http.*out=FOLDER"),
         ("{url}/nowhere/", r"HTTP 404.*name the shards"),
-        ("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*shards\.json"),
+        ("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*index: FOLDER"),
         ("{url}/set-00.json", "HTTP 404"),
     ],
 )
@@ -194,7 +196,8 @@ def test_the_index_of_remote_shards(
         assert main([data, f"out={out}"]) == 0  # goes on with what is missing
         again = {p for p in asked if server.asked[p] > asked[p] + 2 and p.endswith(".tar")}
         assert again <= {"set-03.tar"}
-        index = load_index(str(out / "shards.json"), key="data.train", create=False)
+        spec = {"path": f"{server.url}/set-{{00..09}}.tar", "index": str(out)}
+        index = load_index(spec, key="data.train", create=False)
         assert index.lengths.tolist() == list(LENGTHS)
 
 
@@ -206,9 +209,10 @@ def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> N
     def made(name: str, **options: bool) -> list[int]:
         place.mkdir(exist_ok=True)
         shutil.copy(folder / name, place / "x.tar")
-        damage = write_index_of_remote([f"file://{place}/x.tar"], out, **options)
+        url = f"file://{place}/x.tar"
+        damage = write_index_of_remote([url], out, **options)
         assert set(damage.values()) <= {None}
-        index = load_index(str(out / "shards.json"), key="k", create=False)
+        index = load_index({"path": url, "index": str(out)}, key="k", create=False)
         return [*index.lengths.tolist(), len(damage)]
 
     assert made("set-03.tar") == [30, 1]
@@ -314,3 +318,69 @@ def test_a_wids_index_of_others_is_read(folder: Path) -> None:
     (folder / "wids.json").write_text("[]")
     with pytest.raises(ConfigError, match="is no wids index"):
         load_index(str(folder / "wids.json"), key="data.train", create=False)
+
+
+HELD_BACK = r"names .*; a file of shards may name only files beside or below it"
+
+
+@pytest.mark.parametrize("field", ["url", "index"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pipe:touch {made}",
+        "file:///etc/passwd",
+        "file:passwd",
+        "/etc/passwd",
+        "../x.tar",
+        "a/../../x.tar",
+        "https://elsewhere.example/x.tar",
+        "s3://bucket/x.tar",
+        "x.tar::file:///etc/passwd",
+    ],
+)
+@pytest.mark.parametrize("served", [False, True])
+def test_an_index_names_no_command_and_no_place_elsewhere(
+    tmp_path: Path, served: bool, field: str, name: str
+) -> None:
+    made = tmp_path / "made"
+    entry = {"url": "x.tar", "nsamples": 1, field: name.format(made=made)}
+    (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [entry]}))
+    with serving(tmp_path) as server, pytest.raises(ConfigError, match=HELD_BACK):
+        place = server.url if served else str(tmp_path)
+        load_index(f"{place}/shards.json", key="data.train", create=True)
+    assert not made.exists()
+
+
+def test_an_index_may_name_its_own_host(folder: Path) -> None:
+    with serving(folder) as server:
+        entry = {"url": f"{server.url}/set-03.tar", "nsamples": 30}
+        (folder / "shards.json").write_text(json.dumps({"shardlist": [entry]}))
+        index = load_index(f"{server.url}/shards.json", key="data.train", create=False)
+        assert index.num_samples == 30
+        with pytest.raises(ConfigError, match=HELD_BACK):  # the file here has no host
+            load_index(str(folder / "shards.json"), key="data.train", create=False)
+
+
+def test_the_name_of_a_file_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch made; cat x.tar").touch()
+    with pytest.raises(ConfigError, match="rename it"):
+        load_index(".", key="data.train", create=True)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_run_folder_names_no_command(tmp_path: Path, with_index: bool) -> None:
+    """But the command line does: `data=`."""
+    config = tiny_config()
+    spec: object = f"pipe:touch {tmp_path}/made"
+    config.data.validation = {"path": spec, "index": str(tmp_path)} if with_index else spec
+    config.data.train = [{"path": spec, "weight": 1}]
+    message = "may not name a command"
+    with pytest.raises(ConfigError, match=message):
+        open_images(config, "", create=True)
+    with pytest.raises(ConfigError, match=message):
+        open_images(config, config.data.train, create=True, key="data.train")
+    with pytest.raises(ConfigError, match="has no index"):
+        open_images(config, spec, create=True)
+    assert not (tmp_path / "made").exists()

@@ -39,6 +39,9 @@ def violations(config: TrainConfig) -> Iterator[Violation]:
 
 
 def _is_shards(value: Any) -> bool:
+    """A path, a list of these, or {path: SHARDS, index: FOLDER}."""
+    if isinstance(value, dict):
+        return set(value) == {"path", "index"} and all(map(_is_shards, value.values()))
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(isinstance(item, str) and item.strip() for item in items)
 
@@ -50,8 +53,9 @@ def _is_mixture(value: Any) -> bool:
         and bool(value)
         and all(
             isinstance(part, dict)
-            and set(part) <= {"path", "weight"}
+            and set(part) <= {"path", "index", "weight"}
             and _is_shards(part.get("path"))
+            and isinstance(part.get("index", ""), str)
             and isinstance(part.get("weight", 1), int | float)
             and 0 < part.get("weight", 1) < math.inf
             for part in value

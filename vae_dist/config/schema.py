@@ -31,8 +31,9 @@ class DataConfig:
     # neutral: a checkpoint knows the shards by their fingerprint, wherever they lie
     train: Any = knob(
         "???",
-        "training shards: folder of *.tar, brace pattern, URL, or list of these; several data sets "
-        "mixed: [{path: SHARDS, weight: NUMBER}, ...]",
+        "training shards: folder of *.tar, brace pattern, URL, or list of these; with an index "
+        "elsewhere: {path: SHARDS, index: FOLDER}; several data sets mixed: "
+        "[{path: SHARDS, weight: NUMBER}, ...]",
         neutral=True,
     )
     validation: Any = knob("???", "validation shards, given as data.train is", neutral=True)

@@ -241,19 +241,29 @@ def write_index(
 
 
 def load_index(
-    spec: Any, *, key: str, create: bool, progress: Progress | None = None
+    spec: Any, *, key: str, create: bool, progress: Progress | None = None, pipes: bool = True
 ) -> ShardIndex:
     """The index of the shards that `spec` names; with `create`, missing local sidecars are made.
 
-    Over several ranks only the main process creates. Raises ConfigError for shards or sidecars
+    Over several ranks only the main process creates. pipes=False: `spec` was read from a run
+    folder, where it may name no command. Raises ConfigError for shards or sidecars
     that are missing, ShardError (a ConfigError) for those that do not fit together.
     """
     if is_mixture(spec):
         return _joined(
-            [load_index(p["path"], key=key, create=create, progress=progress) for p in spec],
+            [
+                load_index(
+                    {name: value for name, value in part.items() if name != "weight"},
+                    key=key,
+                    create=create,
+                    progress=progress,
+                    pipes=pipes,
+                )
+                for part in spec
+            ],
             [float(part.get("weight", 1)) for part in spec],
         )
-    shards = locate(spec, key=key)
+    shards = locate(spec, key=key, pipes=pipes)
     if create:
         here = [s.path for s in shards if not is_remote(s.path) and s.sidecar == f"{s.path}.idx"]
         errors = [str(e) for e in write_index(here, progress=progress).values() if e is not None]
@@ -338,7 +348,8 @@ def _remote_length_and_bytes(shard: Shard, key: str, spec: Any) -> tuple[int, in
     command = f"`python -m vae_dist.index data='{shown(spec)}' out=FOLDER`"
     if not shard.sidecar or (shard.length is None and not exists(shard.sidecar)):
         raise ConfigError(
-            f"{key}: {shard.path} has no index; make it with {command} and give FOLDER/shards.json"
+            f"{key}: {shard.path} has no index; make it with {command} and give "
+            "{path: SHARDS, index: FOLDER}"
         )
     length, num_bytes = shard.length, shard.num_bytes
     if length is None:

@@ -1,18 +1,23 @@
 """Which shards `data.train` names, where their offsets lie, and what is known of them beforehand.
 
 In: a folder, a brace pattern, a URL of either kind, `pipe:COMMAND`, a wids JSON file
-(`{"shardlist": [{"url", "nsamples"}]}`), or a list of these.
+(`{"shardlist": [{"url", "nsamples"}]}`), a list of these, or `{path: SHARDS, index: FOLDER}` for
+shards elsewhere whose index `python -m vae_dist.index out=FOLDER` wrote.
 Out: `Shard`s in a fixed order. `_info.json` or the wids file says how long the shards are, so that
 a set of many thousand remote shards is opened by one request.
+
+A name that a file or a server gives is relative to the place of that file, or an address of the
+same scheme and host: it can name no command, no other host and no file elsewhere.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from webdataset.shardlists import expand_urls
 
@@ -37,12 +42,21 @@ class Shard(NamedTuple):
     num_bytes: int | None = None
 
 
-def locate(spec: Any, *, key: str) -> list[Shard]:
+def locate(spec: Any, *, key: str, pipes: bool = True) -> list[Shard]:
     """The shards that `spec` stands for; local ones exist.
 
-    `key` is the config key to blame, such as "data.train". Raises ConfigError.
+    `key` is the config key to blame, such as "data.train". pipes=False: `spec` was not given to
+    this process but read from a file, so that it may name no command. Raises ConfigError.
     """
+    if isinstance(spec, Mapping):
+        shards = locate(spec["path"], key=key, pipes=pipes)
+        return _with_index(shards, str(spec["index"]), key) if "index" in spec else shards
     parts = list(spec) if isinstance(spec, list | tuple) else [spec]
+    if not pipes and (commands := [part for part in map(str, parts) if is_pipe(part)]):
+        raise ConfigError(
+            f"{key}={commands[0]}: a run folder's config.yaml may not name a command to run; give "
+            "data='pipe:COMMAND' on the command line if you trust it"
+        )
     shards = [shard for part in parts for shard in _locate_one(part, key)]
     if not shards:
         raise ConfigError(f"{key}={spec!r} names no shard; give a folder that holds *.tar files")
@@ -74,6 +88,8 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
         )
     if os.path.isdir(text):
         shards = sorted(str(path) for path in Path(text).glob("*.tar"))
+        if commands := list(filter(is_pipe, shards)):
+            raise ConfigError(f"{key}={text}: a file is named {commands[0]!r}; rename it")
         if not shards:
             raise ConfigError(
                 f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key, place)}"
@@ -126,7 +142,12 @@ def _remote(text: str, key: str) -> list[Shard]:
     is_folder = not path.endswith(".tar")
     folder = path.rstrip("/") if is_folder else path.rpartition("/")[0]
     known = _info(f"{folder}/_info.json{query}", key, needed=is_folder)
-    urls = [f"{folder}/{name}{query}" for name in known] if is_folder else _expanded(text, key)
+    source = f"{folder}/_info.json"
+    urls = (
+        [beside(name, folder, source=source, key=key) + query for name in known]
+        if is_folder
+        else _expanded(text, key)
+    )
     return [Shard(url, sidecar_of(url), *known.get(name_of(url), ())) for url in urls]
 
 
@@ -173,8 +194,7 @@ def read_info(where: str, *, key: str) -> dict[str, tuple[int, int | None]]:
 def _from_wids(text: str, key: str) -> list[Shard]:
     folder = without_query(text)[0].rpartition("/")[0]
     try:
-        entries = json.loads(read_all(text))["shardlist"]
-        return [_wids_shard(entry, folder) for entry in entries]
+        return [_wids_shard(entry, folder, text, key) for entry in _shardlist(text)]
     except OSError as error:
         raise ConfigError(f"{key}={text}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -183,18 +203,76 @@ def _from_wids(text: str, key: str) -> list[Shard]:
         raise ConfigError(f"{key}={text}: is no wids index ({error!r})") from error
 
 
-def _wids_shard(entry: dict[str, Any], folder: str) -> Shard:
-    url = _beside(str(entry["url"]), folder)
-    sidecar = _beside(str(entry["index"]), folder) if "index" in entry else sidecar_of(url)
+def _shardlist(place: str) -> list[dict[str, Any]]:
+    return list(json.loads(read_all(place))["shardlist"])
+
+
+def _wids_shard(entry: dict[str, Any], folder: str, source: str, key: str) -> Shard:
+    url = beside(str(entry["url"]), folder, source=source, key=key)
+    sidecar = sidecar_of(url)
+    if "index" in entry:
+        sidecar = beside(str(entry["index"]), folder, source=source, key=key)
+    return Shard(url, sidecar, *_known(entry))
+
+
+def _known(entry: dict[str, Any]) -> tuple[int, int | None]:
+    """(samples, bytes) of a shard after its entry in a wids file."""
     num_bytes = entry.get("filesize")
-    return Shard(
-        url, sidecar, int(entry["nsamples"]), None if num_bytes is None else int(num_bytes)
+    return int(entry["nsamples"]), None if num_bytes is None else int(num_bytes)
+
+
+def _with_index(shards: list[Shard], folder: str, key: str) -> list[Shard]:
+    """Shards that the config names, with the lengths and sidecars that `index out=FOLDER` wrote.
+
+    The addresses are those of the config: the file is only asked about them.
+    """
+    place = f"{folder}/shards.json"
+    try:
+        entries = {str(entry["url"]): entry for entry in _shardlist(place)}
+        missing = [shard.path for shard in shards if shard.path not in entries]
+        if missing:
+            raise ConfigError(
+                f"{key}: {place} has no entry for {missing[0]} (of {len(missing)} such shards); "
+                f"make it with `python -m vae_dist.index data='URLS' out={folder}`"
+            )
+        return [
+            Shard(
+                shard.path,
+                beside(str(entries[shard.path]["index"]), folder, source=place, key=key),
+                *_known(entries[shard.path]),
+            )
+            for shard in shards
+        ]
+    except OSError as error:
+        raise ConfigError(f"{key}: {place} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{key}: {place} is no wids index ({error!r})") from error
+
+
+def beside(name: str, folder: str, *, source: str, key: str) -> str:
+    """The place that the file `source` in `folder` names: relative to it, without `..`, or an
+    address of its scheme and host. Raises ConfigError for every other name."""
+    if "://" in name and "::" not in name:
+        its, ours = urlsplit(name), urlsplit(folder)
+        if "://" in folder and (its.scheme, its.netloc) == (ours.scheme, ours.netloc):
+            return name
+    relative = not (
+        "://" in name
+        or "::" in name
+        or is_pipe(name)
+        or name.startswith("file:")
+        or os.path.isabs(name)
+        or ".." in name.replace("\\", "/").split("/")
     )
-
-
-def _beside(name: str, folder: str) -> str:
-    absolute = is_remote(name) or os.path.isabs(name) or not folder
-    return name if absolute else f"{folder}/{name}"
+    if not relative:
+        raise ConfigError(
+            f"{key}: {source} names {name!r}; a file of shards may name only files beside or below "
+            "it, or addresses of its own host. Give other shards in the config itself; where "
+            "`python -m vae_dist.index` indexed them, as {path: SHARDS, index: FOLDER}"
+        )
+    return f"{folder}/{name}" if folder else name
 
 
 def shown(spec: Any) -> str:

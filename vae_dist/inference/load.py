@@ -104,7 +104,7 @@ def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "dat
     if create and not data and config.data.bundled == "digits":
         make_digits(Path(config.data.train).parent)
     spec, key = (data, key) if data else (config.data.validation, "data.validation")
-    index = load_index(spec, key=key, create=create)
+    index = load_index(spec, key=key, create=create, pipes=key == "data")
     settings = image_settings(
         index,
         channels=config.data.channels,
