@@ -34,10 +34,10 @@ VERBS = {
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset(VERBS | {"upload"}),
     frozenset({"training", "evaluation", "inference", "packing"})
-    | {"session", "assembly", "pictures", "plan", "microbatch", "estimate", "reporting"},
+    | {"microbatch", "estimate", "reporting"},
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
-    frozenset({"distributed", "randomness", "files"}) | {"abstract", "compilation", "sharding"},
+    frozenset({"distributed", "randomness", "files"}) | {"abstract", "sharding"},
     frozenset({"config", "heap"}),
 )
 

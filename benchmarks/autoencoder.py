@@ -52,12 +52,12 @@ from benchmarks.setting import (
     train,
 )
 from benchmarks.turns import Arm, Finished, Turn, take_turns
-from vae_dist.assembly import training_stream
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch, EvaluationStream
 from vae_dist.evaluation.reconstruction import psnr_db
 from vae_dist.inference.sampling import reconstruct
 from vae_dist.tracking.images import grid, save_png
+from vae_dist.training.build import training_stream
 from vae_dist.training.loop import Trainer
 
 OPTIONS = {

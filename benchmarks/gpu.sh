@@ -190,7 +190,7 @@ shards("", Path(sys.argv[1]), size=(300, 280), num_images=128)' "$shards"
   nproc
   nvidia-smi 2>/dev/null || echo "no nvidia-smi"
   "$python" -c 'import torch; from benchmarks.report import machine
-from vae_dist.compilation import compiler_problem
+from vae_dist.training.compile import compiler_problem
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print(machine(), "compilation:", compiler_problem(device) or "nothing is lacking", sep="\n")'
 } 2>&1 | tee "$out/machine.log" | tail -n 4

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from benchmarks.setting import Setting, make_setting
-from vae_dist.assembly import training_stream
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import EvaluationStream
 from vae_dist.distributed import Runtime
@@ -32,11 +31,11 @@ from vae_dist.evaluation.run import evaluate
 from vae_dist.inference.sampling import prior_latents, reconstruct
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
-from vae_dist.plan import Data
 from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import grid, save_png, to_uint8
-from vae_dist.training.ema import Ema
-from vae_dist.training.optimizer import build_optimizer
+from vae_dist.training.build import training_stream
+from vae_dist.training.optimizer import Ema, build_optimizer
+from vae_dist.training.plan import Data
 from vae_dist.training.step import TrainingStep
 
 COLUMNS = 12  # images of a strip

@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vae_dist.assembly import build_trainer, training_stream, with_perceptual_kind
-from vae_dist.compilation import COMPILED
 from vae_dist.config import automatic
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Batch
 from vae_dist.data.writer import write_shards
 from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
-from vae_dist.plan import Data
 from vae_dist.run.folder import RunFolder
-from vae_dist.session import _with_data
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
+from vae_dist.training.build import build_trainer, training_stream, with_perceptual_kind
+from vae_dist.training.compile import COMPILED
 from vae_dist.training.loop import Trainer
+from vae_dist.training.plan import Data
 from vae_dist.training.preemption import StopRequest
+from vae_dist.training.setup import _with_data
 from vae_dist.training.signals import StopSignals
 from vae_dist.training.watch import RankWatch
 

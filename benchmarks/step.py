@@ -45,14 +45,14 @@ from benchmarks.setting import (
     synchronize,
     train,
 )
-from vae_dist.assembly import compile_as_asked, training_stream
 from vae_dist.data.stream import Batch
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
-from vae_dist.plan import peak_images_per_second
+from vae_dist.training.build import compile_as_asked, training_stream
 from vae_dist.training.loop import Trainer
 from vae_dist.training.optimizer import build_optimizer
+from vae_dist.training.plan import peak_images_per_second
 
 GOAL = 0.97
 

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with StopSignals() as signals:
             _say_what_takes_time(config)
-            from vae_dist.session import run_session  # torch, once the config is right
+            from vae_dist.training.setup import run_session  # torch, once the config is right
 
             return run_session(config, signals)
     except ConfigError as error:  # the same on all ranks

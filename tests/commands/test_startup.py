@@ -56,10 +56,10 @@ def test_config_errors_need_no_torch(tmp_path):
 )
 def test_training_says_what_it_waits_for(overrides, rank, loaded, said, monkeypatch, capsys):
     """On the main process, where torch is not loaded yet, once the config is found right."""
-    session = types.ModuleType("vae_dist.session")
+    session = types.ModuleType("vae_dist.training.setup")
     heard = []
     session.run_session = lambda *_: heard.append(capsys.readouterr()) or 0
-    monkeypatch.setitem(sys.modules, "vae_dist.session", session)
+    monkeypatch.setitem(sys.modules, "vae_dist.training.setup", session)
     monkeypatch.setenv("RANK", rank)
     if not loaded:
         monkeypatch.delitem(sys.modules, "torch", raising=False)

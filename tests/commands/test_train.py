@@ -19,12 +19,12 @@ from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
 from vae_dist.models.blocks import Block
-from vae_dist.pictures import RunPainter
 from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.run.folder import RunFolder
 from vae_dist.sharding import load_full
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
+from vae_dist.training.images import RunPainter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -273,7 +273,7 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
     def fails(*arguments: object) -> None:
         raise ValueError("no model")
 
-    monkeypatch.setattr("vae_dist.session.build_trainer", fails)
+    monkeypatch.setattr("vae_dist.training.setup.build_trainer", fails)
     monkeypatch.setattr(JsonlSink, "close", lambda self, status: closed.append(status))
     with pytest.raises(ValueError, match="no model"):
         main(arguments(tmp_path / "run", digits))
@@ -285,7 +285,8 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
 def test_what_is_compiled_is_what_was_asked_for(tmp_path, digits, capfd, monkeypatch, value, parts):
     asked = []
     monkeypatch.setattr(
-        "vae_dist.assembly.compile_towers", lambda model, **options: asked.append(options["parts"])
+        "vae_dist.training.build.compile_towers",
+        lambda model, **options: asked.append(options["parts"]),
     )
     words = ("training.steps=1", f"runtime.compile={value}")
     assert main(arguments(tmp_path / "run", digits, *words)) == 0

@@ -12,8 +12,7 @@ from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
 from vae_dist.sharding import full_value, local_part
-from vae_dist.training.ema import Ema
-from vae_dist.training.optimizer import build_optimizer, optimizer_tensors
+from vae_dist.training.optimizer import Ema, build_optimizer, optimizer_tensors
 from vae_dist.training.step import TrainingStep
 
 Outcome = tuple[list[float], dict[str, torch.Tensor], list[float], int, int]

@@ -6,21 +6,21 @@ import os
 import pytest
 
 from tests.support.training import status, train
-from vae_dist import assembly, session
 from vae_dist.config.errors import ConfigError
 from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
 from vae_dist.run.folder import RunFolder
+from vae_dist.training import build, setup
 
 TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file")
 WRONG = ConfigError("the shards are others here")
 CASES = {  # where it is, the name, the rank that fails, its error, and what all say
-    "config of the run": (session, "as_in_run_folder", 1, WRONG, "rank 1: the shards"),
-    "second read of the index": (assembly, "_both_indexes", 1, WRONG, "rank 1: the shards"),
+    "config of the run": (setup, "as_in_run_folder", 1, WRONG, "rank 1: the shards"),
+    "second read of the index": (build, "_both_indexes", 1, WRONG, "rank 1: the shards"),
     "checkpoint": (Checkpoints, "load", 1, TORN, "rank 1: step_00000002/model.safetensors is"),
-    "identity of the shards": (session, "check_identity", 1, WRONG, "rank 1: the shards"),
-    "weights to restore": (session, "_restore", 1, WRONG, "rank 1: the shards"),
-    "environment.json": (assembly, "add_session", 0, FULL, "/run/file: No space left on device"),
+    "identity of the shards": (setup, "check_identity", 1, WRONG, "rank 1: the shards"),
+    "weights to restore": (setup, "_restore", 1, WRONG, "rank 1: the shards"),
+    "environment.json": (build, "add_session", 0, FULL, "/run/file: No space left on device"),
     "config.yaml": (RunFolder, "write_config", 0, FULL, "/run/file: No space left on device"),
     "lock": (RunFolder, "write_token", 0, FULL, "/run/file: No space left on device"),
 }
@@ -64,7 +64,7 @@ def test_an_error_of_one_rank_before_training_ends_all(begun, digits, monkeypatc
 def test_weights_to_begin_with_that_one_rank_cannot_read(
     begun, digits, tmp_path, monkeypatch, capfd
 ):
-    fails_on(monkeypatch, session, "initial_weights", 1, ConfigError("init_from=: no such file"))
+    fails_on(monkeypatch, setup, "initial_weights", 1, ConfigError("init_from=: no such file"))
     options = ("training.steps=4", f"init_from={begun}", *QUIET)
     assert train(tmp_path / "run", digits, *options, world=2) == [2, 2]
     assert "rank 1: init_from=: no such file" in capfd.readouterr().err
@@ -72,7 +72,7 @@ def test_weights_to_begin_with_that_one_rank_cannot_read(
 
 
 def test_what_nobody_foresaw_on_one_rank_is_named_by_the_others(begun, digits, monkeypatch, capfd):
-    fails_on(monkeypatch, session, "check_identity", 1, KeyError("a bug"))
+    fails_on(monkeypatch, setup, "check_identity", 1, KeyError("a bug"))
     with pytest.raises(AssertionError, match=r"rank 1:[^$]*KeyError: 'a bug'"):
         train(begun, digits, "training.steps=4", "runtime.timeout_s=20", *QUIET, world=2)
     assert "failed: rank 1: KeyError: 'a bug'" in capfd.readouterr().out

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.support.distributed import run_ranks
-from vae_dist import session
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import newest_checkpoint
+from vae_dist.training import setup
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.signals import StopSignals
 from vae_dist.training.watch import RankWatch
@@ -44,7 +44,7 @@ def open_folders(paths: list[Path]) -> str:
     try:
         stop = StopRequest(runtime, StopSignals())
         watch = RankWatch(runtime, timeout_s=60, on_lost=print)
-        with session._locked(folder, runtime, stop, watch) as is_ours:
+        with setup._locked(folder, runtime, stop, watch) as is_ours:
             assert is_ours and folder.session
             return "opened"
     except ConfigError as error:
@@ -75,7 +75,7 @@ def refuse_while_another_waits(path: Path) -> tuple[bool, bool, bool]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="refused"):
         patch.setattr(RunLock, "release", release_and_be_overtaken)
         watch = RankWatch(runtime, timeout_s=60, on_lost=print)
-        with session._locked(folder, runtime, StopRequest(runtime, StopSignals()), watch):
+        with setup._locked(folder, runtime, StopRequest(runtime, StopSignals()), watch):
             raise ConfigError("refused")
     found = (other.images.is_dir(), other.checkpoints.folder.is_dir(), other.lock_path.exists())
     others_lock.release()
@@ -95,5 +95,5 @@ def open_and_close(path: Path) -> None:
     runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
     watch = RankWatch(runtime, timeout_s=60, on_lost=print)
     stop = StopRequest(runtime, StopSignals())
-    with session._locked(RunFolder(path), runtime, stop, watch):
+    with setup._locked(RunFolder(path), runtime, stop, watch):
         assert path.exists()

@@ -12,8 +12,7 @@ from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
 from vae_dist.data.stream import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
-from vae_dist.training.ema import Ema
-from vae_dist.training.optimizer import build_optimizer
+from vae_dist.training.optimizer import Ema, build_optimizer
 from vae_dist.training.step import StepReport, TrainingStep
 
 BATCH_SIZE, SLOTS = 16, 8

@@ -7,12 +7,12 @@ import torch
 
 from tests.evaluation.test_run import batches, tiny_model
 from tests.support.devices import DEVICES, runtime_on
-from vae_dist.compilation import use_tensor_float_32
 from vae_dist.evaluation.frechet import FrechetMeter
 from vae_dist.evaluation.importance import ImportanceMeter
 from vae_dist.evaluation.meter import Meter
 from vae_dist.evaluation.reconstruction import ReconstructionMeter, psnr_db
 from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.training.compile import use_tensor_float_32
 
 
 def result_on(device: str, **keys: str) -> EvaluationResult:

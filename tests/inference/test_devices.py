@@ -7,12 +7,12 @@ import torch
 
 from tests.evaluation.test_run import tiny_model
 from tests.support.devices import DEVICES
-from vae_dist.compilation import use_tensor_float_32
 from vae_dist.inference import tiles
 from vae_dist.inference.imputation import Incomplete, impute
 from vae_dist.inference.sampling import posteriors, reconstruct, sample_prior
 from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
 from vae_dist.models.vae import VAE
+from vae_dist.training.compile import use_tensor_float_32
 
 SIZE = (6, 5)
 

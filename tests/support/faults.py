@@ -23,14 +23,14 @@ import torch
 
 from tests.support.distributed import become_rank, free_port
 from tests.support.training import status
-from vae_dist import session  # imported before any fork
 from vae_dist.data.stream import Batch
 from vae_dist.run import checkpoint
 from vae_dist.train import main
+from vae_dist.training import setup  # imported before any fork
 from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.watch import RankWatch
 
-assert session  # what the command would import in each process
+assert setup  # what the command would import in each process
 
 
 class Ranks:

@@ -1,4 +1,4 @@
-"""A step put together as vae_dist.assembly does it, without data, folder and loop."""
+"""A step put together as vae_dist.training.build does it, without data, folder and loop."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import copy
 
 from torch import nn
 
-from vae_dist.assembly import build_picture_terms
-from vae_dist.compilation import compile_towers, lay_out, num_shapes, use_tensor_float_32
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
-from vae_dist.training.ema import Ema
-from vae_dist.training.optimizer import build_optimizer, freeze_encoder
+from vae_dist.training.build import build_picture_terms
+from vae_dist.training.compile import compile_towers, lay_out, num_shapes, use_tensor_float_32
+from vae_dist.training.optimizer import Ema, build_optimizer, freeze_encoder
 from vae_dist.training.step import TrainingStep
 
 

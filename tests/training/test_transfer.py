@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vae_dist.data.stream import Batch, Group
-from vae_dist.training.transfer import Transfer
+from vae_dist.training.step import Transfer
 
 
 def batch(*, pin: bool) -> Batch:

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from vae_dist.compilation import exact_float32
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.stream import EvaluationBatch
 from vae_dist.distributed import Runtime
@@ -31,6 +30,7 @@ from vae_dist.evaluation.meter import Inputs, Meter, Report, Seen, mean_and_erro
 from vae_dist.models.latent_moments import LatentStatistics
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
+from vae_dist.training.compile import exact_float32
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vae_dist.compilation import use_tensor_float_32
 from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -28,6 +27,7 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import load_checkpoint
 from vae_dist.run.folder import RunFolder
+from vae_dist.training.compile import use_tensor_float_32
 
 
 class LoadedModel(NamedTuple):

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
+import psutil
 import torch
+from torch import nn
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -24,16 +28,56 @@ from vae_dist.run.checkpoint import Checkpoint
 from vae_dist.run.folder import RunFolder
 from vae_dist.sharding import full_value, load_full
 from vae_dist.tracking.machine import UpdateRatio, memory_row
+from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.sinks import ConsoleSink, Sink, say
 from vae_dist.tracking.throughput import Meter
 from vae_dist.training.divergence import check_equal_over_ranks
 from vae_dist.training.guard import SkipGuard, TrainingFailed
-from vae_dist.training.hooks import Evaluator, Painter, Row, is_due
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.saving import TAKEN_OVER, CheckpointWriter
-from vae_dist.training.startup import Startup
 from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.watch import RankWatch
+
+Row = dict[str, Value]
+
+
+class Evaluator(Protocol):
+    """Metrics of the averaged model, the same on every rank; None when a stop was agreed on."""
+
+    def __call__(self, model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None: ...
+
+
+class Painter(Protocol):
+    """Draws picture grids of the averaged model. Called on the main process alone."""
+
+    def __call__(self, model: nn.Module, step: int, metrics: Row) -> None: ...
+
+    def close(self) -> None:
+        """Wait, not for ever, for what is still being written."""
+        ...
+
+
+def is_due(step: int, every: int, last_step: int) -> bool:
+    """Every `every` steps and after the last one; every=0 means after the last one alone."""
+    return step == last_step or (every > 0 and step > 0 and step % every == 0)
+
+
+class Startup:
+    """Where the time to the first step goes, from the start of the process: `mark(what)` at the end
+    of each part; `line()` says them all."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = psutil.Process(os.getpid()).create_time()
+        self._parts: list[tuple[str, float]] = []
+
+    def mark(self, what: str) -> None:
+        now = time.time()
+        self._parts.append((what, now - self._last))
+        self._last = now
+
+    def line(self) -> str:
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self._parts)
+        return f"first step after {self._last - self._begun:.1f} s: {parts}"
 
 
 class Trainer:

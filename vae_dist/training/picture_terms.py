@@ -17,13 +17,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from vae_dist.compilation import exact_float32
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.stream import Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives.perceptual import PerceptualTerm
-from vae_dist.training.adversary import Adversary
+from vae_dist.training.adversarial import Adversary
+from vae_dist.training.compile import exact_float32
 
 
 class PictureTerms:

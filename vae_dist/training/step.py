@@ -28,16 +28,15 @@ from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.sharding import load_full
-from vae_dist.training.adversary import Adversary
-from vae_dist.training.ema import Ema
+from vae_dist.training.adversarial import Adversary
 from vae_dist.training.guard import SpikeGuard
 from vae_dist.training.optimizer import (
+    Ema,
     load_optimizer_tensors,
     optimizer_tensors,
     scale_and_clip,
 )
 from vae_dist.training.picture_terms import PictureTerms
-from vae_dist.training.transfer import Transfer
 
 
 class StepReport(NamedTuple):
@@ -82,6 +81,42 @@ class LossScale:
     def load_state(self, state: dict[str, float]) -> None:
         self.scale.fill_(state["loss_scale"])
         self.good_steps.fill_(state["good_steps"])
+
+
+class Transfer:
+    """Callable: `batch -> batch`, whose tensors may be used on the current stream at once.
+
+    A batch in pinned memory is copied beside the computation of the step before. The host runs
+    ahead of a CUDA device: the copy goes on a stream of its own, which the copy engine serves
+    meanwhile, and the computing stream waits for it on the device. Pinned memory is not given out
+    again before the copy is done: torch's caching allocator of pinned memory sees to that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            groups = tuple(self._moved(group) for group in batch.groups)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for group in groups:
+            for tensor in (group.images, group.masks):
+                if tensor is not None:
+                    # its memory belongs to the copying stream and is used on the other one
+                    tensor.record_stream(computing)
+        return batch._replace(groups=groups)
+
+    def _moved(self, group: Group) -> Group:
+        """Labels stay: some of them may be hidden, by draws on the host."""
+        images = group.images.to(self._device, non_blocking=True)
+        masks = group.masks
+        if masks is not None:
+            masks = masks.to(self._device, non_blocking=True)
+        return group._replace(images=images, masks=masks)
 
 
 class TrainingStep:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from vae_dist import plan
 from vae_dist.config.schema import TrainConfig
-from vae_dist.plan import _arithmetic, _unusual_epochs
+from vae_dist.training import plan
+from vae_dist.training.plan import _arithmetic, _unusual_epochs
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from vae_dist.assembly import (
-    build_trainer,
-    check_image_sizes,
-    load_data,
-    open_sinks,
-    training_stream,
-    with_perceptual_kind,
-)
-from vae_dist.compilation import COMPILED, compiler_problem, resolve_compilation
 from vae_dist.config import automatic
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -33,7 +24,6 @@ from vae_dist.data.workers import LoaderDied, deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, StoppedWaiting, computes_bf16, has_accelerator
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
 from vae_dist.models.build import build_vae
-from vae_dist.plan import Data, costs, largest_size, plan
 from vae_dist.run.checkpoint import Checkpoint, Tensors, step_name
 from vae_dist.run.folder import EXIT_INTERRUPTED, RunFolder, RunLock
 from vae_dist.run.resume import (
@@ -44,12 +34,21 @@ from vae_dist.run.resume import (
     newest_checkpoint,
 )
 from vae_dist.tracking.sinks import Sink, WandbSink, say
+from vae_dist.training.build import (
+    build_trainer,
+    check_image_sizes,
+    load_data,
+    open_sinks,
+    training_stream,
+    with_perceptual_kind,
+)
+from vae_dist.training.compile import COMPILED, compiler_problem, resolve_compilation
 from vae_dist.training.ending import Ending
 from vae_dist.training.guard import TrainingFailed
-from vae_dist.training.loop import Trainer
+from vae_dist.training.loop import Startup, Trainer
+from vae_dist.training.plan import Data, costs, largest_size, plan
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.signals import StopSignals
-from vae_dist.training.startup import Startup
 from vae_dist.training.watch import RankWatch
 
 LOCK_PAUSE_S = 1.0  # between two looks at a lock whose holder may be dead

@@ -16,10 +16,10 @@ from vae_dist.data.reader import image_settings
 from vae_dist.data.writer import write_shards
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
-from vae_dist.pictures import RunPainter
-from vae_dist.plan import Data
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import to_uint8
+from vae_dist.training.images import RunPainter
+from vae_dist.training.plan import Data
 
 NUM_IMAGES = 12  # in the shards; the grids search the first 10
 LABELS = [0, 1, 2]
@@ -104,7 +104,7 @@ def greys(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def test_every_grid_has_its_words(tmp_path: Path, data: Data, model: VAE, monkeypatch) -> None:
-    monkeypatch.setattr("vae_dist.pictures.NUM_SEARCHED", 10)
+    monkeypatch.setattr("vae_dist.training.images.NUM_SEARCHED", 10)
     captions = paint(tmp_path, data, model, 5)
     assert set(captions) == {
         *("samples", "reconstructions", "interpolations", "traversals", "by_class", "worst")
@@ -131,7 +131,7 @@ def test_reconstructions_are_of_the_first_images(
 def test_the_worst_come_first(
     tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor, monkeypatch
 ) -> None:
-    monkeypatch.setattr("vae_dist.pictures.NUM_SEARCHED", 10)
+    monkeypatch.setattr("vae_dist.training.images.NUM_SEARCHED", 10)
     captions = paint(tmp_path, data, model, 5)
     with torch.inference_mode():
         images = model.likelihood.prepare(levels[:10], None)

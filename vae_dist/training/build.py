@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import nn
 
-from vae_dist.compilation import COMPILED, compile_towers, lay_out, num_shapes, use_tensor_float_32
 from vae_dist.config.automatic import default_slots, has_buckets
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -39,18 +38,23 @@ from vae_dist.objectives.perceptual import (
     folder_of,
     smallest_side,
 )
-from vae_dist.pictures import RunPainter
-from vae_dist.plan import Data, peak_images_per_second
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
 from vae_dist.tracking.tensorboard_sink import TensorBoardSink
-from vae_dist.training.adversary import Adversary
-from vae_dist.training.ema import Ema
-from vae_dist.training.hooks import Row
-from vae_dist.training.loop import Trainer
-from vae_dist.training.optimizer import build_optimizer, freeze_encoder
+from vae_dist.training.adversarial import Adversary
+from vae_dist.training.compile import (
+    COMPILED,
+    compile_towers,
+    lay_out,
+    num_shapes,
+    use_tensor_float_32,
+)
+from vae_dist.training.images import RunPainter
+from vae_dist.training.loop import Row, Trainer
+from vae_dist.training.optimizer import Ema, build_optimizer, freeze_encoder
 from vae_dist.training.picture_terms import PictureTerms
+from vae_dist.training.plan import Data, peak_images_per_second
 from vae_dist.training.step import TrainingStep
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vae_dist.compilation import COMPILED, compiler_problem
 from vae_dist.config.automatic import divisors
 from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
@@ -21,6 +20,7 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.words import added_terms_in_words
 from vae_dist.tracking.machine import peak_flops
+from vae_dist.training.compile import COMPILED, compiler_problem
 
 # the shipped configs take 10 to 135 epochs of their data
 MANY_EPOCHS = 1000

@@ -12,17 +12,17 @@ from tests.distributed.test_step import IWAE, batch, config
 from tests.support.adversarial import adversarial_config, adversarial_step, picture_batch
 from tests.support.distributed import run_ranks
 from tests.support.steps import make_step
-from vae_dist.compilation import (
-    compiler_problem,
-    num_shapes,
-    resolve_compilation,
-    uncompiled,
-)
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
+from vae_dist.training.compile import (
+    compiler_problem,
+    num_shapes,
+    resolve_compilation,
+    uncompiled,
+)
 from vae_dist.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,

@@ -26,13 +26,13 @@ from vae_dist.inference.sampling import posteriors, sample_classes, sample_prior
 from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
 from vae_dist.models.prior import drawn_labels
 from vae_dist.models.vae import VAE
-from vae_dist.plan import Data
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.background import Picture, PictureWriter
 from vae_dist.tracking.history import picture_caption
 from vae_dist.tracking.images import grid, side_by_side, to_uint8, with_holes
 from vae_dist.tracking.metrics import Value, format_number
 from vae_dist.tracking.sinks import Sink
+from vae_dist.training.plan import Data
 
 NUM_SEARCHED = 256  # validation images among which the worst and the classes are found
 SEARCHED_BYTES = 2**27  # of these, for large images
