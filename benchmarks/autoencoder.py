@@ -76,7 +76,7 @@ OPTIONS = {
     "adversarial.start_step=800 adversarial.warmup_steps=200 adversarial.ramp_steps=300 "
     "adversarial.channels=32",
     "shortcuts_keys": "model.latent_channels=32 model.patch=2 model.channels=[128,256,512,512] "
-    "model.blocks=[2,2,4,4] model.shortcuts=true",
+    "model.blocks=[2,2,4,4] model.dc_shortcuts=true",
     "arm": "",  # of the process that trains: the folder of its files
 }
 BUDGET = (
@@ -181,7 +181,7 @@ def peer_problem(config: TrainConfig) -> str:
             ("model.latent", config.model.latent, config.model.latent == "spatial"),
             ("model.patch", config.model.patch, config.model.patch == 1),
             ("model.blocks", config.model.blocks, isinstance(config.model.blocks, int)),
-            ("model.shortcuts", True, not getattr(config.model, "shortcuts", False)),
+            ("model.dc_shortcuts", True, not getattr(config.model, "dc_shortcuts", False)),
         )
         if not same
     ]

@@ -98,7 +98,7 @@ photos=()
 [[ -n ${PHOTOS:-} ]] && photos=("data=$PHOTOS")
 bound=(perceptual.kind=none adversarial.weight=0)
 # decoding counts: nothing is kept decoded; both sides of a comparison get the same microbatch
-loading=(data.workers=12 data.keep_bytes=0)
+loading=(data.workers=12 data.cache_bytes=0)
 sixteen=(training.microbatch_size=16)
 slice=(rounds=3 steps=5 warmup=3 "${photos[@]}" bare_compile=towers)
 small=(rounds=5 steps=100 warmup=50 "${photos[@]}")
@@ -115,7 +115,7 @@ if [[ -n ${SMALL:-} ]]; then
   small=(rounds=1 steps=1 warmup=1 model.norm_groups=4 "model.channels=[8,8,8,8]" data.workers=0)
   profiled=(steps=1 warmup=1 "${narrow[@]}")
   turns=(seconds=1 turn_s=0.5 threads=1
-    "shortcuts_keys=model.patch=2 model.channels=[8,8,8,8] model.shortcuts=true")
+    "shortcuts_keys=model.patch=2 model.channels=[8,8,8,8] model.dc_shortcuts=true")
   loading=()
   sixteen=("${narrow[@]}")
   batch=()

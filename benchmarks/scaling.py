@@ -7,7 +7,7 @@ processes take steps of n times as many. Each arm is a real `accelerate launch` 
 that many processes (gloo and one thread each on a CPU, unless runtime.threads= says otherwise; NCCL
 where there are GPUs); arms take turns, one round after the other. `n alone` are n launches of one
 process at the same time, which share the machine but not a model: the limit that the hardware sets.
-Before the clock starts come `warmup` steps: processes decode what they keep (`data.keep_bytes`)
+Before the clock starts come `warmup` steps: processes decode what they keep (`data.cache_bytes`)
 when they first see it, and one of two sees half of an epoch's images.
 Keys are those of a training run (default config=mnist; its digits are made where they are missing).
 Out: images/s, and the efficiency, images/s of a process over those of a process alone: medians over

@@ -7,7 +7,7 @@
 for log.jsonl and W&B's offline queue as often as the config says. `bare` is a loop around the same
 module, with the same precision, batch, fused AdamW, learning rate, average and clipping, on images
 that lie in memory as bytes, and noise drawn in one call. Both take turns in one run: a slice is
-`steps` optimizer steps of each. A data set that has room in `data.keep_bytes` is decoded once, in
+`steps` optimizer steps of each. A data set that has room in `data.cache_bytes` is decoded once, in
 the slices before the first round (`warmup`), whose ratio is printed apart.
 
 data=FOLDER: photographs as `pack` writes them (else synthetic JPEGs). On a CPU all but mnist run at

@@ -111,8 +111,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "runtime.compile=blocks needs runtime.parallel=ddp (towers that FSDP cuts",
     ),
     (
-        {"runtime__compile": "blocks", "model__towers": "dense", "model__latent": "vector"},
-        "runtime.compile=blocks finds none in model.towers=dense; use true",
+        {"runtime__compile": "blocks", "model__arch": "dense", "model__latent": "vector"},
+        "runtime.compile=blocks finds none in model.arch=dense; use true",
     ),
     ({"data__resolution": [64]}, "data.resolution=[64] is none of"),
     ({"data__resolution": 0}, "data.resolution=0 is none of"),

@@ -61,7 +61,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (ON | {"adversarial__lr": 0.0}, "adversarial.lr=0 must be more than 0"),
     (ON | {"adversarial__start_step": 9000}, "leave no step of training.steps=10000"),
     (
-        ON | {"model__towers": "dense", "model__latent": "vector"},
+        ON | {"model__arch": "dense", "model__latent": "vector"},
         "adversarial.weight=0.5 needs convolutional towers",
     ),
     (ON | {"data__mask": "half"}, "adversarial.weight compares whole pictures, and data.mask=half"),

@@ -96,7 +96,7 @@ def test_a_variance_for_each_pixel_is_cut_off(
 def test_what_the_format_has_no_place_for_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = spatial_config(patch=2, shortcuts=True, num_classes=4, blocks=[1, 1, 2])
+    config = spatial_config(patch=2, dc_shortcuts=True, num_classes=4, blocks=[1, 1, 2])
     config.model.latent_channels = 4
     config.likelihood.kind = "discretized_logistic_mixture"
     config.data.mask = "member"
@@ -105,7 +105,7 @@ def test_what_the_format_has_no_place_for_is_named(
     errors = capsys.readouterr().err
     for words in (
         "model.patch=2",
-        "model.shortcuts=true",
+        "model.dc_shortcuts=true",
         "model.num_classes=4",
         "model.blocks=[1, 1, 2]",
         "likelihood.kind=discretized_logistic_mixture",

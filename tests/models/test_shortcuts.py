@@ -53,7 +53,7 @@ def test_a_shortcut_up_undoes_a_shortcut_down_where_nothing_is_averaged() -> Non
 
 
 def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none() -> None:
-    model = build_vae(small("spatial", shortcuts=True), (16, 16))
+    model = build_vae(small("spatial", dc_shortcuts=True), (16, 16))
     assert model.quant_conv is None and model.post_quant_conv is None
     last: list[Tensor] = []
     model.encoder.mid_block.register_forward_hook(lambda *args: last.append(args[-1]))
@@ -71,7 +71,7 @@ def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none() -> None:
 
 
 def test_widths_change_with_the_resolution_and_every_parameter_learns() -> None:
-    config = small("spatial", shortcuts=True, channels=[8, 16, 32], blocks=[1, 2, 3])
+    config = small("spatial", dc_shortcuts=True, channels=[8, 16, 32], blocks=[1, 2, 3])
     model = build_vae(config, (16, 16))
     assert not any("conv_shortcut" in name for name in model.state_dict())
     assert [len(level.resnets) for level in model.encoder.down_blocks] == [1, 2, 3]
@@ -93,12 +93,12 @@ def test_widths_change_with_the_resolution_and_every_parameter_learns() -> None:
     [
         ({"channels": [8, 24], "latent_channels": 4}, "no shortcut from 8 to 24 channels"),
         ({"channels": [8, 16], "latent_channels": 3}, "model.latent_channels=3 does not divide"),
-        ({"channels": [8, 16], "shortcuts": False, "blocks": [1]}, "each of the 2 levels"),
-        ({"channels": [8, 16], "shortcuts": False, "blocks": 0}, "must be a positive count"),
+        ({"channels": [8, 16], "dc_shortcuts": False, "blocks": [1]}, "each of the 2 levels"),
+        ({"channels": [8, 16], "dc_shortcuts": False, "blocks": 0}, "must be a positive count"),
     ],
 )
 def test_what_does_not_fit_is_said(model: dict[str, Any], words: str) -> None:
-    config = small("spatial", **{"shortcuts": True, **model})
+    config = small("spatial", **{"dc_shortcuts": True, **model})
     config.data.train = config.data.validation = "shards"
     found = problems(config)
     assert len(found) == 1 and words in found[0]
@@ -108,9 +108,9 @@ def test_what_does_not_fit_is_said(model: dict[str, Any], words: str) -> None:
     ("latent", "model"),
     [
         ("spatial", {}),
-        ("spatial", {"shortcuts": True}),
+        ("spatial", {"dc_shortcuts": True}),
         ("vector", {}),
-        ("vector", {"towers": "dense"}),
+        ("vector", {"arch": "dense"}),
     ],
 )
 def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, model: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def gradients(model: VAE, size: tuple[int, int]) -> tuple[dict[str, Tensor], int
 def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts: bool) -> None:
     outcomes = []
     for on in (False, True):
-        config = small("spatial", "per_pixel", shortcuts=shortcuts, gradient_checkpointing=on)
+        config = small("spatial", "per_pixel", dc_shortcuts=shortcuts, gradient_checkpointing=on)
         model = build_vae(config, (32, 32))
         away_from_zero(model)
         outcomes.append(gradients(model, (32, 32)))

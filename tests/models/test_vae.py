@@ -247,7 +247,7 @@ def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
 
 
 def test_dense_towers_have_the_textbook_shapes() -> None:
-    config = small("vector", "per_pixel", towers="dense", channels=[32, 16])
+    config = small("vector", "per_pixel", arch="dense", channels=[32, 16])
     model = build_vae(config, (6, 5))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
     assert shapes == {
@@ -266,7 +266,7 @@ def test_dense_towers_have_the_textbook_shapes() -> None:
 
 
 def test_dense_towers_are_told_the_label() -> None:
-    config = small("vector", "bernoulli", towers="dense", channels=[16], num_classes=3)
+    config = small("vector", "bernoulli", arch="dense", channels=[16], num_classes=3)
     model = build_vae(config, (6, 5))
     away_from_zero(model)
     images, noise = inputs(model, 2, 1, (6, 5))

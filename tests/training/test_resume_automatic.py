@@ -57,9 +57,9 @@ def test_a_run_from_before_the_added_terms_goes_on(tmp_path: Path) -> None:
         ("objective", "latent_noise"),
         ("training", "train_only"),
         ("model", "initial_sigma"),
-        ("model", "shortcuts"),
+        ("model", "dc_shortcuts"),
         ("runtime", "compile"),
-        ("data", "keep_bytes"),
+        ("data", "cache_bytes"),
     ):
         del old[section][key]
     folder.config_path.write_text(yaml.safe_dump(old))

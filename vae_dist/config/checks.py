@@ -168,24 +168,24 @@ def _model(config: TrainConfig) -> Iterator[Violation]:
     model = config.model
     if not model.channels or not all(map(is_count, model.channels)):
         yield rule("model.channels", model.channels, "must be one positive width for each level")
-    elif model.towers == "dense":
+    elif model.arch == "dense":
         if model.latent != "vector":
             yield Violation(
-                ("model.towers", "model.latent"),
-                "model.towers=dense has a latent vector: set model.latent=vector",
+                ("model.arch", "model.latent"),
+                "model.arch=dense has a latent vector: set model.latent=vector",
             )
         for name in (
             "model.patch",
             "model.blocks",
-            "model.shortcuts",
+            "model.dc_shortcuts",
             "model.attention",
             "model.norm_groups",
             "model.gradient_checkpointing",
         ):
-            yield from _ignored(config, name, "model.towers=dense")
+            yield from _ignored(config, name, "model.arch=dense")
         if config.runtime.compile == "blocks":
-            sentence = "finds none in model.towers=dense; use true"
-            yield rule("runtime.compile", "blocks", sentence, "model.towers")
+            sentence = "finds none in model.arch=dense; use true"
+            yield rule("runtime.compile", "blocks", sentence, "model.arch")
     elif model.norm_groups >= 1 and any(width % model.norm_groups for width in model.channels):
         yield Violation(
             ("model.norm_groups", "model.channels"),
@@ -211,19 +211,19 @@ def _levels(config: TrainConfig) -> Iterator[Violation]:
             yield rule("model.blocks", blocks, sentence, "model.channels")
     elif not is_count(blocks):
         yield rule("model.blocks", blocks, "must be a positive count, or a list of these")
-    if not model.shortcuts:
+    if not model.dc_shortcuts:
         return
     for above, below in pairwise(channels):
         if 4 * above % below:
             sentence = (
-                f"has no shortcut from {above} to {below} channels: with model.shortcuts=true each "
-                "width divides four times the one before it"
+                f"has no shortcut from {above} to {below} channels: with model.dc_shortcuts=true "
+                "each width divides four times the one before it"
             )
-            yield rule("model.channels", channels, sentence, "model.shortcuts")
+            yield rule("model.channels", channels, sentence, "model.dc_shortcuts")
     if model.latent == "spatial" and channels[-1] % model.latent_channels:
         sentence = (
             f"does not divide the last width, {channels[-1]}, which the shortcut to the latent "
-            "needs; change one of them, or set model.shortcuts=false"
+            "needs; change one of them, or set model.dc_shortcuts=false"
         )
         yield rule("model.latent_channels", model.latent_channels, sentence, "model.channels")
 

@@ -51,9 +51,9 @@ def _adversarial(config: TrainConfig) -> Iterator[Violation]:
     name, value = "adversarial.weight", adversarial.weight
     yield from _whole_images(config, name)
     yield from _one_draw(config, name)
-    if config.model.towers == "dense":
-        sentence = "needs convolutional towers: model.towers=conv"
-        yield rule(name, value, sentence, "model.towers")
+    if config.model.arch == "dense":
+        sentence = "needs convolutional towers: model.arch=conv"
+        yield rule(name, value, sentence, "model.arch")
     begin = adversarial.start_step + adversarial.warmup_steps
     if begin >= steps:
         yield Violation(

@@ -18,7 +18,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.slots": (0, math.inf),
     "data.mask_fraction": (0, 1),
     "data.window_bytes": (1, math.inf),
-    "data.keep_bytes": (0, math.inf),
+    "data.cache_bytes": (0, math.inf),
     "data.workers": (0, math.inf),
     "data.max_skipped_fraction": (0, 1),
     "data.max_pixels": (1, math.inf),

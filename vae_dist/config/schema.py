@@ -75,7 +75,7 @@ class DataConfig:
     window_bytes: int = knob(
         4 * 2**30, "bytes over all processes that window=auto may hold at once"
     )
-    keep_bytes: int = knob(
+    cache_bytes: int = knob(
         256 * 2**20,
         "memory of a rank in which the decoded images of a small data set stay, if all have room",
         neutral=True,
@@ -92,7 +92,7 @@ class ModelConfig:
     latent: Literal["spatial", "vector"] = knob(
         "spatial", "spatial: C x H/f x W/f, any image size; vector: one vector, fixed image size"
     )
-    towers: Literal["conv", "dense"] = knob(
+    arch: Literal["conv", "dense"] = knob(
         "conv", "conv: residual convolutions; dense: the textbook's linear layers, vector latent"
     )
     latent_channels: int = knob(4, "channels of a spatial latent, dimensions of a vector one")
@@ -109,7 +109,7 @@ class ModelConfig:
         "residual blocks of a level in the encoder, one number or one for each level; the decoder "
         "has one more",
     )
-    shortcuts: bool = knob(
+    dc_shortcuts: bool = knob(
         False,
         "space-to-channel shortcuts around each change of resolution and around a spatial latent "
         "(DC-AE), for strides of 16 and more",

@@ -33,7 +33,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
         torch.random.default_generator.manual_seed(derive_seed(config.seed, "init"))
         likelihood = build_likelihood(config.likelihood, data)
         num_params = likelihood.num_params(data.channels)
-        towers = _dense_towers if model.towers == "dense" else _conv_towers
+        towers = _dense_towers if model.arch == "dense" else _conv_towers
         encoder, decoder = towers(model, data.channels + sees_mask, num_params, image_size)
         vae = VAE(
             encoder,
@@ -44,7 +44,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
             image_size=None if is_spatial else image_size,
             num_classes=model.num_classes,
             sees_mask=sees_mask,
-            shortcuts=model.shortcuts,
+            shortcuts=model.dc_shortcuts,
         )
     _set_spread(vae, model.initial_sigma)
     if model.gradient_checkpointing:
@@ -54,7 +54,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
 
 def stride_of(model: ModelConfig) -> int:
     """Pixels of an image along one position of the last feature map."""
-    return 1 if model.towers == "dense" else model.patch * 2 ** (len(model.channels) - 1)
+    return 1 if model.arch == "dense" else model.patch * 2 ** (len(model.channels) - 1)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def _conv_towers(
         "norm_groups": model.norm_groups,
         "attention": model.attention,
         "patch": model.patch,
-        "shortcuts": model.shortcuts,
+        "shortcuts": model.dc_shortcuts,
         "feature_size": feature_size,
         "condition_dims": _condition_dims(model),
     }

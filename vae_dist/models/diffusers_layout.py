@@ -53,8 +53,8 @@ def export_problems(config: TrainConfig) -> list[str]:
         problems.append(f"model.latent={model.latent}: the format has spatial latents")
     if model.patch != 1:
         problems.append(f"model.patch={model.patch}: the format begins with single pixels")
-    if model.shortcuts:
-        problems.append("model.shortcuts=true: the format has no space-to-channel shortcuts")
+    if model.dc_shortcuts:
+        problems.append("model.dc_shortcuts=true: the format has no space-to-channel shortcuts")
     if model.num_classes:
         problems.append(f"model.num_classes={model.num_classes}: the format knows no labels")
     if isinstance(model.blocks, list) and len(set(model.blocks)) > 1:
@@ -208,13 +208,13 @@ def fitting_keys(published: Published) -> dict[str, Any]:
     return {
         "data.channels": config.get("in_channels", 3),
         "data.mask": "none",
-        "model.towers": "conv",
+        "model.arch": "conv",
         "model.latent": "spatial",
         "model.latent_channels": config.get("latent_channels", 4),
         "model.channels": list(config.get("block_out_channels", [64])),
         "model.patch": 1,
         "model.blocks": config.get("layers_per_block", 1),
-        "model.shortcuts": False,
+        "model.dc_shortcuts": False,
         "model.attention": config.get("mid_block_add_attention", True),
         "model.norm_groups": config.get("norm_num_groups", 32),
         "model.num_classes": 0,

@@ -153,7 +153,7 @@ def training_stream(
         world=runtime.world,
         workers=config.data.workers,
         pin_memory=runtime.device.type == "cuda",
-        keep_bytes=config.data.keep_bytes,
+        keep_bytes=config.data.cache_bytes,
     )
 
 

@@ -167,7 +167,7 @@ def costs(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
     kept_bytes = bytes_kept(
         data.train.num_samples,
         data.settings,
-        keep_bytes=config.data.keep_bytes,
+        keep_bytes=config.data.cache_bytes,
         workers=workers,
     )
     kept = f", decoded images that are kept {_megabytes(kept_bytes)}" if kept_bytes else ""

@@ -290,7 +290,7 @@ def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, endi
         with (
             ending.told(),
             deaths_explained(
-                "lower data.workers or data.keep_bytes, or ask for more memory; then the same "
+                "lower data.workers or data.cache_bytes, or ask for more memory; then the same "
                 "command goes on from its last checkpoint"
             ),
             contextlib.closing(training_stream(config, runtime, data, trainer.step)) as batches,
