@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pack(command: PackCommand) -> None:
-    from vae_dist.packing import pack  # torch, once the keys are right
+    from vae_dist.packing.pack import pack  # torch, once the keys are right
 
     pack(command)
 

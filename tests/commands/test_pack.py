@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vae_dist.data.packing.shards as shards_module
-import vae_dist.packing as packing
+import vae_dist.packing.pack as packing
+import vae_dist.packing.shards as shards_module
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader, image_settings

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vae_dist.data.packing.items import Item, Listing
-from vae_dist.data.packing.open import open_source
+from vae_dist.packing.items import Item, Listing
+from vae_dist.packing.open import open_source
 
 
 def png(seed: int = 0) -> bytes:

@@ -185,6 +185,22 @@ def decode_image(
     return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least)
 
 
+def decode_own(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
+    """An image with the channels and the depth that it has, (C, H, W), decoded in full; floats may
+    be NaN where a pixel is missing. Raises DamagedSampleError."""
+    if suffix in ARRAYS:
+        return decode_array(suffix, data, max_pixels=max_pixels, bits=None, missing=True)
+    if suffix == "png" and is_png16(data):
+        return decode_png16(data, max_pixels=max_pixels)
+    image = open_by_pillow(data, FORMATS[suffix], max_pixels)
+    channels = 1 if image.mode in ("1", "L") else 4 if has_alpha(image) else 3
+    return decode_image(suffix, data, channels=channels, max_pixels=max_pixels)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
+
+
 def _opened(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
     """The image before its pixels are decoded, of any mode. Raises DamagedSampleError."""
     try:
@@ -254,8 +270,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     """The image in another mode; alpha is dropped only where it says nothing."""
     if image.mode == mode and "transparency" not in image.info:
         return image
-    transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
-    if transparent and mode in ("L", "RGB"):
+    if has_alpha(image) and mode in ("L", "RGB"):
         image = image.convert("RGBA")
         if image.getchannel("A").histogram()[255] < image.width * image.height:
             raise DamagedSampleError(

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vae_dist.data.arrays import ARRAYS, decode_array
-from vae_dist.data.decode import MASK_MEMBER, decode_mask, image_of
+from vae_dist.data.decode import MASK_MEMBER, decode_mask, decode_own, image_of
 from vae_dist.data.index import ShardIndex
-from vae_dist.data.packing.picture import PictureSettings, prepare
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.data.transforms import ImageSettings
@@ -77,12 +75,9 @@ def _verify_sample(
         key = str(sample["__key__"])
         digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=12).digest()
         suffix, image = image_of(sample)
-        if suffix in ARRAYS:
-            pixels = decode_array(suffix, image, max_pixels=max_pixels, bits=None, missing=True)
-            shape = pixels.shape
-            report.masks["nan"] += bool(np.isnan(pixels).any())
-        else:
-            shape = prepare(suffix, image, PictureSettings(max_pixels=max_pixels)).shape
+        pixels = decode_own(suffix, image, max_pixels=max_pixels)
+        shape = pixels.shape
+        report.masks["nan"] += bool(np.isnan(pixels).any())
         decode_mask(sample, shape[1:], max_pixels=max_pixels)
         report.masks["member"] += MASK_MEMBER in sample
         report.channels[shape[0]] += 1

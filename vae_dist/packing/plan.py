@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.items import Item
+from vae_dist.packing.items import Item
 from vae_dist.randomness import numpy_generator
 
 MIN_SHARDS = 8  # of a split that has at least MIN_PER_SHARD pictures for each

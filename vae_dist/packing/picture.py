@@ -15,17 +15,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from vae_dist.data.decode import (
-    ARRAYS,
-    decode_array,
-    decode_image,
-    decode_png16,
-    is_png16,
-    open_by_pillow,
-)
-from vae_dist.data.packing.items import READABLE
-from vae_dist.data.packing.masks import Box, prepare_mask
+from vae_dist.data.decode import ARRAYS, decode_own, has_alpha, is_png16, open_by_pillow
 from vae_dist.data.tar import DamagedSampleError
+from vae_dist.packing.items import READABLE
+from vae_dist.packing.masks import Box, prepare_mask
 
 FORMAT_OF = {
     "png": "PNG",
@@ -89,8 +82,7 @@ def _prepared(
         return picture, picture.shape[1:]
     image = open_by_pillow(data, image_format, settings.max_pixels)
     height, width = _upright_size(image)
-    transparent = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
-    channels = 1 if image.mode in ("1", "L") else 4 if transparent else 3
+    transparent = has_alpha(image)
     stored = SUFFIX_OF.get(image_format)
     keep = (
         settings.format in ("keep", stored)
@@ -100,8 +92,8 @@ def _prepared(
     )
     if keep:
         assert stored is not None
-        decoded = decode_image(stored, data, channels=channels, max_pixels=settings.max_pixels)
-        return Picture(stored, data, (channels, *decoded.shape[1:]), True), (height, width)
+        channels, *upright = decode_own(stored, data, max_pixels=settings.max_pixels).shape
+        return Picture(stored, data, (channels, upright[0], upright[1]), True), (height, width)
     changed = _changed(image, image_format, settings, transparent, exact=exact)
     return changed, (height, width)
 
@@ -110,11 +102,7 @@ def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
     if settings.size is not None or settings.format not in ("keep", suffix):
         name = "16-bit PNG" if suffix == "png" else f".{suffix}"
         raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
-    if suffix == "png":
-        pixels = decode_png16(data, max_pixels=settings.max_pixels)
-    else:
-        pixels = decode_array(suffix, data, max_pixels=settings.max_pixels, bits=None, missing=True)
-    channels, height, width = pixels.shape
+    channels, height, width = decode_own(suffix, data, max_pixels=settings.max_pixels).shape
     return Picture(suffix, data, (channels, height, width), True)
 
 
@@ -217,11 +205,7 @@ def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
 
 def _thumbnail_of_array(suffix: str, data: bytes, pixels: int) -> np.ndarray:
     """The first channel, stretched to its own range; missing pixels are black."""
-    array = (
-        decode_array(suffix, data, max_pixels=2**26, bits=None, missing=True)
-        if suffix in ARRAYS
-        else decode_png16(data, max_pixels=2**26)
-    )[0].astype(np.float32)
+    array = decode_own(suffix, data, max_pixels=2**26)[0].astype(np.float32)
     seen = array[~np.isnan(array)]
     low, high = float(seen.min()), float(seen.max())
     array = np.nan_to_num(array, nan=low)

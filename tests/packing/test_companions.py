@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.picture_sources import opened, png, write_tar
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.items import Item
-from vae_dist.data.packing.open import open_source
+from vae_dist.packing.items import Item
+from vae_dist.packing.open import open_source
 
 FILES = {"cat/a.PNG": png(0), "cat/a.mask.png": png(1), "dog/b.jpg": png(2), "dog/c.mask.png": b""}
 

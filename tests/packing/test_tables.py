@@ -10,8 +10,8 @@ import pytest
 
 from tests.support.picture_sources import opened, png, summary
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.items import Listing
-from vae_dist.data.packing.tables import ParquetSource
+from vae_dist.packing.items import Listing
+from vae_dist.packing.tables import ParquetSource
 
 
 def test_celeba_after_its_lists(tmp_path: Path) -> None:

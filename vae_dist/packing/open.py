@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.archives import FolderSource, TarSource, ZipSource
-from vae_dist.data.packing.arrays import (
+from vae_dist.packing.archives import FolderSource, TarSource, ZipSource
+from vae_dist.packing.arrays import (
     download_mnist,
     is_cifar,
     mnist_files,
     read_cifar,
     read_mnist,
 )
-from vae_dist.data.packing.items import SUFFIXES, Source
-from vae_dist.data.packing.tables import (
+from vae_dist.packing.items import SUFFIXES, Source
+from vae_dist.packing.tables import (
     LabelledSource,
     ParquetSource,
     celeba_lists,

@@ -23,12 +23,12 @@ from typing import Any
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.index import index_shard, write_sidecar
-from vae_dist.data.packing.items import MAX_FILE_BYTES, Item, Source
-from vae_dist.data.packing.picture import Picture, PictureSettings, prepare
-from vae_dist.data.packing.plan import Plan, PlannedShard
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.writer import ShardWriter
 from vae_dist.files import sync_folder, write_durably
+from vae_dist.packing.items import MAX_FILE_BYTES, Item, Source
+from vae_dist.packing.picture import Picture, PictureSettings, prepare
+from vae_dist.packing.plan import Plan, PlannedShard
 
 POLL_SECONDS = 0.2
 MAX_SIZES = 1000  # of different image sizes that a report lists

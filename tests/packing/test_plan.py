@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.items import Item
-from vae_dist.data.packing.plan import Plan, make_plan
+from vae_dist.packing.items import Item
+from vae_dist.packing.plan import Plan, make_plan
 
 
 def plan(*items: Item) -> Plan:

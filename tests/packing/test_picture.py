@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vae_dist.data.packing.picture import PictureSettings, _resized, _target, prepare, thumbnail
 from vae_dist.data.tar import DamagedSampleError
+from vae_dist.packing.picture import PictureSettings, _resized, _target, prepare, thumbnail
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 

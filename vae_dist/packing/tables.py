@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.items import SPLITS, Item, Listing, Source
-from vae_dist.data.packing.unpacked import write_once
 from vae_dist.data.tar import DamagedSampleError
+from vae_dist.packing.items import SPLITS, Item, Listing, Source
+from vae_dist.packing.unpacked import write_once
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_id", "name")
 LABEL_COLUMNS = ("label", "class", "category")

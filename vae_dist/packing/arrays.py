@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.items import Item, Listing
 from vae_dist.files import write_durably
+from vae_dist.packing.items import Item, Listing
 
 MNIST_PARTS = {"train": "train", "t10k": "test"}  # prefix of the files: split
 MNIST_MIRRORS = (

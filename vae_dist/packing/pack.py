@@ -26,15 +26,15 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.index import load_index, write_info
 from vae_dist.data.locate import WORK
-from vae_dist.data.packing.items import Item, Source, check_splits, numbered
-from vae_dist.data.packing.open import label_digest, open_source
-from vae_dist.data.packing.picture import PictureSettings, prepare, thumbnail
-from vae_dist.data.packing.plan import Plan, make_plan
-from vae_dist.data.packing.shards import Writing, is_written, report_path, write_missing
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.files import ProgressBar, sync_folder, write_durably
+from vae_dist.packing.items import Item, Source, check_splits, numbered
+from vae_dist.packing.open import label_digest, open_source
+from vae_dist.packing.picture import PictureSettings, prepare, thumbnail
+from vae_dist.packing.plan import Plan, make_plan
+from vae_dist.packing.shards import Writing, is_written, report_path, write_missing
 from vae_dist.tracking.images import grid, save_png
 
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan

@@ -18,8 +18,8 @@ from PIL import Image
 
 from tests.support.picture_sources import opened, png, summary, write_tar
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.packing.arrays import download_mnist, read_idx
-from vae_dist.data.packing.items import Item, Listing, check_splits, from_paths, numbered
+from vae_dist.packing.arrays import download_mnist, read_idx
+from vae_dist.packing.items import Item, Listing, check_splits, from_paths, numbered
 
 RANDOM = np.random.default_rng(0)
 

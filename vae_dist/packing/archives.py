@@ -21,7 +21,8 @@ from typing import Any
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER
-from vae_dist.data.packing.items import (
+from vae_dist.data.tar import DamagedSampleError, files_of_tar
+from vae_dist.packing.items import (
     MAX_FILE_BYTES,
     SUFFIXES,
     Item,
@@ -34,8 +35,7 @@ from vae_dist.data.packing.items import (
     why_unsafe,
     why_wrong_size,
 )
-from vae_dist.data.packing.unpacked import write_once
-from vae_dist.data.tar import DamagedSampleError, files_of_tar
+from vae_dist.packing.unpacked import write_once
 
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
