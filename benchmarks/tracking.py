@@ -30,9 +30,10 @@ from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
 from vae_dist.run.folder import RunFolder
-from vae_dist.tracking.machine import UpdateRatio
-from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, WandbSink
-from vae_dist.tracking.throughput import Meter
+from vae_dist.tracking.console import ConsoleSink
+from vae_dist.tracking.sinks import JsonlSink
+from vae_dist.tracking.throughput import Meter, UpdateRatio
+from vae_dist.tracking.wandb_sink import WandbSink
 from vae_dist.training.build import build_trainer, load_data, training_stream
 from vae_dist.training.images import RunPainter
 from vae_dist.training.step import StepReport

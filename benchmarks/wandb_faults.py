@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from tests.support.wandb_server import WandbServer
-from vae_dist.tracking.history import read_rows
+from vae_dist.tracking.sinks import read_rows
 
 CASES = ("disabled", "online", "offline", "no network", "dead", "hung", "500")
 FINISH_S = 10

@@ -20,7 +20,7 @@ INTRO = "Send to W&B what it lacks of a run: rows of log.jsonl and pictures, eac
 def upload(command: UploadCommand) -> None:
     from vae_dist.run.folder import RunFolder, RunLock
     from vae_dist.tracking.environment import read_sessions
-    from vae_dist.tracking.history import read_rows
+    from vae_dist.tracking.sinks import read_rows
     from vae_dist.tracking.wandb_modes import asked_mode
     from vae_dist.tracking.wandb_record import find_parts, mark_synced
     from vae_dist.tracking.wandb_sink import WandbSink

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_dist.tracking.images import enlargement, grid, save_png, side_by_side, single, to_uint8
+from vae_dist.tracking import images
+from vae_dist.tracking.images import (
+    ImageWriter,
+    enlargement,
+    find_images,
+    grid,
+    image_caption,
+    save_png,
+    side_by_side,
+    single,
+    to_uint8,
+)
 
 
 def flat(levels: list[int], *, channels: int = 1, size: int = 28) -> torch.Tensor:
@@ -116,3 +128,83 @@ def test_images_of_several_sizes_stand_in_the_middle_of_their_cells() -> None:
     assert both.size[0] == 126
     with pytest.raises(ValueError, match="differ in shape"):
         side_by_side(images, images[::-1])
+
+
+def test_pictures_by_name_and_step(tmp_path: Path) -> None:
+    for name in ("by_class_00000020", "by_class_00000010", "other", "samples_00000010"):
+        (tmp_path / f"{name}.png").touch()
+    found = find_images(tmp_path)
+    assert {name: list(paths) for name, paths in found.items()} == {
+        "by_class": [10, 20],
+        "samples": [10],
+    }
+
+
+def test_captions_say_what_is_known() -> None:
+    metrics = {"eval/neg_elbo_nats": 94.12, "eval/bits_per_dim": 0.1732}
+    assert image_caption(1500, metrics) == "step 1500 | 94.12 nats | 0.1732 bits/dim"
+    assert image_caption(3, {"eval/bits_per_dim": None}) == "step 3"
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.pictures: list[tuple[int, str, Path, str]] = []
+
+    def log(self, step, row):
+        raise AssertionError
+
+    def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.pictures.append((step, key, png_path, caption))
+
+    def close(self, status):
+        raise AssertionError
+
+
+def draw() -> Image.Image:
+    return grid(torch.zeros(1, 1, 8, 8))
+
+
+def test_pictures_are_written_before_close_returns(tmp_path: Path) -> None:
+    heard = Heard()
+    writer = ImageWriter(tmp_path, [heard], say=print)
+    for step in (10, 20):
+        writer.put(step, "samples", f"step {step}", draw())
+    writer.close()
+    paths = [tmp_path / "samples_00000010.png", tmp_path / "samples_00000020.png"]
+    assert all(path.exists() for path in paths)
+    assert heard.pictures == [
+        (10, "images/samples", paths[0], "step 10"),
+        (20, "images/samples", paths[1], "step 20"),
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    heard = Heard()
+    writer = ImageWriter(tmp_path / "file", [heard], say=said.append)
+    writer.put(10, "samples", "", draw())
+    writer.close()
+    assert len(said) == 1 and "samples of step 10 is not written" in said[0]
+    assert heard.pictures == []
+
+
+def test_a_slow_disk_never_blocks(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(images, "_QUEUED_IMAGES", 1)
+    go_on = threading.Event()
+    said: list[str] = []
+
+    save = images.save_png
+
+    def slowly(image: Image.Image, path: Path) -> Path:
+        go_on.wait(10)
+        return save(image, path)
+
+    monkeypatch.setattr(images, "save_png", slowly)
+    writer = ImageWriter(tmp_path, [], say=said.append)
+    for step in range(5):
+        writer.put(step, "samples", "", draw())
+    assert len(said) >= 3 and "the disk is too slow" in said[0]
+    go_on.set()
+    writer.close()

@@ -10,7 +10,7 @@ import torch
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.tracking.images import grid, save_png
-from vae_dist.tracking.tensorboard_sink import TensorBoardSink
+from vae_dist.tracking.tensorboard import TensorBoardSink
 
 HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from vae_dist.tracking.throughput import Meter
+import pytest
+import torch
+
+from vae_dist.tracking import throughput
+from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row, peak_flops
 
 
 class Clock:
@@ -58,3 +62,82 @@ def test_there_is_no_row_without_a_step() -> None:
     meter = Meter(total_steps=1, clock=clock)
     clock.now += 5.0
     assert meter.row() == {}
+
+
+def step(optimizer: torch.optim.Optimizer, weight: torch.Tensor, gradient: list[float]) -> None:
+    weight.grad = torch.tensor(gradient)
+    optimizer.step()
+
+
+def test_update_ratio_of_the_armed_step_alone() -> None:
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    ratio = UpdateRatio(optimizer)
+    step(optimizer, weight, [1.0, 0.0])
+    assert ratio.row() == {}
+    ratio.arm()
+    step(optimizer, weight, [0.6, 0.8])  # of length 1, to (1.4, 3.2)
+    step(optimizer, weight, [1.4, 3.2])
+    expected = 1 / (1.4**2 + 3.2**2) ** 0.5
+    assert ratio.row() == {"optim/update_ratio": pytest.approx(expected, rel=1e-6)}
+    assert ratio.row() == {}
+
+
+def test_a_skipped_update_has_ratio_zero() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    ratio = UpdateRatio(optimizer)
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    ratio.arm()
+    step(optimizer, weight, [1.0, 1.0, 1.0, float("nan")])
+    assert ratio.row() == {"optim/update_ratio": 0.0}
+
+
+def test_memory_and_peak_of_a_cpu() -> None:
+    row = memory_row(torch.device("cpu"))
+    assert list(row) == ["system/memory_gib"] and 0.01 < row["system/memory_gib"] < 1000
+    assert peak_flops(torch.device("cpu"), "bf16") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-40GB", "fp16", 312e12),
+        ("NVIDIA A100-SXM4-40GB", "no", 0.0),
+        ("Some GPU", "bf16", 0.0),
+    ],
+)
+def test_peak_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: str, expected: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), precision) == expected
+
+
+@pytest.mark.parametrize(("rows_every", "every"), [(1, 100), (6, 102), (50, 100), (200, 200)])
+def test_update_ratios_come_with_a_row_and_no_oftener_than_each_hundredth_step(
+    rows_every: int, every: int
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    ratio = UpdateRatio(torch.optim.SGD([weight], lr=0.1), rows_every=rows_every)
+    assert ratio.every == every
+
+
+def test_memory_is_asked_for_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Process:
+        def memory_info(self) -> SimpleNamespace:
+            asked.append(1)
+            return SimpleNamespace(rss=len(asked) * 2**30)
+
+    monkeypatch.setattr(throughput, "_process", lambda pid: Process())
+    throughput._memory.cache_clear()
+    found = []
+    for now in (10.0, 10.4, 10.9, 11.1):
+        monkeypatch.setattr(throughput.time, "monotonic", lambda now=now: now)
+        found.append(memory_row(torch.device("cpu"))["system/memory_gib"])
+    throughput._memory.cache_clear()
+    assert found == [1.0, 1.0, 1.0, 2.0]

@@ -15,7 +15,7 @@ import pytest
 from tests.support.tiny_run import tiny_config
 from tests.support.wandb_server import WandbServer
 from vae_dist.run.folder import RunFolder
-from vae_dist.tracking.history import read_rows
+from vae_dist.tracking.sinks import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from vae_dist.config.schema import TrainConfig
 from vae_dist.tracking.images import grid, save_png
-from vae_dist.tracking.sinks import JsonlSink, WandbSink
+from vae_dist.tracking.sinks import JsonlSink
+from vae_dist.tracking.wandb_sink import WandbSink
 
 folder, mode, first, last, is_killed = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 config = TrainConfig()

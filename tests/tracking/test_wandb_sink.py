@@ -20,7 +20,8 @@ import pytest
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.tracking import wandb_modes, wandb_sink
-from vae_dist.tracking.sinks import JsonlSink, WandbSink
+from vae_dist.tracking.sinks import JsonlSink
+from vae_dist.tracking.wandb_sink import WandbSink
 
 
 class FakeRun:
@@ -465,7 +466,7 @@ from pathlib import Path
 import psutil, torch
 from vae_dist.config.schema import TrainConfig
 from vae_dist.tracking.images import grid, save_png
-from vae_dist.tracking.sinks import WandbSink
+from vae_dist.tracking.wandb_sink import WandbSink
 
 folder, damage = Path(sys.argv[1]), sys.argv[2]
 sink = WandbSink(TrainConfig(), folder)

@@ -18,7 +18,8 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.reporting.frames import Frame, encode_frames
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import read_sessions
-from vae_dist.tracking.history import find_pictures, picture_caption, read_rows
+from vae_dist.tracking.images import find_images, image_caption
+from vae_dist.tracking.sinks import read_rows
 
 MAX_POINTS = 800  # of a curve: what a screen can show
 MAX_DISTRIBUTIONS = 60  # points in time
@@ -71,7 +72,7 @@ def read_story(path: Path, *, picture_bytes: int, name: str = "") -> Story:
     config = folder.config()
     rows = list(read_rows(folder.log_path))
     by_step = dict(rows)
-    found = find_pictures(folder.images)
+    found = find_images(folder.images)
     ordered = {name: found[name] for name in [*PICTURES, *sorted(found)] if name in found}
     return Story(
         name=name or path.resolve().name,
@@ -84,7 +85,7 @@ def read_story(path: Path, *, picture_bytes: int, name: str = "") -> Story:
         },
         pictures=encode_frames(
             ordered,
-            captions=lambda step: picture_caption(step, by_step.get(step, {})),
+            captions=lambda step: image_caption(step, by_step.get(step, {})),
             max_bytes=picture_bytes,
         ),
         config=_config(config),

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images and of inputs above their reconstructions, as PNG.
+"""Pictures for people: grids of images and of inputs above their reconstructions, as PNG files.
 
 What goes in: images (N, C, H, W), or a list of images (C, H, W) of several sizes, uint8, uint16 or
 float in [-1, 1]. What comes out: a Pillow image, mode L or RGB: grey for C = 1, for two channels
@@ -10,16 +10,22 @@ pixel is blended with its neighbour.
 from __future__ import annotations
 
 import io
+import math
 import os
+import queue
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vae_dist.files import write_durably
+from vae_dist.tracking.metrics import format_number
+from vae_dist.tracking.sinks import Sink
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 
@@ -27,6 +33,8 @@ _CELL_PIXELS = 96  # enlarged images stay within this many pixels a side
 _LINE_PIXELS = 2  # between neighbours
 _PAIR_PIXELS = 10  # between a row of reconstructions and the next row of inputs
 _LINE_GREY = 112  # differs from the black and the white ground of digits
+_QUEUED_IMAGES = 64
+_FILE_NAME = re.compile(r"(?P<name>.+)_(?P<step>\d{8,})\.png")
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -55,7 +63,7 @@ def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     """All images, row by row from the top left, with thin lines between them.
 
     `columns` is by default the smallest number that makes the grid at least as wide as high.
-    Cells that the last row leaves over are empty. ValueError without images.
+    ValueError without images.
     """
     cells = _cells(images)
     columns = columns or _square_columns(len(cells))
@@ -114,11 +122,75 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+class ImageWriter:
+    """Writes grids beside training, on one thread: encoded, saved, handed to the sinks.
+
+    `put` returns at once: a full queue or a full disk loses pictures with a warning, never a step.
+    The thread must not call torch: one tensor operation there starts a second team of OpenMP
+    threads, after which a small model trains at half its speed (28 to 60 ms a step on two cores).
+    """
+
+    def __init__(self, folder: Path, sinks: Iterable[Sink], *, say: Callable[[str], None]) -> None:
+        self._folder, self._sinks, self._say = folder, list(sinks), say
+        self._queue: queue.Queue[tuple[int, str, str, Image.Image] | None] = queue.Queue(
+            _QUEUED_IMAGES
+        )
+        self._worker = threading.Thread(target=self._work, name="images", daemon=True)
+        self._worker.start()
+
+    def put(self, step: int, name: str, caption: str, image: Image.Image) -> None:
+        try:
+            self._queue.put_nowait((step, name, caption, image))
+        except queue.Full:
+            self._say(f"warning: {name} of step {step} is not drawn: the disk is too slow")
+
+    @property
+    def is_idle(self) -> bool:
+        return self._queue.unfinished_tasks == 0
+
+    def close(self, *, seconds: float = 30.0) -> None:
+        """Waits for what is queued, `seconds` at most."""
+        try:
+            self._queue.put(None, timeout=seconds)
+        except queue.Full:
+            return
+        self._worker.join(seconds)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            step, name, caption, image = item
+            try:
+                path = save_png(image, self._folder / f"{name}_{step:08d}.png")
+                for sink in self._sinks:
+                    sink.image(step, f"images/{name}", path, caption)
+            except OSError as error:
+                reason = error.strerror or error
+                self._say(f"warning: {name} of step {step} is not written ({reason})")
+            finally:
+                self._queue.task_done()
+
+
+def find_images(folder: Path) -> dict[str, dict[int, Path]]:
+    """name -> step -> PNG file that `ImageWriter` wrote, steps ascending."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        if match := _FILE_NAME.fullmatch(path.name):
+            found.setdefault(match["name"], {})[int(match["step"])] = path
+    return found
+
+
+def image_caption(step: int, metrics: Mapping[str, Any]) -> str:
+    """`step 1500 | 94.12 nats | 0.1732 bits/dim`, with what `metrics` has of it."""
+    words = [f"step {step}"]
+    for key, unit in (("eval/neg_elbo_nats", "nats"), ("eval/bits_per_dim", "bits/dim")):
+        value = metrics.get(key)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            words.append(f"{format_number(value)} {unit}")
+    return " | ".join(words)
+
+
 def _square_columns(num_images: int) -> int:
-    columns = 1
-    while columns * columns < num_images:
-        columns += 1
-    return columns
+    return math.isqrt(num_images - 1) + 1
 
 
 def _cells(images: Images) -> np.ndarray:

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vae_dist.tracking.history import find_pictures, picture_caption, read_rows
+from vae_dist.tracking.images import find_images, image_caption
+from vae_dist.tracking.sinks import read_rows
 
 STEP_KEY = "trainer/step"
 KIND_KEY = "trainer/record"
@@ -65,11 +66,11 @@ def records_on_disk(log_path: Path, images: Path, *, up_to: int) -> Iterator[Rec
     that the last one that arrives tells of all before it."""
     rows = {step: row for step, row in read_rows(log_path) if step <= up_to}
     records = [Record(step, ROW, row) for step, row in rows.items()]
-    for name, paths in find_pictures(images).items():
+    for name, paths in find_images(images).items():
         key = f"images/{name}"
         for step, path in paths.items():
             if step <= up_to:
-                picture = Picture(path, picture_caption(step, rows.get(step, {})))
+                picture = Picture(path, image_caption(step, rows.get(step, {})))
                 records.append(Record(step, key, {key: picture}))
     yield from sorted(records, key=lambda record: record.step)
 

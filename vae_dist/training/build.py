@@ -39,9 +39,11 @@ from vae_dist.objectives.perceptual import (
     smallest_side,
 )
 from vae_dist.run.folder import RunFolder
+from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.environment import add_session, describe_environment
-from vae_dist.tracking.sinks import ConsoleSink, JsonlSink, Sink, WandbSink
-from vae_dist.tracking.tensorboard_sink import TensorBoardSink
+from vae_dist.tracking.sinks import JsonlSink, Sink
+from vae_dist.tracking.tensorboard import TensorBoardSink
+from vae_dist.tracking.wandb_sink import WandbSink
 from vae_dist.training.adversarial import Adversary
 from vae_dist.training.compile import (
     COMPILED,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.distributed import RankFailed, Runtime
 from vae_dist.run.folder import RunFolder
-from vae_dist.tracking.sinks import say
+from vae_dist.tracking.console import say
 from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.watch import RankWatch
 

@@ -27,9 +27,14 @@ from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
 from vae_dist.models.prior import drawn_labels
 from vae_dist.models.vae import VAE
 from vae_dist.run.folder import RunFolder
-from vae_dist.tracking.background import Picture, PictureWriter
-from vae_dist.tracking.history import picture_caption
-from vae_dist.tracking.images import grid, side_by_side, to_uint8, with_holes
+from vae_dist.tracking.images import (
+    ImageWriter,
+    grid,
+    image_caption,
+    side_by_side,
+    to_uint8,
+    with_holes,
+)
 from vae_dist.tracking.metrics import Value, format_number
 from vae_dist.tracking.sinks import Sink
 from vae_dist.training.plan import Data
@@ -57,7 +62,7 @@ class RunPainter:
         self._config, self._data = config, data
         self._validation = Images(data.validation, data.settings.at_one_size())
         self._inputs: Examples | None = None
-        self._writer = PictureWriter(folder.images, sinks, say=say)
+        self._writer = ImageWriter(folder.images, sinks, say=say)
 
     def close(self) -> None:
         self._writer.close()
@@ -72,10 +77,10 @@ class RunPainter:
         assert isinstance(model, VAE)
         config, size, num_images = self._config, self._data.image_size, self._config.log.num_images
         batch_size = config.evaluation.batch_size
-        caption = picture_caption(step, metrics)
+        caption = image_caption(step, metrics)
 
         def show(name: str, image: Image.Image, note: str = "") -> None:
-            self._writer.put(Picture(step, name, f"{caption} | {note}" if note else caption, image))
+            self._writer.put(step, name, f"{caption} | {note}" if note else caption, image)
 
         samples = sample_prior(
             model,

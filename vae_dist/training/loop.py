@@ -27,10 +27,10 @@ from vae_dist.heap import release_freed_memory
 from vae_dist.run.checkpoint import Checkpoint
 from vae_dist.run.folder import RunFolder
 from vae_dist.sharding import full_value, load_full
-from vae_dist.tracking.machine import UpdateRatio, memory_row
+from vae_dist.tracking.console import ConsoleSink, say
 from vae_dist.tracking.metrics import Value
-from vae_dist.tracking.sinks import ConsoleSink, Sink, say
-from vae_dist.tracking.throughput import Meter
+from vae_dist.tracking.sinks import Sink
+from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
 from vae_dist.training.divergence import check_equal_over_ranks
 from vae_dist.training.guard import SkipGuard, TrainingFailed
 from vae_dist.training.preemption import StopRequest

@@ -19,7 +19,7 @@ from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.words import added_terms_in_words
-from vae_dist.tracking.machine import peak_flops
+from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.compile import COMPILED, compiler_problem
 
 # the shipped configs take 10 to 135 epochs of their data

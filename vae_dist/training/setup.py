@@ -33,7 +33,9 @@ from vae_dist.run.resume import (
     is_finished,
     newest_checkpoint,
 )
-from vae_dist.tracking.sinks import Sink, WandbSink, say
+from vae_dist.tracking.console import say
+from vae_dist.tracking.sinks import Sink
+from vae_dist.tracking.wandb_sink import WandbSink
 from vae_dist.training.build import (
     build_trainer,
     check_image_sizes,

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vae_dist.tracking.console import ConsoleSink, is_terminal
+
+ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_seconds": 92.0}
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
+    sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
+    sink.image(200, "images/samples", Path("runs/a/images/samples.png"), "step 200")
+    sink.close("finished")
+    first, evaluation, second = stream.getvalue().splitlines()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+    assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left=1m32s", first)
+    assert re.fullmatch(stamp + "step=200 eval/neg_elbo_nats=95.5", evaluation)
+    assert re.fullmatch(stamp + "step=200 pictures in runs/a/images", second)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    return io.StringIO()
+
+
+def test_rows_that_come_faster_than_a_person_reads_have_few_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [10.0]
+    monkeypatch.setattr("vae_dist.tracking.console.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=5, stream=stream)
+    for step, clock[0] in enumerate([10.0, 10.05, 10.15, 10.25, 10.3], start=1):
+        sink.log(step, {"train/loss": 1.0})
+    assert re.findall(r"step=(\d)", stream.getvalue()) == ["1", "4", "5"]  # the last one always
+
+
+def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
+    sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal, terminal=True)
+    sink.log(200, ROW)
+    sink.log(250, {"eval/neg_elbo_nats": 95.5})
+    sink.say("[brackets] stay")
+    sink.close("finished")
+    sink.close("finished")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "200/300" in text
+    assert "loss 104.2  1834 images/s  1m32s left" in text
+    assert "step=200" not in text
+    assert "step=250 eval/neg_elbo_nats=95.5" in text
+    assert "[brackets] stay" in text
+
+
+def test_a_row_between_close_and_exit_is_a_line(terminal: io.StringIO) -> None:
+    sink = ConsoleSink(start_step=0, stop_step=300, stream=terminal, terminal=True)
+    sink.close("failed")
+    sink.log(200, ROW)
+    assert terminal.getvalue().rstrip().endswith("left=1m32s")
+
+
+LINES = ["config mnist: 7 parameters", "output runs/mnist"]
+
+
+def test_the_banner_is_framed_on_a_terminal_and_plain_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=10, stream=stream, terminal=True)
+    sink.banner("vae_dist", LINES)
+    sink.close("finished")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert "vae_dist" in text and re.search(r"output +runs/mnist", text)
+    stream = io.StringIO()
+    ConsoleSink(start_step=0, stop_step=10, stream=stream).banner("vae_dist", LINES)
+    assert [line[20:] for line in stream.getvalue().splitlines()] == LINES
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, True), ({"SLURM_JOB_ID": "7"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_where_a_progress_bar_belongs(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_terminal(Terminal()) is expected
+    assert not is_terminal(io.StringIO())
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_console_on_a_full_disk_loses_lines_and_nothing_else() -> None:
+    """A job's stdout is a file, mostly on the disk that the run fills."""
+    console = ConsoleSink(start_step=0, stop_step=9, stream=FullDisk(), terminal=False)
+    console.banner("vae_dist", ["output runs/x"])
+    console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+    console.say("warning: step 1: no log (No space left on device); training goes on")
+
+
+def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when ssh drops: the other end of the pseudo terminal is closed while the bar moves."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    errors: list[object] = []
+    monkeypatch.setattr("threading.excepthook", errors.append)
+    master, slave = os.openpty()
+    stream = os.fdopen(slave, "w")
+    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
+    bar = console._bar
+    assert bar is not None
+    os.close(master)
+    bar.refresh()  # as its thread does ten times a second
+    sys.stderr.write("a line of another package\n")
+    console.advance(1)
+    console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+    console.image(1, "images/samples", Path("samples.png"), "")
+    console.banner("vae_dist", LINES)
+    console.say("warning: step 1")
+    console.close("finished")
+    with contextlib.suppress(OSError):
+        stream.close()
+    assert errors == []

@@ -1,0 +1,198 @@
+"""What a person sees of a training run: a progress bar on a terminal, else lines.
+
+In: rows {"group/name": value} at an optimizer step, and sentences. Out: text on a stream. A line
+that cannot be written (a job's log on a full disk, a terminal whose ssh session has ended) is lost
+and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from vae_dist.tracking.metrics import Value, format_duration, format_number, format_row
+
+LINE_S = 0.2  # between two lines of training rows, at least
+_EVALUATION_GROUPS = ("eval/", "latent/")
+_SLOW_DATA = 0.1  # part of the time: from here on the bar shows it
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default to stdout; it is lost where it cannot be written."""
+    with contextlib.suppress(OSError):
+        stream = stream or sys.stdout
+        stream.write(text + "\n")  # in one call: ranks share the terminal
+        stream.flush()
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a progress bar belongs there: not into the log file of a job, nor where TERM=dumb."""
+    in_job = "SLURM_JOB_ID" in os.environ
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not in_job
+
+
+class ConsoleSink:
+    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row, at
+    most five a second of training rows; lines also under SLURM.
+
+    On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
+    `say` prints a line that does not disturb the bar; print nothing else meanwhile.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_step: int,
+        stop_step: int,
+        stream: TextIO | None = None,
+        terminal: bool | None = None,
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._stop_step, self._images_step, self._next_line_s = stop_step, -1, 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if is_terminal(self._stream) if terminal is None else terminal:
+            file = cast(TextIO, _Lossy(self._stream))
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),  # shows life between two rows
+                console=Console(file=file, force_terminal=True),
+                expand=True,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                "training", total=stop_step, completed=start_step, figures="starting"
+            )
+            self._bar.start()
+            atexit.register(self._bar.stop)  # else an error leaves the cursor hidden
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(escape(text), highlight=False, soft_wrap=True)
+        else:
+            say(f"{_timestamp(int(time.time()))} {text}", self._stream)
+
+    def banner(self, title: str, lines: list[str]) -> None:
+        """Lines that begin with their label: framed on a terminal, else one after the other."""
+        if self._bar is None:
+            for line in lines:
+                self.say(line)
+            return
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_column(overflow="fold")
+        for line in lines:
+            label, _, text = line.partition(" ")
+            facts.add_row(Text(label), Text(text))
+        panel = Panel(facts, title=Text(title), title_align="left", border_style="blue")
+        self._bar.console.print(panel)
+
+    def advance(self, step: int) -> None:
+        """Move the bar between two rows; without a terminal this prints nothing."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        evaluation = {key: row[key] for key in _evaluation_keys(tuple(row))}
+        training = row
+        if evaluation:
+            training = {key: value for key, value in row.items() if key not in evaluation}
+        if training and self._bar is None and self._is_worth_a_line(step):
+            self.say(format_row(step, training))
+        if evaluation:
+            self.say(format_row(step, evaluation))
+        if "train/loss" in row and self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=_bar_figures(row))
+
+    def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
+        if step != self._images_step:  # one line for all pictures of a step
+            self._images_step = step
+            self.say(f"step={step} pictures in {png_path.parent}")
+
+    def close(self, status: str) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.stop()
+
+    def _is_worth_a_line(self, step: int) -> bool:
+        """False for training rows that come faster than a person reads."""
+        now = time.monotonic()
+        if now < self._next_line_s and step != self._stop_step:
+            return False
+        self._next_line_s = now + LINE_S
+        return True
+
+
+class _Lossy:
+    """A stream whose errors are swallowed: the thread of the bar, and stderr, which rich redirects,
+    write to it also when the terminal has gone away."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@functools.lru_cache(maxsize=32)
+def _evaluation_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in keys if key.startswith(_EVALUATION_GROUPS))
+
+
+@functools.lru_cache(maxsize=1)
+def _timestamp(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+_BAR_FIGURES: dict[str, Callable[[float], str]] = {
+    "train/loss": lambda value: f"loss {format_number(value)}",
+    "train/bits_per_dim": lambda value: f"{value:.3f} bits/dim",
+    "time/images_per_second": lambda value: f"{value:.0f} images/s",
+    "time/left_seconds": lambda value: f"{format_duration(value)} left",
+}
+
+
+def _bar_figures(row: Mapping[str, Value]) -> str:
+    """The few numbers that matter, and the wait for data where it costs speed."""
+    figures = [
+        format_value(value)
+        for key, format_value in _BAR_FIGURES.items()
+        if not isinstance(value := row.get(key, []), list)
+    ]
+    wait = row.get("time/data_wait_fraction", 0.0)
+    if not isinstance(wait, list) and wait > _SLOW_DATA:
+        figures.append(f"{wait:.0%} waiting for data")
+    return "  ".join(figures)
