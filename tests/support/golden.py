@@ -1,0 +1,260 @@
+"""Golden values: numbers that a change of structure must not move, to the last bit.
+
+    python -m tests.support.golden write FILE       what this tree computes, as JSON
+    python -m tests.support.golden compare FILE     the differences; exit code 1 if there are any
+
+Six short trainings (on one process and on two), an evaluation, an importance-sampled one, an
+export, a packed and an encoded shard run through the commands, in a temporary folder, on pictures
+that the script draws. Written down are, for each training, a digest of what reaches the model in
+each forward (images, noise, labels, masks), every logged number that is a function of the step,
+and a digest of the weights; of files, the digests of their bytes or tensors. Values hold for one
+kind of CPU and one version of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.support.distributed import become_rank, run_ranks
+from vae_dist import encode, evaluate, export, pack, train
+from vae_dist.models.vae import VAE
+
+DIGITS = ["log.num_images=8", "training.batch_size=16", "data.slots=8", "training.steps=6"]
+PHOTOS = [
+    "data.train=photos/train",
+    "data.validation=photos/validation",
+    "training.batch_size=8",
+    "log.num_images=4",
+    "evaluation.batch_size=4",
+    "data.workers=0",
+]
+# name -> (config, overrides, whether a second run on two processes is written down too)
+TRAININGS: dict[str, tuple[str, list[str], bool]] = {
+    "debug": ("debug", ["training.steps=20", "evaluation.every=10"], True),
+    "conditional": ("mnist_conditional", DIGITS, False),
+    "missing": ("mnist_missing", DIGITS, True),
+    "photos64": ("photos64", [*PHOTOS, "training.steps=2", "model.channels=[32,32,64]"], False),
+    "buckets": (
+        "photos_buckets",
+        [
+            *PHOTOS,
+            "data.slots=4",
+            "training.steps=3",
+            "model.channels=[32,32,32]",
+            "data.resolution={area: 4096, multiple: 8, max_aspect: 2.0}",
+        ],
+        True,
+    ),
+    "adversarial": (
+        "photos64_kl_f4",
+        [
+            *PHOTOS,
+            "training.steps=5",
+            "adversarial.weight=0.5",
+            "adversarial.start_step=1",
+            "adversarial.warmup_steps=1",
+            "adversarial.ramp_steps=1",
+            "adversarial.channels=16",
+        ],
+        True,
+    ),
+}
+FIXED = ["log.every=1", "wandb.mode=disabled", "training.precision=no", "runtime.threads=1"]
+OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest()[:20]
+
+
+def tensor_bytes(value: Any) -> bytes:
+    if not isinstance(value, torch.Tensor):
+        return repr(value).encode()
+    tensor = value.detach().cpu().contiguous()
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()
+
+
+def tensors_digest(path: Path) -> str:
+    tensors = load_file(path)
+    return digest(name.encode() + tensor_bytes(tensors[name]) for name in sorted(tensors))
+
+
+def draw_pictures(folder: Path, count: int = 60) -> None:
+    """JPEGs of several sizes in three class folders: smooth colours, edges and noise."""
+    rng = np.random.default_rng(7)
+    for number in range(count):
+        height, width = rng.integers(70, 160, 2)
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        pixels = np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+        left, top = rng.integers(0, 40, 2)
+        pixels[top : top + 25, left : left + 25] = rng.integers(0, 256, 3)
+        noise = rng.integers(-12, 13, pixels.shape)
+        image = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+        if number % 15 == 0:
+            image = image.convert("L")
+        path = folder / "abc"[number % 3] / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=92)
+        path.write_bytes(file.getvalue())
+
+
+def _traced_training(arguments: list[str]) -> list[str]:
+    """Train in this process; a digest of each forward's inputs and outcome."""
+    seen: list[str] = []
+    forward = VAE.forward
+
+    def traced(self: VAE, *args: Any, **kwargs: Any) -> Any:
+        named = [*args, *(kwargs[name] for name in sorted(kwargs) if kwargs[name] is not None)]
+        given = [tensor_bytes(value) for value in named if value is not None]
+        seen.append(digest(given))
+        return forward(self, *args, **kwargs)
+
+    VAE.forward = traced  # type: ignore[method-assign]
+    code = train.main(arguments)
+    assert code == 0, f"exit code {code}"
+    return seen
+
+
+def _alone(function: Any, *args: Any) -> None:
+    """In a process of its own, as a launched rank: some settings hold for a whole process."""
+    run_ranks(1, function, *args, timeout_s=500)
+
+
+def training(name: str, *, world: int) -> dict[str, Any]:
+    config, overrides, _ = TRAININGS[name]
+    run = f"runs/{name}_{world}"
+    arguments = [f"config={config}", f"run={run}", *FIXED, *overrides]
+    inputs = run_ranks(world, _traced_training, arguments, timeout_s=500)
+    rows = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    logged = {
+        f"{row['step']}:{key}": value
+        for row in rows
+        for key, value in row.items()
+        if key.startswith(OF_THE_STEP)
+    }
+    last = Path(run, "checkpoints", Path(run, "checkpoints", "latest").read_text().strip())
+    names = sorted(path.name for path in last.glob("*.safetensors"))
+    return {
+        "inputs": inputs,
+        "logged": logged,
+        "weights": {file: tensors_digest(last / file) for file in names},
+    }
+
+
+def _run(command: Any, arguments: list[str]) -> None:
+    code = command(arguments)
+    assert code == 0, f"{arguments}: exit code {code}"
+
+
+def everything() -> dict[str, Any]:
+    """All values; writes below the current folder."""
+    draw_pictures(Path("pictures"))
+    _alone(
+        _run, pack.main, ["source=pictures", "out=photos", "validation=12", "size=96", "workers=1"]
+    )
+    values: dict[str, Any] = {
+        "packed": {
+            str(path): digest([path.read_bytes()]) for path in sorted(Path("photos").rglob("*.tar"))
+        }
+    }
+    for name, (_, _, on_two) in TRAININGS.items():
+        for world in (1, 2) if on_two else (1,):
+            values[f"{name}_{world}"] = training(name, world=world)
+            print(f"{name} on {world}: done", file=sys.stderr, flush=True)
+    for name in ("debug", "missing", "buckets"):
+        _alone(
+            _run,
+            evaluate.main,
+            [
+                f"run=runs/{name}_1",
+                "samples=7",
+                "max_images=20",
+                "threads=1",
+                "device=cpu",
+                f"out=results_{name}.json",
+            ],
+        )
+        found = json.loads(Path(f"results_{name}.json").read_text())
+        values[f"evaluate_{name}"] = {k: v for k, v in found.items() if isinstance(v, float)}
+    _alone(_run, export.main, ["run=runs/adversarial_1", "out=exported"])
+    values["export"] = {
+        "config": json.loads(Path("exported/config.json").read_text()),
+        **{path.name: tensors_digest(path) for path in sorted(Path("exported").glob("*.saf*"))},
+    }
+    _alone(
+        _run,
+        encode.main,
+        [
+            "run=runs/adversarial_1",
+            "data=photos/validation",
+            "out=latents",
+            "threads=1",
+            "device=cpu",
+            "batch_size=4",
+        ],
+    )
+    values["encoded"] = {
+        path.name: digest([path.read_bytes()]) for path in sorted(Path("latents").glob("*.tar"))
+    }
+    return values
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two values differ; floats count as equal only when all their bits are."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [
+            f"{place}/{key}: only {'before' if key in one else 'now'}"
+            for key in sorted(one.keys() ^ other.keys())
+        ]
+        for key in one:
+            if key in other:
+                found += differences(one[key], other[key], f"{place}/{key}")
+        return found
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [
+            line
+            for number, pair in enumerate(zip(one, other, strict=True))
+            for line in differences(*pair, f"{place}[{number}]")
+        ]
+    both_nan = one != one and other != other
+    return [] if one == other or both_nan else [f"{place}: {one} before, {other} now"]
+
+
+def main(argv: list[str]) -> int:
+    verb, path = argv[0], Path(argv[1]).resolve()
+    become_rank(0, 1, 0)
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(variable, None)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        values = everything()
+        os.chdir(path.parent)
+    if verb == "write":
+        path.write_text(json.dumps(values, indent=1, sort_keys=True))
+        return 0
+    found = differences(json.loads(path.read_text()), json.loads(json.dumps(values)))
+    print("\n".join(found[:40]) or "golden: all values equal, bit for bit")
+    if len(found) > 40:
+        print(f"and {len(found) - 40} more")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
