@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 from vae_dist.config.errors import CommandFailed, ConfigError
@@ -59,6 +59,15 @@ def run_command(
         print(f"failed: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def writing(out: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError into a ConfigError about the key `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
 
 
 def exit_process(code: int) -> NoReturn:

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae_dist.cli import run_command
+from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import DecodeCommand
-from vae_dist.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,25 +27,25 @@ def decode(command: DecodeCommand) -> None:
     from vae_dist.data.index import load_index
     from vae_dist.inference import tiles
     from vae_dist.inference.latents import decode_latents, read_latents
-    from vae_dist.inference.load import load_model
+    from vae_dist.inference.load import open_run
 
-    loaded = load_model(command)
-    tiles.check_tile(loaded.model, command.tile)
-    index = load_index(command.data, key="data", create=True)
-    latents = read_latents(index, loaded.model, loaded.config, num_images=command.num_images)
-    decoded = decode_latents(
-        loaded.model, latents, batch_size=command.batch_size, tile=command.tile
+    with open_run(command) as loaded:
+        tiles.check_tile(loaded.model, command.tile)
+        index = load_index(command.data, key="data", create=True)
+        latents = read_latents(index, loaded.model, loaded.config, num_images=command.num_images)
+        decoded = decode_latents(
+            loaded.model, latents, batch_size=command.batch_size, tile=command.tile
+        )
+        with writing(command.out):
+            count = _write(Path(command.out), decoded)
+    print(
+        f"{count} images of latents, at step {loaded.step} ({command.weights} weights): "
+        f"{command.out}"
     )
-    out = Path(command.out)
-    try:
-        count = _write(out, decoded)
-    except OSError as error:
-        raise ConfigError(f"out={command.out}: cannot be written ({error.strerror})") from None
-    print(f"{count} images of latents, at step {loaded.step} ({command.weights} weights): {out}")
 
 
 def _write(out: Path, decoded: Iterator[tuple[LatentSample, Tensor]]) -> int:
-    """A grid, or a picture for each image, as it comes; how many."""
+    """A grid, or a PNG for each image as it comes; how many."""
     from vae_dist.tracking.images import file_name, grid, save_png, single
 
     if out.suffix == ".png":

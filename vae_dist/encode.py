@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from vae_dist.cli import exit_process, run_command
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
@@ -30,49 +29,24 @@ NUM_NAMED = 5  # images left out that the screen shows
 
 
 def encode(command: EncodeCommand) -> None:
-    from vae_dist.data.workers import deaths_explained
-    from vae_dist.distributed import Runtime
+    from vae_dist.inference import tiles
+    from vae_dist.inference.encoding.folder import encode_images
+    from vae_dist.inference.load import images_to_show, open_run_on_ranks
 
-    runtime = Runtime.start(
-        RuntimeConfig(device=command.device, threads=command.threads),
-        precision="no",
-        launcher_decides_nothing=True,
-    )
-    try:
+    remedy = "ask for more memory; then the same command goes on"
+    with open_run_on_ranks(command, remedy=remedy) as (loaded, runtime):
         if command.precision != "no" and runtime.device.type == "cpu":
             raise ConfigError(
                 f"precision={command.precision} is for accelerators, and this is the CPU; leave it "
                 "out"
             )
-        with deaths_explained("ask for more memory; then the same command goes on"):
-            encoded = _encode(command, runtime)
+        tiles.check_tile(loaded.model, command.tile)
+        if command.resolution != "trained":
+            loaded.config.data.resolution = command.resolution
+        images = images_to_show(loaded, command.data, runtime=runtime)
+        encoded = encode_images(loaded, images, command, runtime)
         if runtime.is_main:
             _say(command, encoded, runtime)
-    finally:
-        runtime.stop()
-
-
-def _encode(command: EncodeCommand, runtime: Runtime) -> Encoded:
-    import torch
-
-    from vae_dist.inference import tiles
-    from vae_dist.inference.encoding.folder import encode_images
-    from vae_dist.inference.load import check_image_size, load_model, open_images
-
-    loaded = runtime.together(lambda: load_model(command, device=runtime.device))
-    tiles.check_tile(loaded.model, command.tile)
-    # cuDNN's default rounds the inputs of convolutions to 10 bits
-    torch.backends.cudnn.allow_tf32 = False
-    if command.resolution != "trained":
-        loaded.config.data.resolution = command.resolution
-
-    def make_what_is_missing() -> None:
-        open_images(loaded.config, command.data, create=True)
-
-    runtime.on_main(make_what_is_missing)
-    images = runtime.together(lambda: open_images(loaded.config, command.data, create=False))
-    check_image_size(loaded.model, images.settings.size, key=f"data={images.index.paths[0]}")
-    return encode_images(loaded, images, command, runtime)
 
 
 def _say(command: EncodeCommand, encoded: Encoded, runtime: Runtime) -> None:

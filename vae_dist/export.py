@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vae_dist.cli import run_command
+from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import ExportCommand, RunCommand
 from vae_dist.config.errors import ConfigError
 
@@ -21,7 +21,7 @@ INTRO = (
 
 def export(command: ExportCommand) -> None:
     from vae_dist.inference.diffusers_export import export_diffusers, export_safetensors
-    from vae_dist.inference.load import load_model
+    from vae_dist.inference.load import open_run
 
     out, run = Path(command.out), Path(command.run)
     if out.resolve() == run.resolve():
@@ -29,20 +29,13 @@ def export(command: ExportCommand) -> None:
     if (run / "checkpoints").resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"out={out} is among the checkpoints of the run; give another folder")
     token = _token(command.push) if command.push else ""
-    loaded = load_model(
-        RunCommand(
-            run=command.run,
-            checkpoint=command.checkpoint,
-            weights=command.weights,
-            device="cpu",
-        )
+    opened = RunCommand(
+        run=command.run, checkpoint=command.checkpoint, weights=command.weights, device="cpu"
     )
     write = export_diffusers if command.format == "diffusers" else export_safetensors
-    try:
-        words = write(loaded, run, out)
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
-    print("\n".join([*words, f"step {loaded.step}, {command.weights} weights: {out}"]))
+    with open_run(opened) as loaded, writing(out):
+        lines = write(loaded, run, out)
+    print("\n".join([*lines, f"step {loaded.step}, {command.weights} weights: {out}"]))
     if command.push:
         print(f"pushed: {_push(out, command.push, token)}")
 
@@ -59,7 +52,7 @@ def _token(repo: str) -> str:
     token = get_token()
     if token is None:
         raise ConfigError(
-            f"push={repo}: nobody is logged in to the Hugging Face Hub; run `hf auth login` or set "
+            f"push={repo}: there is no login for the Hugging Face Hub; run `hf auth login` or set "
             "HF_TOKEN to a token that may write"
         )
     return token

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from vae_dist.cli import run_command
+from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.config.errors import ConfigError
 
@@ -31,13 +31,12 @@ INTRO = (
 
 
 def impute(command: ImputeCommand) -> None:
-    from vae_dist.inference.load import load_model
+    from vae_dist.inference.load import open_run
 
     out = Path(command.out)
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"out={out} exists already: remove it, or choose another folder")
-    loaded = load_model(command)
-    with TemporaryDirectory() as scratch:
+    with open_run(command) as loaded, TemporaryDirectory() as scratch:
         filled = _filled(command, loaded, Path(scratch))
     if not any(one.missing_fraction for one in filled):
         raise ConfigError(
@@ -46,10 +45,8 @@ def impute(command: ImputeCommand) -> None:
             "or an alpha channel; samples of shards a .mask.png, alpha or NaN, as mask= says; or "
             "try with mask=half, rectangle or random"
         )
-    try:
+    with writing(out):
         _write(out, command, loaded, filled)
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
     missing = sum(one.missing_fraction for one in filled) / len(filled)
     print(
         f"{len(filled)} images of which {missing:.0%} was missing, filled by method="

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae_dist.cli import run_command
+from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import SampleCommand
 from vae_dist.config.errors import ConfigError
 
@@ -26,40 +26,48 @@ INTRO = "Draw images from the prior of a trained model, as one PNG grid or as si
 
 def sample(command: SampleCommand) -> None:
     from vae_dist.inference.aggregate import fitted_prior
-    from vae_dist.inference.load import check_image_size, load_model
+    from vae_dist.inference.load import open_run
     from vae_dist.tracking.images import beside, grid, save_png, single
 
     out = Path(command.out)
-    if out.suffix.lower() not in ("", ".png"):
+    is_grid = out.suffix.lower() == ".png"
+    if out.suffix and not is_grid:
         raise ConfigError(f"out={out}: give a name that ends in .png, or a folder for single PNGs")
-    loaded = load_model(command)
-    size = loaded.image_size
-    if command.resolution != "trained":
-        asked = command.resolution
-        height, width = (asked, asked) if isinstance(asked, int) else asked
-        size = (height, width)
-        check_image_size(loaded.model, size, key=f"resolution={asked}")
-    if command.compare and out.suffix.lower() != ".png":
+    if command.compare and not is_grid:
         raise ConfigError(f"compare=true writes one picture; out={out} must end in .png")
-    fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
-    images, columns = _draw(command, loaded, size, fitted.mixture if fitted else None)
-    try:
-        if command.compare:
-            others, _ = _draw(command, loaded, size, None)
+    with open_run(command) as loaded:
+        size = _size(command, loaded)
+        fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
+        images, columns = _draw(command, loaded, size, fitted.mixture if fitted else None)
+        others = _draw(command, loaded, size, None)[0] if command.compare else None
+    with writing(out):
+        if others is not None:
             save_png(beside(grid(others, columns=columns), grid(images, columns=columns)), out)
-        elif out.suffix.lower() == ".png":
+        elif is_grid:
             save_png(grid(images, columns=columns), out)
         else:
             for index, image in enumerate(images):
                 save_png(single(image), out / f"{index:06d}.png")
-    except OSError as error:
-        raise ConfigError(f"out={command.out}: cannot be written ({error.strerror})") from None
     if fitted:
         print(fitted.description)
     if command.compare:
         print(f"left: draws of N(0, I); right: of {command.prior}, from the same noise")
-    told = _told(command, loaded)
-    print(f"{len(images)} samples{told} of step {loaded.step} ({command.weights} weights): {out}")
+    classes = _classes(command, loaded)
+    print(
+        f"{len(images)} samples{classes} of step {loaded.step} ({command.weights} weights): {out}"
+    )
+
+
+def _size(command: SampleCommand, loaded: LoadedModel) -> tuple[int, int]:
+    """(H, W) of the images."""
+    from vae_dist.inference.load import check_image_size
+
+    asked = command.resolution
+    if asked == "trained":
+        return loaded.image_size
+    height, width = (asked, asked) if isinstance(asked, int) else asked
+    check_image_size(loaded.model, (height, width), key=f"resolution={asked}")
+    return height, width
 
 
 def _draw(
@@ -100,7 +108,7 @@ def _draw(
 
 
 def _labels(command: SampleCommand, loaded: LoadedModel) -> Tensor | None:
-    """What each image is told, int64 (num_images,); None for a model without labels."""
+    """The label of each image, int64 (num_images,); None for a model without labels."""
     import torch
 
     from vae_dist.models.prior import drawn_labels
@@ -127,7 +135,7 @@ def _check_conditional(command: SampleCommand, num_classes: int) -> None:
         )
 
 
-def _told(command: SampleCommand, loaded: LoadedModel) -> str:
+def _classes(command: SampleCommand, loaded: LoadedModel) -> str:
     """What the classes of the images are, in words."""
     if not loaded.model.num_classes:
         return ""

@@ -9,7 +9,7 @@ import torch
 from tests.support.tiny_run import tiny_config, write_images, write_run
 from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.inference.load import check_image_size, first_images, load_model, open_images
+from vae_dist.inference.load import check_image_size, first_examples, load_model, open_images
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_images_come_from_the_validation_shards_or_those_given(tmp_path: Path) -
     config = tiny_config()
     config.data.validation = str(tmp_path / "a")
     for data, level in (("", 10), (str(tmp_path / "b"), 20)):
-        images = first_images(open_images(config, data, create=True), 2)
+        images = first_examples(open_images(config, data, create=True), 2).images
         assert images.shape == (2, 1, 8, 6)
         assert (images == level).all()
     with pytest.raises(ConfigError, match="data="):
@@ -70,7 +70,7 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
     pixels[1] = 0  # written as no PNG
     write_images(tmp_path / "a", pixels)
     images = open_images(tiny_config(), str(tmp_path / "a"), create=True)
-    assert len(first_images(images, 100)) == 3
+    assert len(first_examples(images, 100).images) == 3
 
 
 def test_a_vector_latent_is_bound_to_its_size(folder: Path) -> None:

@@ -1,33 +1,40 @@
-"""From a run folder to a model that is ready to use, and to the images that it is shown.
+"""Open a run: its model ready to use, and the images that it is shown.
 
-In: the keys that every command on a run folder takes. Out: the VAE in eval mode with the weights of
-one checkpoint, and what the run knew: config, step, image size.
+In: the keys that every verb on a run folder takes. Out: the VAE in eval mode with the weights of
+one checkpoint, its config, step and image size; shards, and their first images as tensors. While a
+run is open, float32 is float32: TensorFloat-32 is off, and as it was afterwards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from vae_dist.config.commands import RunCommand
+from vae_dist.config.commands import EncodeCommand, EvaluateCommand, RunCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import TrainConfig
+from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.data.bundled import make_digits
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SkippedSample, image_settings
 from vae_dist.data.stream import EvaluationStream
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.workers import deaths_explained
 from vae_dist.heap import keep_freed_memory
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import load_checkpoint
 from vae_dist.run.folder import RunFolder
-from vae_dist.training.compile import use_tensor_float_32
+from vae_dist.training.compile import exact_float32
+
+if TYPE_CHECKING:
+    from vae_dist.distributed import Runtime
 
 
 class LoadedModel(NamedTuple):
@@ -39,13 +46,39 @@ class LoadedModel(NamedTuple):
     image_size: tuple[int, int]
 
 
-def choose_device(command: RunCommand) -> torch.device:
-    """The device for a command that runs in one process."""
-    if command.device == "auto" and torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        return accelerator
-    return torch.device("cpu")
+def choose_device(name: str) -> torch.device:
+    """`auto` is this process's CUDA (or ROCm) device, the CPU where there is none."""
+    if name == "auto":
+        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@contextmanager
+def open_run(command: RunCommand) -> Iterator[LoadedModel]:
+    """The model of `command.run`, for a verb of one process. Raises ConfigError as `load_model`."""
+    device = choose_device(command.device)
+    with exact_float32(device):
+        yield load_model(command, device=device)
+
+
+@contextmanager
+def open_run_on_ranks(
+    command: EvaluateCommand | EncodeCommand, *, remedy: str
+) -> Iterator[tuple[LoadedModel, Runtime]]:
+    """The same for a verb that several processes share. `remedy`: what helps when a loader process
+    dies. Raises ConfigError, the same on every rank."""
+    from vae_dist.distributed import Runtime  # brings accelerate along
+
+    runtime = Runtime.start(
+        RuntimeConfig(device=command.device, threads=command.threads),
+        precision="no",
+        launcher_decides_nothing=True,
+    )
+    try:
+        with deaths_explained(remedy), exact_float32(runtime.device):
+            yield runtime.together(lambda: load_model(command, device=runtime.device)), runtime
+    finally:
+        runtime.stop()
 
 
 def load_model(command: RunCommand, *, device: torch.device | None = None) -> LoadedModel:
@@ -70,10 +103,9 @@ def load_model(command: RunCommand, *, device: torch.device | None = None) -> Lo
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
             f"of its config.yaml; was that file edited? {error}"
         ) from None
-    device = device or choose_device(command)
+    device = device or choose_device(command.device)
     if device.type == "cpu":
         keep_freed_memory()
-    use_tensor_float_32(device, "no")  # what is read off a model does not depend on the device
     model.to(device).eval()
     return LoadedModel(model, config, checkpoint.step, (height, width))
 
@@ -120,12 +152,20 @@ def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "dat
     return Images(index, settings)
 
 
-def first_images(images: Images, num_images: int) -> torch.Tensor:
-    """The readable ones among the first `num_images`, (N, C, H, W) as stored.
+def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = None) -> Images:
+    """`open_images` of shards whose images the model takes; with `runtime`, for every rank alike.
+    Raises ConfigError."""
+    if runtime is None:
+        images = open_images(loaded.config, data, create=True)
+    else:
 
-    Raises ConfigError when there is none.
-    """
-    return first_examples(images, num_images).images
+        def create() -> None:
+            open_images(loaded.config, data, create=True)
+
+        runtime.on_main(create)
+        images = runtime.together(lambda: open_images(loaded.config, data, create=False))
+    check_image_size(loaded.model, images.settings.size, key=f"data={images.index.paths[0]}")
+    return images
 
 
 class Examples(NamedTuple):
@@ -138,10 +178,8 @@ class Examples(NamedTuple):
 
 
 def first_examples(images: Images, num_images: int) -> Examples:
-    """The same with what is known of them.
-
-    Where images differ in size, they are resized and cropped to a typical one.
-    """
+    """The readable ones among the first `num_images`; where images differ in size, they are resized
+    and cropped to a typical one. Raises ConfigError when there is none."""
     at_one_size = Images(images.index, images.settings.at_one_size())
     return first_examples_by_shape(at_one_size, num_images)[0]
 
@@ -167,7 +205,7 @@ def first_examples_by_shape(images: Images, num_images: int) -> list[Examples]:
     if not found:
         raise ConfigError(
             f"none of the first {batch_size} images of {images.index.paths[0]} can be read "
-            f"({reason}); raise num_images, or mend the shard"
+            f"({reason}); raise num_images, or repair the shard"
         )
     if skipped:
         print(f"warning: {len(skipped)} images are left out; {reason}", file=sys.stderr)
