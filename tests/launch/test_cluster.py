@@ -1,7 +1,7 @@
 """The launch scripts on a real SLURM: every way in which a job can end, with real training.
 
-A run that was stopped in whatever way and went on must end as the run that nobody touched: on two
-processes bit for bit; on four to rounding, because DDP sums in another order in its first step.
+A run on two processes that was stopped in whatever way and went on ends bit for bit as the run that
+was left alone. What the script decides without a cluster is in tests/launch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from tests.support.training import arguments, rows, same_weights, status
 pytestmark = pytest.mark.slow
 
 STEPS = 250  # seconds: a signal finds the run still training
-SAME_STEPS = 50  # over which runs on other numbers of processes agree to 1e-4
 TWO_BY_ONE = ("--nodes=2", "--ntasks-per-node=1")
-TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 
 @dataclass
@@ -110,18 +108,8 @@ def submit(
 def untouched(
     linuxproc: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Job]:
-    """The run that nobody stops."""
-    job = submit(linuxproc, digits, tmp_path_factory.mktemp("untouched") / "run", *TWO_BY_TWO)
-    job.ended("COMPLETED")
-    yield job
-
-
-@pytest.fixture(scope="module")
-def untouched_pair(
-    linuxproc: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Job]:
-    """The same on one process a node."""
-    job = submit(linuxproc, digits, tmp_path_factory.mktemp("pair") / "run", *TWO_BY_ONE)
+    """The run that is not stopped, on one process of each of two nodes."""
+    job = submit(linuxproc, digits, tmp_path_factory.mktemp("untouched") / "run", *TWO_BY_ONE)
     job.ended("COMPLETED")
     yield job
 
@@ -138,16 +126,6 @@ def numbers(job: Job) -> list[dict[str, float]]:
         }
         for step in sorted(found)
     ]
-
-
-def assert_close(job: Job, untouched: Job) -> None:
-    assert status(job.run)["status"] == "finished"
-    ours, theirs = numbers(job), numbers(untouched)
-    for mine, other in zip(ours[:SAME_STEPS], theirs[:SAME_STEPS], strict=True):
-        for key in ("train/loss", "train/rate_nats", "optim/grad_norm"):
-            assert mine[key] == pytest.approx(other[key], rel=1e-4), (mine["step"], key)
-    figures = [run[-1]["eval/neg_elbo_nats"] for run in (ours, theirs)]
-    assert figures[0] == pytest.approx(figures[1], rel=5e-3)
 
 
 def assert_equal(job: Job, untouched: Job) -> None:
@@ -174,15 +152,11 @@ def test_a_run_on_two_nodes_finishes(untouched: Job) -> None:
     logs = sorted(path.name for path in (untouched.run / "logs").iterdir())
     assert logs == [f"{untouched.number}-n1.log", f"{untouched.number}-n2.log"]
     said = untouched.trainer_said()
-    assert "on n1: rank 0 cpu, rank 1 cpu" in said and "on n2: rank 2 cpu, rank 3 cpu" in said
-
-
-def test_four_processes_train_what_two_train(untouched: Job, untouched_pair: Job) -> None:
-    assert_close(untouched_pair, untouched)
+    assert "on n1: rank 0 cpu" in said and "on n2: rank 1 cpu" in said
 
 
 def test_warned_of_the_time_limit_it_saves_goes_on_and_ends_the_same(
-    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched_pair: Job
+    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched: Job
 ) -> None:
     job = submit(linuxproc, digits, tmp_path / "run", *TWO_BY_ONE)
     job.reached(5)
@@ -190,32 +164,7 @@ def test_warned_of_the_time_limit_it_saves_goes_on_and_ends_the_same(
     assert job.ended("COMPLETED")["Restarts"] == "1"
     assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
     went_on(job)
-    assert_equal(job, untouched_pair)
-
-
-def test_at_its_time_limit_it_saves_and_goes_on(
-    linuxproc: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    """A limit of one minute, watched by SLURM itself, which looks every half minute or so."""
-    job = submit(
-        linuxproc,
-        digits,
-        tmp_path / "run",
-        *TWO_BY_ONE,
-        "--time=1",
-        "--signal=B:USR1@20",
-        overrides=("training.steps=1000000",),
-    )
-    job.reached(1)
-    job.waits()
-    assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
-    saved = status(job.run)["step"]
-    assert status(job.run)["status"] == "interrupted" and saved > 0
-    linuxproc.release(job.number)
-    job.reached(saved + 1)
-    went_on(job)
-    linuxproc.run("scancel", job.number)
-    job.ended("CANCELLED")
+    assert_equal(job, untouched)
 
 
 def preempt(job: Job) -> None:
@@ -224,22 +173,21 @@ def preempt(job: Job) -> None:
 
 
 def test_preempted_it_saves_goes_on_and_ends_the_same(
-    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched_pair: Job
+    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched: Job
 ) -> None:
     job = submit(linuxproc, digits, tmp_path / "run", "--partition=spot", *TWO_BY_ONE)
     job.reached(5)
     preempt(job)
     assert job.ended("COMPLETED")["Restarts"] == "1"
     went_on(job)
-    assert_equal(job, untouched_pair)
+    assert_equal(job, untouched)
 
 
-@pytest.mark.parametrize("launcher", ["tasks", "accelerate"])
 def test_cancelled_it_saves_and_is_not_requeued(
-    request: pytest.FixtureRequest, digits: Path, tmp_path: Path, launcher: str
+    cgroup: Cluster, digits: Path, tmp_path: Path
 ) -> None:
-    cluster = request.getfixturevalue("linuxproc" if launcher == "tasks" else "cgroup")
-    job = submit(cluster, digits, tmp_path / "run", "--nodes=2", LAUNCHER=launcher)
+    cluster = cgroup
+    job = submit(cluster, digits, tmp_path / "run", "--nodes=2", LAUNCHER="accelerate")
     job.reached(2)
     cluster.run("scancel", job.number)
     assert job.ended("CANCELLED")["Restarts"] == "0"
@@ -253,10 +201,10 @@ def test_cancelled_it_saves_and_is_not_requeued(
     assert cluster.job(job.number)["JobState"] == "CANCELLED"
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])  # n1 runs the batch script and rank 0
 def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
-    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched_pair: Job, node: str
+    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched: Job
 ) -> None:
+    node = "n1"  # runs the batch script and rank 0
     job = submit(
         linuxproc, digits, tmp_path / "run", *TWO_BY_ONE, overrides=("checkpoint.every=5",)
     )
@@ -267,54 +215,21 @@ def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
     linuxproc.boot(node)
     assert int(job.ended("COMPLETED")["Restarts"]) >= 1
     went_on(job)
-    assert_equal(job, untouched_pair)
+    assert_equal(job, untouched)
 
 
 # accelerate launch: one task a node
 
 
-def test_accelerate_on_each_node_warned_of_the_time_limit_ends_the_same(
-    cgroup: Cluster, digits: Path, tmp_path: Path, untouched: Job
-) -> None:
-    job = submit(cgroup, digits, tmp_path / "run", *TWO_BY_TWO, LAUNCHER="accelerate")
-    job.reached(5)
-    cgroup.run("scancel", "--signal=USR1", "--batch", job.number)
-    assert job.ended("COMPLETED")["Restarts"] == "1"
-    went_on(job)
-    assert_close(job, untouched)
-
-
 def test_accelerate_on_each_node_preempted_ends_the_same(
-    cgroup: Cluster, digits: Path, tmp_path: Path, untouched_pair: Job
+    cgroup: Cluster, digits: Path, tmp_path: Path, untouched: Job
 ) -> None:
     job = submit(cgroup, digits, tmp_path / "run", "-p", "spot", *TWO_BY_ONE, LAUNCHER="accelerate")
     job.reached(5)
     preempt(job)
     assert job.ended("COMPLETED")["Restarts"] == "1"
     went_on(job)
-    assert_equal(job, untouched_pair)
-
-
-# one process
-
-
-def test_restarts_are_bounded(linuxproc: Cluster, digits: Path, tmp_path: Path) -> None:
-    job = submit(linuxproc, digits, tmp_path / "run", MAX_RESTARTS="0")
-    job.reached(1)
-    linuxproc.run("scancel", "--signal=USR1", "--batch", job.number)
-    assert job.ended("FAILED")["ExitCode"] == "75:0"
-    assert "MAX_RESTARTS" in job.said() and status(job.run)["status"] == "interrupted"
-
-
-def test_a_stop_file_ends_the_job_for_good(
-    linuxproc: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    job = submit(linuxproc, digits, tmp_path / "run")
-    job.reached(1)
-    (job.run / "STOP").write_text("")
-    fields = job.ended("FAILED")
-    assert fields["ExitCode"] == "75:0" and fields["Restarts"] == "0"
-    assert "not requeued" in job.said() and status(job.run)["status"] == "interrupted"
+    assert_equal(job, untouched)
 
 
 def test_an_array_trains_one_run_a_seed(linuxproc: Cluster, digits: Path, tmp_path: Path) -> None:
@@ -358,14 +273,6 @@ def test_a_wrong_submission_fails_in_seconds_with_the_reason(
     assert not job.run.exists()
 
 
-def test_missing_shards_fail_with_the_reason_in_the_output(
-    linuxproc: Cluster, digits: Path, tmp_path: Path
-) -> None:
-    job = submit(linuxproc, digits, tmp_path / "run", overrides=("data.train=nowhere",))
-    assert job.ended("FAILED")["ExitCode"] == "2:0"
-    assert "data.train=nowhere" in job.said()
-
-
 def test_srun_without_a_launch_script_is_refused(linuxproc: Cluster) -> None:
     said = linuxproc.run(
         "srun",
@@ -375,38 +282,6 @@ def test_srun_without_a_launch_script_is_refused(linuxproc: Cluster) -> None:
         f"PYTHONPATH={ROOT} {sys.executable} -m vae_dist.train config=debug 2>&1; echo code $?",
     )
     assert said.count("each task would train alone") == 2 and said.count("code 2") == 2
-
-
-def test_each_task_of_an_array_packs_its_part(linuxproc: Cluster, tmp_path: Path) -> None:
-    """The command line alone: `echo` stands for Python."""
-    output = tmp_path / "pack-%a.out"
-    job = linuxproc.submit(
-        "--array=0-2",
-        "--cpus-per-task=1",
-        f"--output={output}",
-        script="launch/pack.sbatch",
-        args=["source=a folder", "out=b"],
-        variables={"PYTHON": "echo"},
-    )
-    for task in (0, 1, 2):
-        linuxproc.wait(f"{job}_{task}")
-        said = (tmp_path / f"pack-{task}.out").read_text()
-        assert said == f"-m vae_dist.pack source=a folder out=b shard_range={task}/3\n"
-
-
-def test_each_task_of_an_array_asks_for_a_trial_of_a_sweep(
-    linuxproc: Cluster, tmp_path: Path
-) -> None:
-    output = tmp_path / "sweep.out"
-    job = linuxproc.submit(
-        "--array=7",
-        f"--output={output}",
-        script="launch/sweep.sbatch",
-        args=[],
-        variables={"PYTHON": "echo", "SWEEP": "team/project/id"},
-    )
-    linuxproc.wait(f"{job}_7")
-    assert output.read_text() == "-m wandb agent --count 1 team/project/id\n"
 
 
 AGENT = """#!/bin/sh
@@ -432,15 +307,6 @@ def test_a_preempted_trial_of_a_sweep_saves_and_goes_on(
     assert job.ended("COMPLETED")["Restarts"] == "1"
     assert "asking the trial to save" in job.said() and "going on at step" in job.said()
     assert status(run)["status"] == "finished" and sorted(rows(run)) == [*range(1, STEPS + 1)]
-
-
-def test_a_sweep_without_a_config_says_what_to_type(linuxproc: Cluster, tmp_path: Path) -> None:
-    output = tmp_path / "sweep.out"
-    job = linuxproc.submit(
-        "--array=0", f"--output={output}", script="launch/sweep.sbatch", args=[], variables={}
-    )
-    assert linuxproc.wait(f"{job}_0", timeout_s=20)["ExitCode"] == "2:0"
-    assert "launch/sweep.sbatch config=NAME" in output.read_text()
 
 
 @pytest.mark.parametrize("script", ["slurm", "sweep", "pack"])

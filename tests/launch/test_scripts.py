@@ -1,5 +1,4 @@
-"""What launch/slurm.sbatch and launch/pack.sbatch decide; srun, scontrol and Python are stand-ins.
-tests/slurm has a cluster."""
+"""What the batch scripts decide; srun, scontrol and Python are stand-ins, in test_cluster real."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ case $* in
   *checked_config*) echo "$RUN" ;;
   *--overlap*) ;;
   *) [[ -z $WARNED ]] || { kill -USR1 $PPID; /bin/sleep 0.05; }
-     [[ -z $STATUS ]] || echo "{\\"status\\": \\"$STATUS\\", \\"step\\": 1}" >"$RUN/status.json"
+     said="{\\"status\\": \\"$STATUS\\", \\"reason\\": \\"$REASON\\"}"
+     [[ -z $STATUS ]] || echo "$said" >"$RUN/status.json"
      echo x >"$RUN/logs/7-n.log"
      exit "$CODE" ;;
 esac
@@ -42,6 +42,7 @@ def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
         "SLURM_JOB_NODELIST": "n",
         "SLURM_NNODES": "1",
         "STATUS": "",
+        "REASON": "",
         "CODE": "0",
         "WARNED": "",
         "PREEMPTED": "None",
@@ -82,6 +83,29 @@ def test_after_a_warning_a_task_that_a_signal_ended_is_requeued(
 ) -> None:
     done = submit(tmp_path, SLURM_NTASKS_PER_NODE="1", STATUS=status, CODE=code, **signs)
     assert (tmp_path / "run" / "scontrol").exists() == is_requeued, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"MAX_RESTARTS": "3", "SLURM_RESTART_COUNT": "3"}, "restarted 3 times (MAX_RESTARTS)"),
+        ({"REASON": "runs/a/STOP exists"}, "not requeued; submit it again to go on"),
+    ],
+)
+def test_an_interrupted_run_that_is_not_requeued_ends_with_75(
+    tmp_path: Path, variables: dict[str, str], words: str
+) -> None:
+    ended = {"STATUS": "interrupted", "CODE": "75", "SLURM_NTASKS_PER_NODE": "1"}
+    done = submit(tmp_path, **ended, **variables)
+    assert done.returncode == 75 and words in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "run" / "scontrol").exists()
+
+
+def test_a_sweep_without_a_config_says_what_to_type(tmp_path: Path) -> None:
+    job = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
+    script = ["bash", str(ROOT / "launch" / "sweep.sbatch")]
+    done = subprocess.run(script, env=job, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "launch/sweep.sbatch config=NAME" in done.stderr
 
 
 def test_tasks_without_their_number_a_node_are_refused_with_the_option(tmp_path: Path) -> None:
