@@ -30,7 +30,7 @@ from benchmarks.report import finish, head, median_ratio, split_options, table
 from benchmarks.setting import Enough, make_setting, shards, train
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.load import load_train_config
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.heap import environment_decides
 from vae_dist.training.loop import Trainer
 

@@ -29,8 +29,8 @@ import webdataset as wds
 from PIL import Image
 
 from vae_dist.data.index import load_index
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
-from vae_dist.data.stream import TrainingStream
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 

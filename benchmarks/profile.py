@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import finish, head, split_options, table
 from benchmarks.setting import Enough, make_setting, synchronize, train
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.training.loop import Trainer
 
 

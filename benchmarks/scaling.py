@@ -33,7 +33,7 @@ import torch
 from benchmarks.report import finish, head, median_ratio, split_options, table
 from benchmarks.setting import Enough, make_setting, synchronize, train
 from vae_dist.cli import exit_process
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.training.loop import Trainer
 
 GOAL = 0.95

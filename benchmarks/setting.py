@@ -21,7 +21,7 @@ from PIL import Image
 from vae_dist.config import automatic
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.data.writer import write_shards
 from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
 from vae_dist.run.folder import RunFolder

@@ -45,7 +45,7 @@ from benchmarks.setting import (
     synchronize,
     train,
 )
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.loss import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at

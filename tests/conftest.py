@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vae_dist.cli import set_environment
-from vae_dist.data.bundled import make_digits
+from vae_dist.data.digits import make_digits
 
 set_environment()  # before torch is imported: tests run beside each other, and in several processes
 

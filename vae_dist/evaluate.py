@@ -28,7 +28,7 @@ from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex
-    from vae_dist.data.stream import EvaluationBatch, EvaluationStream
+    from vae_dist.data.loader import EvaluationBatch, EvaluationStream
     from vae_dist.distributed import Runtime
     from vae_dist.evaluation.meter import Meter
     from vae_dist.evaluation.run import EvaluationResult
@@ -63,7 +63,7 @@ def evaluate(command: EvaluateCommand) -> None:
 def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
     import torch
 
-    from vae_dist.data.stream import EvaluationStream
+    from vae_dist.data.loader import EvaluationStream
     from vae_dist.evaluation import run
     from vae_dist.evaluation.record import conditions_of
     from vae_dist.inference.aggregate import fitted_prior

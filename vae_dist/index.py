@@ -45,7 +45,7 @@ def _index(command: IndexCommand) -> list[str]:
         write_index,
         write_index_of_remote,
     )
-    from vae_dist.data.remote import is_remote
+    from vae_dist.data.sources import is_remote
 
     paths = resolve_shards(command.data, key="data")
     spec: Any = paths

@@ -18,7 +18,7 @@ import torch
 from vae_dist.config.automatic import has_buckets
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Group
+from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
 from vae_dist.objectives.loss import loss_terms, noise_shape

@@ -16,15 +16,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import png
-from tests.data.test_stream import InterleavedPool, damage
+from tests.data.test_loader import InterleavedPool, damage
 from tests.support.http_shards import serving
-from vae_dist.data import stream as stream_module
+from vae_dist.data import loader as stream_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.mixing import make_order
-from vae_dist.data.order import Order
+from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.order import Order, make_order
 from vae_dist.data.reader import image_settings
-from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards

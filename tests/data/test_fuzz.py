@@ -19,9 +19,9 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data.buckets import make_buckets
 from vae_dist.data.decode import decode_image
 from vae_dist.data.index import ShardIndex, index_shard, load_index, write_sidecar
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader, single_sample
-from vae_dist.data.stream import TrainingStream
 from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.work import TrainingWork

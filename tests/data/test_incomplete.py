@@ -22,7 +22,7 @@ from vae_dist.data import (
     write_shards,
 )
 from vae_dist.data.decode import decode_sample
-from vae_dist.data.mixing import make_order
+from vae_dist.data.order import make_order
 from vae_dist.data.reader import check_labels
 from vae_dist.data.tar import DamagedSampleError
 

@@ -14,9 +14,9 @@ from PIL import Image
 from vae_dist.data import reader as reader_module
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.kept import KeptImages, bytes_kept
+from vae_dist.data.loader import Batch, TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.stream import Batch, TrainingStream
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 

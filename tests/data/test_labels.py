@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from vae_dist.data.labels import UnknownClassError, label_of
 from vae_dist.data.tar import DamagedSampleError
+from vae_dist.data.transforms import UnknownClassError, label_of
 
 
 @pytest.mark.parametrize(("text", "label"), [(b"7", 7), (b" 12\n", 12), (b"-1", -1), (None, -1)])

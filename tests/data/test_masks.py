@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from vae_dist.data.masks import DRAWN, draw_mask, resized_mask
+from vae_dist.data.transforms import DRAWN, draw_mask, resized_mask
 
 
 def drawn(kind: str, *, fraction: float = 0.5, sample: int = 0, epoch: int = 0) -> np.ndarray:

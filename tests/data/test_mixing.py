@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import identities, make_shards
-from tests.data.test_stream import one_process
+from tests.data.test_loader import one_process
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.mixing import MixedOrder, make_order, quotas
-from vae_dist.data.stream import TrainingStream
+from vae_dist.data.loader import TrainingStream
+from vae_dist.data.order import MixedOrder, make_order, quotas
 from vae_dist.data.transforms import ImageSettings
 
 __all__ = ["one_process"]  # a fixture

@@ -13,9 +13,9 @@ from PIL import Image
 
 from vae_dist.data.index import load_index
 from vae_dist.data.jpeg import decode_into, orientation
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.stream import TrainingStream
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 

@@ -9,9 +9,9 @@ import torch
 
 from tests.data.conftest import LENGTHS, identities
 from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.ring import MAX_LENT, NUM_AHEAD, Ring
-from vae_dist.data.stream import TrainingStream
 from vae_dist.data.transforms import ImageSettings
 
 BATCH = 8

@@ -23,9 +23,9 @@ from PIL import Image
 
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.kept import KeptImages
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SkippedSample
-from vae_dist.data.stream import TrainingStream
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import LoaderDied, deaths_explained
 from vae_dist.data.writer import write_shards

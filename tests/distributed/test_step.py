@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.support.distributed import run_ranks
 from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
-from vae_dist.data.stream import Batch, Group
+from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
 from vae_dist.training.optimizer import Ema, build_optimizer

@@ -12,7 +12,7 @@ from tests.support.distributed import run_ranks
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.data.stream import EvaluationBatch
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.importance import ImportanceMeter
 from vae_dist.evaluation.run import EvaluationResult, evaluate

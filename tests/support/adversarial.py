@@ -8,7 +8,7 @@ import torch
 
 from tests.support.steps import make_step
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
-from vae_dist.data.stream import Batch, Group
+from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.training.step import TrainingStep
 

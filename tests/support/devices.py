@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.support.distributed import reset_accelerate
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.data.stream import Batch, split_mask
+from vae_dist.data.loader import Batch, split_mask
 from vae_dist.distributed import Runtime
 
 NEEDS_CUDA = (

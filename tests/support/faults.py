@@ -23,7 +23,7 @@ import torch
 
 from tests.support.distributed import become_rank, free_port
 from tests.support.training import status
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.run import checkpoint
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork

@@ -18,7 +18,7 @@ from tests.support.adversarial import (
 )
 from tests.support.distributed import reset_accelerate
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Group
+from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.microbatch import try_microbatch
 from vae_dist.models.build import build_vae

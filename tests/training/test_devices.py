@@ -24,7 +24,7 @@ from tests.support.devices import (
 )
 from tests.support.steps import make_step
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch

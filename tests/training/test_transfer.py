@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vae_dist.data.stream import Batch, Group
+from vae_dist.data.loader import Batch, Group
 from vae_dist.training.step import Transfer
 
 

@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vae_dist.data.bundled import load_digits, make_digits
+    from vae_dist.data.digits import load_digits, make_digits
     from vae_dist.data.index import ShardError, ShardIndex, load_index
+    from vae_dist.data.loader import Batch, EvaluationBatch, EvaluationStream, Group, TrainingStream
     from vae_dist.data.order import Order
     from vae_dist.data.reader import SkippedSample, image_settings
-    from vae_dist.data.stream import Batch, EvaluationBatch, EvaluationStream, Group, TrainingStream
     from vae_dist.data.transforms import ImageSettings
     from vae_dist.data.writer import write_shards
 
@@ -34,20 +34,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Batch": "stream",
-    "EvaluationBatch": "stream",
-    "EvaluationStream": "stream",
-    "Group": "stream",
+    "Batch": "loader",
+    "EvaluationBatch": "loader",
+    "EvaluationStream": "loader",
+    "Group": "loader",
     "ImageSettings": "transforms",
     "Order": "order",
     "ShardError": "index",
     "ShardIndex": "index",
     "SkippedSample": "reader",
-    "TrainingStream": "stream",
+    "TrainingStream": "loader",
     "image_settings": "reader",
-    "load_digits": "bundled",
+    "load_digits": "digits",
     "load_index": "index",
-    "make_digits": "bundled",
+    "make_digits": "digits",
     "write_shards": "writer",
 }
 

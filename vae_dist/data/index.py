@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.locate import NUM_NAMED, Shard, locate, read_info, shown, unfinished_pack
-from vae_dist.data.remote import (
+from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_info, shown, unfinished_pack
+from vae_dist.data.sources import (
     UnreadableError,
     exists,
     is_pipe,

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_dist.data.masks import DRAWN
-from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.transforms import DRAWN, ImageSettings
 
 _NOT_KEPT = np.iinfo(np.int64).min  # instead of a label
 

@@ -20,12 +20,19 @@ from vae_dist.data.decode import decode_sample, only_jpeg, size_of_sample
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.jpeg import is_plain_jpeg
 from vae_dist.data.kept import KeptImages, augmentation, before_augmentation
-from vae_dist.data.labels import CLS, NO_LABEL, UnknownClassError, label_of
-from vae_dist.data.masks import DRAWN
 from vae_dist.data.order import Run
-from vae_dist.data.remote import read_range
+from vae_dist.data.sources import read_range
 from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
-from vae_dist.data.transforms import ImageSettings, Need, transform
+from vae_dist.data.transforms import (
+    CLS,
+    DRAWN,
+    NO_LABEL,
+    ImageSettings,
+    Need,
+    UnknownClassError,
+    label_of,
+    transform,
+)
 
 NUM_PROBED = 100  # samples that are tried for the size of native images
 

@@ -1,13 +1,28 @@
-"""From a decoded image to the size that the model sees.
+"""From a decoded image to the size that the model sees, with its mask and its label.
 
 In: (C, H, W) of any size, uint8, uint16 or float32 in [-1, 1]. Out: (C, *size) of that type:
 resized (antialiased) so that it covers `size` with its shorter side, cropped and perhaps mirrored;
 or, with resize=False, as it is. With a mask, (C + 1, H, W): the last plane is 1 where a pixel was
-observed, and goes where its image goes.
+observed, and goes where its image goes: resized, cropped and mirrored with it. Drawn masks
+(`data.mask` = random, rectangle, half) are made at the final size, by (seed, epoch, sample):
+
+    random      each pixel is missing with probability `fraction`, on its own
+    rectangle   one rectangle of that part of the pixels is missing, of any place and of an aspect
+                up to 2:1 (less elongated where it would not fit)
+    half        the left, right, upper or lower half is missing, each as often
+
+The label of a sample (`data.label_key`), -1 where there is none: no such member or field, or null.
+
+    .cls    an integer, -1 for none
+    .json   an integer, true or false, or one of the two marks -1 and 1 of attribute lists such as
+            CelebA's, which with two classes are the classes 0 and 1
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +31,14 @@ import torch
 from torch.nn.functional import interpolate
 
 from vae_dist.data.buckets import Size
-from vae_dist.data.labels import CLS
-from vae_dist.data.masks import DRAWN, draw_mask, resized_mask
 from vae_dist.data.pixels import PIXEL_TYPES
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.randomness import numpy_generator
+
+DRAWN = ("random", "rectangle", "half")
+MAX_ASPECT = 2.0  # of a drawn rectangle
+NO_LABEL = -1
+CLS = "cls"
 
 
 class Need(NamedTuple):
@@ -176,3 +194,127 @@ def _cover(image: np.ndarray, size: tuple[int, int], *, max_pixels: int) -> np.n
     if image.dtype == np.uint16:
         return pixels.round().clip(0, 65535).astype(np.uint16)
     return pixels.clip(-1.0, 1.0)  # a cubic overshoots at edges
+
+
+def draw_mask(
+    kind: str, size: tuple[int, int], fraction: float, *, seed: int, epoch: int, sample: int
+) -> np.ndarray:
+    """One of the kinds `DRAWN`, for an image of (H, W) pixels."""
+    generator = numpy_generator(seed, "mask", epoch, sample)
+    if kind == "random":
+        return (generator.random((1, *size)) >= fraction).astype(np.uint8)
+    mask = np.ones((1, *size), np.uint8)
+    draw = _half if kind == "half" else _rectangle
+    top, bottom, left, right = draw(size, fraction, generator)
+    mask[:, top:bottom, left:right] = 0
+    return mask
+
+
+def _half(
+    size: tuple[int, int], fraction: float, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    height, width = size
+    middle = height // 2, width // 2
+    side = int(generator.integers(4))
+    return (
+        (0, height, 0, middle[1]),
+        (0, height, middle[1], width),
+        (0, middle[0], 0, width),
+        (middle[0], height, 0, width),
+    )[side]
+
+
+def _rectangle(
+    size: tuple[int, int], fraction: float, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Rows and columns of area fraction * H * W, to rounding."""
+    root = math.sqrt(fraction)
+    steepest = min(MAX_ASPECT, 1 / fraction) if fraction else 1.0  # neither side beyond the image
+    stretch = steepest ** (generator.random() - 0.5)  # (h / H) / (w / W) is its square
+    height = round(min(1.0, root * stretch) * size[0])
+    width = round(min(1.0, root / stretch) * size[1])
+    top = int(generator.integers(size[0] - height + 1))
+    left = int(generator.integers(size[1] - width + 1))
+    return top, top + height, left, left + width
+
+
+def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask of an image (1, H, W) that was resized by torch's antialiased bicubic filter.
+
+    A pixel is observed where all pixels that the filter takes it from are: min-pooling, so that no
+    value of a missing one leaks into what counts.
+    """
+    if mask.shape[1:] == size:
+        return mask
+    missing = np.pad(np.cumsum(np.cumsum(1 - mask[0].astype(np.int64), 0), 1), ((1, 0), (1, 0)))
+    top, bottom = _sources(mask.shape[1], size[0])
+    left, right = _sources(mask.shape[2], size[1])
+    rows, columns = missing[bottom] - missing[top], (left, right)
+    count = rows[:, columns[1]] - rows[:, columns[0]]  # missing sources of each pixel
+    return (count == 0).astype(np.uint8)[None]
+
+
+def _sources(have: int, want: int) -> tuple[np.ndarray, np.ndarray]:
+    """First source and one past the last of each of `want` pixels, as torch's filter has them."""
+    scale = have / want
+    support = 2.0 * max(scale, 1.0)
+    center = scale * (np.arange(want) + 0.5)
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    stop = np.minimum((center + support + 0.5).astype(np.int64), have)
+    return first, stop
+
+
+class UnknownClassError(ValueError):
+    """A label that no class has: no damage, but a config that does not fit the data."""
+
+
+def label_of(sample: Mapping[str, Any], *, key: str = CLS, num_classes: int = 0) -> int:
+    """num_classes: 0 takes every integer.
+
+    Raises DamagedSampleError for what is no integer, UnknownClassError for what is none of
+    0, ..., num_classes - 1.
+    """
+    value = _of_member(sample) if key == CLS else _of_field(sample, key, num_classes)
+    if value is None:
+        return NO_LABEL
+    if abs(value) >= 2**63:
+        raise DamagedSampleError(f"the label {str(value)[:20]} is no integer of 64 bits")
+    if num_classes and not (0 <= value < num_classes or (key == CLS and value == NO_LABEL)):
+        raise UnknownClassError(
+            f"its label {value} ({_source(key)}) is none of the classes 0 to {num_classes - 1} of "
+            f"model.num_classes={num_classes}"
+        )
+    return value
+
+
+def _source(key: str) -> str:
+    return ".cls" if key == CLS else f".json field {key}"
+
+
+def _of_member(sample: Mapping[str, Any]) -> int | None:
+    text = sample.get("cls")
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise DamagedSampleError(f".cls is no integer: {bytes(text[:20])!r}") from None
+
+
+def _of_field(sample: Mapping[str, Any], key: str, num_classes: int) -> int | None:
+    text = sample.get("json")
+    if text is None:
+        return None
+    try:
+        value = json.loads(bytes(text))
+    except (ValueError, RecursionError):
+        raise DamagedSampleError(f".json is no JSON: {bytes(text[:20])!r}") from None
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if value is None:
+        return None
+    if not isinstance(value, int):  # bool is one
+        raise DamagedSampleError(f".json field {key} is no integer: {str(value)[:20]!r}")
+    if num_classes == 2 and value == -1:
+        return 0
+    return int(value)

@@ -14,11 +14,10 @@ import torch
 from torch.utils.data import get_worker_info
 
 from vae_dist.data.jpeg import decode_into
-from vae_dist.data.lane import Lane
-from vae_dist.data.mixing import MixedOrder
-from vae_dist.data.order import Order
+from vae_dist.data.order import MixedOrder, Order
 from vae_dist.data.reader import SampleReader, SkippedSample
 from vae_dist.data.ring import Ring, empty_pixels
+from vae_dist.data.windows import Lane
 
 Shape = tuple[int, int, int]  # C, H, W
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.stream import EvaluationBatch
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.latents import LatentReport, LatentSums
 from vae_dist.evaluation.meter import Inputs, Meter, Report, Seen, mean_and_error

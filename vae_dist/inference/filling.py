@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
-from vae_dist.data.masks import DRAWN
 from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.transforms import DRAWN
 from vae_dist.data.writer import write_shards
 from vae_dist.inference.imputation import Incomplete, impute
 from vae_dist.inference.load import Examples, Images, first_examples_by_shape

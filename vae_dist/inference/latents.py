@@ -25,10 +25,9 @@ from torch import Tensor
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import ShardIndex
-from vae_dist.data.labels import NO_LABEL
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.transforms import NO_LABEL, ImageSettings
 from vae_dist.inference import tiles
 from vae_dist.models.vae import VAE
 from vae_dist.tracking.images import to_uint8

@@ -25,8 +25,8 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.index import load_index, write_info
-from vae_dist.data.locate import WORK
 from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.shards import WORK
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.files import ProgressBar, sync_folder, write_durably

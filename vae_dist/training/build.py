@@ -15,13 +15,13 @@ from torch import nn
 from vae_dist.config.automatic import default_slots, has_buckets
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.bundled import make_digits
+from vae_dist.data.digits import make_digits
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.mixing import make_order
+from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.order import make_order
 from vae_dist.data.reader import check_labels, image_settings
-from vae_dist.data.sizes import NativeSet, check_native_sizes
-from vae_dist.data.stream import EvaluationStream, TrainingStream
 from vae_dist.data.transforms import Need
+from vae_dist.data.verify import NativeSet, check_native_sizes
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably

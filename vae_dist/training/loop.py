@@ -21,7 +21,7 @@ from torch import nn
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Batch
+from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
 from vae_dist.heap import release_freed_memory
 from vae_dist.run.checkpoint import Checkpoint

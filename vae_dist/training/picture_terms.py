@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Group
+from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives.perceptual import PerceptualTerm

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.stream import Batch, Group
+from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.vae import NO_LABEL, VAE
 from vae_dist.objectives.loss import loss_terms, noise_shape

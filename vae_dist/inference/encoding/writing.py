@@ -26,8 +26,8 @@ from torch import Tensor
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import index_shard, write_sidecar
+from vae_dist.data.loader import split_mask
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.stream import split_mask
 from vae_dist.data.workers import WorkerPool
 from vae_dist.data.writer import ShardWriter
 from vae_dist.files import sync_folder, write_durably

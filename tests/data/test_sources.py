@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import LENGTHS
-from tests.data.test_stream import BATCH, STEPS, expected, global_batches, one_process
+from tests.data.test_loader import BATCH, STEPS, expected, global_batches, one_process
 from tests.support.http_shards import serving
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import remote
+from vae_dist.data import sources as remote
 from vae_dist.data.index import load_index, write_index_of_remote, write_info
-from vae_dist.data.remote import UnreadableError, read_range
+from vae_dist.data.sources import UnreadableError, read_range
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.index import main

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from webdataset.shardlists import expand_urls
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.remote import (
+from vae_dist.data.sources import (
     UnreadableError,
     is_pipe,
     is_remote,

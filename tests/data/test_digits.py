@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import bundled
+from vae_dist.data import digits as bundled
 from vae_dist.data.index import load_index
+from vae_dist.data.loader import EvaluationStream
 from vae_dist.data.reader import image_settings
-from vae_dist.data.stream import EvaluationStream
 
 
 def test_digits_are_the_bytes_that_ship() -> None:

@@ -5,8 +5,8 @@ Out: `Batch`: this rank's images of a step in groups of one shape, each in slot 
 
 Step k takes row k of every lane; a rank owns batch_size / world neighbouring lanes, and its loader
 workers share them. With aspect buckets a slot owns one lane, and step k takes the next
-batch_size / slots rows of it, which share a size (`vae_dist.data.lane`). So who reads what depends
-on the machine, but what step k shows does not.
+batch_size / slots rows of it, which share a size (`vae_dist.data.windows`). So who reads what
+depends on the machine, but what step k shows does not.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from vae_dist.data.index import ShardIndex
-from vae_dist.data.mixing import MixedOrder
-from vae_dist.data.order import Order
+from vae_dist.data.order import MixedOrder, Order
 from vae_dist.data.reader import SampleReader, SkippedSample
 from vae_dist.data.ring import can_share, empty_pixels
 from vae_dist.data.tar import DamagedSampleError

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_dist.data.buckets import Size, arrange
-from vae_dist.data.mixing import MixedOrder
-from vae_dist.data.order import Order, Window
+from vae_dist.data.order import MixedOrder, Order, Window
 from vae_dist.data.reader import LoadedSample, PlainJpeg, SampleReader, SkippedSample
 from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.randomness import numpy_generator
