@@ -54,7 +54,7 @@ from benchmarks.setting import (
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch, EvaluationStream
-from vae_dist.evaluation.reconstruction import psnr_db
+from vae_dist.evaluation.metrics import psnr_db
 from vae_dist.inference.sampling import reconstruct
 from vae_dist.tracking.images import grid, save_png
 from vae_dist.training.build import training_stream

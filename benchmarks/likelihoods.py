@@ -26,10 +26,11 @@ from benchmarks.setting import Setting, make_setting
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import EvaluationStream
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.reconstruction import ReconstructionMeter, psnr_db
+from vae_dist.evaluation.metrics import ReconstructionMetric, psnr_db
 from vae_dist.evaluation.run import evaluate
-from vae_dist.inference.sampling import prior_latents, reconstruct
+from vae_dist.inference.sampling import reconstruct
 from vae_dist.models.build import build_vae
+from vae_dist.models.latent import prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import grid, save_png, to_uint8
@@ -122,7 +123,7 @@ def validation(config: TrainConfig, data: Data, runtime: Runtime) -> EvaluationS
 def strips(model: VAE, images: torch.Tensor, data: Data) -> list[torch.Tensor]:
     """Reconstructions, prior means, prior draws; each uint8 (COLUMNS, C, H, W)."""
     size = data.image_size
-    z = prior_latents(model, COLUMNS, size, seed=0)
+    z = prior_latents(model.latent_shape(*size), COLUMNS, seed=0)
     params = model.decode(z, size)
     draws = model.likelihood.sample(params, torch_generator(0, "draws"))
     pictures = [reconstruct(model, images, seed=0), model.likelihood.mean(params), draws]
@@ -174,9 +175,9 @@ def run(
 ) -> tuple[Row, list[torch.Tensor], torch.Tensor]:
     config, runtime, data = setting.config, setting.runtime, setting.data
     model, steps, skipped, spent = train(config, runtime, data, seconds=seconds)
-    meter = ReconstructionMeter({"psnr_db": (psnr_db, 1)}, runtime.device)
+    meter = ReconstructionMetric({"psnr_db": (psnr_db, 1)}, runtime.device)
     stream = validation(config, data, runtime)
-    result = evaluate(model, stream, runtime=runtime, seed=0, meters=[meter])
+    result = evaluate(model, stream, runtime=runtime, seed=0, metrics=[meter])
     assert result is not None and result.bits_per_dim is not None
     first = next(iter(validation(config, data, runtime))).images[:COLUMNS]
     row = Row(

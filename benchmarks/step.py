@@ -47,7 +47,7 @@ from benchmarks.setting import (
 )
 from vae_dist.data.loader import Batch
 from vae_dist.models.build import build_vae
-from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.training.build import compile_as_asked, training_stream
 from vae_dist.training.loop import Trainer

@@ -21,7 +21,7 @@ from vae_dist.abstract import Abstract
 from vae_dist.config.load import load_train_config
 from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
-from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.training.optimizer import freeze_encoder
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from vae_dist.config.schema import PerceptualConfig, TrainConfig
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.adversarial import hinge_loss, mean_logits
-from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.perceptual import PerceptualTerm, distance_of
 from vae_dist.training.optimizer import freeze_encoder
 

@@ -30,13 +30,12 @@ if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex
     from vae_dist.data.loader import EvaluationBatch, EvaluationStream
     from vae_dist.distributed import Runtime
-    from vae_dist.evaluation.meter import Meter
+    from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.aggregate import FittedPrior
     from vae_dist.inference.load import LoadedModel
-    from vae_dist.models.mixture import GaussianMixture
-    from vae_dist.models.perceptual import Backbone
-    from vae_dist.models.pretrained import PretrainedFile
+    from vae_dist.models.latent import LatentPrior
+    from vae_dist.models.networks import Backbone, PretrainedFile
     from vae_dist.models.vae import VAE
 
 USAGE = "python -m vae_dist.evaluate run=FOLDER [key=value ...]"
@@ -65,10 +64,9 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
 
     from vae_dist.data.loader import EvaluationStream
     from vae_dist.evaluation import run
-    from vae_dist.evaluation.record import conditions_of
     from vae_dist.inference.aggregate import fitted_prior
     from vae_dist.inference.load import check_image_size, load_model, open_images, weights_digest
-    from vae_dist.models.latent_moments import FILE, write_statistics
+    from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
     loaded = runtime.together(lambda: load_model(command, device=runtime.device))
     # cuDNN's default rounds the inputs of convolutions to 10 bits
@@ -93,13 +91,13 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
     if command.prior != "normal":
         prior = runtime.on_main(lambda: fitted_prior(loaded, command))
     files: dict[str, str] = {}
-    meters = _meters(command, loaded.model, prior, runtime, files)
+    metrics = _metrics(command, loaded.model, prior, runtime, files)
     result = run.evaluate(
         loaded.model,
         _watched(stream, runtime),
         runtime=runtime,
         seed=command.seed,
-        meters=meters,
+        metrics=metrics,
     )
     assert result is not None  # nothing asks it to stop
     name = _file_name(command, loaded, images.index)
@@ -116,7 +114,7 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
         "precision": "float32",
         "mask": loaded.config.data.mask,  # figures count what it leaves
         "figures": figures,
-        "conditions": conditions_of(
+        "conditions": run.conditions_of(
             figures,
             importance_samples=command.samples,
             prior=prior.description if prior else "",
@@ -133,7 +131,7 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
     if is_spatial and not command.out and name == RESULTS:
         facts = {"step": loaded.step, "weights": command.weights, "of": "samples"}
         runtime.on_main(
-            lambda: write_statistics(Path(command.run) / FILE, result.statistics, facts)
+            lambda: write_statistics(Path(command.run) / STATISTICS_FILE, result.statistics, facts)
         )
     if runtime.is_main:
         print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
@@ -160,30 +158,30 @@ def _watched(stream: EvaluationStream, runtime: Runtime) -> Iterable[EvaluationB
     return track(stream, "batches", total=len(stream), console=Console(stderr=True))
 
 
-def _meters(
+def _metrics(
     command: EvaluateCommand,
     model: VAE,
     prior: FittedPrior | None,
     runtime: Runtime,
     files: dict[str, str],
-) -> list[Meter]:
+) -> list[Metric]:
     """What was asked for beside the bound; `files` is told of the weights that it uses."""
-    from vae_dist.evaluation.frechet import FrechetMeter
-    from vae_dist.evaluation.importance import ImportanceMeter
-    from vae_dist.evaluation.prior import PriorMeter
-    from vae_dist.evaluation.reconstruction import (
-        ReconstructionMeter,
+    from vae_dist.evaluation.frechet import FrechetMetric
+    from vae_dist.evaluation.importance import ImportanceMetric
+    from vae_dist.evaluation.metrics import (
+        PriorMetric,
+        ReconstructionMetric,
         comparisons,
         lpips_comparison,
     )
-    from vae_dist.models import inception, perceptual, pretrained
+    from vae_dist.models import networks
 
-    meters: list[Meter] = []
+    metrics: list[Metric] = []
     priors = {"gmm": prior.mixture.to(runtime.device)} if prior else {}
-    meters += [PriorMeter(name, mixture, runtime.device) for name, mixture in priors.items()]
+    metrics += [PriorMetric(name, mixture, runtime.device) for name, mixture in priors.items()]
     if command.samples:
-        meters.append(
-            ImportanceMeter(
+        metrics.append(
+            ImportanceMetric(
                 model,
                 runtime.device,
                 num_samples=command.samples,
@@ -196,23 +194,23 @@ def _meters(
     compare = comparisons(names)
     lpips: dict[str, Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
     for name in [name for name in lpips if name in names]:
-        path = _weights(command, perceptual.FILES[lpips[name]], runtime)
+        path = _weights(command, networks.FILES[lpips[name]], runtime)
         files[name] = str(path)
-        network = perceptual.load_lpips(lpips[name], path).to(runtime.device)
-        compare[name] = (lpips_comparison(network), perceptual.SMALLEST_SIDE[lpips[name]])
+        network = networks.load_lpips(lpips[name], path).to(runtime.device)
+        compare[name] = (lpips_comparison(network), networks.SMALLEST_SIDE[lpips[name]])
     if compare:
-        meters.append(ReconstructionMeter(compare, runtime.device))
+        metrics.append(ReconstructionMetric(compare, runtime.device))
     if "rfid" in names or "fid" in names:
-        path = _weights(command, pretrained.INCEPTION, runtime)
+        path = _weights(command, networks.INCEPTION, runtime)
         files["frechet"] = str(path)
-        priors_of_fid: dict[str, GaussianMixture | None] = {}
+        priors_of_fid: dict[str, LatentPrior | None] = {}
         if "fid" in names:
             # latents are drawn on the CPU
             priors_of_fid = {"fid": None} | ({"fid_gmm": prior.mixture} if prior else {})
-        meters.append(
-            FrechetMeter(
-                inception.load_inception(path).to(runtime.device),
-                inception.NUM_FEATURES,
+        metrics.append(
+            FrechetMetric(
+                networks.load_inception(path).to(runtime.device),
+                networks.NUM_FEATURES,
                 model,
                 runtime.device,
                 of_reconstructions="rfid" in names,
@@ -220,12 +218,12 @@ def _meters(
                 seed=command.seed,
             )
         )
-    return meters
+    return metrics
 
 
 def _weights(command: EvaluateCommand, file: PretrainedFile, runtime: Runtime) -> Path:
     """The file, fetched by the main process, then by those of nodes that do not see its disk."""
-    from vae_dist.models.pretrained import fetch
+    from vae_dist.models.networks import fetch
 
     folder = Path(command.metric_weights) if command.metric_weights else None
     runtime.on_main(lambda: fetch(file, folder))
@@ -260,12 +258,12 @@ def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex)
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    from vae_dist.evaluation.record import as_json, with_earlier
+    from vae_dist.evaluation.run import as_json, merged_with_earlier
     from vae_dist.files import write_durably
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(out, as_json(with_earlier(record, out)))
+        write_durably(out, as_json(merged_with_earlier(record, out)))
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
 

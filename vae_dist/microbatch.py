@@ -21,7 +21,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
-from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.training.compile import COMPILED, decompile, uncompiled
 from vae_dist.training.step import TrainingStep
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vae_dist.inference.load import LoadedModel
-    from vae_dist.models.mixture import GaussianMixture
+    from vae_dist.models.latent import LatentPrior
 
 USAGE = "python -m vae_dist.sample run=FOLDER [key=value ...]"
 INTRO = "Draw images from the prior of a trained model, as one PNG grid or as single PNGs."
@@ -74,7 +74,7 @@ def _draw(
     command: SampleCommand,
     loaded: LoadedModel,
     size: tuple[int, int],
-    mixture: GaussianMixture | None,
+    prior: LatentPrior | None,
 ) -> tuple[Tensor, int | None]:
     """The images, and the columns of their grid where it has rows of classes."""
     from vae_dist.inference.sampling import sample_classes, sample_prior
@@ -90,7 +90,7 @@ def _draw(
             size,
             seed=command.seed,
             temperature=command.temperature,
-            mixture=mixture,
+            prior=prior,
             batch_size=command.batch_size,
         )
         return images, columns
@@ -100,7 +100,7 @@ def _draw(
         size,
         seed=command.seed,
         temperature=command.temperature,
-        mixture=mixture,
+        prior=prior,
         batch_size=command.batch_size,
         labels=_labels(command, loaded),
     )
@@ -111,12 +111,12 @@ def _labels(command: SampleCommand, loaded: LoadedModel) -> Tensor | None:
     """The label of each image, int64 (num_images,); None for a model without labels."""
     import torch
 
-    from vae_dist.models.prior import drawn_labels
+    from vae_dist.models.latent import drawn_labels
     from vae_dist.models.vae import NO_LABEL
 
     num_classes = loaded.model.num_classes
     if command.label == "auto":
-        return drawn_labels(loaded.model, command.num_images, seed=command.seed)
+        return drawn_labels(loaded.model.num_classes, command.num_images, seed=command.seed)
     _check_conditional(command, num_classes)
     if command.label == "none":
         return torch.full((command.num_images,), NO_LABEL)

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.support.distributed import run_ranks
 from tests.support.tiny_run import tiny_config, write_images, write_run
 from vae_dist import evaluate, reconstruct, sample
-from vae_dist.models import inception, perceptual, pretrained
-from vae_dist.models.pretrained import PretrainedFile
+from vae_dist.models import networks
+from vae_dist.models.networks import PretrainedFile
 
 NUM_IMAGES = 7
 
@@ -210,10 +210,10 @@ def test_evaluate_measures_with_published_networks(
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images[:, 0, :4, :2].flatten(1)
 
-    monkeypatch.setattr(pretrained, "fetch", fetch)
-    monkeypatch.setattr(perceptual, "load_lpips", lambda *_: Distance())
-    monkeypatch.setattr(inception, "load_inception", lambda _: Pixels())
-    monkeypatch.setattr(inception, "NUM_FEATURES", 8)
+    monkeypatch.setattr(networks, "fetch", fetch)
+    monkeypatch.setattr(networks, "load_lpips", lambda *_: Distance())
+    monkeypatch.setattr(networks, "load_inception", lambda _: Pixels())
+    monkeypatch.setattr(networks, "NUM_FEATURES", 8)
     out = tmp_path / "networks.json"
     keys = [f"run={run}", "device=cpu", f"out={out}", f"metric_weights={tmp_path}"]
     assert evaluate.main([*keys, "metrics=[lpips,lpips_alex,rfid,fid]", "prior=gmm:1"]) == 0

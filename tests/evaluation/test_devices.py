@@ -7,10 +7,9 @@ import torch
 
 from tests.evaluation.test_run import batches, tiny_model
 from tests.support.devices import DEVICES, runtime_on
-from vae_dist.evaluation.frechet import FrechetMeter
-from vae_dist.evaluation.importance import ImportanceMeter
-from vae_dist.evaluation.meter import Meter
-from vae_dist.evaluation.reconstruction import ReconstructionMeter, psnr_db
+from vae_dist.evaluation.frechet import FrechetMetric
+from vae_dist.evaluation.importance import ImportanceMetric
+from vae_dist.evaluation.metrics import Metric, ReconstructionMetric, psnr_db
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.training.compile import use_tensor_float_32
 
@@ -19,10 +18,10 @@ def result_on(device: str, **keys: str) -> EvaluationResult:
     with runtime_on(device) as runtime:
         use_tensor_float_32(runtime.device, "bf16")
         model = tiny_model(**keys).to(runtime.device)
-        meters: list[Meter] = [
-            ImportanceMeter(model, runtime.device, num_samples=60, seed=3),
-            ReconstructionMeter({"psnr_db": (psnr_db, 1)}, runtime.device),
-            FrechetMeter(
+        meters: list[Metric] = [
+            ImportanceMetric(model, runtime.device, num_samples=60, seed=3),
+            ReconstructionMetric({"psnr_db": (psnr_db, 1)}, runtime.device),
+            FrechetMetric(
                 lambda images: images.flatten(1)[:, :5].double(),
                 5,
                 model,
@@ -32,7 +31,7 @@ def result_on(device: str, **keys: str) -> EvaluationResult:
                 seed=3,
             ),
         ]
-        result = evaluate(model, batches(4), runtime=runtime, seed=3, meters=meters)
+        result = evaluate(model, batches(4), runtime=runtime, seed=3, metrics=meters)
         use_tensor_float_32(runtime.device, "no")
     assert result is not None
     return result

@@ -13,11 +13,11 @@ from tests.support.distributed import run_ranks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.frechet import FrechetMeter, Moments, frechet_distance
-from vae_dist.evaluation.meter import Inputs, Seen, in_colour
+from vae_dist.evaluation.frechet import FrechetMetric, Moments, frechet_distance
+from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, in_colour
 from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.inference.mixture import GaussianMixture
 from vae_dist.inference.sampling import sample_prior
-from vae_dist.models.mixture import GaussianMixture
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def prior() -> GaussianMixture:
 
 def measured(batch_size: int) -> EvaluationResult:
     runtime, model = start(), tiny_model()
-    meter = FrechetMeter(
+    meter = FrechetMetric(
         pixels,
         4,
         model,
@@ -103,7 +103,7 @@ def measured(batch_size: int) -> EvaluationResult:
         seed=3,
     )
     shares = batches(batch_size, rank=runtime.rank, world=runtime.world)
-    result = evaluate(model, shares, runtime=runtime, seed=3, meters=[meter])
+    result = evaluate(model, shares, runtime=runtime, seed=3, metrics=[meter])
     assert result is not None
     return result
 
@@ -114,7 +114,7 @@ def test_the_samples_are_those_that_sample_draws() -> None:
     assert "of 13 images: biased" in result.notes["frechet"]
     images = torch.cat([batch.images[batch.weights > 0] for batch in batches(4)])
     for name, mixture in (("fid", None), ("fid_gmm", prior())):
-        samples = sample_prior(model, NUM_IMAGES, (6, 5), seed=3, mixture=mixture)
+        samples = sample_prior(model, NUM_IMAGES, (6, 5), seed=3, prior=mixture)
         sides = []
         for shown in (images, samples):
             features = pixels(in_colour(shown.float() / 255)).double()
@@ -136,33 +136,18 @@ def measured_on_a_rank(_: Path) -> dict[str, float]:
 
 def test_images_of_several_sizes_have_no_fid_of_samples() -> None:
     model = tiny_model(latent="spatial")
-    meter = FrechetMeter(
+    meter = FrechetMetric(
         pixels, 4, model, CPU, of_reconstructions=True, priors={"fid": None}, seed=0
     )
     for side in (4, 6):
         images = torch.rand(3, 1, side, side)
-        seen = Seen(model, Inputs(images, images, [0, 1, 2]), images, None)  # type: ignore[arg-type]
+        seen = EvaluatedBatch(model, Inputs(images, images, [0, 1, 2]), images, None)  # type: ignore[arg-type]
         seen.__dict__["pictures"] = (images, images)
-        meter.add(seen)
-    report = meter.report(start())
+        meter.update(seen)
+    report = meter.compute(start())
     assert set(report.figures) == {"rfid"}
     assert report.figures["rfid"] == pytest.approx(0, abs=1e-9)
     assert report.notes["fid"] == "fid is left out: the images have 2 sizes"
-
-
-def test_incomplete_images_are_not_compared() -> None:
-    model, images = tiny_model(), torch.rand(3, 1, 6, 5)
-    meter = FrechetMeter(
-        pixels, 4, model, CPU, of_reconstructions=True, priors={"fid": None}, seed=0
-    )
-    inputs = Inputs(images, images, [0, 1, 2], mask=torch.ones(3, 1, 6, 5))
-    seen = Seen(model, inputs, images, None)  # type: ignore[arg-type]
-    seen.__dict__["pictures"] = (images, images)
-    meter.add(seen)
-    report = meter.report(start())
-    assert report.figures == {}
-    assert set(report.notes) == {"rfid", "fid"}
-    assert all("pixels are missing" in note for note in report.notes.values())
 
 
 def test_channels_that_the_networks_do_not_know_are_refused() -> None:

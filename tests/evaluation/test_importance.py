@@ -14,8 +14,8 @@ from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.importance import ImportanceMeter, importance_evidence
-from vae_dist.evaluation.meter import Inputs
+from vae_dist.evaluation.importance import ImportanceMetric, importance_evidence
+from vae_dist.evaluation.metrics import Inputs
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 
 NUM_IMAGES = 13
@@ -47,7 +47,7 @@ def run(
     priors: dict[str, object] | None = None,
 ) -> EvaluationResult:
     runtime = Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
-    meter = ImportanceMeter(
+    meter = ImportanceMetric(
         toy.model,
         runtime.device,
         num_samples=num_samples,
@@ -56,7 +56,7 @@ def run(
         priors=priors,  # type: ignore[arg-type]
     )
     shares = batches(toy, batch_size, rank=runtime.rank, world=runtime.world)
-    result = evaluate(toy.model, shares, runtime=runtime, seed=5, meters=[meter])
+    result = evaluate(toy.model, shares, runtime=runtime, seed=5, metrics=[meter])
     assert result is not None
     return result
 

@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.latents import LatentReport, LatentSums, mutual_information_nats
+from vae_dist.evaluation.metrics import LatentReport, LatentSums, mutual_information_nats
 from vae_dist.models.build import build_vae
 
 
@@ -21,8 +21,8 @@ def report(latent: str, mean: torch.Tensor, log_variance: torch.Tensor) -> Laten
     )
     for part in range(0, len(mean), 3):
         rows = range(part, min(part + 3, len(mean)))
-        sums.add(mean[rows], log_variance[rows], z=z[rows], samples=rows)
-    return sums.report(runtime)
+        sums.update(mean[rows], log_variance[rows], z=z[rows], samples=rows)
+    return sums.compute(runtime)
 
 
 @pytest.mark.parametrize(("latent", "shape"), [("vector", (3,)), ("spatial", (3, 4, 4))])
@@ -74,6 +74,6 @@ def test_images_of_other_latent_shapes_are_left_out() -> None:
     )
     runtime = Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
     sums = LatentSums(build_vae(tiny_config(latent="spatial"), (8, 8)), runtime.device)
-    sums.add(few, 0 * few - 20, z=few, samples=[5, 6])
-    sums.add(many, 0 * many - 20, z=many, samples=range(5))
-    assert sums.report(runtime).mutual_information_nats == pytest.approx(math.log(5))
+    sums.update(few, 0 * few - 20, z=few, samples=[5, 6])
+    sums.update(many, 0 * many - 20, z=many, samples=range(5))
+    assert sums.compute(runtime).mutual_information_nats == pytest.approx(math.log(5))

@@ -9,10 +9,10 @@ from torch.distributions import Normal
 from tests.evaluation.test_run import IMAGES, NUM_IMAGES, batches, tiny_model
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.importance import ImportanceMeter
-from vae_dist.evaluation.prior import PriorMeter
+from vae_dist.evaluation.importance import ImportanceMetric
+from vae_dist.evaluation.metrics import PriorMetric
 from vae_dist.evaluation.run import evaluate
-from vae_dist.models.mixture import GaussianMixture
+from vae_dist.inference.mixture import GaussianMixture
 from vae_dist.randomness import torch_generator
 
 CPU = torch.device("cpu")
@@ -28,9 +28,9 @@ def gaussian(mean: float, sigma: float) -> GaussianMixture:
 def figures(mixture: GaussianMixture) -> dict[str, float]:
     runtime = Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
     model = tiny_model()
-    importance = ImportanceMeter(model, CPU, num_samples=5, seed=3, priors={"gmm": mixture})
-    meters = [PriorMeter("gmm", mixture, CPU), importance]
-    result = evaluate(model, batches(4), runtime=runtime, seed=3, meters=meters)
+    importance = ImportanceMetric(model, CPU, num_samples=5, seed=3, priors={"gmm": mixture})
+    meters = [PriorMetric("gmm", mixture, CPU), importance]
+    result = evaluate(model, batches(4), runtime=runtime, seed=3, metrics=meters)
     assert result is not None
     return result.figures()
 

@@ -16,20 +16,23 @@ from tests.support.distributed import run_ranks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.meter import Inputs, Seen
-from vae_dist.evaluation.reconstruction import ReconstructionMeter, comparisons, psnr_db
+from vae_dist.evaluation.metrics import (
+    EvaluatedBatch,
+    Inputs,
+    ReconstructionMetric,
+    comparisons,
+    psnr_db,
+)
 from vae_dist.evaluation.run import EvaluationResult, evaluate
-from vae_dist.models.likelihoods.levels import Levels
+from vae_dist.models.likelihoods.base import Levels
 from vae_dist.randomness import torch_generator
 
 CPU = torch.device("cpu")
 
 
-def seen(
-    images: torch.Tensor, reconstructions: torch.Tensor, mask: torch.Tensor | None = None
-) -> Seen:
-    inputs = Inputs(images, images, list(range(len(images))), mask=mask)
-    shown = Seen(cast(Any, None), inputs, *cast(Any, [None] * 2))
+def seen(images: torch.Tensor, reconstructions: torch.Tensor) -> EvaluatedBatch:
+    inputs = Inputs(images, images, list(range(len(images))))
+    shown = EvaluatedBatch(cast(Any, None), inputs, *cast(Any, [None] * 2))
     shown.__dict__["pictures"] = (images, reconstructions)
     return shown
 
@@ -53,7 +56,7 @@ def test_a_perfect_reconstruction_is_perfect_at_any_bits(bits: int) -> None:
     images = levels.centers(stored)
     likelihood = SimpleNamespace(levels=levels, mean=lambda params: params)
     model = SimpleNamespace(likelihood=likelihood, decode=lambda *_: images)
-    both = Seen(
+    both = EvaluatedBatch(
         cast(Any, model), Inputs(stored, images, [0]), images, cast(Any, SimpleNamespace(mean=0))
     ).pictures
     assert psnr_db(*both).tolist() == [100]
@@ -73,11 +76,11 @@ def test_ssim_of_constant_images_is_the_luminance_term() -> None:
 
 
 def test_small_images_are_left_out_and_counted() -> None:
-    meter = ReconstructionMeter(comparisons(["psnr", "ms_ssim"]), CPU)
+    meter = ReconstructionMetric(comparisons(["psnr", "ms_ssim"]), CPU)
     large = torch.rand(2, 1, 176, 176)
-    meter.add(seen(large, large))
-    meter.add(seen(torch.zeros(3, 1, 175, 300), torch.full((3, 1, 175, 300), 0.1)))
-    report = meter.report(start())
+    meter.update(seen(large, large))
+    meter.update(seen(torch.zeros(3, 1, 175, 300), torch.full((3, 1, 175, 300), 0.1)))
+    report = meter.compute(start())
     assert report.figures["ms_ssim"] == pytest.approx(1.0)
     assert report.figures["psnr_db"] == pytest.approx((2 * 100 + 3 * 20) / 5, abs=1e-4)
     assert set(report.notes) == {"ms_ssim"}
@@ -85,19 +88,11 @@ def test_small_images_are_left_out_and_counted() -> None:
 
 
 def test_no_image_is_large_enough() -> None:
-    meter = ReconstructionMeter(comparisons(["ssim"]), CPU)
-    meter.add(seen(torch.zeros(3, 1, 10, 10), torch.zeros(3, 1, 10, 10)))
-    report = meter.report(start())
+    meter = ReconstructionMetric(comparisons(["ssim"]), CPU)
+    meter.update(seen(torch.zeros(3, 1, 10, 10), torch.zeros(3, 1, 10, 10)))
+    report = meter.compute(start())
     assert report.figures == {}
     assert "3 of 3 images" in report.notes["ssim"]
-
-
-def test_incomplete_images_are_not_compared() -> None:
-    meter = ReconstructionMeter(comparisons(["psnr"]), CPU)
-    images = torch.zeros(3, 1, 10, 10)
-    meter.add(seen(images, images, torch.ones(3, 1, 10, 10)))
-    report = meter.report(start())
-    assert report.figures == {} and "pixels are missing" in report.notes["psnr_db"]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +109,7 @@ def measured(batch_size: int) -> EvaluationResult:
         batches(batch_size, rank=runtime.rank, world=runtime.world),
         runtime=runtime,
         seed=3,
-        meters=[ReconstructionMeter(comparisons(["psnr"]), CPU)],
+        metrics=[ReconstructionMetric(comparisons(["psnr"]), CPU)],
     )
     assert result is not None
     return result

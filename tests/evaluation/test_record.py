@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vae_dist.evaluation.record import COUNTS, SAME, as_json, conditions_of, with_earlier
+from vae_dist.evaluation.run import COUNTS, SAME, as_json, conditions_of, merged_with_earlier
 
 CONDITIONS = {"importance_samples": 7, "prior": "10 Gaussians"}
 
@@ -34,7 +34,7 @@ def test_what_was_not_measured_again_stays(tmp_path: Path) -> None:
     earlier["notes"] = {"psnr_db": "of 8 bits", "is_nll_nats": "few", "ms_ssim": "too small"}
     earlier["metric_weights"] = {"lpips": "a"}
     now = record(psnr_db=21.0, ssim=0.5)
-    merged = with_earlier(now, written(tmp_path / "r.json", earlier))
+    merged = merged_with_earlier(now, written(tmp_path / "r.json", earlier))
     assert merged["figures"] == {**earlier["figures"], **now["figures"]}
     assert merged["conditions"] == {
         "is_nll_nats": {"importance_samples": 7},
@@ -48,14 +48,14 @@ def test_what_was_not_measured_again_stays(tmp_path: Path) -> None:
 def test_nothing_stays_of_another_evaluation(tmp_path: Path, key: str) -> None:
     earlier, now = record(psnr_db=20.0), record(ssim=0.5)
     (earlier["figures"] if key in COUNTS else earlier)[key] = "another"
-    assert with_earlier(now, written(tmp_path / "r.json", earlier)) == now
+    assert merged_with_earlier(now, written(tmp_path / "r.json", earlier)) == now
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"figures": 3}', "{"])
 def test_nothing_stays_of_what_is_no_record(tmp_path: Path, text: str) -> None:
     (path := tmp_path / "r.json").write_text(text)
-    assert with_earlier(record(), path) == record()
-    assert with_earlier(record(), tmp_path / "none.json") == record()
+    assert merged_with_earlier(record(), path) == record()
+    assert merged_with_earlier(record(), tmp_path / "none.json") == record()
 
 
 def test_numbers_that_json_does_not_know_are_null() -> None:

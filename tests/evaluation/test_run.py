@@ -14,7 +14,9 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.importance import ImportanceMeter
+from vae_dist.evaluation.frechet import FrechetMetric
+from vae_dist.evaluation.importance import ImportanceMetric
+from vae_dist.evaluation.metrics import Metric, ReconstructionMetric, comparisons
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
@@ -182,8 +184,8 @@ def test_images_of_two_shapes_count_by_their_values(runtime: Runtime) -> None:
     small, large = of_shape(6, 5, [0, 3, 4]), of_shape(8, 12, [1, 2])
 
     def measured(*shares: EvaluationBatch) -> EvaluationResult:
-        meters = [ImportanceMeter(model, torch.device("cpu"), num_samples=3, seed=3)]
-        result = evaluate(model, shares, runtime=runtime, seed=3, meters=meters)
+        meters = [ImportanceMetric(model, torch.device("cpu"), num_samples=3, seed=3)]
+        result = evaluate(model, shares, runtime=runtime, seed=3, metrics=meters)
         assert result is not None
         return result
 
@@ -196,3 +198,29 @@ def test_images_of_two_shapes_count_by_their_values(runtime: Runtime) -> None:
     for name in ("neg_elbo_nats", "is_nll_nats", "rate_nats"):
         expected = (3 * first.figures()[name] + 2 * second.figures()[name]) / 5
         assert both.figures()[name] == pytest.approx(expected, rel=1e-6), name
+
+
+def test_pictures_with_missing_pixels_are_not_compared(runtime: Runtime) -> None:
+    model, device = tiny_model(), torch.device("cpu")
+    metrics: list[Metric] = [
+        ImportanceMetric(model, device, num_samples=2, seed=3),
+        ReconstructionMetric(comparisons(["psnr"]), device),
+        FrechetMetric(
+            lambda _: torch.zeros(1, 1),
+            1,
+            model,
+            device,
+            of_reconstructions=True,
+            priors={"fid": None},
+            seed=0,
+        ),
+    ]
+    masked = (
+        batch._replace(masks=torch.ones(len(batch.images), 1, 6, 5, dtype=torch.uint8))
+        for batch in batches(4)
+    )
+    result = evaluate(model, masked, runtime=runtime, seed=3, metrics=metrics)
+    assert result is not None
+    assert set(result.notes) == {"psnr_db", "rfid", "fid"}
+    assert all("pixels are missing" in note for note in result.notes.values())
+    assert "is_nll_nats" in result.measured and "psnr_db" not in result.measured

@@ -13,8 +13,8 @@ from tests.support.tiny_run import tiny_config, write_images, write_run
 from vae_dist.config.commands import SampleCommand
 from vae_dist.inference.aggregate import aggregate_posterior, fitted_prior
 from vae_dist.inference.load import load_model
-from vae_dist.models.mixture import GaussianMixture
-from vae_dist.models.prior import prior_latents
+from vae_dist.inference.mixture import GaussianMixture
+from vae_dist.models.latent import prior_latents
 from vae_dist.randomness import torch_generator
 
 
@@ -80,10 +80,10 @@ def test_a_run_folder_that_cannot_be_written_costs_only_the_file(run: Path) -> N
 def test_latents_of_a_mixture_are_a_function_of_seed_and_number(run: Path) -> None:
     loaded = load_model(command(run))
     mixture = fitted_prior(loaded, command(run)).mixture
-    some = prior_latents(loaded.model, 7, (8, 8), seed=1, mixture=mixture)
-    rest = prior_latents(loaded.model, 4, (8, 8), seed=1, first=3, mixture=mixture)
+    some = prior_latents((loaded.model.latent_channels,), 7, seed=1, prior=mixture)
+    rest = prior_latents((loaded.model.latent_channels,), 4, seed=1, first=3, prior=mixture)
     assert torch.equal(some[3:], rest)
-    noise = prior_latents(loaded.model, 7, (8, 8), seed=1)  # the same, moved
+    noise = prior_latents((loaded.model.latent_channels,), 7, seed=1)  # the same, moved
     white = [(z - mean) / factor.diagonal() for z, mean, factor in zip_components(some, mixture)]
     first = torch.stack(white)[:, 0]  # the first row of a triangular factor is its diagonal
     torch.testing.assert_close(first.float(), noise[:, 0], atol=1e-4, rtol=0)

@@ -10,7 +10,8 @@ from tests.support.devices import DEVICES
 from vae_dist.inference import tiles
 from vae_dist.inference.imputation import Incomplete, impute
 from vae_dist.inference.sampling import posteriors, reconstruct, sample_prior
-from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
+from vae_dist.inference.walks import interpolate, traverse
+from vae_dist.models.latent import kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.training.compile import use_tensor_float_32
 
@@ -26,7 +27,7 @@ def pictures_of(model: VAE) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     stored = images()
     mean, log_variance = posteriors(model, stored, seed=1)
-    unit = int(kl_per_unit(mean, log_variance).mean(0).argmax())
+    unit = int(kl_to_standard_normal(mean, log_variance).mean(0).argmax())
     values = torch.linspace(-3, 3, 4)
     mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
     half = torch.full(stored.shape, 0.5, device=device)

@@ -17,9 +17,9 @@ from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import load_model
-from vae_dist.models import posterior
+from vae_dist.models import latent
 from vae_dist.models.build import build_vae
-from vae_dist.models.diffusers_layout import read_published
+from vae_dist.models.diffusers import read_published
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.run.resume import initial_weights
@@ -53,7 +53,7 @@ def assert_same(ours: VAE, theirs: object, size: tuple[int, int]) -> None:
         assert mean.std() > 0.01
         torch.testing.assert_close(found.mean, mean, **EXACT)
         unclamped = found.parameters.chunk(2, dim=1)[1]
-        torch.testing.assert_close(posterior.bounded(unclamped), log_variance, rtol=0, atol=2e-5)
+        torch.testing.assert_close(latent.bounded(unclamped), log_variance, rtol=0, atol=2e-5)
         usual = (unclamped > -20) & (unclamped < 10)
         assert usual.any()
         assert (found.logvar - log_variance)[usual].abs().max() < 2e-4

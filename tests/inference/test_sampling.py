@@ -6,7 +6,7 @@ import torch
 from tests.support.tiny_run import tiny_config
 from vae_dist.inference.sampling import reconstruct, sample_prior
 from vae_dist.models.build import build_vae
-from vae_dist.models.prior import prior_latents
+from vae_dist.models.latent import prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
@@ -39,11 +39,12 @@ def test_sample_i_depends_on_seed_and_i_alone(model: VAE) -> None:
 
 
 def test_latents_are_standard_normal_times_temperature(model: VAE) -> None:
-    z = prior_latents(model, 500, (8, 6), seed=0)
+    shape = model.latent_shape(8, 6)
+    z = prior_latents(shape, 500, seed=0)
     assert z.mean().abs() < 0.1
     assert z.std() == pytest.approx(1.0, abs=0.05)
-    assert torch.equal(prior_latents(model, 500, (8, 6), seed=0, temperature=0.5), 0.5 * z)
-    assert torch.equal(prior_latents(model, 2, (8, 6), seed=0, first=3), z[3:5])
+    assert torch.equal(prior_latents(shape, 500, seed=0, temperature=0.5), 0.5 * z)
+    assert torch.equal(prior_latents(shape, 2, seed=0, first=3), z[3:5])
 
 
 def test_temperature_zero_leaves_one_image(model: VAE) -> None:

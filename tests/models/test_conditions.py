@@ -9,7 +9,7 @@ import torch
 
 from tests.models.test_vae import away_from_zero, inputs, small
 from vae_dist.models import VAE, build_vae
-from vae_dist.models.film import Film
+from vae_dist.models.blocks import Film
 from vae_dist.randomness import torch_generator
 
 SIZE = (9, 10)

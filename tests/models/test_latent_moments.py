@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vae_dist.models.latent_moments import LatentMoments
+from vae_dist.models.latent import LatentMoments
 
 
 def test_scaled_draws_have_mean_0_and_variance_1() -> None:

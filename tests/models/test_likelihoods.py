@@ -12,7 +12,7 @@ from torch.distributions import Normal
 
 from vae_dist.config.schema import DataConfig, LikelihoodConfig
 from vae_dist.models.likelihoods import Gaussian, Likelihood, bits_per_dim, build_likelihood
-from vae_dist.models.likelihoods.levels import uniform_of_content
+from vae_dist.models.likelihoods.bernoulli import uniform_of_content
 
 BATCH, CHANNELS, HEIGHT, WIDTH = 4, 3, 5, 7
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from vae_dist.models.mixture import Covariance, GaussianMixture, fit_mixture
+from vae_dist.inference.mixture import Covariance, GaussianMixture, fit_mixture
 
 BOTH = pytest.mark.parametrize("covariance", ["diagonal", "full"])
 
@@ -37,7 +37,7 @@ def oracle(mixture: GaussianMixture) -> MixtureSameFamily:
 def draws(mixture: GaussianMixture, num: int, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num, mixture.means.shape[1], generator=generator)
-    return mixture.latents(noise, torch.rand(num, generator=generator))
+    return mixture.sample(noise, torch.rand(num, generator=generator))
 
 
 @BOTH
@@ -121,10 +121,10 @@ def test_the_fit_is_a_function_of_latents_and_seed() -> None:
 def test_temperature_scales_the_components() -> None:
     mixture = known("diagonal")
     noise, uniform = torch.randn(100, 2), torch.rand(100)
-    cold = mixture.latents(noise, uniform, temperature=0.0)
+    cold = mixture.sample(noise, uniform, temperature=0.0)
     assert len(cold.unique(dim=0)) == 3
-    warm = mixture.latents(noise, uniform)
-    half = mixture.latents(noise, uniform, temperature=0.5)
+    warm = mixture.sample(noise, uniform)
+    half = mixture.sample(noise, uniform, temperature=0.5)
     torch.testing.assert_close(half, (cold + warm) / 2)
 
 

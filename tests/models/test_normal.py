@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vae_dist.models.likelihoods.normal import clipped_mean, log_ndtr, log_probability_of_bin
+from vae_dist.models.likelihoods.gaussian import clipped_mean, log_ndtr, log_probability_of_bin
 
 CENTERS = torch.tensor([0.0, 0.3, 0.99, 1.0, 1.2, 2.0, 5.0, 12.0, 40.0, 300.0, 2e4])
 HALF_WIDTHS = torch.tensor([1e-5, 1e-3, 0.05, 0.25, 0.31, 0.33, 1.0, 4.0, 60.0])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from vae_dist.models.posterior import (
+from vae_dist.models.latent import (
     MAX_LOG_VARIANCE,
     MIN_LOG_VARIANCE,
     diagonal_gaussian,
     kl_to_standard_normal,
-    sample,
+    sample_posterior,
 )
 
 
@@ -45,7 +45,7 @@ def test_kl_keeps_its_digits_close_to_the_prior() -> None:
 def test_draws_have_the_moments_of_q() -> None:
     mean, log_variance = torch.tensor([[1.5, -2.0]]), torch.tensor([[-1.0, 2.0]])
     noise = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(1))
-    z = sample(mean, log_variance, noise)
+    z = sample_posterior(mean, log_variance, noise)
     torch.testing.assert_close(z.mean(0, keepdim=True), mean, rtol=0, atol=0.02)
     torch.testing.assert_close(z.var(0).log().unsqueeze(0), log_variance, rtol=0, atol=0.02)
 
@@ -67,7 +67,7 @@ def test_log_variance_is_bounded_smoothly() -> None:
 def test_extreme_outputs_give_finite_kl_and_gradients(raw: float) -> None:
     moments = torch.tensor([[0.5, raw]], requires_grad=True)
     mean, log_variance = diagonal_gaussian(moments)
-    z = sample(mean, log_variance, torch.ones(1, 1))
+    z = sample_posterior(mean, log_variance, torch.ones(1, 1))
     loss = kl_to_standard_normal(mean, log_variance).sum() + z.square().sum()
     (gradient,) = torch.autograd.grad(loss, moments)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all()

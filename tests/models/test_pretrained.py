@@ -13,17 +13,22 @@ import safetensors.torch
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.models.inception import FidInception, load_inception
-from vae_dist.models.perceptual import (
+from vae_dist.models.networks import (
+    INCEPTION,
     SMALLEST_SIDE,
+    VGG16,
     WIDTHS,
     Backbone,
+    FidInception,
     Lpips,
+    PretrainedFile,
     alexnet_features,
+    fetch,
+    load_inception,
     load_lpips,
+    read_tensors,
     vgg16_features,
 )
-from vae_dist.models.pretrained import INCEPTION, VGG16, PretrainedFile, fetch, read_tensors
 
 
 def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -196,7 +201,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_inception_from_a_file_gives_features_of_images_of_any_size(tmp_path: Path) -> None:
-    path = tmp_path / "inception.safetensors"
+    path = tmp_path / "pretrained.safetensors"
     network = FidInception()
     state = network.state_dict()
     # as the published file: without counts of steps, with a classifier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vae_dist.models.streamed_weights import StreamedWeights
+from vae_dist.evaluation.importance import StreamedWeights
 
 
 @pytest.mark.parametrize("offset", [0.0, -1e5, 1e5])

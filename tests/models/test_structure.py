@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vae_dist.models.structure import StructureDistance, gradient_error, num_scales
+from vae_dist.objectives.perceptual import StructureDistance, gradient_error, num_scales
 
 
 def pair(channels: int = 3, height: int = 40, width: int = 56) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
 from vae_dist.models import VAE, build_vae
 from vae_dist.models.blocks import AttentionBlock, ResidualBlock
-from vae_dist.objectives.loss import noise_shape
+from vae_dist.objectives.elbo import noise_shape
 from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))

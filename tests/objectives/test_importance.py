@@ -10,9 +10,14 @@ from torch import Tensor
 
 from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import ObjectiveConfig
-from vae_dist.objectives.elbo import LossTerms, elbo_terms
-from vae_dist.objectives.importance import importance_terms, log_mean_exp
-from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.elbo import (
+    LossTerms,
+    elbo_terms,
+    importance_terms,
+    loss_terms,
+    noise_shape,
+)
+from vae_dist.objectives.importance import log_mean_exp
 from vae_dist.randomness import torch_generator
 
 NUM_IMAGES = 4

@@ -9,8 +9,8 @@ import torch
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import PerceptualConfig
-from vae_dist.models import pretrained
-from vae_dist.models.perceptual import Lpips, lpips_is_at_hand
+from vae_dist.models import networks
+from vae_dist.models.networks import Lpips, lpips_available
 from vae_dist.objectives.perceptual import (
     PerceptualTerm,
     build_perceptual,
@@ -36,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     state = random_lpips().state_dict()
     features = {k: v for k, v in state.items() if k.startswith("features")}
-    name = f"{Path(pretrained.ALEXNET.name).stem}.safetensors"
-    pretrained.safetensors.torch.save_file(features, folder / name)
+    name = f"{Path(networks.ALEXNET.name).stem}.safetensors"
+    networks.safetensors.torch.save_file(features, folder / name)
     torch.save({k: v for k, v in state.items() if k.startswith("lin")}, folder / "alex.pth")
     return folder
 
@@ -70,9 +70,9 @@ def test_a_step_against_the_gradient_lowers_the_distance() -> None:
 
 
 def test_weights_are_at_hand_where_both_files_are(folder, tmp_path) -> None:
-    assert lpips_is_at_hand("alex", folder)
-    assert not lpips_is_at_hand("vgg", folder)
-    assert not lpips_is_at_hand("alex", tmp_path)
+    assert lpips_available("alex", folder)
+    assert not lpips_available("vgg", folder)
+    assert not lpips_available("alex", tmp_path)
 
 
 def test_missing_weights_are_said_with_the_file_and_the_folder(tmp_path, monkeypatch) -> None:

@@ -22,7 +22,7 @@ from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.microbatch import try_microbatch
 from vae_dist.models.build import build_vae
-from vae_dist.objectives.loss import loss_terms
+from vae_dist.objectives.elbo import loss_terms
 from vae_dist.training import picture_terms
 from vae_dist.training.adversarial import Adversary, LastLayer
 from vae_dist.training.step import TrainingStep

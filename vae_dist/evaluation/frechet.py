@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.meter import Report, Seen, in_colour
-from vae_dist.models.mixture import GaussianMixture
-from vae_dist.models.prior import drawn_labels, prior_latents
+from vae_dist.evaluation.metrics import EvaluatedBatch, Report, in_colour
+from vae_dist.models.latent import LatentPrior, drawn_labels, prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.tracking.images import to_uint8
 
@@ -69,7 +68,7 @@ def _root(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-class FrechetMeter:
+class FrechetMetric:
     """`rfid`, and of each prior in `priors` (None: N(0, I)) `fid` with its name in it."""
 
     def __init__(
@@ -80,7 +79,7 @@ class FrechetMeter:
         device: torch.device,
         *,
         of_reconstructions: bool,
-        priors: Mapping[str, GaussianMixture | None],
+        priors: Mapping[str, LatentPrior | None],
         seed: int,
     ) -> None:
         self._features, self._num_features, self._device = features, num_features, device
@@ -88,34 +87,27 @@ class FrechetMeter:
         self._images = Moments(num_features, device)
         self._reconstructions = Moments(num_features, device) if of_reconstructions else None
         self._sizes: set[tuple[int, int]] = set()
-        self._num_incomplete = torch.zeros((), dtype=torch.float64, device=device)
+        self.of_whole_images = [*(["rfid"] if of_reconstructions else []), *priors]
 
-    def add(self, seen: Seen) -> None:
-        if seen.inputs.mask is not None:
-            self._num_incomplete += len(seen.inputs.samples)
-            return
-        images, reconstructions = seen.pictures
-        self._sizes.add(seen.inputs.image_size)
+    def update(self, batch: EvaluatedBatch) -> None:
+        images, reconstructions = batch.pictures
+        self._sizes.add(batch.inputs.image_size)
         self._add(self._images, images)
         if self._reconstructions is not None:
             self._add(self._reconstructions, reconstructions)
 
-    def report(self, runtime: Runtime) -> Report:
+    def compute(self, runtime: Runtime) -> Report:
         report = Report()
-        if runtime.sum_over_ranks(self._num_incomplete).item():
-            asked = [*(["rfid"] if self._reconstructions is not None else []), *self._priors]
-            reason = "compares whole images, and data.mask says that pixels are missing"
-            return Report({}, {name: f"{name} {reason}" for name in asked})
         count, *images = self._images.pooled(runtime)
         if self._reconstructions is not None:
             _, *reconstructions = self._reconstructions.pooled(runtime)
             report.figures["rfid"] = frechet_distance(*images, *reconstructions)
         sizes = set().union(*runtime.gather(self._sizes))
-        for name, mixture in self._priors.items():
+        for name, prior in self._priors.items():
             if len(sizes) > 1:
                 report.notes[name] = f"{name} is left out: the images have {len(sizes)} sizes"
                 continue
-            _, *samples = self._samples(count, next(iter(sizes)), mixture, runtime).pooled(runtime)
+            _, *samples = self._samples(count, next(iter(sizes)), prior, runtime).pooled(runtime)
             report.figures[name] = frechet_distance(*images, *samples)
         if count < FEW_IMAGES and report.figures:
             names = " and ".join(report.figures)
@@ -130,7 +122,7 @@ class FrechetMeter:
         self,
         num_images: int,
         size: tuple[int, int],
-        mixture: GaussianMixture | None,
+        prior: LatentPrior | None,
         runtime: Runtime,
     ) -> Moments:
         """This rank's share of the moments of `num_images` samples."""
@@ -139,10 +131,9 @@ class FrechetMeter:
         stop = min((runtime.rank + 1) * share, num_images)
         for first in range(runtime.rank * share, stop, IMAGES_AT_ONCE):
             count = min(IMAGES_AT_ONCE, stop - first)
-            z = prior_latents(
-                self._model, count, size, seed=self._seed, first=first, mixture=mixture
-            )
-            labels = drawn_labels(self._model, count, seed=self._seed, first=first)
+            latent = self._model.latent_shape(*size)
+            z = prior_latents(latent, count, seed=self._seed, first=first, prior=prior)
+            labels = drawn_labels(self._model.num_classes, count, seed=self._seed, first=first)
             labels = None if labels is None else labels.to(self._device)
             params = self._model.decode(z.to(self._device), size, labels)
             self._add(moments, to_uint8(self._model.likelihood.mean(params)).float() / 255)

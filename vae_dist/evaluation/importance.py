@@ -17,16 +17,15 @@ Legend: n images, s draws of each, P priors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.meter import Inputs, Report, Seen, mean_and_error
-from vae_dist.models import posterior
-from vae_dist.models.streamed_weights import StreamedWeights
+from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, Report, mean_and_error
+from vae_dist.models.latent import LatentPrior, sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
@@ -38,9 +37,79 @@ CPU_CHUNK_DIMS = 2**18
 ACCELERATOR_CHUNK_DIMS = 2**23
 
 
-class LatentPrior(Protocol):
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) in nats for latents (N, *latent), float64 (N,)."""
+class Part(NamedTuple):
+    weights: Tensor  # (*shape, s), over exp(shift): at most 1
+    shrink: Tensor  # (*shape): what earlier sums are multiplied by to be over exp(shift) too
+
+
+class StreamedWeights:
+    """Sums of importance weights w that come in parts, as logarithms of any size, in float64: of
+    w / exp(largest log w so far), which can neither overflow nor vanish."""
+
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        self._largest = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=device)  # over exp(shift)
+        self._squares = torch.zeros_like(self.sum)
+
+    def add(self, log_weights: Tensor) -> Part:
+        """log_weights (*shape, s)."""
+        log_weights = log_weights.double()
+        largest = torch.maximum(self._largest, log_weights.amax(-1))
+        # Where all weights so far are 0 any shift will do, but -inf - -inf is no number.
+        shift = torch.where(largest == -torch.inf, 0.0, largest)
+        part = Part((log_weights - shift.unsqueeze(-1)).exp(), (self._largest - shift).exp())
+        self.sum = self.sum * part.shrink + part.weights.sum(-1)
+        self._squares = self._squares * part.shrink.square() + part.weights.square().sum(-1)
+        self._largest = largest
+        return part
+
+    @property
+    def log_sum(self) -> Tensor:
+        return self._largest + self.sum.log()
+
+    @property
+    def effective_samples(self) -> Tensor:
+        """(sum w)^2 / sum w^2; 0 where all weights are."""
+        return torch.where(self.sum > 0, self.sum.square() / self._squares, 0.0)
+
+
+class WeightedDraws(NamedTuple):
+    params: Tensor  # (n s, ...) decoder outputs of each draw
+    log_weights: Tensor  # (P, n, s) log w under N(0, I), then under each other prior, float64
+
+
+def weighted_draws(
+    model: VAE,
+    images: Tensor,
+    noise: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    *,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    priors: Sequence[LatentPrior] = (),
+) -> WeightedDraws:
+    """Decodes z of noise (n, s, *latent) and weighs them; `mean`, `log_variance` (n, *latent) of
+    q(z|x), images, labels and mask of each image."""
+    shape = noise.shape[:2]  # (n, s)
+
+    def of_each(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat_interleave(shape[1], 0)
+
+    noise = noise.to(mean.device, non_blocking=True)
+    z = sample_posterior(mean, log_variance, noise).flatten(0, 1)
+    height, width = images.shape[-2:]
+    params = model.decode(z, (height, width), of_each(labels))
+    images = images.repeat_interleave(shape[1], 0)
+    log_likelihood = model.likelihood.log_prob(params, images, of_each(mask)).double()
+    noise, log_variance = noise.flatten(2).double(), log_variance.flatten(1).double()
+    # both without the d/2 log 2 pi that cancels between N(0, I) and q
+    log_q = -0.5 * (noise.square().sum(2) + log_variance.sum(1, keepdim=True))  # (n, s)
+    constant = 0.5 * noise.shape[2] * math.log(2 * math.pi)
+    log_priors = [-0.5 * z.flatten(1).double().square().sum(1)]
+    log_priors += [prior.log_prob(z) + constant for prior in priors]
+    log_joint = torch.stack([log_likelihood + log_prior for log_prior in log_priors])
+    return WeightedDraws(params, log_joint.unflatten(1, shape) - log_q)
 
 
 class Evidence(NamedTuple):
@@ -52,8 +121,8 @@ class Evidence(NamedTuple):
 
 def automatic_chunk(num_dims: int, device: torch.device) -> int:
     """Latents of one decoder forward for images of `num_dims` values."""
-    room = CPU_CHUNK_DIMS if device.type == "cpu" else ACCELERATOR_CHUNK_DIMS
-    return max(1, room // num_dims)
+    dims = CPU_CHUNK_DIMS if device.type == "cpu" else ACCELERATOR_CHUNK_DIMS
+    return max(1, dims // num_dims)
 
 
 @torch.inference_mode()
@@ -75,69 +144,49 @@ def importance_evidence(
     """
     chunk = chunk or automatic_chunk(inputs.images[0].numel(), inputs.images.device)
     parts = []
-    together = max(1, chunk // min(BLOCK, num_samples))  # images of one forward
-    for first in range(0, len(inputs.images), together):
-        part = slice(first, first + together)
-        streamed = StreamedWeights(
-            1 + len(priors), len(inputs.samples[part]), device=inputs.images.device
-        )
+    images_at_once = max(1, chunk // min(BLOCK, num_samples))
+    for first in range(0, len(inputs.images), images_at_once):
+        part = slice(first, first + images_at_once)
+        samples = inputs.samples[part]
+        streamed = StreamedWeights(1 + len(priors), len(samples), device=inputs.images.device)
         for block in range(-(-num_samples // BLOCK)):
-            draws = min(BLOCK, num_samples - block * BLOCK)
-            noise = _block(seed, inputs.samples[part], block, tuple(mean.shape[1:]))[:, :draws]
-            for share in noise.split(max(1, min(chunk, draws)), dim=1):
-                streamed.add(
-                    _log_weights(model, inputs, part, mean[part], log_variance[part], share, priors)
+            num_draws = min(BLOCK, num_samples - block * BLOCK)
+            # always whole: a shorter draw would not begin as a longer one does
+            noise = _block(seed, samples, block, mean.shape[1:])
+            for share in noise[:, :num_draws].split(max(1, min(chunk, num_draws)), dim=1):
+                weighted = weighted_draws(
+                    model,
+                    inputs.images[part],
+                    share,
+                    mean[part],
+                    log_variance[part],
+                    labels=None if inputs.labels is None else inputs.labels[part],
+                    mask=None if inputs.mask is None else inputs.mask[part],
+                    priors=list(priors.values()),
                 )
+                streamed.add(weighted.log_weights)
         parts.append((streamed.log_sum, streamed.effective_samples))
     log_sums, effective = (torch.cat(column, 1) for column in zip(*parts, strict=True))
     return Evidence(log_sums - math.log(num_samples), effective)
 
 
-def _block(seed: int, samples: list[int], block: int, latent: tuple[int, ...]) -> Tensor:
-    """Draws block * BLOCK, ... of each image, float32 (n, BLOCK, *latent) on CPU, always whole:
-    a shorter draw would not begin as a longer one does."""
+def _block(seed: int, samples: list[int], block: int, latent_shape: Sequence[int]) -> Tensor:
+    """Draws block * BLOCK, ... of each image, float32 (n, BLOCK, *latent) on CPU."""
     return torch.stack(
         [
             torch.randn(
-                (BLOCK, *latent), generator=torch_generator(seed, "eval-importance", sample, block)
+                (BLOCK, *latent_shape),
+                generator=torch_generator(seed, "eval-importance", sample, block),
             )
             for sample in samples
         ]
     )
 
 
-def _log_weights(
-    model: VAE,
-    inputs: Inputs,
-    part: slice,
-    mean: Tensor,
-    log_variance: Tensor,
-    noise: Tensor,
-    priors: Mapping[str, LatentPrior],
-) -> Tensor:
-    """log w of noise (n, s, *latent) for the images `part` of the inputs, float64 (P, n, s)."""
-    shape = noise.shape[:2]  # (n, s)
-
-    def of_each(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[part].repeat_interleave(shape[1], 0)
-
-    images = inputs.images[part].repeat_interleave(shape[1], 0)
-    noise = noise.to(mean.device, non_blocking=True)
-    z = posterior.sample(mean.unsqueeze(1), log_variance.unsqueeze(1), noise).flatten(0, 1)
-    params = model.decode(z, inputs.image_size, of_each(inputs.labels))  # (n s, ...)
-    log_likelihood = model.likelihood.log_prob(params, images, of_each(inputs.mask)).double()
-    noise, log_variance = noise.flatten(2).double(), log_variance.flatten(1).double()
-    # both without the d/2 log 2 pi that cancels between N(0, I) and q
-    log_q = -0.5 * (noise.square().sum(2) + log_variance.sum(1, keepdim=True))  # (n, s)
-    constant = 0.5 * noise.shape[2] * math.log(2 * math.pi)
-    log_priors = [-0.5 * z.flatten(1).double().square().sum(1)]
-    log_priors += [prior.log_prob(z) + constant for prior in priors.values()]
-    joint = torch.stack([log_likelihood + log_prior for log_prior in log_priors])
-    return joint.unflatten(1, shape) - log_q
-
-
-class ImportanceMeter:
+class ImportanceMetric:
     """`is_nll_nats` and its company, for N(0, I) and, with their names in it, for other priors."""
+
+    of_whole_images = ()
 
     def __init__(
         self,
@@ -155,12 +204,12 @@ class ImportanceMeter:
         self._sums = torch.zeros(1 + len(self._priors), 4, dtype=torch.float64, device=device)
         self._counts = torch.zeros(2, dtype=torch.float64, device=device)  # images, dims
 
-    def add(self, seen: Seen) -> None:
+    def update(self, batch: EvaluatedBatch) -> None:
         evidence = importance_evidence(
             self._model,
-            seen.inputs,
-            seen.output.mean,
-            seen.output.log_variance,
+            batch.inputs,
+            batch.output.mean,
+            batch.output.log_variance,
             num_samples=self._num_samples,
             seed=self._seed,
             chunk=self._chunk,
@@ -169,10 +218,10 @@ class ImportanceMeter:
         nll, effective = -evidence.log_evidence, evidence.effective_samples
         variance = 1 / effective - 1 / self._num_samples
         self._sums += torch.stack([nll, nll.square(), effective, variance], 1).sum(2)
-        dims = seen.inputs.dims
+        dims = batch.inputs.dims
         self._counts += torch.stack([torch.ones_like(dims), dims]).sum(1)
 
-    def report(self, runtime: Runtime) -> Report:
+    def compute(self, runtime: Runtime) -> Report:
         sums = runtime.sum_over_ranks(self._sums).tolist()
         num_images, num_dims = runtime.sum_over_ranks(self._counts).tolist()
         report = Report()

@@ -6,8 +6,8 @@ over all images of
     -ELBO = distortion + rate,   distortion = -log p(x|z),   rate = KL(q(z|x) || p(z)),   z ~ q
 
 in nats per image (beta = 1), and bits per dim = (-ELBO of all images as nats of 8-bit levels) /
-(values of all images x ln 2), so that images of different shapes mix; then what the meters say that
-are passed along. Encoder and decoder run once per image, and meters share what they made.
+(values of all images x ln 2), so that images of different shapes mix; then the metrics that are
+passed along. Encoder and decoder run once per image, for the bound and for all metrics.
 The draws belong to the sample's number, so they are the same at every evaluation; sums are float64.
 The figures are therefore equal for any number of ranks and any batch size to 1e-5.
 
@@ -16,8 +16,12 @@ Legend: b images of a rank's batch, C H W an image, D = C H W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +29,15 @@ from torch import Tensor
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.latents import LatentReport, LatentSums
-from vae_dist.evaluation.meter import Inputs, Meter, Report, Seen, mean_and_error
-from vae_dist.models.latent_moments import LatentStatistics
+from vae_dist.evaluation.metrics import (
+    EvaluatedBatch,
+    Inputs,
+    LatentReport,
+    LatentSums,
+    Metric,
+    mean_and_error,
+)
+from vae_dist.models.latent import LatentStatistics
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 from vae_dist.training.compile import exact_float32
@@ -47,7 +57,7 @@ class EvaluationResult:
     variance_at_floor_fraction: float | None  # part of all values; None: no learned variance
     latent: LatentReport
     statistics: LatentStatistics  # of z, for models of latents
-    measured: dict[str, float] = field(default_factory=dict)  # by the meters
+    measured: dict[str, float] = field(default_factory=dict)  # by the metrics
     notes: dict[str, str] = field(default_factory=dict)  # why a figure is missing, by its name
 
     def figures(self) -> dict[str, float]:
@@ -78,7 +88,7 @@ def evaluate(
     *,
     runtime: Runtime,
     seed: int,
-    meters: Sequence[Meter] = (),
+    metrics: Sequence[Metric] = (),
     stop_requested: Callable[[], bool] | None = None,
 ) -> EvaluationResult | None:
     """Evaluate on every rank together; the result is the same on each.
@@ -89,44 +99,49 @@ def evaluate(
     can be read.
     """
     bound = _Bound(model, runtime.device)
-    skipped = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    # images that could not be read, and that have missing pixels
+    counts = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
             if batch.is_first and stop_requested is not None and stop_requested():
                 return None
-            skipped += len(batch.skipped)
+            counts[0] += len(batch.skipped)
             # what padding evaluates to, infinity included, must not count
             if (batch.weights > 0).any():
-                _measure(model, batch, [bound, *meters], seed=seed, device=runtime.device)
+                evaluated = _forward(model, batch, seed=seed, device=runtime.device)
+                counts[1] += 0 if batch.masks is None else len(evaluated.inputs.samples)
+                with exact_float32(runtime.device), torch.inference_mode():
+                    bound.update(evaluated)
+                    for metric in metrics:
+                        if batch.masks is None or not metric.of_whole_images:
+                            metric.update(evaluated)
     finally:
         model.train(was_training)
-    num_skipped = int(runtime.sum_over_ranks(skipped).item())
-    result = bound.result(runtime, num_skipped)
-    reports: list[Report] = [meter.report(runtime) for meter in meters]
-    for report in reports:
+    num_skipped, num_incomplete = runtime.sum_over_ranks(counts).tolist()
+    result = bound.result(runtime, int(num_skipped))
+    for metric in metrics:
+        if num_incomplete and metric.of_whole_images:
+            reason = "compares whole images, and data.mask says that pixels are missing"
+            result.notes.update({name: f"{name} {reason}" for name in metric.of_whole_images})
+            continue
+        report = metric.compute(runtime)
         result.measured.update(report.figures)
         result.notes.update(report.notes)
     return result
 
 
 @torch.inference_mode()
-def _measure(
-    model: VAE,
-    batch: EvaluationBatch,
-    meters: Sequence[_Bound | Meter],
-    *,
-    seed: int,
-    device: torch.device,
-) -> None:
+def _forward(
+    model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device
+) -> EvaluatedBatch:
     inputs = _inputs(model, batch, seed=seed, device=device)
     shape = model.latent_shape(*inputs.image_size)
     noise = draws(torch.randn, seed, "eval-posterior", inputs.samples, shape).to(device)
     with exact_float32(device):
-        seen = Seen(model, inputs, noise, model(inputs.images, noise, inputs.labels, inputs.mask))
-        for meter in meters:
-            meter.add(seen)
+        output = model(inputs.images, noise, inputs.labels, inputs.mask)
+    return EvaluatedBatch(model, inputs, noise, output)
 
 
 def _inputs(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device) -> Inputs:
@@ -153,8 +168,8 @@ class _Bound:
         self._sums = torch.zeros(7, dtype=torch.float64, device=device)
         self._latents = LatentSums(model, device)
 
-    def add(self, seen: Seen) -> None:
-        output = seen.output
+    def update(self, batch: EvaluatedBatch) -> None:
+        output = batch.output
         distortion, rate = -output.log_likelihood.double(), output.kl.double().sum(1)
         one = torch.ones_like(distortion)
         at_floor = self._model.likelihood.at_floor_fraction(output.params)
@@ -165,14 +180,16 @@ class _Bound:
             0 * one if at_floor is None else at_floor.double(),
             0 * one if at_floor is None else one,
             one,
-            seen.inputs.dims,
+            batch.inputs.dims,
         ]
         self._sums += torch.stack(per_image).sum(1)
-        self._latents.add(output.mean, output.log_variance, z=output.z, samples=seen.inputs.samples)
+        self._latents.update(
+            output.mean, output.log_variance, z=output.z, samples=batch.inputs.samples
+        )
 
     def result(self, runtime: Runtime, num_skipped: int) -> EvaluationResult:
         sums = runtime.sum_over_ranks(self._sums).tolist()
-        latent = self._latents.report(runtime)
+        latent = self._latents.compute(runtime)
         distortion, rate, squares, at_floor, num_with_floor, num_images, num_dims = sums
         if num_images == 0:
             raise ConfigError(
@@ -192,3 +209,67 @@ class _Bound:
             latent=latent,
             statistics=self._latents.statistics(runtime),
         )
+
+
+# results.json: figures of one model on the same images, from one call or several
+
+SAME = ("step", "weights", "weights_digest", "data_fingerprint", "seed", "precision", "mask")
+COUNTS = ("num_images", "skipped_samples")
+
+
+def conditions_of(
+    figures: Iterable[str], *, importance_samples: int, prior: str
+) -> dict[str, dict[str, Any]]:
+    """By figure: how many draws it rests on, and which prior, where it is of any."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in figures:
+        if name.startswith("is_"):
+            found.setdefault(name, {})["importance_samples"] = importance_samples
+        if "gmm" in name:
+            found.setdefault(name, {})["prior"] = prior
+    return found
+
+
+def merged_with_earlier(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`record` and what the file at `path` has beyond it, if that is of the same evaluation."""
+    merged = dict(record)
+    earlier = _read(path)
+    if any(earlier.get(key) != record[key] for key in SAME):
+        return merged
+    figures, before = record["figures"], earlier["figures"]
+    if any(before.get(key) != figures[key] for key in COUNTS):
+        return merged
+    merged["figures"] = {**figures, **_beyond(before, figures)}
+    for key in ("conditions", "notes"):  # both by figure
+        merged[key] = {**record[key], **_beyond(earlier[key], {**figures, **record[key]})}
+    merged["metric_weights"] = {**earlier["metric_weights"], **record["metric_weights"]}
+    return merged
+
+
+def as_json(record: Mapping[str, Any]) -> bytes:
+    """Numbers that JSON has no word for become null."""
+    return (json.dumps(_finite(record), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty where there is no such record."""
+    try:
+        earlier = dict(json.loads(path.read_bytes()))
+        parts = [earlier[key] for key in ("figures", "conditions", "notes", "metric_weights")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return earlier if all(isinstance(part, dict) for part in parts) else {}
+
+
+def _beyond(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in before.items() if key not in now}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value

@@ -27,8 +27,8 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data.loader import EvaluationBatch, EvaluationStream
 from vae_dist.files import write_durably
 from vae_dist.inference.load import LoadedModel, open_images, weights_digest
-from vae_dist.models import posterior
-from vae_dist.models.mixture import Covariance, GaussianMixture, fit_mixture
+from vae_dist.inference.mixture import Covariance, GaussianMixture, fit_mixture
+from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 
@@ -114,7 +114,7 @@ def aggregate_posterior(model: VAE, batches: Iterable[EvaluationBatch], *, seed:
         mean, log_variance = model.encode(prepared, batch.labels[counts].to(device), mask)
         shape = tuple(mean.shape[1:])
         noise = draws(torch.randn, seed, "aggregate-posterior", samples, shape).to(device)
-        latents.append(posterior.sample(mean, log_variance, noise).cpu())
+        latents.append(sample_posterior(mean, log_variance, noise).cpu())
     return torch.cat(latents) if latents else torch.empty(0, model.latent_channels)
 
 

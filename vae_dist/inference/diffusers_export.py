@@ -25,7 +25,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.files import write_durably
 from vae_dist.inference.load import LoadedModel
-from vae_dist.models.diffusers_layout import (
+from vae_dist.models.diffusers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Tensors,

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae_dist.models import posterior
-from vae_dist.models.streamed_weights import StreamedWeights
+from vae_dist.evaluation.importance import StreamedWeights, weighted_draws
+from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
@@ -124,7 +124,7 @@ def impute(
 def _single(model: VAE, part: Incomplete, *, num_draws: int, seed: int) -> Imputed:
     mean, log_variance = model.encode(part.images, part.labels, part.mask)
     noise = _normal(seed, part.samples, 0, (num_draws, *mean.shape[1:])).to(mean.device)
-    values = _decoded(model, part, _latents(mean, log_variance, noise))[1]
+    values = _decoded(model, part, sample_posterior(mean, log_variance, noise))[1]
     moments = _Moments(len(values), values.shape[2], 0, values.device)
     moments.add(values, torch.zeros(values.shape[:2], device=values.device))
     shape = tuple(part.images.shape[1:])
@@ -140,18 +140,11 @@ def _importance(
     device, shape = mean.device, tuple(part.images.shape[1:])
     moments = _Moments(len(mean), part.images[0].numel(), num_draws, device)
     for noise, gumbel in _blocks(seed, part.samples, num_samples, num_draws, mean.shape[1:], chunk):
-        noise = noise.to(device, non_blocking=True)
-        z = _latents(mean, log_variance, noise)
-        params, values = _decoded(model, part, z)
-        images, mask = (_repeated(tensor, z) for tensor in (part.images, part.mask))
-        log_likelihood = model.likelihood.log_prob(params, images, mask).view(z.shape[:2])
-        # log p(z) - log q(z|x), both without the d/2 log 2 pi that cancels
-        log_prior = -0.5 * z.flatten(2).double().square().sum(2)
-        log_q = -0.5 * (
-            noise.flatten(2).double().square().sum(2)
-            + log_variance.flatten(1).double().sum(1, keepdim=True)
+        params, (log_weights,) = weighted_draws(
+            model, part.images, noise, mean, log_variance, labels=part.labels, mask=part.mask
         )
-        moments.add(values, log_likelihood.double() + log_prior - log_q, gumbel.to(device))
+        values = model.likelihood.mean(params).flatten(1).view(*noise.shape[:2], -1)
+        moments.add(values, log_weights, gumbel.to(device))
     return moments.result(None, shape)
 
 
@@ -168,9 +161,9 @@ def _gibbs(model: VAE, part: Incomplete, num_steps: int, num_chains: int, *, see
     for step in range(num_steps):
         noise = _normal(seed, part.samples, step, (num_chains, *mean.shape[1:])).to(device)
         if step == 0:
-            z = _latents(mean, log_variance, noise)
+            z = sample_posterior(mean, log_variance, noise)
         else:  # what was drawn is shown as if it had been observed
-            z = posterior.sample(*model.encode(complete, labels), noise.flatten(0, 1))
+            z = sample_posterior(*model.encode(complete, labels), noise.flatten(0, 1))
             z = z.view(noise.shape)
         params, values = _decoded(model, part, z)
         if step >= num_steps // 2:
@@ -185,20 +178,11 @@ def _gibbs(model: VAE, part: Incomplete, num_steps: int, num_chains: int, *, see
     return moments.result(values, shape)
 
 
-def _latents(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """z (n, s, *latent) of noise (n, s, *latent)."""
-    return posterior.sample(mean.unsqueeze(1), log_variance.unsqueeze(1), noise)
-
-
-def _repeated(tensor: Tensor, z: Tensor) -> Tensor:
-    """What belongs to each image, for each of its latents z (n, s, *latent)."""
-    return tensor.repeat_interleave(z.shape[1], 0)
-
-
 def _decoded(model: VAE, part: Incomplete, z: Tensor) -> tuple[Tensor, Tensor]:
     """Decoder outputs (n s, ...) and g(z), float32 (n, s, D), of z (n, s, *latent)."""
     height, width = part.images.shape[-2:]
-    params = model.decode(z.flatten(0, 1), (height, width), _repeated(part.labels, z))
+    labels = part.labels.repeat_interleave(z.shape[1], 0)
+    params = model.decode(z.flatten(0, 1), (height, width), labels)
     return params, model.likelihood.mean(params).flatten(1).view(*z.shape[:2], -1)
 
 

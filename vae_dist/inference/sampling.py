@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.inference import tiles
-from vae_dist.models.mixture import GaussianMixture
-from vae_dist.models.prior import prior_latents
+from vae_dist.models.latent import LatentPrior, prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import to_uint8
@@ -33,7 +32,7 @@ def sample_prior(
     *,
     seed: int,
     temperature: float = 1.0,
-    mixture: GaussianMixture | None = None,
+    prior: LatentPrior | None = None,
     batch_size: int = 256,
     labels: Tensor | None = None,
 ) -> Tensor:
@@ -42,13 +41,12 @@ def sample_prior(
     images = []
     for first in range(0, num_images, batch_size):
         z = prior_latents(
-            model,
+            model.latent_shape(*image_size),
             min(batch_size, num_images - first),
-            image_size,
             seed=seed,
             first=first,
             temperature=temperature,
-            mixture=mixture,
+            prior=prior,
         )
         told = _part(labels, first, len(z), device)
         params = model.decode(z.to(device), image_size, told)
@@ -64,14 +62,13 @@ def sample_classes(
     *,
     seed: int,
     temperature: float = 1.0,
-    mixture: GaussianMixture | None = None,
+    prior: LatentPrior | None = None,
     batch_size: int = 256,
 ) -> Tensor:
     """`num_images` samples of each class, uint8 (len(classes) * num_images, C, H, W), class by
     class; image i of each class has the latent of prior sample i, so columns share it."""
-    z = prior_latents(
-        model, num_images, image_size, seed=seed, temperature=temperature, mixture=mixture
-    )
+    latent = model.latent_shape(*image_size)
+    z = prior_latents(latent, num_images, seed=seed, temperature=temperature, prior=prior)
     z = z.to(next(model.parameters()).device).repeat(len(classes), *[1] * (z.ndim - 1))
     labels = torch.tensor(classes).repeat_interleave(num_images)
     return decode_means(model, z, image_size, batch_size=batch_size, labels=labels)

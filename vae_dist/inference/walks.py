@@ -19,12 +19,6 @@ from vae_dist.inference.sampling import decode_means
 from vae_dist.models.vae import NO_LABEL, VAE
 
 
-def kl_per_unit(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(q(z|x) || N(0, I)) of each unit in nats, summed over its positions: (N, U)."""
-    kl = 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance)  # (N, U, *positions)
-    return kl.flatten(2).sum(2) if kl.ndim > 2 else kl
-
-
 def interpolate(
     model: VAE,
     first: Tensor,

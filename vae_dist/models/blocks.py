@@ -4,7 +4,7 @@ In and out: feature maps (B, C, H, W). Names and shapes of the parameters are th
 `AutoencoderKL`, so that a spatial model exports to it key by key.
 
     residual:   h = x' + conv2(silu(norm2(conv1(silu(norm1(x))))))     x' = x or conv_shortcut(x)
-                with a condition, norm2 is followed by its scale and shift (`film`)
+                with a condition, norm2 is followed by its scale and shift (`Film`)
     attention:  h = x + to_out(softmax(q k^T / sqrt(C)) v)             one head over all positions
 
 The last layer of each sum starts at zero: a block is x' before training, and a deep tower of them
@@ -28,8 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from vae_dist.models.film import Film
 
 NORM_EPS = 1e-6
 
@@ -63,6 +61,26 @@ def averaged(x: Tensor, channels: int) -> Tensor:
 def repeated(x: Tensor, channels: int) -> Tensor:
     """(B, C, H, W) -> (B, channels, H, W): channels / C copies of each channel side by side."""
     return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+class Film(nn.Module):
+    """Scale and shift of features (B, C, ...) by a condition (B, E) (FiLM, Perez et al. 2018):
+
+        out = (1 + scale) * x + shift,   [scale, shift] = condition W' + b     per channel
+
+    W and b start at zero and nothing is drawn: before training it is the identity, and a
+    conditional model begins with the weights of the unconditional one of its seed.
+    """
+
+    def __init__(self, condition_dims: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2 * channels, condition_dims))
+        self.bias = nn.Parameter(torch.zeros(2 * channels))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        moved: Tensor = F.linear(condition, self.weight, self.bias)
+        scale, shift = moved.view(*moved.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
+        return (1 + scale) * x + shift
 
 
 class Recomputable(nn.Module):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from vae_dist.models.blocks import (
     AttentionBlock,
     Downsample,
+    Film,
     Recomputable,
     ResidualBlock,
     Upsample,
@@ -43,7 +44,6 @@ from vae_dist.models.blocks import (
     in_float32,
     repeated,
 )
-from vae_dist.models.film import Film
 
 
 class Level(nn.Module):

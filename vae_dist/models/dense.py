@@ -16,8 +16,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_dist.models.blocks import in_float32
-from vae_dist.models.film import Film
+from vae_dist.models.blocks import Film, in_float32
 
 
 class _Layers(nn.Module):

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_dist.models import posterior
 from vae_dist.models.blocks import in_float32
 from vae_dist.models.conv import Decoder, Encoder
 from vae_dist.models.dense import DenseDecoder, DenseEncoder
+from vae_dist.models.latent import diagonal_gaussian, kl_to_standard_normal, sample_posterior
 from vae_dist.models.likelihoods import Likelihood
 
 NO_LABEL = -1
@@ -105,12 +105,11 @@ class VAE(nn.Module):
     ) -> VAEOutput | tuple[VAEOutput, Tensor]:
         mean, log_variance = self.encode(images, labels, mask)
         size = images.shape[-2], images.shape[-1]
+        z = sample_posterior(mean, log_variance, noise)  # (B, *latent) or (B, K, *latent)
         if noise.ndim == mean.ndim:
-            z = posterior.sample(mean, log_variance, noise)
             params = self.decode(z if latent_noise is None else z + latent_noise, size, labels)
             log_likelihood = self.likelihood.log_prob(params, images, mask)
         else:
-            z = posterior.sample(mean.unsqueeze(1), log_variance.unsqueeze(1), noise)  # (B, K, ...)
             batch, draws = z.shape[:2]
             flat = self.decode(z.flatten(0, 1), size, _each(labels, draws))  # (B K, ...)
             log_likelihood = self.likelihood.log_prob(
@@ -119,7 +118,7 @@ class VAE(nn.Module):
             params = flat.unflatten(0, (batch, draws))
         output = VAEOutput(
             log_likelihood=log_likelihood,
-            kl=posterior.kl_to_standard_normal(mean, log_variance),
+            kl=kl_to_standard_normal(mean, log_variance),
             mean=mean,
             log_variance=log_variance,
             z=z,
@@ -158,7 +157,7 @@ class VAE(nn.Module):
         moments = self.encoder(images, self._condition(labels, len(images)))
         if self.quant_conv is not None:
             moments = in_float32(self.quant_conv, moments)
-        return posterior.diagonal_gaussian(moments)
+        return diagonal_gaussian(moments)
 
     def decode(
         self, z: Tensor, image_size: tuple[int, int], labels: Tensor | None = None

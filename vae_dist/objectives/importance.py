@@ -12,8 +12,7 @@ the log-ratio as it does the KL of the ELBO. With u_k = w_k / sum w, the two gra
                               (Tucker et al. 2019); q stands in w_k with the power -beta
 
 Both have the same expectation. The first one's signal-to-noise ratio for the encoder falls with K
-(Rainforth et al. 2018), the second one's rises. Free bits are charged on the closed-form KL, as in
-`elbo`.
+(Rainforth et al. 2018), the second one's rises.
 """
 
 from __future__ import annotations
@@ -23,39 +22,29 @@ import math
 import torch
 from torch import Tensor
 
-from vae_dist.models.posterior import log_ratio_to_prior
+from vae_dist.models.latent import log_ratio_to_prior
 from vae_dist.models.vae import VAEOutput
-from vae_dist.objectives.elbo import LossTerms, free_bits_charge
 
 
-def importance_terms(
-    output: VAEOutput,
-    *,
-    beta: float | Tensor,
-    free_bits: float = 0.0,
-    doubly_reparameterized: bool = False,
-) -> LossTerms:
-    """`output` of K draws of z per image. With `doubly_reparameterized`, call it once per forward
-    and before backward: it hooks the gradient of z."""
+def importance_bound(
+    output: VAEOutput, *, beta: float | Tensor, doubly_reparameterized: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The bound of each image (B,) for `output` of K draws of z, and, without gradient, that of
+    beta = 1. With `doubly_reparameterized`, call it once per forward and before backward: it hooks
+    the gradient of z."""
     moments = (output.mean, output.log_variance)
     if doubly_reparameterized:
         moments = (output.mean.detach(), output.log_variance.detach())
     log_ratio = log_ratio_to_prior(output.z, *moments)  # (B, K)
     log_weights = output.log_likelihood - beta * log_ratio
-    bound = log_mean_exp(log_weights)  # (B,)
-    loss = -bound.sum()
     if doubly_reparameterized and output.z.requires_grad:
         # the bound's gradient gives each z_k its u_k; the hook does the rest
         shares = 1 - beta + beta * torch.softmax(log_weights.detach(), 1)
         weigh = shares.reshape(*shares.shape, *([1] * (output.z.ndim - 2)))
         output.z.register_hook(lambda gradient: gradient * weigh)
-    if free_bits:
-        loss = loss + beta * free_bits_charge(output.kl, free_bits=free_bits)
     with torch.no_grad():
-        plain = -log_mean_exp(output.log_likelihood - log_ratio).sum()
-        distortion_sum = -output.log_likelihood.mean(1).sum()
-        rate_sum = output.kl.sum()
-    return LossTerms(loss, distortion_sum, rate_sum, plain)
+        reported = log_mean_exp(output.log_likelihood - log_ratio)
+    return log_mean_exp(log_weights), reported
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:

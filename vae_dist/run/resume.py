@@ -21,7 +21,7 @@ from vae_dist.config.load import changed_numbers
 from vae_dist.config.rules import value_of
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
-from vae_dist.models.diffusers_layout import (
+from vae_dist.models.diffusers import (
     KINDS_OF_MEANS,
     Published,
     fitting_keys,

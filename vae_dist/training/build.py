@@ -29,8 +29,8 @@ from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae, stride_of
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.discriminator import smallest_side as discriminator_side
-from vae_dist.models.latent_moments import FILE, write_statistics
-from vae_dist.models.perceptual import lpips_is_at_hand
+from vae_dist.models.latent import STATISTICS_FILE, write_statistics
+from vae_dist.models.networks import lpips_available
 from vae_dist.models.vae import VAE
 from vae_dist.objectives.perceptual import (
     build_perceptual,
@@ -173,7 +173,7 @@ def with_perceptual_kind(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     """A copy in which perceptual.kind has a concrete value, the same on all ranks."""
     config = copy.deepcopy(config)
     if config.perceptual.kind == "auto":
-        at_hand = lpips_is_at_hand("vgg", folder_of(config.perceptual))
+        at_hand = lpips_available("vgg", folder_of(config.perceptual))
         config.perceptual.kind = "structure" if runtime.any_rank(not at_hand) else "lpips"
     return config
 
@@ -279,9 +279,9 @@ def build_trainer(
         if runtime.is_main and vae.image_size is None:
             facts = {"step": trainer.step, "weights": "ema", "of": "samples"}
             try:
-                write_statistics(folder.path / FILE, result.statistics, facts)
+                write_statistics(folder.path / STATISTICS_FILE, result.statistics, facts)
             except OSError as error:
-                trainer.say(f"warning: no {FILE} ({error}); training goes on")
+                trainer.say(f"warning: no {STATISTICS_FILE} ({error}); training goes on")
         return result.row()
 
     trainer = Trainer(

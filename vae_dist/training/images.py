@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import Examples, Images, first_examples
 from vae_dist.inference.sampling import posteriors, sample_classes, sample_prior
-from vae_dist.inference.walks import interpolate, kl_per_unit, traverse
-from vae_dist.models.prior import drawn_labels
+from vae_dist.inference.walks import interpolate, traverse
+from vae_dist.models.latent import drawn_labels, kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import (
@@ -89,7 +89,7 @@ class RunPainter:
             seed=config.seed,
             temperature=1.0,
             batch_size=batch_size,
-            labels=drawn_labels(model, num_images, seed=config.seed),
+            labels=drawn_labels(model.num_classes, num_images, seed=config.seed),
         )
         show("samples", grid(samples))
         if model.num_classes:
@@ -107,14 +107,14 @@ class RunPainter:
         walks = self._interpolations(model, pictures, labels, mean)
         if walks is not None:
             show("interpolations", grid(walks, columns=NUM_POINTS))
-        units = _most_active(kl_per_unit(mean, log_variance))
+        units = _most_active(kl_to_standard_normal(mean, log_variance))
         ways = self._traversals(model, mean[0], int(labels[0]), units)
         names = ", ".join(f"{unit}" for unit in units)
         show("traversals", grid(ways, columns=NUM_POINTS), f"units {names}, from -3 to 3")
         classes = _by_class(pictures, outputs, labels)
         if classes is not None:
             show("by_class", grid(classes, columns=2 * NUM_PAIRS), f"from the {searched}")
-        losses = losses + kl_per_unit(mean, log_variance).sum(1)
+        losses = losses + kl_to_standard_normal(mean, log_variance).sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
         show(

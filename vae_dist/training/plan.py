@@ -18,7 +18,7 @@ from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
-from vae_dist.objectives.words import added_terms_in_words
+from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.compile import COMPILED, compiler_problem
 
@@ -84,7 +84,7 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {runtime.device.type}{threads}, "
         f"{_arithmetic(config, runtime)}",
-        *added_terms_in_words(config),
+        *describe_added_terms(config),
         *_unfinished_warmups(config),
         *_unusual_epochs(config, data.train.num_samples),
     ]
@@ -210,3 +210,26 @@ def _operations(flops: float) -> str:
 
 def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def describe_added_terms(config: TrainConfig) -> list[str]:
+    """Lines, none for the bound alone. `perceptual.kind` is resolved."""
+    parts, perceptual, adversarial = [], config.perceptual, config.adversarial
+    if perceptual.kind != "none":
+        parts.append(f"perceptual {perceptual.kind} x {perceptual.weight:g}")
+    if adversarial.weight:
+        parts.append(
+            f"adversarial x {adversarial.weight:g} (discriminator from step "
+            f"{adversarial.start_step}, decoder from {first_step_of_generator(adversarial)})"
+        )
+    if config.objective.scale_equivariance:
+        parts.append(f"half size x {config.objective.scale_equivariance:g}")
+    if config.objective.latent_noise:
+        parts.append(f"latent noise {config.objective.latent_noise:g}")
+    lines = [f"beside the bound: {', '.join(parts)}"] if parts else []
+    if config.training.train_only == "decoder":
+        lines.append(
+            "decoder alone: encoder, quant_conv and label embedding keep their weights, the rate "
+            "has no gradient"
+        )
+    return lines

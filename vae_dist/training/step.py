@@ -24,7 +24,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.vae import NO_LABEL, VAE
-from vae_dist.objectives.loss import loss_terms, noise_shape
+from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.sharding import load_full

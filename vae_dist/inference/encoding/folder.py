@@ -37,8 +37,8 @@ from vae_dist.inference.encoding.writing import (
     report_path,
 )
 from vae_dist.inference.load import Images, LoadedModel
-from vae_dist.models.latent_moments import (
-    FILE,
+from vae_dist.models.latent import (
+    STATISTICS_FILE,
     LatentMoments,
     LatentStatistics,
     write_statistics,
@@ -249,7 +249,7 @@ def _finish(
         "weights": command.weights,
         "of": "means" if command.content == "mean" else "samples",
     }
-    write_statistics(partial / FILE, statistics, facts)
+    write_statistics(partial / STATISTICS_FILE, statistics, facts)
     write_info([partial / shard.name for shard in plan], split=NAME)
     sizes: Counter[str] = Counter()
     for report in reports:

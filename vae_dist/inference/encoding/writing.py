@@ -36,8 +36,7 @@ from vae_dist.inference.encoding.plan import PlannedShard
 from vae_dist.inference.encoding.reading import CarriedSample, Piece, Reading, Shape
 from vae_dist.inference.latents import MEMBER, MIRRORED, TYPES, to_bytes
 from vae_dist.inference.load import Images, LoadedModel
-from vae_dist.models import posterior
-from vae_dist.models.latent_moments import LatentMoments
+from vae_dist.models.latent import LatentMoments, sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 
@@ -118,7 +117,7 @@ class Encoder:
         if self.command.content == "moments":
             return {"mean": mean, "log_variance": log_variance}
         noise = draws(torch.randn, self.command.seed, purpose, numbers, tuple(mean.shape[1:]))
-        return {"sample": posterior.sample(mean, log_variance, noise.to(self.device))}
+        return {"sample": sample_posterior(mean, log_variance, noise.to(self.device))}
 
     def _converted(self, values: Tensor, samples: Sequence[CarriedSample]) -> Tensor:
         values = values.to(TYPES[self.command.dtype]).cpu()

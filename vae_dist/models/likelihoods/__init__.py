@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from vae_dist.config.schema import DataConfig, LikelihoodConfig
-from vae_dist.models.likelihoods.base import Likelihood
+from vae_dist.models.likelihoods.base import Levels, Likelihood, bits_per_dim
 from vae_dist.models.likelihoods.bernoulli import Bernoulli
 from vae_dist.models.likelihoods.gaussian import DiscretizedGaussian, Gaussian
 from vae_dist.models.likelihoods.laplace import Laplace
-from vae_dist.models.likelihoods.levels import Levels, bits_per_dim
 from vae_dist.models.likelihoods.logistic import DiscretizedLogisticMixture
 
 __all__ = [

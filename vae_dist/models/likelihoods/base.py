@@ -1,23 +1,88 @@
-"""What a model needs to know of p(x|z).
+"""What a model needs to know of p(x|z), and what stored values are in front of it.
 
 In: `params` (B, num_params, H, W), decoder outputs; images (B, C, H, W), float32 in [-1, 1] as
 `prepare` made them. Out: log p(x|z) in nats per image, float32 (B,) (float64 for float64 params).
 
 The arithmetic is float32 whatever autocast says around it: no layer, matrix product or convolution
 is used, and the params are widened first.
+
+    bits 5, 8, 16   2^bits levels; 5: files of 8 bits, whose three lowest bits are dropped
+    bits 32         float in [-1, 1], as they are: no levels, so a density stays a density
+
+    centers         x = 2 level / (n - 1) - 1     black is -1, white is 1, n levels
+    dequantized     x = 2 (level + u) / n - 1     u uniform in [0, 1): a level is a bin of width 2/n
+
+This is the only place that knows how wide a level is, and that changes nats into bits.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_dist.models.likelihoods.levels import Levels, bits_per_dim
-
 MAX_LOG_SIZE = 20.0  # of a variance or scale: far above any image's, far below overflow
+
+
+@dataclass(frozen=True)
+class Levels:
+    bits: int  # data.bits
+
+    @property
+    def are_discrete(self) -> bool:
+        return self.bits < 32
+
+    @property
+    def num(self) -> int:
+        assert self.are_discrete
+        return 2**self.bits
+
+    @property
+    def half_width(self) -> float:
+        """Half the distance between two centers."""
+        return 1.0 / (self.num - 1)
+
+    def index(self, stored: Tensor) -> Tensor:
+        """Level numbers 0 ... num - 1, float32."""
+        if self.bits == 5:
+            stored = stored >> 3
+        return stored.float()
+
+    def centers(self, stored: Tensor) -> Tensor:
+        if not self.are_discrete:
+            return stored.float()
+        return self.index(stored) / ((self.num - 1) / 2) - 1.0
+
+    def dequantized(self, stored: Tensor, uniform: Tensor) -> Tensor:
+        return (self.index(stored) + uniform) / (self.num / 2) - 1.0
+
+    def intensity(self, stored: Tensor) -> Tensor:
+        """Black 0, white 1, float32."""
+        if not self.are_discrete:
+            return (stored.float() + 1.0) / 2.0
+        return self.index(stored) / float(self.num - 1)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The centers next to values of any size, those beyond the range included."""
+        index = ((values + 1.0) * ((self.num - 1) / 2)).round().clamp(0, self.num - 1)
+        return index / ((self.num - 1) / 2) - 1.0
+
+    def at_lowest(self, centers: Tensor) -> Tensor:
+        return centers < -1.0 + self.half_width
+
+    def at_highest(self, centers: Tensor) -> Tensor:
+        return centers > 1.0 - self.half_width
+
+    def density_to_level_nats(
+        self, nll_nats: float, num_dims: int, *, is_dequantized: bool
+    ) -> float:
+        """-log density on [-1, 1] -> -log probability of levels, by the width of a level."""
+        levels_per_unit = self.num / 2 if is_dequantized else (self.num - 1) / 2
+        return nll_nats + num_dims * math.log(levels_per_unit)
 
 
 class Likelihood(nn.Module, ABC):
@@ -102,3 +167,8 @@ def above_floor(log_size: Tensor, log_floor: float) -> Tensor:
     """log(floor + exp(log_size)) of a variance or a scale, smooth, finite for any input."""
     capped = MAX_LOG_SIZE - F.softplus(MAX_LOG_SIZE - log_size)
     return log_floor + F.softplus(capped - log_floor)
+
+
+def bits_per_dim(nll_nats: float, *, num_dims: int) -> float:
+    """-log p of discrete data in nats per image of `num_dims` values -> bits per value."""
+    return nll_nats / (num_dims * math.log(2.0))

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae_dist.models.likelihoods.base import Likelihood, widened
-from vae_dist.models.likelihoods.levels import Levels, uniform_of_content
+from vae_dist.models.likelihoods.base import Levels, Likelihood, widened
 
 
 class Bernoulli(Likelihood):
@@ -64,3 +63,27 @@ class Bernoulli(Likelihood):
         if not self.has_levels:
             raise ValueError("soft targets have no likelihood, so no bits/dim")
         return nll_nats
+
+
+def uniform_of_content(stored: Tensor) -> Tensor:
+    """Uniform noise in [0, 1), float32 of the shape of `stored` (B, C, H, W), that is a function of
+    each image alone: the same at every use of an image, in every batch and process.
+
+    A polynomial hash of an image's values, mixed with the place of each value (splitmix64).
+    """
+    values = stored.flatten(1)
+    if values.dtype.is_floating_point:
+        values = (values * 32767.0).round()
+    values = values.long() + 1  # so that black pixels count
+    place = torch.arange(values.shape[1], device=values.device)  # of a value in its image
+    image_hash = (values * _mixed(place)).sum(1, keepdim=True)  # (B, 1), modulo 2^64
+    mixed = _mixed(_mixed(image_hash) + place)  # (B, D)
+    return ((mixed >> 40) & (2**24 - 1)).float().view(stored.shape) / 2.0**24
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, which wraps around as uint64 does."""
+    x = x * -7046029254386353131 + 1442695040888963407
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & (2**33 - 1))

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae_dist.config.schema import LikelihoodConfig
-from vae_dist.models.likelihoods.base import Likelihood, above_floor, widened
-from vae_dist.models.likelihoods.levels import Levels
+from vae_dist.models.likelihoods.base import Levels, Likelihood, above_floor, widened
 
 # What decoder outputs of 0 stand for: components spread evenly over the greys, each this wide.
 INITIAL_LOG_SCALE = math.log(0.25)

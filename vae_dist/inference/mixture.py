@@ -64,7 +64,7 @@ class GaussianMixture:
         constant = 0.5 * z.shape[1] * math.log(2 * math.pi)
         return torch.stack(columns, 1) + self.log_weights - constant
 
-    def latents(self, noise: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
+    def sample(self, noise: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Draws from normal noise (N, d) and uniform draws (N,) in [0, 1), float32 (N, d).
 
         `temperature` scales the standard deviations of the components, not the distance of their

@@ -1,0 +1,369 @@
+"""What an evaluation measures beside the bound: latents, reconstructions, other priors.
+
+A `Metric` is updated with each image once, over all ranks together, and keeps float64 sums;
+`compute` adds those of all ranks. So a figure depends neither on the number of ranks nor on the
+batch size.
+
+Reconstructions y are means of p(x | z = E[z|x]); images and y are in [0, 1], so the data range is
+1. The mean of a distribution is smooth where a draw of it is not: these figures say what the latent
+keeps, not how natural an image looks.
+
+    PSNR = -10 log10 mean((x - y)^2), dB
+    SSIM, MS-SSIM: Gaussian window of 11 pixels, sigma 1.5, five scales (Wang et al. 2004, 2003)
+
+Of each unit u of the latent, a dimension of a vector one or a channel of a spatial one, with E and
+Var over images (and positions of a channel):
+
+    KL_u = E[KL(q(z_u|x) || N(0, 1))], nats per image (summed over positions)
+    u is active where Var[E[z_u|x]] > 0.01                         (Burda et al. 2016)
+
+and what z tells of x, with q(z) the mean of q(z|x) over images (Hoffman and Johnson 2016):
+
+    I(x; z) = E[KL(q(z|x) || p(z))] - KL(q(z) || p(z)) = E[log q(z|x) - log q(z)]
+            ~ 1/M sum_i log( q(z_i|x_i) / (1/M sum_j q(z_i|x_j)) ),   z_i ~ q(z_i|x_i)
+
+over the first M images, the estimate of He et al. (2019) among others. It is InfoNCE with the best
+critic there is (Poole et al. 2019): on average at most I, and never above log M = 6.9 nats for
+M = 1024. A value at log M says only that each code fits its own image and no other; the rate is a
+bound from above.
+
+Legend: b images of one shape C x H x W, U units, P positions, D = U P.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.distributed import Runtime
+from vae_dist.models.latent import (
+    LatentMoments,
+    LatentPrior,
+    LatentStatistics,
+    kl_per_value,
+    sample_posterior,
+)
+from vae_dist.models.networks import Lpips
+from vae_dist.models.vae import VAE, VAEOutput
+from vae_dist.tracking.images import to_uint8
+
+
+class Inputs(NamedTuple):
+    """What a model is given, on its device; padding is left out."""
+
+    levels: Tensor  # (b, C, H, W) as stored: uint8, uint16 or float32
+    images: Tensor  # (b, C, H, W) float32 in [-1, 1], as `prepare` made them
+    samples: list[int]  # number of each image in index order
+    labels: Tensor | None = None  # int64 (b,), -1 where an image has none
+    mask: Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all pixels are
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.images.shape[-2:]
+        return height, width
+
+    @property
+    def dims(self) -> Tensor:
+        """Values of each image that its likelihood counts, float64 (b,)."""
+        if self.mask is not None:
+            return self.images.shape[1] * self.mask.flatten(1).sum(1, dtype=torch.float64)
+        num_dims = self.images[0].numel()
+        return torch.full((len(self.images),), num_dims, dtype=torch.float64).to(self.images.device)
+
+
+@dataclass(frozen=True)
+class EvaluatedBatch:
+    """A batch and the output of the model's forward: encoder and decoder run once per image."""
+
+    model: VAE
+    inputs: Inputs
+    noise: Tensor  # (b, *latent) of the z that `output` was decoded from
+    output: VAEOutput
+
+    @cached_property
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Images and their reconstructions E[x | z = E[z|x]], float32 (b, C, H, W) in [0, 1]; where
+        images have 8 bits, both are rounded to them, as a PNG of them is. Of images that are cut to
+        fewer bits, what is left is the original: the model has seen no other."""
+        params = self.model.decode(self.output.mean, self.inputs.image_size, self.inputs.labels)
+        means = self.model.likelihood.mean(params)
+        levels = self.inputs.levels
+        if levels.dtype == torch.uint8:
+            originals = self.model.likelihood.levels.centers(levels)
+            return to_uint8(originals).float() / 255, to_uint8(means).float() / 255
+        means = (means.float() + 1).clamp(0, 2) / 2
+        if levels.dtype == torch.uint16:
+            return levels.float() / 65535, means
+        return (levels.float() + 1) / 2, means
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures by name; a note says in a sentence why one that was asked for is missing."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class Metric(Protocol):
+    @property
+    def of_whole_images(self) -> Sequence[str]:
+        """Figures that compare pictures; of images with missing pixels they are left out."""
+
+    def update(self, batch: EvaluatedBatch) -> None:
+        """Called by each rank for each of its batches, in inference mode."""
+
+    def compute(self, runtime: Runtime) -> Report:
+        """Called once, by every rank together; the same on each."""
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """(b, 3, H, W) for networks that know no others; grey is repeated."""
+    channels = images.shape[1]
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"lpips, rfid and fid are defined for grey and RGB images, not for {channels} "
+            "channels; leave them out of metrics="
+        )
+    return images.expand(-1, 3, -1, -1)
+
+
+def mean_and_error(total: float, squares: float, count: float) -> tuple[float, float]:
+    """Mean of `count` values from their sum and sum of squares, and its standard error (0 for one
+    value)."""
+    mean = total / count
+    variance = max(0.0, squares / count - mean * mean)
+    return mean, (variance / max(1.0, count - 1.0)) ** 0.5
+
+
+# the bound under another prior
+
+
+class PriorMetric:
+    """`neg_elbo_NAME_nats` and `rate_NAME_nats` under a prior other than N(0, I), whose rate
+    log q(z|x) - log p(z) has no closed form: unbiased, from the one draw that the ELBO used."""
+
+    of_whole_images = ()
+
+    def __init__(self, name: str, prior: LatentPrior, device: torch.device) -> None:
+        self._name, self._prior = name, prior
+        # rate, -ELBO, its square, images
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def update(self, batch: EvaluatedBatch) -> None:
+        output, noise = batch.output, batch.noise.double()
+        z = sample_posterior(output.mean, output.log_variance, batch.noise)
+        squares = noise.square() + output.log_variance.double() + math.log(2 * math.pi)
+        log_q = -0.5 * squares.flatten(1).sum(1)
+        rate = log_q - self._prior.log_prob(z)
+        neg_elbo = rate - output.log_likelihood.double()
+        per_image = [rate, neg_elbo, neg_elbo.square(), torch.ones_like(rate)]
+        self._sums += torch.stack(per_image).sum(1)
+
+    def compute(self, runtime: Runtime) -> Report:
+        rate, neg_elbo, squares, num_images = runtime.sum_over_ranks(self._sums).tolist()
+        mean, error = mean_and_error(neg_elbo, squares, num_images)
+        figures = {
+            f"neg_elbo_{self._name}_nats": mean,
+            f"neg_elbo_{self._name}_se_nats": error,
+            f"rate_{self._name}_nats": rate / num_images,
+        }
+        return Report(figures)
+
+
+# reconstructions
+
+LARGEST_PSNR_DB = 100.0  # of an image that is reconstructed exactly, whose PSNR has no bound
+SSIM_PIXELS = 11  # the window
+MS_SSIM_PIXELS = 176  # the window at the fifth scale
+VALUES_AT_ONCE = 2**20  # of the images that go through a metric together: 85 of 64x64 RGB
+
+# images, reconstructions (b, C, H, W) in [0, 1] -> (b,)
+Compare = Callable[[Tensor, Tensor], Tensor]
+
+
+def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
+    squares = (images - reconstructions).double().square().flatten(1).mean(1)
+    return -10 * torch.log10(squares.clamp(min=10 ** (-LARGEST_PSNR_DB / 10)))
+
+
+def comparisons(names: Sequence[str]) -> dict[str, tuple[Compare, int]]:
+    """The functions of `names`, and the smallest side of an image that each one takes.
+
+    Raises ConfigError where the package is missing that has them.
+    """
+    found: dict[str, tuple[Compare, int]] = {}
+    if "psnr" in names:
+        found["psnr_db"] = (psnr_db, 1)
+    if "ssim" in names or "ms_ssim" in names:
+        try:
+            from torchmetrics.functional import image as torchmetrics
+        except ImportError:
+            raise ConfigError(
+                "metrics=ssim and metrics=ms_ssim need torchmetrics: "
+                "pip install 'vae_dist[metrics]'"
+            ) from None
+        if "ssim" in names:
+            ssim = torchmetrics.structural_similarity_index_measure
+            found["ssim"] = (_per_image(ssim), SSIM_PIXELS)
+        if "ms_ssim" in names:
+            ms_ssim = torchmetrics.multiscale_structural_similarity_index_measure
+            found["ms_ssim"] = (_per_image(ms_ssim), MS_SSIM_PIXELS)
+    return found
+
+
+def _per_image(function: Callable[..., Any]) -> Compare:
+    def compare(images: Tensor, reconstructions: Tensor) -> Tensor:
+        # float64: a variance is the difference of two means, where an image is flat a small one
+        pair = reconstructions.double(), images.double()
+        values: Tensor = function(*pair, data_range=1.0, reduction="none")
+        return values.reshape(len(images))  # torchmetrics squeezes a batch of one
+
+    return compare
+
+
+def lpips_comparison(network: Lpips) -> Compare:
+    def compare(images: Tensor, reconstructions: Tensor) -> Tensor:
+        distance: Tensor = network(2 * in_colour(images) - 1, 2 * in_colour(reconstructions) - 1)
+        return distance
+
+    return compare
+
+
+class ReconstructionMetric:
+    """Means of what `comparisons` returned, over the images that are large enough."""
+
+    def __init__(self, compare: dict[str, tuple[Compare, int]], device: torch.device) -> None:
+        self._compare = compare
+        self.of_whole_images = list(compare)
+        # of each: sum, images that count; of the last row: all images
+        self._sums = torch.zeros(len(compare) + 1, 2, dtype=torch.float64, device=device)
+
+    def update(self, batch: EvaluatedBatch) -> None:
+        images, reconstructions = batch.pictures
+        self._sums[-1] += len(images)
+        share = max(1, VALUES_AT_ONCE // math.prod(images.shape[1:]))
+        for row, (function, smallest) in enumerate(self._compare.values()):
+            if min(images.shape[-2:]) < smallest:
+                continue
+            for pair in zip(images.split(share), reconstructions.split(share), strict=True):
+                self._sums[row, 0] += function(*pair).double().sum()
+            self._sums[row, 1] += len(images)
+
+    def compute(self, runtime: Runtime) -> Report:
+        *sums, (_, num_images) = runtime.sum_over_ranks(self._sums).tolist()
+        report = Report()
+        for (name, (_, smallest)), (total, count) in zip(self._compare.items(), sums, strict=True):
+            if count:
+                report.figures[name] = total / count
+            if count < num_images:
+                report.notes[name] = (
+                    f"{int(num_images - count)} of {int(num_images)} images have a side of less "
+                    f"than {smallest} pixels, which {name} needs, and are left out of it"
+                )
+        return report
+
+
+# latents
+
+ACTIVE_VARIANCE = 0.01
+INFORMATION_IMAGES = 1024  # M, fewer where a latent is so large that
+INFORMATION_VALUES = 2**20  # M D would be more than this
+
+
+@dataclass(frozen=True)
+class LatentReport:
+    active_units: int
+    active_fraction: float  # of all units
+    posterior_variance: float  # mean over images, units and positions; 1 is the prior's
+    mutual_information_nats: float  # estimate from below, at most log of the images it rests on
+    kl_nats_per_unit: list[float]  # (U,)
+
+
+class LatentSums:
+    """Float64 sums over the images of one rank; `compute` adds those of all ranks."""
+
+    def __init__(self, model: VAE, device: torch.device) -> None:
+        units = model.latent_channels
+        # per unit: KL, mean, mean squared, variance; then positions and images
+        self._per_unit = torch.zeros(4, units, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.float64, device=device)
+        self._first: list[_Latents] = []
+        self._moments = LatentMoments(units, device)
+
+    def update(
+        self, mean: Tensor, log_variance: Tensor, *, z: Tensor, samples: Sequence[int]
+    ) -> None:
+        """mean, log_variance, z (b, U, *positions) of the images that count, and their numbers."""
+        self._keep_first(torch.stack([mean, log_variance, z], 1), samples)
+        self._moments.add(mean, log_variance)
+        mean = mean.flatten(2) if mean.ndim > 2 else mean.unsqueeze(2)  # (b, U, P)
+        log_variance = log_variance.reshape(mean.shape)
+        kl = kl_per_value(mean, log_variance)
+        terms = torch.stack([kl, mean, mean.square(), log_variance.exp()]).double()
+        self._per_unit += terms.sum((1, 3))
+        self._counts += self._counts.new_tensor([mean.shape[0] * mean.shape[2], mean.shape[0]])
+
+    def _keep_first(self, moments: Tensor, samples: Sequence[int]) -> None:
+        """moments (b, 3, U, *positions): those of the first images, for the mutual information."""
+        limit = min(INFORMATION_IMAGES, INFORMATION_VALUES // moments[0, 0].numel())
+        rows = [row for row, sample in enumerate(samples) if sample < limit]
+        if rows:
+            self._first.append(_Latents([samples[row] for row in rows], moments[rows].cpu()))
+
+    def compute(self, runtime: Runtime) -> LatentReport:
+        per_unit = runtime.sum_over_ranks(self._per_unit).cpu()
+        num_positions, num_images = runtime.sum_over_ranks(self._counts).tolist()
+        kl, mean, square, variance = per_unit / max(1.0, num_positions)
+        active = int(((square - mean.square()) > ACTIVE_VARIANCE).sum())
+        return LatentReport(
+            active_units=active,
+            active_fraction=active / len(kl),
+            posterior_variance=float(variance.mean()),
+            mutual_information_nats=_information(
+                [part for parts in runtime.gather(self._first) for part in parts]
+            ),
+            kl_nats_per_unit=(kl * num_positions / max(1.0, num_images)).tolist(),
+        )
+
+    def statistics(self, runtime: Runtime) -> LatentStatistics:
+        """Mean and spread of z over the images of all ranks, at least one."""
+        total = LatentMoments(len(self._per_unit[0]))
+        total.add_sums(runtime.sum_over_ranks(self._moments.sums))
+        return total.statistics()
+
+
+class _Latents(NamedTuple):
+    samples: list[int]
+    moments: Tensor  # (b, 3, U, *positions): mean, log-variance, z
+
+
+def _information(parts: list[_Latents]) -> float:
+    """Of the images that share the most frequent latent shape, in the order of their numbers."""
+    by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+    for samples, moments in parts:
+        by_shape[tuple(moments.shape[2:])] += zip(samples, moments.flatten(2), strict=True)
+    if not by_shape:
+        return 0.0
+    _, images = max(by_shape.items(), key=lambda item: (len(item[1]), item[0]))
+    ordered = torch.stack([moments for _, moments in sorted(images, key=lambda pair: pair[0])])
+    return mutual_information_nats(*ordered.unbind(1))
+
+
+def mutual_information_nats(mean: Tensor, log_variance: Tensor, z: Tensor) -> float:
+    """The estimate above for M posteriors and a draw of each, all (M, D)."""
+    mean, log_variance, z = mean.double(), log_variance.double(), z.double()
+    precision = torch.exp(-log_variance)
+    # log q(z_i|x_j) as products of matrices, without the D/2 log 2 pi that cancels: (M, M)
+    constant = (log_variance + mean.square() * precision).sum(1)
+    log_q = z @ (mean * precision).T - 0.5 * (z.square() @ precision.T + constant)
+    log_aggregate = torch.logsumexp(log_q, 1) - math.log(len(z))
+    return float((log_q.diagonal() - log_aggregate).mean())

@@ -1,0 +1,427 @@
+"""Published networks that metrics and losses are defined by: LPIPS and the Inception of the FID.
+
+Their weights are files as the authors publish them, looked up in the folder that is given, else
+where torch.hub keeps its downloads (TORCH_HOME), and downloaded there if they are missing. A file's
+name carries the start of its SHA-256, which is checked before it is read. What is read cannot run
+code: safetensors, or torch.load(weights_only=True). Parameters carry torchvision's names.
+
+`Lpips` (Zhang et al. 2018, v0.1), on features u_l of VGG16 or AlexNet, normalised at each pixel:
+
+    d = sum over 5 layers of mean over pixels of w_l . (u_l(x) - u_l(y))^2
+
+with w_l >= 0 fitted to human judgements. In: pairs of images (B, 3, H, W) in [-1, 1]; out: (B,).
+
+`FidInception` is the InceptionV3 of the TensorFlow graph of December 2015, up to its last pooling:
+average pools do not count their padding, and the last block has a maximum in their place. In:
+images (B, 3, H, W) in [0, 1], resized to 299 x 299 (bilinear); out: features (B, 2048).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import socket
+import sys
+import urllib.error
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae_dist.config.errors import ConfigError
+
+TIMEOUT_S = 30.0
+
+
+# weight files
+
+
+@dataclass(frozen=True)
+class PretrainedFile:
+    """`url` ends in the file's name; `sha256` is the start of its digest."""
+
+    network: str
+    url: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+VGG16 = PretrainedFile(
+    "VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", 528
+)
+ALEXNET = PretrainedFile(
+    "AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79", 233
+)
+INCEPTION = PretrainedFile(
+    "the InceptionV3 of the FID",
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth",
+    "6726825d",
+    91,
+)
+
+
+def hub_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find(file: PretrainedFile, folder: Path | None = None) -> Path | None:
+    """Where the file lies on this machine, None where it does not."""
+    names = (f"{Path(file.name).stem}.safetensors", file.name)
+    paths = [(folder or hub_folder()) / name for name in names]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
+    """Where the file lies, downloaded if it must be; for one process only.
+
+    Raises ConfigError that says what to fetch from where, and where to put it.
+    """
+    folder = folder or hub_folder()
+    if (found := find(file, folder)) is not None:
+        _check_digest(file, found)
+        return found
+    path = folder / file.name
+    before = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(TIMEOUT_S)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            file.url, str(path), hash_prefix=file.sha256, progress=sys.stderr.isatty()
+        )
+    except (OSError, urllib.error.URLError, RuntimeError) as error:  # RuntimeError: another digest
+        raise ConfigError(
+            f"the weights of {file.network} are not in {folder} and cannot be downloaded "
+            f"({error}); fetch {file.url} ({file.megabytes} MB) where there is a network, and put "
+            f"it into {folder}, or into a folder of your own with metric_weights=FOLDER"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+    return path
+
+
+def _check_digest(file: PretrainedFile, path: Path) -> None:
+    """A .safetensors made from the file has its own digest; its tensors' names and shapes are
+    checked when they are loaded."""
+    if path.suffix == ".safetensors":
+        return
+    with open(path, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not digest.startswith(file.sha256):
+        raise ConfigError(
+            f"{path}: its SHA-256 begins with {digest[:8]}, that of {file.network} with "
+            f"{file.sha256}: damaged or another file; remove it and fetch {file.url}"
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return tensors
+    except Exception as error:  # torch.load raises whatever its reader met
+        raise ConfigError(f"{path}: cannot be read as weights ({error})") from None
+
+
+def load_into(network: nn.Module, tensors: dict[str, Tensor], *, path: Path) -> None:
+    """Gives `network`, which may be on meta, these tensors; then it is on the CPU, in eval mode,
+    and not to be trained.
+
+    Tensors that it does not have (a classifier's) are left out. Raises ConfigError for those that
+    it misses or that have other shapes.
+    """
+    network.to_empty(device="cpu")
+    own = network.state_dict()
+    needed = {name: tensors[name] for name in own if name in tensors}
+    # counts of training steps, which older files lack and evaluation does not read
+    missing = [n for n in own if n not in needed and not n.endswith("num_batches_tracked")]
+    other = [name for name, tensor in needed.items() if tensor.shape != own[name].shape]
+    if missing or other:
+        first = (missing or other)[0]
+        raise ConfigError(
+            f"{path}: these are weights of another network: {len(missing)} tensors are missing and "
+            f"{len(other)} have other shapes, for example {first}"
+        )
+    network.load_state_dict(needed, strict=False)
+    network.eval().requires_grad_(False)
+
+
+# LPIPS
+
+Backbone = Literal["vgg", "alex"]
+
+FILES: dict[Backbone, PretrainedFile] = {"vgg": VGG16, "alex": ALEXNET}
+# of ImageNet's mean and deviation, as they are for images in [-1, 1]
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+WIDTHS: dict[Backbone, tuple[int, ...]] = {
+    "vgg": (64, 128, 256, 512, 512),
+    "alex": (64, 192, 384, 256, 256),
+}
+# the layers of `features` after which features are taken: the last ReLU of each level
+TAPS: dict[Backbone, tuple[int, ...]] = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
+SMALLEST_SIDE: dict[Backbone, int] = {"vgg": 16, "alex": 31}  # pixels
+
+
+def vgg16_features() -> nn.Sequential:
+    """Up to the last ReLU; torchvision has one more pooling."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for level, (width, count) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        if level:
+            layers.append(nn.MaxPool2d(2, 2))
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+    return nn.Sequential(*layers)
+
+
+def alexnet_features() -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU()]
+    layers += [nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    for before, width in ((192, 384), (384, 256), (256, 256)):
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Lpips(nn.Module):
+    """`features.*` and `linK.model.1.weight` (1, C_K, 1, 1), the published heads, are its
+    parameters."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.features = vgg16_features() if backbone == "vgg" else alexnet_features()
+        for number, width in enumerate(WIDTHS[backbone]):
+            self.add_module(f"lin{number}", _Head(nn.Conv2d(width, 1, 1, bias=False)))
+        self.set_constants()
+
+    def set_constants(self) -> None:
+        """Those that no file holds, on the CPU. As buffers, since a device would be waited for by a
+        copy in each forward."""
+        for name, values in (("shift", SHIFT), ("scale", SCALE)):
+            constant = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        shift, scale = self.shift.to(first.dtype), self.scale.to(first.dtype)
+        h = (torch.cat([first, second]) - shift) / scale
+        distance = first.new_zeros(len(first))
+        taps = TAPS[self.backbone]
+        for number, layer in enumerate(self.features):
+            h = layer(h)
+            if number in taps:
+                # 1e-8 inside the root, as the reference implementation in torchmetrics has it
+                unit = h / torch.sqrt(1e-8 + h.square().sum(1, keepdim=True))
+                x, y = unit.chunk(2)
+                head = getattr(self, f"lin{taps.index(number)}")
+                distance = distance + head((x - y).square()).mean((1, 2, 3))
+        return distance
+
+
+class _Head(nn.Module):
+    """A 1x1 convolution under its published name; place 0 is a dropout, which evaluation skips."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Identity(), convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.model(x)
+        return h
+
+
+def find_heads(backbone: Backbone, folder: Path | None = None) -> Path | None:
+    """The fitted weights w_l: in the folder under a name that they are published by, else those
+    that torchmetrics ships; None where there are none."""
+    names = [f"{backbone}_lpips.pth", f"{backbone}.pth"]
+    paths = [folder / name for name in names] if folder else []
+    package = importlib.util.find_spec("torchmetrics")
+    if package is not None and package.origin is not None:
+        paths.append(Path(package.origin).parent / "functional/image/lpips_models" / names[1])
+    return next((path for path in paths if path.is_file()), None)
+
+
+def lpips_available(backbone: Backbone, folder: Path | None = None) -> bool:
+    """Whether `load_lpips` needs no network."""
+    return find(FILES[backbone], folder) is not None and find_heads(backbone, folder) is not None
+
+
+def load_lpips(backbone: Backbone, path: Path) -> Lpips:
+    """With the features of the file at `path`, and the heads beside it or in torchmetrics.
+
+    Raises ConfigError where either cannot be read. Gradients flow to the images alone.
+    """
+    heads = find_heads(backbone, path.parent)
+    if heads is None:
+        raise ConfigError(
+            f"LPIPS needs its heads: put {backbone}.pth of the package lpips into {path.parent}, "
+            "or install torchmetrics, which ships them: pip install 'vae_dist[metrics]'"
+        )
+    with torch.device("meta"):
+        network = Lpips(backbone)
+    load_into(network, read_tensors(path) | read_tensors(heads), path=path)
+    network.set_constants()  # which a network that was on meta has lost
+    return network
+
+
+# Inception
+
+NUM_FEATURES = 2048
+SIDE = 299  # pixels
+
+Layer = tuple[int, int, int]  # width, rows and columns of the kernel
+Step = Layer | list[Layer]  # a list: layers side by side
+Pool = Literal["average", "maximum", "down"]
+
+
+class Convolution(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(
+        self, in_channels: int, layer: Layer, *, stride: int = 1, padded: bool = True
+    ) -> None:
+        super().__init__()
+        width, *kernel = layer
+        padding = [side // 2 for side in kernel] if padded else [0, 0]
+        self.conv = nn.Conv2d(
+            in_channels, width, (kernel[0], kernel[1]), stride, (padding[0], padding[1]), bias=False
+        )
+        self.bn = nn.BatchNorm2d(width, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Branches side by side, then a pooled one: `branch_pool` behind it, or, where the block halves
+    the resolution (pool="down"), nothing. Layer 2 of a branch NAME is NAME_2, or, of two that are
+    side by side, NAME_2a and NAME_2b; a branch of one layer has no number."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        branches: Mapping[str, Sequence[Step]],
+        *,
+        pool: Pool,
+        pool_width: int = 0,
+    ) -> None:
+        super().__init__()
+        self.pool = pool
+        self._branches: list[list[list[str]]] = []  # names, by branch and step
+        for branch, steps in branches.items():
+            channels, names = in_channels, []
+            for number, step in enumerate(steps, 1):
+                layers = step if isinstance(step, list) else [step]
+                name = f"{branch}_{number}" if len(steps) > 1 else branch
+                names.append([name + letter for letter in "ab"] if len(layers) > 1 else [name])
+                # the last layer of each branch halves the resolution, without padding
+                down = pool == "down" and number == len(steps)
+                for own, layer in zip(names[-1], layers, strict=True):
+                    module = Convolution(channels, layer, stride=1 + down, padded=not down)
+                    self.add_module(own, module)
+                channels = sum(width for width, _, _ in layers)
+            self._branches.append(names)
+        if pool != "down":
+            self.branch_pool = Convolution(in_channels, (pool_width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for branch in self._branches:
+            h = x
+            for names in branch:
+                h = torch.cat([self.get_submodule(name)(h) for name in names], 1)
+            outputs.append(h)
+        if self.pool == "down":
+            outputs.append(F.max_pool2d(x, 3, stride=2))
+        elif self.pool == "maximum":
+            outputs.append(self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1)))
+        else:
+            pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+            outputs.append(self.branch_pool(pooled))
+        return torch.cat(outputs, 1)
+
+
+def _mixed_blocks() -> dict[str, Mixed]:
+    double: list[Step] = [(64, 1, 1), (96, 3, 3), (96, 3, 3)]
+    wide: list[Layer] = [(384, 1, 3), (384, 3, 1)]
+    at_35: dict[str, list[Step]] = {
+        "branch1x1": [(64, 1, 1)],
+        "branch5x5": [(48, 1, 1), (64, 5, 5)],
+        "branch3x3dbl": double,
+    }
+    to_17: dict[str, list[Step]] = {"branch3x3": [(384, 3, 3)], "branch3x3dbl": double}
+    to_8: dict[str, list[Step]] = {
+        "branch3x3": [(192, 1, 1), (320, 3, 3)],
+        "branch7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)],
+    }
+    at_8: dict[str, list[Step]] = {
+        "branch1x1": [(320, 1, 1)],
+        "branch3x3": [(384, 1, 1), wide],
+        "branch3x3dbl": [(448, 1, 1), (384, 3, 3), wide],
+    }
+
+    def at_17(width: int) -> dict[str, list[Step]]:
+        row, column = (width, 1, 7), (width, 7, 1)
+        return {
+            "branch1x1": [(192, 1, 1)],
+            "branch7x7": [(width, 1, 1), row, (192, 7, 1)],
+            "branch7x7dbl": [(width, 1, 1), column, row, column, (192, 1, 7)],
+        }
+
+    return {
+        "Mixed_5b": Mixed(192, at_35, pool="average", pool_width=32),
+        "Mixed_5c": Mixed(256, at_35, pool="average", pool_width=64),
+        "Mixed_5d": Mixed(288, at_35, pool="average", pool_width=64),
+        "Mixed_6a": Mixed(288, to_17, pool="down"),
+        **{
+            f"Mixed_6{letter}": Mixed(768, at_17(width), pool="average", pool_width=192)
+            for letter, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192))
+        },
+        "Mixed_7a": Mixed(768, to_8, pool="down"),
+        "Mixed_7b": Mixed(1280, at_8, pool="average", pool_width=192),
+        "Mixed_7c": Mixed(2048, at_8, pool="maximum", pool_width=192),
+    }
+
+
+class FidInception(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = Convolution(3, (32, 3, 3), stride=2, padded=False)
+        self.Conv2d_2a_3x3 = Convolution(32, (32, 3, 3), padded=False)
+        self.Conv2d_2b_3x3 = Convolution(32, (64, 3, 3))
+        self.Conv2d_3b_1x1 = Convolution(64, (80, 1, 1))
+        self.Conv2d_4a_3x3 = Convolution(80, (192, 3, 3), padded=False)
+        for name, block in _mixed_blocks().items():
+            self.add_module(name, block)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        x = F.max_pool2d(x, 3, stride=2)
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
+        for name, block in self.named_children():
+            if name.startswith("Mixed"):
+                x = block(x)
+        return x.mean((2, 3))
+
+
+def load_inception(path: Path) -> FidInception:
+    """With the weights of the file at `path`. Raises ConfigError where they do not fit."""
+    with torch.device("meta"):
+        network = FidInception()
+    load_into(network, read_tensors(path), path=path)
+    return network
