@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
     | {"microbatch", "estimate", "reporting"},
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
-    frozenset({"distributed", "randomness", "files"}) | {"abstract", "sharding"},
+    frozenset({"distributed", "randomness", "files"}) | {"abstract"},
     frozenset({"config", "heap"}),
 )
 

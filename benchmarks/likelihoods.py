@@ -91,7 +91,7 @@ def train(
     step = TrainingStep(
         config,
         runtime,
-        wrapped=runtime.prepare(vae),
+        wrapped=runtime.strategy.wrap(vae),
         vae=vae,
         optimizer=build_optimizer(vae, config.optimizer),
         ema=Ema(vae, decay=config.training.ema_decay),

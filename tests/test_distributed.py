@@ -1,19 +1,18 @@
 import errno
 import os
+import socket
 
 import pytest
 import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
-from vae_dist import distributed as runtime_module
+from vae_dist import distributed
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import (
     RankFailed,
     Runtime,
-    StoppedWaiting,
     launcher_problems,
-    precision_problem,
 )
 
 
@@ -35,16 +34,15 @@ def no_launcher(monkeypatch):
 def test_a_launcher_that_asks_for_something_else_is_refused(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (problem,) = launcher_problems()
+    (problem,) = launcher_problems(RuntimeConfig())
     assert message in problem
 
 
 def test_a_launcher_of_another_precision_is_refused(monkeypatch):
-    assert launcher_problems() == [] and precision_problem("bf16") is None
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert precision_problem("bf16") is None
+    assert launcher_problems(RuntimeConfig()) == []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert "mixed precision fp16 but training.precision=bf16" in str(precision_problem("bf16"))
+    with pytest.raises(ConfigError, match="asks for mixed precision fp16 but"):
+        Runtime.use_precision(None, "bf16")
 
 
 def collectives() -> tuple[int, float, list[bool], list[str], str, str]:
@@ -82,7 +80,7 @@ def test_one_process_needs_no_other():
 
 
 def attempts(kind: str, ranks: list[int]) -> list[str]:
-    """What each rank raises after `ranks` failed: in `together`, and on the main process."""
+    """What each rank raises after `ranks` failed: in `on_all_ranks`, and on the main process."""
     runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
 
     def fail() -> int:
@@ -97,7 +95,7 @@ def attempts(kind: str, ranks: list[int]) -> list[str]:
         raise KeyError("a bug")
 
     raised = []
-    for call in (runtime.together, runtime.on_main):
+    for call in (runtime.on_all_ranks, runtime.on_main):
         try:
             raised.append(f"returned {call(fail)}")
         except Exception as error:
@@ -116,15 +114,15 @@ def attempts(kind: str, ranks: list[int]) -> list[str]:
     ],
 )
 def test_what_goes_wrong_on_some_ranks_is_raised_on_all(kind, ranks, expected):
-    for together, on_main in run_ranks(3, attempts, kind, ranks):
-        assert together == expected
+    for on_all, on_main in run_ranks(3, attempts, kind, ranks):
+        assert on_all == expected
         assert on_main.startswith("ConfigError: f" if 0 in ranks else "returned 1")
 
 
 def test_a_disk_error_of_one_rank_reaches_all_in_words():
-    for together, on_main in run_ranks(2, attempts, "disk", [0]):
+    for on_all, on_main in run_ranks(2, attempts, "disk", [0]):
         for text, begin in (
-            (together, "ConfigError: rank 0: /run"),
+            (on_all, "ConfigError: rank 0: /run"),
             (on_main, "ConfigError: /run"),
         ):
             assert text.startswith(f"{begin}/environment.json: No space left on device (on ")
@@ -175,6 +173,7 @@ def test_flags_and_objects_go_over_gloo_in_cpu_memory_beside_another_backend():
 def come_late(absent: int) -> str:
     if int(os.environ["RANK"]) == absent:
         return "absent"
+    distributed.MARGIN_S = 0
     try:
         Runtime.join(RuntimeConfig(threads=1, timeout_s=1))
     except RankFailed as problem:
@@ -182,29 +181,11 @@ def come_late(absent: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("absent", "message"),
-    [(1, "rank 1 of 3 did not come within 1 s"), (0, "where rank 0's key-value store should be")],
-)
-def test_a_rank_that_does_not_come_is_named(absent, message):
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_does_not_come_ends_the_wait_of_the_others(absent):
     for rank, text in enumerate(run_ranks(3, come_late, absent)):
+        message = f"rank {rank} on {socket.gethostname()}: not all 3 ranks met within 1 s"
         assert text == "absent" if rank == absent else message in text
-
-
-def stop_while_waiting(rank: str) -> str:
-    os.environ.update(RANK=rank, WORLD_SIZE="2")
-    reasons = iter(["", "signal SIGTERM"])
-    runtime_module.STOP_POLL_S = 0.02
-    try:
-        Runtime.join(RuntimeConfig(threads=1, timeout_s=30), stop_reason=lambda: next(reasons))
-    except StoppedWaiting as stop:
-        return str(stop)
-    return ""
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])  # with the key-value store, and without an answer
-def test_a_request_to_stop_is_heard_while_ranks_are_waited_for(rank):
-    assert run_ranks(1, stop_while_waiting, rank) == ["signal SIGTERM"]
 
 
 def half_launched() -> str:
@@ -213,7 +194,6 @@ def half_launched() -> str:
 
     Accelerator(cpu=True)
     os.environ["WORLD_SIZE"] = "2"  # ... and what was launched
-    runtime_module._roll_call = lambda *_: None  # the other one has come
     try:
         Runtime.start(RuntimeConfig(threads=1), precision="no")
     except ConfigError as problem:

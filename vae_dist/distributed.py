@@ -1,81 +1,70 @@
-"""The one Accelerator of a process, and what the ranks agree on.
+"""Ranks, their collectives, and how weights lie on them: replicated (DDP) or sharded (FSDP).
 
 In: `RuntimeConfig` and the precision. Out: a `Runtime` that knows rank, world and device and holds
 every collective that the package uses. Collectives are called on all ranks: agree, then act. What
-goes wrong on one rank before training is raised on all of them (`together`, `on_main`).
+fails on one rank before training is raised on all of them (`on_all_ranks`, `on_main`).
 
-Small messages between the hosts (flags, errors, choices) go over gloo in CPU memory, whatever the
-backend of the gradients is: they never wait for a device.
+Small messages (flags, errors, choices) go over gloo in CPU memory, whatever the backend of the
+gradients is: they never wait for a device. A sharded parameter, its gradient, optimizer state and
+average are DTensors; the functions on tensors below give the tensor itself where it is replicated,
+so that the rest of the package does not ask. Checkpoints hold full values.
 
-Two traps of Accelerate 1.15 shape this file. Without a GPU it stays single-process unless
-`cpu=True` is passed, so that N launched processes each believe to be rank 0 of 1. And what a
-launcher sets through the environment (precision, accumulation, DeepSpeed, FSDP) silently changes
-the run, so a setting that differs from the config is refused.
+Without a GPU Accelerate 1.15 stays single-process unless `cpu=True` is passed, and what a launcher
+sets through the environment silently changes the run: a setting that differs is refused.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.heap import keep_freed_memory
-from vae_dist.sharding import shard, sync_gradients
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
-LAST_S = 2  # that rank 0 waits longer for ranks that do not come
-STOP_POLL_S = 0.2  # between two looks for a request to stop, while ranks are waited for
-MARGIN_S = 60  # that a collective waits longer than runtime.timeout_s
+MARGIN_S = 60  # that a collective waits longer than runtime.timeout_s: the watch reports first
+MAX_LISTED = 8  # names in a message
 
 
 class RankFailed(RuntimeError):
-    """Another rank did not come, or failed in a way that nobody foresaw; the message names it."""
+    """Another rank did not come, or failed with an unexpected error; the message names it."""
 
 
-class StoppedWaiting(RuntimeError):
-    """This process was asked to stop before the ranks had met; the message is the reason."""
+# what the launcher and the machine have
 
 
 def has_accelerator(config: RuntimeConfig) -> bool:
-    return config.device == "auto" and torch.accelerator.is_available()
+    """Whether to compute on a GPU of CUDA or ROCm; Apple's MPS lacks the float64 of our sums."""
+    return config.device == "auto" and torch.cuda.is_available()
 
 
 def computes_bf16(config: RuntimeConfig) -> bool:
-    """Whether this process trains on a device that computes in bfloat16; a CPU without it emulates
-    it, several times slower than float32."""
+    """Whether the device computes in bfloat16; a CPU that emulates it is slower than float32."""
     return has_accelerator(config) or any(
         getattr(torch.cpu, name, bool)()
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
 
 
-def precision_problem(precision: str) -> str | None:
-    """Why the launcher's precision is not this config's, or None when it is."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked in ("no", precision):
-        return None
-    return (
-        f"the launcher asks for mixed precision {asked} but training.precision={precision}; "
-        f"leave the launcher's out, or set training.precision={asked}"
-    )
-
-
-def launcher_problems() -> list[str]:
-    """What the launcher's environment asks for and vae_dist does not do."""
+def launcher_problems(config: RuntimeConfig) -> list[str]:
+    """What launcher or machine offer and vae_dist does not use."""
     problems = []
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto"):
@@ -98,7 +87,15 @@ def launcher_problems() -> list[str]:
             "each other and each would train alone; start them with `accelerate launch --multi_gpu "
             f"--num_processes {world} -m vae_dist.train ...` or unset WORLD_SIZE"
         )
+    if config.device == "auto" and torch.backends.mps.is_available():
+        problems.append(
+            "runtime.device=auto: Apple's MPS has no float64, which sums and evaluation use; "
+            "set runtime.device=cpu"
+        )
     return problems
+
+
+# the ranks
 
 
 class Runtime:
@@ -106,7 +103,6 @@ class Runtime:
 
     def __init__(self, config: RuntimeConfig, state: PartialState) -> None:
         self.config = config
-        self.is_sharded = config.parallel == "fsdp" and state.num_processes > 1
         self.device: torch.device = state.device
         if self.device.type == "cuda" and self.device.index is None:  # of one process alone
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -114,7 +110,6 @@ class Runtime:
         self.world: int = state.num_processes
         self.is_main: bool = state.is_main_process
         self.control: dist.ProcessGroup | None = None  # of messages in CPU memory; None: default
-        self._accelerator: Accelerator | None = None
         if self.world > 1 and dist.get_backend() != "gloo":
             self.control = dist.new_group(backend="gloo", timeout=_collective_timeout(config))
 
@@ -133,16 +128,21 @@ class Runtime:
         return runtime
 
     @classmethod
-    def join(cls, config: RuntimeConfig, *, stop_reason: Callable[[], str] = str) -> Runtime:
+    def join(cls, config: RuntimeConfig) -> Runtime:
         """Join the other ranks. Raises ConfigError where launcher and config disagree, RankFailed
-        with the names of ranks that have not come after runtime.timeout_s, and StoppedWaiting when
-        `stop_reason` is not empty before."""
-        if problems := launcher_problems():
+        where not all ranks come within runtime.timeout_s."""
+        if problems := launcher_problems(config):
             raise ConfigError(problems)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        roll_call = _roll_call(config.timeout_s, stop_reason) if launched > 1 else None
-        state = PartialState(cpu=not has_accelerator(config), timeout=_collective_timeout(config))
-        del roll_call  # its server, in rank 0, lives on in the process group
+        timeout = _collective_timeout(config)
+        try:
+            state = PartialState(cpu=not has_accelerator(config), timeout=timeout)
+        except dist.DistError as error:
+            raise RankFailed(
+                f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: not all {launched} "
+                f"ranks met within {timeout.seconds} s (runtime.timeout_s and {MARGIN_S} s); see "
+                f"the output of those that did not start ({str(error).splitlines()[0]})"
+            ) from None
         if state.num_processes != launched:
             raise ConfigError(
                 f"WORLD_SIZE={launched} processes were launched but Accelerate runs "
@@ -161,61 +161,38 @@ class Runtime:
         return cls(config, state)
 
     def use_precision(self, precision: str) -> None:
-        """Make the Accelerator, which wraps models. Raises ConfigError where the launcher asks for
-        another precision."""
-        if problem := precision_problem(precision):
-            raise ConfigError(problem)
-        self._accelerator = Accelerator(
+        """Choose how models are wrapped. Raises ConfigError where the launcher asks for another
+        precision."""
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked not in ("no", precision):
+            raise ConfigError(
+                f"the launcher asks for mixed precision {asked} but training.precision={precision};"
+                f" leave the launcher's out, or set training.precision={asked}"
+            )
+        accelerator = Accelerator(
             cpu=not has_accelerator(self.config),
             mixed_precision=precision,
             gradient_accumulation_steps=1,  # microbatches are accumulated by the training step
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
+        self.replicated = Replicated(accelerator)
+        self.strategy: Replicated = self.replicated
+        if self.config.parallel == "fsdp" and self.world > 1:
+            self.strategy = Sharded(accelerator, self)
 
-    @property
-    def accelerator(self) -> Accelerator:
-        assert self._accelerator is not None, "use_precision comes first"
-        return self._accelerator
-
-    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model on the device, wrapped for training: DDP or FSDP, autocast in its forward.
-
-        Both average gradients over the ranks. FSDP cuts the model itself, in place.
-        """
-        if self.is_sharded:
-            shard(model)
-            return self.accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone
-        return self.accelerator.prepare_model(model)
-
-    @contextmanager
-    def accumulating(self, wrapped: torch.nn.Module, *, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward of a microbatch: the last one sums over the ranks."""
-        if self.is_sharded:
-            sync_gradients(wrapped, wanted=is_last)
-            yield
-        else:
-            with nullcontext() if is_last else self.accelerator.no_sync(wrapped):
-                yield
-
-    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum of a tensor over the ranks, on every rank."""
         if self.world > 1:
             values = values.to(self.device, copy=True)
             dist.all_reduce(values)
         return values
 
-    def sum_numbers(self, values: Sequence[torch.Tensor], *more: float) -> list[float]:
+    def sum_numbers(self, values: Sequence[Tensor], *more: float) -> list[float]:
         """Sums over the ranks of 0-dim tensors of this device and of numbers, in float64; waits
         for the device once."""
-        if self.device.type == "cpu":  # reading a number waits for nothing there
-            numbers = [*(float(value) for value in values), *more]
-            if self.world == 1:
-                return numbers
-            return self.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
         parts = [value.double() for value in values]
-        parts += [
-            torch.full((), number, dtype=torch.float64, device=self.device) for number in more
-        ]
+        if more:
+            parts.extend(torch.tensor(more, dtype=torch.float64).to(self.device).unbind())
         return self.sum_over_ranks(torch.stack(parts)).tolist()
 
     def any_rank(self, flag: bool) -> bool:
@@ -225,7 +202,7 @@ class Runtime:
         work.wait()
         return bool(answer.item())
 
-    def ask_any_rank(self, flag: bool) -> tuple[dist.Work, torch.Tensor]:
+    def ask_any_rank(self, flag: bool) -> tuple[dist.Work, Tensor]:
         """Begin `any_rank` between several ranks: after `wait()` the CPU tensor has the answer."""
         answer = torch.tensor(int(flag), dtype=torch.int32)
         work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
@@ -240,8 +217,15 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control, device=torch.device("cpu"))
         return box[0]
 
-    def places(self) -> list[str]:
-        """Where each rank sits, one line a host, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. For small objects of our own making."""
+        values: list[T] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def hosts(self) -> list[str]:
+        """The ranks and devices of each host, one line a host, on every rank."""
         device = self.device.type
         if device == "cuda":
             device = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
@@ -250,32 +234,25 @@ class Runtime:
             hosts.setdefault(host, []).append(f"rank {rank} {place}")
         return [f"on {host}: {', '.join(ranks)}" for host, ranks in hosts.items()]
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank. For small objects of our own making."""
-        values: list[T] = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value, group=self.control)
-        return values
-
     def on_main(self, function: Callable[[], T]) -> T:
-        """Run on the main process alone; its result, or what goes wrong, reaches every rank."""
-        attempt: _Attempt[T] = _attempt(function) if self.is_main else _Attempt()
-        result, trouble = self.broadcast((attempt.result, attempt.trouble))
-        if trouble is not None:
-            raise _shared(attempt, {0: trouble}, num_asked=1)
+        """Run on the main process alone; its result, or its error, reaches every rank."""
+        result, error = _attempt(function) if self.is_main else (None, None)
+        result, described = self.broadcast((result, _describe(error)))
+        if described is not None:
+            raise _combined(error, {0: described}, num_asked=1)
         return result  # type: ignore[return-value]
 
-    def together(self, function: Callable[[], T]) -> T:
-        """Run on every rank; what goes wrong on some is raised on all, with the ranks' names.
+    def on_all_ranks(self, function: Callable[[], T]) -> T:
+        """Run on every rank; an error on some is raised on all, with the ranks' numbers.
 
         A ConfigError (or OSError) becomes the same ConfigError everywhere. Any other error is
         raised as it is where it arose, and as RankFailed elsewhere.
         """
-        attempt = _attempt(function)
-        everyone = enumerate(self.gather(attempt.trouble))
-        if troubles := {rank: trouble for rank, trouble in everyone if trouble is not None}:
-            raise _shared(attempt, troubles, num_asked=self.world)
-        return attempt.result  # type: ignore[return-value]
+        result, error = _attempt(function)
+        described = {r: one for r, one in enumerate(self.gather(_describe(error))) if one}
+        if described:
+            raise _combined(error, described, num_asked=self.world)
+        return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -288,123 +265,173 @@ class Runtime:
 
 
 def _collective_timeout(config: RuntimeConfig) -> timedelta:
-    """Later than the ranks' own watch, which can say whom the others wait for."""
     return timedelta(seconds=config.timeout_s + MARGIN_S)
 
 
-# who is there
+# how weights lie on the ranks
 
 
-def _roll_call(timeout_s: float, stop_reason: Callable[[], str]) -> dist.TCPStore:
-    """`_meet`, in a thread: it waits in C++, where a request to stop is not heard."""
-    meeting: Future[dist.TCPStore] = Future()
+class Replicated:
+    """One process, or DDP: every rank holds all weights, and gradients are averaged over them."""
 
-    def meet() -> None:
-        try:
-            meeting.set_result(_meet(timeout_s))
-        except BaseException as error:
-            meeting.set_exception(error)
+    forward_is_local = True  # one rank may run or fail in a forward without the others
 
-    threading.Thread(target=meet, name="roll-call", daemon=True).start()
-    while not wait([meeting], STOP_POLL_S).done:
-        if reason := stop_reason():
-            raise StoppedWaiting(reason)
-    return meeting.result()
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model on the device, ready for training, with autocast in its forward."""
+        return self._accelerator.prepare_model(model)
+
+    def accumulate(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
+        """Around the forward and backward of a microbatch: the last one sums over the ranks."""
+        return nullcontext() if is_last else self._accelerator.no_sync(wrapped)
+
+    def full_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Full values, on the main process at least. Every rank takes part."""
+        return dict(tensors)
 
 
-def _meet(timeout_s: float) -> dist.TCPStore:
-    """Wait until all ranks of the launcher's environment have come. Raises RankFailed.
+class Sharded(Replicated):
+    """FSDP: each rank holds its part of every weight, and gathers them where they are used."""
 
-    The backend's own rendezvous knows how many are missing, but not which.
+    forward_is_local = False
+
+    def __init__(self, accelerator: Accelerator, runtime: Runtime) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        super().__init__(accelerator)
+        self._is_main = runtime.is_main
+        # without a mesh torch takes the machine's accelerator, also where runtime.device=cpu
+        self._mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Shards the model in place: by child of its towers, then what remains. Parameters that
+        are used together are gathered together, and released after their use."""
+        from torch.distributed.fsdp import fully_shard  # half a second that only FSDP needs
+
+        towers = [tower for tower in model.children() if any(tower.children())]
+        for tower in towers:
+            for part in tower.children():
+                # a list has no forward whose start could gather its parameters: its items have
+                modules = part.children() if isinstance(part, nn.ModuleList) else [part]
+                for module in modules:
+                    if any(p.requires_grad for p in module.parameters()):
+                        fully_shard(module, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh)
+        return self._accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone
+
+    def accumulate(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(wrapped, FSDPModule)
+        wrapped.set_requires_gradient_sync(is_last)
+        return nullcontext()
+
+    def full_state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        full = {}
+        for name, tensor in tensors.items():
+            value = full_value(tensor)
+            if self._is_main:
+                full[name] = value.cpu()  # one at a time: the device need not hold all of them
+        return full
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # a second to import; FSDP has done so
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part; shares memory with the tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def full_value(tensor: Tensor) -> Tensor:
+    """The full tensor. Every rank takes part."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_like(full: Tensor, like: Tensor) -> Tensor:
+    """A full value laid out on the ranks as `like` is. Sends no message."""
+    full = full.to(like.device)
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_full(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy full values into a module, sharded or not.
+
+    Raises RuntimeError with the names whose shape differs or that only one side has.
     """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    names = [f"vae_dist/start{start}/rank{number}" for number in range(world)]
-    # rank 0 leaves last: the others ask its store who is missing
-    patience = timedelta(seconds=timeout_s + (LAST_S if rank == 0 else 0))
-    try:
-        store = dist.TCPStore(
-            host,
-            port,
-            world,
-            is_master=rank == 0 and not agent_has_store,
-            timeout=patience,
-            wait_for_workers=False,
-            multi_tenant=True,  # the process group's own store, in a moment, is on this server too
-        )
-    except dist.DistNetworkError as error:
-        raise RankFailed(
-            f"rank {rank} on {socket.gethostname()}: nobody answers at {host}:{port}, where rank "
-            f"0's key-value store should be, for {timeout_s:g} s (runtime.timeout_s) ({error})"
-        ) from None
-    store.set(names[rank], socket.gethostname())
-    try:
-        store.wait(names, patience)
-    except RuntimeError:
-        try:
-            missing = [number for number in range(world) if not store.check([names[number]])]
-        except RuntimeError:
-            missing = [0]
-        raise RankFailed(
-            f"{_ranks(missing)} of {world} did not come within {timeout_s:g} s "
-            "(runtime.timeout_s): frozen, gone or not started; look at their output"
-        ) from None
-    return store
+    state = module.state_dict()
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if wanted != found:
+        names = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
+        shown = [f"{k}: {found.get(k)} -> {wanted.get(k)}" for k in names[:MAX_LISTED]]
+        more = [f"and {len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
+        raise RuntimeError("; ".join([*shown, *more]))
+    with torch.no_grad():
+        for name, value in state.items():
+            local_part(value).copy_(local_part(part_like(tensors[name], value)))
 
 
-def _ranks(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
-    return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
-
-
-# errors of some, raised by all
+# errors of some ranks, raised by all
 
 
 @dataclass(frozen=True)
-class _Trouble:
-    """What went wrong on one rank, in a form that can be sent."""
+class _RankError:
+    """An error of one rank, in a form that can be sent."""
 
     problems: tuple[str, ...]
-    is_foreseen: bool
+    is_expected: bool  # of config or disk: no traceback is wanted
 
 
-@dataclass(frozen=True)
-class _Attempt(Generic[T]):
-    result: T | None = None
-    error: Exception | None = None
-    trouble: _Trouble | None = None
-
-
-def _attempt(function: Callable[[], T]) -> _Attempt[T]:
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
-        return _Attempt(function())
-    except ConfigError as error:
-        return _Attempt(error=error, trouble=_Trouble(error.problems, True))
-    except OSError as error:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _describe(error: Exception | None) -> _RankError | None:
+    if error is None:
+        return None
+    if isinstance(error, ConfigError):
+        return _RankError(error.problems, True)
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         text = (
             f"{place}{error.strerror or error} (on {socket.gethostname()}); see to that disk or "
             "network, then give the same command again"
         )
-        return _Attempt(error=error, trouble=_Trouble((text,), True))
-    except Exception as error:
-        return _Attempt(error=error, trouble=_Trouble((f"{type(error).__name__}: {error}",), False))
+        return _RankError((text,), True)
+    return _RankError((f"{type(error).__name__}: {error}",), False)
 
 
-def _shared(attempt: _Attempt[T], troubles: dict[int, _Trouble], *, num_asked: int) -> Exception:
-    """What this rank raises, given what went wrong on which ranks of those that were asked."""
-    if attempt.error is not None and not isinstance(attempt.error, ConfigError | OSError):
-        return attempt.error
-    for rank, trouble in troubles.items():
-        if not trouble.is_foreseen:
-            return RankFailed(f"rank {rank}: {trouble.problems[0]}")
+def _combined(
+    error: Exception | None, described: dict[int, _RankError], *, num_asked: int
+) -> Exception:
+    """What this rank raises, given its own error and those of all that were asked."""
+    if error is not None and not isinstance(error, ConfigError | OSError):
+        return error
+    for rank, one in described.items():
+        if not one.is_expected:
+            return RankFailed(f"rank {rank}: {one.problems[0]}")
     ranks_of: dict[tuple[str, ...], list[int]] = {}
-    for rank, trouble in troubles.items():
-        ranks_of.setdefault(trouble.problems, []).append(rank)
+    for rank, one in described.items():
+        ranks_of.setdefault(one.problems, []).append(rank)
     problems: list[str] = []
     for (first, *rest), ranks in ranks_of.items():
         is_of_all = len(ranks) == num_asked
-        problems += [first if is_of_all else f"{_ranks(ranks)}: {first}", *rest]
+        problems += [first if is_of_all else f"{name_ranks(ranks)}: {first}", *rest]
     return ConfigError(problems)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:MAX_LISTED])) + (" ..." if len(ranks) > MAX_LISTED else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

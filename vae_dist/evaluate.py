@@ -68,7 +68,7 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
     from vae_dist.inference.load import check_image_size, load_model, open_images, weights_digest
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
-    loaded = runtime.together(lambda: load_model(command, device=runtime.device))
+    loaded = runtime.on_all_ranks(lambda: load_model(command, device=runtime.device))
     # cuDNN's default rounds the inputs of convolutions to 10 bits
     torch.backends.cudnn.allow_tf32 = False
 
@@ -76,7 +76,7 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
         open_images(loaded.config, command.data, create=True)
 
     runtime.on_main(make_what_is_missing)
-    images = runtime.together(lambda: open_images(loaded.config, command.data, create=False))
+    images = runtime.on_all_ranks(lambda: open_images(loaded.config, command.data, create=False))
     check_image_size(loaded.model, images.settings.size, key=f"data={images.index.paths[0]}")
     stream = EvaluationStream(
         images.index,

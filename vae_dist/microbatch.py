@@ -187,7 +187,7 @@ def _rehearse(
         pictures.begin(config.training.steps - 1)  # all terms are there in the last step
     # the optimizer's moments, which the first step makes
     moments = [torch.empty_like(p) for p in step.vae.parameters() for _ in range(2)]
-    with step.runtime.accumulating(step.wrapped, is_last=False):  # sums over no ranks
+    with step.runtime.strategy.accumulate(step.wrapped, is_last=False):  # sums over no ranks
         result = step.wrapped(images, noise, labels, mask, **more)
         output, half_size = result if has_half_size else (result, None)
         loss = loss_terms(output, config.objective, beta=1.0, half_size=half_size).loss_sum

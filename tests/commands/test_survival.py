@@ -140,15 +140,15 @@ def test_a_stop_while_other_ranks_are_waited_for_is_an_interruption(tmp_path, di
     run = tmp_path / "run"
 
     def only_rank_0_comes(rank: int) -> None:
-        meet = distributed._meet
+        join = distributed.PartialState
         if rank == 1:
             time.sleep(60)
 
-        def stopped_at_once(timeout_s: float) -> object:
+        def stopped_at_once(**options: object) -> object:
             signal_oneself()
-            return meet(timeout_s)
+            return join(**options)
 
-        distributed._meet = stopped_at_once
+        distributed.PartialState = stopped_at_once
 
     argv = arguments(run, digits, "runtime.timeout_s=30", *QUIET)
     with Ranks(2, argv, output=tmp_path / "output", prepare=only_rank_0_comes) as group:

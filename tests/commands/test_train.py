@@ -18,10 +18,10 @@ from tests.support.training import arguments, rows, same_weights, status, train
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import ShardError
+from vae_dist.distributed import load_full
 from vae_dist.models.blocks import Block
 from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.run.folder import RunFolder
-from vae_dist.sharding import load_full
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
 from vae_dist.training.images import RunPainter

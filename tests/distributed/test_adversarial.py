@@ -19,7 +19,7 @@ from tests.support.adversarial import (
 )
 from tests.support.distributed import run_ranks
 from tests.support.training import rows, same_weights, status, train, weights
-from vae_dist.sharding import full_value
+from vae_dist.distributed import full_value
 
 STEPS = 20
 

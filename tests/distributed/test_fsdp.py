@@ -9,9 +9,8 @@ from tests.distributed.test_step import IWAE, batch, config
 from tests.support.distributed import run_ranks
 from tests.support.training import losses, rows, train, weights
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import Runtime
+from vae_dist.distributed import Runtime, full_value, local_part
 from vae_dist.models.build import build_vae
-from vae_dist.sharding import full_value, local_part
 from vae_dist.training.optimizer import Ema, build_optimizer, optimizer_tensors
 from vae_dist.training.step import TrainingStep
 
@@ -35,7 +34,7 @@ def three_steps(
     step = TrainingStep(
         settings,
         runtime,
-        wrapped=runtime.prepare(vae),
+        wrapped=runtime.strategy.wrap(vae),
         vae=vae,
         optimizer=build_optimizer(vae, settings.optimizer),
         ema=Ema(vae, decay=0.9, replica=replica),

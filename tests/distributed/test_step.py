@@ -46,7 +46,7 @@ def training_step(config: TrainConfig, runtime: Runtime) -> TrainingStep:
     return TrainingStep(
         config,
         runtime,
-        wrapped=runtime.prepare(vae),
+        wrapped=runtime.strategy.wrap(vae),
         vae=vae,
         optimizer=build_optimizer(vae, config.optimizer),
         ema=Ema(vae, decay=0.9),

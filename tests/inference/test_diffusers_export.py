@@ -16,6 +16,7 @@ from vae_dist import export
 from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
+from vae_dist.distributed import load_full
 from vae_dist.inference.load import load_model
 from vae_dist.models import latent
 from vae_dist.models.build import build_vae
@@ -23,7 +24,6 @@ from vae_dist.models.diffusers import read_published
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.run.resume import initial_weights
-from vae_dist.sharding import load_full
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
 diffusers = pytest.importorskip("diffusers")

@@ -15,12 +15,11 @@ from tests.models.test_vae import away_from_zero, inputs, small
 from tests.support.distributed import run_ranks
 from vae_dist.config.checks import problems
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import Runtime
+from vae_dist.distributed import Runtime, full_value
 from vae_dist.estimate import step_cost
 from vae_dist.models import VAE, build_vae
 from vae_dist.models.blocks import Downsample, Upsample, averaged, repeated
 from vae_dist.randomness import torch_generator
-from vae_dist.sharding import full_value
 
 
 def image(*shape: int) -> Tensor:
@@ -181,11 +180,11 @@ def step_gradients(parallel: str, checkpointing: bool) -> dict[str, Tensor]:
     runtime = Runtime.start(options, precision="no")
     vae = build_vae(small("spatial", gradient_checkpointing=checkpointing), (8, 8))
     away_from_zero(vae)
-    wrapped = runtime.prepare(vae)
+    wrapped = runtime.strategy.wrap(vae)
     for number in range(2):
         images, noise = inputs(vae, 2, 3, (8, 8))
         images = images * (1 - 0.3 * number - 0.2 * runtime.rank)
-        with runtime.accumulating(wrapped, is_last=number == 1):
+        with runtime.strategy.accumulate(wrapped, is_last=number == 1):
             output = wrapped(images, noise)
             (output.kl.sum() - output.log_likelihood.sum()).backward()
     found = {k: full_value(p.grad).clone() for k, p in vae.named_parameters() if p.grad is not None}

@@ -36,7 +36,7 @@ def make_step(
     return TrainingStep(
         settings,
         runtime,
-        wrapped=runtime.prepare(vae),
+        wrapped=runtime.strategy.wrap(vae),
         vae=vae,
         optimizer=build_optimizer(vae, settings.optimizer),
         ema=Ema(vae, decay=0.9, replica=replica),

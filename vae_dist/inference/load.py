@@ -76,7 +76,7 @@ def open_run_on_ranks(
     )
     try:
         with deaths_explained(remedy), exact_float32(runtime.device):
-            yield runtime.together(lambda: load_model(command, device=runtime.device)), runtime
+            yield runtime.on_all_ranks(lambda: load_model(command, device=runtime.device)), runtime
     finally:
         runtime.stop()
 
@@ -163,7 +163,7 @@ def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = 
             open_images(loaded.config, data, create=True)
 
         runtime.on_main(create)
-        images = runtime.together(lambda: open_images(loaded.config, data, create=False))
+        images = runtime.on_all_ranks(lambda: open_images(loaded.config, data, create=False))
     check_image_size(loaded.model, images.settings.size, key=f"data={images.index.paths[0]}")
     return images
 

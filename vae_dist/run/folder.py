@@ -30,8 +30,6 @@ from vae_dist.run.checkpoint import Checkpoints
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 60.0
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
-
 
 class RunFolder:
     """Paths and small files of a run folder."""

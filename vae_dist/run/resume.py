@@ -97,7 +97,7 @@ def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
                 "read it well: is the file system the same on all nodes, and healthy?"
             ) from None
 
-    return runtime.together(read)
+    return runtime.on_all_ranks(read)
 
 
 def is_finished(config: TrainConfig, checkpoint: Checkpoint) -> bool:

@@ -11,7 +11,6 @@ are constants, and the forward is the wrapped one: its last backward of a step s
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.grad import conv2d_weight
 
 from vae_dist.config.schema import OptimizerConfig, TrainConfig
-from vae_dist.distributed import Runtime
+from vae_dist.distributed import Runtime, full_value, load_full
 from vae_dist.models.conv import Decoder
 from vae_dist.models.discriminator import PatchDiscriminator
 from vae_dist.models.vae import VAE
@@ -32,7 +31,6 @@ from vae_dist.objectives.adversarial import (
     r1_penalty,
     ramp_at,
 )
-from vae_dist.sharding import full_value, load_full
 from vae_dist.training.optimizer import (
     build_optimizer,
     load_optimizer_tensors,
@@ -58,7 +56,7 @@ class Adversary:
         self.network = network
         # DDP also where the VAE is cut over the ranks: it is small, and its weights are constants
         # of the VAE's loss. Not compiled: such a graph has no second derivatives, which R1 takes.
-        self.wrapped = runtime.accelerator.prepare_model(network)
+        self.wrapped = runtime.replicated.wrap(network)
         self.optimizer = build_optimizer(network, optimizer_config(config))
         self._parameters = list(network.parameters())
         self._constants = {name: p.detach() for name, p in network.named_parameters()}
@@ -106,8 +104,7 @@ class Adversary:
         self, images: Tensor, reconstructions: Tensor, scale: Tensor, *, is_last: bool
     ) -> None:
         """Backward of the discriminator's loss on a microbatch, both without a graph."""
-        no_sync = self.runtime.accelerator.no_sync
-        with nullcontext() if is_last else no_sync(self.wrapped):
+        with self.runtime.replicated.accumulate(self.wrapped, is_last=is_last):
             real = images.requires_grad_(self._uses_r1)
             on_real, on_fake = self.wrapped(torch.cat([real, reconstructions])).chunk(2)
             loss = hinge_loss(on_real, on_fake).sum()

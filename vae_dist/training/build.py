@@ -104,7 +104,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
 
     found: list[Data] = []  # by the main process, which need not look again
     runtime.on_main(prepare)
-    return runtime.together(lambda: found[0] if found else load(create=False))
+    return runtime.on_all_ranks(lambda: found[0] if found else load(create=False))
 
 
 def each_image_has_its_own_size(config: TrainConfig) -> bool:
@@ -220,7 +220,7 @@ def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> Pict
     if config.perceptual.kind == "none" and not has_adversary:
         return None
     runtime.on_main(lambda: fetch_weights(config.perceptual))
-    perceptual = runtime.together(lambda: build_perceptual(config.perceptual, runtime.device))
+    perceptual = runtime.on_all_ranks(lambda: build_perceptual(config.perceptual, runtime.device))
     adversary = None
     if has_adversary:
         network = build_discriminator(
@@ -255,7 +255,7 @@ def build_trainer(
     replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
     if config.runtime.compile in COMPILED:
         compile_as_asked(vae, config, num_buckets=len(data.settings.buckets))
-    wrapped = runtime.prepare(vae)
+    wrapped = runtime.strategy.wrap(vae)
     ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
     pictures = build_picture_terms(config, runtime, vae)
     training_step = TrainingStep(

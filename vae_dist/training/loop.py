@@ -22,11 +22,10 @@ from torch import nn
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
-from vae_dist.distributed import Runtime
+from vae_dist.distributed import Runtime, load_full
 from vae_dist.heap import release_freed_memory
 from vae_dist.run.checkpoint import Checkpoint
 from vae_dist.run.folder import RunFolder
-from vae_dist.sharding import full_value, load_full
 from vae_dist.tracking.console import ConsoleSink, say
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.sinks import Sink
@@ -283,8 +282,6 @@ class Trainer:
         raise TrainingFailed(failure.words(float(self._report.grad_norm), shards))
 
     def _check_weights(self) -> None:
-        if self.runtime.is_sharded:
-            return  # no rank holds what another one has
         weights = self.training_step.weights_of_every_rank()
         check_equal_over_ranks(self.runtime, weights, step=self.step)
 
@@ -386,7 +383,7 @@ class Trainer:
             self._check_weights()  # what ranks differ in is not worth keeping
         (skipped,) = self.runtime.sum_numbers([], self._skipped_here)
         tensors = {
-            name: self._whole(group) if self.runtime.is_sharded else group
+            name: self.runtime.strategy.full_state(group)
             for name, group in self.training_step.tensors().items()
         }
         if self.runtime.is_main:
@@ -398,15 +395,6 @@ class Trainer:
             best_step = self._best[1] if self._best is not None else None
             self.writer.submit(self.step, tensors, state, best_step=best_step, urgent=urgent)
         self._saved = (self.step, self._evaluated_step)
-
-    def _whole(self, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Full values, on the main process; empty on the others, which take part."""
-        whole = {}
-        for name, tensor in group.items():
-            full = full_value(tensor)
-            if self.runtime.is_main:
-                whole[name] = full.cpu()  # one at a time: the device need not hold all of them
-        return whole
 
     def scalars(self, skipped_here: int) -> dict[str, Any]:
         best, best_step = self._best or (None, None)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
-from vae_dist.sharding import full_value, load_full, local_part, part_like
+from vae_dist.distributed import full_value, load_full, local_part, part_like
 
 SMALL = 2**14  # values of a gradient that is joined with others for their norm
 
@@ -117,7 +117,7 @@ class Ema:
         self._sources = dict(module.named_parameters())
         whole = dict(self._module.named_parameters())
         # where the sources are cut, so are the averages; else they are the copy's own weights
-        self._averages = {
+        self.averages = {
             name: part_like(whole[name].detach(), source) for name, source in self._sources.items()
         }
 
@@ -125,7 +125,7 @@ class Ema:
     def module(self) -> nn.Module:
         """The averaged model, whole, for evaluation. Every rank takes part."""
         for name, parameter in self._module.named_parameters():
-            average = self._averages[name]
+            average = self.averages[name]
             if local_part(average).data_ptr() != parameter.data_ptr():
                 parameter.copy_(full_value(average))
         return self._module
@@ -133,14 +133,14 @@ class Ema:
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set the averages to full values."""
         load_full(self._module, tensors)
-        for name, average in self._averages.items():
+        for name, average in self.averages.items():
             local_part(average).copy_(local_part(part_like(tensors[name], average)))
 
     @torch.no_grad()
     def update(self, step: int, *, found_inf: torch.Tensor) -> None:
         """After the update of step `step` (from 0); found_inf = 1 moves nothing."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = [local_part(average) for average in self._averages.values()]
+        averages = [local_part(average) for average in self.averages.values()]
         sources = [local_part(source).detach() for source in self._sources.values()]
         if found_inf.device.type == "cpu":  # which can be asked without a wait
             if not found_inf:

@@ -21,11 +21,11 @@ from vae_dist.config import automatic
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.workers import LoaderDied, deaths_explained
-from vae_dist.distributed import RankFailed, Runtime, StoppedWaiting, computes_bf16, has_accelerator
+from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
 from vae_dist.models.build import build_vae
 from vae_dist.run.checkpoint import Checkpoint, Tensors, step_name
-from vae_dist.run.folder import EXIT_INTERRUPTED, RunFolder, RunLock
+from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import (
     as_in_run_folder,
     check_identity,
@@ -50,7 +50,7 @@ from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.loop import Startup, Trainer
 from vae_dist.training.plan import Data, costs, largest_size, plan
 from vae_dist.training.preemption import StopRequest
-from vae_dist.training.signals import StopSignals
+from vae_dist.training.signals import EXIT_INTERRUPTED, StopSignals
 from vae_dist.training.watch import RankWatch
 
 LOCK_PAUSE_S = 1.0  # between two looks at a lock whose holder may be dead
@@ -63,21 +63,20 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
     try:
-        runtime = Runtime.join(config.runtime, stop_reason=lambda: signals.reason)
-    except StoppedWaiting as stop:
-        say(_interrupted_before_training(str(stop)), sys.stderr)
-        return EXIT_INTERRUPTED
+        signals.exits_at_once = True
+        runtime = Runtime.join(config.runtime)
+        signals.exits_at_once = False
     except RankFailed as failure:
         print(f"failed: {failure}", file=sys.stderr)
         return 1
     startup.mark("ranks")
     try:
         has_bf16 = all(runtime.gather(computes_bf16(config.runtime)))
-        config = runtime.together(
+        config = runtime.on_all_ranks(
             lambda: _agreed_config(config, folder, world=runtime.world, has_bf16=has_bf16)
         )
         config = with_perceptual_kind(config, runtime)
-        runtime.together(lambda: runtime.use_precision(config.training.precision))
+        runtime.on_all_ranks(lambda: runtime.use_precision(config.training.precision))
         if config.dry_run:
             return _dry_run(config, runtime)
         code = _supervised(config, runtime, folder, signals, startup)
@@ -201,7 +200,7 @@ def _train(
             return None
         return _given_weights(config, data)
 
-    weights = runtime.together(weights_to_begin_with)
+    weights = runtime.on_all_ranks(weights_to_begin_with)
     startup.mark("data")
     if stop.agreed_now():
         return _stopped_before_training(ending, start_step, stop)
@@ -212,10 +211,10 @@ def _train(
     trainer = build_trainer(config, runtime, folder, data, sinks, console)
     if checkpoint is not None:
         kept_steps = runtime.on_main(folder.checkpoints.steps)
-        runtime.together(lambda: _restore(trainer, checkpoint, kept_steps))
+        runtime.on_all_ranks(lambda: _restore(trainer, checkpoint, kept_steps))
     elif weights is not None:
-        runtime.together(lambda: trainer.initialize(weights))
-    if is_automatic and runtime.device.type == "cuda" and not runtime.is_sharded:
+        runtime.on_all_ranks(lambda: trainer.initialize(weights))
+    if is_automatic and runtime.device.type == "cuda" and runtime.strategy.forward_is_local:
         # the trainer holds this very config
         config.training.microbatch_size = try_microbatch(trainer.training_step, largest_size(data))
     if config.runtime.compile in COMPILED:
@@ -226,7 +225,7 @@ def _train(
             config.runtime.compile = "false"
             trainer.say(f"warning: {problem}")
     runtime.on_main(lambda: folder.write_config(config))
-    places = runtime.places()
+    places = runtime.hosts()
     if console is not None:
         lines = [*plan(config, data, runtime, first_step=start_step), *places]
         console.banner("vae_dist", [*lines, f"output {folder.path}"])
@@ -247,10 +246,10 @@ def _with_data(config: TrainConfig, runtime: Runtime) -> tuple[TrainConfig, Data
     """What the shards hold, and the config with what they make of `auto`."""
     data = load_data(config, runtime)
     mean_sample_bytes = data.train.mean_sample_bytes
-    resolved = runtime.together(
+    resolved = runtime.on_all_ranks(
         lambda: automatic.resolve(config, mean_sample_bytes=mean_sample_bytes)
     )
-    runtime.together(lambda: check_image_sizes(resolved, data))
+    runtime.on_all_ranks(lambda: check_image_sizes(resolved, data))
     return _for_this_machine(resolved, data, runtime), data
 
 
@@ -259,7 +258,7 @@ def _for_this_machine(config: TrainConfig, data: Data, runtime: Runtime) -> Trai
     asked = config.runtime.compile
     may_compile = asked in COMPILED or (asked == "auto" and runtime.device.type == "cuda")
     problems = runtime.gather(compiler_problem(runtime.device) if may_compile else None)
-    resolved = runtime.together(
+    resolved = runtime.on_all_ranks(
         lambda: resolve_compilation(
             config,
             device=runtime.device,
@@ -365,7 +364,7 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
 def _dry_run(config: TrainConfig, runtime: Runtime) -> int:
     """Check everything, print the plan, leave the run folder alone."""
     config, data = _with_data(config, runtime)
-    runtime.together(lambda: _given_weights(config, data))
+    runtime.on_all_ranks(lambda: _given_weights(config, data))
     if runtime.is_main:
         print(
             "\n".join([*plan(config, data, runtime, first_step=0), *costs(config, data, runtime)])

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BURST_S = 2.0
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 _LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
 
 
@@ -31,6 +33,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._reason = ""
+        self.exits_at_once = False  # while this process waits in C++ and has nothing to save
         self._launcher: int | None = None
         self._previous: dict[signal.Signals, object] = {}
         self._previous_descriptor = -1
@@ -68,6 +71,10 @@ class StopSignals:
         while (number := os.read(self._reader, 1)[0]) != 0:
             if number not in SIGNALS:
                 continue
+            if self.exits_at_once:
+                name = signal.Signals(number).name
+                print(f"interrupted before training (signal {name})", file=sys.stderr, flush=True)
+                os._exit(EXIT_INTERRUPTED)
             if first_s is None:
                 first_s = time.monotonic()
             elif time.monotonic() - first_s > BURST_S:

@@ -22,12 +22,11 @@ from torch import nn
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch, Group
-from vae_dist.distributed import Runtime
+from vae_dist.distributed import Runtime, load_full
 from vae_dist.models.vae import NO_LABEL, VAE
 from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
-from vae_dist.sharding import load_full
 from vae_dist.training.adversarial import Adversary
 from vae_dist.training.guard import SpikeGuard
 from vae_dist.training.optimizer import (
@@ -159,7 +158,7 @@ class TrainingStep:
             images, noise = self._inputs(microbatch, step)
             labels, mask = self._labels(microbatch, step), self._mask(microbatch)
             is_last = number == len(microbatches) - 1
-            with self.runtime.accumulating(self.wrapped, is_last=is_last):
+            with self.runtime.strategy.accumulate(self.wrapped, is_last=is_last):
                 more = self._more_inputs(microbatch, noise, step)
                 result = self.wrapped(images, noise, labels, mask, **more)
                 output, half_size = result if "half_size" in more else (result, None)
@@ -336,9 +335,9 @@ class TrainingStep:
             self.adversary.load(tensors, scalars)
 
     def weights_of_every_rank(self) -> dict[str, torch.Tensor]:
-        """What all ranks hold alike, bit for bit, where the model is not cut over them."""
+        """What all ranks hold alike, bit for bit, where it is not sharded."""
         weights: dict[str, torch.Tensor] = dict(self.vae.named_parameters())
-        weights |= {f"ema/{k}": v for k, v in self.ema.module.named_parameters()}
+        weights |= {f"ema/{k}": v for k, v in self.ema.averages.items()}
         if self.adversary is not None:
             network = self.adversary.network
             weights |= {f"discriminator/{k}": v for k, v in network.named_parameters()}

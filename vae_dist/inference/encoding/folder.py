@@ -76,7 +76,7 @@ def encode_images(
         if finished := runtime.on_main(lambda: _hold(out, partial, mine, held)):
             return Encoded(finished, None)
         runtime.on_main(lambda: _claim(partial, mine))
-        runtime.together(lambda: _check_visible(partial, mine))
+        runtime.on_all_ranks(lambda: _check_visible(partial, mine))
         seconds, count = _write_missing(loaded, images, command, runtime, partial, plan)
         summary = runtime.on_main(lambda: _finish(out, partial, plan, loaded, command, mine))
     return Encoded(summary, count / max(seconds, 1e-9))
@@ -128,7 +128,7 @@ def _in_step(work: Iterator[None], done: Done, runtime: Runtime) -> Iterator[lis
 
     has_ended = False
     while not has_ended:
-        is_ready = runtime.together(advance)
+        is_ready = runtime.on_all_ranks(advance)
         everyone = runtime.gather((is_ready, done))
         yield [theirs for _, theirs in everyone]
         has_ended = all(ready for ready, _ in everyone)
