@@ -130,7 +130,7 @@ def run_ours(folder: Path, keys: list[str]) -> None:
     if written[0]:
         held_out = torch.from_numpy(np.load(folder / "held_out.npy"))
         model: Any = trainer.training_step.ema.module
-        np.save(written[0], reconstruct(model, held_out, seed=0, batch_size=32).numpy())
+        np.save(written[0], reconstruct(model, held_out, batch_size=32).numpy())
 
 
 def architecture(config: TrainConfig) -> dict[str, Any]:

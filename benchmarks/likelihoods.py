@@ -126,7 +126,7 @@ def strips(model: VAE, images: torch.Tensor, data: Data) -> list[torch.Tensor]:
     z = prior_latents(model.latent_shape(*size), COLUMNS, seed=0)
     params = model.decode(z, size)
     draws = model.likelihood.sample(params, torch_generator(0, "draws"))
-    pictures = [reconstruct(model, images, seed=0), model.likelihood.mean(params), draws]
+    pictures = [reconstruct(model, images), model.likelihood.mean(params), draws]
     return [to_uint8(picture) for picture in pictures]
 
 

@@ -29,7 +29,6 @@ def reconstruct(command: ReconstructCommand) -> None:
                 sampling.reconstruct(
                     loaded.model,
                     same_shape.images,
-                    seed=command.seed,
                     batch_size=command.batch_size,
                     labels=same_shape.labels,
                     masks=same_shape.masks,

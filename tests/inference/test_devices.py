@@ -26,7 +26,7 @@ def images() -> torch.Tensor:
 def pictures_of(model: VAE) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     stored = images()
-    mean, log_variance = posteriors(model, stored, seed=1)
+    mean, log_variance = posteriors(model, stored)
     unit = int(kl_to_standard_normal(mean, log_variance).mean(0).argmax())
     values = torch.linspace(-3, 3, 4)
     mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
@@ -39,7 +39,7 @@ def pictures_of(model: VAE) -> dict[str, torch.Tensor]:
     )
     found = {
         "samples": sample_prior(model, 5, SIZE, seed=1, batch_size=2),
-        "reconstructions": reconstruct(model, stored, seed=1),
+        "reconstructions": reconstruct(model, stored),
         "interpolations": interpolate(model, mean[:2], mean[2:], SIZE, num_points=3),
         "traversals": traverse(model, mean[0], SIZE, units=[unit], values=values),
     }

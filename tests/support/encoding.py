@@ -15,7 +15,6 @@ from PIL import Image
 
 from tests.support.latent_data import write_photos, write_spatial_run
 from vae_dist import encode
-from vae_dist.randomness import torch_generator
 
 COUNT = 23
 DAMAGED = (4, 11)
@@ -58,8 +57,3 @@ def source_image(photos: Path, number: int) -> torch.Tensor:
     sample = list(wds.WebDataset(shards, shardshuffle=False))[number]
     pixels = np.array(Image.open(io.BytesIO(sample["png"])))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-
-
-def level_noise(number: int, image: torch.Tensor) -> torch.Tensor:
-    generator = torch_generator(0, "eval-levels", number)
-    return torch.rand(tuple(image.shape[1:]), generator=generator)[None]

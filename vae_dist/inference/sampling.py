@@ -20,7 +20,6 @@ from torch import Tensor
 from vae_dist.inference import tiles
 from vae_dist.models.latent import LatentPrior, prior_latents
 from vae_dist.models.vae import VAE
-from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import to_uint8
 
 
@@ -79,7 +78,6 @@ def reconstruct(
     model: VAE,
     images_u8: Tensor,
     *,
-    seed: int,
     batch_size: int = 256,
     labels: Tensor | None = None,
     masks: Tensor | None = None,
@@ -87,11 +85,10 @@ def reconstruct(
 ) -> Tensor:
     """The means of p(x|z) at z = E[z|x] for uint8 images (N, C, H, W).
 
-    Where training adds noise to the images (binarisation, dequantisation), so does this: image i
-    gets that of (seed, i). With `tile` (pixels), images that are larger go through in tiles.
+    With `tile` (pixels), images that are larger go through in tiles.
     """
     mean, _ = posteriors(
-        model, images_u8, seed=seed, batch_size=batch_size, labels=labels, masks=masks, tile=tile
+        model, images_u8, batch_size=batch_size, labels=labels, masks=masks, tile=tile
     )
     height, width = images_u8.shape[-2:]
     return decode_means(
@@ -104,22 +101,18 @@ def posteriors(
     model: VAE,
     images_u8: Tensor,
     *,
-    seed: int,
     batch_size: int = 256,
     labels: Tensor | None = None,
     masks: Tensor | None = None,
     tile: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of q(z|x) for uint8 images (N, C, H, W), each float32 (N, *latent) on
-    the model's device; the images get the noise that `reconstruct` gives them."""
+    the model's device. The images get none of the noise that training adds to them."""
     device = next(model.parameters()).device
     means, log_variances = [], []
     for first in range(0, len(images_u8), batch_size):
         batch = images_u8[first : first + batch_size]
-        uniform = None
-        if model.likelihood.needs_uniform:
-            uniform = _levels_noise(batch, first, seed).to(device)
-        prepared = model.likelihood.prepare(batch.to(device), uniform)
+        prepared = model.likelihood.noise_free(batch.to(device))
         told = _part(labels, first, len(batch), device)
         mask = _part(masks, first, len(batch), device)
         if tile:
@@ -156,13 +149,3 @@ def decode_means(
 
 def _part(tensor: Tensor | None, first: int, count: int, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor[first : first + count].to(device)
-
-
-def _levels_noise(batch: Tensor, first: int, seed: int) -> Tensor:
-    """Uniform draws in [0, 1) for the images first, first + 1, ..., of the shape of `batch`."""
-    return torch.stack(
-        [
-            torch.rand(image.shape, generator=torch_generator(seed, "eval-levels", first + index))
-            for index, image in enumerate(batch)
-        ]
-    )

@@ -97,7 +97,7 @@ class RunPainter:
         inputs, labels, masks, _ = examples = self._examples()
         searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
         mean, log_variance = posteriors(
-            model, inputs, seed=config.seed, batch_size=batch_size, labels=labels, masks=masks
+            model, inputs, batch_size=batch_size, labels=labels, masks=masks
         )
         outputs, losses = _reconstructions(model, examples, mean, batch_size)
         inputs = with_holes(inputs, masks)

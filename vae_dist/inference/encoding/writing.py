@@ -78,12 +78,7 @@ class Encoder:
         """The stored tensors of each image (b, planes, H, W) of one shape, on the CPU."""
         levels, mask = split_mask(planes.to(self.device), has_mask=has_mask)
         numbers = [sample.number for sample in samples]
-        uniform = None
-        if self.model.likelihood.needs_uniform:  # as evaluate and reconstruct draw it
-            shape = tuple(levels.shape[1:])
-            uniform = draws(torch.rand, self.command.seed, "eval-levels", numbers, shape)
-            uniform = uniform.to(self.device)
-        images = self.model.likelihood.prepare(levels, uniform)
+        images = self.model.likelihood.noise_free(levels)
         labels = torch.tensor([sample.label for sample in samples], device=self.device)
         mean, log_variance = self._posterior(images, labels, mask)
         moments.add(mean, None if self.command.content == "mean" else log_variance)

@@ -110,6 +110,12 @@ class Likelihood(nn.Module, ABC):
         the noise of dequantisation, by which it would tell images from means."""
         return prepared
 
+    def noise_free(self, stored: Tensor) -> Tensor:
+        """The very images, float32 in [-1, 1]: not dequantised, grey levels binarised at one half.
+        An encoder is shown these where its posterior is the result."""
+        half = torch.full(stored.shape, 0.5, device=stored.device)
+        return self.without_noise(stored, self.prepare(stored, half))
+
     def log_prob(self, params: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """log p(x|z) in nats per image, float32 (B,). `mask`, broadcastable to (B, C, H, W), is 1
         where a value was observed: only such values count, the others may be anything."""
