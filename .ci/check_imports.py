@@ -32,7 +32,7 @@ VERBS = {
     "cli",
 }
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
-    frozenset(VERBS | {"upload"}),
+    frozenset(VERBS),
     frozenset({"training", "evaluation", "inference", "packing"})
     | {"microbatch", "estimate", "reporting"},
     frozenset({"objectives", "tracking"}),

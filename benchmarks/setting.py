@@ -27,7 +27,7 @@ from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.sinks import JsonlSink, Sink
-from vae_dist.tracking.wandb_sink import WandbSink
+from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import build_trainer, training_stream, with_perceptual_kind
 from vae_dist.training.compile import COMPILED
 from vae_dist.training.loop import Trainer

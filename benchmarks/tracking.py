@@ -33,7 +33,7 @@ from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.throughput import Meter, UpdateRatio
-from vae_dist.tracking.wandb_sink import WandbSink
+from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import build_trainer, load_data, training_stream
 from vae_dist.training.images import RunPainter
 from vae_dist.training.step import StepReport

@@ -138,7 +138,6 @@ class WandbServer:
             "ServerInfo": self._features,
             "UpsertBucket": self._upsert,
             "RunResumeStatus": self._resume_status,
-            "LastRecord": self._resume_status,
             "RunStoppedStatus": self._stopped_status,
             "Stopped": self._stopped_status,
             "CreateRunFiles": self._create_files,
@@ -228,6 +227,8 @@ class WandbServer:
             if method == "PUT":
                 files[name] = body
             return 200, files[name]
+        if path == "/":  # the sink asks whether the service is there
+            return 200, {}
         if not path.startswith("/sdk/otel"):  # telemetry
             self.unknown.append(f"{method} {path}")
         return 404, {}
@@ -244,8 +245,6 @@ class WandbServer:
 
     def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         query, variables = request.get("query", ""), request.get("variables") or {}
-        if not query:  # the sink's probe
-            return {}
         named = re.search(r"(?:query|mutation)\s+(\w+)", query)
         operation = request.get("operationName") or (named[1] if named else "?")
         if operation not in self.answers:
@@ -281,7 +280,7 @@ class WandbServer:
         return {"model": _project(variables.get("project", "")) | {"bucket": bucket}}
 
     def _stopped_status(self, variables: dict[str, Any]) -> dict[str, Any]:
-        run_id = variables.get("runId") or variables.get("name")
+        run_id = variables.get("runId") or variables.get("id")
         return {"project": {"run": {"stopped": run_id in self.stopped}}}
 
     def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:

@@ -214,12 +214,6 @@ class ReportCommand:
 
 
 @dataclass
-class UploadCommand:
-    run: str = knob("???", "run folder, for example runs/mnist")
-    timeout_s: int = knob(3600, "longest wait for W&B to take it all, seconds")
-
-
-@dataclass
 class DashboardCommand:
     project: str = knob("vae_dist", "W&B project")
     entity: str = knob("", "W&B team or user (default: yours)")

@@ -43,7 +43,7 @@ from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.sinks import JsonlSink, Sink
 from vae_dist.tracking.tensorboard import TensorBoardSink
-from vae_dist.tracking.wandb_sink import WandbSink
+from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.adversarial import Adversary
 from vae_dist.training.compile import (
     COMPILED,
@@ -323,8 +323,6 @@ def open_sinks(
             on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
             environment=session,
         )
-        if start_step > 0:
-            wandb.backfill(folder.log_path, folder.images, up_to=start_step)
         sinks.append(wandb)
         if config.log.tensorboard:
             sinks.append(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))

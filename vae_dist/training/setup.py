@@ -35,7 +35,7 @@ from vae_dist.run.resume import (
 )
 from vae_dist.tracking.console import say
 from vae_dist.tracking.sinks import Sink
-from vae_dist.tracking.wandb_sink import WandbSink
+from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import (
     build_trainer,
     check_image_sizes,

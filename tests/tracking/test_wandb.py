@@ -1,0 +1,373 @@
+"""The W&B sink against a stand-in for the wandb module; the real one in test_wandb_online.py."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import TrainConfig
+from vae_dist.tracking import wandb as sink_module
+from vae_dist.tracking.sinks import JsonlSink
+from vae_dist.tracking.wandb import WandbSink
+
+
+class FakeRun:
+    def __init__(self, asked: dict[str, Any], summary: dict[str, Any]) -> None:
+        self.asked, self.id, self.entity, self.project = asked, asked["id"], "e", "p"
+        self.rows: list[dict[str, Any]] = []
+        self.artifacts: list[tuple[str, str, list[str]]] = []
+        self.exit_code: int | None = None
+        self.on_log: Callable[[], object] = lambda: None
+        self.on_finish: Callable[[], object] = lambda: None
+        part = Path(asked["dir"]) / "wandb" / f"offline-run-{time.monotonic_ns()}-{self.id}"
+        part.mkdir()
+        self.settings = SimpleNamespace(sync_dir=str(part))
+        self.is_preempting = False
+        self.summary, self.resumed = summary, bool(summary)
+
+    def define_metric(self, name: str, step_metric: str | None = None, hidden: bool = False):
+        assert step_metric == ("trainer/step" if name == "*" else None)
+
+    def log(self, row: dict[str, Any], *, commit: bool) -> None:
+        self.on_log()
+        self.rows.append(row)
+
+    def log_artifact(self, artifact: FakeArtifact) -> None:
+        self.artifacts.append((artifact.name, artifact.type, artifact.files))
+
+    def mark_preempting(self) -> None:
+        self.is_preempting = True
+
+    def finish(self, *, exit_code: int) -> None:
+        self.exit_code = exit_code
+        self.on_finish()
+
+    def sent(self) -> list[tuple[int, str]]:
+        """(step, key) of each value that is not a step."""
+        return [(row["trainer/step"], key) for row in self.rows for key in row if "step" not in key]
+
+
+class FakeArtifact:
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type = name, type
+        self.files: list[str] = []
+
+    def add_file(self, path: str, *, name: str) -> None:
+        self.files.append(name)
+
+
+class FakeWandb:
+    """What WandbSink uses of wandb; `fails` are the modes whose init raises."""
+
+    Settings, Artifact = SimpleNamespace, FakeArtifact
+
+    def __init__(self) -> None:
+        self.logged_in = self.is_stopped = False
+        self.fails: set[str] = set()
+        self.runs: list[FakeRun] = []
+        self.summary: dict[str, Any] = {}  # what the server has of a resumed run
+        self.num_teardowns = 0
+
+    def setup(self) -> SimpleNamespace:
+        return SimpleNamespace(settings=SimpleNamespace(mode="online", base_url="https://w.test"))
+
+    def login(self, *, prompt: bool, verify: bool) -> bool:
+        assert not prompt
+        return self.logged_in
+
+    def init(self, **asked: Any) -> FakeRun:
+        if asked["mode"] in self.fails:
+            raise ConnectionError("no way\nsecond line")
+        self.runs.append(FakeRun(asked, self.summary))
+        return self.runs[-1]
+
+    def Api(self, *, timeout: int) -> SimpleNamespace:
+        def answer(query: str, *, variables: dict[str, str], timeout: float) -> dict[str, Any]:
+            assert variables["id"] == self.runs[-1].id
+            return {"project": {"run": {"stopped": self.is_stopped}}}
+
+        return SimpleNamespace(_service_api=SimpleNamespace(execute_graphql=answer))
+
+    def Image(self, path: str, *, caption: str) -> tuple[str, str, str]:
+        return ("image", path, caption)
+
+    def Histogram(self, values: list[float]) -> tuple[str, list[float]]:
+        return ("histogram", values)
+
+    def teardown(self, exit_code: int | None = None) -> None:
+        self.num_teardowns += 1
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    # setdefault in the sink writes to os.environ: have monkeypatch take that back
+    for name in ("WANDB_SILENT", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(sink_module, "_answers", lambda url: True)
+    return fake
+
+
+def start(folder: Path, mode: str = "auto", **more: Any) -> tuple[WandbSink, list[str]]:
+    config, said = TrainConfig(), list[str]()
+    config.wandb.mode = mode  # type: ignore[assignment]
+    return WandbSink(config, folder, say=said.append, **more), said
+
+
+def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path: Path) -> None:
+    sink, said = start(tmp_path)
+    sink.log(50, {"train/loss": 1.5, "train/nll": math.nan})
+    sink.image(50, "images/samples", tmp_path / "s.png", "step 50")
+    sink.close("finished")
+    sink.close("finished")
+    (run,) = fake.runs
+    assert (sink.mode, len(said)) == ("offline", 1)
+    assert "there is no login: run `wandb login`" in said[0]
+    assert said[0].endswith(f"wandb sync {run.settings.sync_dir}")
+    assert run.sent() == [(50, "train/loss"), (50, "train/nll"), (50, "images/samples")]
+    assert run.rows[1]["images/samples"] == ("image", str(tmp_path / "s.png"), "step 50")
+    assert (run.exit_code, fake.num_teardowns) == (0, 1)
+    assert (run.asked["dir"], run.asked["resume"]) == (str(tmp_path), "allow")
+    assert run.asked["config"]["optimizer.lr"] == TrainConfig().optimizer.lr
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+
+
+def test_online_when_logged_in(fake: FakeWandb, tmp_path: Path) -> None:
+    fake.logged_in = True
+    sink, said = start(tmp_path)
+    sink.close("failed")
+    assert (sink.mode, said, fake.runs[0].exit_code) == ("online", [], 1)
+
+
+@pytest.mark.parametrize("obstacle", ["no login", "no answer", "init fails", "folder", "import"])
+def test_where_no_run_can_be_online(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    """auto goes offline or off; online, asked for by name, is refused before training."""
+    folder, says, mode = tmp_path, "there is no login", "offline"
+    fake.logged_in = obstacle != "no login"
+    if obstacle == "no answer":
+        says = "https://w.test does not answer"
+        monkeypatch.setattr(sink_module, "_answers", lambda url: False)
+    elif obstacle == "init fails":
+        fake.fails, says = {"online"}, "(ConnectionError: no way); upload"
+    elif obstacle == "folder":
+        (folder := tmp_path / "file").write_text("in the way")
+        mode, says = "disabled", "NotADirectoryError"
+    elif obstacle == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        mode, says = "disabled", "ModuleNotFoundError"
+    sink, said = start(folder)
+    sink.log(1, {"train/loss": 1.0})
+    sink.close("finished")
+    assert (sink.mode, len(said)) == (mode, 1)
+    assert says in said[0]
+    with pytest.raises(ConfigError, match=r"wandb\.mode=online but .*wandb\.mode=offline"):
+        start(folder, "online")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="WANDB_MODE=online but"):
+        start(folder, "disabled")
+
+
+def test_disabled_does_not_touch_wandb(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    sink, said = start(tmp_path, "online")  # WANDB_MODE wins
+    sink.log(1, {"train/loss": 1.0})
+    sink.close("finished")
+    assert (said, list(tmp_path.iterdir())) == ([], [])
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(ConfigError, match="WANDB_MODE=ofline is none of"):
+        start(tmp_path)
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_a_dead_core_ends_tracking_and_nothing_else(fake: FakeWandb, tmp_path: Path) -> None:
+    sink, said = start(tmp_path)
+    fake.runs[0].on_log = lambda: raise_(ConnectionResetError("gone"))
+    for step in range(5):
+        sink.log(step, {"train/loss": 1.0})
+    sink.close("finished")
+    assert [line for line in said if "stopped working" in line] == [
+        "W&B stopped working (ConnectionResetError: gone); training goes on without it and "
+        "log.jsonl has every metric."
+    ]
+    assert said[-1].endswith(f"wandb sync {fake.runs[0].settings.sync_dir}")
+    assert fake.num_teardowns == 1  # takes wandb's exit hook away
+
+
+def test_a_hanging_core_blocks_neither_log_nor_close(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink_module, "_INTERRUPTED_SECONDS", 0.05)
+    monkeypatch.setattr(sink_module, "_QUEUED_TASKS", 10)
+    sink, said = start(tmp_path)
+    let_go = threading.Event()
+    fake.runs[0].on_log = lambda: let_go.wait(10)
+    began = time.monotonic()
+    for step in range(100):
+        sink.log(step, {"train/loss": 1.0})
+    sink.close("interrupted")
+    let_go.set()
+    assert time.monotonic() - began < 2
+    assert "stopped working (Full)" in said[1]
+    assert "did not get everything" in said[2]
+
+
+def record(folder: Path, steps: range, *, resume_step: int = 0) -> None:
+    """As training leaves it: rows, and an image at each tenth step."""
+    log = JsonlSink(folder / "log.jsonl", resume_step=resume_step)
+    (folder / "images").mkdir(exist_ok=True)
+    for step in steps:
+        log.log(step, {"train/loss": step / 2})
+        if step % 10 == 0:
+            (folder / "images" / f"samples_{step:08d}.png").touch()
+
+
+def test_a_resumed_online_run_sends_what_the_server_lacks(fake: FakeWandb, tmp_path: Path) -> None:
+    fake.logged_in = True
+    start(tmp_path)[0].close("interrupted")
+    record(tmp_path, range(1, 41))
+    fake.summary = {"trainer/step": 39, "trainer/images_step": 20}
+    sink, _ = start(tmp_path, resume_step=40)
+    sink.log(41, {"train/loss": 1.0})
+    sink.close("finished")
+    first, second = fake.runs
+    assert first.id == second.id == (tmp_path / "wandb_id").read_text()
+    rows, images = [39, 40], [20, 30, 40]
+    expected = [(step, "train/loss") for step in rows] + [(s, "images/samples") for s in images]
+    assert second.sent() == [*expected, (41, "train/loss")]
+    assert second.rows[2]["images/samples"][2] == "step 20"
+
+
+def test_what_the_server_has_beyond_the_checkpoint_is_not_sent_again(
+    fake: FakeWandb, tmp_path: Path
+) -> None:
+    fake.logged_in, fake.summary = True, {"trainer/step": 12, "trainer/images_step": 10}
+    record(tmp_path, range(1, 6))
+    sink, _ = start(tmp_path, resume_step=5)
+    for step in range(6, 15):
+        sink.log(step, {"train/loss": 1.0})
+    sink.close("finished")
+    assert [step for step, _ in fake.runs[0].sent()] == [12, 13, 14]
+
+
+def test_the_newest_offline_part_is_the_whole_run(fake: FakeWandb, tmp_path: Path) -> None:
+    start(tmp_path)[0].close("interrupted")
+    record(tmp_path, range(1, 21))
+    sink, said = start(tmp_path, resume_step=20)
+    sink.log(21, {"train/loss": 1.0})
+    sink.close("finished")
+    parts = list((tmp_path / "wandb").iterdir())
+    assert [str(part) for part in parts] == [fake.runs[1].settings.sync_dir]
+    assert said[0].endswith(f"wandb sync {parts[0]}")
+    steps = [*range(1, 21), 10, 20, 21]
+    assert [step for step, _ in fake.runs[1].sent()] == steps
+
+
+def test_a_part_that_is_not_whole_replaces_none(fake: FakeWandb, tmp_path: Path) -> None:
+    start(tmp_path)[0].close("interrupted")
+    record(tmp_path, range(1, 21))
+    sink, _ = start(tmp_path, resume_step=20)
+    fake.runs[1].on_finish = lambda: raise_(OSError("No space left on device"))
+    sink.close("finished")
+    assert len(list((tmp_path / "wandb").iterdir())) == 2
+
+
+def test_a_run_from_the_start_is_another_wandb_run(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        start(tmp_path)[0].close("failed")
+    assert fake.runs[0].id != fake.runs[1].id
+    monkeypatch.setenv("WANDB_RUN_ID", "sweep123")  # by a sweep's agent
+    start(tmp_path)[0].close("finished")
+    assert fake.runs[2].id == "sweep123"
+
+
+@pytest.mark.parametrize(
+    ("status", "sweep", "stopped", "expected"),
+    [
+        ("interrupted", "s1", "", True),
+        ("interrupted", "s1", "button", False),
+        ("interrupted", "s1", "sweep", False),  # its agent sends SIGTERM; the server knows why
+        ("interrupted", "", "", False),
+        ("finished", "s1", "", False),
+    ],
+)
+def test_a_preempted_trial_goes_back_to_its_sweep(
+    fake: FakeWandb,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    sweep: str,
+    stopped: str,
+    expected: bool,
+) -> None:
+    if sweep:
+        monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+    fake.logged_in, fake.is_stopped = True, stopped == "sweep"
+    pressed: list[int] = []
+    sink, _ = start(tmp_path, on_stop=lambda: pressed.append(1))
+    if stopped == "button":
+        fake.runs[0].asked["settings"].stop_fn()
+    sink.close(status)
+    assert pressed == ([1] if stopped == "button" else [])
+    assert fake.runs[0].is_preempting == expected
+    assert fake.runs[0].exit_code == (0 if status == "finished" else 1)
+
+
+def test_what_did_not_arrive_is_said(fake: FakeWandb, tmp_path: Path) -> None:
+    fake.logged_in = True
+    sink, said = start(tmp_path)
+    fake.runs[0].on_finish = lambda: raise_(TimeoutError("finish_timeout"))
+    sink.close("finished")
+    part = fake.runs[0].settings.sync_dir
+    assert said == [f"W&B did not get everything; upload the rest with: wandb sync {part}"]
+
+
+def test_artifacts(fake: FakeWandb, tmp_path: Path) -> None:
+    sink, _ = start(tmp_path)
+    (tmp_path / "step_00000010").mkdir()
+    (tmp_path / "step_00000010" / "model.safetensors").touch()
+    for step in (5, 10):
+        (tmp_path / f"samples_{step:08d}.png").touch()
+    sink.artifacts(tmp_path / "step_00000010", tmp_path, step=10)
+    sink.close("finished")
+    assert fake.runs[0].artifacts == [
+        (f"{tmp_path.name}-checkpoint", "model", ["model.safetensors"]),
+        (f"{tmp_path.name}-pictures", "pictures", ["samples_00000010.png"]),
+    ]
+
+
+def test_distributions_are_histograms_of_their_finite_values(
+    fake: FakeWandb, tmp_path: Path
+) -> None:
+    """wandb.Histogram raises on NaN, and on the null by which log.jsonl stands for it."""
+    sink, said = start(tmp_path)
+    values: list[Any] = [[math.nan, math.inf], [1.0, math.nan], [None, 2.0]]
+    for step, value in enumerate(values, start=1):
+        sink.log(step, {"train/loss": 1.0, "latent/kl": value})
+    sink.close("finished")
+    assert len(said) == 1  # that it is offline
+    kept = [row.get("latent/kl") for row in fake.runs[0].rows]
+    assert kept == [None, ("histogram", [1.0]), ("histogram", [2.0])]

@@ -1,0 +1,353 @@
+"""A W&B run that can neither block training nor end it.
+
+In: the rows and PNG files of a run. Out: a W&B run, online when there is a login and the server
+answers, else offline under the run folder. Every call into wandb during training happens on one
+thread behind a bounded queue, and what wandb raises there ends tracking alone.
+
+Each point arrives at least once, for `log.jsonl` and `images/` have them all. A resumed online run
+sends what the server lacks of them; a resumed offline run writes all of them, so that its newest
+part is the whole run. A row is a function of its step, so a point that comes twice is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import secrets
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import flatten
+from vae_dist.config.schema import TrainConfig
+from vae_dist.files import write_durably
+from vae_dist.tracking.images import find_images, image_caption
+from vae_dist.tracking.metrics import Value
+from vae_dist.tracking.sinks import read_rows
+
+STEP_KEY = "trainer/step"  # the x axis; W&B's own step counts calls of log()
+_IMAGES_STEP_KEY = "trainer/images_step"  # images come later than the rows of their step
+_MODES = ("auto", "online", "offline", "disabled")
+_QUEUED_TASKS = 4096
+_PROBE_SECONDS = 3.0
+_INIT_SECONDS = 30.0
+_INTERRUPTED_SECONDS = 10.0  # of close(): the scheduler kills the job soon
+# The part of the time for close() after which wandb itself gives up; its own part is left on disk.
+_GIVE_UP = 0.8
+_STOPPED = """
+query Stopped($entity: String, $project: String, $id: String!) {
+    project(name: $project, entityName: $entity) { run(name: $id) { stopped } }
+}
+"""
+
+
+class WandbSink:
+    """`on_stop` is called when the user presses "Stop run" in the W&B page.
+
+    `environment` goes into the W&B config beside the keys of `config`. Raises ConfigError where
+    wandb.mode (or WANDB_MODE, which wins) is online and the run cannot be.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        resume_step: int = 0,
+        say: Callable[[str], None] = print,
+        on_stop: Callable[[], None] = lambda: None,
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._say, self._on_stop = folder, say, on_stop
+        self._finish_seconds = float(config.wandb.finish_timeout_s)
+        self._run: Any = None
+        self._wandb: Any = None
+        self._stop_requested = self._is_broken = self._is_closed = self._is_complete = False
+        self._first_step = self._first_images_step = 0  # what comes before, the server has
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_TASKS)
+        self.mode = "disabled"
+        asked, source = _asked_mode(config.wandb.mode)
+        if asked == "disabled":
+            return
+        reason = self._start(config, asked, resume_step, dict(environment or {}))
+        if asked == "online" and self.mode != "online":
+            raise ConfigError(
+                f"{source}=online but {reason}; repair that, or set wandb.mode=offline or auto"
+            )
+        if self.mode == "disabled":
+            say(f"W&B is off: {reason}. Training goes on; log.jsonl has every metric.")
+            return
+        if self.mode == "offline":
+            because = "" if asked == "offline" else f": {reason}"
+            say(f"W&B is offline{because}; upload this run with: {self._upload_command()}")
+        self._queue.put(partial(self._send_recorded, up_to=resume_step))
+        self._worker = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._worker.start()
+
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        if step >= self._first_step:
+            self._put(partial(self._send_row, step, row))
+
+    def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
+        if step >= self._first_images_step:
+            self._put(partial(self._send_image, step, key, png_path, caption))
+
+    def artifacts(self, checkpoint: Path, images: Path, *, step: int) -> None:
+        """Upload the files of a checkpoint, and the images of its step, as W&B artifacts."""
+        for kind, name, paths in (
+            ("model", "checkpoint", sorted(checkpoint.iterdir())),
+            ("pictures", "pictures", sorted(images.glob(f"*_{step:08d}.png"))),
+        ):
+            self._put(partial(self._send_artifact, kind, name, paths))
+
+    def close(self, status: str) -> None:
+        """End the W&B run in bounded time; what could not be sent stays on disk."""
+        if self._run is None or self._is_closed:
+            return
+        self._is_closed = True
+        seconds = self._finish_seconds
+        if status == "interrupted":
+            seconds = min(seconds, _INTERRUPTED_SECONDS)
+        closer = threading.Thread(target=self._finish, args=(status,), daemon=True)
+        closer.start()
+        closer.join(seconds)
+        if closer.is_alive() or self._is_broken:
+            self._kill_core()
+        if not self._is_complete:
+            command = self._upload_command()
+            self._say(f"W&B did not get everything; upload the rest with: {command}")
+        elif self.mode == "offline":
+            for part in (self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"):
+                if part.resolve() != self._part.resolve():  # its points are in this part, too
+                    shutil.rmtree(part, ignore_errors=True)
+
+    # start
+
+    def _start(
+        self, config: TrainConfig, asked: str, resume_step: int, environment: dict[str, Any]
+    ) -> str:
+        """Set `_run` and `mode`; returns the reason why the mode is not online."""
+        # Error reports go to W&B's servers also offline, and delay the exit where none answers.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            # wandb writes to /tmp without a word where it cannot write here
+            (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
+            run_id = _run_id(self._folder, resume_step)
+            import wandb
+        except Exception as error:  # a broken installation raises almost anything
+            return f"no W&B run can be kept in {self._folder} ({_first_line(error)})"
+        reason = "" if asked == "offline" else _offline_reason(wandb, asked)
+        modes = ["online"] if asked != "offline" and not reason else []
+        for mode in [*modes, "offline"] if asked != "online" else modes:
+            try:
+                self._run = self._init(wandb, config, mode, run_id, environment)
+            except Exception as error:  # CommError, UsageError, ConnectionResetError, OSError, ...
+                reason = f"W&B could not start a run ({_first_line(error)})"
+                continue
+            self._wandb, self.mode = wandb, mode
+            self._part = Path(self._run.settings.sync_dir)
+            break
+        return reason
+
+    def _init(
+        self, wandb: Any, config: TrainConfig, mode: str, run_id: str, environment: dict[str, Any]
+    ) -> Any:
+        def stop() -> None:
+            self._stop_requested = True
+            self._on_stop()
+
+        run = wandb.init(
+            mode=mode,
+            id=run_id,
+            resume="allow",
+            dir=str(self._folder),
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            group=config.wandb.group,
+            tags=list(config.wandb.tags),
+            name=self._folder.resolve().name,
+            config=flatten(config) | {"environment": environment},
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_GIVE_UP * self._finish_seconds,
+                finish_timeout_raises=True,
+                stop_fn=stop,  # settings are deep-copied: a function is not, a bound method is
+            ),
+        )
+        for key in (STEP_KEY, _IMAGES_STEP_KEY):
+            run.define_metric(key, hidden=True)
+        run.define_metric("*", step_metric=STEP_KEY)
+        if mode == "online" and run.resumed:
+            # The summary may be one record ahead of the history, so its own step is sent again.
+            summary = dict(run.summary)
+            self._first_step = int(summary.get(STEP_KEY, 0))
+            self._first_images_step = int(summary.get(_IMAGES_STEP_KEY, 0))
+        return run
+
+    def _upload_command(self) -> str:
+        return f"wandb sync {self._part}"
+
+    # the worker
+
+    def _put(self, task: Callable[[], None]) -> None:
+        if self._run is None or self._is_broken or self._is_closed:
+            return
+        try:
+            self._queue.put_nowait(task)
+        except queue.Full as error:  # wandb-core hangs: it takes a thousand rows a second
+            self._break(error)
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            if self._is_broken:
+                continue
+            try:
+                task()
+            except Exception as error:  # wandb raises builtin and own errors of many kinds
+                self._break(error)
+
+    def _send_recorded(self, *, up_to: int) -> None:
+        """What log.jsonl and the images folder have and W&B has not."""
+        rows = dict(read_rows(self._folder / "log.jsonl"))
+        for step, row in rows.items():
+            if self._first_step <= step <= up_to:
+                self._send_row(step, row)
+        found = find_images(self._folder / "images")
+        images = [(step, name) for name, paths in found.items() for step in paths]
+        for step, name in sorted(images):
+            if self._first_images_step <= step <= up_to:
+                caption = image_caption(step, rows.get(step, {}))
+                self._send_image(step, f"images/{name}", found[name][step], caption)
+
+    def _send_row(self, step: int, row: Mapping[str, Any]) -> None:
+        values = {key: self._value(value) for key, value in row.items()}
+        known = {key: value for key, value in values.items() if value is not None}
+        self._run.log({STEP_KEY: step} | known, commit=True)
+
+    def _send_image(self, step: int, key: str, path: Path, caption: str) -> None:
+        image = self._wandb.Image(str(path), caption=caption)
+        self._run.log({STEP_KEY: step, _IMAGES_STEP_KEY: step, key: image}, commit=True)
+
+    def _send_artifact(self, kind: str, name: str, paths: list[Path]) -> None:
+        artifact = self._wandb.Artifact(f"{self._folder.resolve().name}-{name}", type=kind)
+        for path in paths:
+            artifact.add_file(str(path), name=path.name)
+        self._run.log_artifact(artifact)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, list):  # of a distribution; wandb takes finite numbers alone
+            numbers = [item for item in value if item is not None and math.isfinite(item)]
+            return self._wandb.Histogram(numbers) if numbers else None
+        return value
+
+    def _break(self, error: Exception) -> None:
+        self._is_broken = True
+        self._say(
+            f"W&B stopped working ({_first_line(error)}); training goes on without it and"
+            " log.jsonl has every metric."
+        )
+
+    # end
+
+    def _finish(self, status: str) -> None:
+        exit_code = 0 if status == "finished" else 1
+        self._queue.put(None)
+        self._worker.join()
+        if self._is_broken:
+            return
+        try:
+            if status == "interrupted" and self._is_preempted_trial():
+                self._run.mark_preempting()  # the sweep gives this trial to another agent
+            with contextlib.suppress(TimeoutError):
+                self._run.finish(exit_code=exit_code)
+                self._is_complete = True
+            # finish() may return before wandb-core has written the last rows; teardown waits.
+            self._wandb.teardown(exit_code)
+        except Exception as error:  # as in _work
+            self._is_complete = False
+            self._break(error)
+
+    def _is_preempted_trial(self) -> bool:
+        """Of a sweep; a trial that its sweep or the user has stopped is not to go on."""
+        if self.mode != "online" or "WANDB_SWEEP_ID" not in os.environ or self._stop_requested:
+            return False
+        variables = {key: getattr(self._run, key) for key in ("entity", "project", "id")}
+        try:
+            service = self._wandb.Api(timeout=3)._service_api
+            answer = service.execute_graphql(_STOPPED, variables=variables, timeout=3.0)
+            return not answer["project"]["run"]["stopped"]
+        except Exception:  # of the service, of its client, or an answer of another form
+            return True
+
+    def _kill_core(self) -> None:
+        """Kill the wandb-core that this process started: wandb's exit hook would wait for it."""
+        import psutil
+
+        self._is_broken, self._is_complete = True, False
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("wandb-core"):
+                    child.kill()
+        # Takes the exit hook away, which would print a traceback, and then misses the dead core.
+        with contextlib.suppress(Exception, SystemExit):
+            self._wandb.teardown()
+
+
+def _asked_mode(configured: str) -> tuple[str, str]:
+    """The mode and the name of what sets it; WANDB_MODE wins, as users of W&B expect."""
+    asked = os.environ.get("WANDB_MODE")
+    if asked and asked not in _MODES:
+        raise ConfigError(f"WANDB_MODE={asked} is none of {', '.join(_MODES)}; set one or unset it")
+    return (asked, "WANDB_MODE") if asked else (configured, "wandb.mode")
+
+
+def _run_id(folder: Path, resume_step: int) -> str:
+    """That of a sweep's agent, or that of the run that is resumed, or another."""
+    path = folder / "wandb_id"
+    given = os.environ.get("WANDB_RUN_ID", "")
+    if not given and resume_step > 0 and path.exists():
+        return path.read_text().strip()
+    run_id = given or secrets.token_hex(4)
+    write_durably(path, run_id.encode())
+    return run_id
+
+
+def _offline_reason(wandb: Any, asked: str) -> str:
+    """Why no run can be sent to W&B from here, as a clause; "" when it can."""
+    try:
+        settings = wandb.setup().settings
+        if asked == "auto" and settings.mode in ("offline", "dryrun", "disabled"):
+            return f"`wandb {settings.mode}` is set here"
+        if not wandb.login(prompt=False, verify=False):
+            return "there is no login: run `wandb login` or set WANDB_API_KEY"
+        return "" if _answers(settings.base_url) else f"{settings.base_url} does not answer"
+    except Exception as error:  # malformed keys and settings raise errors of many kinds
+        return f"the W&B login cannot be used: {_first_line(error)}"
+
+
+def _answers(url: str) -> bool:
+    """Whether the service is there: wandb.init itself would wait for minutes. What TLS rejects
+    counts as an answer, for wandb says more about it."""
+    try:
+        urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError as error:
+        return "SSL" in str(error)
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
