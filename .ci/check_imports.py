@@ -33,8 +33,7 @@ VERBS = {
 }
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset(VERBS),
-    frozenset({"training", "evaluation", "inference", "packing"})
-    | {"microbatch", "estimate", "reporting"},
+    frozenset({"training", "evaluation", "inference", "packing"}) | {"microbatch", "estimate"},
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
     frozenset({"distributed", "randomness", "files"}) | {"abstract"},

@@ -12,6 +12,7 @@ from typing import Any
 from vae_dist.cli import run_command
 from vae_dist.config.commands import DashboardCommand
 from vae_dist.config.errors import ConfigError
+from vae_dist.tracking.metrics import IMAGES, SECTIONS, Panel
 
 USAGE = "python -m vae_dist.dashboard [project=NAME] [key=value ...]"
 INTRO = "Save the W&B workspace of a project: sections, panels and axes for vae_dist's metrics."
@@ -29,7 +30,7 @@ def dashboard(command: DashboardCommand) -> None:
         ) from None
     try:
         if not wandb.login(prompt=False, verify=False):
-            raise ConfigError("nobody is logged in: run `wandb login` or set WANDB_API_KEY")
+            raise ConfigError("there is no login: run `wandb login` or set WANDB_API_KEY")
         entity = command.entity or str(wandb.Api().default_entity)
         workspace = build(ws, entity=entity, project=command.project, name=command.name)
         workspace.save()
@@ -47,70 +48,32 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
     """The workspace, not saved; `ws` is the module wandb_workspaces.workspaces."""
     import wandb_workspaces.reports.v2 as wr
 
-    def line(title: str, *keys: str, log: bool = False) -> Any:
-        return wr.LinePlot(title=title, x=STEP_KEY, y=list(keys), log_y=log or None)
+    def line(panel: Panel) -> Any:
+        title = f"{panel.title} ({panel.unit})" if panel.unit else panel.title
+        return wr.LinePlot(title=title, x=STEP_KEY, y=list(panel.keys), log_y=panel.is_log or None)
 
-    def pictures(title: str, name: str) -> Any:
-        return wr.MediaBrowser(title=title, media_keys=[f"images/{name}"], num_columns=1)
+    def section(name: str, panels: list[Any]) -> Any:
+        return ws.Section(name=name, panels=panels, is_open=True)
 
-    def section(name: str, *panels: Any) -> Any:
-        return ws.Section(name=name, panels=list(panels), is_open=True)
-
+    pictures = [
+        wr.MediaBrowser(title=title, media_keys=[f"images/{name}"], num_columns=1)
+        for name, title in IMAGES.items()
+    ]
     rate_distortion = wr.ScatterPlot(
         title="Rate and distortion (validation)",
         x=wr.SummaryMetric("eval/rate_nats"),
         y=wr.SummaryMetric("eval/distortion_nats"),
     )
+    sections = {name: [line(panel) for panel in panels] for name, panels in SECTIONS.items()}
+    sections["Learning"].append(rate_distortion)
     return ws.Workspace(
         entity=entity,
         project=project,
         name=name,
         settings=ws.WorkspaceSettings(x_axis=STEP_KEY),
         sections=[
-            section(
-                "Pictures",
-                pictures("Prior samples", "samples"),
-                pictures("Reconstructions", "reconstructions"),
-                pictures("Interpolations", "interpolations"),
-                pictures("Traversals", "traversals"),
-                pictures("By class", "by_class"),
-                pictures("Worst reconstructions", "worst"),
-            ),
-            section(
-                "Learning",
-                line("-ELBO (nats/image)", "train/neg_elbo_nats", "eval/neg_elbo_nats"),
-                line("-IWAE bound (nats/image)", "train/neg_iwae_nats"),
-                line("Bits/dim", "train/bits_per_dim", "eval/bits_per_dim"),
-                line("Distortion (nats/image)", "train/distortion_nats", "eval/distortion_nats"),
-                line("Rate (nats/image)", "train/rate_nats", "eval/rate_nats"),
-                line("Beta", "train/beta"),
-                rate_distortion,
-            ),
-            section(
-                "Latents",
-                line("Active units", "latent/active_units"),
-                line("Mutual information (nats)", "latent/mutual_information_nats"),
-                line("Posterior variance", "latent/posterior_variance"),
-                line("Rate per unit (nats)", "latent/kl_nats_per_unit"),
-            ),
-            section(
-                "Optimizer",
-                line("Learning rate", "optim/lr"),
-                line("Gradient norm", "optim/grad_norm", log=True),
-                line("Update / weights", "optim/update_ratio", log=True),
-                line("Skipped steps", "optim/skipped_steps"),
-                line("Loss scale", "optim/loss_scale", log=True),
-            ),
-            section(
-                "Machine",
-                line("Images/s", "time/images_per_second"),
-                line("Images/s of a device", "time/images_per_second_per_device"),
-                line("Waiting for data (fraction)", "time/data_wait_fraction"),
-                line("Seconds of a step", "time/step_seconds"),
-                line("Model flops utilisation", "time/mfu"),
-                line("Memory (GiB)", "system/memory_gib", "system/device_memory_gib"),
-                line("Skipped samples", "data/skipped_samples"),
-            ),
+            section("Pictures", pictures),
+            *(section(name, panels) for name, panels in sections.items()),
         ],
     )
 

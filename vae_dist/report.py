@@ -18,8 +18,7 @@ INTRO = "Write one HTML page of curves, pictures, config and results; open it in
 
 def report(command: ReportCommand) -> None:
     from vae_dist.files import write_durably
-    from vae_dist.reporting.collect import read_story, short_names
-    from vae_dist.reporting.page import render
+    from vae_dist.tracking.report import write_report
 
     given = command.run if isinstance(command.run, list) else str(command.run).split(",")
     folders = [Path(str(name).strip()) for name in given if str(name).strip()]
@@ -27,14 +26,10 @@ def report(command: ReportCommand) -> None:
         raise ConfigError("run= names no folder; give one, for example run=runs/mnist")
     if command.picture_megabytes <= 0:
         raise ConfigError(f"picture_megabytes={command.picture_megabytes} must be positive")
-    share = int(command.picture_megabytes * 1e6) // len(folders)
-    stories = [
-        read_story(folder, picture_bytes=share, name=name)
-        for folder, name in zip(folders, short_names(folders), strict=True)
-    ]
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     out = Path(command.out) if command.out else default
-    page = render(stories).encode()
+    share = int(command.picture_megabytes * 1e6) // len(folders)
+    page = write_report(folders, max_image_bytes=share).encode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, page)

@@ -1,7 +1,6 @@
-"""Metric rows as text: what goes in is a row {"group/name": value}, what comes out is for people.
+"""Metrics for people: a row {"group/name": value} as text, and which keys are shown together.
 
 A value is a number or, of a distribution, the list of its values (one per latent dimension).
-
 Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_second`.
 """
 
@@ -10,8 +9,61 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 Value = float | list[float]
+
+
+class Panel(NamedTuple):
+    """Curves that are drawn together, in the report and in the W&B workspace."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    is_log: bool = False
+    x: str = "step"
+
+
+SECTIONS = {
+    "Learning": (
+        Panel("-ELBO", "nats/image", ("train/neg_elbo_nats", "eval/neg_elbo_nats")),
+        Panel("-IWAE bound", "nats/image", ("train/neg_iwae_nats",)),
+        Panel("Bits/dim", "", ("train/bits_per_dim", "eval/bits_per_dim")),
+        Panel("Distortion", "nats/image", ("train/distortion_nats", "eval/distortion_nats")),
+        Panel("Rate", "nats/image", ("train/rate_nats", "eval/rate_nats")),
+        Panel("Beta", "", ("train/beta",)),
+    ),
+    "Latents": (
+        Panel("Active units", "", ("latent/active_units",)),
+        Panel("Mutual information", "nats, lower bound", ("latent/mutual_information_nats",)),
+        Panel("Posterior variance", "prior: 1", ("latent/posterior_variance",)),
+        Panel("Rate per unit", "nats/image", ("latent/kl_nats_per_unit",), x="unit"),
+    ),
+    "Optimizer": (
+        Panel("Learning rate", "", ("optim/lr",)),
+        Panel("Gradient norm", "before clipping", ("optim/grad_norm",), is_log=True),
+        Panel("Update / weights", "2-norms", ("optim/update_ratio",), is_log=True),
+        Panel("Skipped steps", "", ("optim/skipped_steps",)),
+        Panel("Loss scale", "", ("optim/loss_scale",), is_log=True),
+    ),
+    "Machine": (
+        Panel("Throughput", "images/s", ("time/images_per_second",)),
+        Panel("Throughput of a device", "images/s", ("time/images_per_second_per_device",)),
+        Panel("Waiting for data", "fraction of time", ("time/data_wait_fraction",)),
+        Panel("Step time", "seconds", ("time/step_seconds",)),
+        Panel("Model FLOPs utilisation", "of peak", ("time/mfu",)),
+        Panel("Memory", "GiB", ("system/memory_gib", "system/device_memory_gib")),
+        Panel("Skipped samples", "", ("data/skipped_samples",)),
+    ),
+}
+IMAGES = {
+    "samples": "Prior samples",
+    "reconstructions": "Inputs above their reconstructions",
+    "interpolations": "Interpolations between inputs",
+    "traversals": "Traversals of the most active latent units",
+    "by_class": "Inputs beside their reconstructions, by class",
+    "worst": "Worst reconstructions",
+}
 
 _IMPLIED_GROUPS = ("train/", "time/")
 # A line for people leaves out what other figures of it say; log.jsonl and W&B have every key.

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.report_run import EVALUATED, write_report_run
+from vae_dist.report import main
+from vae_dist.tracking.images import save_png
+from vae_dist.tracking.report import MAX_POINTS, read_run, thinned, write_report
+
+
+class Page(HTMLParser):
+    """The elements of a page; every one that is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("img", "input", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_report_run(tmp_path / "a")
+    assert main([f"run={tmp_path / 'a'}"]) == 0
+    text = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert str(tmp_path / "a" / "report.html") in capsys.readouterr().out
+    page = Page(text)
+    assert "http" not in text.replace("http-equiv", "")
+    assert "default-src 'none'" in text
+    samples = [image for image in page.all("img") if image["data-step"]][: len(EVALUATED)]
+    assert [int(image["data-step"] or 0) for image in samples] == list(EVALUATED)
+    assert ["hidden" in image for image in samples] == [True, True, True, False]
+    assert str(samples[-1]["alt"]).startswith("step 400 | 91.1 nats | ")
+    assert json.loads(page.all("input")[0]["data-steps"] or "") == list(EVALUATED)
+    assert "<title>a eval/neg_elbo_nats, step 400: 91.1</title>" in text
+    assert "<title>a latent/kl_nats_per_unit, unit 3: 0.01</title>" in text
+    assert "<td>optimizer.lr</td><td>0.001</td>" in text
+    assert "<td>neg_elbo_nats</td><td>90</td>" in text
+    titles = re.findall(r"<h3>(.*?) <small>", text)
+    assert titles == ["-ELBO", "Bits/dim", "Rate per unit"]  # what is constant is left out
+
+
+def test_several_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, level in (("a/seed_0", 95.0), ("b/seed_0", 90.0), ("b/seed_1", 92.0)):
+        write_report_run(tmp_path / name, level=level)
+    assert main(["run=a/seed_0,b/seed_0,b/seed_1"]) == 0
+    text = Path("report.html").read_text(encoding="utf-8")
+    assert "<title>a/seed_0, b/seed_0, b/seed_1 - " in text
+    overview = text[: text.index("<h2>")]
+    assert re.findall(r"</span>(\w/seed_\d)</span>", overview) == [
+        "b/seed_0",
+        "b/seed_1",
+        "a/seed_0",
+    ]
+    assert len(Page(text).all("figure")) == 3 * 2
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    folder = write_report_run(tmp_path / "a<b>")
+    (tmp_path / "a<b>" / "results.json").write_text(
+        json.dumps({"data": HOSTILE, "figures": {HOSTILE: 1.0}})
+    )
+    session = {"host": HOSTILE, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    (tmp_path / "a<b>" / "environment.json").write_text(json.dumps({"sessions": [session]}))
+    folder.status_path.write_text(json.dumps({"status": HOSTILE, "step": 3}))
+    save_png(Image.new("L", (8, 8)), folder.images / "<i>\"'_00000100.png")
+    page = Page(write_report([tmp_path / "a<b>"], max_image_bytes=10**6))
+    assert len(page.all("script")) == 1 and not page.all("b") and not page.all("i")
+    assert all("onerror" not in attributes for _, attributes in page.found)
+    assert {str(image["src"])[:10] for image in page.all("img")} == {"data:image"}
+
+
+def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
+    folder = write_report_run(tmp_path / "a")
+    (tmp_path / "a" / "results.json").write_text('{"step": 4, "figures": {"x": NaN, "y": 1.0}}')
+    with folder.log_path.open("a") as log:
+        log.write('{"step": 404, "eval/neg_elbo_nats": Infinity, "optim/grad_norm": 0.0}\n')
+    text = write_report([tmp_path / "a"], max_image_bytes=10**6)
+    assert "<td>x</td><td>-</td>" in text and "eval/neg_elbo_nats, step 404" not in text
+
+
+@pytest.mark.parametrize("given", ["run=nothing", "run=,", "run=a picture_megabytes=0"])
+def test_what_is_no_run_is_refused(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(given.split(" ")) == 2
+    assert given.split(" ")[-1].split(",")[0] in capsys.readouterr().err
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    folder = write_report_run(tmp_path / "a")
+    for path in (folder.log_path, folder.status_path, tmp_path / "a" / "results.json"):
+        path.unlink()
+    (tmp_path / "a" / "environment.json").write_text('{"sessions": [{"first')
+    run = read_run(tmp_path / "a", name="a", max_image_bytes=10**6)
+    assert (run.curves, run.status, run.sessions, run.results) == ({}, {}, [], [])
+    Page(write_report([tmp_path / "a"], max_image_bytes=10**6))
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    points = thinned([(float(step), float(step % 2)) for step in range(1, 10 * MAX_POINTS + 1)])
+    assert len(points) == MAX_POINTS and points[-1] == (10 * MAX_POINTS, 0.5)
+    assert thinned(points) == points and thinned([]) == []
+
+
+def test_images_keep_to_their_bytes(tmp_path: Path) -> None:
+    folder = write_report_run(tmp_path / "a")
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100), dtype=np.uint8)
+    for step in range(1, 10):
+        save_png(Image.fromarray(noise), folder.images / f"noise_{step:08d}.png")
+    for budget, count in ((10**6, 9), (80_000, None), (1, 2)):
+        frames = read_run(tmp_path / "a", name="a", max_image_bytes=budget).images
+        steps = [step for step, _, _ in frames["noise"]]
+        assert (steps[0], steps[-1]) == (1, 9) and len(steps) in (count, *range(3, 9))
+        if budget != 1:
+            assert sum(len(uri) for items in frames.values() for *_, uri in items) <= budget

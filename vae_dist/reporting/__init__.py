@@ -1,1 +1,0 @@
-"""The report of runs: from run folders to one self-contained HTML page."""

@@ -1,0 +1,400 @@
+"""The report of runs: one HTML page that carries all it shows.
+
+In: run folders, also while the runs go on. Out: HTML with a table of the runs, curves as inline
+SVG (a point's `<title>` is its tooltip), image grids with one slider over the steps, results,
+config and sessions. The page fetches nothing, as its content security policy demands. All text is
+escaped: `_tag` does so with each child that is not its own result.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from vae_dist.config.keys import MISSING, flatten, keys, shown
+from vae_dist.config.schema import TrainConfig
+from vae_dist.run.folder import RunFolder
+from vae_dist.tracking.environment import read_sessions
+from vae_dist.tracking.images import find_images, image_caption
+from vae_dist.tracking.metrics import (
+    IMAGES,
+    SECTIONS,
+    Panel,
+    format_duration,
+    format_number,
+)
+from vae_dist.tracking.sinks import read_rows
+
+MAX_POINTS = 150  # of a curve
+MAX_FRAMES = 16  # of a grid
+_MAX_SIDE = 1400  # pixels of a grid
+_COLORS = ("#2f6fde", "#e07b1a", "#1a9a72", "#b5449b", "#8c6d1f", "#5b5fc7", "#c9372c", "#3f8fa8")
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 180, 52, 14, 8, 22  # pixels
+
+_VOID = ("img", "input")  # elements without an end
+_FIGURES = {
+    "-ELBO, nats": "eval/neg_elbo_nats",
+    "bits/dim": "eval/bits_per_dim",
+    "distortion, nats": "eval/distortion_nats",
+    "rate, nats": "eval/rate_nats",
+    "active units": "latent/active_units",
+    "images/s": "time/images_per_second",
+}
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title} - vae_dist report</title>
+<style>
+:root {{ color-scheme: light dark; font: 14px/1.5 system-ui, sans-serif; }}
+body {{ max-width: 1240px; margin: 24px auto; padding: 0 20px; }}
+table {{ border-collapse: collapse; margin: 8px 0; }}
+th, td {{ text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid #8884; }}
+td {{ overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }}
+.images {{ display: flex; flex-wrap: wrap; gap: 16px; }}
+h3 {{ font-size: 14px; margin: 8px 0 0; }} h3 small, figcaption, summary {{ color: #888; }}
+svg text {{ font-size: 11px; fill: #888; }} svg line {{ stroke: #8884; }}
+svg polyline {{ fill: none; stroke-width: 1.6; }} svg circle {{ fill-opacity: 0; }}
+svg circle:hover {{ fill-opacity: 1; }}
+figure {{ margin: 0; }} img {{ max-width: 100%; image-rendering: pixelated; }}
+input[type=range] {{ width: 100%; }}
+</style>
+</head>
+<body>
+{body}
+<script>
+const slider = document.getElementById("time");
+if (slider) slider.oninput = () => {{
+  const step = JSON.parse(slider.dataset.steps)[slider.value];
+  for (const figure of document.querySelectorAll("figure")) {{
+    const images = [...figure.querySelectorAll("img")];
+    const shown = images.filter((image) => image.dataset.step <= step).at(-1) ?? images[0];
+    images.forEach((image) => (image.hidden = image !== shown));
+    figure.querySelector("figcaption").textContent = shown.alt;
+  }}
+}};
+</script>
+</body>
+</html>
+"""
+
+Point = tuple[float, float]
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """`config` maps a key to (value, whether it is the schema's default)."""
+
+    name: str
+    status: dict[str, Any]
+    steps: int  # that the run was asked for
+    curves: dict[str, list[Point]]
+    images: dict[str, list[tuple[int, str, str]]]  # name -> (step, caption, data URI), by step
+    config: dict[str, tuple[str, bool]]
+    sessions: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+
+    def last(self, key: str) -> float:
+        return self.curves[key][-1][1] if key in self.curves else math.nan
+
+
+def write_report(folders: Sequence[Path], *, max_image_bytes: int) -> str:
+    """The page. Raises ConfigError where one of the folders is no run folder."""
+    paths = [folder.resolve() for folder in folders]
+    root = os.path.commonpath([path.parent for path in paths])
+    names = [os.path.relpath(path, root) for path in paths]
+    runs = [
+        read_run(folder, name=name, max_image_bytes=max_image_bytes)
+        for folder, name in zip(folders, names, strict=True)
+    ]
+    body = [_overview(runs), *_curves(runs), *_images(runs), *_results(runs), *_config(runs)]
+    title = html.escape(", ".join(run.name for run in runs))
+    return _PAGE.format(title=title, body="\n".join([*body, *_sessions(runs)]))
+
+
+# reading
+
+
+def read_run(path: Path, *, name: str, max_image_bytes: int) -> RunSummary:
+    folder = RunFolder(path)
+    config = folder.config()
+    rows = dict(read_rows(folder.log_path))
+    curves: dict[str, list[Point]] = {}
+    for step, row in rows.items():
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                curves.setdefault(key, []).append((step, float(value)))
+            elif isinstance(value, list):  # the latest distribution, largest first
+                known = sorted((item for item in value if item is not None), reverse=True)
+                curves[key] = list(enumerate(known, start=1))
+    results = []
+    for file in [path / "results.json", *sorted(path.glob("results_*.json"))]:
+        with contextlib.suppress(OSError, ValueError):  # missing or being written
+            results.append(dict(json.loads(file.read_bytes())))
+    defaults = {key: field.default for key, field in keys(TrainConfig).items()}
+    return RunSummary(
+        name=name,
+        status=folder.status(),
+        steps=config.training.steps,
+        curves={key: thinned(points) for key, points in curves.items()},
+        images=_frames(find_images(folder.images), rows, max_image_bytes),
+        config={
+            key: (shown(value), value == defaults[key] and defaults[key] != MISSING)
+            for key, value in flatten(config).items()
+        },
+        sessions=read_sessions(path / "environment.json"),
+        results=results,
+    )
+
+
+def thinned(points: list[Point]) -> list[Point]:
+    """At most MAX_POINTS, each the mean of neighbours at the place of the last of them."""
+    size = -(-len(points) // MAX_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size or 1)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _frames(
+    found: dict[str, dict[int, Path]], rows: dict[int, dict[str, Any]], max_bytes: int
+) -> dict[str, list[tuple[int, str, str]]]:
+    """Grids as data URIs: fewer steps of each until they fit; the first and the last stay."""
+    names = [name for name in {**IMAGES, **found} if name in found]
+    num_frames = MAX_FRAMES
+    while True:
+        frames = {
+            name: [
+                (step, image_caption(step, rows.get(step, {})), _data_uri(found[name][step]))
+                for step in _evenly(list(found[name]), num_frames)
+            ]
+            for name in names
+        }
+        size = sum(len(uri) for items in frames.values() for _, _, uri in items)
+        if size <= max_bytes or num_frames <= 2:
+            return frames
+        num_frames = max(2, min(num_frames - 1, num_frames * max_bytes // size))
+
+
+def _evenly(steps: list[int], count: int) -> list[int]:
+    if len(steps) <= count:
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+
+
+def _data_uri(path: Path) -> str:
+    buffer = io.BytesIO()
+    with contextlib.suppress(OSError):  # the trainer may be writing it
+        image = Image.open(path)
+        image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+        image.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# the page
+
+
+def _tag(name: str, *children: object, **attributes: object) -> Html:
+    """An element; a trailing _ of an attribute's name is dropped, other _ are hyphens."""
+    inner = "".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children)
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+    )
+    return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{inner}</{name}>")
+
+
+def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> Html:
+    lines = [_tag("tr", *(_tag("td", cell) for cell in row)) for row in rows]
+    return _tag("table", _tag("tr", *(_tag("th", cell) for cell in head)), *lines)
+
+
+def _name(index: int, run: RunSummary) -> Html:
+    dot = _tag("span", "\u25cf ", style=f"color:{_COLORS[index % len(_COLORS)]}")
+    return _tag("span", dot, run.name)
+
+
+def _number(value: object) -> str:
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return format_number(value) if is_number else "-"  # type: ignore[arg-type]
+
+
+def _overview(runs: list[RunSummary]) -> Html:
+    """One line for each run, the lowest -ELBO first."""
+    lines = []
+    for index, run in enumerate(runs):
+        times = run.curves.get("time/step_seconds", [])
+        before = [0.0, *(step for step, _ in times)]
+        seconds = sum((at - b) * value for (at, value), b in zip(times, before, strict=False))
+        step = max([run.status.get("step") or 0, *(at for at, _ in times)])
+        figures = (_number(run.last(key)) for key in _FIGURES.values())
+        state = run.status.get("status", "unknown")
+        steps = f"{step:.0f} of {run.steps}"
+        line = [_name(index, run), state, steps, *figures, format_duration(seconds)]
+        elbo = run.last("eval/neg_elbo_nats")
+        lines.append((math.inf if math.isnan(elbo) else elbo, index, line))
+    head = ["run", "status", "steps", *_FIGURES, "time in steps"]
+    return Html(_tag("h1", "vae_dist report") + _table(head, (line for *_, line in sorted(lines))))
+
+
+def _curves(runs: list[RunSummary]) -> Iterator[Html]:
+    for title, panels in SECTIONS.items():
+        charts = [chart for panel in panels if (chart := _chart(panel, runs))]
+        if charts:
+            yield Html(_tag("h2", title) + _tag("div", *charts, class_="panels"))
+
+
+def _chart(panel: Panel, runs: list[RunSummary]) -> Html | None:
+    """One panel of curves; None without points, or where all have one value."""
+    series: list[tuple[str, str, list[Point]]] = []
+    for index, run in enumerate(runs):
+        for position, key in enumerate(panel.keys):
+            points = [(x, _scaled(y, panel)) for x, y in run.curves.get(key, [])]
+            points = [(x, y) for x, y in points if math.isfinite(y)]
+            color = _COLORS[(index if len(runs) > 1 else position) % len(_COLORS)]
+            if points:
+                series.append((f"{run.name} {key}", color, points))
+    values = sorted(y for *_, points in series for _, y in points)
+    if not values or (len(values) > 1 and values[0] == values[-1]):
+        return None
+    axes = _Axes.around([x for *_, points in series for x, _ in points], values)
+    parts = axes.draw(panel)
+    for name, color, points in series:
+        places = [axes.place(*point) for point in points]
+        line = " ".join(f"{x},{y}" for x, y in places)
+        parts.append(_tag("polyline", points=line, stroke=color))
+        for (x, y), (cx, cy) in zip(points, places, strict=True):
+            title = _tag("title", f"{name}, {panel.x} {_number(x)}: {_number(_plain(y, panel))}")
+            parts.append(_tag("circle", title, cx=cx, cy=cy, r=4, fill=color))
+    svg = _tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img")
+    return _tag("div", _tag("h3", panel.title, " ", _tag("small", panel.unit)), svg)
+
+
+class _Axes(NamedTuple):
+    """Ranges of a panel, and where a point of them stands in the drawing."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+
+    @classmethod
+    def around(cls, x: list[float], y: list[float]) -> _Axes:
+        """`y` ascends. A loss starts far above where it becomes interesting: outliers are cut."""
+        low, high, upper = y[0], y[-1], y[int(0.97 * (len(y) - 1))]
+        if high - low > 3 * (upper - low) > 0:
+            high = upper
+        margin = 0.05 * (high - low) or abs(high) or 1.0
+        return cls(min(x), max(x), low - margin, high + margin)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        right = (x - self.first) / ((self.last - self.first) or 1)
+        down = (self.high - min(y, self.high)) / (self.high - self.low)
+        width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+        return round(_LEFT + right * width, 1), round(_TOP + down * height, 1)
+
+    def draw(self, panel: Panel) -> list[Html]:
+        parts = []
+        for tick in _ticks(self.low, self.high):
+            _, y = self.place(self.first, tick)
+            label = _number(_plain(tick, panel))
+            parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y))
+            parts.append(_tag("text", label, x=_LEFT - 5, y=y + 4, text_anchor="end"))
+        for tick in _ticks(self.first, self.last):
+            x, _ = self.place(tick, self.low)
+            parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
+        return parts
+
+
+def _scaled(value: float, panel: Panel) -> float:
+    if not panel.is_log:
+        return value
+    return math.log10(value) if value > 0 else math.nan
+
+
+def _plain(value: float, panel: Panel) -> float:
+    return 10**value if panel.is_log else value
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Some three to five round numbers from `low` to `high`."""
+    raw = (high - low) / 4 or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * raw)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _images(runs: list[RunSummary]) -> Iterator[Html]:
+    """All grids of all runs; the script shows, of each, the newest up to the slider's step."""
+    names = list(dict.fromkeys(name for run in runs for name in run.images))
+    steps = sorted({step for run in runs for frames in run.images.values() for step, *_ in frames})
+    if not steps:
+        return
+    last = len(steps) - 1
+    yield _tag("h2", "Pictures")
+    yield _tag("input", type="range", id="time", min=0, max=last, value=last, data_steps=steps)
+    for name in names:
+        figures = []
+        for index, run in enumerate(runs):
+            *earlier, (step, caption, uri) = run.images.get(name, []) or [(0, "", "")]
+            if uri:
+                shown = [_tag("img", src=u, alt=c, data_step=s, hidden="") for s, c, u in earlier]
+                shown.append(_tag("img", src=uri, alt=caption, data_step=step))
+                text = _tag("figcaption", caption)
+                figures.append(_tag("figure", _tag("div", _name(index, run)), *shown, text))
+        yield Html(_tag("h3", IMAGES.get(name, name)) + _tag("div", *figures, class_="images"))
+
+
+def _results(runs: list[RunSummary]) -> Iterator[Html]:
+    found = [(i, run, one) for i, run in enumerate(runs) for one in run.results]
+    found = [(i, run, one) for i, run, one in found if isinstance(one.get("figures"), dict)]
+    if found:
+        yield _tag("h2", "Results")
+    for index, run, one in found:
+        about = [f"{key} {value}" for key, value in one.items() if key != "figures"]
+        rows = ((key, _number(value)) for key, value in one["figures"].items())
+        yield Html(_tag("p", _name(index, run), ": ", ", ".join(about)) + _table((), rows))
+
+
+def _config(runs: list[RunSummary]) -> Iterator[Html]:
+    """The keys in which runs differ, or that differ from the defaults; then all."""
+    all_keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    rows = {key: [run.config.get(key, ("-", True)) for run in runs] for key in all_keys}
+    head = ["key", *(run.name for run in runs)]
+    of_interest = [
+        key
+        for key, values in rows.items()
+        if (len({value for value, _ in values}) > 1 if len(runs) > 1 else not values[0][1])
+    ]
+    yield _tag("h2", "Config: what differs " + ("between runs" if runs[1:] else "from defaults"))
+    yield _table(head, ([key, *(value for value, _ in rows[key])] for key in of_interest))
+    everything = _table(head, ([key, *(v for v, _ in values)] for key, values in rows.items()))
+    yield _tag("details", _tag("summary", f"all {len(rows)} keys"), everything)
+
+
+def _sessions(runs: list[RunSummary]) -> Iterator[Html]:
+    for index, run in enumerate(runs):
+        if not run.sessions:
+            continue
+        keys = ("first_step", "started", "host", "processes", "device", "git", "command")
+        rows = ([session.get(key, "-") for key in keys] for session in run.sessions)
+        versions = run.sessions[-1].get("versions", {})
+        yield Html(_tag("h2", "Sessions of ", _name(index, run)) + _table(keys, rows))
+        yield _tag("p", ", ".join(f"{name} {version}" for name, version in versions.items()))
