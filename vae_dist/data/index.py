@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_info, shown, unfinished_pack
+from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_info, shown
 from vae_dist.data.sources import (
     UnreadableError,
     exists,
@@ -281,20 +281,9 @@ def load_index(
     if index.num_samples == 0:
         raise ConfigError(f"{key}={shown(spec)}: the shards hold no sample")
     if create:
-        for problem in [*_unfinished_packs(index), *_problems_of_info(index)]:
+        for problem in _problems_of_info(index):
             print(f"warning: {problem}", file=sys.stderr)
     return index
-
-
-def _unfinished_packs(index: ShardIndex) -> list[str]:
-    """Of folders here that `pack` has moved the shards of a split to, before it ended early."""
-    folders = {Path(os.path.abspath(path)).parent for path in index.paths if not is_remote(path)}
-    return [
-        f"{folder}: the shards are all there, but the pack that made them has not finished; give "
-        f"its command, with out={out}, again: it goes on where it stood"
-        for folder in sorted(folders)
-        if (out := unfinished_pack(folder))
-    ]
 
 
 def _problems_of_info(index: ShardIndex) -> list[str]:

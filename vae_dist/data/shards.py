@@ -32,7 +32,7 @@ from vae_dist.data.sources import (
 )
 
 NUM_NAMED = 5  # shards that one message names
-WORK = ".pack"  # folder that `pack` works in, in its `out=`, until all shards are there
+WORK = ".job"  # folder in the `out=` of pack and encode, until all their shards are there
 
 
 class Shard(NamedTuple):
@@ -80,11 +80,13 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
     if is_remote(text):
         return _remote(text, key)
     place = Path(os.path.abspath(text))
-    if out := next((out for out in place.parents if _is_in_work_of(out, place)), None):
-        # a run of part of the shards could not go on with all of them
+    folder = place.parent if text.endswith(".tar") else place
+    if out := next(
+        (o for o in (folder, folder.parent) if (o / WORK / "plan.json").is_file()), None
+    ):
         raise ConfigError(
-            f"{key}={text}: a pack has not finished, and these are its shards so far; "
-            f"{_finish(out)}; then take {out / place.relative_to(out / WORK)}"
+            f"{key}={text}: the command that writes these shards has not finished; give it, with "
+            f"out={out}, again: it goes on where it stood"
         )
     if os.path.isdir(text):
         shards = sorted(str(path) for path in Path(text).glob("*.tar"))
@@ -92,13 +94,13 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
             raise ConfigError(f"{key}={text}: a file is named {commands[0]!r}; rename it")
         if not shards:
             raise ConfigError(
-                f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key, place)}"
+                f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key)}"
             )
         return [Shard(path, f"{path}.idx") for path in shards]
     if text.endswith(".tar"):
         return [Shard(path, f"{path}.idx") for path in _expanded(text, key)]
     kind = "a file, but no .tar shard" if os.path.exists(text) else "no such folder"
-    raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key, place)}")
+    raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key)}")
 
 
 def _expanded(text: str, key: str) -> list[str]:
@@ -108,26 +110,7 @@ def _expanded(text: str, key: str) -> list[str]:
         raise ConfigError(f"{key}={text}: {error}; write it like s-{{00..12}}.tar") from error
 
 
-def unfinished_pack(place: Path) -> Path | None:
-    """The folder here or just above into which a `pack` has begun and not come to its end."""
-    return next((folder for folder in (place, place.parent) if _is_unfinished(folder)), None)
-
-
-def _is_unfinished(out: Path) -> bool:
-    return (out / WORK / "plan.json").is_file() and not (out / "pack.json").is_file()
-
-
-def _is_in_work_of(out: Path, place: Path) -> bool:
-    return place.parts[len(out.parts)] == WORK and _is_unfinished(out)
-
-
-def _finish(out: Path) -> str:
-    return f"give its command, with out={out}, again: it goes on where it stood"
-
-
-def _how_to_make_shards(key: str, place: Path) -> str:
-    if out := unfinished_pack(place):
-        return f"a pack has not finished there; {_finish(out)}"
+def _how_to_make_shards(key: str) -> str:
     return (
         "put WebDataset shards there (`python -m vae_dist.pack source=PICTURES out=FOLDER` makes "
         f"them of pictures), or point {key} at yours"

@@ -1,86 +1,96 @@
 """Pictures of a source become shards: planned, written by several processes, checked, described.
 
-In: the keys of `pack`. Out: what `vae_dist.pack` says; raises ConfigError with a way out.
+In: the keys of `pack`. Out: the folder that `vae_dist.pack` describes. The plan (which picture goes
+into which shard) depends on the source and the keys alone, so that a killed `pack` goes on where it
+stopped and the jobs of an array agree. Raises ConfigError with a remedy.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
+import hashlib
 import json
 import os
-import re
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import shown
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
-from vae_dist.data.index import load_index, write_info
-from vae_dist.data.reader import SampleReader, single_sample
-from vae_dist.data.shards import WORK
-from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import ImageSettings
-from vae_dist.files import ProgressBar, sync_folder, write_durably
-from vae_dist.packing.items import Item, Source, check_splits, numbered
+from vae_dist.data.index import write_info
+from vae_dist.data.tar import DamagedSampleError, files_of_tar
+from vae_dist.files import ProgressBar, write_durably
+from vae_dist.packing.items import MAX_FILE_BYTES, Item, Source, check_splits, numbered, suffix_of
+from vae_dist.packing.jobs import Count, Report, ShardJob, part_of, run
 from vae_dist.packing.open import label_digest, open_source
-from vae_dist.packing.picture import PictureSettings, prepare, thumbnail
-from vae_dist.packing.plan import Plan, make_plan
-from vae_dist.packing.shards import Writing, is_written, report_path, write_missing
+from vae_dist.packing.picture import Picture, PictureSettings, prepare, thumbnail
+from vae_dist.randomness import numpy_generator
 from vae_dist.tracking.images import grid, save_png
 
+KEYS = (
+    "size",
+    "format",
+    "quality",
+    "background",
+    "max_pixels",
+    "shard_mb",
+    "validation",
+    "shuffle",
+    "seed",
+)
+SPLITS = ("train", "validation", "test")
+MIN_SHARDS = 8  # of a split that has at least MIN_PER_SHARD pictures for each
+MIN_PER_SHARD = 128
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
 NUM_NAMED = 5  # damaged pictures that the screen shows
-SHEET_PICTURES, SHEET_PIXELS = 64, 96
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without them
+MAX_SIZES = 1000  # of different image sizes that a report lists
+COUNTED = ("sizes", "channels", "labels", "members")  # of the samples of a shard
+SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
+
+
+class PlannedShard(NamedTuple):
+    split: str
+    number: int  # in the split
+    first: int  # number of its first picture in the split, for the keys
+    items: list[Item]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}/{self.split}-{self.number:06d}.tar"
 
 
 def pack(command: PackCommand) -> None:
-    out = Path(command.out)
     settings = _picture_settings(command)
-    if (out / "pack.json").exists():
-        _check_finished(command, out)
+    part = part_of(command.shard_range, key="shard_range")
+    job = ShardJob(Path(command.out), "pack.json")
+    identity = _identity(command)
+    if summary := job.finished(identity):
+        _print(job.out, summary)
+        print("finished already; nothing is left to do")
         return
-    work = out / WORK
-    if out.is_dir() and any(path.name != WORK for path in out.iterdir()) and not work.exists():
-        raise ConfigError(f"out={out}: the folder is in use; give another one, or empty it")
-    part = _shard_range(command.shard_range)
-    source = open_source(command.source, labels=command.labels, work_folder=work / "source")
+    source = open_source(command.source, labels=command.labels, work_folder=job.work / "source")
     listing = source.list()
     items, classes = numbered(listing)
     if not items:
         refused = "".join(f"; {name}: {reason}" for name, reason in listing.refused[:NUM_NAMED])
         raise ConfigError(f"source={command.source}: no picture is there{refused}")
     check_splits(items)
-    plan = make_plan(
-        items,
-        validation=command.validation,
-        shard_bytes=command.shard_mb * 1e6,
-        bytes_factor=_bytes_factor(source, items, settings),
-        shuffle=command.shuffle,
-        seed=command.seed,
-        settings=_identity(command),
-    )
-    _claim(work, plan)
-    numbers = [n for n in range(len(plan.shards)) if n % part[1] == part[0]]
-    writing = Writing(source, plan, work, settings)
-    workers = command.workers or len(os.sched_getaffinity(0))
-    total = sum(len(plan.shards[n].items) for n in numbers)
-    with ProgressBar("packed", total, unit="pictures") as progress:
-        write_missing(writing, numbers, workers=workers, progress=progress)
-    missing = [shard for shard in plan.shards if not is_written(work, shard)]
-    if missing:
-        print(f"shards written: {len(plan.shards) - len(missing)} of {len(plan.shards)}")
+    plan = make_plan(items, command, bytes_factor=_bytes_factor(source, items, settings))
+    job.begin({**identity, "pictures": _digest(items), "shards": len(plan)})
+    _write_missing(job, plan[part[0] :: part[1]], source, settings, command.workers)
+    if num_missing := sum(not job.is_done(shard.name) for shard in plan):
+        print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
         return
-    _finish(command, plan, listing.refused, classes)
+    summary = job.finish(identity, lambda: _describe(job, command, plan, listing.refused, classes))
+    _print(job.out, summary)
 
 
 def _picture_settings(command: PackCommand) -> PictureSettings:
@@ -100,20 +110,78 @@ def _picture_settings(command: PackCommand) -> PictureSettings:
     )
 
 
-def _shard_range(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n": this command writes the shards k with k mod n = i."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise ConfigError(f"shard_range={text} is not i/n with 0 <= i < n, like 0/8")
-    return int(found[1]), int(found[2])
-
-
 def _identity(command: PackCommand) -> dict[str, Any]:
-    """What decides the bytes of the shards."""
-    keys = ("size", "format", "quality", "background", "max_pixels", "shard_mb", "validation")
-    identity = {key: getattr(command, key) for key in (*keys, "shuffle", "seed")}
-    labels = label_digest(command.source, command.labels)
-    return {**identity, "labels": labels} if labels else identity
+    """What decides the bytes of the shards, beside the pictures."""
+    source = command.source if isinstance(command.source, str) else shown(command.source)
+    identity = {"source": source, **{key: getattr(command, key) for key in KEYS}}
+    if not command.labels and not Path(source).exists():
+        return identity  # CelebA's lists are gone with the source
+    return {**identity, "labels": label_digest(command.source, command.labels)}
+
+
+# the plan
+
+
+def make_plan(
+    items: Sequence[Item], command: PackCommand, *, bytes_factor: float
+) -> list[PlannedShard]:
+    """Deal the items. bytes_factor: bytes of a picture in a shard over its bytes in the source.
+
+    Raises ConfigError when nothing is left to train on.
+    """
+    splits: dict[str, list[Item]] = {}
+    for item in items:
+        splits.setdefault(item.split or "train", []).append(item)
+    if "train" not in splits:
+        raise ConfigError(
+            f"source: all {len(items)} pictures are of {' and '.join(sorted(splits))}; add some to "
+            "train on, or give the folder of that name itself as source="
+        )
+    if "validation" not in splits and command.validation:
+        splits["train"], splits["validation"] = _held_out(
+            splits["train"], command.validation, command.seed
+        )
+    shards: list[PlannedShard] = []
+    for number, split in enumerate(SPLITS):
+        members = splits.get(split, [])
+        if command.shuffle:
+            order = numpy_generator(command.seed, "pack", number).permutation(len(members))
+            members = [members[i] for i in order.tolist()]
+        shards += _cut(split, members, command.shard_mb * 1e6, bytes_factor)
+    return shards
+
+
+def _held_out(items: list[Item], validation: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """What is left, and what is set aside."""
+    count = round(validation * len(items)) if validation < 1 else int(validation)
+    if not 0 < count < len(items):
+        raise ConfigError(
+            f"validation={validation:g} sets {count} of {len(items)} pictures aside; give a part "
+            "below 1 or a smaller number, or validation=0"
+        )
+    generator = numpy_generator(seed, "pack-validation")
+    chosen = set(generator.choice(len(items), count, replace=False).tolist())
+    return (
+        [item for i, item in enumerate(items) if i not in chosen],
+        [item for i, item in enumerate(items) if i in chosen],
+    )
+
+
+def _cut(
+    split: str, items: list[Item], shard_bytes: float, bytes_factor: float
+) -> list[PlannedShard]:
+    """Shards of equal numbers of pictures, give or take one."""
+    if not items:
+        return []
+    total = sum(item.num_bytes for item in items) * bytes_factor + 2048 * len(items)
+    total += sum(file.num_bytes for item in items for _, file in item.companions)
+    count = max(-(-int(total) // int(shard_bytes)), min(MIN_SHARDS, len(items) // MIN_PER_SHARD))
+    count = min(max(1, count), len(items))
+    borders = [len(items) * k // count for k in range(count + 1)]
+    return [
+        PlannedShard(split, k, low, items[low:high])
+        for k, (low, high) in enumerate(pairwise(borders))
+    ]
 
 
 def _bytes_factor(source: Source, items: list[Item], settings: PictureSettings) -> float:
@@ -128,114 +196,131 @@ def _bytes_factor(source: Source, items: list[Item], settings: PictureSettings) 
     return after / before if before else 1.0
 
 
-def _claim(work: Path, plan: Plan) -> None:
-    """Begin this plan in the work folder, or find it begun. Raises ConfigError for another's."""
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "plan.json"
-    mine = {"identity": plan.identity, "shards": len(plan.shards)}
+def _digest(items: Sequence[Item]) -> str:
+    """Of the names, sizes, splits, classes and companions: another source has another one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        companions = [(member, file.name, file.num_bytes) for member, file in item.companions]
+        digest.update(repr((*item._replace(place=None)[:-1], companions)).encode())
+    return digest.hexdigest()
+
+
+# the shards
+
+
+def _write_missing(
+    job: ShardJob,
+    shards: Sequence[PlannedShard],
+    source: Source,
+    settings: PictureSettings,
+    workers: int,
+) -> None:
+    missing = {shard.name: shard for shard in shards if not job.is_done(shard.name)}
+    total = sum(len(shard.items) for shard in shards)
+    before = total - sum(len(shard.items) for shard in missing.values())
+    with ProgressBar("packed", total, unit="pictures") as progress:
+        run(
+            lambda name, count: _write_shard(job, missing[name], source, settings, count),
+            list(missing),
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=lambda done: progress(before + done),
+        )
+
+
+def _write_shard(
+    job: ShardJob, shard: PlannedShard, source: Source, settings: PictureSettings, count: Count
+) -> None:
+    counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
+    with job.shard(shard.name) as (writer, report):
+        report |= {"samples": 0, "kept": 0, "skipped": [], "names": []}
+        for i, item in enumerate(shard.items):
+            try:
+                picture, members = _packed(source, item, settings)
+            except DamagedSampleError as error:
+                report["skipped"].append([item.name, str(error)])
+            else:
+                key = f"{shard.first + i:09d}"
+                writer.write({"__key__": key, picture.suffix: picture.data, **members})
+                report["names"].append(item.name)
+                report["samples"] += 1
+                report["kept"] += picture.kept
+                counts["sizes"][f"{picture.shape[1]}x{picture.shape[2]}"] += 1
+                counts["channels"][str(picture.shape[0])] += 1
+                counts["labels"].update([str(item.category)] if "cls" in members else [])
+                counts["members"].update(members.keys())
+            count(1)
+        counts["sizes"] = Counter(dict(counts["sizes"].most_common(MAX_SIZES)))
+        report |= {key: dict(found) for key, found in counts.items()}
+
+
+def _packed(
+    source: Source, item: Item, settings: PictureSettings
+) -> tuple[Picture, dict[str, bytes]]:
+    """The picture of a sample and its other members. Raises DamagedSampleError."""
+    suffix, data = source.read(item)
+    members = {member: _companion(source, member, file) for member, file in item.companions}
+    picture = prepare(suffix, data, settings, mask=members.get(MASK_MEMBER))
+    if picture.mask is not None:
+        members[MASK_MEMBER] = picture.mask
+    if item.category is not None:
+        members["cls"] = str(item.category).encode()
+    if item.extra:
+        members["json"] = _with_extra(members.get("json"), item.extra)
+    return picture, members
+
+
+def _companion(source: Source, member: str, file: Item) -> bytes:
+    if file.num_bytes > MAX_FILE_BYTES:
+        raise DamagedSampleError(f"its .{member} is too large")
     try:
-        begun = json.loads(path.read_text())
-    except FileNotFoundError:
-        write_durably(path, json.dumps(mine).encode())
-        return
-    if begun != mine:
-        raise ConfigError(
-            f"out={work.parent}: another pack was begun there, with another source or other keys "
-            f"or labels; run that command again, or remove {work}, or give another folder"
-        )
+        return source.read(file)[1]
+    except DamagedSampleError as error:
+        raise DamagedSampleError(f"its .{member}: {error}") from None
 
 
-def _check_finished(command: PackCommand, out: Path) -> None:
-    summary = json.loads((out / "pack.json").read_text())
-    asked = {"source": _shown(command.source), **_identity(command)}
-    if "labels" not in asked and not Path(asked["source"]).exists():
-        summary["command"].pop("labels", None)  # CelebA's lists, gone with the source
-    if summary["command"] != json.loads(json.dumps(asked)):
-        raise ConfigError(
-            f"out={out}: holds shards that were made from source={summary['command']['source']} "
-            "or with other keys or labels; give another folder, or remove this one"
-        )
-    _say(out, summary)
-    print("finished already; nothing is left to do")
-
-
-def _shown(source: Any) -> str:
-    return source if isinstance(source, str) else ",".join(map(str, source))
+def _with_extra(text: bytes | None, extra: Mapping[str, Any]) -> bytes:
+    """The .json of a sample with what a table says of it."""
+    try:
+        fields = json.loads(text or b"{}")
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise DamagedSampleError("its .json has no fields; labels= could not add its own")
+    return json.dumps({**fields, **extra}, sort_keys=True).encode()
 
 
 # the end
 
 
-def _finish(
-    command: PackCommand, plan: Plan, refused: list[tuple[str, str]], classes: tuple[str, ...]
-) -> None:
-    """Move the shards into place, or find that another job of the array did so."""
-    out = Path(command.out)
-    work = out / WORK
-    with _alone(work):
-        if (out / "pack.json").exists():
-            _check_finished(command, out)
-        else:
-            _move_and_describe(command, plan, refused, classes)
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """One job of an array at a time; the system lifts the lock of one that is killed."""
-    with _lock_file(work) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield
-
-
-def _lock_file(work: Path) -> BinaryIO:
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # the job that ended first removes the folder
-            return open(work / "lock", "wb")
-
-
-def _move_and_describe(
-    command: PackCommand, plan: Plan, refused: list[tuple[str, str]], classes: tuple[str, ...]
-) -> None:
-    """The shards in their places, index, names, contact sheet and, last, the summary."""
-    out = Path(command.out)
-    work = out / WORK
-    reports = [json.loads(report_path(work, shard).read_text()) for shard in plan.shards]
+def _describe(
+    job: ShardJob,
+    command: PackCommand,
+    plan: Sequence[PlannedShard],
+    refused: list[tuple[str, str]],
+    classes: tuple[str, ...],
+) -> dict[str, Any]:
+    """Index, names and contact sheet; the summary. Raises ConfigError when too many are lost."""
+    reports = [job.report(shard.name) for shard in plan]
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
-    fraction = len(skipped) / plan.num_items()
-    if fraction > command.max_skipped_fraction:
+    num_items = sum(len(shard.items) for shard in plan)
+    if len(skipped) > command.max_skipped_fraction * num_items or len(skipped) == num_items:
         raise ConfigError(
             [
-                f"source={_shown(command.source)}: {len(skipped)} of {plan.num_items()} pictures "
-                "cannot be packed:",
+                f"source={command.source}: {len(skipped)} of {num_items} pictures cannot be "
+                "packed:",
                 *(f"  {name}: {reason}" for name, reason in skipped[:NUM_NAMED]),
                 "repair them, or leave them out with max_skipped_fraction=1",
             ]
         )
     splits = {}
-    for split in plan.splits:
-        shards = plan.of(split)
-        own = [r for r, shard in zip(reports, plan.shards, strict=True) if shard.split == split]
-        if not (out / split).exists():  # a job that was killed may have moved it
-            write_info([work / split / shard.name for shard in shards], split=split)
-            os.rename(work / split, out / split)
-        splits[split] = {
-            "samples": sum(report["samples"] for report in own),
-            "kept_byte_for_byte": sum(report["kept"] for report in own),
-            "shards": len(shards),
-            "bytes": sum((out / split / shard.name).stat().st_size for shard in shards),
-            "labels": dict(sorted(_sum(own, "labels").items(), key=lambda kv: int(kv[0]))),
-        }
-    sync_folder(out)
-    write_durably(out / "names.txt", "".join(_name_lines(plan, reports)).encode())
-    save_png(_contact_sheet(out / plan.splits[0]), out / "contact-sheet.png")
-    summary = {
-        "command": {"source": _shown(command.source), **_identity(command)},
+    for split in SPLITS:
+        shards = [(s, r) for s, r in zip(plan, reports, strict=True) if s.split == split]
+        if shards:
+            splits[split] = _describe_split(job, split, shards)
+    names = zip(plan, reports, strict=True)
+    write_durably(job.out / "names.txt", "".join(_name_lines(names)).encode())
+    save_png(_contact_sheet(job, [s for s in plan if s.split == "train"]), job.out / SHEET)
+    return {
         "splits": splits,
         "classes": list(classes),
         "channels": dict(_sum(reports, "channels")),
@@ -243,39 +328,57 @@ def _move_and_describe(
         "members": dict(_sum(reports, "members")),
         "skipped": [*skipped, *refused],
     }
-    write_durably(out / "pack.json", json.dumps(summary, indent=1).encode())
-    _say(out, summary)
 
 
-def _sum(reports: list[dict[str, Any]], key: str) -> Counter[str]:
+def _describe_split(
+    job: ShardJob, split: str, shards: Sequence[tuple[PlannedShard, Report]]
+) -> dict[str, Any]:
+    paths = [job.out / shard.name for shard, _ in shards]
+    reports = [report for _, report in shards]
+    write_info(paths, split=split)
+    labels = _sum(reports, "labels")
+    return {
+        "samples": sum(report["samples"] for report in reports),
+        "kept_byte_for_byte": sum(report["kept"] for report in reports),
+        "shards": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "labels": dict(sorted(labels.items(), key=lambda kv: int(kv[0]))),
+    }
+
+
+def _sum(reports: Sequence[Report], key: str) -> Counter[str]:
     total: Counter[str] = Counter()
     for report in reports:
         total.update(report[key])
     return total
 
 
-def _name_lines(plan: Plan, reports: list[dict[str, Any]]) -> Iterator[str]:
-    for shard, report in zip(plan.shards, reports, strict=True):
+def _name_lines(shards: Iterator[tuple[PlannedShard, Report]]) -> Iterator[str]:
+    for shard, report in shards:
         for i, name in enumerate(report["names"]):
-            yield f"{shard.name}\t{i}\t{name}\n"
+            yield f"{Path(shard.name).name}\t{i}\t{name}\n"
 
 
-def _contact_sheet(folder: Path) -> Any:
+def _contact_sheet(job: ShardJob, shards: Sequence[PlannedShard]) -> Image.Image:
     """Pictures from the beginning of each shard, cropped to squares."""
-    index = load_index(str(folder), key="out", create=False)
-    reader = SampleReader(index, ImageSettings(3, (1, 1), True, 1), seed=0)
-    each = -(-SHEET_PICTURES // len(index.paths))
-    pictures: list[np.ndarray] = []
-    for shard, length in enumerate(index.lengths.tolist()):
-        for data in reader.read(shard, 0, min(each, length)) if length else []:
-            sample = single_sample(data, index.paths[shard])
-            name = next(name for name in sample if name in SUFFIXES)
-            pictures.append(thumbnail(name, sample[name], SHEET_PIXELS))
-    cells = np.stack(pictures[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
-    return grid(torch.from_numpy(np.ascontiguousarray(cells)))
+    each = -(-SHEET_PICTURES // len(shards))
+    cells: list[np.ndarray] = []
+    for shard in shards[:SHEET_PICTURES]:
+        path = job.out / shard.name
+        files = (
+            (suffix_of(name), at, size)
+            for name, at, size in files_of_tar(str(path))
+            if suffix_of(name) in SUFFIXES and not name.endswith(f".{MASK_MEMBER}")
+        )
+        with open(path, "rb") as tar:
+            for suffix, at, size in islice(files, each):
+                tar.seek(at)
+                cells.append(thumbnail(suffix, tar.read(size), SHEET_PIXELS))
+    pictures = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
+    return grid(torch.from_numpy(np.ascontiguousarray(pictures)))
 
 
-def _say(out: Path, summary: dict[str, Any]) -> None:
+def _print(out: Path, summary: dict[str, Any]) -> None:
     for split, facts in summary["splits"].items():
         classes = f" classes={len(facts['labels'])}" if facts["labels"] else ""
         print(
@@ -285,12 +388,10 @@ def _say(out: Path, summary: dict[str, Any]) -> None:
     sizes = [f"{size} ({count})" for size, count in list(summary["sizes"].items())[:3]]
     channels = [f"{key} ({count})" for key, count in summary["channels"].items()]
     print(f"sizes HxW: {', '.join(sizes)}; channels: {', '.join(channels)}")
-    if summary.get("members", {}).get(MASK_MEMBER):
-        count = summary["members"][MASK_MEMBER]
+    if count := summary["members"].get(MASK_MEMBER):
         print(f"missing pixels: {count} pictures have a .{MASK_MEMBER}; set data.mask=member")
     for name, reason in summary["skipped"][:NUM_NAMED]:
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    if len(summary["skipped"]) > NUM_NAMED:
-        more = len(summary["skipped"]) - NUM_NAMED
+    if (more := len(summary["skipped"]) - NUM_NAMED) > 0:
         print(f"left out: {more} more, listed in {out / 'pack.json'}", file=sys.stderr)
-    print(f"look at {out / 'contact-sheet.png'}")
+    print(f"look at {out / SHEET}")

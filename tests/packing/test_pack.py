@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,6 @@ import pytest
 from PIL import Image
 
 import vae_dist.packing.pack as packing
-import vae_dist.packing.shards as shards_module
-from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader, image_settings
 from vae_dist.pack import main
@@ -93,29 +88,32 @@ def test_the_trainer_reads_each_picture_once(
     assert pack(pictures, out, "validation=0.1") == 0
     assert "finished already" in capsys.readouterr().out
     assert pack(pictures, out, "validation=0.2") == 2
-    assert "give another folder" in capsys.readouterr().err
+    assert "another validation (0.1 there, 0.2 here)" in capsys.readouterr().err
 
 
 def test_a_killed_pack_goes_on_and_ends_the_same(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert pack(pictures, tmp_path / "whole") == 0
-    prepare, calls = shards_module.prepare, []
+    prepare, calls = packing.prepare, []
 
     def killed(*args: Any, **options: Any) -> object:
         calls.append(args)
-        if len(calls) == 25:
+        if len(calls) == COUNT + 25:  # the first ones measure sizes
             raise KeyboardInterrupt
         return prepare(*args, **options)
 
-    monkeypatch.setattr(shards_module, "prepare", killed)
+    monkeypatch.setattr(packing, "prepare", killed)
     assert pack(pictures, tmp_path / "killed") == 130
-    assert not (tmp_path / "killed/train").exists()
-    written = list((tmp_path / "killed/.pack/train").glob("*.tar"))
-    assert 1 <= len(written) < 5
+    assert 1 <= len(list((tmp_path / "killed/train").glob("*.tar"))) < 5
+    assert pack(pictures, tmp_path / "killed", "seed=1") == 2
+    assert "another seed (0 there, 1 here)" in capsys.readouterr().err
     before = len(calls)
     assert pack(pictures, tmp_path / "killed") == 0
-    assert len(calls) - before < COUNT
+    assert len(calls) - before < 2 * COUNT
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -123,94 +121,9 @@ def test_workers_and_job_arrays_write_the_same_bytes(pictures: Path, tmp_path: P
     assert pack(pictures, tmp_path / "one") == 0
     assert pack(pictures, tmp_path / "two", "workers=2") == 0
     for i in (1, 0, 2):
-        assert not (tmp_path / "array/train").exists()
+        assert not (tmp_path / "array/pack.json").exists()
         assert pack(pictures, tmp_path / "array", f"shard_range={i}/3") == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "array")
-
-
-def test_array_jobs_that_end_together_finish_once(
-    few: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out, finish = tmp_path / "out", packing._finish
-
-    def after_another(*args: Any) -> None:
-        finish(*args)
-        capsys.readouterr()
-        finish(*args)
-
-    monkeypatch.setattr(packing, "_finish", after_another)
-    assert pack(few, out, "validation=2") == 0
-    assert "finished already" in capsys.readouterr().out
-    assert not (out / ".pack").exists() and len(loaded(out / "train")) == 4
-
-
-def test_a_job_waits_for_the_one_that_finishes(tmp_path: Path) -> None:
-    work = tmp_path / ".pack"
-    with packing._alone(work), open(work / "lock", "wb") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_a_kill_between_the_moves_of_two_splits_repeats_no_shard(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, rename = tmp_path / "out", os.rename
-    with monkeypatch.context() as patch:
-        patch.setattr(packing.os, "rename", killed_after(rename))
-        assert pack(few, out, "validation=2") == 130
-    assert (out / "train").exists() and (out / ".pack/validation").exists()
-    monkeypatch.setattr(shards_module, "_write_shard", None)
-    assert pack(few, out, "validation=2") == 0
-    assert len(loaded(out / "train")) + len(loaded(out / "validation")) == 6
-
-
-def test_shards_of_a_pack_that_has_not_finished_are_not_taken_for_the_data_set(
-    few: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out, rename = tmp_path / "out", os.rename
-    again = f"give its command, with out={out}, again"
-    assert pack(few, out, "validation=2", "shard_range=0/2") == 0
-    for place in (out, out / "train"):
-        with pytest.raises(ConfigError, match="a pack has not finished there") as missing:
-            load_index(str(place), key="data.train", create=True)
-        assert again in str(missing.value)
-    for place in (out / ".pack/train", out / ".pack/train/train-{000000..000000}.tar"):
-        with pytest.raises(ConfigError) as part:
-            load_index(str(place), key="data.train", create=True)
-        assert again in str(part.value)
-        assert f"then take {out / place.relative_to(out / '.pack')}" in str(part.value)
-    assert not (out / ".pack/train/_info.json").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(packing.os, "rename", killed_after(rename))
-        assert pack(few, out, "validation=2") == 130
-    capsys.readouterr()
-    assert load_index(str(out / "train"), key="data.train", create=True).num_samples == 4
-    assert again in capsys.readouterr().err  # a whole split may be trained on
-    assert pack(few, out, "validation=2") == 0
-    capsys.readouterr()
-    load_index(str(out / "train"), key="data.train", create=True)
-    assert capsys.readouterr().err == ""
-
-
-def killed_after(function: Callable[..., None]) -> Callable[..., None]:
-    def call(*args: Any) -> None:
-        function(*args)
-        raise KeyboardInterrupt
-
-    return call
-
-
-def test_another_pack_in_the_same_folder_is_refused(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert pack(pictures, tmp_path / "out", "shard_range=0/3") == 0
-    assert pack(pictures, tmp_path / "out", "seed=1") == 2
-    assert "another pack was begun there" in capsys.readouterr().err
 
 
 def test_damaged_pictures_are_left_out_and_named(
@@ -222,7 +135,7 @@ def test_damaged_pictures_are_left_out_and_named(
     error = capsys.readouterr().err
     assert "2 of 60 pictures cannot be packed" in error and "max_skipped_fraction=1" in error
     assert "cat/001.png: no readable PNG" in error
-    assert not (tmp_path / "out/train").exists()
+    assert not (tmp_path / "out/pack.json").exists()
     assert pack(pictures, tmp_path / "out", "max_skipped_fraction=1") == 0
     assert "left out: dog/000.png: damaged PNG" in capsys.readouterr().err
     assert len(loaded(tmp_path / "out/train")) + len(loaded(tmp_path / "out/validation")) == 58
@@ -247,10 +160,3 @@ def test_wrong_keys(
 ) -> None:
     assert main([f"source={pictures}", f"out={tmp_path / 'out'}", *keys]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_folder_in_use_is_left_alone(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert pack(pictures, pictures) == 2
-    assert "the folder is in use" in capsys.readouterr().err

@@ -25,8 +25,6 @@ from tests.support.encoding import (
 from tests.support.latent_data import write_spatial_run
 from vae_dist import encode
 from vae_dist.data.writer import ShardWriter, write_shards
-from vae_dist.inference.encoding import folder, writing
-from vae_dist.run.folder import RunFolder, RunLock
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def test_too_much_damage_stops(
     assert encode.main(keys(run, out, "max_skipped_fraction=0.05")) == 2
     message = capsys.readouterr().err
     assert "2 of 23 images cannot be read" in message and "sample 4: " in message
-    assert not out.exists()
+    assert not (out / "encode.json").exists()
     encoded(run, out)  # goes on, with the limit of the other tests
     encoded(run, tmp_path / "fresh")
     assert files_of(out) == files_of(tmp_path / "fresh")
@@ -99,49 +97,17 @@ def test_a_killed_encode_goes_on(
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert not out.exists()
-    partial = tmp_path / "out.partial"
-    whole = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
+    whole = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert bool(whole) == (at > 1)
     assert encode.main(keys(run, out, "content=mean")) == 2
     assert "another content (moments there, mean here)" in capsys.readouterr().err
     assert encode.main(keys(run, out, "checkpoint=10")) == 2
     assert "another step (20 there, 10 here)" in capsys.readouterr().err
     encoded(run, out)
-    assert not partial.exists() and not (out / ".encode").exists()
+    assert not (out / ".job").exists()
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
     encoded(run, tmp_path / "straight")
     assert files_of(out) == files_of(tmp_path / "straight")
-
-
-def test_two_at_once_do_not_share_a_folder(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    work = RunFolder(tmp_path / "out.partial" / writing.WORK)
-    with RunLock(work):  # as the first one holds it
-        assert encode.main(keys(run, out)) == 2
-    message = capsys.readouterr().err
-    assert f"out={out}: in use by process {os.getpid()}" in message and "with out=FOLDER" in message
-    encoded(run, out)
-    assert not list(out.rglob("lock.json")) and not (tmp_path / "out.partial").exists()
-
-
-def test_another_process_may_finish_just_before_the_lock_is_taken(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    plan = folder.plan_shards
-
-    def late(*args: Any) -> Any:
-        monkeypatch.setattr(folder, "plan_shards", plan)
-        encoded(run, out)
-        return plan(*args)
-
-    monkeypatch.setattr(folder, "plan_shards", late)
-    encoded(run, out)
-    assert "nothing is left to do" in capsys.readouterr().out
-    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize(("world", "shard_mb"), [(2, 0.02), (3, 0.02), (2, 10)])
@@ -155,20 +121,7 @@ def test_any_number_of_processes_writes_the_same(
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
 
 
-def test_what_goes_wrong_on_one_process_is_raised_on_all(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def full(path: Path, data: bytes) -> None:
-        if os.environ["RANK"] == "1":
-            raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(writing, "write_durably", full)
-    assert run_ranks(2, encode.main, keys(run, tmp_path / "out")) == [2, 2]
-    assert "rank 1" in (message := capfd.readouterr().err) and "No space left" in message
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_loader_processes_change_nothing(run: Path, tmp_path: Path) -> None:
+def test_loader_threads_change_nothing(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     write_spatial_run(other, run.parent / "photos")
     text = (other / "config.yaml").read_text()

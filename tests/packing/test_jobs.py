@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.index import load_index, write_info
+from vae_dist.packing import jobs
+from vae_dist.packing.jobs import Count, ShardJob, in_threads, part_of, run
+
+PLAN = {"seed": 0, "pictures": "a digest"}
+SHARDS = [f"s-{k:06d}.tar" for k in range(6)]
+
+
+def write(job: ShardJob, name: str, count: Count = lambda number: None) -> None:
+    with job.shard(name) as (writer, report):
+        for i in range(3):
+            writer.write({"__key__": f"{i}", "txt": f"{name} {i}".encode()})
+            count(1)
+        report["samples"] = 3
+
+
+def complete(job: ShardJob) -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
+        reports = [job.report(name) for name in SHARDS]
+        write_info([job.out / name for name in SHARDS], split="s")
+        return {"samples": sum(report["samples"] for report in reports)}
+
+    return job.finish(PLAN, describe)
+
+
+def begun(out: Path) -> ShardJob:
+    job = ShardJob(out, "done.json")
+    assert job.finished(PLAN) is None
+    job.begin(PLAN)
+    return job
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_job_is_shards_index_and_summary(tmp_path: Path) -> None:
+    job = begun(tmp_path / "out")
+    for name in SHARDS:
+        write(job, name)
+    assert complete(job) == {"samples": 18, "identity": PLAN} == job.finished(PLAN)
+    assert not job.work.exists()
+    assert load_index(str(job.out), key="data", create=False).num_samples == 18
+    with pytest.raises(ConfigError, match=r"out=.*: made with another seed \(0 there, 1 here\)"):
+        job.finished({**PLAN, "seed": 1})
+
+
+def test_a_shard_that_ends_early_is_not_there(tmp_path: Path) -> None:
+    job = begun(tmp_path / "out")
+    write(job, SHARDS[0])
+    with pytest.raises(KeyboardInterrupt), job.shard(SHARDS[1]) as (writer, _):
+        writer.write({"__key__": "0", "txt": b"x"})
+        raise KeyboardInterrupt
+    assert [name for name in SHARDS if job.is_done(name)] == SHARDS[:1]
+    assert not list((job.work / "partial").iterdir())
+    with pytest.raises(ConfigError, match=r"not finished; give it, with out=.*, again: it goes on"):
+        load_index(str(job.out), key="data.train", create=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_parts_in_any_order_write_the_same_bytes(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for out, parts in (("one", ["0/1"]), ("three", [f"{i}/3" for i in order])):
+        for text in parts:
+            i, n = part_of(text, key="shard_range")
+            job = begun(tmp_path / out)
+            run(partial(write, job), SHARDS[i::n], workers=2, progress=lambda done: None)
+        complete(job)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "a/2", "-1/2"])
+def test_a_part_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"shard_range=.* is not i/n with 0 <= i < n"):
+        part_of(text, key="shard_range")
+
+
+def test_another_plan_does_not_go_on(tmp_path: Path) -> None:
+    begun(tmp_path / "out")
+    with pytest.raises(ConfigError, match="made with another pictures"):
+        ShardJob(tmp_path / "out", "done.json").begin({**PLAN, "pictures": "others"})
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ConfigError, match="is in use; give another one"):
+            ShardJob(out, "done.json").finished(PLAN)
+
+
+def test_who_comes_late_finds_the_job_finished(tmp_path: Path) -> None:
+    """Two write the last shard and describe the folder: the one that is quicker removes .job."""
+    job = begun(tmp_path / "out")
+    for name in SHARDS:
+        write(job, name)
+    with job.shard(SHARDS[5]) as (writer, _):
+        writer.write({"__key__": "0", "txt": b"x"})
+        finished = complete(job)
+    assert complete(job) == finished
+
+
+def test_what_the_disk_refuses_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = begun(tmp_path / "out")
+    monkeypatch.setattr(jobs, "write_sidecar", full)
+    with pytest.raises(ConfigError, match=r"No space left.*the same command goes on"):
+        write(job, SHARDS[0])
+    assert not job.is_done(SHARDS[0])
+
+
+def test_a_killed_process_is_named_and_the_others_end(tmp_path: Path) -> None:
+    job = begun(tmp_path / "out")
+
+    def write_or_die(name: str, count: Count) -> None:
+        if name == SHARDS[3]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(job, name, count)
+
+    with pytest.raises(ConfigError, match=r"a process .* was killed .*the same command goes on"):
+        run(write_or_die, SHARDS, workers=2, progress=lambda done: None)
+    assert not multiprocessing.active_children()
+
+
+def test_progress_counts_what_all_processes_do(tmp_path: Path) -> None:
+    job, seen = begun(tmp_path / "out"), [0]
+    for workers in (1, 3):
+        run(partial(write, job), SHARDS, workers=workers, progress=seen.append)
+        assert seen[-1] == 18
+
+
+def test_threads_keep_the_order_and_raise() -> None:
+    assert list(in_threads(lambda n: n * n, range(50), threads=3)) == [n * n for n in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda n: 1 // (n - 7), range(50), threads=3))
