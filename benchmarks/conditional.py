@@ -24,6 +24,7 @@ from vae_dist.config.load import load_command
 from vae_dist.data.index import load_index
 from vae_dist.inference.load import Images, first_examples, load_model, open_images
 from vae_dist.inference.sampling import sample_classes
+from vae_dist.tracking.images import to_uint8
 
 STEPS, BATCH_SIZE = 600, 128
 
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         temperature=command.temperature,
     )
     asked = torch.arange(num_classes).repeat_interleave(of_each)
-    agrees = agreement(network, samples, asked).float()
+    agrees = agreement(network, to_uint8(samples), asked).float()
     by_class = agrees.view(num_classes, of_each).mean(1)
     facts = f"{len(digits.images)} training digits, {seconds:.0f} s"
     print(f"classifier: {facts}, agrees with {real:.1%} of the validation labels")

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.data.index import load_index
-from vae_dist.inference.filling import known_of
-from vae_dist.inference.imputation import impute
+from vae_dist.inference.impute import impute, prepared
 from vae_dist.inference.load import Images, LoadedModel, first_examples, load_model, open_images
 from vae_dist.tracking.images import grid, save_png, to_uint8, with_holes
 
@@ -79,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     train = load_index(aware.config.data.train, key="data.train", create=True)
     digits = first_examples(Images(train, validation.settings), train.num_samples).images
     filled = {"mean": (digits.float().mean(0) / 127.5 - 1).expand_as(truth)}
-    known = {name: known_of(m.model, examples) for name, m in (("a", aware), ("o", ordinary))}
+    known = {name: prepared(m.model, examples) for name, m in (("a", aware), ("o", ordinary))}
     for name, fill in (("zero", -1.0), ("zero, mid-grey", 0.0)):
-        filled[name] = encoded_once(ordinary, known["o"].images, missing, fill)
+        filled[name] = encoded_once(ordinary, known["o"], missing, fill)
     options = {"num_samples": num_samples, "num_draws": 4, "seed": seed}
     seconds = {}
     made = {}
@@ -94,7 +93,13 @@ def main(argv: list[str] | None = None) -> int:
         steps = min(num_samples, 40) if method == "gibbs" else num_samples
         began = time.perf_counter()
         made[name] = impute(
-            model.model, known[told], method=method, **{**options, "num_samples": steps}
+            model.model,
+            known[told],
+            examples.masks,
+            labels=examples.labels,
+            numbers=examples.samples.tolist(),
+            method=method,
+            **{**options, "num_samples": steps},
         )
         seconds[name] = time.perf_counter() - began
         filled[name] = made[name].mean

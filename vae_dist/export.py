@@ -20,7 +20,7 @@ INTRO = (
 
 
 def export(command: ExportCommand) -> None:
-    from vae_dist.inference.diffusers_export import export_diffusers, export_safetensors
+    from vae_dist.inference.diffusers import export_diffusers, export_safetensors
     from vae_dist.inference.load import open_run
 
     out, run = Path(command.out), Path(command.run)

@@ -21,7 +21,7 @@ from vae_dist.config.commands import ImputeCommand
 from vae_dist.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vae_dist.inference.filling import Filled
+    from vae_dist.inference.impute import FilledImage
     from vae_dist.inference.load import LoadedModel
 
 USAGE = "python -m vae_dist.impute run=FOLDER [key=value ...]"
@@ -65,8 +65,8 @@ def impute(command: ImputeCommand) -> None:
         )
 
 
-def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[Filled]:
-    from vae_dist.inference.filling import fill, is_folder_of_pictures, shards_of_pictures
+def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[FilledImage]:
+    from vae_dist.inference.impute import fill, is_folder_of_pictures, shards_of_pictures
     from vae_dist.inference.load import check_image_size, open_images
 
     config, data, names = loaded.config, command.data, None
@@ -85,21 +85,12 @@ def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[
     if names is not None and loaded.model.image_size is not None:
         images = replace(images, settings=images.settings.at_one_size(loaded.model.image_size))
     check_image_size(loaded.model, images.settings.size, key=f"data={command.data or 'validation'}")
-    return fill(
-        loaded.model,
-        images,
-        bits=config.data.bits,
-        names=names,
-        num_images=command.num_images,
-        method=command.method,
-        num_samples=command.samples,
-        num_draws=command.draws,
-        seed=command.seed,
-        chunk=command.batch_size,
-    )
+    return fill(loaded.model, images, command, bits=config.data.bits, names=names)
 
 
-def _write(out: Path, command: ImputeCommand, loaded: LoadedModel, filled: list[Filled]) -> None:
+def _write(
+    out: Path, command: ImputeCommand, loaded: LoadedModel, filled: list[FilledImage]
+) -> None:
     import json
 
     import numpy as np

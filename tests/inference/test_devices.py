@@ -8,9 +8,14 @@ import torch
 from tests.evaluation.test_run import tiny_model
 from tests.support.devices import DEVICES
 from vae_dist.inference import tiles
-from vae_dist.inference.imputation import Incomplete, impute
-from vae_dist.inference.sampling import posteriors, reconstruct, sample_prior
-from vae_dist.inference.walks import interpolate, traverse
+from vae_dist.inference.impute import impute
+from vae_dist.inference.sampling import (
+    interpolate,
+    posteriors,
+    reconstruct,
+    sample_prior,
+    traverse,
+)
 from vae_dist.models.latent import kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.training.compile import use_tensor_float_32
@@ -31,12 +36,7 @@ def pictures_of(model: VAE) -> dict[str, torch.Tensor]:
     values = torch.linspace(-3, 3, 4)
     mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
     half = torch.full(stored.shape, 0.5, device=device)
-    known = Incomplete(
-        model.likelihood.prepare(stored.to(device), half),
-        mask.to(device),
-        torch.full((4,), -1, device=device),
-        list(range(4)),
-    )
+    prepared = model.likelihood.prepare(stored.to(device), half)
     found = {
         "samples": sample_prior(model, 5, SIZE, seed=1, batch_size=2),
         "reconstructions": reconstruct(model, stored),
@@ -44,9 +44,9 @@ def pictures_of(model: VAE) -> dict[str, torch.Tensor]:
         "traversals": traverse(model, mean[0], SIZE, units=[unit], values=values),
     }
     for method in ("single", "importance", "gibbs"):
-        imputed = impute(model, known, method=method, num_samples=8, num_draws=2, seed=1, chunk=3)
-        found[f"{method} mean"] = 127.5 * imputed.mean
-    return {name: tensor.float() for name, tensor in found.items()}
+        options = {"method": method, "num_samples": 8, "num_draws": 2, "seed": 1, "chunk": 3}
+        found[f"{method} mean"] = impute(model, prepared, mask, **options).mean
+    return {name: 127.5 * tensor for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -133,9 +133,6 @@ def decode_latents(
         while batch := list(islice(same, batch_size)):
             z = torch.stack([sample.latent for sample in batch]).float().to(device)
             labels = torch.tensor([sample.label for sample in batch], device=device)
-            if tile:
-                params = tiles.decode(model, z, size, tile=tile, labels=labels)
-            else:
-                params = model.decode(z, size, labels)
+            params = tiles.decode(model, z, size, tile=tile, labels=labels)
             means = model.likelihood.mean(params)
             yield from zip(batch, to_uint8(means).cpu(), strict=True)

@@ -1,13 +1,18 @@
-"""Images from a trained model: prior samples and reconstructions.
+"""Images from a trained model: prior samples, reconstructions, interpolations, traversals.
 
-    sample          z = temperature * e,  e ~ N(0, I), or z of a fitted mixture;  image = E[x|z]
-    reconstruction  z = E[z|x];                          image = E[x|z]
+    sample          z = temperature * e,  e ~ N(0, I), or z of a fitted mixture
+    reconstruction  z = E[z|x]
+    interpolation   z(t) = (1 - t) E[z|a] + t E[z|b]
+    traversal       unit u of z set to v (vector latent) or raised by v (channel of a spatial one)
+    image           E[x|z]
 
-In: a VAE in eval mode, and for reconstructions uint8 images (N, C, H, W). Out: uint8 images
-(N, C, H, W) on CPU. Latent i is a function of (seed, i), so image i does not depend on how many
-others are drawn, nor on the batch size. The forward is float32. `labels`, int64 (N,) with -1 for
-none, are what a conditional model is told; None is -1 for all. `masks` (N, 1, H, W) are 1 where a
-pixel was observed; None: everywhere.
+In: a VAE in eval mode; latents, or stored images (N, C, H, W). Out: float32 images (N, C, H, W) in
+[-1, 1] on the CPU. Latent i of the prior is a function of (seed, i), so image i depends neither on
+the number of images nor on the batch size. `labels` are int64 (N,), -1 for none; None is -1 for
+all. `masks` (N, 1, H, W) are 1 where a pixel was observed; None: everywhere. With `tile` (pixels),
+larger images go through the towers in tiles.
+
+Legend: N images, K points of a path.
 """
 
 from __future__ import annotations
@@ -19,11 +24,73 @@ from torch import Tensor
 
 from vae_dist.inference import tiles
 from vae_dist.models.latent import LatentPrior, prior_latents
-from vae_dist.models.vae import VAE
-from vae_dist.tracking.images import to_uint8
+from vae_dist.models.vae import NO_LABEL, VAE
+
+BATCH_SIZE = 256  # images per forward, unless the caller says otherwise
 
 
 @torch.inference_mode()
+def posteriors(
+    model: VAE,
+    images: Tensor,
+    *,
+    batch_size: int = BATCH_SIZE,
+    labels: Tensor | None = None,
+    masks: Tensor | None = None,
+    tile: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of q(z|x), each float32 (N, *latent) on the model's device, of the very
+    images: without the noise that training adds to them."""
+    device = next(model.parameters()).device
+    parts = []
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        shown = model.likelihood.noise_free(images[part].to(device))
+        known = _part(labels, part, device), _part(masks, part, device)
+        parts.append(tiles.encode(model, shown, tile=tile, labels=known[0], mask=known[1]))
+    means, log_variances = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(log_variances)
+
+
+@torch.inference_mode()
+def decode_means(
+    model: VAE,
+    z: Tensor,
+    image_size: tuple[int, int],
+    *,
+    batch_size: int = BATCH_SIZE,
+    labels: Tensor | None = None,
+    tile: int = 0,
+) -> Tensor:
+    """E[x|z] of latents (N, *latent)."""
+    device = next(model.parameters()).device
+    images = []
+    for first in range(0, len(z), batch_size):
+        part = slice(first, first + batch_size)
+        params = tiles.decode(
+            model, z[part].to(device), image_size, tile=tile, labels=_part(labels, part, device)
+        )
+        images.append(model.likelihood.mean(params).cpu())
+    return torch.cat(images)
+
+
+def reconstruct(
+    model: VAE,
+    images: Tensor,
+    *,
+    batch_size: int = BATCH_SIZE,
+    labels: Tensor | None = None,
+    masks: Tensor | None = None,
+    tile: int = 0,
+) -> Tensor:
+    """E[x | z = E[z|x]] of stored images."""
+    mean, _ = posteriors(
+        model, images, batch_size=batch_size, labels=labels, masks=masks, tile=tile
+    )
+    size = images.shape[-2], images.shape[-1]
+    return decode_means(model, mean, size, batch_size=batch_size, labels=labels, tile=tile)
+
+
 def sample_prior(
     model: VAE,
     num_images: int,
@@ -32,24 +99,19 @@ def sample_prior(
     seed: int,
     temperature: float = 1.0,
     prior: LatentPrior | None = None,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The means of p(x|z) for `num_images` draws of the prior, uint8 (N, C, H, W)."""
-    device = next(model.parameters()).device
+    """Images of `num_images` draws of the prior."""
+    shape = model.latent_shape(*image_size)
     images = []
     for first in range(0, num_images, batch_size):
+        count = min(batch_size, num_images - first)
         z = prior_latents(
-            model.latent_shape(*image_size),
-            min(batch_size, num_images - first),
-            seed=seed,
-            first=first,
-            temperature=temperature,
-            prior=prior,
+            shape, count, seed=seed, first=first, temperature=temperature, prior=prior
         )
-        told = _part(labels, first, len(z), device)
-        params = model.decode(z.to(device), image_size, told)
-        images.append(to_uint8(model.likelihood.mean(params)).cpu())
+        own = None if labels is None else labels[first : first + count]
+        images.append(decode_means(model, z, image_size, batch_size=batch_size, labels=own))
     return torch.cat(images)
 
 
@@ -62,90 +124,61 @@ def sample_classes(
     seed: int,
     temperature: float = 1.0,
     prior: LatentPrior | None = None,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """`num_images` samples of each class, uint8 (len(classes) * num_images, C, H, W), class by
-    class; image i of each class has the latent of prior sample i, so columns share it."""
-    latent = model.latent_shape(*image_size)
-    z = prior_latents(latent, num_images, seed=seed, temperature=temperature, prior=prior)
-    z = z.to(next(model.parameters()).device).repeat(len(classes), *[1] * (z.ndim - 1))
+    """`num_images` samples of each class, class by class; image i of each class has the latent of
+    prior sample i, so that columns of a grid share it."""
+    shape = model.latent_shape(*image_size)
+    z = prior_latents(shape, num_images, seed=seed, temperature=temperature, prior=prior)
+    z = z.repeat(len(classes), *[1] * (z.ndim - 1))
     labels = torch.tensor(classes).repeat_interleave(num_images)
     return decode_means(model, z, image_size, batch_size=batch_size, labels=labels)
 
 
-@torch.inference_mode()
-def reconstruct(
+def interpolate(
     model: VAE,
-    images_u8: Tensor,
+    first: Tensor,
+    second: Tensor,
+    image_size: tuple[int, int],
     *,
-    batch_size: int = 256,
-    labels: Tensor | None = None,
-    masks: Tensor | None = None,
-    tile: int = 0,
+    num_points: int,
+    labels: tuple[Tensor, Tensor] | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """The means of p(x|z) at z = E[z|x] for uint8 images (N, C, H, W).
-
-    With `tile` (pixels), images that are larger go through in tiles.
-    """
-    mean, _ = posteriors(
-        model, images_u8, batch_size=batch_size, labels=labels, masks=masks, tile=tile
-    )
-    height, width = images_u8.shape[-2:]
-    return decode_means(
-        model, mean, (height, width), batch_size=batch_size, labels=labels, tile=tile
-    )
-
-
-@torch.inference_mode()
-def posteriors(
-    model: VAE,
-    images_u8: Tensor,
-    *,
-    batch_size: int = 256,
-    labels: Tensor | None = None,
-    masks: Tensor | None = None,
-    tile: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of q(z|x) for uint8 images (N, C, H, W), each float32 (N, *latent) on
-    the model's device. The images get none of the noise that training adds to them."""
-    device = next(model.parameters()).device
-    means, log_variances = [], []
-    for first in range(0, len(images_u8), batch_size):
-        batch = images_u8[first : first + batch_size]
-        prepared = model.likelihood.noise_free(batch.to(device))
-        told = _part(labels, first, len(batch), device)
-        mask = _part(masks, first, len(batch), device)
-        if tile:
-            mean, log_variance = tiles.encode(model, prepared, tile=tile, labels=told, mask=mask)
-        else:
-            mean, log_variance = model.encode(prepared, told, mask)
-        means.append(mean)
-        log_variances.append(log_variance)
-    return torch.cat(means), torch.cat(log_variances)
+    """Images on the path from `first` to `second`, both latents (N, *latent), ends included:
+    (N * num_points, C, H, W), pair by pair. A point has the label of the nearer end."""
+    t = torch.linspace(0, 1, num_points, device=first.device)
+    t = t.view(1, -1, *([1] * (first.ndim - 1)))  # (1, K, 1, ...)
+    z = (1 - t) * first.unsqueeze(1) + t * second.unsqueeze(1)  # (N, K, *latent)
+    nearer = None
+    if labels is not None:
+        is_first = torch.arange(num_points) < num_points / 2  # (K,)
+        nearer = torch.where(is_first, labels[0].unsqueeze(1), labels[1].unsqueeze(1)).flatten()
+    return decode_means(model, z.flatten(0, 1), image_size, batch_size=batch_size, labels=nearer)
 
 
-@torch.inference_mode()
-def decode_means(
+def traverse(
     model: VAE,
     z: Tensor,
     image_size: tuple[int, int],
     *,
-    batch_size: int = 256,
-    labels: Tensor | None = None,
-    tile: int = 0,
+    units: list[int],
+    values: Tensor,
+    label: int = NO_LABEL,
+    batch_size: int = BATCH_SIZE,
 ) -> Tensor:
-    """The means of p(x|z) for latents (N, *latent), uint8 (N, C, H, W) on CPU."""
-    images = []
-    for first in range(0, len(z), batch_size):
-        part = z[first : first + batch_size]
-        told = _part(labels, first, len(part), part.device)
-        if tile:
-            params = tiles.decode(model, part, image_size, tile=tile, labels=told)
+    """Images of one latent `z` (*latent) with each of `units` (dimensions of a vector latent,
+    channels of a spatial one) moved to each of `values` (K,): (len(units) * K, C, H, W)."""
+    moved = z.repeat(len(units), len(values), *([1] * z.ndim))  # (units, K, *latent)
+    for row, unit in enumerate(units):
+        if z.ndim == 1:
+            moved[row, :, unit] = values.to(z)
         else:
-            params = model.decode(part, image_size, told)
-        images.append(to_uint8(model.likelihood.mean(params)).cpu())
-    return torch.cat(images)
+            moved[row, :, unit] += values.to(z).view(-1, *([1] * (z.ndim - 1)))
+    z = moved.flatten(0, 1)
+    labels = torch.full((len(z),), label)
+    return decode_means(model, z, image_size, batch_size=batch_size, labels=labels)
 
 
-def _part(tensor: Tensor | None, first: int, count: int, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor[first : first + count].to(device)
+def _part(tensor: Tensor | None, part: slice, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor[part].to(device)

@@ -43,11 +43,12 @@ def encode(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`model.encode` with tiles of about `tile` x `tile` pixels: mean and log-variance of q(z|x),
-    each float32 (B, *latent_shape). Raises ValueError for a vector latent or too small a tile."""
+    """`model.encode` with tiles of about `tile` x `tile` pixels, whole with tile=0: mean and
+    log-variance of q(z|x), each float32 (B, *latent_shape). Raises ValueError for a vector latent
+    or too small a tile."""
     height, width = images.shape[-2:]
-    side = tile_side(model, tile)
-    if max(height, width) <= side * model.stride:
+    side = tile_side(model, tile) if tile else 0
+    if not tile or max(height, width) <= side * model.stride:
         return model.encode(images, labels, mask)
     bottom, right = -height % model.stride, -width % model.stride
     images = F.pad(images, (0, right, 0, bottom), mode="replicate")
@@ -73,11 +74,12 @@ def decode(
     tile: int,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """`model.decode` with tiles of about `tile` x `tile` pixels: float32 parameters of p(x|z) for
-    images of size (H, W). Raises ValueError for a vector latent or too small a tile."""
+    """`model.decode` with tiles of about `tile` x `tile` pixels, whole with tile=0: float32
+    parameters of p(x|z) for images of size (H, W). Raises ValueError for a vector latent or too
+    small a tile."""
     height, width = image_size
-    side, stride = tile_side(model, tile), model.stride
-    if max(height, width) <= side * stride:
+    side, stride = tile_side(model, tile) if tile else 0, model.stride
+    if not tile or max(height, width) <= side * stride:
         return model.decode(z, image_size, labels)
 
     def params(rows: slice, columns: slice) -> Tensor:

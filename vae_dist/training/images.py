@@ -22,8 +22,13 @@ from torch import Tensor, nn
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import Examples, Images, first_examples
-from vae_dist.inference.sampling import posteriors, sample_classes, sample_prior
-from vae_dist.inference.walks import interpolate, traverse
+from vae_dist.inference.sampling import (
+    interpolate,
+    posteriors,
+    sample_classes,
+    sample_prior,
+    traverse,
+)
 from vae_dist.models.latent import drawn_labels, kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.run.folder import RunFolder
@@ -154,7 +159,7 @@ class RunPainter:
             num_points=NUM_POINTS - 2,
             labels=(labels[first], labels[second]),
         )
-        ways = ways.unflatten(0, (num_rows, NUM_POINTS - 2))
+        ways = to_uint8(ways).unflatten(0, (num_rows, NUM_POINTS - 2))
         ends = inputs[first].unsqueeze(1), inputs[second].unsqueeze(1)
         return torch.cat([ends[0], ways, ends[1]], 1).flatten(0, 1)
 

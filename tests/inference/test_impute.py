@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, LinearGaussian, linear_gaussian
 from tests.support.tiny_run import tiny_config
-from vae_dist.inference.imputation import Imputed, Incomplete, _Moments, impute
+from vae_dist.inference.impute import Imputed, _Moments, impute
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -16,11 +18,21 @@ from vae_dist.randomness import torch_generator
 NUM_IMAGES = 5
 
 
+class Incomplete(NamedTuple):
+    images: Tensor
+    mask: Tensor
+    samples: list[int]
+
+    def part(self, start: int, stop: int) -> Incomplete:
+        part = slice(start, stop)
+        return Incomplete(self.images[part], self.mask[part], self.samples[part])
+
+
 def half_missing(toy: LinearGaussian) -> Incomplete:
     images = toy.model.likelihood.prepare(toy.images(NUM_IMAGES), None)
     mask = torch.ones(NUM_IMAGES, 1, *IMAGE_SIZE, dtype=torch.uint8)
     mask[:, :, :, IMAGE_SIZE[1] // 2 :] = 0
-    return Incomplete(images, mask, torch.full((NUM_IMAGES,), -1), list(range(NUM_IMAGES)))
+    return Incomplete(images, mask, list(range(NUM_IMAGES)))
 
 
 def exact(toy: LinearGaussian, incomplete: Incomplete) -> tuple[Tensor, Tensor]:
@@ -36,7 +48,8 @@ def exact(toy: LinearGaussian, incomplete: Incomplete) -> tuple[Tensor, Tensor]:
 
 def run(toy: LinearGaussian, incomplete: Incomplete, method: str, **options: int) -> Imputed:
     settings = {"num_samples": 4000, "num_draws": 3, "seed": 0, "chunk": 10_000} | options
-    return impute(toy.model, incomplete, method=method, **settings)
+    images, mask, numbers = incomplete
+    return impute(toy.model, images, mask, numbers=numbers, method=method, **settings)
 
 
 def test_the_importance_weighted_mean_tends_to_the_conditional_mean() -> None:
@@ -129,8 +142,10 @@ def test_labels_and_masks_reach_the_model(method: str) -> None:
     mask[:, :, :4] = 1
 
     def mean(labels: list[int]) -> Tensor:
-        known = Incomplete(images, mask, torch.tensor(labels), [0, 0])
-        return impute(model, known, method=method, num_samples=4, num_draws=2, seed=0).mean
+        options = {"num_samples": 4, "num_draws": 2, "seed": 0, "numbers": [0, 0]}
+        return impute(
+            model, images, mask, labels=torch.tensor(labels), method=method, **options
+        ).mean
 
     same, different = mean([1, 1]), mean([1, 0])
     torch.testing.assert_close(same[0], same[1])
