@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
-    from vae_dist.inference.aggregate import FittedPrior
     from vae_dist.inference.load import LoadedModel
+    from vae_dist.inference.mixture import FittedPrior
     from vae_dist.models.latent import LatentPrior
     from vae_dist.models.networks import Backbone, PretrainedFile
     from vae_dist.models.vae import VAE
@@ -64,8 +64,8 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
 
     from vae_dist.data.loader import EvaluationStream
     from vae_dist.evaluation import run
-    from vae_dist.inference.aggregate import fitted_prior
     from vae_dist.inference.load import check_image_size, load_model, open_images, weights_digest
+    from vae_dist.inference.mixture import fitted_prior
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
     loaded = runtime.on_all_ranks(lambda: load_model(command, device=runtime.device))

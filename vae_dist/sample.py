@@ -25,8 +25,8 @@ INTRO = "Draw images from the prior of a trained model, as one PNG grid or as si
 
 
 def sample(command: SampleCommand) -> None:
-    from vae_dist.inference.aggregate import fitted_prior
     from vae_dist.inference.load import open_run
+    from vae_dist.inference.mixture import fitted_prior
     from vae_dist.tracking.images import beside, grid, save_png, single
 
     out = Path(command.out)

@@ -1,31 +1,54 @@
-"""A mixture of Gaussians over vector latents, as a prior p(z), and its fit by EM.
+"""A mixture of Gaussians fitted to the aggregate posterior of a trained model, as its prior p(z).
 
-    p(z) = sum_m pi_m N(z; mu_m, S_m),   S_m diagonal or full
+    q(z) = 1/N sum_i q(z|x_i) over training images
+    p(z) = sum_m pi_m N(z; mu_m, S_m),   S_m diagonal or full, fitted by EM to draws of q(z)
 
-In: latents (N, d), for a prior draws of the aggregate posterior 1/N sum_i q(z|x_i). Out: a
-`GaussianMixture`. Everything is float64 on the CPU. The log-likelihood of EM never falls: also the
-floor of the variances is the maximum under its constraint (eigenvalues cut off below).
+The decoder was trained on draws of q(z), so latents of the mixture lie where it has seen any;
+N(0, I) also covers the rest. One draw of each image, which belongs to (run seed, image).
+scikit-learn fits, from k-means, in float64. The fit is a function of checkpoint, images and K, and
+is kept in the run folder under `priors/`: safetensors that name the checkpoint step and the data
+that they belong to. Vector latents only: the latent of a spatial model has thousands of dimensions
+whose correlations no K Gaussians hold.
 
 Legend: N latents, d dimensions, M components.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Literal
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
-from vae_dist.randomness import torch_generator
+from vae_dist.config.command_checks import mixture_prior
+from vae_dist.config.commands import EvaluateCommand, SampleCommand
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.loader import EvaluationBatch, EvaluationStream
+from vae_dist.files import write_durably
+from vae_dist.inference.load import LoadedModel, open_images, weights_digest
+from vae_dist.models.latent import sample_posterior
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import derive_seed, draws
 
-Covariance = Literal["diagonal", "full"]
-
+FULL_UP_TO = 64  # latents; above, a full covariance has more numbers than most data sets determine
 MAX_ITERATIONS = 500
 TOLERANCE_NATS = 1e-5  # per latent and iteration; EM ends when it gains less
-LLOYD_ITERATIONS = 20  # of k-means, before EM
-FLOOR = 1e-4  # of a variance, part of the mean variance of the latents
+FLOOR = 1e-4  # added to each variance, part of the mean variance of the latents
 
 
 @dataclass(frozen=True)
@@ -34,35 +57,20 @@ class GaussianMixture:
     means: Tensor  # (M, d)
     factors: Tensor  # S_m = L L': the diagonals (M, d) of L, or lower triangular L (M, d, d)
 
-    @property
-    def num_components(self) -> int:
-        return len(self.log_weights)
-
-    @property
-    def covariance(self) -> Covariance:
-        return "diagonal" if self.factors.ndim == 2 else "full"
-
     def to(self, device: torch.device) -> GaussianMixture:
         moved = (self.log_weights, self.means, self.factors)
         return GaussianMixture(*(tensor.to(device) for tensor in moved))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats for latents (N, d), float64 (N,)."""
-        return self.log_joint(z).logsumexp(1)
-
-    def log_joint(self, z: Tensor) -> Tensor:
-        """log pi_m N(z; mu_m, S_m), float64 (N, M)."""
-        z = z.double()
-        columns = []
-        for mean, factor in zip(self.means, self.factors, strict=True):
-            if self.covariance == "diagonal":
-                white, scale = (z - mean) / factor, factor
-            else:
-                white = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False).T
-                scale = factor.diagonal()
-            columns.append(-0.5 * white.square().sum(1) - scale.log().sum())
-        constant = 0.5 * z.shape[1] * math.log(2 * math.pi)
-        return torch.stack(columns, 1) + self.log_weights - constant
+        components: Distribution
+        if self.factors.ndim == 2:
+            components = Independent(Normal(self.means, self.factors), 1)
+        else:
+            components = MultivariateNormal(self.means, scale_tril=self.factors)
+        weights = Categorical(logits=self.log_weights)
+        log_prob: Tensor = MixtureSameFamily(weights, components).log_prob(z.double())
+        return log_prob
 
     def sample(self, noise: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Draws from normal noise (N, d) and uniform draws (N,) in [0, 1), float32 (N, d).
@@ -72,114 +80,180 @@ class GaussianMixture:
         """
         steps = self.log_weights.exp().cumsum(0)
         chosen = torch.searchsorted(steps, uniform.double() * steps[-1], right=True)
-        chosen = chosen.clamp(max=self.num_components - 1)
+        chosen = chosen.clamp(max=len(steps) - 1)
         noise, factors = temperature * noise.double(), self.factors[chosen]
-        if self.covariance == "diagonal":
-            z = self.means[chosen] + factors * noise
-        else:
-            z = self.means[chosen] + (factors @ noise.unsqueeze(2)).squeeze(2)
-        return z.float()
+        moved = factors * noise if factors.ndim == 2 else (factors @ noise.unsqueeze(2)).squeeze(2)
+        return (self.means[chosen] + moved).float()
+
+
+def fit_mixture(
+    z: Tensor, *, num_components: int, covariance: str, seed: int
+) -> tuple[GaussianMixture, dict[str, float]]:
+    """The mixture of `covariance` diagonal or full that EM finds for latents (N, d), and what is
+    known of the fit. Raises ConfigError without scikit-learn."""
+    estimator_class = find_estimator()
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    z = z.double().cpu()
+    floor = FLOOR * max(float(z.var(0, correction=0).mean()), torch.finfo(torch.float32).tiny)
+    estimator = estimator_class(
+        num_components,
+        covariance_type="full" if covariance == "full" else "diag",
+        tol=TOLERANCE_NATS,
+        reg_covar=floor,
+        max_iter=MAX_ITERATIONS,
+        random_state=derive_seed(seed, "mixture") % 2**32,
+    )
+    # k-means adds up in the order in which its threads end
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        estimator.fit(z.numpy())
+    spread = torch.from_numpy(estimator.covariances_)
+    mixture = GaussianMixture(
+        torch.from_numpy(estimator.weights_).log(),
+        torch.from_numpy(estimator.means_),
+        torch.linalg.cholesky(spread) if covariance == "full" else spread.sqrt(),
+    )
+    normal = Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    return mixture, {
+        "latents": len(z),
+        "iterations": estimator.n_iter_,
+        "cross_entropy_nats": -float(mixture.log_prob(z).mean()),
+        "cross_entropy_normal_nats": -float(normal.log_prob(z).sum(1).mean()),
+    }
+
+
+def find_estimator() -> Any:
+    """scikit-learn's class. Raises ConfigError where it is not installed."""
+    try:
+        from sklearn.mixture import GaussianMixture as Estimator
+    except ImportError:
+        raise ConfigError(
+            "prior=gmm:K needs scikit-learn: pip install 'vae_dist[metrics]'"
+        ) from None
+    return Estimator
 
 
 @dataclass(frozen=True)
-class Fit:
-    mixture: GaussianMixture
-    log_likelihoods: list[float]  # nats per latent, before each iteration and at the end
-
-    @property
-    def converged(self) -> bool:
-        return len(self.log_likelihoods) <= MAX_ITERATIONS
+class FittedPrior:
+    mixture: GaussianMixture  # on the CPU
+    description: str  # in a sentence, for people
 
 
-def fit_mixture(z: Tensor, *, num_components: int, covariance: Covariance, seed: int) -> Fit:
-    """The mixture that EM finds for latents (N, d) from a k-means++ start.
+def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> FittedPrior:
+    """The mixture that `command.prior` asks for, read from the run folder or fitted; for one
+    process only.
 
-    ValueError when there are fewer latents than components, or latents that are not finite.
+    Raises ConfigError for a model or data that it cannot be fitted to.
     """
-    z = z.double().cpu()
-    if len(z) < num_components:
-        raise ValueError(f"{len(z)} latents for {num_components} components")
-    if not z.isfinite().all():
-        raise ValueError("latents that are not finite")
-    floor = FLOOR * max(float(z.var(0, correction=0).mean()), torch.finfo(torch.float32).tiny)
-    nearest = _k_means(z, num_components, seed)
-    responsibilities = torch.nn.functional.one_hot(nearest, num_components).double()
-    mixture = _maximised(z, responsibilities, covariance, floor)
-    log_likelihoods: list[float] = []
-    for _ in range(MAX_ITERATIONS + 1):
-        log_joint = mixture.log_joint(z)
-        log_prob = log_joint.logsumexp(1, keepdim=True)
-        log_likelihoods.append(float(log_prob.mean()))
-        if len(log_likelihoods) > 1 and log_likelihoods[-1] - log_likelihoods[-2] < TOLERANCE_NATS:
-            break
-        previous = mixture
-        mixture = _maximised(z, (log_joint - log_prob).exp(), covariance, floor, previous)
-    return Fit(mixture, log_likelihoods)
-
-
-def _maximised(
-    z: Tensor,
-    responsibilities: Tensor,
-    covariance: Covariance,
-    floor: float,
-    previous: GaussianMixture | None = None,
-) -> GaussianMixture:
-    """The M-step: weights, means and covariances of latents (N, d) for responsibilities (N, M)."""
-    counts = responsibilities.sum(0)  # (M,)
-    is_used = counts > 1e-8
-    counts = counts.clamp(min=1e-8)
-    means = (responsibilities.T @ z) / counts.unsqueeze(1)
-    if covariance == "diagonal":
-        variances = torch.stack(
-            [
-                (weight.unsqueeze(1) * (z - mean).square()).sum(0) / count
-                for weight, mean, count in zip(responsibilities.T, means, counts, strict=True)
-            ]
+    asked = mixture_prior(command.prior)
+    assert asked is not None
+    model, num_latents = loaded.model, loaded.model.latent_channels
+    if model.image_size is None:
+        raise ConfigError(
+            f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
+            "spatial one; train with model.latent=vector, or use prior=normal"
         )
-        factors = variances.clamp(min=floor).sqrt()
-    else:
-        factors = torch.stack(
-            [
-                _factor(_scatter(z - mean, weight) / count, floor)
-                for weight, mean, count in zip(responsibilities.T, means, counts, strict=True)
-            ]
+    chosen = asked.covariance or ("full" if num_latents <= FULL_UP_TO else "diagonal")
+    config = loaded.config
+    images = open_images(config, config.data.train, create=True, key="data.train")
+    num_images = min(command.prior_images or images.index.num_samples, images.index.num_samples)
+    belongs_to = {
+        "step": loaded.step,
+        "weights": command.weights,
+        "weights_digest": weights_digest(model),
+        "train_data": images.index.fingerprint,
+        "num_images": num_images,
+        "components": asked.num_components,
+        "covariance": chosen,
+    }
+    name = f"gmm{asked.num_components}_{chosen}_{command.weights}_step_{loaded.step:08d}"
+    file = Path(command.run) / "priors" / f"{name}.safetensors"
+    known, kept = _read(file, belongs_to), f"from {file}"
+    if known is None:
+        find_estimator()  # before all images are encoded
+        stream = EvaluationStream(
+            images.index, images.settings, batch_size=command.batch_size, max_images=num_images
         )
-    mixture = GaussianMixture((counts / counts.sum()).log(), means, factors)
-    if previous is not None and not is_used.all():  # nothing to learn from: they stay
-        keep = ~is_used
-        mixture = replace(mixture, means=means.clone(), factors=factors.clone())
-        mixture.means[keep], mixture.factors[keep] = previous.means[keep], previous.factors[keep]
-    return mixture
+        z = aggregate_posterior(model, stream, seed=config.seed)
+        if len(z) < asked.num_components:
+            raise ConfigError(
+                f"prior={command.prior}: {len(z)} training images could be read, fewer than "
+                "components; ask for fewer"
+            )
+        known = fit_mixture(
+            z, num_components=asked.num_components, covariance=chosen, seed=config.seed
+        )
+        kept = _write(file, *known, belongs_to)
+    mixture, facts = known
+    description = (
+        f"prior {asked.num_components} Gaussians, {chosen} covariance, fitted to "
+        f"{facts['latents']} training images of step {loaded.step} in {facts['iterations']} "
+        f"iterations: {facts['cross_entropy_nats']:.2f} nats per latent vector, N(0, I) "
+        f"{facts['cross_entropy_normal_nats']:.2f} ({kept})"
+    )
+    return FittedPrior(mixture, description)
 
 
-def _scatter(difference: Tensor, weight: Tensor) -> Tensor:
-    return difference.T @ (weight.unsqueeze(1) * difference)
+@torch.inference_mode()
+def aggregate_posterior(model: VAE, batches: Iterable[EvaluationBatch], *, seed: int) -> Tensor:
+    """One draw of q(z|x) for each readable image, float32 (N, d) on CPU."""
+    device = next(model.parameters()).device
+    latents = []
+    for batch in batches:
+        counts = batch.weights > 0
+        stored, samples = batch.images[counts].to(device), batch.samples[counts].tolist()
+        if not samples:
+            continue
+        uniform = None
+        if model.likelihood.needs_uniform:
+            shape = tuple(stored.shape[1:])
+            uniform = draws(torch.rand, seed, "aggregate-levels", samples, shape).to(device)
+        mask = None if batch.masks is None else batch.masks[counts].to(device)
+        prepared = model.likelihood.prepare(stored, uniform)
+        mean, log_variance = model.encode(prepared, batch.labels[counts].to(device), mask)
+        shape = tuple(mean.shape[1:])
+        noise = draws(torch.randn, seed, "aggregate-posterior", samples, shape).to(device)
+        latents.append(sample_posterior(mean, log_variance, noise).cpu())
+    return torch.cat(latents) if latents else torch.empty(0, model.latent_channels)
 
 
-def _factor(covariance: Tensor, floor: float) -> Tensor:
-    """Cholesky factor of a covariance (d, d) whose eigenvalues are at least `floor`."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return torch.linalg.cholesky((vectors * values.clamp(min=floor)) @ vectors.T)
+def _read(
+    file: Path, belongs_to: Mapping[str, object]
+) -> tuple[GaussianMixture, dict[str, float]] | None:
+    """What the file holds if it was fitted for the same; a damaged one is fitted again."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if json.loads(metadata["belongs_to"]) != belongs_to:
+                return None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            facts: dict[str, float] = json.loads(metadata["facts"])
+            return GaussianMixture(**tensors), facts
+    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError):
+        return None
 
 
-def _k_means(z: Tensor, num_centres: int, seed: int) -> Tensor:
-    """The nearest of `num_centres` centres of each latent, int64 (N,): k-means++ (Arthur and
-    Vassilvitskii 2007), then Lloyd's iterations."""
-    generator = torch_generator(seed, "k-means")
-    centres = z[torch.randint(len(z), (1,), generator=generator)]
-    distances = (z - centres).square().sum(1)
-    while len(centres) < num_centres:
-        # equal latents only: any of them will do
-        odds = distances if float(distances.sum()) > 0 else torch.ones_like(distances)
-        steps = odds.cumsum(0)
-        draw = torch.rand(1, generator=generator, dtype=torch.float64) * steps[-1]
-        chosen = torch.searchsorted(steps, draw, right=True).clamp(max=len(z) - 1)
-        centres = torch.cat([centres, z[chosen]])
-        distances = torch.minimum(distances, (z - z[chosen]).square().sum(1))
-    for _ in range(LLOYD_ITERATIONS):
-        nearest = torch.cdist(z, centres).argmin(1)
-        counts = torch.bincount(nearest, minlength=num_centres)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, z)
-        moved = sums / counts.clamp(min=1).unsqueeze(1)
-        centres = torch.where(counts.unsqueeze(1) > 0, moved, centres)
-    return torch.cdist(z, centres).argmin(1)
+def _write(
+    file: Path,
+    mixture: GaussianMixture,
+    facts: dict[str, float],
+    belongs_to: Mapping[str, object],
+) -> str:
+    """What became of it, in words: a run folder that is read-only costs the next command a fit."""
+    tensors = {
+        "log_weights": mixture.log_weights,
+        "means": mixture.means,
+        "factors": mixture.factors,
+    }
+    metadata = {"belongs_to": json.dumps(belongs_to), "facts": json.dumps(facts)}
+    data = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, data)
+    except OSError as error:
+        return f"not kept: {error.strerror}"
+    return f"kept in {file}"
