@@ -12,19 +12,7 @@ import pytest
 from vae_dist.tracking.console import ConsoleSink, is_terminal
 
 ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_seconds": 92.0}
-
-
-def test_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
-    sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
-    sink.image(200, "images/samples", Path("runs/a/images/samples.png"), "step 200")
-    sink.close("finished")
-    first, evaluation, second = stream.getvalue().splitlines()
-    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-    assert re.fullmatch(stamp + "step=200 loss=104.2 images_per_second=1834 left=1m32s", first)
-    assert re.fullmatch(stamp + "step=200 eval/neg_elbo_nats=95.5", evaluation)
-    assert re.fullmatch(stamp + "step=200 pictures in runs/a/images", second)
+LINES = ["config mnist: 7 parameters", "output runs/mnist"]
 
 
 @pytest.fixture
@@ -32,6 +20,27 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     return io.StringIO()
+
+
+def plain(stream: io.StringIO) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
+    sink.banner("vae_dist", LINES)
+    sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
+    sink.image(200, "images/samples", Path("runs/a/images/samples.png"), "step 200")
+    sink.close("finished")
+    lines = stream.getvalue().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    assert [line[20:] for line in lines] == [
+        *LINES,
+        "step=200 loss=104.2 images_per_second=1834 left=1m32s",
+        "step=200 eval/neg_elbo_nats=95.5",
+        "step=200 pictures in runs/a/images",
+    ]
 
 
 def test_rows_that_come_faster_than_a_person_reads_have_few_lines(
@@ -48,41 +57,19 @@ def test_rows_that_come_faster_than_a_person_reads_have_few_lines(
 
 def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
     sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal, terminal=True)
+    sink.banner("vae_dist", LINES)
     sink.log(200, ROW)
     sink.log(250, {"eval/neg_elbo_nats": 95.5})
     sink.say("[brackets] stay")
-    sink.close("finished")
-    sink.close("finished")
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    assert "200/300" in text
-    assert "loss 104.2  1834 images/s  1m32s left" in text
-    assert "step=200" not in text
-    assert "step=250 eval/neg_elbo_nats=95.5" in text
+    for _ in range(2):
+        sink.close("finished")
+    text = plain(terminal)
+    assert re.search(r"output +runs/mnist", text)
+    assert "200/300" in text and "loss 104.2  1834 images/s  1m32s left" in text
+    assert "step=200" not in text and "step=250 eval/neg_elbo_nats=95.5" in text
     assert "[brackets] stay" in text
-
-
-def test_a_row_between_close_and_exit_is_a_line(terminal: io.StringIO) -> None:
-    sink = ConsoleSink(start_step=0, stop_step=300, stream=terminal, terminal=True)
-    sink.close("failed")
-    sink.log(200, ROW)
+    sink.log(200, ROW)  # between close and exit it is a line
     assert terminal.getvalue().rstrip().endswith("left=1m32s")
-
-
-LINES = ["config mnist: 7 parameters", "output runs/mnist"]
-
-
-def test_the_banner_is_framed_on_a_terminal_and_plain_elsewhere(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stream = io.StringIO()
-    sink = ConsoleSink(start_step=0, stop_step=10, stream=stream, terminal=True)
-    sink.banner("vae_dist", LINES)
-    sink.close("finished")
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
-    assert "vae_dist" in text and re.search(r"output +runs/mnist", text)
-    stream = io.StringIO()
-    ConsoleSink(start_step=0, stop_step=10, stream=stream).banner("vae_dist", LINES)
-    assert [line[20:] for line in stream.getvalue().splitlines()] == LINES
 
 
 @pytest.mark.parametrize(
@@ -104,17 +91,25 @@ def test_where_a_progress_bar_belongs(
     assert not is_terminal(io.StringIO())
 
 
-class FullDisk(io.StringIO):
-    def write(self, text: str) -> int:
-        raise OSError(28, "No space left on device")
-
-
-def test_a_console_on_a_full_disk_loses_lines_and_nothing_else() -> None:
-    """A job's stdout is a file, mostly on the disk that the run fills."""
-    console = ConsoleSink(start_step=0, stop_step=9, stream=FullDisk(), terminal=False)
-    console.banner("vae_dist", ["output runs/x"])
+def use(console: ConsoleSink) -> None:
+    console.banner("vae_dist", LINES)
+    console.advance(1)
     console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+    console.image(1, "images/samples", Path("samples.png"), "")
     console.say("warning: step 1: no log (No space left on device); training goes on")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_full_disk_loses_lines_and_nothing_else(terminal: bool) -> None:
+    """A job's stdout is a file, mostly on the disk that the run fills."""
+
+    class FullDisk(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    console = ConsoleSink(start_step=0, stop_step=9, stream=FullDisk(), terminal=terminal)
+    use(console)
+    console.close("finished")
 
 
 def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(
@@ -128,16 +123,11 @@ def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(
     master, slave = os.openpty()
     stream = os.fdopen(slave, "w")
     console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
-    bar = console._bar
-    assert bar is not None
+    assert console._bar is not None
     os.close(master)
-    bar.refresh()  # as its thread does ten times a second
+    console._bar.refresh()  # as its thread does ten times a second
     sys.stderr.write("a line of another package\n")
-    console.advance(1)
-    console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
-    console.image(1, "images/samples", Path("samples.png"), "")
-    console.banner("vae_dist", LINES)
-    console.say("warning: step 1")
+    use(console)
     console.close("finished")
     with contextlib.suppress(OSError):
         stream.close()

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -24,8 +25,6 @@ def test_what_a_session_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_launcher_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
     class Parent:
         def parent(self) -> Parent:
             return self

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -137,3 +139,24 @@ def test_images_keep_to_their_bytes(tmp_path: Path) -> None:
         assert (steps[0], steps[-1]) == (1, 9) and len(steps) in (count, *range(3, 9))
         if budget != 1:
             assert sum(len(uri) for items in frames.values() for *_, uri in items) <= budget
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs headless Chromium")
+def test_the_slider_shows_the_images_of_its_step(tmp_path: Path) -> None:
+    """In Chromium, without a warning of its content security policy."""
+    for name in "ab":
+        write_report_run(tmp_path / name)
+    text = write_report([tmp_path / "a", tmp_path / "b"], max_image_bytes=10**6)
+    move = "<script>slider.value = 1; slider.oninput();</script></body>"
+    (tmp_path / "page.html").write_text(text.replace("</body>", move))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    page = f"file://{tmp_path / 'page.html'}"
+    answer = subprocess.run(
+        [*browser, profile, "--dump-dom", page], capture_output=True, text=True, timeout=60
+    )
+    images = Page(answer.stdout).all("img")
+    assert [image["data-step"] for image in images if "hidden" not in image] == ["200"] * 4
+    assert len(re.findall("<figcaption>step 200 ", answer.stdout)) == 4
+    assert "CONSOLE" not in answer.stderr

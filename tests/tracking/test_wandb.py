@@ -342,7 +342,8 @@ def test_what_did_not_arrive_is_said(fake: FakeWandb, tmp_path: Path) -> None:
     fake.runs[0].on_finish = lambda: raise_(TimeoutError("finish_timeout"))
     sink.close("finished")
     part = fake.runs[0].settings.sync_dir
-    assert said == [f"W&B did not get everything; upload the rest with: wandb sync {part}"]
+    command = f"wandb sync --include-online {part}"
+    assert said == [f"W&B did not get everything; upload the rest with: {command}"]
 
 
 def test_artifacts(fake: FakeWandb, tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def environment(home: Path, server: WandbServer) -> dict[str, str]:
 
 def sync(server: WandbServer, said: str, home: Path) -> None:
     """Types the last `wandb sync` command that the trainer showed."""
-    command = said.rpartition("wandb sync ")[2].splitlines()[0]
+    command = said.rpartition("with: wandb ")[2].splitlines()[0]
     answer = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", command],
+        [sys.executable, "-m", "wandb", *command.split()],
         env=environment(home, server),
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -1,15 +1,17 @@
-"""Where a run came from: the command, the code, the versions and the machine of each session.
+"""Where a run comes from: the command, the code, the versions and the machine of each session.
 
-In: this process. Out: a record for `environment.json` of the run folder, for W&B and for the
-report. A requeued run has one record per session, in order. Of the environment's variables only
-those named here are kept, so that no secret gets in.
+In: this process. Out: a record for `environment.json` of the run folder, for W&B and the report; a
+requeued run has one for each session, in order. Of the environment's variables only those named
+here are kept, so that no secret gets in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from vae_dist.files import write_durably
@@ -36,7 +39,7 @@ VARIABLES = (
     "SLURM_RESTART_COUNT",
 )
 _GIT_SECONDS = 5.0
-_SECRET_WORDS = ("api_key", "apikey", "token", "password", "secret")
+_SECRET = re.compile(r"^([^=]*(?:api_?key|token|password|secret)[^=]*)=.*", re.I | re.S)
 
 
 def describe_environment(*, first_step: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -73,45 +76,31 @@ def versions() -> dict[str, str]:
 
 def launch_command() -> str:
     """What was typed: the launcher's command line where one started this process, else ours."""
-    import psutil
-
-    mine = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
-    try:
+    words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    with contextlib.suppress(psutil.Error):
         parent = psutil.Process().parent()
         above = parent.cmdline() if parent is not None else []
-    except psutil.Error:
-        above = []
-    launchers = ("accelerate", "torchrun")
-    place = next((i for i, word in enumerate(above[:3]) if Path(word).name in launchers), None)
-    if place is not None:
-        mine = [Path(above[place]).name, *above[place + 1 :]]
-    return shlex.join(_without_secret(word) for word in mine)
-
-
-def _without_secret(word: str) -> str:
-    name, equals, _ = word.partition("=")
-    is_secret = equals and any(part in name.lower() for part in _SECRET_WORDS)
-    return f"{name}=..." if is_secret else word
+        for place, word in enumerate(above[:3]):
+            if Path(word).name in ("accelerate", "torchrun"):
+                words = [Path(word).name, *above[place + 1 :]]
+                break
+    return shlex.join(re.sub(_SECRET, r"\1=...", word) for word in words)
 
 
 def _git(folder: Path) -> dict[str, Any]:
     """Commit of the code, and whether files differ from it; empty outside a checkout."""
 
-    def ask(*arguments: str) -> str:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            check=True,
-        )
-        return answer.stdout.strip()
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.check_output(
+            command, text=True, timeout=_GIT_SECONDS, stderr=subprocess.DEVNULL
+        ).strip()
 
     try:
         # A package in site-packages may lie inside somebody else's repository.
-        ask("ls-files", "--error-unmatch", str(folder / Path(__file__).name))
-        changed = bool(ask("status", "--porcelain", "--untracked-files=no"))
-        return {"commit": ask("rev-parse", "HEAD"), "changed": changed}
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
     except (OSError, subprocess.SubprocessError):
         return {}
 

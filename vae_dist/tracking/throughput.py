@@ -63,7 +63,7 @@ class Meter:
         self._total_steps = total_steps
         self._world = world
         self._peak_images_per_second = peak_images_per_second
-        self._smooth_step_seconds: float | None = None
+        self._smooth_step_seconds = 0.0  # none yet
         self._reset()
 
     def _reset(self) -> None:
@@ -103,11 +103,8 @@ class Meter:
         if self._num_steps == 0 or seconds <= 0:
             return {}
         step_seconds = seconds / self._num_steps
-        earlier = self._smooth_step_seconds
-        if earlier is None:
-            self._smooth_step_seconds = step_seconds
-        else:
-            self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
+        earlier = self._smooth_step_seconds or step_seconds
+        self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
         row = {
             "time/images_per_second": self._num_images / seconds,
             "time/images_per_second_per_device": self._num_images / seconds / self._world,
@@ -131,16 +128,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def memory_row(device: torch.device) -> dict[str, float]:
-    """Memory of this process, GiB: resident on the host, and the peak on a CUDA device.
-
-    Asked for once a second at most: after a step it costs 0.1 ms, as much as the rest of a row.
-    """
-    return dict(_memory(device, os.getpid(), int(time.monotonic())))
-
-
-@functools.lru_cache(maxsize=1)
-def _memory(device: torch.device, pid: int, second: int) -> dict[str, float]:
-    row = {"system/memory_gib": _process(pid).memory_info().rss / _GIB}
+    """Memory of this process, GiB: resident on the host, and the peak on a CUDA device."""
+    row = {"system/memory_gib": _process(os.getpid()).memory_info().rss / _GIB}
     if device.type == "cuda":
         row["system/device_memory_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
         row["system/device_memory_reserved_gib"] = torch.cuda.max_memory_reserved(device) / _GIB

@@ -196,7 +196,7 @@ class WandbSink:
         return run
 
     def _upload_command(self) -> str:
-        return f"wandb sync {self._part}"
+        return f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
 
     # the worker
 
