@@ -18,22 +18,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vae_dist.config import automatic
 from vae_dist.config.load import load_train_config
+from vae_dist.config.resolve import COMPILED, resolve
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.data.writer import write_shards
-from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
+from vae_dist.distributed import Runtime
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.sinks import JsonlSink, Sink
 from vae_dist.tracking.wandb import WandbSink
-from vae_dist.training.build import build_trainer, training_stream, with_perceptual_kind
-from vae_dist.training.compile import COMPILED
+from vae_dist.training.build import build_trainer, training_stream
 from vae_dist.training.loop import Trainer
 from vae_dist.training.plan import Data
 from vae_dist.training.preemption import StopRequest
-from vae_dist.training.setup import _with_data
+from vae_dist.training.setup import machine_facts, resolved_with_data
 from vae_dist.training.signals import StopSignals
 from vae_dist.training.watch import RankWatch
 
@@ -48,13 +47,11 @@ class Setting:
 def make_setting(words: Sequence[str]) -> Setting:
     """Of a training command's words. Raises ConfigError."""
     config = load_train_config(list(words))
-    config = automatic.resolve_precision(
-        config,
-        has_accelerator=has_accelerator(config.runtime),
-        has_bf16=computes_bf16(config.runtime),
-    )
-    runtime = Runtime.start(config.runtime, precision=config.training.precision)
-    config, data = _with_data(with_perceptual_kind(config, runtime), runtime)
+    runtime = Runtime.join(config.runtime)
+    facts = machine_facts(config, runtime)
+    config = resolve(config, facts)
+    runtime.use_precision(config.training.precision)
+    config, data = resolved_with_data(config, facts, runtime)
     return Setting(config, runtime, data)
 
 

@@ -25,16 +25,14 @@ from typing import Any, TextIO
 
 import torch
 
-from vae_dist.config import automatic
-from vae_dist.config.load import load_train_config
+from benchmarks.setting import make_setting
 from vae_dist.config.schema import TrainConfig
-from vae_dist.distributed import Runtime, computes_bf16, has_accelerator
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.throughput import Meter, UpdateRatio
 from vae_dist.tracking.wandb import WandbSink
-from vae_dist.training.build import build_trainer, load_data, training_stream
+from vae_dist.training.build import build_trainer, training_stream
 from vae_dist.training.images import RunPainter
 from vae_dist.training.step import StepReport
 
@@ -54,15 +52,8 @@ def main() -> None:
 
 def measure(out: Path, nowhere: TextIO) -> None:
     shards = [f"data.{part}={out}/data/{part}" for part in ("train", "validation")]
-    config = load_train_config(["config=mnist", "wandb.mode=offline", *shards, *sys.argv[1:]])
-    config = automatic.resolve_precision(
-        config,
-        has_accelerator=has_accelerator(config.runtime),
-        has_bf16=computes_bf16(config.runtime),
-    )
-    runtime = Runtime.start(config.runtime, precision=config.training.precision)
-    data = load_data(config, runtime)
-    config = automatic.resolve(config, mean_sample_bytes=data.train.mean_sample_bytes)
+    setting = make_setting(["config=mnist", "wandb.mode=offline", *shards, *sys.argv[1:]])
+    config, runtime, data = setting.config, setting.runtime, setting.data
     folder = RunFolder(out / "run")
     folder.create()
     sinks = {

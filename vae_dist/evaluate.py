@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_dist.cli import exit_process, run_command
-from vae_dist.config.command_checks import metric_names
 from vae_dist.config.commands import EvaluateCommand
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.forms import metric_names
 from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:

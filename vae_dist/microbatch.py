@@ -15,14 +15,14 @@ import os
 import psutil
 import torch
 
-from vae_dist.config.automatic import has_buckets
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.resolve import COMPILED, has_buckets
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.estimate import step_cost
 from vae_dist.objectives.elbo import loss_terms, noise_shape
-from vae_dist.training.compile import COMPILED, decompile, uncompiled
+from vae_dist.training.compile import decompile, uncompiled
 from vae_dist.training.step import TrainingStep
 
 # Part of the free memory that the estimate may fill: kernels need some of their own, and on a host

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 from vae_dist.cli import exit_process, set_environment
-from vae_dist.config.automatic import launch_problem, world_size_problem
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.load import help_text, load_train_config, wants_help
+from vae_dist.config.keys import help_text
+from vae_dist.config.load import load_train_config, wants_help
+from vae_dist.config.resolve import world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.training.signals import StopSignals
 
@@ -31,6 +33,56 @@ def checked_config(argv: list[str]) -> TrainConfig:
     if problem := world_size_problem(config, int(os.environ.get("WORLD_SIZE", "1"))):
         raise ConfigError(problem)
     return config
+
+
+def launch_problem(environment: Mapping[str, str]) -> str | None:
+    """Why these processes are not those that the launcher promised, or None when they are.
+
+    A promise is EXPECTED_WORLD_SIZE, which a launch script sets, or the tasks of a SLURM job.
+    """
+    world = int(environment.get("WORLD_SIZE", "1"))
+    expected = environment.get("EXPECTED_WORLD_SIZE", "")
+    if not expected:
+        return _slurm_problem(environment, world)
+    if world == int(expected):
+        return None
+    return (
+        f"EXPECTED_WORLD_SIZE={expected} processes were promised but WORLD_SIZE={world}: the "
+        "launcher's options do not fit the launch script, and each part would train alone. "
+        "Start with launch/slurm.sbatch or `accelerate launch --multi_gpu --num_processes "
+        f"{expected}`, or unset EXPECTED_WORLD_SIZE"
+    )
+
+
+def _slurm_problem(environment: Mapping[str, str], world: int) -> str | None:
+    """In a step of srun each task starts at least one process, and all of them are of one run. A
+    batch script with several tasks is not meant for one process; a shell of salloc may be."""
+    tasks = int(environment.get("SLURM_NTASKS", "1"))
+    problem = ""
+    if "SLURM_STEP_ID" in environment:
+        # the shell of salloc may be a step of one task, in a job of several
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", tasks))
+        launchers = int(environment.get("GROUP_WORLD_SIZE", tasks))  # elastic agents that have met
+        if world % tasks != 0:
+            problem = (
+                f"srun started {tasks} tasks but WORLD_SIZE={world}: each task would train alone"
+            )
+        elif launchers % tasks != 0:
+            problem = (
+                f"srun started {tasks} tasks, each with a launcher of its own (GROUP_WORLD_SIZE="
+                f"{launchers}): each task would train alone"
+            )
+    elif environment.get("ENVIRONMENT") == "BATCH" and world == 1 < tasks:  # as slurmd sets it
+        problem = (
+            f"the job has SLURM_NTASKS={tasks} tasks but its script starts one process, without "
+            "srun and without a launcher"
+        )
+    if not problem:
+        return None
+    return (
+        f"{problem}. Start with `sbatch launch/slurm.sbatch ...`, or set EXPECTED_WORLD_SIZE="
+        f"{world} if a run of that many processes is meant"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

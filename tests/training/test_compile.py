@@ -12,7 +12,6 @@ from tests.distributed.test_step import IWAE, batch, config
 from tests.support.adversarial import adversarial_config, adversarial_step, picture_batch
 from tests.support.distributed import run_ranks
 from tests.support.steps import make_step
-from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.blocks import Block
@@ -20,7 +19,6 @@ from vae_dist.models.build import build_vae
 from vae_dist.training.compile import (
     compiler_problem,
     num_shapes,
-    resolve_compilation,
     uncompiled,
 )
 from vae_dist.training.optimizer import (
@@ -30,34 +28,6 @@ from vae_dist.training.optimizer import (
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BUCKETS = {"area": 4096, "multiple": 16, "max_aspect": 2.0}
-
-
-def resolved(device=CPU, *, problem=None, sizes_differ=False, **values):
-    made = TrainConfig()
-    made.training.precision = values.pop("precision", "bf16")
-    for name, value in values.items():
-        setattr(made.runtime, name, value)
-    made = resolve_compilation(made, device=device, sizes_differ=sizes_differ, problem=problem)
-    return made.runtime.compile, made.runtime.channels_last
-
-
-def test_auto_compiles_on_cuda_alone():
-    assert resolved(CPU) == ("false", "false")
-    assert resolved(CUDA) == ("true", "true")
-    assert resolved(CUDA, precision="no") == ("true", "false")
-    assert resolved(CUDA, parallel="fsdp") == ("false", "false")
-    assert resolved(CUDA, compile="false") == ("false", "false")
-    assert resolved(CUDA, sizes_differ=True) == ("false", "false")
-    assert resolved(CUDA, sizes_differ=True, compile="true") == ("true", "true")
-    assert resolved(CUDA, problem="there is no compiler") == ("false", "false")
-    assert resolved(CPU, compile="true", channels_last="true") == ("true", "true")
-    assert resolved(CUDA, compile="blocks") == ("blocks", "true")
-
-
-def test_a_missing_compiler_is_an_error_that_says_the_way_out():
-    for asked in ("true", "blocks"):
-        with pytest.raises(ConfigError, match=rf"={asked}: no compiler; or set runtime\.compile=f"):
-            resolved(problem="no compiler", compile=asked)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -71,9 +41,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 def test_aspect_buckets_are_compiled_for_one_number_of_images_each():
     made = TrainConfig()
     made.data.resolution, made.training.batch_size, made.data.slots = BUCKETS, 64, 16
-    made.runtime.compile = "true"
-    made = resolve_compilation(made, device=CPU, sizes_differ=False, problem=None)
-    assert made.training.microbatch_size == 4
+    made.training.microbatch_size = 4
     assert num_shapes(made, num_buckets=5) == 5
     made.training.microbatch_size = 8
     assert num_shapes(made, num_buckets=5) == 10

@@ -1,7 +1,7 @@
 """Every key of the other commands: `evaluate`, `sample`, `pack` and the rest.
 
 Structured configs as in `vae_dist.config.schema`, filled by `vae_dist.config.load`; the rules
-between their keys are in `vae_dist.config.command_checks`. No torch is imported.
+between their keys are in `vae_dist.config.checks`. No torch is imported.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vae_dist.config.schema import knob
+from vae_dist.config.forms import ANY_SIZE, CHECKPOINT, LABEL, PRIOR, SIZE, SOME_METRICS
+from vae_dist.config.keys import knob
 
 
 @dataclass
@@ -17,7 +18,7 @@ class RunCommand:
     """Keys that every command on a run folder takes."""
 
     run: str = knob("???", "run folder, for example runs/mnist")
-    checkpoint: str = knob("latest", "latest, best, or a step number")
+    checkpoint: str = knob("latest", "latest, best, or a step number", form=CHECKPOINT)
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
     seed: int = knob(0, "seed of the draws")
@@ -32,34 +33,42 @@ PRIOR_IMAGES_HELP = "training images that gmm:K is fitted to, from the first on 
 
 @dataclass
 class SampleCommand(RunCommand):
-    num_images: int = knob(64, "images to draw from the prior")
+    num_images: int = knob(64, "images to draw from the prior", ge=1)
     label: Any = knob(
         "auto",
         "conditional models: a class 0, 1, ...; all: a row for each class; none: the label that "
         "stands for none; auto: each image's class drawn, all equally likely",
+        form=LABEL,
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of PNGs")
-    temperature: float = knob(1.0, "standard deviation of the prior draws")
-    prior: str = knob("normal", PRIOR_HELP)
-    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP)
+    temperature: float = knob(1.0, "standard deviation of the prior draws", ge=0)
+    prior: str = knob("normal", PRIOR_HELP, form=PRIOR)
+    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP, ge=0, when="prior!=normal")
     compare: bool = knob(
-        False, "prior=gmm:K: one picture, draws of N(0, I) on the left, of the mixture on the right"
+        False,
+        "prior=gmm:K: one picture, draws of N(0, I) on the left, of the mixture on the right",
+        when="prior!=normal",
     )
-    resolution: Any = knob("trained", "trained, N or [H, W] (spatial latents only), pixels")
-    batch_size: int = knob(256, "images per forward")
+    resolution: Any = knob(
+        "trained", "trained, N or [H, W] (spatial latents only), pixels", form=SIZE
+    )
+    batch_size: int = knob(256, "images per forward", ge=1)
 
 
 @dataclass
 class ReconstructCommand(RunCommand):
-    data: Any = knob("", "shards to take images from (default: the run's validation shards)")
-    num_images: int = knob(32, "images to reconstruct, from the first on")
+    data: Any = knob(
+        "", "shards to take images from (default: the run's validation shards)", is_text=True
+    )
+    num_images: int = knob(32, "images to reconstruct, from the first on", ge=1)
     tile: int = knob(
         0,
         "pixels: images larger than this go through the towers in overlapping square tiles (0: "
         "whole; spatial latents only)",
+        ge=0,
     )
     out: str = knob("reconstructions.png", "PNG grid to write: inputs above their reconstructions")
-    batch_size: int = knob(256, "images per forward")
+    batch_size: int = knob(256, "images per forward", ge=1)
 
 
 @dataclass
@@ -68,37 +77,49 @@ class ImputeCommand(RunCommand):
         "",
         "shards, or a folder of pictures with NAME.mask.png beside them or an alpha channel "
         "(default: the run's validation shards)",
+        is_text=True,
     )
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "auto", "what is missing, as data.mask; auto: as in training, in a folder as its files say"
     )
-    mask_fraction: float = knob(0.5, "mask=random, rectangle: part of the pixels that is missing")
+    mask_fraction: float = knob(
+        0.5, "part of the pixels that is missing", ge=0, le=1, when="mask=random|rectangle"
+    )
     method: Literal["importance", "single", "gibbs"] = knob(
         "importance", "importance-weighted mean over draws of z, one draw, or pseudo-Gibbs chains"
     )
-    samples: int = knob(1000, "importance: draws of z for each image; gibbs: steps of a chain")
-    draws: int = knob(4, "draws to show for each image; gibbs: chains")
-    num_images: int = knob(16, "images to fill, from the first on")
+    samples: int = knob(
+        1000,
+        "importance: draws of z for each image; gibbs: steps of a chain",
+        ge=2,
+        when="method!=single",
+    )
+    draws: int = knob(4, "draws to show for each image; gibbs: chains", ge=1)
+    num_images: int = knob(16, "images to fill, from the first on", ge=1)
     out: str = knob("imputed", "folder to write: a picture of all, and a folder for each image")
-    batch_size: int = knob(256, "latents per forward")
+    batch_size: int = knob(256, "latents per forward", ge=1)
 
 
 @dataclass
 class EvaluateCommand(RunCommand):
-    data: Any = knob("", "shards to evaluate (default: the run's validation shards)")
-    max_images: int = knob(0, "images to evaluate, from the first on (0: all)")
+    data: Any = knob("", "shards to evaluate (default: the run's validation shards)", is_text=True)
+    max_images: int = knob(0, "images to evaluate, from the first on (0: all)", ge=0)
     samples: int = knob(
-        0, "draws of q(z|x) per image for the importance-sampled log p(x) (0: leave it out)"
+        0, "draws of q(z|x) per image for the importance-sampled log p(x) (0: leave it out)", ge=0
     )
     chunk: int = knob(
-        0, "images x draws per decoder forward of one process (0: by image size); memory only"
+        0,
+        "images x draws per decoder forward of one process (0: by image size); memory only",
+        ge=0,
+        when="samples!=0",
     )
-    prior: str = knob("normal", PRIOR_HELP)
-    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP)
+    prior: str = knob("normal", PRIOR_HELP, form=PRIOR)
+    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP, ge=0, when="prior!=normal")
     metrics: Any = knob(
         "",
         "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid (of reconstructions), "
         "fid (of prior samples); ssim, ms_ssim and lpips need the extra metrics",
+        form=SOME_METRICS,
     )
     metric_weights: str = knob(
         "", "folder of the weights of lpips, rfid and fid (default: torch.hub's, downloaded)"
@@ -108,8 +129,10 @@ class EvaluateCommand(RunCommand):
         "JSON file to write (default: results.json in the run folder; results_first1000.json and "
         "the like of another checkpoint, other weights, data or seed, or a part of the images)",
     )
-    batch_size: int = knob(256, "images per forward of one process")
-    threads: int = knob(0, "CPU threads of one process (0: this machine's cores / its processes)")
+    batch_size: int = knob(256, "images per forward of one process", ge=1)
+    threads: int = knob(
+        0, "CPU threads of one process (0: this machine's cores / its processes)", ge=0
+    )
 
 
 @dataclass
@@ -121,7 +144,7 @@ class ExportCommand:
         "diffusers: folder that AutoencoderKL.from_pretrained loads; safetensors: one file of any "
         "model, with config, step and likelihood as metadata",
     )
-    checkpoint: str = knob("latest", "latest, best, or a step number")
+    checkpoint: str = knob("latest", "latest, best, or a step number", form=CHECKPOINT)
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
@@ -129,7 +152,9 @@ class ExportCommand:
 @dataclass
 class EncodeCommand(RunCommand):
     data: Any = knob(
-        "???", "shards of images: folder of *.tar, brace pattern, URL, or list of these"
+        "???",
+        "shards of images: folder of *.tar, brace pattern, URL, or list of these",
+        is_text=True,
     )
     out: str = knob("???", "folder to write: shards of latents, their index, latents.json")
     content: Literal["moments", "mean", "sample"] = knob(
@@ -138,11 +163,15 @@ class EncodeCommand(RunCommand):
     dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the stored values")
     flip: bool = knob(False, "store the latents of the mirrored images too")
     resolution: Any = knob(
-        "trained", "trained: as data.resolution of the run; native; N or [H, W], pixels"
+        "trained",
+        "trained: as data.resolution of the run; native; N or [H, W], pixels",
+        form=ANY_SIZE,
     )
     keep_images: bool = knob(False, "carry the images over too, as all other members are")
-    shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about")
-    max_skipped_fraction: float = knob(0.01, "part of the images that may be left out as damaged")
+    shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about", gt=0)
+    max_skipped_fraction: float = knob(
+        0.01, "part of the images that may be left out as damaged", ge=0, le=1
+    )
     precision: Literal["no", "bf16"] = knob(
         "no", "no: the forward is float32; bf16: autocast, on accelerators"
     )
@@ -150,31 +179,37 @@ class EncodeCommand(RunCommand):
         0,
         "pixels: images larger than this go through the encoder in overlapping square tiles (0: "
         "whole; spatial latents only)",
+        ge=0,
     )
-    batch_size: int = knob(32, "images per forward of one process")
-    threads: int = knob(0, "CPU threads of one process (0: this machine's cores / its processes)")
+    batch_size: int = knob(32, "images per forward of one process", ge=1)
+    threads: int = knob(
+        0, "CPU threads of one process (0: this machine's cores / its processes)", ge=0
+    )
 
 
 @dataclass
 class DecodeCommand(RunCommand):
-    data: Any = knob("???", "shards of latents that vae_dist.encode wrote")
-    num_images: int = knob(64, "images to decode, from the first on")
+    data: Any = knob("???", "shards of latents that vae_dist.encode wrote", is_text=True)
+    num_images: int = knob(64, "images to decode, from the first on", ge=1)
     out: str = knob("decoded.png", "PNG grid to write; a name without .png: a folder of PNGs")
     tile: int = knob(
         0,
         "pixels: images larger than this go through the decoder in overlapping square tiles (0: "
         "whole; spatial latents only)",
+        ge=0,
     )
-    batch_size: int = knob(32, "images per forward")
+    batch_size: int = knob(32, "images per forward", ge=1)
 
 
 @dataclass
 class IndexCommand:
-    data: Any = knob("???", "shards: folder of *.tar, brace pattern, or list of these")
+    data: Any = knob(
+        "???", "shards: folder of *.tar, brace pattern, or list of these", is_text=True
+    )
     out: str = knob("", "folder for the index of shards that lie elsewhere (URLs, pipes)")
     overwrite: bool = knob(False, "index shards again that have an index already")
     verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
-    max_pixels: int = knob(2**26, "verify: images with more pixels are damage")
+    max_pixels: int = knob(2**26, "verify: images with more pixels are damage", ge=1)
 
 
 @dataclass
@@ -183,34 +218,39 @@ class PackCommand:
         "???",
         "folder of pictures, archive or list of archives, MNIST or CIFAR-10 files, CelebA folder, "
         "parquet files, or the word mnist (downloads it)",
+        is_text=True,
     )
     out: str = knob("???", "folder to write: OUT/train, OUT/validation, OUT/test")
     labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
     validation: float = knob(
-        0.05, "part (below 1) or number of training pictures set aside if the source sets none"
+        0.05,
+        "part (below 1) or number of training pictures set aside if the source sets none",
+        ge=0,
     )
     size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
     format: Literal["keep", "png", "jpg", "webp"] = knob(
         "keep", "keep: byte for byte where nothing has to change"
     )
-    quality: int = knob(95, "of pictures that are encoded as JPEG or WebP, 1 to 100")
+    quality: int = knob(95, "of pictures that are encoded as JPEG or WebP, 1 to 100", ge=1, le=100)
     background: Literal["none", "white", "black"] = knob(
         "none", "colour behind transparent pixels; none: keep them"
     )
-    max_pixels: int = knob(2**26, "pictures with more pixels are left out")
-    max_skipped_fraction: float = knob(0.01, "part of the pictures that may be left out as damaged")
-    shard_mb: float = knob(256.0, "bytes of a shard, megabytes")
+    max_pixels: int = knob(2**26, "pictures with more pixels are left out", ge=1)
+    max_skipped_fraction: float = knob(
+        0.01, "part of the pictures that may be left out as damaged", ge=0, le=1
+    )
+    shard_mb: float = knob(256.0, "bytes of a shard, megabytes", gt=0)
     shard_range: str = knob("0/1", "i/n: write the shards k with k mod n = i, for job arrays")
     shuffle: bool = knob(True, "write the pictures in an order drawn from the seed")
     seed: int = knob(0, "seed of the order and of the choice of validation pictures")
-    workers: int = knob(0, "processes (0: one for each core)")
+    workers: int = knob(0, "processes (0: one for each core)", ge=0)
 
 
 @dataclass
 class ReportCommand:
-    run: Any = knob("???", "run folder, or several: runs/a,runs/b")
+    run: Any = knob("???", "run folder, or several: runs/a,runs/b", is_text=True)
     out: str = knob("", "HTML file to write (default: report.html in the run folder)")
-    picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page")
+    picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page", gt=0)
 
 
 @dataclass

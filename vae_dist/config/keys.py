@@ -1,20 +1,28 @@
-"""The keys of a config class: their dotted names, types, defaults and descriptions.
+"""What a knob is: its default, description, range and form, and the flat view of a config.
 
-In: a dataclass of `vae_dist.config.schema`. Out: one `Key` per knob, and what is made of these:
-the text of `--help`, the nearest names of a misspelt key, and the flat view of a filled config.
+A config class is a dataclass whose fields come from `knob` and `section`. In: such a class, or a
+filled instance. Out: one `Key` for each knob, by dotted name, and what is made of these: the text
+of `--help`, values as one types them, the differences of two configs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import textwrap
-from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 HELP_WIDTH = 100
 HELP_COLUMN = 40
+
+
+class Form(NamedTuple):
+    """What a value must look like that no type describes. `sentence` says what a wrong one is."""
+
+    accepts: Callable[[Any], object]
+    sentence: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +32,86 @@ class Key:
     name: str
     type: Any
     default: Any
-    help: str
-    neutral: bool
+    help: str  # one line, with the unit
+    neutral: bool = False  # other values give the same numbers
+    when: str = ""  # "data.mask=random|rectangle objective.beta!=0": else it has no effect
+    ge: float | None = None  # bounds of a number, or of each number of a list
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    form: Form | None = None
+    is_text: bool = False  # numbers in the value are read as text
 
     @property
     def choices(self) -> tuple[Any, ...]:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
 
+def knob(default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field with its description and what else a `Key` says of it."""
+    metadata = {"help": help, **rules}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls: type, **rules: Any) -> Any:
+    """A field that holds keys; its `neutral` and `when` are theirs, but for keys in `when`."""
+    return dataclasses.field(default_factory=cls, metadata=rules)
+
+
+class Section:
+    """Base of the config classes: `freeze` makes an instance read-only; copies are not."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_is_frozen"):
+            raise AttributeError(f"{name}: the config is read-only once it is resolved")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_is_frozen"}
+
+
+def freeze(config: Section) -> None:
+    for value in vars(config).copy().values():
+        if isinstance(value, Section):
+            freeze(value)
+    vars(config)["_is_frozen"] = True
+
+
+_KNOWN: dict[type, dict[str, Key]] = {}
+
+
 def keys(cls: type) -> dict[str, Key]:
     """All knobs of `cls` by dotted name, in the order of the schema."""
-    return {key.name: key for key in _walk(cls, "")}
+    if cls not in _KNOWN:
+        _KNOWN[cls] = {key.name: key for key in _walk(cls, "", {})}
+    return _KNOWN[cls]
+
+
+def _walk(cls: type, prefix: str, outer: Mapping[str, Any]) -> Iterator[Key]:
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, kind = prefix + field.name, types[field.name]
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from _walk(kind, name + ".", field.metadata)
+            continue
+        rules = {**outer, **field.metadata}
+        inherited, own = outer.get("when", "").split(), field.metadata.get("when", "").split()
+        here = [c for c in inherited if c.partition("=")[0].rstrip("!") != name]
+        here += [c if "." in c.partition("=")[0] else prefix + c for c in own]
+        rules["when"] = " ".join(here)
+        # A default is a value, or is made by a factory so that instances do not share a list.
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
+        yield Key(name, kind, default, **rules)
+
+
+def conditions(text: str) -> list[tuple[str, bool, list[str]]]:
+    """(key, whether it must differ, values) for each condition of a Key's `when`."""
+    parts = [part.partition("=") for part in text.split()]
+    return [(key.rstrip("!"), key[-1] == "!", values.split("|")) for key, _, values in parts]
 
 
 def sections(cls: type) -> set[str]:
@@ -42,46 +119,13 @@ def sections(cls: type) -> set[str]:
     return {name.rpartition(".")[0] for name in keys(cls)} - {""}
 
 
-def _walk(cls: type, prefix: str) -> Iterator[Key]:
-    types = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name, kind = prefix + field.name, types[field.name]
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            yield from _walk(kind, name + ".")
-            continue
-        # A default is a value, or is made by a factory so that instances do not share a list.
-        default = (
-            field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory()
-        )
-        yield Key(name, kind, default, field.metadata["help"], field.metadata.get("neutral", False))
-
-
-def nearest(cls: type, name: str) -> list[str]:
-    """Known keys that `name` may have meant, best first; those with the same last part win."""
-    known = list(keys(cls))
-    last = name.rpartition(".")[2]
-    same_leaf = [key for key in known if key.rpartition(".")[2] == last]
-    if same_leaf:
-        return same_leaf[:3]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return close
-    leaves = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in known], n=1)
-    return [key for key in known if key.rpartition(".")[2] in leaves][:3]
+def value_of(config: Any, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """The values of a filled config by dotted name."""
-    values = {}
-    for name in keys(type(config)):
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        values[name] = value
-    return values
+    return {name: value_of(config, name) for name in keys(type(config))}
 
 
 def changed_numbers(old: Any, new: Any) -> list[str]:
@@ -129,6 +173,8 @@ def _help_lines(key: Key) -> list[str]:
     else:
         left, note = f"  {key.name}={shown(key.default)}", ""
     text = note + key.help
+    if key.when:
+        text += f" (with {key.when})"
     if key.choices:
         text += f" [{' | '.join(str(choice) for choice in key.choices)}]"
     indent = " " * HELP_COLUMN

@@ -1,33 +1,25 @@
-"""Every knob of a training run: its default, its unit, and whether it may change at a resume.
+"""Every knob of a training run: default, unit, range, choices, effect on the numbers.
 
 The classes below are OmegaConf structured configs; `vae_dist.config.load` fills them from YAML and
 the command line, `vae_dist.config.checks` holds the rules between keys. Defaults live here alone.
 No torch is imported, so that `--help` and config errors come at once.
 
 A knob is `neutral` when another value gives the same numbers (how often to log, where to write,
-how much memory to use): such a knob may differ when a run is resumed. All others may not.
+how much memory to use): such a knob may differ when a run is resumed. All others may not. A knob
+whose `when` does not hold has no effect; another value than the default is then refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-
-def knob(default: Any, help: str, *, neutral: bool = False) -> Any:
-    """A dataclass field with its one-line description (with unit), for `--help` and for resume."""
-    metadata = {"help": help, "neutral": neutral}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(cls: type) -> Any:
-    return field(default_factory=cls)
+from vae_dist.config.forms import BLOCKS, MICROBATCH, MIXTURE, RESOLUTION, SHARDS, WINDOW
+from vae_dist.config.keys import Section, knob, section
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     # neutral: a checkpoint knows the shards by their fingerprint, wherever they lie
     train: Any = knob(
         "???",
@@ -35,12 +27,16 @@ class DataConfig:
         "elsewhere: {path: SHARDS, index: FOLDER}; several data sets mixed: "
         "[{path: SHARDS, weight: NUMBER}, ...]",
         neutral=True,
+        form=MIXTURE,
+        is_text=True,
     )
-    validation: Any = knob("???", "validation shards, given as data.train is", neutral=True)
+    validation: Any = knob(
+        "???", "validation shards, given as data.train is", neutral=True, form=SHARDS, is_text=True
+    )
     bundled: Literal["none", "digits"] = knob(
         "none", "digits: write the shards from the digits that ship with vae_dist if missing"
     )
-    channels: int = knob(3, "channels of an image (1 grey, 3 RGB; any number in .npy and TIFF)")
+    channels: int = knob(3, "image channels (1 grey, 3 RGB; any number in .npy and TIFF)", ge=1)
     label_key: str = knob(
         "cls",
         "cls: the .cls member; else the field of the .json member that is the label, nested ones "
@@ -51,92 +47,102 @@ class DataConfig:
         "pixels that are missing: black in .mask.png, less than half opaque, NaN, or drawn for "
         "each sample and epoch: random ones, a rectangle, half of the image",
     )
-    mask_fraction: float = knob(0.5, "mask=random, rectangle: part of the pixels that is missing")
-    bits: int = knob(
+    mask_fraction: float = knob(
+        0.5, "part of the pixels that is missing", ge=0, lt=1, when="mask=random|rectangle"
+    )
+    bits: Literal[5, 8, 16, 32] = knob(
         8, "bits of a value: 8, 16, 32 (floats in [-1, 1]), or 5 (8-bit files cut to 32 levels)"
     )
     resolution: Any = knob(
         "native",
         "N or [H, W]: resize and crop, pixels; native: as stored; aspect buckets: {area: PIXELS, "
         "multiple: PIXELS, max_aspect: RATIO}",
+        form=RESOLUTION,
     )
-    crop: Literal["center", "random"] = knob("center", "where training images are cropped")
+    crop: Literal["center", "random"] = knob(
+        "center", "where training images are cropped", when="resolution!=native"
+    )
     flip: bool = knob(False, "mirror training images left to right with probability 1/2")
-    dequantize: bool = knob(True, "gaussian, laplace: levels get uniform noise of one level")
+    dequantize: bool = knob(
+        True, "add uniform noise of one level", when="likelihood.kind=gaussian|laplace bits!=32"
+    )
     slots: int = knob(
-        0,
-        "parts of a batch that stay together; the number of processes divides it (0: automatic)",
+        0, "parts of a batch that stay together; the processes divide it (0: automatic)", ge=0
     )
     window: Any = knob(
         "auto",
         "samples that are read and shuffled together in one lane (auto: up to 32, with aspect "
         "buckets up to 32 slots)",
+        form=WINDOW,
     )
-    window_bytes: int = knob(
-        4 * 2**30, "bytes over all processes that window=auto may hold at once"
-    )
+    window_bytes: int = knob(4 * 2**30, "bytes that window=auto may hold, over all processes", ge=1)
     cache_bytes: int = knob(
         256 * 2**20,
         "memory of a rank in which the decoded images of a small data set stay, if all have room",
         neutral=True,
+        ge=0,
     )
-    workers: int = knob(1, "loader processes of each rank (0: load in the main one)", neutral=True)
+    workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
     max_skipped_fraction: float = knob(
-        0.01, "part of the samples that may be unreadable before the run fails", neutral=True
+        0.01, "largest part of the samples that may be unreadable", neutral=True, ge=0, le=1
     )
-    max_pixels: int = knob(2**26, "images with more pixels are refused before decoding")
+    max_pixels: int = knob(2**26, "images with more pixels are refused before decoding", ge=1)
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     latent: Literal["spatial", "vector"] = knob(
         "spatial", "spatial: C x H/f x W/f, any image size; vector: one vector, fixed image size"
     )
     arch: Literal["conv", "dense"] = knob(
         "conv", "conv: residual convolutions; dense: the textbook's linear layers, vector latent"
     )
-    latent_channels: int = knob(4, "channels of a spatial latent, dimensions of a vector one")
+    latent_channels: int = knob(4, "channels of a spatial latent, dimensions of a vector one", ge=1)
     channels: list[int] = knob(
         [64, 128, 256],
         "width of each level; each level after the first halves the resolution (dense: width of "
         "each hidden layer)",
+        ge=1,
     )
     patch: int = knob(
-        1, "squares of patch x patch pixels are folded into channels before the first level"
+        1, "patch x patch pixels become channels before the first level", ge=1, when="arch=conv"
     )
     blocks: Any = knob(
         2,
         "residual blocks of a level in the encoder, one number or one for each level; the decoder "
         "has one more",
+        when="arch=conv",
+        form=BLOCKS,
     )
     dc_shortcuts: bool = knob(
         False,
         "space-to-channel shortcuts around each change of resolution and around a spatial latent "
         "(DC-AE), for strides of 16 and more",
+        when="arch=conv",
     )
-    attention: bool = knob(True, "self-attention in the middle of both towers")
-    norm_groups: int = knob(32, "groups of GroupNorm; must divide every width")
+    attention: bool = knob(True, "self-attention in the middle of both towers", when="arch=conv")
+    norm_groups: int = knob(32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv")
     gradient_checkpointing: bool = knob(
         False,
         "keep the inputs of blocks alone and compute their insides again in the backward: less "
         "memory, a third more time",
         neutral=True,
+        when="arch=conv",
     )
     initial_sigma: float = knob(
         1.0,
         "standard deviation of q(z|x) before training, about; small ones suit an autoencoder whose "
         "objective.beta is far below 1",
+        gt=0,
     )
-    num_classes: int = knob(
-        0, "labels 0, ..., N-1 that both towers are told; 0: an unconditional model"
-    )
+    num_classes: int = knob(0, "labels 0, ..., N-1 that both towers see; 0: unconditional", ge=0)
     label_dropout: float = knob(
-        0.0, "probability that a training image's label is hidden, so that one model gives both"
+        0.0, "probability that a label is hidden in training", ge=0, le=1, when="num_classes!=0"
     )
 
 
 @dataclass
-class LikelihoodConfig:
+class LikelihoodConfig(Section):
     kind: Literal[
         "gaussian", "laplace", "discretized_gaussian", "discretized_logistic_mixture", "bernoulli"
     ] = knob(
@@ -146,240 +152,247 @@ class LikelihoodConfig:
     )
     variance: Literal["fixed", "shared", "per_channel", "per_pixel"] = knob(
         "shared",
-        "gaussian, laplace, discretized_gaussian: fixed sigma, one learned sigma, one of each "
-        "channel, or sigma_g(z) of every pixel",
+        "fixed sigma, one learned sigma, one of each channel, or sigma_g(z) of every pixel",
+        when="kind=gaussian|laplace|discretized_gaussian",
     )
-    sigma: float = knob(0.1, "variance=fixed: standard deviation; images span [-1, 1]")
+    sigma: float = knob(0.1, "standard deviation; images span [-1, 1]", gt=0, when="variance=fixed")
     min_sigma: float = knob(
-        1 / 256, "learned variance: floor of sigma (1/256: half a level of 8 bits)"
+        1 / 256,
+        "floor of a learned sigma (1/256: half a level of 8 bits)",
+        gt=0,
+        when="kind!=bernoulli variance!=fixed",
     )
-    mixtures: int = knob(10, "discretized_logistic_mixture: components of each pixel")
+    mixtures: int = knob(
+        10, "components of each pixel", ge=1, when="kind=discretized_logistic_mixture"
+    )
     binarization: Literal["dynamic", "static", "threshold", "soft"] = knob(
         "dynamic",
-        "bernoulli: grey levels drawn anew at each use, once for each image, cut at one half, or "
-        "kept as targets of a cross-entropy (no likelihood)",
+        "grey levels: drawn anew at each use, once for each image, cut at one half, or kept as "
+        "targets of a cross-entropy (no likelihood)",
+        when="kind=bernoulli",
     )
 
 
 @dataclass
-class ObjectiveConfig:
-    beta: float = knob(1.0, "weight of the rate KL(q(z|x) || p(z)) in the loss; 1 is the bound")
-    beta_warmup_steps: int = knob(0, "steps over which beta rises from 0")
-    beta_warmup: Literal["linear", "cosine"] = knob("linear", "shape of that rise")
+class ObjectiveConfig(Section):
+    beta: float = knob(1.0, "weight of the rate KL(q(z|x) || p(z)) in the loss; 1: the bound", ge=0)
+    beta_warmup_steps: int = knob(
+        0, "steps over which beta rises from 0", ge=0, when="training.train_only=all"
+    )
+    beta_warmup: Literal["linear", "cosine"] = knob(
+        "linear", "shape of that rise", when="beta_warmup_steps!=0"
+    )
     beta_cycles: int = knob(
-        1, "times that beta rises from 0; it stays up as long as a rise before the next one"
+        1,
+        "rises of beta; it stays up as long as a rise between two",
+        ge=1,
+        when="beta_warmup_steps!=0",
     )
     free_bits: float = knob(
         0.0,
         "nats of each latent unit (dimension of a vector, channel of a spatial latent) that the "
         "loss does not charge, in each image",
+        ge=0,
+        when="beta!=0 training.train_only=all",
     )
     importance_samples: int = knob(
-        1, "draws of z for each image: 1 is the ELBO, more the importance-weighted bound"
+        1, "draws of z for each image: 1 is the ELBO, more the importance-weighted bound", ge=1
     )
     gradient: Literal["standard", "doubly_reparameterized"] = knob(
-        "standard", "importance_samples > 1: how the encoder's gradient is estimated"
+        "standard",
+        "how the encoder's gradient is estimated",
+        when="importance_samples!=1 training.train_only=all",
     )
     scale_equivariance: float = knob(
         0.0,
         "weight of -log p(image at half size | z at half size), nats of its values: latents whose "
         "coarse structure is that of the image (0: off)",
+        ge=0,
     )
     latent_noise: float = knob(
         0.0,
         "noise that the decoder learns to undo, added to z in training; standard deviation "
         "latent_noise * |N(0, 1)|, drawn for each image (0: none)",
+        ge=0,
     )
 
 
 @dataclass
-class PerceptualConfig:
+class PerceptualConfig(Section):
     kind: Literal["none", "auto", "structure", "lpips", "lpips_alex"] = knob(
         "none",
         "distance of reconstructions added to the loss: structure (SSIM and gradients at three "
         "scales, no weights), LPIPS on VGG16 or AlexNet; auto: lpips if its weights are on this "
         "machine, else structure",
     )
-    weight: float = knob(1.0, "nats of each value of an image (C*H*W) for a distance of 1")
+    weight: float = knob(
+        1.0, "nats of each value of an image (C*H*W) for a distance of 1", gt=0, when="kind!=none"
+    )
     weights: str = knob(
         "",
         "folder of the LPIPS weight files (default: where torch.hub keeps downloads)",
         neutral=True,
+        when="kind=auto|lpips|lpips_alex",
     )
 
 
 @dataclass
-class AdversarialConfig:
+class AdversarialConfig(Section):
     weight: float = knob(
         0.0,
         "adversarial gradient at the decoder's last layer, as a part of the other terms' (0: no "
         "discriminator; usual: 0.5)",
+        ge=0,
     )
-    start_step: int = knob(0, "step from which the discriminator learns")
-    warmup_steps: int = knob(1000, "steps that it learns before the decoder hears of it")
-    ramp_steps: int = knob(1000, "steps over which the term then rises to its weight")
+    start_step: int = knob(0, "step from which the discriminator learns", ge=0)
+    warmup_steps: int = knob(1000, "steps that it learns before the decoder hears of it", ge=0)
+    ramp_steps: int = knob(1000, "steps over which the term then rises to its weight", ge=0)
     max_weight: float = knob(
-        10.0, "largest adaptive weight, nats of each value of an image for a logit of 1"
+        10.0, "largest adaptive weight, nats of each value of an image for a logit of 1", gt=0
     )
-    lr: float = knob(2e-4, "peak learning rate of the discriminator; has optimizer's schedule")
-    betas: list[float] = knob([0.5, 0.9], "decay rates of its Adam's two moments")
-    clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)")
-    channels: int = knob(64, "width of its first layer; each layer doubles it, up to 8 times")
-    layers: int = knob(3, "strided layers: a logit sees 16, 34, 70, 142 pixels with 1, 2, 3, 4")
+    lr: float = knob(2e-4, "peak learning rate of the discriminator, on optimizer's schedule", gt=0)
+    betas: list[float] = knob([0.5, 0.9], "decay rates of its Adam's two moments", ge=0, lt=1)
+    clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)", ge=0)
+    channels: int = knob(64, "width of its first layer; each layer doubles it, up to 8 times", ge=1)
+    layers: int = knob(
+        3, "strided layers: a logit sees 16, 34, 70, 142 pixels with 1, 2, 3, 4", ge=1, le=8
+    )
     r1: float = knob(
-        0.0, "weight of |d logits / d real images|^2 / 2, sum over an image, mean over logits"
+        0.0, "weight of |d logits / d real images|^2 / 2, sum over an image, mean over logits", ge=0
     )
-    r1_every: int = knob(16, "steps between uses of r1, each with that many times its weight")
+    r1_every: int = knob(
+        16, "steps between uses of r1, each with that many times its weight", ge=1, when="r1!=0"
+    )
 
 
 @dataclass
-class OptimizerConfig:
-    lr: float = knob(2e-4, "peak learning rate of AdamW")
-    warmup_steps: int = knob(100, "steps of linear learning-rate warm-up")
+class OptimizerConfig(Section):
+    lr: float = knob(2e-4, "peak learning rate of AdamW", gt=0)
+    warmup_steps: int = knob(100, "steps of linear learning-rate warm-up", ge=0)
     schedule: Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
-    final_lr_fraction: float = knob(0.0, "cosine: learning rate at the last step, part of lr")
-    betas: list[float] = knob([0.9, 0.999], "decay rates of Adam's two moments")
-    eps: float = knob(1e-8, "added to the denominator of Adam")
-    weight_decay: float = knob(0.01, "decoupled weight decay of matrices and kernels")
+    final_lr_fraction: float = knob(
+        0.0, "learning rate at the last step, part of lr", ge=0, le=1, when="schedule=cosine"
+    )
+    betas: list[float] = knob([0.9, 0.999], "decay rates of Adam's two moments", ge=0, lt=1)
+    eps: float = knob(1e-8, "added to the denominator of Adam", gt=0)
+    weight_decay: float = knob(0.01, "decoupled weight decay of matrices and kernels", ge=0)
     clip_grad_norm: float = knob(
-        0.0, "largest norm of the gradient of the loss (nats per image); 0: no clipping"
+        0.0, "largest norm of the gradient of the loss (nats per image); 0: no clipping", ge=0
     )
 
 
 @dataclass
-class TrainingConfig:
-    steps: int = knob(10_000, "optimizer steps of the whole run", neutral=True)
-    batch_size: int = knob(256, "images per optimizer step, over all processes")
+class TrainingConfig(Section):
+    steps: int = knob(10_000, "optimizer steps of the whole run", neutral=True, ge=1)
+    batch_size: int = knob(256, "images per optimizer step, over all processes", ge=1)
     microbatch_size: Any = knob(
         0,
         "images per forward of one process (0: its whole share; auto: as many as fit into memory); "
         "changes memory, not results",
         neutral=True,
+        form=MICROBATCH,
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
         "auto",
         "autocast of the forward; auto: bf16 where every device computes in it, else no (float32)",
     )
-    ema_decay: float = knob(0.999, "decay per step of the averaged weights")
+    ema_decay: float = knob(0.999, "decay per step of the averaged weights", ge=0, lt=1)
     train_only: Literal["all", "decoder"] = knob(
         "all", "decoder: fine-tune decoder and likelihood; the encoder keeps init_from's weights"
     )
     max_consecutive_nonfinite: int = knob(
-        20,
-        "steps in a row whose gradient is skipped (not finite, or a spike) before the run fails",
-        neutral=True,
+        20, "steps in a row that may be skipped before the run fails", neutral=True, ge=1
     )
     spike_factor: float = knob(
-        0.0, "skip a gradient of this many times the 0.9 quantile of recent norms (0: never)"
+        0.0, "skip a gradient of this many times the 0.9 quantile of recent norms (0: never)", ge=0
     )
     checksum_every: int = knob(
-        1000, "steps between comparisons of the weights across ranks (0: never)", neutral=True
+        1000, "steps between comparisons of the weights across ranks (0: never)", neutral=True, ge=0
     )
 
 
 @dataclass
-class EvaluationConfig:
-    every: int = knob(1000, "steps between evaluations (0: only at the end)", neutral=True)
-    batch_size: int = knob(256, "images per forward of one process", neutral=True)
+class EvaluationConfig(Section):
+    every: int = knob(1000, "steps between evaluations (0: only at the end)", ge=0)
+    batch_size: int = knob(256, "images per forward of one process", ge=1)
 
 
 @dataclass
-class CheckpointConfig:
-    every: int = knob(1000, "steps between checkpoints (0: only at the end)", neutral=True)
-    keep_last: int = knob(2, "newest checkpoints that are kept", neutral=True)
-    keep_best: bool = knob(
-        True, "also keep the one of the lowest eval/neg_elbo_nats, named best", neutral=True
-    )
+class CheckpointConfig(Section):
+    every: int = knob(1000, "steps between checkpoints (0: only at the end)", ge=0)
+    keep_last: int = knob(2, "newest checkpoints that are kept", ge=1)
+    keep_best: bool = knob(True, "also keep the one of the lowest eval/neg_elbo_nats, named best")
 
 
 @dataclass
-class LogConfig:
-    every: int = knob(50, "steps between rows of log.jsonl, the console and W&B", neutral=True)
-    images_every: int = knob(0, "steps between picture grids (0: at each evaluation)", neutral=True)
-    num_images: int = knob(64, "images of a picture grid", neutral=True)
-    tensorboard: bool = knob(
-        False, "also write TensorBoard files (extra tensorboard) to RUN/tensorboard", neutral=True
-    )
+class LogConfig(Section):
+    every: int = knob(50, "steps between rows of log.jsonl, the console and W&B", ge=1)
+    images_every: int = knob(0, "steps between picture grids (0: at each evaluation)", ge=0)
+    num_images: int = knob(64, "images of a picture grid", ge=1)
+    tensorboard: bool = knob(False, "also write TensorBoard files to RUN/tensorboard")
 
 
 @dataclass
-class WandbConfig:
+class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = knob(
-        "auto", "auto: online when logged in and reachable, else offline", neutral=True
+        "auto", "auto: online when logged in and reachable, else offline"
     )
-    project: str = knob("vae_dist", "W&B project", neutral=True)
-    entity: str | None = knob(None, "W&B team or user (none: your default)", neutral=True)
-    group: str | None = knob(None, "W&B group of this run", neutral=True)
-    tags: list[str] = knob([], "W&B tags of this run", neutral=True)
-    artifacts: bool = knob(
-        False, "upload the last checkpoint and pictures as W&B artifacts at the end", neutral=True
-    )
-    finish_timeout_s: int = knob(
-        60, "longest wait for W&B at the end, seconds; the rest stays on disk", neutral=True
-    )
+    project: str = knob("vae_dist", "W&B project")
+    entity: str | None = knob(None, "W&B team or user (none: your default)")
+    group: str | None = knob(None, "W&B group of this run")
+    tags: list[str] = knob([], "W&B tags of this run")
+    artifacts: bool = knob(False, "upload the last checkpoint and pictures at the end")
+    finish_timeout_s: int = knob(60, "longest wait for W&B at the end, seconds", ge=0)
 
 
 @dataclass
-class RuntimeConfig:
-    device: Literal["auto", "cpu"] = knob(
-        "auto", "auto: the accelerator if there is one; cpu: never", neutral=True
-    )
-    threads: int = knob(
-        0, "CPU threads of one process (0: this machine's cores / its processes)", neutral=True
-    )
-    timeout_s: int = knob(600, "seconds that a rank waits for the others", neutral=True)
+class RuntimeConfig(Section):
+    device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
+    threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
+    timeout_s: int = knob(600, "seconds that a rank waits for the others", ge=1)
     parallel: Literal["ddp", "fsdp"] = knob(
-        "ddp", "ddp: each process holds the model; fsdp: it is cut over the processes", neutral=True
+        "ddp", "ddp: each process holds the model; fsdp: it is cut over the processes"
     )
     compile: Literal["auto", "true", "blocks", "false"] = knob(
         "auto",
         "torch.compile of both towers, for fixed shapes; results differ by rounding only; blocks: "
         "of each block by itself, a shorter start (auto: true on CUDA where a compiler is there "
         "and images share sizes; not on CPU or under fsdp)",
-        neutral=True,
     )
     channels_last: Literal["auto", "true", "false"] = knob(
-        "auto",
-        "memory layout of weights and images (auto: on CUDA in 16 bits when compiled)",
-        neutral=True,
+        "auto", "memory layout of weights and images (auto: on CUDA in 16 bits when compiled)"
     )
 
 
 @dataclass
-class ResumeConfig:
-    allow_changes: bool = knob(
-        False,
-        "go on although the config differs from the run's in ways that change numbers",
-        neutral=True,
-    )
+class ResumeConfig(Section):
+    allow_changes: bool = knob(False, "go on although changed keys change the numbers")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """What `vae_dist.train` reads, from schema defaults < base < file < command line."""
 
     config: str = knob("???", "name of a shipped config, or a path to a YAML file", neutral=True)
-    run: str = knob(
-        "", "run folder (default: runs/<config name>); all nodes must see it", neutral=True
-    )
+    run: str = knob("", "run folder (default: runs/<config name>), seen by all nodes", neutral=True)
     init_from: str = knob(
         "",
         "weights that a run begins with: run folder, checkpoint folder, .safetensors file, or the "
         "folder of a diffusers AutoencoderKL or of a pipeline with one",
     )
     dry_run: bool = knob(False, "check everything, print the plan, train nothing", neutral=True)
-    seed: int = knob(0, "every random draw is a function of this seed and its position")
+    seed: int = knob(0, "every draw is a function of seed and position", ge=0, le=2**63 - 1)
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
     likelihood: LikelihoodConfig = section(LikelihoodConfig)
     objective: ObjectiveConfig = section(ObjectiveConfig)
     perceptual: PerceptualConfig = section(PerceptualConfig)
-    adversarial: AdversarialConfig = section(AdversarialConfig)
+    adversarial: AdversarialConfig = section(AdversarialConfig, when="adversarial.weight!=0")
     optimizer: OptimizerConfig = section(OptimizerConfig)
     training: TrainingConfig = section(TrainingConfig)
-    evaluation: EvaluationConfig = section(EvaluationConfig)
-    checkpoint: CheckpointConfig = section(CheckpointConfig)
-    log: LogConfig = section(LogConfig)
-    wandb: WandbConfig = section(WandbConfig)
-    runtime: RuntimeConfig = section(RuntimeConfig)
-    resume: ResumeConfig = section(ResumeConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig, neutral=True)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, neutral=True)
+    log: LogConfig = section(LogConfig, neutral=True)
+    wandb: WandbConfig = section(WandbConfig, neutral=True)
+    runtime: RuntimeConfig = section(RuntimeConfig, neutral=True)
+    resume: ResumeConfig = section(ResumeConfig, neutral=True)

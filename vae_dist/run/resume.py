@@ -16,9 +16,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import shown
-from vae_dist.config.load import changed_numbers
-from vae_dist.config.rules import value_of
+from vae_dist.config.keys import changed_numbers, shown, value_of
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.diffusers import (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import nn
 
-from vae_dist.config.automatic import default_slots, has_buckets
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.resolve import COMPILED, has_any_size, has_buckets
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.digits import make_digits
 from vae_dist.data.index import ShardIndex, load_index
@@ -30,12 +30,10 @@ from vae_dist.models.build import build_vae, stride_of
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.discriminator import smallest_side as discriminator_side
 from vae_dist.models.latent import STATISTICS_FILE, write_statistics
-from vae_dist.models.networks import lpips_available
 from vae_dist.models.vae import VAE
 from vae_dist.objectives.perceptual import (
     build_perceptual,
     fetch_weights,
-    folder_of,
     smallest_side,
 )
 from vae_dist.run.folder import RunFolder
@@ -46,7 +44,6 @@ from vae_dist.tracking.tensorboard import TensorBoardSink
 from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.adversarial import Adversary
 from vae_dist.training.compile import (
-    COMPILED,
     compile_towers,
     lay_out,
     num_shapes,
@@ -80,7 +77,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
             bits=config.data.bits,
             crop=config.data.crop,
             flip=config.data.flip,
-            any_size=each_image_has_its_own_size(config),
+            any_size=has_any_size(config),
             needs=_size_needs(config),
         )
         data = Data(train, validation, settings, any_size=config.model.latent == "spatial")
@@ -105,15 +102,6 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     found: list[Data] = []  # by the main process, which need not look again
     runtime.on_main(prepare)
     return runtime.on_all_ranks(lambda: found[0] if found else load(create=False))
-
-
-def each_image_has_its_own_size(config: TrainConfig) -> bool:
-    """Whether native training images may differ in size: a slot is one image, any size will do for
-    the model, and ranks need not make equally many forwards (or do, one image each)."""
-    training, slots = config.training, config.data.slots
-    alone = (slots or default_slots(training.batch_size)) == training.batch_size
-    in_step = config.runtime.parallel == "ddp" or training.microbatch_size == 1
-    return config.model.latent == "spatial" and alone and in_step
 
 
 def _both_indexes(config: TrainConfig, *, create: bool) -> tuple[ShardIndex, ShardIndex]:
@@ -167,15 +155,6 @@ def _validation_stream(config: TrainConfig, runtime: Runtime, data: Data) -> Eva
         rank=runtime.rank,
         world=runtime.world,
     )
-
-
-def with_perceptual_kind(config: TrainConfig, runtime: Runtime) -> TrainConfig:
-    """A copy in which perceptual.kind has a concrete value, the same on all ranks."""
-    config = copy.deepcopy(config)
-    if config.perceptual.kind == "auto":
-        at_hand = lpips_available("vgg", folder_of(config.perceptual))
-        config.perceptual.kind = "structure" if runtime.any_rank(not at_hand) else "lpips"
-    return config
 
 
 def check_image_sizes(config: TrainConfig, data: Data) -> None:

@@ -13,7 +13,6 @@ in float32. FSDP is not compiled.
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import sysconfig
@@ -24,12 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vae_dist.config.automatic import default_slots, has_buckets
-from vae_dist.config.errors import ConfigError
+from vae_dist.config.resolve import SIXTEEN_BITS
 from vae_dist.config.schema import TrainConfig
-
-SIXTEEN_BITS = ("bf16", "fp16")
-COMPILED = ("true", "blocks")  # values of runtime.compile
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -47,37 +42,6 @@ def compiler_problem(device: torch.device) -> str | None:
     if not header.is_file():
         return f"there is no {header} (install Python's headers, for example python3-dev)"
     return None
-
-
-def resolve_compilation(
-    config: TrainConfig, *, device: torch.device, sizes_differ: bool, problem: str | None
-) -> TrainConfig:
-    """A copy in which runtime.compile and runtime.channels_last have concrete values.
-
-    `sizes_differ`: training images come as they are, perhaps in any number of shapes, which is not
-    compiled unasked. `problem` is what some process lacks for compilation. Raises ConfigError where
-    what is asked for cannot be.
-    """
-    config = copy.deepcopy(config)
-    runtime, training = config.runtime, config.training
-    if runtime.compile in COMPILED and problem is not None:
-        raise ConfigError(
-            f"runtime.compile={runtime.compile}: {problem}; or set runtime.compile=false"
-        )
-    if runtime.compile == "auto":
-        wanted = device.type == "cuda" and problem is None and not sizes_differ
-        wanted = wanted and runtime.parallel == "ddp"
-        runtime.compile = "true" if wanted else "false"
-    if runtime.channels_last == "auto":
-        # in eager mode GroupNorm goes back to the other layout, and back again
-        wanted = device.type == "cuda" and training.precision in SIXTEEN_BITS
-        wanted = wanted and runtime.compile in COMPILED
-        runtime.channels_last = "true" if wanted else "false"
-    if runtime.compile in COMPILED and has_buckets(config) and training.microbatch_size == 0:
-        # how many slots of a step share a bucket varies: each number would be a shape of its own
-        slots = config.data.slots or default_slots(training.batch_size, buckets=True)
-        training.microbatch_size = training.batch_size // slots
-    return config
 
 
 def num_shapes(config: TrainConfig, *, num_buckets: int) -> int:

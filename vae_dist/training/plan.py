@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from vae_dist.config.automatic import divisors
-from vae_dist.config.rules import value_of
+from vae_dist.config.keys import value_of
+from vae_dist.config.resolve import COMPILED, divisors
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.kept import bytes_kept
@@ -20,7 +20,7 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
-from vae_dist.training.compile import COMPILED, compiler_problem
+from vae_dist.training.compile import compiler_problem
 
 # the shipped configs take 10 to 135 epochs of their data
 MANY_EPOCHS = 1000

@@ -14,16 +14,19 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
-from vae_dist.config import automatic
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.workers import LoaderDied, deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
 from vae_dist.models.build import build_vae
+from vae_dist.models.networks import lpips_available
+from vae_dist.objectives.perceptual import folder_of
 from vae_dist.run.checkpoint import Checkpoint, Tensors, step_name
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import (
@@ -42,9 +45,8 @@ from vae_dist.training.build import (
     load_data,
     open_sinks,
     training_stream,
-    with_perceptual_kind,
 )
-from vae_dist.training.compile import COMPILED, compiler_problem, resolve_compilation
+from vae_dist.training.compile import compiler_problem
 from vae_dist.training.ending import Ending
 from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.loop import Startup, Trainer
@@ -71,15 +73,13 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         return 1
     startup.mark("ranks")
     try:
-        has_bf16 = all(runtime.gather(computes_bf16(config.runtime)))
-        config = runtime.on_all_ranks(
-            lambda: _agreed_config(config, folder, world=runtime.world, has_bf16=has_bf16)
-        )
-        config = with_perceptual_kind(config, runtime)
+        config = runtime.on_all_ranks(lambda: _agreed_config(config, folder, world=runtime.world))
+        facts = machine_facts(config, runtime)
+        config = runtime.on_all_ranks(lambda: resolve(config, facts))
         runtime.on_all_ranks(lambda: runtime.use_precision(config.training.precision))
         if config.dry_run:
-            return _dry_run(config, runtime)
-        code = _supervised(config, runtime, folder, signals, startup)
+            return _dry_run(config, facts, runtime)
+        code = _supervised(config, facts, runtime, folder, signals, startup)
         if code != 1:
             # Nobody leaves before the main process has written all: srun and elastic agents end
             # the ranks that are left. After a failure there may be nobody to wait for.
@@ -90,23 +90,36 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         runtime.stop()
 
 
-def _agreed_config(
-    config: TrainConfig, folder: RunFolder, *, world: int, has_bf16: bool
-) -> TrainConfig:
-    """The config with what the run in the folder, or the ranks' machines, make of `auto`.
+def _agreed_config(config: TrainConfig, folder: RunFolder, *, world: int) -> TrainConfig:
+    """The config with what the run in the folder made of `auto`.
 
     Raises ConfigError, also where these processes cannot share the slots of the run in the folder.
     """
     config = as_in_run_folder(config, folder)
-    if problem := automatic.world_size_problem(config, world):
+    if problem := world_size_problem(config, world):
         raise ConfigError(f"run={folder.path}: {problem}")
-    return automatic.resolve_precision(
-        config, has_accelerator=has_accelerator(config.runtime), has_bf16=has_bf16
+    return config
+
+
+def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
+    """What the machines of all ranks can do, as far as the config asks for it."""
+    on_gpu, asked = has_accelerator(config.runtime), config.runtime.compile
+    may_compile = asked in COMPILED or (asked == "auto" and on_gpu)
+    of_ranks = runtime.gather(
+        (
+            computes_bf16(config.runtime),
+            lpips_available("vgg", folder_of(config.perceptual)),
+            compiler_problem(runtime.device) if may_compile else None,
+        )
     )
+    bf16, lpips, problems = zip(*of_ranks, strict=True)
+    problem = next((problem for problem in problems if problem is not None), None)
+    return Facts(on_gpu, has_bf16=all(bf16), has_lpips=all(lpips), compiler_problem=problem)
 
 
 def _supervised(
     config: TrainConfig,
+    facts: Facts,
     runtime: Runtime,
     folder: RunFolder,
     signals: StopSignals,
@@ -120,7 +133,7 @@ def _supervised(
             with ending.watch, ending.told():
                 if not held.enter_context(_locked(folder, runtime, stop, ending.watch)):
                     return _stopped_before_training(ending, 0, stop)
-                return _train(config, stop, startup, ending, held)
+                return _train(config, facts, stop, startup, ending, held)
         except (TrainingFailed, RankFailed, LoaderDied) as failure:
             say(f"failed: {failure}", sys.stdout if runtime.is_main else sys.stderr)
             return 1
@@ -169,6 +182,7 @@ def _locked(
 
 def _train(
     config: TrainConfig,
+    facts: Facts,
     stop: StopRequest,
     startup: Startup,
     ending: Ending,
@@ -192,7 +206,7 @@ def _train(
     watch.at(-1, "shards")
     is_automatic = config.training.microbatch_size == "auto"
     compile_is_asked = config.runtime.compile in COMPILED
-    config, data = _with_data(config, runtime)
+    config, data = resolved_with_data(config, facts, runtime)
 
     def weights_to_begin_with() -> Tensors | None:
         if checkpoint is not None:
@@ -242,31 +256,15 @@ def _given_weights(config: TrainConfig, data: Data) -> Tensors | None:
     return initial_weights(config, model)
 
 
-def _with_data(config: TrainConfig, runtime: Runtime) -> tuple[TrainConfig, Data]:
-    """What the shards hold, and the config with what they make of `auto`."""
+def resolved_with_data(
+    config: TrainConfig, facts: Facts, runtime: Runtime
+) -> tuple[TrainConfig, Data]:
+    """What the shards hold, and the config with what they and the free memory make of `auto`."""
     data = load_data(config, runtime)
-    mean_sample_bytes = data.train.mean_sample_bytes
-    resolved = runtime.on_all_ranks(
-        lambda: automatic.resolve(config, mean_sample_bytes=mean_sample_bytes)
-    )
+    facts = replace(facts, mean_sample_bytes=data.train.mean_sample_bytes)
+    resolved = runtime.on_all_ranks(lambda: resolve(config, facts))
     runtime.on_all_ranks(lambda: check_image_sizes(resolved, data))
-    return _for_this_machine(resolved, data, runtime), data
-
-
-def _for_this_machine(config: TrainConfig, data: Data, runtime: Runtime) -> TrainConfig:
-    """The config with what memory and compiler of the machines make of `auto`."""
-    asked = config.runtime.compile
-    may_compile = asked in COMPILED or (asked == "auto" and runtime.device.type == "cuda")
-    problems = runtime.gather(compiler_problem(runtime.device) if may_compile else None)
-    resolved = runtime.on_all_ranks(
-        lambda: resolve_compilation(
-            config,
-            device=runtime.device,
-            sizes_differ=data.settings.any_size and not data.settings.resize,
-            problem=next((problem for problem in problems if problem is not None), None),
-        )
-    )
-    return fitting_microbatch(resolved, largest_size(data), runtime)
+    return fitting_microbatch(resolved, largest_size(data), runtime), data
 
 
 def _stopped_before_training(ending: Ending, step: int, stop: StopRequest) -> int:
@@ -361,9 +359,9 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
     ]
 
 
-def _dry_run(config: TrainConfig, runtime: Runtime) -> int:
+def _dry_run(config: TrainConfig, facts: Facts, runtime: Runtime) -> int:
     """Check everything, print the plan, leave the run folder alone."""
-    config, data = _with_data(config, runtime)
+    config, data = resolved_with_data(config, facts, runtime)
     runtime.on_all_ranks(lambda: _given_weights(config, data))
     if runtime.is_main:
         print(

@@ -3,8 +3,7 @@
 import pytest
 
 from tests.support.training import arguments
-from vae_dist.config.automatic import launch_problem
-from vae_dist.train import main
+from vae_dist.train import launch_problem, main
 
 BATCH = {"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}
 AGENT = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}

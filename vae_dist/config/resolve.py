@@ -1,0 +1,154 @@
+"""The values that `auto` stands for: one function decides, and the result is read-only.
+
+In: a config, and facts of machines and data that are the same on all ranks. Out: a config that
+changes no more. What is found out while training (a microbatch that fits) is state of the run.
+
+    the number of processes divides data.slots,
+    2 * data.window * training.batch_size * mean sample bytes <= data.window_bytes
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import freeze
+from vae_dist.config.schema import TrainConfig
+
+MAX_AUTOMATIC_SLOTS = 64
+MAX_AUTOMATIC_WINDOW = 32  # samples of a lane; with aspect buckets slots of a lane
+MIN_IMAGES_OF_BUCKET = 4  # of a slot, which goes through the model as one shape
+MIN_SLOTS_OF_WINDOW = 4  # with aspect buckets: enough to sort by aspect
+COMPILED = ("true", "blocks")  # values of runtime.compile
+SIXTEEN_BITS = ("bf16", "fp16")  # of training.precision
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `auto` depends on beside the config."""
+
+    has_accelerator: bool = False
+    has_bf16: bool = False  # every rank's device computes in it rather than emulating it
+    has_lpips: bool = False  # every rank finds the weights of LPIPS without a network
+    compiler_problem: str | None = None  # what some rank lacks for torch.compile
+    mean_sample_bytes: float | None = None  # of the training shards; None until they are known
+
+
+def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
+    """A read-only copy in which each `auto` has its value, data.window once the shards are known.
+
+    training.microbatch_size=auto stays, for it depends on memory that is free at the moment.
+    Raises ConfigError where what is asked for cannot be.
+    """
+    config = copy.deepcopy(config)
+    data, training, runtime = config.data, config.training, config.runtime
+    data.slots = slots_of(config)
+    if data.window == "auto" and facts.mean_sample_bytes is not None:
+        data.window = _automatic_window(config, facts.mean_sample_bytes)
+    if config.perceptual.kind == "auto":
+        config.perceptual.kind = "lpips" if facts.has_lpips else "structure"
+    if training.precision == "auto":
+        training.precision = "bf16" if facts.has_bf16 else "no"
+    if runtime.compile == "auto":
+        wanted = facts.has_accelerator and facts.compiler_problem is None
+        wanted = wanted and runtime.parallel == "ddp" and not has_any_size(config)
+        runtime.compile = "true" if wanted else "false"
+    if runtime.channels_last == "auto":
+        # in eager mode GroupNorm goes back to the other layout, and back again
+        wanted = facts.has_accelerator and training.precision in SIXTEEN_BITS
+        runtime.channels_last = "true" if wanted and runtime.compile in COMPILED else "false"
+    if runtime.compile in COMPILED and has_buckets(config) and training.microbatch_size == 0:
+        # how many slots of a step share a bucket varies: each number would be a shape of its own
+        training.microbatch_size = images_per_slot(config)
+    if problem := _unable(config, facts):
+        raise ConfigError(problem)
+    freeze(config)
+    return config
+
+
+def _unable(config: TrainConfig, facts: Facts) -> str:
+    """Why these machines cannot do what is asked for; empty when they can."""
+    if config.training.precision == "fp16" and not facts.has_accelerator:
+        return "training.precision=fp16 needs an accelerator, and there is none; use bf16 or no"
+    if config.runtime.compile not in COMPILED:
+        return ""
+    asked = f"runtime.compile={config.runtime.compile}"
+    if facts.compiler_problem is not None:
+        return f"{asked}: {facts.compiler_problem}; or set runtime.compile=false"
+    if config.training.precision == "bf16" and not facts.has_accelerator:
+        return (
+            f"{asked}: torch 2.13 gets gradients of bfloat16 wrong when it compiles for a CPU; set "
+            "training.precision=no, or runtime.compile=false"
+        )
+    return ""
+
+
+def divisors(number: int) -> list[int]:
+    return [part for part in range(1, number + 1) if number % part == 0]
+
+
+def has_buckets(config: TrainConfig) -> bool:
+    """Whether images go to aspect buckets, so that a slot's images share one of several sizes."""
+    return isinstance(config.data.resolution, dict)
+
+
+def has_any_size(config: TrainConfig) -> bool:
+    """Whether training images are taken as they are and may differ in size: a slot is one image,
+    any size will do for the model, and ranks need not make equally many forwards (or do, one image
+    each)."""
+    training = config.training
+    in_step = config.runtime.parallel == "ddp" or training.microbatch_size == 1
+    is_spatial = config.model.latent == "spatial"
+    is_native = config.data.resolution == "native"
+    return is_native and is_spatial and images_per_slot(config) == 1 and in_step
+
+
+def default_slots(batch_size: int, *, buckets: bool = False) -> int:
+    """What data.slots=0 stands for: one image a slot, but at most 64 slots; with aspect buckets at
+    least MIN_IMAGES_OF_BUCKET images a slot, where the batch has as many."""
+    largest = min(MAX_AUTOMATIC_SLOTS, batch_size)
+    if buckets:
+        largest = max(1, min(largest, batch_size // MIN_IMAGES_OF_BUCKET))
+    return max(part for part in range(1, largest + 1) if batch_size % part == 0)
+
+
+def slots_of(config: TrainConfig) -> int:
+    """data.slots, or what 0 stands for."""
+    batch_size = config.training.batch_size
+    return config.data.slots or default_slots(batch_size, buckets=has_buckets(config))
+
+
+def images_per_slot(config: TrainConfig) -> int:
+    return config.training.batch_size // slots_of(config)
+
+
+def world_size_problem(config: TrainConfig, world: int) -> str | None:
+    """Why `world` processes cannot share the slots, or None when they can."""
+    slots = slots_of(config)
+    if slots % world == 0:
+        return None
+    fitting = ", ".join(str(part) for part in divisors(slots))
+    return (
+        f"{world} processes cannot share data.slots={slots} evenly; the numbers of processes that "
+        f"work are {fitting}. Start one of these, or begin a run with data.slots set to a multiple "
+        f"of {world} that divides training.batch_size"
+    )
+
+
+def _automatic_window(config: TrainConfig, mean_sample_bytes: float) -> int:
+    # Twice: a lane reads its next window while the present one is being used up. A lane holds one
+    # sample of a step, or with aspect buckets one slot of it.
+    row_bytes = 2 * config.training.batch_size * mean_sample_bytes
+    smallest = MIN_SLOTS_OF_WINDOW if has_buckets(config) else 1
+    window = MAX_AUTOMATIC_WINDOW
+    while window > smallest and window * row_bytes > config.data.window_bytes:
+        window //= 2
+    if window * row_bytes > config.data.window_bytes:
+        what = f"{2 * smallest} slots" if has_buckets(config) else "two samples"
+        raise ConfigError(
+            f"data.window_bytes={config.data.window_bytes} holds less than {what} of each "
+            f"lane; data.window=auto needs at least {math.ceil(smallest * row_bytes)}"
+        )
+    return window * images_per_slot(config) if has_buckets(config) else window
