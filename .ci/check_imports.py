@@ -80,8 +80,10 @@ def wrong_direction(importer: str, target: str) -> str | None:
     room, other = room_of(importer), room_of(target)
     if room == other:
         return None
-    if not room or not other:
-        return f"{importer} imports {target}: the package's own __init__ stands outside the layers"
+    if not room:
+        return None  # the package's own __init__ stands above the layers
+    if not other:
+        return f"{importer} imports {target}: the package's own __init__ stands above the layers"
     above, below = layer_of(room), layer_of(other)
     if above is None or below is None:
         return None  # reported once for the room

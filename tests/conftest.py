@@ -1,4 +1,4 @@
-"""What tests of several rooms share: real digits as shards, few enough to be read in a moment."""
+"""What tests of several folders share: real digits as shards, and tiny runs for every verb."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import tiny_run
 from vae_dist.cli import set_environment
 from vae_dist.data.digits import make_digits
 
@@ -18,3 +19,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     make_digits(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vector latent, grey images of 28x28, one of the 8 validation images damaged."""
+    return tiny_run.plain_run(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="session")
+def conditional_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, and of each grey image of 12x10 one half is missing."""
+    return tiny_run.conditional_run(tmp_path_factory.mktemp("conditional"))
+
+
+@pytest.fixture(scope="session")
+def spatial_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spatial latent of stride 2, three colour images of 20x16."""
+    return tiny_run.spatial_run(tmp_path_factory.mktemp("spatial"))

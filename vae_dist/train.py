@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from collections.abc import Mapping
+from pathlib import Path
 
 from vae_dist.cli import exit_process, set_environment
 from vae_dist.config.errors import ConfigError
@@ -103,6 +105,57 @@ def main(argv: list[str] | None = None) -> int:
             return run_session(config, signals)
     except ConfigError as error:  # the same on all ranks
         return _refused(error, speaker="RANK")
+
+
+class _Callable(types.ModuleType):
+    """This module is also a function of the Python API: `vae_dist.train(config)`."""
+
+    def __call__(self, config: TrainConfig) -> Path:
+        """Train in this process; returns the path of the run folder.
+
+        As on the command line, a run that was interrupted goes on where it stands, and a finished
+        one is left as it is. SIGINT and SIGTERM save a checkpoint and end the run.
+
+        Args:
+            config: from `vae_dist.config`; it is not changed.
+
+        Raises:
+            ConfigError: config, data or run folder cannot be used.
+            RuntimeError: training failed or was interrupted; the run folder has what was saved.
+
+        Example:
+            >>> folder = vae_dist.train(vae_dist.config("config=debug"))
+            >>> vae = vae_dist.load(folder)
+        """
+        code = _trained_here(config)
+        if code:
+            ending = "was interrupted; the same call goes on" if code == 75 else "failed"
+            raise RuntimeError(f"run={config.run}: training {ending}")
+        return Path(config.run)
+
+
+def _trained_here(config: TrainConfig) -> int:
+    """The exit code of a session; threads, TensorFloat-32 and Accelerate are as before it."""
+    import copy
+
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    from vae_dist.training.compile import exact_float32
+    from vae_dist.training.setup import run_session
+
+    threads = torch.get_num_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with exact_float32(device), StopSignals() as signals:
+            return run_session(copy.deepcopy(config), signals)
+    finally:
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def _say_what_takes_time(config: TrainConfig) -> None:

@@ -69,7 +69,7 @@ def test_downward_imports_pass(tmp_path: Path) -> None:
             "vae_dist.data.order -> vae_dist.models.vae -> vae_dist.data.order",
         ),
         ({"models/vae.py": "from .conv import Encoder\n"}, "vae.py:1: relative import"),
-        ({"models/vae.py": "import vae_dist\n"}, "stands outside the layers"),
+        ({"models/vae.py": "import vae_dist\n"}, "stands above the layers"),
         ({"misc/strings.py": ""}, "has no layer yet"),
         (
             {

@@ -1,4 +1,4 @@
-"""A finished run folder without training: a small model of random weights, and shards of digits."""
+"""Finished run folders without training: small models of random weights, and their images."""
 
 from __future__ import annotations
 
@@ -36,18 +36,52 @@ def tiny_config(
     return config
 
 
-def write_images(folder: Path, images: np.ndarray) -> None:
-    """uint8 (N, H, W) or (N, H, W, 3) as one shard; an image of zeros is written as no PNG."""
+def plain_run(folder: Path) -> Path:
+    pixels = random_pixels(8, 28, 28)
+    pixels[2] = 0  # written as no PNG
+    return _run(folder, tiny_config(), pixels)
+
+
+def conditional_run(folder: Path) -> Path:
+    config = tiny_config(num_classes=3)
+    config.data.mask = "half"
+    return _run(folder, config, random_pixels(6, 12, 10))
+
+
+def spatial_run(folder: Path) -> Path:
+    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
+    return _run(folder, config, random_pixels(3, 20, 16, 3))
+
+
+def random_pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
+
+
+def _run(folder: Path, config: TrainConfig, pixels: np.ndarray) -> Path:
+    """`folder/run`, and `folder/images` for training and validation."""
+    write_images(folder / "images", pixels, num_classes=config.model.num_classes)
+    config.data.train = config.data.validation = str(folder / "images")
+    write_run(folder / "run", config, (pixels.shape[1], pixels.shape[2]))
+    return folder / "run"
+
+
+def write_images(folder: Path, images: np.ndarray, *, num_classes: int = 0) -> None:
+    """uint8 (N, H, W) or (N, H, W, 3) as one shard; an image of zeros is written as no PNG. Labels
+    are 0, 1, ..., num_classes - 1, 0, ..."""
 
     def encode(image: np.ndarray) -> bytes:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         return file.getvalue()
 
-    samples = (
-        {"__key__": f"{number:04d}", "png": encode(image) if image.any() else b"no PNG"}
-        for number, image in enumerate(images)
-    )
+    def sample(number: int, image: np.ndarray) -> dict[str, str | bytes]:
+        found: dict[str, str | bytes] = {"__key__": f"{number:04d}"}
+        found["png"] = encode(image) if image.any() else b"no PNG"
+        if num_classes:
+            found["cls"] = str(number % num_classes).encode()
+        return found
+
+    samples = (sample(number, image) for number, image in enumerate(images))
     write_shards(samples, folder, num_shards=1, name="images")
 
 

@@ -1,8 +1,14 @@
 """Config: the schema of every knob, loading it from YAML and the command line, and its checks."""
 
+from __future__ import annotations
+
+import sys
+import types
+
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import changed_numbers, flatten, help_text
 from vae_dist.config.load import from_yaml, load_command, load_train_config, to_yaml, wants_help
+from vae_dist.config.schema import TrainConfig
 
 __all__ = [
     "ConfigError",
@@ -15,3 +21,21 @@ __all__ = [
     "to_yaml",
     "wants_help",
 ]
+
+
+class _Callable(types.ModuleType):
+    """This package is also a function of the Python API: `vae_dist.config(...)`."""
+
+    def __call__(self, *overrides: str) -> TrainConfig:
+        """A checked training config from the `key=value` strings that the command line takes.
+
+        Raises:
+            ConfigError: lists every key that is wrong, with the nearest name.
+
+        Example:
+            >>> config = vae_dist.config("config=mnist", "training.steps=100", "run=runs/short")
+        """
+        return load_train_config(list(overrides))
+
+
+sys.modules[__name__].__class__ = _Callable

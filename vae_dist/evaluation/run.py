@@ -38,6 +38,7 @@ from vae_dist.evaluation.metrics import (
     mean_and_error,
 )
 from vae_dist.models.latent import LatentStatistics
+from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 from vae_dist.training.compile import exact_float32
@@ -136,7 +137,7 @@ def evaluate(
 def _forward(
     model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device
 ) -> EvaluatedBatch:
-    inputs = _inputs(model, batch, seed=seed, device=device)
+    inputs = inputs_of(model, batch, seed=seed, device=device)
     shape = model.latent_shape(*inputs.image_size)
     noise = draws(torch.randn, seed, "eval-posterior", inputs.samples, shape).to(device)
     with exact_float32(device):
@@ -144,18 +145,37 @@ def _forward(
     return EvaluatedBatch(model, inputs, noise, output)
 
 
-def _inputs(model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device) -> Inputs:
+def inputs_of(
+    model: VAE,
+    batch: EvaluationBatch,
+    *,
+    seed: int,
+    device: torch.device,
+    purpose: str = "eval-levels",
+) -> Inputs:
     """The images that count, as the model takes them."""
     counts = batch.weights > 0
     levels = batch.images[counts].to(device)  # (b, C, H, W)
     samples = batch.samples[counts].tolist()
-    uniform = None
-    if model.likelihood.needs_uniform:
-        shape = tuple(levels.shape[1:])
-        uniform = draws(torch.rand, seed, "eval-levels", samples, shape).to(device)
-    images = model.likelihood.prepare(levels, uniform)
+    images = with_noise(model.likelihood, levels, samples, seed=seed, purpose=purpose)
     mask = None if batch.masks is None else batch.masks[counts].to(device)
     return Inputs(levels, images, samples, batch.labels[counts].to(device), mask)
+
+
+def with_noise(
+    likelihood: Likelihood,
+    stored: Tensor,
+    samples: Sequence[int],
+    *,
+    seed: int,
+    purpose: str = "eval-levels",
+) -> Tensor:
+    """Stored images (b, C, H, W) as `prepare` makes them; noise belongs to the sample's number."""
+    uniform = None
+    if likelihood.needs_uniform:
+        shape = tuple(stored.shape[1:])
+        uniform = draws(torch.rand, seed, purpose, samples, shape).to(stored.device)
+    return likelihood.prepare(stored, uniform)
 
 
 class _Bound:

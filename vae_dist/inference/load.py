@@ -28,9 +28,11 @@ from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import deaths_explained
 from vae_dist.heap import keep_freed_memory
 from vae_dist.models.build import build_vae
+from vae_dist.models.diffusers import fitting_keys, read_published
 from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import load_checkpoint
 from vae_dist.run.folder import RunFolder
+from vae_dist.run.resume import initial_weights
 from vae_dist.training.compile import exact_float32
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def choose_device(name: str) -> torch.device:
 def open_run(command: RunCommand) -> Iterator[LoadedModel]:
     """The model of `command.run`, for a verb of one process. Raises ConfigError as `load_model`."""
     device = choose_device(command.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with exact_float32(device):
         yield load_model(command, device=device)
 
@@ -103,11 +107,27 @@ def load_model(command: RunCommand, *, device: torch.device | None = None) -> Lo
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
             f"of its config.yaml; was that file edited? {error}"
         ) from None
-    device = device or choose_device(command.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model.to(device).eval()
+    model.to(device or choose_device(command.device)).eval()
     return LoadedModel(model, config, checkpoint.step, (height, width))
+
+
+def load_published(folder: Path, device: torch.device) -> LoadedModel | None:
+    """The AutoencoderKL of a folder in diffusers' format, with a Gaussian likelihood that was not
+    trained; None where there is none. Raises ConfigError."""
+    config = TrainConfig(config="diffusers", init_from=str(folder))
+    try:
+        published = read_published(folder)
+        if published is None:
+            return None
+        for key, value in fitting_keys(published).items():
+            section, _, name = key.partition(".")
+            setattr(getattr(config, section), name, value)
+        side = int(published.config.get("sample_size") or 256)
+        model = build_vae(config, (side, side))
+        model.load_state_dict(initial_weights(config, model))
+    except ConfigError as error:
+        raise ConfigError([p.removeprefix("init_from=") for p in error.problems]) from None
+    return LoadedModel(model.to(device).eval(), config, 0, (side, side))
 
 
 def weights_digest(model: VAE) -> str:

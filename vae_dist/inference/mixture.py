@@ -39,6 +39,7 @@ from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.forms import mixture_prior
 from vae_dist.data.loader import EvaluationBatch, EvaluationStream
+from vae_dist.evaluation.run import inputs_of
 from vae_dist.files import write_durably
 from vae_dist.inference.load import LoadedModel, open_images, weights_digest
 from vae_dist.models.latent import sample_posterior
@@ -202,19 +203,12 @@ def aggregate_posterior(model: VAE, batches: Iterable[EvaluationBatch], *, seed:
     device = next(model.parameters()).device
     latents = []
     for batch in batches:
-        counts = batch.weights > 0
-        stored, samples = batch.images[counts].to(device), batch.samples[counts].tolist()
-        if not samples:
+        if not (batch.weights > 0).any():
             continue
-        uniform = None
-        if model.likelihood.needs_uniform:
-            shape = tuple(stored.shape[1:])
-            uniform = draws(torch.rand, seed, "aggregate-levels", samples, shape).to(device)
-        mask = None if batch.masks is None else batch.masks[counts].to(device)
-        prepared = model.likelihood.prepare(stored, uniform)
-        mean, log_variance = model.encode(prepared, batch.labels[counts].to(device), mask)
+        inputs = inputs_of(model, batch, seed=seed, device=device, purpose="aggregate-levels")
+        mean, log_variance = model.encode(inputs.images, inputs.labels, inputs.mask)
         shape = tuple(mean.shape[1:])
-        noise = draws(torch.randn, seed, "aggregate-posterior", samples, shape).to(device)
+        noise = draws(torch.randn, seed, "aggregate-posterior", inputs.samples, shape).to(device)
         latents.append(sample_posterior(mean, log_variance, noise).cpu())
     return torch.cat(latents) if latents else torch.empty(0, model.latent_channels)
 

@@ -1,0 +1,342 @@
+"""The Python API: a trained model as an object that takes and gives images.
+
+    vae = load("runs/mnist")
+    images = vae.sample(64, seed=0)          # (64, C, H, W), float32 in [0, 1]
+    mean, std = vae.encode(images)           # of q(z|x)
+    again = vae.decode(mean)                 # E[x|z], float32 in [0, 1]
+    nats = vae.neg_elbo(images)              # (64,)
+
+Results are float32 tensors on the CPU. Nothing here changes torch's global state: TensorFloat-32 is
+off inside a call and as it was after it, and draws come from generators of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vae_dist.config.commands import RunCommand
+from vae_dist.config.errors import ConfigError
+from vae_dist.evaluation.run import with_noise
+from vae_dist.inference import sampling
+from vae_dist.inference.load import LoadedModel, choose_device, load_model, load_published
+from vae_dist.models.latent import drawn_labels
+from vae_dist.models.vae import NO_LABEL
+from vae_dist.randomness import draws
+from vae_dist.training.compile import exact_float32
+
+ImagesLike = Tensor | np.ndarray | Image.Image | Sequence[Any]
+LabelsLike = int | Sequence[int] | Tensor | np.ndarray | None
+
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+def load(
+    path: str | Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    checkpoint: str | int = "latest",
+    device: str | torch.device = "auto",
+) -> TrainedVAE:
+    """Load a trained model.
+
+    Args:
+        path: a run folder (`runs/mnist`), one of its checkpoint folders
+            (`runs/mnist/checkpoints/step_00001000`), a folder in diffusers' `AutoencoderKL` format,
+            or `hf://OWNER/NAME`, a repository of the Hugging Face Hub in that format.
+        weights: `ema`, the averaged weights, or `model`, those of the last step.
+        checkpoint: `latest`, `best`, or a step number; for a run folder.
+        device: `auto`, which is CUDA if there is a device, or a torch device.
+
+    Raises:
+        ConfigError: nothing at `path` can be loaded; the message says why. It is a ValueError.
+
+    Example:
+        >>> vae = vae_dist.load("runs/mnist")
+        >>> images = vae.sample(64, seed=0)
+    """
+    chosen = choose_device(str(device))
+    name = str(path)
+    folder = _from_hub(name) if name.startswith("hf://") else Path(path).expanduser()
+    step = STEP_FOLDER.fullmatch(folder.name)
+    if step and folder.parent.name == "checkpoints":
+        if checkpoint != "latest":
+            raise ConfigError(
+                f"checkpoint={checkpoint}: {path} is a checkpoint already; leave it out"
+            )
+        folder, checkpoint = folder.parent.parent, int(step[1])
+    if not (folder / "config.yaml").is_file() and (found := load_published(folder, chosen)):
+        return TrainedVAE(found, has_likelihood=False)
+    command = RunCommand(run=str(folder), checkpoint=str(checkpoint), weights=weights)
+    return TrainedVAE(load_model(command, device=chosen))
+
+
+class TrainedVAE:
+    """A trained VAE in eval mode. Make one with `vae_dist.load`.
+
+    Images go in as a tensor or numpy array (N, C, H, W) or (C, H, W), as a Pillow image, or as a
+    list of these of one size: unsigned integers over their whole range, or floats in [0, 1]. They
+    are rounded to the levels that the model was trained on (`data.bits`). A conditional model takes
+    `labels`: one class, or one for each image, -1 for none; without them it knows no label.
+
+    Attributes:
+        model: the `torch.nn.Module`.
+        config: the resolved config of the run.
+        step: optimizer steps of the weights.
+        image_size: (H, W) in pixels of the images of training.
+        batch_size: images that go through the network at once; memory only.
+    """
+
+    batch_size = 64
+
+    def __init__(self, loaded: LoadedModel, *, has_likelihood: bool = True) -> None:
+        self.model, self.config, self.step, self.image_size = loaded
+        self._has_likelihood = has_likelihood
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        return (
+            f"TrainedVAE({Path(self.config.config).stem or 'diffusers'}, step {self.step}, images "
+            f"{self.config.data.channels}x{height}x{width}, latents "
+            f"{'x'.join(map(str, self.latent_shape()))}, {self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Shape of one image's latent: (d,), or (c, h, w) for images of `size` = (H, W)."""
+        return self.model.latent_shape(*self._size(size))
+
+    def sample(
+        self,
+        num_images: int,
+        *,
+        seed: int = 0,
+        label: int | None = None,
+        temperature: float = 1.0,
+        size: int | tuple[int, int] | None = None,
+    ) -> Tensor:
+        """E[x|z] of draws of the prior, z = temperature * e with e ~ N(0, I).
+
+        Image i is a function of (seed, i) alone. `label` is the class of all images, -1 for none;
+        by default a conditional model's classes are drawn, all equally likely. `size` is N or
+        (H, W) in pixels, for models with a spatial latent.
+
+        Returns:
+            float32 (num_images, C, H, W) in [0, 1].
+        """
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images}; give at least 1")
+        if label is None:
+            labels = drawn_labels(self.model.num_classes, num_images, seed=seed)
+        else:
+            labels = self._labels(label, num_images)
+        with self._inference():
+            means = sampling.sample_prior(
+                self.model,
+                num_images,
+                self._size(size),
+                seed=seed,
+                temperature=temperature,
+                batch_size=self.batch_size,
+                labels=labels,
+            )
+        return _to_unit(means)
+
+    def encode(self, images: ImagesLike, *, labels: LabelsLike = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(z|x), each float32 (N, *latent).
+
+        The posterior of the very images: the noise that training adds to them (dequantisation,
+        dynamic binarisation) is left out.
+        """
+        mean, log_variance = self._posterior(self._stored(images), labels)
+        return mean.cpu(), (0.5 * log_variance).exp().cpu()
+
+    def decode(
+        self,
+        z: Tensor | np.ndarray,
+        *,
+        labels: LabelsLike = None,
+        size: int | tuple[int, int] | None = None,
+    ) -> Tensor:
+        """E[x|z] of latents (N, *latent), float32 (N, C, H, W) in [0, 1].
+
+        `size` is N or (H, W) in pixels; by default the images of a spatial latent are as large as
+        it allows.
+        """
+        z = torch.as_tensor(z).float()
+        if size is None and self.model.image_size is None and z.ndim == 4:
+            size = z.shape[2] * self.model.stride, z.shape[3] * self.model.stride
+        expected = self.latent_shape(self._size(size))
+        if tuple(z.shape[1:]) != expected:
+            wanted = ", ".join(map(str, expected))
+            raise ValueError(f"latents of shape {tuple(z.shape)}; give (N, {wanted})")
+        with self._inference():
+            means = sampling.decode_means(
+                self.model,
+                z,
+                self._size(size),
+                batch_size=self.batch_size,
+                labels=self._labels(labels, len(z)),
+            )
+        return _to_unit(means)
+
+    def reconstruct(self, images: ImagesLike, *, labels: LabelsLike = None) -> Tensor:
+        """E[x | z = E[z|x]] of each image, float32 (N, C, H, W) in [0, 1]."""
+        stored = self._stored(images)
+        mean, _ = self._posterior(stored, labels)
+        height, width = stored.shape[-2:]
+        return self.decode(mean, labels=labels, size=(height, width))
+
+    def neg_elbo(self, images: ImagesLike, *, labels: LabelsLike = None, seed: int = 0) -> Tensor:
+        """-ELBO of each image, an upper bound of -log p(x), float64 (N,) in nats.
+
+        One draw of z for each image, and what noise the likelihood needs, are functions of (seed,
+        number of the image): for the first images of a data set these are the values that
+        `vae_dist.evaluate` takes the mean of.
+        """
+        if not self._has_likelihood:
+            raise ValueError("neg_elbo: diffusers' format has no likelihood; load a run folder")
+        stored = self._stored(images)
+        known = self._labels(labels, len(stored))
+        latent = self.latent_shape((stored.shape[-2], stored.shape[-1]))
+        found = []
+        with self._inference():
+            for first in range(0, len(stored), self.batch_size):
+                part = slice(first, first + self.batch_size)
+                numbers = range(len(stored))[part]
+                noise = draws(torch.randn, seed, "eval-posterior", numbers, latent)
+                batch = stored[part].to(self.device)
+                prepared = with_noise(self.model.likelihood, batch, numbers, seed=seed)
+                output = self.model(
+                    prepared,
+                    noise.to(self.device),
+                    None if known is None else known[part].to(self.device),
+                )
+                found.append(output.kl.double().sum(1) - output.log_likelihood.double())
+        return torch.cat(found).cpu()
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), exact_float32(self.device):
+            yield
+
+    def _posterior(self, stored: Tensor, labels: LabelsLike) -> tuple[Tensor, Tensor]:
+        with self._inference():
+            return sampling.posteriors(
+                self.model,
+                stored,
+                batch_size=self.batch_size,
+                labels=self._labels(labels, len(stored)),
+            )
+
+    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        if size is None:
+            size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.model.latent_shape(height, width)  # ValueError for another size of a vector latent
+        return height, width
+
+    def _labels(self, labels: LabelsLike, count: int) -> Tensor | None:
+        """int64 (count,); None where there are none."""
+        if labels is None:
+            return None
+        num_classes = self.model.num_classes
+        if not num_classes:
+            raise ValueError("labels: this model was trained without labels; leave them out")
+        found = torch.as_tensor(labels).long()
+        found = found.expand(count) if found.ndim == 0 else found
+        if found.shape != (count,):
+            raise ValueError(
+                f"labels of shape {tuple(found.shape)} for {count} images; give one each"
+            )
+        if int(found.min()) < NO_LABEL or int(found.max()) >= num_classes:
+            raise ValueError(
+                f"labels from {int(found.min())} to {int(found.max())}; this model knows the "
+                f"classes 0 to {num_classes - 1}, and -1 for none"
+            )
+        return found
+
+    def _stored(self, images: ImagesLike) -> Tensor:
+        """(N, C, H, W) as the shards of training hold them. Raises ValueError."""
+        found = _as_tensor(images, self.config.data.channels)
+        channels, size = found.shape[1], (found.shape[2], found.shape[3])
+        if channels != self.config.data.channels:
+            raise ValueError(
+                f"images of shape {tuple(found.shape)} have {channels} channels, and this model "
+                f"takes {self.config.data.channels}; give (N, {self.config.data.channels}, H, W)"
+            )
+        self._size(size)
+        wanted = {16: torch.uint16, 32: torch.float32}.get(self.config.data.bits, torch.uint8)
+        if found.dtype == wanted and wanted != torch.float32:
+            return found
+        unit = _in_unit(found)
+        if wanted == torch.float32:
+            return unit * 2 - 1
+        return (unit * torch.iinfo(wanted).max).round().to(wanted)
+
+
+# images in and out
+
+
+def _as_tensor(images: ImagesLike, channels: int) -> Tensor:
+    """(N, C, H, W) of any dtype."""
+    if isinstance(images, Image.Image):
+        mode = PILLOW_MODES.get(channels)
+        if mode is None:
+            raise ValueError(f"Pillow images have 1, 3 or 4 channels, this model takes {channels}")
+        pixels = np.array(images if images.mode.startswith(("I", "F")) else images.convert(mode))
+        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None]
+    if isinstance(images, Tensor | np.ndarray):
+        found = torch.as_tensor(images).detach().cpu()
+        found = found[None] if found.ndim == 3 else found
+        if found.ndim != 4 or not found.numel():
+            raise ValueError(
+                f"images of shape {tuple(found.shape)}; give (N, C, H, W) or (C, H, W)"
+            )
+        return found
+    parts = [_as_tensor(image, channels) for image in images]
+    if len({part.shape[1:] for part in parts}) != 1:
+        raise ValueError(
+            "a list of images needs at least one, and all of one size; pass the others apart"
+        )
+    return torch.cat(parts)
+
+
+def _in_unit(images: Tensor) -> Tensor:
+    """float32 in [0, 1]. Raises ValueError."""
+    if images.dtype in (torch.uint8, torch.uint16):
+        return images.float() / torch.iinfo(images.dtype).max
+    if not images.dtype.is_floating_point:
+        raise ValueError(f"images of {images.dtype}; give uint8, uint16, or floats in [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # NaN too
+        hint = "; images in [-1, 1] are (images + 1) / 2" if low >= -1 and high <= 1 else ""
+        raise ValueError(f"float images from {low:g} to {high:g}; they must be in [0, 1]{hint}")
+    return images.float()
+
+
+def _to_unit(means: Tensor) -> Tensor:
+    return ((means + 1) / 2).clamp(0, 1)
+
+
+def _from_hub(name: str) -> Path:
+    """The files of `hf://OWNER/NAME` in the Hub's cache. Raises ConfigError."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
+    try:
+        return Path(snapshot_download(name.removeprefix("hf://"), allow_patterns=patterns))
+    except Exception as error:  # its transport, and so what it raises, differs by version
+        raise ConfigError(f"{name}: cannot be read from the Hugging Face Hub ({error})") from None
