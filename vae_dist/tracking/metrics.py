@@ -65,9 +65,8 @@ IMAGES = {
     "worst": "Worst reconstructions",
 }
 
-_IMPLIED_GROUPS = ("train/", "time/")
-# A line for people leaves out what other figures of it say; log.jsonl and W&B have every key.
-_UNSAID = {
+# The console leaves out what other figures of its line say; log.jsonl and W&B have every key.
+_HIDDEN = {
     "train/neg_elbo_nats",
     "train/beta",
     "train/bits_per_dim",
@@ -83,13 +82,13 @@ _UNSAID = {
     "system/memory_gib",
     "system/device_memory_reserved_gib",
 }
-_UNSAID_WHEN_ZERO = {
+_HIDDEN_WHEN_ZERO = {
     "optim/skipped_steps",
     "optim/spike_steps",
     "data/skipped_samples",
     "eval/skipped_samples",
 }
-_UNSAID_BELOW = {"time/data_wait_fraction": 0.1}  # from here on waiting for data costs speed
+_HIDDEN_BELOW = {"time/data_wait_fraction": 0.1}  # from here on waiting for data costs speed
 
 
 def format_number(value: float) -> str:
@@ -101,33 +100,25 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def short_name(key: str) -> str:
-    """The key as the console shows it: `train/` and `time/` go without saying, others stay."""
-    for group in _IMPLIED_GROUPS:
-        if key.startswith(group):
-            return key[len(group) :]
-    return key
-
-
 def format_row(step: int, row: Mapping[str, Value]) -> str:
-    """`step=200 loss=104.2 ...`, in the order of the row, without what goes without saying."""
+    """`step=200 loss=104.2 ...`, in the order of the row."""
     pairs = [f"step={step}"]
-    for key, name in _said(tuple(row)):
+    for key, name in _shown(tuple(row)):
         value = row[key]
-        if isinstance(value, list) or (not value and key in _UNSAID_WHEN_ZERO):
+        if isinstance(value, list) or (not value and key in _HIDDEN_WHEN_ZERO):
             continue
         if key == "time/left_seconds":
             pairs.append(f"left={format_duration(value)}")
-        elif not value < _UNSAID_BELOW.get(key, value):
+        elif not value < _HIDDEN_BELOW.get(key, value):
             pairs.append(f"{name}={format_number(value)}")
     return " ".join(pairs)
 
 
 @functools.lru_cache(maxsize=32)
-def _said(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """The keys that a line for people has, each with its name there; rows repeat."""
-    said = [key for key in keys if key not in _UNSAID and not key.startswith("latent/")]
-    return tuple((key, short_name(key)) for key in said)
+def _shown(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The keys that a console line has, each with its name there; rows repeat."""
+    shown = [key for key in keys if key not in _HIDDEN and not key.startswith("latent/")]
+    return tuple((key, key.removeprefix("train/").removeprefix("time/")) for key in shown)
 
 
 def format_duration(seconds: float) -> str:

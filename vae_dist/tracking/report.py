@@ -141,7 +141,7 @@ def read_run(path: Path, *, name: str, max_image_bytes: int) -> RunSummary:
     curves: dict[str, list[Point]] = {}
     for step, row in rows.items():
         for key, value in row.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 curves.setdefault(key, []).append((step, float(value)))
             elif isinstance(value, list):  # the latest distribution, largest first
                 known = sorted((item for item in value if item is not None), reverse=True)
@@ -266,71 +266,67 @@ def _chart(panel: Panel, runs: list[RunSummary]) -> Html | None:
     series: list[tuple[str, str, list[Point]]] = []
     for index, run in enumerate(runs):
         for position, key in enumerate(panel.keys):
-            points = [(x, _scaled(y, panel)) for x, y in run.curves.get(key, [])]
-            points = [(x, y) for x, y in points if math.isfinite(y)]
+            points = run.curves.get(key, [])
+            if panel.is_log:
+                points = [(x, y) for x, y in points if y > 0]
             color = _COLORS[(index if len(runs) > 1 else position) % len(_COLORS)]
             if points:
                 series.append((f"{run.name} {key}", color, points))
-    values = sorted(y for *_, points in series for _, y in points)
-    if not values or (len(values) > 1 and values[0] == values[-1]):
+    everything = [point for *_, points in series for point in points]
+    if not everything or (len(everything) > 1 and len({y for _, y in everything}) == 1):
         return None
-    axes = _Axes.around([x for *_, points in series for x, _ in points], values)
-    parts = axes.draw(panel)
+    axes = _Axes.around(everything, is_log=panel.is_log)
+    parts = axes.draw()
     for name, color, points in series:
         places = [axes.place(*point) for point in points]
         line = " ".join(f"{x},{y}" for x, y in places)
         parts.append(_tag("polyline", points=line, stroke=color))
         for (x, y), (cx, cy) in zip(points, places, strict=True):
-            title = _tag("title", f"{name}, {panel.x} {_number(x)}: {_number(_plain(y, panel))}")
+            title = _tag("title", f"{name}, {panel.x} {_number(x)}: {_number(y)}")
             parts.append(_tag("circle", title, cx=cx, cy=cy, r=4, fill=color))
     svg = _tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img")
     return _tag("div", _tag("h3", panel.title, " ", _tag("small", panel.unit)), svg)
 
 
 class _Axes(NamedTuple):
-    """Ranges of a panel, and where a point of them stands in the drawing."""
+    """The ranges of a panel; `low` and `high` are decimal logarithms where `is_log`."""
 
     first: float
     last: float
     low: float
     high: float
+    is_log: bool
 
     @classmethod
-    def around(cls, x: list[float], y: list[float]) -> _Axes:
-        """`y` ascends. A loss starts far above where it becomes interesting: outliers are cut."""
+    def around(cls, points: list[Point], *, is_log: bool) -> _Axes:
+        """A loss starts far above where it becomes interesting: such outliers are cut."""
+        y = sorted(math.log10(value) if is_log else value for _, value in points)
         low, high, upper = y[0], y[-1], y[int(0.97 * (len(y) - 1))]
         if high - low > 3 * (upper - low) > 0:
             high = upper
         margin = 0.05 * (high - low) or abs(high) or 1.0
-        return cls(min(x), max(x), low - margin, high + margin)
+        steps = [step for step, _ in points]
+        return cls(min(steps), max(steps), low - margin, high + margin, is_log)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels from the left and from the top."""
+        level = min(math.log10(y) if self.is_log else y, self.high)
         right = (x - self.first) / ((self.last - self.first) or 1)
-        down = (self.high - min(y, self.high)) / (self.high - self.low)
+        down = (self.high - level) / (self.high - self.low)
         width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
         return round(_LEFT + right * width, 1), round(_TOP + down * height, 1)
 
-    def draw(self, panel: Panel) -> list[Html]:
+    def draw(self) -> list[Html]:
         parts = []
         for tick in _ticks(self.low, self.high):
-            _, y = self.place(self.first, tick)
-            label = _number(_plain(tick, panel))
+            value = 10**tick if self.is_log else tick
+            _, y = self.place(self.first, value)
             parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y))
-            parts.append(_tag("text", label, x=_LEFT - 5, y=y + 4, text_anchor="end"))
+            parts.append(_tag("text", _number(value), x=_LEFT - 5, y=y + 4, text_anchor="end"))
         for tick in _ticks(self.first, self.last):
-            x, _ = self.place(tick, self.low)
+            x, _ = self.place(tick, 1.0)
             parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
         return parts
-
-
-def _scaled(value: float, panel: Panel) -> float:
-    if not panel.is_log:
-        return value
-    return math.log10(value) if value > 0 else math.nan
-
-
-def _plain(value: float, panel: Panel) -> float:
-    return 10**value if panel.is_log else value
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -364,37 +360,34 @@ def _images(runs: list[RunSummary]) -> Iterator[Html]:
 
 def _results(runs: list[RunSummary]) -> Iterator[Html]:
     found = [(i, run, one) for i, run in enumerate(runs) for one in run.results]
-    found = [(i, run, one) for i, run, one in found if isinstance(one.get("figures"), dict)]
     if found:
         yield _tag("h2", "Results")
     for index, run, one in found:
-        about = [f"{key} {value}" for key, value in one.items() if key != "figures"]
-        rows = ((key, _number(value)) for key, value in one["figures"].items())
-        yield Html(_tag("p", _name(index, run), ": ", ", ".join(about)) + _table((), rows))
+        about = ", ".join(f"{key} {value}" for key, value in one.items() if key != "figures")
+        rows = ((key, _number(value)) for key, value in one.get("figures", {}).items())
+        yield Html(_tag("p", _name(index, run), ": ", about) + _table((), rows))
 
 
 def _config(runs: list[RunSummary]) -> Iterator[Html]:
-    """The keys in which runs differ, or that differ from the defaults; then all."""
-    all_keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    rows = {key: [run.config.get(key, ("-", True)) for run in runs] for key in all_keys}
+    """The keys in which runs differ, or of one run those that are not at their defaults; all."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
     head = ["key", *(run.name for run in runs)]
-    of_interest = [
-        key
-        for key, values in rows.items()
-        if (len({value for value, _ in values}) > 1 if len(runs) > 1 else not values[0][1])
-    ]
+    rows, differing = [], []
+    for key in keys:
+        values, defaults = zip(*(run.config.get(key, ("-", True)) for run in runs), strict=True)
+        rows.append([key, *values])
+        if len(set(values)) > 1 if len(runs) > 1 else not defaults[0]:
+            differing.append(rows[-1])
     yield _tag("h2", "Config: what differs " + ("between runs" if runs[1:] else "from defaults"))
-    yield _table(head, ([key, *(value for value, _ in rows[key])] for key in of_interest))
-    everything = _table(head, ([key, *(v for v, _ in values)] for key, values in rows.items()))
-    yield _tag("details", _tag("summary", f"all {len(rows)} keys"), everything)
+    yield _table(head, differing)
+    yield _tag("details", _tag("summary", f"all {len(keys)} keys"), _table(head, rows))
 
 
 def _sessions(runs: list[RunSummary]) -> Iterator[Html]:
     for index, run in enumerate(runs):
-        if not run.sessions:
-            continue
-        keys = ("first_step", "started", "host", "processes", "device", "git", "command")
-        rows = ([session.get(key, "-") for key in keys] for session in run.sessions)
-        versions = run.sessions[-1].get("versions", {})
-        yield Html(_tag("h2", "Sessions of ", _name(index, run)) + _table(keys, rows))
-        yield _tag("p", ", ".join(f"{name} {version}" for name, version in versions.items()))
+        if run.sessions:
+            keys = ("first_step", "started", "host", "processes", "device", "git", "command")
+            rows = ([session.get(key, "-") for key in keys] for session in run.sessions)
+            versions = run.sessions[-1].get("versions", {}).items()
+            yield Html(_tag("h2", "Sessions of ", _name(index, run)) + _table(keys, rows))
+            yield _tag("p", ", ".join(f"{name} {version}" for name, version in versions))

@@ -35,13 +35,11 @@ from vae_dist.tracking.sinks import read_rows
 
 STEP_KEY = "trainer/step"  # the x axis; W&B's own step counts calls of log()
 _IMAGES_STEP_KEY = "trainer/images_step"  # images come later than the rows of their step
-_MODES = ("auto", "online", "offline", "disabled")
 _QUEUED_TASKS = 4096
 _PROBE_SECONDS = 3.0
 _INIT_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 10.0  # of close(): the scheduler kills the job soon
-# The part of the time for close() after which wandb itself gives up; its own part is left on disk.
-_GIVE_UP = 0.8
+_GIVE_UP = 0.8  # part of the time for close() after which wandb itself leaves the rest on disk
 _STOPPED = """
 query Stopped($entity: String, $project: String, $id: String!) {
     project(name: $project, entityName: $entity) { run(name: $id) { stopped } }
@@ -71,16 +69,18 @@ class WandbSink:
         self._run: Any = None
         self._wandb: Any = None
         self._stop_requested = self._is_broken = self._is_closed = self._is_complete = False
-        self._first_step = self._first_images_step = 0  # what comes before, the server has
+        self._first_step = self._first_images_step = 0  # the server has all before
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_TASKS)
         self.mode = "disabled"
-        asked, source = _asked_mode(config.wandb.mode)
+        asked = os.environ.get("WANDB_MODE") or config.wandb.mode
+        if asked not in ("auto", "online", "offline", "disabled"):
+            raise ConfigError(f"WANDB_MODE={asked} is none of online, offline, disabled; unset it")
         if asked == "disabled":
             return
         reason = self._start(config, asked, resume_step, dict(environment or {}))
         if asked == "online" and self.mode != "online":
             raise ConfigError(
-                f"{source}=online but {reason}; repair that, or set wandb.mode=offline or auto"
+                f"wandb.mode=online (or WANDB_MODE) but {reason}; set offline or auto instead"
             )
         if self.mode == "disabled":
             say(f"W&B is off: {reason}. Training goes on; log.jsonl has every metric.")
@@ -146,54 +146,54 @@ class WandbSink:
         except Exception as error:  # a broken installation raises almost anything
             return f"no W&B run can be kept in {self._folder} ({_first_line(error)})"
         reason = "" if asked == "offline" else _offline_reason(wandb, asked)
-        modes = ["online"] if asked != "offline" and not reason else []
-        for mode in [*modes, "offline"] if asked != "online" else modes:
+        modes: list[Any] = [] if asked == "offline" or reason else ["online"]
+        for mode in modes if asked == "online" else [*modes, "offline"]:
             try:
-                self._run = self._init(wandb, config, mode, run_id, environment)
+                self._run = wandb.init(
+                    mode=mode,
+                    id=run_id,
+                    resume="allow",
+                    dir=str(self._folder),
+                    project=config.wandb.project,
+                    entity=config.wandb.entity,
+                    group=config.wandb.group,
+                    tags=list(config.wandb.tags),
+                    name=self._folder.resolve().name,
+                    config=flatten(config) | {"environment": environment},
+                    settings=self._settings(wandb),
+                )
+                self._define_axes(mode)
             except Exception as error:  # CommError, UsageError, ConnectionResetError, OSError, ...
-                reason = f"W&B could not start a run ({_first_line(error)})"
+                self._run, reason = None, f"W&B could not start a run ({_first_line(error)})"
                 continue
             self._wandb, self.mode = wandb, mode
             self._part = Path(self._run.settings.sync_dir)
             break
         return reason
 
-    def _init(
-        self, wandb: Any, config: TrainConfig, mode: str, run_id: str, environment: dict[str, Any]
-    ) -> Any:
+    def _settings(self, wandb: Any) -> Any:
         def stop() -> None:
             self._stop_requested = True
             self._on_stop()
 
-        run = wandb.init(
-            mode=mode,
-            id=run_id,
-            resume="allow",
-            dir=str(self._folder),
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            group=config.wandb.group,
-            tags=list(config.wandb.tags),
-            name=self._folder.resolve().name,
-            config=flatten(config) | {"environment": environment},
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=_INIT_SECONDS,
-                finish_timeout=_GIVE_UP * self._finish_seconds,
-                finish_timeout_raises=True,
-                stop_fn=stop,  # settings are deep-copied: a function is not, a bound method is
-            ),
+        return wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=_GIVE_UP * self._finish_seconds,
+            finish_timeout_raises=True,
+            stop_fn=stop,  # settings are deep-copied: a function is not, a bound method is
         )
+
+    def _define_axes(self, mode: str) -> None:
         for key in (STEP_KEY, _IMAGES_STEP_KEY):
-            run.define_metric(key, hidden=True)
-        run.define_metric("*", step_metric=STEP_KEY)
-        if mode == "online" and run.resumed:
+            self._run.define_metric(key, hidden=True)
+        self._run.define_metric("*", step_metric=STEP_KEY)
+        if mode == "online" and self._run.resumed:
             # The summary may be one record ahead of the history, so its own step is sent again.
-            summary = dict(run.summary)
+            summary = dict(self._run.summary)
             self._first_step = int(summary.get(STEP_KEY, 0))
             self._first_images_step = int(summary.get(_IMAGES_STEP_KEY, 0))
-        return run
 
     def _upload_command(self) -> str:
         return f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
@@ -302,14 +302,6 @@ class WandbSink:
         # Takes the exit hook away, which would print a traceback, and then misses the dead core.
         with contextlib.suppress(Exception, SystemExit):
             self._wandb.teardown()
-
-
-def _asked_mode(configured: str) -> tuple[str, str]:
-    """The mode and the name of what sets it; WANDB_MODE wins, as users of W&B expect."""
-    asked = os.environ.get("WANDB_MODE")
-    if asked and asked not in _MODES:
-        raise ConfigError(f"WANDB_MODE={asked} is none of {', '.join(_MODES)}; set one or unset it")
-    return (asked, "WANDB_MODE") if asked else (configured, "wandb.mode")
 
 
 def _run_id(folder: Path, resume_step: int) -> str:
