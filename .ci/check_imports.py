@@ -33,10 +33,10 @@ VERBS = {
 }
 LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset(VERBS),
-    frozenset({"training", "evaluation", "inference", "packing"}) | {"microbatch", "estimate"},
+    frozenset({"training", "evaluation", "inference", "packing"}),
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
-    frozenset({"distributed", "randomness", "files"}) | {"abstract"},
+    frozenset({"distributed", "randomness", "files"}),
     frozenset({"config", "heap"}),
 )
 

@@ -49,7 +49,8 @@ from vae_dist.data.loader import Batch
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
-from vae_dist.training.build import compile_as_asked, training_stream
+from vae_dist.training.build import training_stream
+from vae_dist.training.compile import compile_towers
 from vae_dist.training.loop import Trainer
 from vae_dist.training.optimizer import build_optimizer
 from vae_dist.training.plan import peak_images_per_second
@@ -109,10 +110,10 @@ class BareLoop:
         if is_compiled(self.config) and compiles_whole:
             self.model = torch.compile(self.vae)
         elif is_compiled(self.config):
-            compile_as_asked(self.vae, self.config, num_buckets=0)
+            compile_towers(self.vae, self.config, num_shapes=2)
         self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
         self.averages = list(self.average.parameters())
-        self.microbatch = int(self.config.training.microbatch_size)  # images of a forward; 0: all
+        self.microbatch = 0  # images of a forward, as ours has found them; 0: all
         self.step = 0
 
     def run(self, num_steps: int) -> None:
@@ -166,6 +167,7 @@ class Turns:
     warmup_s: float = 0.0
 
     def around(self, trainer: Trainer, stream: Iterator[Batch]) -> Iterator[Batch]:
+        self.bare.microbatch = trainer.training_step.microbatch_size
         self.bare.run(3)
         yield from self._slice(stream, 2)  # imports, caches, lazy states
         began = self._now()

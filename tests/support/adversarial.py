@@ -40,10 +40,8 @@ def start(precision: str = "no", parallel: Literal["ddp", "fsdp"] = "ddp") -> Ru
     return Runtime.start(RuntimeConfig(threads=1, parallel=parallel), precision=precision)
 
 
-def adversarial_step(
-    config: TrainConfig, runtime: Runtime, *, compiled: bool = False
-) -> TrainingStep:
-    return make_step(config, runtime, SIZE, compiled=compiled)
+def adversarial_step(config: TrainConfig, runtime: Runtime) -> TrainingStep:
+    return make_step(config, runtime, SIZE)
 
 
 def picture_batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:

@@ -20,10 +20,9 @@ from tests.support.distributed import reset_accelerate
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
-from vae_dist.microbatch import try_microbatch
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms
-from vae_dist.training import picture_terms
+from vae_dist.training import memory, picture_terms
 from vae_dist.training.adversarial import Adversary, LastLayer
 from vae_dist.training.step import TrainingStep
 
@@ -268,7 +267,7 @@ def test_clipping_is_of_each_network_alone(runtime: Runtime) -> None:
 def some_steps(config: TrainConfig, runtime: Runtime, *, rehearsals: int = 0) -> list[float]:
     step = adversarial_step(config, runtime)
     for _ in range(rehearsals):
-        try_microbatch(step, SIZE)
+        assert memory._fits(step, 4, SIZE)
     found = []
     for number in range(4):
         report = step(picture_batch(runtime, number), number)

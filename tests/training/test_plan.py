@@ -38,10 +38,10 @@ def test_what_keeps_a_gpu_run_from_being_compiled_is_said(monkeypatch: pytest.Mo
     config.training.precision, config.runtime.compile = "no", "false"
     monkeypatch.setattr(plan, "compiler_problem", lambda device: "there is no Triton")
     gpu: Any = SimpleNamespace(device=torch.device("cuda", 0))
-    assert _arithmetic(config, gpu) == "precision no, not compiled (there is no Triton)"
+    assert _arithmetic(config, gpu, 0) == "precision no, not compiled (there is no Triton)"
     cpu: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert _arithmetic(config, cpu) == "precision no"
+    assert _arithmetic(config, cpu, 0) == "precision no"
     monkeypatch.setattr(plan, "compiler_problem", lambda device: None)
-    assert _arithmetic(config, gpu) == "precision no"
+    assert _arithmetic(config, gpu, 0) == "precision no"
     config.runtime.compile = "blocks"
-    assert _arithmetic(config, gpu) == "precision no, compiled block by block"
+    assert _arithmetic(config, gpu, 0) == "precision no, compiled block by block"

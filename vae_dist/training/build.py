@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.resolve import COMPILED, has_any_size, has_buckets
+from vae_dist.config.resolve import has_any_size, has_buckets
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.digits import make_digits
 from vae_dist.data.index import ShardIndex, load_index
@@ -25,7 +25,6 @@ from vae_dist.data.verify import NativeSet, check_native_sizes
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably
-from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae, stride_of
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.discriminator import smallest_side as discriminator_side
@@ -51,9 +50,10 @@ from vae_dist.training.compile import (
 )
 from vae_dist.training.images import RunPainter
 from vae_dist.training.loop import Row, Trainer
+from vae_dist.training.memory import fit_microbatch
 from vae_dist.training.optimizer import Ema, build_optimizer, freeze_encoder
 from vae_dist.training.picture_terms import PictureTerms
-from vae_dist.training.plan import Data, peak_images_per_second
+from vae_dist.training.plan import Data, largest_size, peak_images_per_second
 from vae_dist.training.step import TrainingStep
 
 
@@ -212,12 +212,6 @@ def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> Pict
 # model, sinks
 
 
-def compile_as_asked(vae: VAE, config: TrainConfig, *, num_buckets: int) -> None:
-    """Its towers or their blocks, as runtime.compile says; in place."""
-    parts = Block if config.runtime.compile == "blocks" else None
-    compile_towers(vae, num_shapes=num_shapes(config, num_buckets=num_buckets), parts=parts)
-
-
 def build_trainer(
     config: TrainConfig,
     runtime: Runtime,
@@ -232,8 +226,6 @@ def build_trainer(
     use_tensor_float_32(runtime.device, config.training.precision)
     lay_out(vae, config)
     replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
-    if config.runtime.compile in COMPILED:
-        compile_as_asked(vae, config, num_buckets=len(data.settings.buckets))
     wrapped = runtime.strategy.wrap(vae)
     ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
     pictures = build_picture_terms(config, runtime, vae)
@@ -246,6 +238,13 @@ def build_trainer(
         ema=ema,
         pictures=pictures,
     )
+    fit_microbatch(training_step, largest_size(data))
+    shapes = num_shapes(
+        config,
+        num_buckets=len(data.settings.buckets),
+        microbatch_size=training_step.microbatch_size,
+    )
+    compile_towers(vae, config, num_shapes=shapes)  # after the trials, each of another shape
 
     def evaluator(model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None:
         assert isinstance(model, VAE)

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vae_dist.config.resolve import SIXTEEN_BITS
+from vae_dist.config.resolve import COMPILED, SIXTEEN_BITS
 from vae_dist.config.schema import TrainConfig
+from vae_dist.models.blocks import Block
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -44,11 +45,11 @@ def compiler_problem(device: torch.device) -> str | None:
     return None
 
 
-def num_shapes(config: TrainConfig, *, num_buckets: int) -> int:
+def num_shapes(config: TrainConfig, *, num_buckets: int, microbatch_size: int) -> int:
     """Forms of its input that a compiled part may see: sizes times numbers of images of a
     microbatch, at half size too, and with the decoder watched for a discriminator or not."""
     per_slot = config.training.batch_size // max(1, config.data.slots)
-    together = max(1, int(config.training.microbatch_size or 0) // per_slot)
+    together = max(1, microbatch_size // per_slot)
     shapes = num_buckets * together if num_buckets else 2  # the last microbatch may be smaller
     if config.objective.scale_equivariance:
         shapes *= 2
@@ -61,16 +62,17 @@ def lay_out(model: nn.Module, config: TrainConfig) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def compile_towers(
-    model: nn.Module, *, num_shapes: int, parts: type[nn.Module] | None = None
-) -> None:
-    """Compile the towers in place. Compilation itself comes with the first forward of each shape.
+def compile_towers(model: nn.Module, config: TrainConfig, *, num_shapes: int) -> None:
+    """Compile the towers, or their blocks, as runtime.compile says; in place.
 
-    `parts`: compile these of a tower instead, each by itself. What meets more shapes than were
+    Compilation itself comes with the first forward of each shape. What meets more shapes than were
     foreseen goes on without compilation.
     """
+    if config.runtime.compile not in COMPILED:
+        return
     import torch._dynamo  # half a second
 
+    parts = Block if config.runtime.compile == "blocks" else None
     regions = [
         region
         for tower in model.children()
@@ -85,24 +87,6 @@ def compile_towers(
     options.accumulated_recompile_limit = max(limit, options.accumulated_recompile_limit)
     for region in regions:
         region.compile(dynamic=False)
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Inside, compiled parts of the model run as they were written."""
-    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
-    calls = [part._compiled_call_impl for part in parts]
-    decompile(model)
-    try:
-        yield
-    finally:
-        for part, call in zip(parts, calls, strict=True):
-            part._compiled_call_impl = call
-
-
-def decompile(model: nn.Module) -> None:
-    for part in model.modules():
-        part._compiled_call_impl = None
 
 
 def use_tensor_float_32(device: torch.device, precision: str) -> None:

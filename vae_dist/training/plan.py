@@ -15,12 +15,12 @@ from vae_dist.data.index import ShardIndex
 from vae_dist.data.kept import bytes_kept
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.distributed import Runtime, computes_bf16
-from vae_dist.estimate import step_cost
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.compile import compiler_problem
+from vae_dist.training.memory import StepCost, estimated_microbatch, step_cost
 
 # the shipped configs take 10 to 135 epochs of their data
 MANY_EPOCHS = 1000
@@ -63,7 +63,18 @@ class Data:
         }
 
 
-def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) -> list[str]:
+def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
+    """The plan with what a step costs; nothing is built on the device. Every rank takes part."""
+    cost = step_cost(config, largest_size(data), runtime.device)
+    asked = config.training.microbatch_size
+    size = estimated_microbatch(config, cost, runtime) if asked == "auto" else asked
+    lines = plan(config, data, runtime, first_step=0, microbatch_size=size)
+    return lines + _costs(config, data, runtime, cost, microbatch_size=size)
+
+
+def plan(
+    config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int, microbatch_size: int
+) -> list[str]:
     """Model, data, steps and machine in a few lines. `config` is resolved."""
     with torch.device("meta"):
         vae = build_vae(config, data.image_size)
@@ -83,7 +94,7 @@ def plan(config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int) 
         f"{_counted(len(data.train.paths), 'shard')}; validation: {data.validation.num_samples:,}",
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {runtime.device.type}{threads}, "
-        f"{_arithmetic(config, runtime)}",
+        f"{_arithmetic(config, runtime, microbatch_size)}",
         *describe_added_terms(config),
         *_unfinished_warmups(config),
         *_unusual_epochs(config, data.train.num_samples),
@@ -120,7 +131,7 @@ def _unusual_epochs(config: TrainConfig, num_samples: int) -> list[str]:
     return []
 
 
-def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
+def _arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> str:
     """Precision, and how it is carried out."""
     words = [f"precision {config.training.precision}"]
     if config.training.precision == "bf16" and not computes_bf16(config.runtime):
@@ -131,8 +142,8 @@ def _arithmetic(config: TrainConfig, runtime: Runtime) -> str:
         words.append(f"not compiled ({problem})")
     if config.runtime.channels_last == "true":
         words.append("channels last")
-    if config.training.microbatch_size:
-        words.append(f"microbatches of {config.training.microbatch_size}")
+    if microbatch_size:
+        words.append(f"microbatches of {microbatch_size}")
     return ", ".join(words)
 
 
@@ -142,7 +153,9 @@ def _likelihood(config: TrainConfig) -> str:
     return f"{config.likelihood.kind} likelihood"
 
 
-def costs(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
+def _costs(
+    config: TrainConfig, data: Data, runtime: Runtime, cost: StepCost, *, microbatch_size: int
+) -> list[str]:
     """Arithmetic of an image, memory of one process, and the numbers of processes that can share
     the run."""
     with torch.device("meta"):
@@ -158,8 +171,7 @@ def costs(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
         if any(True for _ in part.parameters())
     )
     share = config.training.batch_size // runtime.world
-    images = min(config.training.microbatch_size or share, share)
-    cost = step_cost(config, largest_size(data), runtime.device, num_images=images, share=share)
+    images = min(microbatch_size or share, share)
     # a lane is an image of a step, with aspect buckets a slot
     lanes = config.data.slots if data.settings.buckets else config.training.batch_size
     window_bytes = 2 * config.data.window * lanes * data.train.mean_sample_bytes
@@ -176,9 +188,9 @@ def costs(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
         f"parameters: {parts}",
         f"arithmetic of an image: {_operations(cost.forward_flops)} forward, "
         f"{_operations(cost.step_flops)} with its backward",
-        f"memory of one process: {_megabytes(cost.peak_bytes)} of tensors at the worst moment of a "
-        f"step: weights, gradients, moments and average {_megabytes(cost.state_bytes)}, kept "
-        f"of {images} images for the backward {_megabytes(cost.saved_bytes)}; undecoded samples "
+        f"memory of one process: about {_megabytes(cost.peak_bytes(images))} of tensors: weights, "
+        f"gradients, moments and average {_megabytes(cost.state_bytes)}, a microbatch of {images} "
+        f"images {_megabytes(images * cost.image_bytes)}; undecoded samples "
         f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window}){kept}",
         f"numbers of processes that divide data.slots={config.data.slots}: {worlds}",
         "dry run: nothing was trained",
@@ -198,10 +210,7 @@ def peak_images_per_second(config: TrainConfig, data: Data, runtime: Runtime) ->
     peak = peak_flops(runtime.device, config.training.precision)
     if not peak:
         return 0.0
-    # counted as on a CPU, which every build of torch can, though its upsampling convolutions take
-    # fewer; two: GroupNorm refuses one image of one pixel
-    cost = step_cost(config, data.image_size, torch.device("cpu"), num_images=2)
-    return peak / cost.step_flops
+    return peak / step_cost(config, data.image_size, runtime.device).step_flops
 
 
 def _operations(flops: float) -> str:

@@ -23,7 +23,6 @@ from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.workers import LoaderDied, deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
-from vae_dist.microbatch import check_compiled, fitting_microbatch, try_microbatch
 from vae_dist.models.build import build_vae
 from vae_dist.models.networks import lpips_available
 from vae_dist.objectives.perceptual import folder_of
@@ -50,7 +49,7 @@ from vae_dist.training.compile import compiler_problem
 from vae_dist.training.ending import Ending
 from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.loop import Startup, Trainer
-from vae_dist.training.plan import Data, costs, largest_size, plan
+from vae_dist.training.plan import Data, dry_run, plan
 from vae_dist.training.preemption import StopRequest
 from vae_dist.training.signals import EXIT_INTERRUPTED, StopSignals
 from vae_dist.training.watch import RankWatch
@@ -204,8 +203,6 @@ def _train(
     if stop.agreed_now():
         return _stopped_before_training(ending, start_step, stop)
     watch.at(-1, "shards")
-    is_automatic = config.training.microbatch_size == "auto"
-    compile_is_asked = config.runtime.compile in COMPILED
     config, data = resolved_with_data(config, facts, runtime)
 
     def weights_to_begin_with() -> Tensors | None:
@@ -228,20 +225,12 @@ def _train(
         runtime.on_all_ranks(lambda: _restore(trainer, checkpoint, kept_steps))
     elif weights is not None:
         runtime.on_all_ranks(lambda: trainer.initialize(weights))
-    if is_automatic and runtime.device.type == "cuda" and runtime.strategy.forward_is_local:
-        # the trainer holds this very config
-        config.training.microbatch_size = try_microbatch(trainer.training_step, largest_size(data))
-    if config.runtime.compile in COMPILED:
-        problem = check_compiled(
-            trainer.training_step, largest_size(data), is_asked=compile_is_asked
-        )
-        if problem:
-            config.runtime.compile = "false"
-            trainer.say(f"warning: {problem}")
     runtime.on_main(lambda: folder.write_config(config))
     places = runtime.hosts()
     if console is not None:
-        lines = [*plan(config, data, runtime, first_step=start_step), *places]
+        microbatch_size = trainer.training_step.microbatch_size
+        lines = plan(config, data, runtime, first_step=start_step, microbatch_size=microbatch_size)
+        lines += places
         console.banner("vae_dist", [*lines, f"output {folder.path}"])
     startup.mark("model and trackers")
     return _fit(trainer, data, stop, startup, ending)
@@ -264,7 +253,7 @@ def resolved_with_data(
     facts = replace(facts, mean_sample_bytes=data.train.mean_sample_bytes)
     resolved = runtime.on_all_ranks(lambda: resolve(config, facts))
     runtime.on_all_ranks(lambda: check_image_sizes(resolved, data))
-    return fitting_microbatch(resolved, largest_size(data), runtime), data
+    return resolved, data
 
 
 def _stopped_before_training(ending: Ending, step: int, stop: StopRequest) -> int:
@@ -363,8 +352,7 @@ def _dry_run(config: TrainConfig, facts: Facts, runtime: Runtime) -> int:
     """Check everything, print the plan, leave the run folder alone."""
     config, data = resolved_with_data(config, facts, runtime)
     runtime.on_all_ranks(lambda: _given_weights(config, data))
+    lines = dry_run(config, data, runtime)
     if runtime.is_main:
-        print(
-            "\n".join([*plan(config, data, runtime, first_step=0), *costs(config, data, runtime)])
-        )
+        print("\n".join(lines))
     return 0

@@ -134,6 +134,9 @@ class TrainingStep:
     ) -> None:
         self.config, self.runtime = config, runtime
         self.wrapped, self.vae, self.optimizer, self.ema = wrapped, vae, optimizer, ema
+        # images of one forward, 0: all of a rank; `auto` is found by vae_dist.training.memory
+        asked = config.training.microbatch_size
+        self.microbatch_size = 0 if asked == "auto" else int(asked)
         self.pictures = pictures  # None: the bound alone
         self.adversary: Adversary | None = pictures.adversary if pictures is not None else None
         self.loss_scale = LossScale(runtime.device, enabled=config.training.precision == "fp16")
@@ -144,56 +147,25 @@ class TrainingStep:
         self._parameters = [p for p in vae.parameters() if p.requires_grad]
 
     def __call__(self, batch: Batch, step: int) -> StepReport:
-        training = self.config.training
-        lr = lr_at(self.config.optimizer, training.steps, step)
-        beta = beta_at(self.config.objective, step)
-        scale = self.loss_scale.scale * (self.runtime.world / training.batch_size)
-        sums = torch.zeros(4, device=self.runtime.device)
-        num_dims = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
-        microbatches = self._microbatches(self._transfer(batch))
+        lr = lr_at(self.config.optimizer, self.config.training.steps, step)
         if self.pictures is not None:
             self.pictures.begin(step)
-        half_size_sum = torch.zeros((), device=self.runtime.device)
+        sums = torch.zeros(5, device=self.runtime.device)
+        num_dims = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        microbatches = self._microbatches(self._transfer(batch))
         for number, microbatch in enumerate(microbatches):
-            images, noise = self._inputs(microbatch, step)
-            labels, mask = self._labels(microbatch, step), self._mask(microbatch)
-            is_last = number == len(microbatches) - 1
-            with self.runtime.strategy.accumulate(self.wrapped, is_last=is_last):
-                more = self._more_inputs(microbatch, noise, step)
-                result = self.wrapped(images, noise, labels, mask, **more)
-                output, half_size = result if "half_size" in more else (result, None)
-                terms = loss_terms(output, self.config.objective, beta=beta, half_size=half_size)
-                loss_sum = terms.loss_sum
-                if self.pictures is not None:
-                    surrogate, value = self.pictures.of_microbatch(
-                        output, images, microbatch, self.loss_scale.scale
-                    )
-                    terms = terms._replace(loss_sum=loss_sum + value)
-                    loss_sum = loss_sum + surrogate
-                (loss_sum * scale).backward()
-            if half_size is not None:
-                half_size_sum -= half_size.detach().sum()
-            sums += torch.stack([t.detach() for t in terms])
-            num_dims += images.numel() if mask is None else images.shape[1] * mask.sum()
+            found = self._backward(microbatch, step, is_last=number == len(microbatches) - 1)
+            sums, num_dims = sums + found[0], num_dims + found[1]
         if self.pictures is not None:
-            self.pictures.learn(scale)
+            self.pictures.learn(self._scale())
         grad_norm, found_inf, shared = self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         spike = self.spikes(grad_norm) * (1 - found_inf)  # which may be the other network's
-        skip = found_inf + spike
-        # the fused update does nothing, not even count, where found_inf is 1
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.adversary is not None and self.adversary.is_learning:
-            self.adversary.update(lr / self.config.optimizer.lr, skip=skip)
-        self.ema.update(step, found_inf=skip)
+        self._update(step, lr, skip=found_inf + spike)
         self.loss_scale.update(found_inf)
         more_sums = dict(self.pictures.sums) if self.pictures is not None else {}
+        loss, distortion, rate, neg_bound, half_size = sums.unbind()
         if self.config.objective.scale_equivariance:
-            more_sums["train/half_size_distortion_nats"] = half_size_sum
-        loss, distortion, rate, neg_bound = sums.unbind()
+            more_sums["train/half_size_distortion_nats"] = half_size
         return StepReport(
             loss,
             distortion,
@@ -204,20 +176,79 @@ class TrainingStep:
             found_inf,
             spike,
             lr=lr,
-            beta=beta,
+            beta=beta_at(self.config.objective, step),
             more_sums=more_sums,
             shared=shared,
         )
 
+    def _scale(self) -> torch.Tensor:
+        """Of a sum over this rank's images: DDP and FSDP average gradients over the ranks."""
+        return self.loss_scale.scale * (self.runtime.world / self.config.training.batch_size)
+
+    def _backward(
+        self, group: Group, step: int, *, is_last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """Forward and backward of one microbatch; the last one sums gradients over the ranks.
+
+        Out: sums over its images of loss, distortion, rate, negative bound and half-size
+        distortion, (5,), and the number of values that the likelihood counts.
+        """
+        images, noise = self._inputs(group, step)
+        labels, mask = self._labels(group, step), self._mask(group)
+        with self.runtime.strategy.accumulate(self.wrapped, is_last=is_last):
+            more = self._more_inputs(group, noise, step)
+            result = self.wrapped(images, noise, labels, mask, **more)
+            output, half_size = result if "half_size" in more else (result, None)
+            beta = beta_at(self.config.objective, step)
+            terms = loss_terms(output, self.config.objective, beta=beta, half_size=half_size)
+            loss_sum = terms.loss_sum
+            if self.pictures is not None:
+                surrogate, value = self.pictures.of_microbatch(
+                    output, images, group, self.loss_scale.scale
+                )
+                terms = terms._replace(loss_sum=loss_sum + value)
+                loss_sum = loss_sum + surrogate
+            (loss_sum * self._scale()).backward()
+        half_size_sum = torch.zeros_like(loss_sum) if half_size is None else -half_size.sum()
+        sums = torch.stack([term.detach() for term in (*terms, half_size_sum)])
+        return sums, images.numel() if mask is None else images.shape[1] * mask.sum()
+
+    def _update(self, step: int, lr: float, *, skip: torch.Tensor) -> None:
+        """Of weights, discriminator and average; skip = 1 leaves all of them as they are."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # the fused update does nothing, not even count, where found_inf is 1
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary is not None and self.adversary.is_learning:
+            self.adversary.update(lr / self.config.optimizer.lr, skip=skip)
+        self.ema.update(step, found_inf=skip)
+
+    def rehearse(self, group: Group) -> None:
+        """What needs most memory: the backward of a microbatch with all terms of the last step,
+        beside the optimizer's moments. Nothing is updated, and no rank waits for another."""
+        moments = [torch.empty_like(p) for p in self._parameters for _ in range(2)]
+        last = self.config.training.steps - 1
+        if self.pictures is not None:
+            self.pictures.begin(last)
+        self._backward(group, last, is_last=False)
+        del moments
+
+    def forget(self) -> None:
+        """Let go of what a rehearsal has left, also one that ran out of memory."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.pictures is not None:
+            self.pictures.rest()
+
     def _microbatches(self, batch: Batch) -> list[Group]:
         """Parts of the batch that go through the model together: slots of one shape."""
-        training = self.config.training
-        images_per_slot = training.batch_size // self.config.data.slots
-        together = training.microbatch_size // images_per_slot
+        images_per_slot = self.config.training.batch_size // self.config.data.slots
+        num_slots = self.microbatch_size // images_per_slot
         return [
-            group.part(start, start + (together or len(group.slots)))
+            group.part(start, start + (num_slots or len(group.slots)))
             for group in batch.groups
-            for start in range(0, len(group.slots), together or len(group.slots))
+            for start in range(0, len(group.slots), num_slots or len(group.slots))
         ]
 
     def _inputs(self, group: Group, step: int) -> tuple[torch.Tensor, torch.Tensor]:

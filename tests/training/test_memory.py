@@ -1,0 +1,180 @@
+"""The estimate of a step against the step itself on CPU, and the microbatch that fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.test_step import batch, config, training_step
+from tests.support.adversarial import (
+    BATCH_SIZE,
+    SIZE,
+    adversarial_config,
+    adversarial_step,
+    picture_batch,
+    start,
+)
+from tests.support.distributed import run_ranks
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.load import load_train_config
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.data.loader import Group
+from vae_dist.distributed import Runtime
+from vae_dist.training import memory
+from vae_dist.training.memory import candidates, fit_microbatch, step_cost
+from vae_dist.training.step import TrainingStep
+
+CPU = torch.device("cpu")
+SMALL = ("model.channels=[8,16]", "model.norm_groups=4", "model.latent_channels=4")
+
+
+def config_of(*options):
+    shards = ("data.train=d/train", "data.validation=d/validation")
+    return load_train_config(["config=celeba64", *shards, *SMALL, *options])
+
+
+def peak_of(run):
+    """Bytes that torch's allocator gives out beside what is there before, at the worst moment."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, num_bytes in moves:
+        live += num_bytes
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["bound", "structure", "discriminator", "checkpointed"])
+def test_the_estimate_is_near_the_worst_moment_of_a_step(kind):
+    settings = adversarial_config()
+    settings.adversarial.r1, settings.objective.latent_noise = 0.0, 0.0
+    settings.adversarial.channels = 32
+    if kind != "discriminator":
+        settings.adversarial.weight = 0.0
+    if kind != "structure":
+        settings.perceptual.kind = "none"
+    if kind == "checkpointed":
+        settings.model.gradient_checkpointing = True
+    runtime = start()
+    step = adversarial_step(settings, runtime)
+    for number in range(3):
+        step(picture_batch(runtime, number), number)
+    made = picture_batch(runtime, 3)
+    peak = peak_of(lambda: step(made, 3))
+    there = 4 * 4 * sum(p.numel() for p in step.vae.parameters())  # weights, moments, average
+    if step.adversary is not None:
+        there += 3 * 4 * sum(p.numel() for p in step.adversary.network.parameters())
+    estimate = step_cost(settings, SIZE, CPU).peak_bytes(BATCH_SIZE)
+    assert estimate - there == pytest.approx(peak, rel=0.3)
+
+
+def test_memory_and_operations_follow_the_config():
+    plain = step_cost(config_of("training.precision=no"), (32, 32), CPU)
+    half = step_cost(config_of("training.precision=bf16"), (32, 32), CPU)
+    assert half.image_bytes < 0.6 * plain.image_bytes
+    assert half.forward_flops == plain.forward_flops
+    lean = step_cost(
+        config_of("training.precision=bf16", "model.gradient_checkpointing=true"), (32, 32), CPU
+    )
+    assert lean.image_bytes < 0.7 * half.image_bytes
+    assert half.step_flops < lean.step_flops <= half.step_flops + half.forward_flops
+    frozen = ("model.latent=spatial", "training.train_only=decoder", "init_from=runs/first")
+    assert step_cost(config_of(*frozen), (32, 32), CPU).state_bytes < plain.state_bytes
+
+
+def one_process():
+    return Runtime.start(RuntimeConfig(threads=1), precision="no")
+
+
+def test_candidates_cut_the_share_of_a_rank_evenly():
+    settings = config()  # 16 images in 8 slots
+    assert candidates(settings, 1) == [16, 8, 6, 4, 2]
+    assert candidates(settings, 4) == [4, 2]
+    settings.data.resolution = {"area": 64, "multiple": 8, "max_aspect": 2.0}
+    settings.runtime.compile = "true"
+    assert candidates(settings, 4) == [2]
+
+
+@pytest.mark.parametrize("num_images", [16, 6, 2])
+def test_on_a_cpu_the_largest_whose_estimate_fits_is_chosen(monkeypatch, num_images):
+    step = training_step(config(microbatch_size="auto"), one_process())
+    room = step_cost(step.config, SIZE, CPU).peak_bytes(num_images)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: room)
+    fit_microbatch(step, SIZE)
+    assert step.microbatch_size == num_images
+    assert step.config.training.microbatch_size == "auto"
+
+
+def test_a_number_is_left_alone():
+    step = training_step(config(microbatch_size=4), one_process())
+    fit_microbatch(step, SIZE)
+    assert step.microbatch_size == 4
+
+
+def choice_of_a_rank():
+    runtime = one_process()
+    memory.free_bytes = lambda device: 10**12 if runtime.rank == 0 else 1
+    step = training_step(config(microbatch_size="auto"), runtime)
+    fit_microbatch(step, SIZE)
+    return step.microbatch_size
+
+
+def test_ranks_agree_on_what_fits_everywhere():
+    assert run_ranks(2, choice_of_a_rank) == [2, 2]
+
+
+class OnCuda:
+    """A runtime that says that its device is one of CUDA."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, runtime):
+        self._runtime = runtime
+
+    def __getattr__(self, name):
+        return getattr(self._runtime, name)
+
+
+def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
+    runtime = one_process()
+    step = training_step(config(microbatch_size="auto"), runtime)
+    before = {name: p.clone() for name, p in step.vae.named_parameters()}
+    tried = []
+    rehearse = TrainingStep.rehearse
+
+    def scarce(step: TrainingStep, group: Group) -> None:
+        tried.append(len(group.images))
+        step.runtime = runtime
+        rehearse(step, group)
+        step.runtime = OnCuda(runtime)
+        if len(group.images) > 6:
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(TrainingStep, "rehearse", scarce)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    step.runtime = OnCuda(runtime)
+    fit_microbatch(step, (8, 8))
+    step.runtime = runtime
+    assert (step.microbatch_size, tried) == (4, [16, 8, 4])
+    assert all(p.grad is None for p in step.vae.parameters())
+    assert not step.optimizer.state
+    for name, parameter in step.vae.named_parameters():
+        assert torch.equal(parameter, before[name])
+    # the step after a trial is that of a run without one
+    fresh = training_step(config(microbatch_size=4), runtime)
+    assert float(step(batch(runtime, 0), 0).loss_sum) == float(fresh(batch(runtime, 0), 0).loss_sum)
+
+
+def test_not_even_a_slot_is_an_error(monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(TrainingStep, "rehearse", none)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    step = training_step(config(microbatch_size="auto"), one_process())
+    step.runtime = OnCuda(step.runtime)
+    with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
+        fit_microbatch(step, (8, 8))
