@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from vae_dist.run.checkpoint import Checkpoints
-from vae_dist.training.saving import CheckpointWriter
+from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 
 INTERVAL_S = 30.0
 ROUNDS = 100

@@ -31,10 +31,8 @@ from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import build_trainer, training_stream
 from vae_dist.training.loop import Trainer
 from vae_dist.training.plan import Data
-from vae_dist.training.preemption import StopRequest
 from vae_dist.training.setup import machine_facts, resolved_with_data
-from vae_dist.training.signals import StopSignals
-from vae_dist.training.watch import RankWatch
+from vae_dist.training.stop import RankWatch, StopRequest, StopSignals
 
 
 @dataclass(frozen=True)

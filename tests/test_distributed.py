@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
-from vae_dist import distributed
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import (
@@ -173,7 +172,6 @@ def test_flags_and_objects_go_over_gloo_in_cpu_memory_beside_another_backend():
 def come_late(absent: int) -> str:
     if int(os.environ["RANK"]) == absent:
         return "absent"
-    distributed.MARGIN_S = 0
     try:
         Runtime.join(RuntimeConfig(threads=1, timeout_s=1))
     except RankFailed as problem:

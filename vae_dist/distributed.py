@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MARGIN_S = 60  # that a collective waits longer than runtime.timeout_s: the watch reports first
+# That a collective waits: the watch of training.stop ends a run that stalls, and one rank may index
+# shards or compile for long while the others wait.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
 MAX_LISTED = 8  # names in a message
 
 
@@ -110,8 +112,10 @@ class Runtime:
         self.world: int = state.num_processes
         self.is_main: bool = state.is_main_process
         self.control: dist.ProcessGroup | None = None  # of messages in CPU memory; None: default
-        if self.world > 1 and dist.get_backend() != "gloo":
-            self.control = dist.new_group(backend="gloo", timeout=_collective_timeout(config))
+        if self.world > 1:
+            dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+            if dist.get_backend() != "gloo":
+                self.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     @classmethod
     def start(
@@ -134,14 +138,14 @@ class Runtime:
         if problems := launcher_problems(config):
             raise ConfigError(problems)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        timeout = _collective_timeout(config)
+        timeout = timedelta(seconds=config.timeout_s)
         try:
             state = PartialState(cpu=not has_accelerator(config), timeout=timeout)
         except dist.DistError as error:
             raise RankFailed(
                 f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: not all {launched} "
-                f"ranks met within {timeout.seconds} s (runtime.timeout_s and {MARGIN_S} s); see "
-                f"the output of those that did not start ({str(error).splitlines()[0]})"
+                f"ranks met within {config.timeout_s:g} s (runtime.timeout_s); see the output of "
+                f"those that did not start ({str(error).splitlines()[0]})"
             ) from None
         if state.num_processes != launched:
             raise ConfigError(
@@ -217,6 +221,18 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control, device=torch.device("cpu"))
         return box[0]
 
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The main process' tensors, in CPU memory, on every rank: one reads for all."""
+        if self.world == 1:
+            return dict(tensors or {})
+        kinds = {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}
+        received = dict(tensors or {})
+        for name, (shape, dtype) in self.broadcast(kinds).items():
+            if not self.is_main:
+                received[name] = torch.empty(shape, dtype=dtype)
+            dist.broadcast(received[name], src=0, group=self.control)
+        return received
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank. For small objects of our own making."""
         values: list[T] = [value] * self.world
@@ -262,10 +278,6 @@ class Runtime:
         """Leave the process group. The wrapped model must be gone: a live one can hang here."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _collective_timeout(config: RuntimeConfig) -> timedelta:
-    return timedelta(seconds=config.timeout_s + MARGIN_S)
 
 
 # how weights lie on the ranks

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +15,13 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
 
-def write_durably(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
-    """Write a file, given whole or in pieces, under a temporary name, sync it, and rename it."""
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, sync it, and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb", buffering=0) as file:
-            for piece in [data] if isinstance(data, bytes) else data:
-                rest = memoryview(piece)
-                while rest:  # an unbuffered write may take a part
-                    rest = rest[file.write(rest) :]
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:

@@ -18,7 +18,7 @@ from vae_dist.config.keys import help_text
 from vae_dist.config.load import load_train_config, wants_help
 from vae_dist.config.resolve import world_size_problem
 from vae_dist.config.schema import TrainConfig
-from vae_dist.training.signals import StopSignals
+from vae_dist.training.stop import StopSignals
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
 INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."

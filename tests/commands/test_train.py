@@ -238,7 +238,7 @@ def test_a_torn_newest_checkpoint_falls_back_and_the_end_is_the_same(tmp_path, d
     torn = run / "checkpoints" / "step_00000012" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     assert train(run, digits, "training.steps=12", *options) == [0]
-    assert "step_00000012/optimizer.safetensors is damaged" in capfd.readouterr().err
+    assert "step_00000012/optimizer.safetensors is torn" in capfd.readouterr().err
     assert same_weights(run, whole, 12)
     assert sorted(rows(run)) == list(range(1, 13))
 
@@ -246,7 +246,7 @@ def test_a_torn_newest_checkpoint_falls_back_and_the_end_is_the_same(tmp_path, d
 def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, digits, capfd):
     run = tmp_path / "run"
     assert train(run, digits, "training.steps=4", "evaluation.every=0") == [0]
-    (run / "checkpoints" / "step_00000004" / "state.json").unlink()
+    (run / "checkpoints" / "step_00000004" / "manifest.json").unlink()
     assert train(run, digits, "training.steps=4", "evaluation.every=0") == [2]
     assert "none of the 1 checkpoints" in capfd.readouterr().err
     assert sorted(rows(run)) == [1, 2, 3, 4]
@@ -276,8 +276,7 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
 
     monkeypatch.setattr("vae_dist.training.setup.build_trainer", fails)
     monkeypatch.setattr(JsonlSink, "close", lambda self, status: closed.append(status))
-    with pytest.raises(ValueError, match="no model"):
-        main(arguments(tmp_path / "run", digits))
+    assert main(arguments(tmp_path / "run", digits)) == 1
     assert closed == ["failed"]
     assert status(tmp_path / "run")["status"] == "failed"
 
@@ -290,42 +289,6 @@ def test_what_is_compiled_is_what_was_asked_for(tmp_path, digits, capfd, monkeyp
     assert main(arguments(tmp_path / "run", digits, *words)) == 0
     assert asked and all(issubclass(kind, parts) for kind in asked)
     assert ("compiled block by block" in capfd.readouterr().out) == (value == "blocks")
-
-
-@pytest.mark.parametrize("options", [("evaluation.every=2",), ("evaluation.every=4",)])
-def test_a_trainer_whose_folder_was_taken_over_leaves_it_to_the_other(
-    tmp_path, digits, capfd, monkeypatch, options
-):
-    """Frozen for a minute, it was believed dead on another host."""
-    run = RunFolder(tmp_path / "run")
-
-    def paint(self: RunPainter, *arguments: object) -> None:
-        run.write_token()
-        run.write_status("running", step=0, reason="the other one")
-
-    monkeypatch.setattr(RunPainter, "__call__", paint)
-    assert main(arguments(run.path, digits, "training.steps=4", *options)) == 1
-    assert "failed: another trainer has taken over" in capfd.readouterr().out
-    assert run.status()["reason"] == "the other one"
-    assert not run.checkpoints.steps()
-
-
-def test_a_trainer_without_checkpoints_notices_that_its_folder_was_taken_over(
-    tmp_path, digits, capfd, monkeypatch
-):
-    run = RunFolder(tmp_path / "run")
-    monkeypatch.setattr("vae_dist.training.preemption.FILE_POLL_S", 0)
-    paint = RunPainter.__call__
-
-    def taken_over(self: RunPainter, *arguments: Any) -> None:
-        paint(self, *arguments)
-        run.write_token()
-
-    monkeypatch.setattr(RunPainter, "__call__", taken_over)
-    options = ("evaluation.every=2", "checkpoint.every=0")
-    assert main(arguments(run.path, digits, "training.steps=50", *options)) == 1
-    assert "failed: another trainer has taken over" in capfd.readouterr().out
-    assert max(rows(run.path)) <= 4 and not run.checkpoints.steps()
 
 
 def test_damaged_validation_images_are_left_out(tmp_path, digits):

@@ -67,7 +67,7 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
         while not (folder / "log.jsonl").exists() or len(rows(folder)) < 20:
             assert agent.poll() is None and time.monotonic() < end, agent.communicate()[0]
             time.sleep(0.05)
-        os.kill(json.loads((folder / "lock.json").read_text())["pid"], signal.SIGUSR1)
+        os.kill(int((folder / "lock").read_text().split()[1]), signal.SIGUSR1)
         said = agent.communicate(timeout=300)[0]
         assert agent.returncode == 0, said
         assert sweep.handed_out == ["trial1", "trial1", "trial2"], said

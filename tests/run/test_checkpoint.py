@@ -1,12 +1,14 @@
 import errno
-import json
 import os
+import shutil
+import threading
 
 import pytest
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint, load_checkpoint
+from vae_dist.run import checkpoint as checkpoint_module
+from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter, TornCheckpoint, load_checkpoint
 
 
 def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -35,64 +37,30 @@ def test_the_newest_ones_are_kept_and_latest_names_the_last(checkpoints):
     assert not list(checkpoints.folder.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        ("model.safetensors", lambda path: path.unlink()),
+        ("model.safetensors", lambda path: path.write_bytes(b"x" * path.stat().st_size)),
+        ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+        ("manifest.json", lambda path: path.unlink()),
+        ("manifest.json", lambda path: path.write_text("[1]")),
+        ("manifest.json", lambda path: path.write_text('{"step": 30, "files": 7}')),
+        ("manifest.json", lambda path: path.write_text('{"step": 30, "files": {"../x": 1}}')),
+        ("", lambda path: (shutil.rmtree(path), path.write_text(""))),
+    ],
+)
 def test_a_torn_checkpoint_falls_back_to_the_one_before(checkpoints, capsys, name, damage):
-    path = checkpoints.folder / "step_00000030" / name
-    data = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "remove":
-        path.unlink()
-    elif name == "manifest.json":
-        path.write_bytes(b"{" + data)
-    else:
-        data[-1] ^= 1
-        path.write_bytes(data)
+    damage(checkpoints.folder / "step_00000030" / name)
     with pytest.raises(TornCheckpoint, match="step_00000030"):
         checkpoints.load(30)
-    loaded = checkpoints.load_newest()
-    assert loaded is not None and loaded.step == 20
+    newest = checkpoints.load_newest()
+    assert newest is not None and newest.step == 20
     assert "step_00000030" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "manifest", ["null", "[]", "[1]", '{"state.json": {}}', '{"state.json": 7}', '{"": {}}', None]
-)
-def test_a_manifest_of_another_form_is_torn(checkpoints, manifest):
-    path = checkpoints.folder / "step_00000030" / "manifest.json"
-    if manifest is None:
-        path.unlink()
-        path.mkdir()
-    else:
-        path.write_text(manifest)
-    assert checkpoints.load_newest().step == 20
-
-
-def test_a_file_in_place_of_a_checkpoint_is_torn(checkpoints):
-    (checkpoints.folder / "step_00000040").write_text("")
-    assert checkpoints.load_newest().step == 30
-
-
-def test_leftovers_that_cannot_be_removed_stay(checkpoints, monkeypatch):
-    def busy(*args, **kwargs):
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
-    (checkpoints.folder / ".step_00000007.old").mkdir()
-    (checkpoints.folder / ".latest.17.tmp").write_text("")
-    monkeypatch.setattr(os, "rmdir", busy)
-    monkeypatch.setattr(os, "unlink", busy)
-    checkpoints.remove_leftovers()
-    assert checkpoints.load_newest().step == 30
-
-
-def test_a_manifest_cannot_lead_out_of_its_folder(checkpoints):
-    path = checkpoints.folder / "step_00000030" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["../../secret"] = manifest["state.json"]
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(TornCheckpoint, match="outside"):
-        checkpoints.load(30)
+    if name:
+        checkpoints.save(30, tensors(31), {}, keep_last=2)
+        assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 31
 
 
 def fail_at_the_rename(monkeypatch, error: BaseException) -> None:
@@ -115,32 +83,13 @@ def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
     monkeypatch.undo()
     newest = checkpoints.load_newest()
     assert newest is not None and newest.step == 30
-    checkpoints.remove_leftovers()
-    assert not list(checkpoints.folder.glob(".*"))
 
 
-def test_a_kill_while_a_step_is_saved_again_loses_neither(checkpoints, monkeypatch):
-    fail_at_the_rename(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(30, tensors(31), {}, keep_last=2)
-    monkeypatch.undo()
-    checkpoints.remove_leftovers()
-    assert checkpoints.steps() == [20, 30]
-    assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 30
-
-
-def test_a_disk_that_fails_while_a_step_is_saved_again_keeps_it(checkpoints, monkeypatch):
-    fail_at_the_rename(monkeypatch, OSError("no space left"))
-    with pytest.raises(OSError, match="no space"):
-        checkpoints.save(30, tensors(31), {}, keep_last=2)
-    monkeypatch.undo()
-    assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 30
-
-
-def test_saving_a_step_again_replaces_a_torn_one(checkpoints):
-    (checkpoints.folder / "step_00000030" / "state.json").unlink()
-    checkpoints.save(30, tensors(31), {}, keep_last=2)
-    assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 31
+def test_the_state_is_amended_and_the_tensors_stay(checkpoints):
+    checkpoints.amend(30, {"scalars": {"skipped": 7}}, best_step=30)
+    loaded = checkpoints.load(30)
+    assert loaded.state["scalars"] == {"skipped": 7} and checkpoints.best_step() == 30
+    assert torch.equal(loaded.tensors["model"]["w"], torch.full((3, 2), 30.0))
 
 
 def test_choosing_a_checkpoint(checkpoints, tmp_path):
@@ -158,3 +107,92 @@ def test_a_best_one_that_was_never_written_costs_the_one_before_nothing(checkpoi
     assert checkpoints.steps() == [40, 60] and checkpoints.best_step() == 40
     checkpoints.save(70, tensors(70), {}, keep_last=1, best_step=70)
     assert checkpoints.steps() == [70] and checkpoints.best_step() == 70
+
+
+# in training
+
+
+def writer(checkpoints: Checkpoints) -> tuple[CheckpointWriter, list[str]]:
+    warnings: list[str] = []
+    return CheckpointWriter(checkpoints, keep_last=2, warn=warnings.append), warnings
+
+
+def submit(one: CheckpointWriter, step: int, best_step: int | None = None, **options) -> None:
+    one.submit(step, tensors(step), {"scalars": {}}, best_step=best_step, **options)
+
+
+def test_training_may_change_the_weights_while_the_disk_is_busy(checkpoints, monkeypatch):
+    one, warnings = writer(checkpoints)
+    go_on, save = threading.Event(), checkpoints.save
+
+    def slow(*args, **kwargs):
+        assert go_on.wait(10)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    weights = torch.ones(3)
+    one.submit(40, {"model": {"w": weights}}, {"scalars": {}}, best_step=None)
+    assert one.written_step == -1  # it returned, and nothing is written
+    weights.zero_()
+    monkeypatch.setattr(checkpoint_module, "PATIENCE_S", 0.02)
+    submit(one, 50)  # a disk that hangs costs this one, not the run
+    assert "step_00000050 is left out" in warnings[0]
+    go_on.set()
+    assert one.wait() and one.written_step == 40
+    assert torch.equal(checkpoints.load(40).tensors["model"]["w"], torch.ones(3))
+
+
+def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(checkpoints, monkeypatch):
+    one, warnings = writer(checkpoints)
+    submit(one, 40)
+    assert one.wait()
+
+    def full(path, data):
+        (checkpoints.folder / ".step_00000050.tmp" / "half").write_bytes(b"torn")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "write_durably", full)
+    submit(one, 50)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    one.poll()  # says so without waiting for the next checkpoint
+    assert "step_00000050: No space left" in warnings[0] and "step_00000040" in warnings[0]
+    assert one.failures == 1 and not list(checkpoints.folder.glob(".*"))
+    assert checkpoints.load_newest().step == 40
+    monkeypatch.undo()
+    submit(one, 60)
+    assert one.wait() and checkpoints.steps() == [40, 60] and len(warnings) == 1
+
+
+def test_a_folder_that_is_gone_is_not_made_again_elsewhere(checkpoints, tmp_path):
+    one, warnings = writer(checkpoints)
+    checkpoints.folder.rename(tmp_path / "away")
+    submit(one, 40)
+    assert not one.wait() and "No such file" in warnings[0] and not checkpoints.folder.exists()
+
+
+def test_what_is_no_disk_problem_is_an_error(checkpoints):
+    one, _ = writer(checkpoints)
+    one.submit(40, {}, {"scalars": object()}, best_step=None)
+    with pytest.raises(TypeError):
+        one.wait()
+
+
+def test_the_best_one_is_kept_beside_the_newest(checkpoints):
+    one, _ = writer(checkpoints)
+    for step, best in ((40, None), (50, 50), (60, 50), (70, 50), (80, 50)):
+        submit(one, step, best)
+    assert one.wait()
+    assert checkpoints.steps() == [50, 70, 80] and checkpoints.best_step() == 50
+    submit(one, 90)
+    one.amend(90, {"scalars": {}}, best_step=90)
+    submit(one, 95)
+    assert one.wait() and checkpoints.steps() == [90, 95] and checkpoints.best_step() == 90
+
+
+def test_in_a_streak_of_skipped_steps_no_older_one_is_removed(checkpoints):
+    one, _ = writer(checkpoints)
+    for step in (40, 50, 60):
+        submit(one, step, keep_all=True)
+    assert one.wait() and checkpoints.steps() == [20, 30, 40, 50, 60]

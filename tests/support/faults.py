@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,7 @@ from vae_dist.run import checkpoint
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
 from vae_dist.training.step import StepReport, TrainingStep
-from vae_dist.training.watch import RankWatch
+from vae_dist.training.stop import RankWatch
 
 assert setup  # what the command would import in each process
 
@@ -132,15 +132,15 @@ def at_place(
 ) -> Callable[[int], None]:
     """For `prepare`: these ranks do something when they come to a place for the nth time.
 
-    The places are those of `training.watch`: of start-up ("shards", ...) and of a step.
+    The places are those of `training.stop`: of start-up ("shards", ...) and of a step.
     """
 
     def prepare(rank: int) -> None:
         at, visits = RankWatch.at, 0
 
-        def visited(self: RankWatch, step: int, here: str) -> None:
+        def visited(self: RankWatch, step: int, here: str, *shape: object) -> None:
             nonlocal visits
-            at(self, step, here)
+            at(self, step, here, *shape)
             visits += here == place
             if here == place and visits == visit and rank in ranks:
                 action()
@@ -160,7 +160,7 @@ def in_the_middle_of_a_write(
         write = checkpoint.write_durably
         is_done = False
 
-        def interrupted(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+        def interrupted(path: Path, data: bytes) -> None:
             nonlocal is_done
             write(path, data)
             step = path.parent.name.removeprefix(".step_").removesuffix(".tmp")

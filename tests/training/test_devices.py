@@ -25,10 +25,9 @@ from tests.support.steps import gradients, make_step, wrong_gradients
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
-from vae_dist.run.checkpoint import Checkpoints
-from vae_dist.training.guard import SkipGuard
+from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
+from vae_dist.training.guards import SkipGuard
 from vae_dist.training.memory import fit_microbatch, step_cost
-from vae_dist.training.saving import CheckpointWriter
 from vae_dist.training.step import LossScale, StepReport, TrainingStep
 
 KINDS = ("bound", "discriminator")

@@ -1,22 +1,25 @@
 """Checkpoints: named tensors and a small JSON state, written so that a kill costs none.
 
-Folder `step_00001000/` holds `NAME.safetensors` for each group of tensors (model, ema, optimizer),
-`state.json`, and `manifest.json` with the size and CRC-32 of each file. It is written under a
-temporary name, synced and renamed; then `latest` names it; then older ones are removed, but for the
-one that `best` names. A folder whose files differ from its manifest is torn: it is reported and the
-one before it is used. A write that fails leaves all others as they were.
+Folder `step_00001000/` holds `NAME.safetensors` for each group of tensors (model, ema, optimizer)
+and `manifest.json`: step, state, and the size of each file. It is written under a temporary name,
+synced and renamed; then `latest` names it; then older ones are removed, but for the one that `best`
+names. A folder whose files differ in size from its manifest is torn: it is reported and the one
+before it is used. A write that fails leaves all others as they were.
+In training a thread writes: training waits for a copy in memory, not for the disk.
 Nothing that is read back can run code: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +32,8 @@ from vae_dist.files import sync_folder, write_durably
 
 Tensors = dict[str, torch.Tensor]
 
-SAFETENSORS_NAMES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-PIECE_BYTES = 4 << 20  # of a file that are summed and written at once
-
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # nothing to read there
-
-REPLACED = ".replaced"  # ending of a checkpoint that gives way to another of its step
+WRITER_NICE = 10  # the writing thread takes a tenth of a core where training wants all of them
+PATIENCE_S = 120.0  # that training waits for the write before
 
 
 class TornCheckpoint(ValueError):
@@ -52,7 +42,7 @@ class TornCheckpoint(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one folder held: groups of tensors on CPU, and the JSON state (with `step`)."""
+    """What one folder held: groups of tensors on CPU, and the JSON state."""
 
     step: int
     tensors: dict[str, Tensors]
@@ -82,10 +72,10 @@ class Checkpoints:
         keep_last: int,
         best_step: int | None = None,
     ) -> Path:
-        """Write a checkpoint durably, point `latest` at it, keep the `keep_last` newest ones.
+        """Write a checkpoint durably, point `latest` at it, keep the `keep_last` newest ones (0:
+        all). `best_step` is kept as well, and `best` names it.
 
-        `best_step` is kept as well, and `best` names it. Raises OSError when the disk does not take
-        it; nothing that was there before is harmed then.
+        Raises OSError when the disk does not take it; the others are as they were then.
         """
         target = self.folder / step_name(step)
         temporary = self.folder / f".{target.name}.tmp"
@@ -93,43 +83,32 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             # not its parents: where these are gone, the disk of the run is
             temporary.mkdir()
-            self._write(temporary, step, tensors, state)
-            self._put(temporary, target)
+            files = {
+                f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", group)
+                for name, group in tensors.items()
+            }
+            _write_manifest(temporary, step, state, files)
+            shutil.rmtree(target, ignore_errors=True)  # a torn one
+            os.replace(temporary, target)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(self.folder)
         write_durably(self.folder / "latest", target.name.encode())
-        kept = set(self.steps()[-keep_last:])
-        if best_step is not None:
-            if best_step in self.steps():  # else its write failed: the one before it stays
-                self.name_best(best_step)
-            if (best := self.best_step()) is not None:
-                kept.add(best)
-        for old in self.steps():
-            if old < step and old not in kept:
-                with contextlib.suppress(OSError):  # it is in nobody's way
-                    self._discard(self.folder / step_name(old))
+        self.name_best(best_step)
+        if keep_last:
+            self._remove_old(step, keep_last)
         return target
 
-    def _put(self, temporary: Path, target: Path) -> None:
-        """Rename into place. One that is there already (torn, or saved before its evaluation was
-        done) stays beside it under another name until then: a kill loses neither."""
-        replaced = target.with_name(f".{target.name}{REPLACED}")
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(target, replaced)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+    def amend(self, step: int, state: Mapping[str, Any], *, best_step: int | None) -> None:
+        """Replace the state of a checkpoint, whose tensors stay."""
+        folder = self.folder / step_name(step)
+        _write_manifest(folder, step, state, _read_manifest(folder)["files"])
+        self.name_best(best_step)
 
-    def name_best(self, step: int) -> None:
-        """Let `best` name the checkpoint of a step."""
-        if self.best_step() != step:
+    def name_best(self, step: int | None) -> None:
+        """Let `best` name the checkpoint of a step; not where its write has failed."""
+        if step is not None and self.best_step() != step and step in self.steps():
             write_durably(self.folder / "best", step_name(step).encode())
 
     def best_step(self) -> int | None:
@@ -140,28 +119,23 @@ class Checkpoints:
             return None
         return next((step for step in self.steps() if step_name(step) == name), None)
 
-    def _write(
-        self, folder: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
-    ) -> None:
-        manifest = {}
-        for name, group in tensors.items():
-            manifest[f"{name}.safetensors"] = _write_pieces(
-                folder / f"{name}.safetensors", safetensors_pieces(group)
-            )
-        text = json.dumps({"step": step, **state}, indent=1).encode()
-        manifest["state.json"] = _write_pieces(folder / "state.json", [text])
-        write_durably(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-
     def load(self, step: int) -> Checkpoint:
-        """Read one checkpoint, checking every byte. Raises TornCheckpoint."""
+        """Read one checkpoint. Raises TornCheckpoint."""
         folder = self.folder / step_name(step)
-        files = self._checked_files(folder)
-        state = json.loads(files.pop("state.json"))
-        tensors = {
-            name.removesuffix(".safetensors"): safetensors.torch.load(data)
-            for name, data in files.items()
-        }
-        return Checkpoint(step=int(state["step"]), tensors=tensors, state=state)
+        manifest = _read_manifest(folder)
+        tensors = {}
+        for name, num_bytes in manifest.pop("files").items():
+            path = folder / name
+            if not name or path.name != name:
+                raise TornCheckpoint(f"{folder}/manifest.json names {name!r}, outside its folder")
+            found = path.stat().st_size if path.is_file() else "no file"
+            if found != num_bytes:
+                raise TornCheckpoint(f"{path} is torn: {found}, its manifest says {num_bytes}")
+            try:
+                tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path)
+            except safetensors.SafetensorError as error:
+                raise TornCheckpoint(f"{path} is damaged ({error})") from None
+        return Checkpoint(step=int(manifest["step"]), tensors=tensors, state=manifest)
 
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; torn ones are named on stderr and left behind.
@@ -181,97 +155,168 @@ class Checkpoints:
             )
         return None
 
-    def remove_leftovers(self) -> None:
-        """Remove what killed processes left half written. Only for the holder of the run's lock.
-
-        What a disk does not let go is in nobody's way, and stays.
-        """
-        for path in self.folder.glob(f".*{REPLACED}"):  # killed between two renames
-            if not (target := self.folder / path.name[1 : -len(REPLACED)]).exists():
-                os.replace(path, target)
-        for path in self.folder.glob(".*"):
-            if path.name.endswith(".tmp") and path.is_file():
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            elif path.name.endswith((".tmp", ".old", REPLACED)):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def set_aside_after(self, step: int) -> None:
-        """Rename checkpoints newer than `step`: torn ones, which the run is going to write anew."""
-        for newer in self.steps():
-            if newer > step:
-                torn = self.folder / f"torn_{step_name(newer)}"
-                shutil.rmtree(torn, ignore_errors=True)
-                os.replace(self.folder / step_name(newer), torn)
-
-    def _discard(self, folder: Path) -> None:
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-    def _checked_files(self, folder: Path) -> dict[str, bytes]:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            expected = {name: (one["bytes"], one["crc32"]) for name, one in manifest.items()}
-        except (*_NO_FILE, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise TornCheckpoint(
-                f"{folder} has no readable manifest.json ({type(error).__name__}: {error})"
-            ) from None
-        files = {}
-        for name, (num_bytes, crc32) in expected.items():
-            if not name or Path(name).name != name:
-                raise TornCheckpoint(f"{folder}/manifest.json names {name!r}, outside its folder")
-            try:
-                data = (folder / name).read_bytes()
-            except _NO_FILE:  # any other trouble of the disk is no sign of a torn write
-                raise TornCheckpoint(f"{folder}/{name} is missing") from None
-            if len(data) != num_bytes or zlib.crc32(data) != crc32:
-                raise TornCheckpoint(
-                    f"{folder}/{name} is damaged: {len(data)} bytes with CRC {zlib.crc32(data)}, "
-                    f"its manifest says {num_bytes} bytes with CRC {crc32}"
-                )
-            files[name] = data
-        if "state.json" not in files:
-            raise TornCheckpoint(f"{folder}/manifest.json does not list state.json")
-        return files
+    def _remove_old(self, step: int, keep_last: int) -> None:
+        older = [one for one in self.steps() if one <= step]
+        for old in older[:-keep_last]:
+            if old != self.best_step():
+                # renamed first: a kill in between leaves no checkpoint without its files
+                doomed = self.folder / f".{step_name(old)}.old.tmp"
+                with contextlib.suppress(OSError):  # one that stays is tried again
+                    os.replace(self.folder / step_name(old), doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
-def safetensors_pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
-    """A safetensors file of CPU tensors, piece by piece, without a copy of it in memory.
+def _write_tensors(path: Path, tensors: Tensors) -> int:
+    """Bytes of the file, which the disk has."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(contiguous, path)
+    except safetensors.SafetensorError as error:  # as it reports a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
-    Eight bytes, the length of the header; the header, JSON; the values, row by row. What takes time
-    with a piece (checksum, write) does not hold the interpreter's lock: training goes on meanwhile.
+
+def _write_manifest(
+    folder: Path, step: int, state: Mapping[str, Any], files: Mapping[str, int]
+) -> None:
+    text = json.dumps({"step": step, "files": files, **state}, indent=1)
+    write_durably(folder / "manifest.json", text.encode())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        int(manifest["step"]), manifest["files"].items()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise TornCheckpoint(f"{folder} has no manifest.json ({error})") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise TornCheckpoint(f"{folder}/manifest.json is damaged ({error!r})") from None
+    return dict(manifest)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time: a kill costs at most the interval before it.
+
+    `submit` returns after the copy; `wait` returns when the disk has it, or has refused. The copies
+    lie in buffers that are kept (pinned where they come from a GPU): fresh memory would cost more
+    than the copy. A disk that does not take a checkpoint costs a warning; the next one tries again.
     """
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the values begin at a multiple of eight
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        values = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
-        for begin in range(0, len(values), PIECE_BYTES):
-            yield values[begin : begin + PIECE_BYTES]
 
+    def __init__(
+        self, checkpoints: Checkpoints, *, keep_last: int, warn: Callable[[str], None]
+    ) -> None:
+        self.checkpoints, self.keep_last = checkpoints, keep_last
+        self.stall_s = 0.0  # that training has waited for checkpoints since the start
+        self.written_step = -1  # of the newest checkpoint that is on the disk
+        self.failures = 0
+        self.problem = ""  # of the last write, empty when it went well
+        self._warn = warn
+        self._thread: threading.Thread | None = None
+        self._unexpected: BaseException | None = None
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
 
-def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int]:
-    """Write a file durably; its line of the manifest."""
-    num_bytes = crc32 = 0
+    def submit(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        *,
+        best_step: int | None,
+        keep_all: bool = False,
+        urgent: bool = False,
+    ) -> None:
+        """Copy what is given and write it, after the write before it.
 
-    def counted() -> Iterator[bytes | memoryview]:
-        nonlocal num_bytes, crc32
-        for piece in pieces:
-            num_bytes, crc32 = num_bytes + len(piece), zlib.crc32(piece, crc32)
-            yield piece
+        Where that one hangs on its disk this one is left out, with a warning, unless it is
+        `urgent`: then nothing goes on beside it. `keep_all`: remove no older ones.
+        """
+        begun = time.perf_counter()
+        if self._thread is not None and not urgent:
+            self._thread.join(PATIENCE_S)
+            if self._thread.is_alive():
+                self._warn(
+                    f"warning: the disk of {self.checkpoints.folder} has not taken the checkpoint "
+                    f"before this one yet; {step_name(step)} is left out, training goes on"
+                )
+                self.stall_s += time.perf_counter() - begun
+                return
+        self.wait()
+        copies, state = self._copied(tensors), dict(state)
+        keep_last = 0 if keep_all else self.keep_last
 
-    write_durably(path, counted())
-    return {"bytes": num_bytes, "crc32": crc32}
+        def write() -> None:
+            self.checkpoints.save(step, copies, state, keep_last=keep_last, best_step=best_step)
+
+        self._start(write, step, urgent)
+        self.stall_s += time.perf_counter() - begun
+
+    def amend(self, step: int, state: Mapping[str, Any], *, best_step: int | None) -> None:
+        """Replace the state of the checkpoint of that step, if the disk has it."""
+        self.wait()
+        if self.written_step == step:
+            state = dict(state)
+            self._start(
+                lambda: self.checkpoints.amend(step, state, best_step=best_step), step, False
+            )
+
+    def wait(self) -> bool:
+        """Until the write under way is done; whether the last one went well. Warns otherwise."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._unexpected is not None:
+                raise self._unexpected
+            if self.problem:
+                last = self.written_step
+                safe = f"the last good one is {step_name(last)}" if last >= 0 else "there is none"
+                self._warn(f"warning: cannot write {self.problem}; {safe}; training goes on")
+        return not self.problem
+
+    def poll(self) -> None:
+        """Warn at once, not at the next checkpoint, of a write that has failed."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def _start(self, write: Callable[[], object], step: int, urgent: bool) -> None:
+        def run() -> None:
+            if not urgent:
+                with contextlib.suppress(OSError):  # Linux: of this thread alone
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
+            try:
+                write()
+            except OSError as error:
+                self.failures += 1
+                self.problem = f"checkpoint {step_name(step)}: {error.strerror or error}"
+            except BaseException as error:
+                self._unexpected = error
+            else:
+                self.written_step, self.problem = step, ""
+
+        # no daemon: a process that ends on its own ends with this write done
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def _copied(self, tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """The tensors in this writer's buffers; waits once for the device, not for each tensor."""
+        sources = {(name, key): v.detach() for name, g in tensors.items() for key, v in g.items()}
+        for place, source in sources.items():
+            buffer = self._buffers.get(place)
+            if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                self._buffers[place] = torch.empty(
+                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
+                )
+        buffers = [self._buffers[place] for place in sources]
+        is_on_cuda = any(source.is_cuda for source in sources.values())
+        if buffers:
+            torch._foreach_copy_(buffers, list(sources.values()), non_blocking=is_on_cuda)
+        if is_on_cuda:
+            torch.cuda.current_stream().synchronize()
+        copies: dict[str, Tensors] = {name: {} for name in tensors}
+        for (name, key), buffer in zip(sources, buffers, strict=True):
+            copies[name][key] = buffer
+        return copies
 
 
 def load_checkpoint(folder: Path, which: str) -> Checkpoint:
@@ -286,8 +331,8 @@ def load_checkpoint(folder: Path, which: str) -> Checkpoint:
         best = checkpoints.best_step()
         if best is None:
             raise ConfigError(
-                f"checkpoint=best: {folder} has none; it comes with the first evaluation of a run "
-                "with checkpoint.keep_best=true; use checkpoint=latest"
+                f"checkpoint=best: {folder} has none; it is written at the first evaluation of a "
+                "run with checkpoint.keep_best=true; use checkpoint=latest"
             )
         which = str(best)
     if not which.isdigit() or int(which) not in checkpoints.steps():

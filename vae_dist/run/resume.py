@@ -1,13 +1,12 @@
 """What a run begins from: its own newest checkpoint, given weights, or nothing.
 
-The main process chooses the checkpoint and every rank reads that one. What would silently change
+The main process reads the checkpoint and broadcasts it. What would silently change
 the numbers of a run that goes on (config, shards) is refused with the differences.
 """
 
 from __future__ import annotations
 
 import copy
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from vae_dist.models.diffusers import (
     read_published,
 )
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.run.checkpoint import Checkpoint, TornCheckpoint, load_weights
+from vae_dist.run.checkpoint import Checkpoint, load_weights
 from vae_dist.run.folder import RunFolder
 
 SHOWN = 12  # tensors of a published model that do not fit: it has hundreds
@@ -69,33 +68,26 @@ def _is_of_model(change: str) -> bool:
 
 
 def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
-    """The checkpoint that the main process chose, read by every rank.
+    """The newest checkpoint that is whole: the main process reads it, the others get it from there.
 
-    Raises ConfigError on every rank where one of them cannot read it.
+    Raises ConfigError on every rank where it cannot be read.
     """
-    found: list[Checkpoint | None] = [None]
+    read: list[Checkpoint] = []  # on the main process
 
-    def choose() -> int:
-        found[0] = folder.checkpoints.load_newest()
-        if found[0] is None:
-            return -1
-        folder.checkpoints.set_aside_after(found[0].step)
-        return found[0].step
+    def load() -> tuple[int, dict[str, Any], list[str]] | None:
+        newest = folder.checkpoints.load_newest()
+        if newest is None:
+            return None
+        read.append(newest)
+        return newest.step, newest.state, list(newest.tensors)
 
-    step = runtime.on_main(choose)
-
-    def read() -> Checkpoint | None:
-        if step < 0 or runtime.is_main:
-            return found[0]
-        try:
-            return folder.checkpoints.load(step)
-        except TornCheckpoint as torn:
-            raise ConfigError(
-                f"{torn}, as this rank on {socket.gethostname()} sees it, but the main process "
-                "read it well: is the file system the same on all nodes, and healthy?"
-            ) from None
-
-    return runtime.on_all_ranks(read)
+    if (found := runtime.on_main(load)) is None:
+        return None
+    step, state, groups = found
+    tensors = {
+        name: runtime.broadcast_tensors(read[0].tensors[name] if read else None) for name in groups
+    }
+    return Checkpoint(step, tensors, state)
 
 
 def is_finished(config: TrainConfig, checkpoint: Checkpoint) -> bool:

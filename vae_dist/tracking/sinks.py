@@ -58,7 +58,7 @@ class JsonlSink:
         lines = self._path.read_bytes().splitlines(keepends=True)
         last = json.loads(lines.pop()) if lines else {}
         joined = _ENCODE(last | json.loads(line)).encode() + b"\n"
-        write_durably(self._path, [*lines, joined])
+        write_durably(self._path, b"".join([*lines, joined]))
         self._file.close()
         self._file = self._path.open("ab", buffering=0)
 

@@ -24,18 +24,15 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime, load_full
 from vae_dist.heap import release_freed_memory
-from vae_dist.run.checkpoint import Checkpoint
+from vae_dist.run.checkpoint import Checkpoint, CheckpointWriter
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink, say
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.sinks import Sink
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
-from vae_dist.training.divergence import check_equal_over_ranks
-from vae_dist.training.guard import SkipGuard, TrainingFailed
-from vae_dist.training.preemption import StopRequest
-from vae_dist.training.saving import TAKEN_OVER, CheckpointWriter
+from vae_dist.training.guards import SkipGuard, check_equal_over_ranks
 from vae_dist.training.step import StepReport, TrainingStep
-from vae_dist.training.watch import RankWatch
+from vae_dist.training.stop import RankWatch, StopRequest, TrainingFailed
 
 Row = dict[str, Value]
 
@@ -59,6 +56,10 @@ class Painter(Protocol):
 def is_due(step: int, every: int, last_step: int) -> bool:
     """Every `every` steps and after the last one; every=0 means after the last one alone."""
     return step == last_step or (every > 0 and step > 0 and step % every == 0)
+
+
+def _sizes(batch: Batch) -> frozenset[torch.Size]:
+    return frozenset(group.images.shape[-2:] for group in batch.groups)
 
 
 class Startup:
@@ -111,10 +112,7 @@ class Trainer:
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
         )
         self.writer = CheckpointWriter(
-            folder.checkpoints,
-            keep_last=config.checkpoint.keep_last,
-            warn=self.say,
-            is_taken_over=folder.is_taken_over,
+            folder.checkpoints, keep_last=config.checkpoint.keep_last, warn=self.say
         )
         self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
@@ -125,7 +123,7 @@ class Trainer:
         self._skipped_here = 0  # on this rank since
         self._named_samples: set[tuple[str, int]] = set()
         self._last_row: Row = {}
-        self._pending_row: Row = {}  # of a step whose evaluation was interrupted
+        self._pending_row: Row = {}  # of a step whose evaluation is not done
 
     # the loop
 
@@ -159,7 +157,7 @@ class Trainer:
                 batch = next(stream)
             if is_due(self.step + 1, self._update_ratio.every, last_step):
                 self._update_ratio.arm()
-            watch.at(self.step, "step")
+            watch.at(self.step, "step", _sizes(batch))
             self._report = report = self.training_step(batch, self.step)
             self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
             if startup is not None:
@@ -177,9 +175,7 @@ class Trainer:
             if not self._evaluate_and_log(row, meter, stop, watch):
                 return self._interrupt(stop)
             if self._checkpoint_is_due():
-                watch.at(self.step, "checkpoint")
-                with meter.pause():
-                    self.save(urgent=self.step == last_step)
+                self._save_in_time(meter, watch)
             if self.step < last_step and stop.agreed():
                 return self._interrupt(stop)
         return self._finish(stop)
@@ -189,6 +185,9 @@ class Trainer:
     ) -> bool:
         """False when a stop was agreed on during the evaluation."""
         if self._evaluation_is_due():
+            self._pending_row = row
+            if self._checkpoint_is_due():
+                self._save_in_time(meter, watch)  # before an evaluation, which may fail
             with meter.pause():
                 is_complete = self._evaluate(row, stop, watch)
                 release_freed_memory()
@@ -239,8 +238,6 @@ class Trainer:
 
     def _save_for_good(self) -> bool:
         """Whether the disk has this step's checkpoint; one that it refused is tried once more."""
-        if self.runtime.on_main(self.folder.is_taken_over):
-            raise TrainingFailed(TAKEN_OVER)
         self.save(urgent=True)
         if self.runtime.on_main(self._is_written):
             return True
@@ -268,18 +265,11 @@ class Trainer:
     def _check_health(self) -> None:
         """What stops a run, looked at when it is due; the same answer on every rank."""
         if self.guard.is_due(self.step) or self._log_is_due() or self._checkpoint_is_due():
-            self._check_skipped_steps()
+            assert self._report is not None  # of the step that was just observed
+            self.guard.check(self.runtime, self._report.grad_norm)
         if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()
         self.writer.poll()
-
-    def _check_skipped_steps(self) -> None:
-        failure = self.guard.failure()
-        if failure is None:
-            return
-        shards = {name for names in self.runtime.gather(failure.shards) for name in names}
-        assert self._report is not None  # of the step that was just observed
-        raise TrainingFailed(failure.words(float(self._report.grad_norm), shards))
 
     def _check_weights(self) -> None:
         weights = self.training_step.weights_of_every_rank()
@@ -375,26 +365,38 @@ class Trainer:
 
     # checkpoints
 
+    def _save_in_time(self, meter: Meter, watch: RankWatch) -> None:
+        watch.at(self.step, "checkpoint")
+        with meter.pause():
+            self.save(urgent=self.step == self.config.training.steps)
+
     def save(self, *, urgent: bool = False) -> None:
-        """Hand checkpoint `step` to the writer, once. Every rank takes part."""
+        """Hand checkpoint `step` to the writer, once; after its evaluation its state, again. Every
+        rank takes part."""
         if self._saved == (self.step, self._evaluated_step):
             return
-        if self.config.training.checksum_every:
+        has_tensors = self._saved[0] == self.step
+        if self.config.training.checksum_every and not has_tensors:
             self._check_weights()  # what ranks differ in is not worth keeping
         (skipped,) = self.runtime.sum_numbers([], self._skipped_here)
+        scalars = self.scalars(int(skipped))
+        state = {**self.identity, "scalars": scalars, "pending_row": self._pending_row}
+        best_step = self._best[1] if self._best is not None else None
+        self._saved = (self.step, self._evaluated_step)
+        if has_tensors:
+            if self.runtime.is_main:
+                self.writer.amend(self.step, state, best_step=best_step)
+            return
         tensors = {
             name: self.runtime.strategy.full_state(group)
             for name, group in self.training_step.tensors().items()
         }
         if self.runtime.is_main:
-            state = {
-                **self.identity,
-                "scalars": self.scalars(int(skipped)),
-                "pending_row": self._pending_row,
-            }
-            best_step = self._best[1] if self._best is not None else None
-            self.writer.submit(self.step, tensors, state, best_step=best_step, urgent=urgent)
-        self._saved = (self.step, self._evaluated_step)
+            # in a streak of skipped steps the last good weights may be in an older one
+            keep_all = scalars["skip_streak"] > 0
+            self.writer.submit(
+                self.step, tensors, state, best_step=best_step, keep_all=keep_all, urgent=urgent
+            )
 
     def scalars(self, skipped_here: int) -> dict[str, Any]:
         best, best_step = self._best or (None, None)

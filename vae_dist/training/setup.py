@@ -21,7 +21,7 @@ import torch
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.workers import LoaderDied, deaths_explained
+from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.models.build import build_vae
 from vae_dist.models.networks import lpips_available
@@ -46,15 +46,17 @@ from vae_dist.training.build import (
     training_stream,
 )
 from vae_dist.training.compile import compiler_problem
-from vae_dist.training.ending import Ending
-from vae_dist.training.guard import TrainingFailed
 from vae_dist.training.loop import Startup, Trainer
 from vae_dist.training.plan import Data, dry_run, plan
-from vae_dist.training.preemption import StopRequest
-from vae_dist.training.signals import EXIT_INTERRUPTED, StopSignals
-from vae_dist.training.watch import RankWatch
+from vae_dist.training.stop import (
+    EXIT_INTERRUPTED,
+    Outcome,
+    StopRequest,
+    StopSignals,
+    TrainingFailed,
+)
 
-LOCK_PAUSE_S = 1.0  # between two looks at a lock whose holder may be dead
+LOCK_PAUSE_S = 0.5  # between two looks at a lock whose holder may be ending
 
 
 def run_session(config: TrainConfig, signals: StopSignals) -> int:
@@ -124,58 +126,51 @@ def _supervised(
     signals: StopSignals,
     startup: Startup,
 ) -> int:
-    """Take the folder and train in it; a failure of any rank is told by those that live."""
-    ending = Ending(runtime, folder, timeout_s=config.runtime.timeout_s)
+    """Take the folder and train in it; a failure of any rank is reported by those that live."""
+    outcome = Outcome(runtime, folder, timeout_s=config.runtime.timeout_s)
     stop = StopRequest(runtime, signals)
     with contextlib.ExitStack() as held:  # the folder is given back after the last word
         try:
-            with ending.watch, ending.told():
-                if not held.enter_context(_locked(folder, runtime, stop, ending.watch)):
-                    return _stopped_before_training(ending, 0, stop)
-                return _train(config, facts, stop, startup, ending, held)
-        except (TrainingFailed, RankFailed, LoaderDied) as failure:
+            with outcome.watch, outcome.failures_reported():
+                if not held.enter_context(_locked(outcome, stop)):
+                    return _stopped_before_training(outcome, 0, stop)
+                return _train(config, facts, stop, startup, outcome, held)
+        except (TrainingFailed, RankFailed) as failure:
             say(f"failed: {failure}", sys.stdout if runtime.is_main else sys.stderr)
             return 1
 
 
 @contextlib.contextmanager
-def _locked(
-    folder: RunFolder, runtime: Runtime, stop: StopRequest, watch: RankWatch
-) -> Iterator[bool]:
+def _locked(outcome: Outcome, stop: StopRequest) -> Iterator[bool]:
     """The run folder, held by the main process and visible to all ranks; False after a stop."""
+    runtime, folder = outcome.runtime, outcome.folder
     lock = RunLock(folder, say=say)
     with contextlib.ExitStack() as held:
 
-        def take() -> bool:
-            folder.create()
+        def take() -> str:
             if not lock.attempt():
                 time.sleep(LOCK_PAUSE_S)
-                return False
-            held.callback(folder.remove_if_empty)
+                return ""
             held.callback(lock.release)
-            held.callback(folder.remove_rooms_if_unused)
-            return True
-
-        def furnish() -> str:
-            folder.create()  # again: another starter, refused, may have taken its rooms away
+            held.callback(folder.remove_if_unused)
+            folder.create()
             folder.remove_leftovers()
             folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
-            return folder.write_token()
+            return lock.holder
 
-        watch.at(-1, "run folder")
-        while not runtime.on_main(take):
-            watch.at(-1, "run folder")
+        outcome.watch.at(-1, "run folder")
+        while not (holder := runtime.on_main(take)):
             if stop.agreed_now():
                 yield False
                 return
-        token = runtime.on_main(furnish)
-        if runtime.any_rank(not folder.sees_token(token)):
+        if runtime.any_rank(not folder.is_held_by(holder)):
             raise ConfigError(
                 f"run={folder.path} is not the same folder on all nodes; choose one on a file "
                 "system that all nodes see"
             )
-        folder.session = token
-        stop.heed(folder)
+        outcome.is_ours = True
+        if runtime.is_main:
+            stop.watch_folder(folder, holder)
         yield True
 
 
@@ -184,16 +179,16 @@ def _train(
     facts: Facts,
     stop: StopRequest,
     startup: Startup,
-    ending: Ending,
+    outcome: Outcome,
     held: contextlib.ExitStack,
 ) -> int:
-    runtime, folder, watch = ending.runtime, ending.folder, ending.watch
+    runtime, folder, watch = outcome.runtime, outcome.folder, outcome.watch
     watch.at(-1, "newest checkpoint")
     checkpoint = newest_checkpoint(runtime, folder)
     startup.mark("checkpoint")
     start_step = checkpoint.step if checkpoint is not None else 0
     if checkpoint is not None and is_finished(config, checkpoint):
-        ending.record("finished", step=checkpoint.step, reason="all steps are done")
+        outcome.record("finished", step=checkpoint.step, reason="all steps are done")
         if runtime.is_main:
             say(
                 f"finished: {folder.path} stands at step {checkpoint.step} of "
@@ -201,7 +196,7 @@ def _train(
             )
         return 0
     if stop.agreed_now():
-        return _stopped_before_training(ending, start_step, stop)
+        return _stopped_before_training(outcome, start_step, stop)
     watch.at(-1, "shards")
     config, data = resolved_with_data(config, facts, runtime)
 
@@ -214,7 +209,7 @@ def _train(
     weights = runtime.on_all_ranks(weights_to_begin_with)
     startup.mark("data")
     if stop.agreed_now():
-        return _stopped_before_training(ending, start_step, stop)
+        return _stopped_before_training(outcome, start_step, stop)
     watch.at(-1, "trackers")
     sinks, console = open_sinks(config, runtime, folder, start_step)
     held.callback(_close, sinks, "failed")  # where what follows fails; else they are closed then
@@ -233,7 +228,7 @@ def _train(
         lines += places
         console.banner("vae_dist", [*lines, f"output {folder.path}"])
     startup.mark("model and trackers")
-    return _fit(trainer, data, stop, startup, ending)
+    return _fit(trainer, data, stop, startup, outcome)
 
 
 def _given_weights(config: TrainConfig, data: Data) -> Tensors | None:
@@ -256,10 +251,9 @@ def resolved_with_data(
     return resolved, data
 
 
-def _stopped_before_training(ending: Ending, step: int, stop: StopRequest) -> int:
-    if ending.folder.session:
-        ending.record("interrupted", step=step, reason=stop.reason)
-    if ending.runtime.is_main:
+def _stopped_before_training(outcome: Outcome, step: int, stop: StopRequest) -> int:
+    outcome.record("interrupted", step=step, reason=stop.reason)
+    if outcome.runtime.is_main:
         say(_interrupted_before_training(stop.reason))
     return EXIT_INTERRUPTED
 
@@ -268,27 +262,29 @@ def _interrupted_before_training(reason: str) -> str:
     return f"interrupted before training ({reason}); the same command starts it again"
 
 
-def _fit(trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, ending: Ending) -> int:
+def _fit(
+    trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, outcome: Outcome
+) -> int:
     """Run the loop; record in status.json how it ended."""
     config, runtime, folder = trainer.config, trainer.runtime, trainer.folder
-    ending.record("running", step=trainer.step, reason="")
-    ending.is_training, ending.settle = True, trainer.writer.wait
+    outcome.record("running", step=trainer.step, reason="")
+    outcome.is_training, outcome.settle = True, trainer.writer.wait
     status = "failed"
     try:
         with (
-            ending.told(),
+            outcome.failures_reported(),
             deaths_explained(
                 "lower data.workers or data.cache_bytes, or ask for more memory; then the same "
                 "command goes on from its last checkpoint"
             ),
             contextlib.closing(training_stream(config, runtime, data, trainer.step)) as batches,
         ):
-            status = trainer.fit(batches, stop, ending.watch, startup)
-        ending.record(
+            status = trainer.fit(batches, stop, outcome.watch, startup)
+        outcome.record(
             status, step=trainer.writer.written_step, reason=stop.reason or "all steps are done"
         )
     finally:
-        ending.watch.end()  # what follows sends no message
+        outcome.watch.end()  # what follows sends no message
         trainer.painter.close()
         for sink in trainer.sinks:
             if status == "finished" and config.wandb.artifacts and isinstance(sink, WandbSink):

@@ -28,7 +28,7 @@ from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.training.adversarial import Adversary
-from vae_dist.training.guard import SpikeGuard
+from vae_dist.training.guards import SpikeGuard
 from vae_dist.training.optimizer import (
     Ema,
     load_optimizer_tensors,

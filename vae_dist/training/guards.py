@@ -1,4 +1,4 @@
-"""Gradients that are not used: not finite, or far above what the run is used to.
+"""Gradients that are not used (not finite, or spikes), and weights that must agree over ranks.
 
 In: the gradient norm of a step, the same number on all ranks. Out: a device flag that makes the
 update of every rank nothing, and counts that the host reads now and then. A spike is
@@ -6,19 +6,21 @@ update of every rank nothing, and counts that the host reads now and then. A spi
     norm > spike_factor * (0.9 quantile of the last WINDOW finite norms, once there are MIN_NORMS).
 
 Norms of skipped steps count in the window, so a run whose gradients have grown for good goes on.
+The checksum of a tensor is the sum of its 32-bit patterns: integers, so that no order of summation
+changes it, and one message of 8 bytes a tensor compares all ranks.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message says at which step, why, and with which shards."""
+from vae_dist.distributed import Runtime, is_sharded, name_ranks
+from vae_dist.training.stop import TrainingFailed
 
 
 class SpikeGuard:
@@ -59,25 +61,6 @@ class SpikeGuard:
         self._count.fill_(state["norms_seen"])
 
 
-class SkippedStep(NamedTuple):
-    """What was seen of too many skipped steps in a row."""
-
-    step: int  # at which the host looked
-    streak: int
-    shards: tuple[str, ...]  # that this rank read in those steps
-
-    def words(self, grad_norm: float, shards: Iterable[str]) -> str:
-        """For people; `grad_norm` is of the last step, `shards` are of all ranks."""
-        names = sorted(shards)
-        return (
-            f"the gradient was not finite, or a spike, for {self.streak} steps in a row, noticed "
-            f"at step {self.step} with optim/grad_norm={grad_norm:g} "
-            "(training.max_consecutive_nonfinite); shards in hand: "
-            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower optimizer.lr, set "
-            "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
-        )
-
-
 class SkipGuard:
     """Counts skipped steps. The counts are equal on all ranks: after the all-reduce of gradients
     the norm is the same everywhere, so all ranks skip the same steps without another message."""
@@ -107,16 +90,22 @@ class SkipGuard:
         """Whether the host must look: every `max_consecutive` steps at the latest."""
         return step % self.max_consecutive == 0
 
-    def failure(self) -> SkippedStep | None:
-        """`max_consecutive` skipped steps in a row since the last look, on all ranks alike. Waits
-        for the device."""
+    def check(self, runtime: Runtime, grad_norm: torch.Tensor) -> None:
+        """Raise TrainingFailed, on all ranks alike, where `max_consecutive` steps in a row were
+        skipped since the last look; `grad_norm` is of the last step. Waits for the device."""
         longest = int(self._longest)
         self._longest.copy_(self.streak)
         if longest < self.max_consecutive:
-            return None
-        step = self._recent[-1][0] if self._recent else 0
-        shards = sorted({shard for _, names in self._recent for shard in names})
-        return SkippedStep(step, longest, tuple(shards))
+            return
+        mine = {shard for _, shards in self._recent for shard in shards}
+        names = sorted(set().union(*runtime.gather(mine)))
+        raise TrainingFailed(
+            f"the gradient was not finite, or a spike, for {longest} steps in a row, noticed "
+            f"at step {self._recent[-1][0]} with optim/grad_norm={float(grad_norm):g} "
+            "(training.max_consecutive_nonfinite); shards in hand: "
+            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower optimizer.lr, set "
+            "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
+        )
 
     def state(self) -> dict[str, int]:
         return {
@@ -130,3 +119,38 @@ class SkipGuard:
         self.spikes.fill_(state["spike_steps"])
         self.streak.fill_(state["skip_streak"])
         self._longest.copy_(self.streak)
+
+
+def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """int64 (number of tensors,), on their device. The tensors are float32."""
+    return torch.stack(
+        [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors.values()]
+    )
+
+
+def check_equal_over_ranks(
+    runtime: Runtime, tensors: Mapping[str, torch.Tensor], *, step: int
+) -> None:
+    """Every rank takes part, and every rank raises TrainingFailed when one of them differs.
+    Sharded tensors are left out: no rank holds what another one has."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
+    if runtime.world == 1 or not tensors:
+        return
+    mine = checksums(tensors)
+    everyone = [torch.empty_like(mine) for _ in range(runtime.world)]
+    dist.all_gather(everyone, mine)
+    by_rank = [tuple(one.tolist()) for one in everyone]
+    usual, num_usual = Counter(by_rank).most_common(1)[0]
+    if num_usual == runtime.world:
+        return
+    others = [rank for rank, sums in enumerate(by_rank) if sums != usual]
+    where = [i for i, sums in enumerate(zip(*by_rank, strict=True)) if len(set(sums)) > 1]
+    sentence = f"{name_ranks(others)} of {runtime.world} holds other weights than the rest"
+    if num_usual * 2 <= runtime.world:  # no majority says who is right
+        who = name_ranks(range(runtime.world))
+        sentence = f"{who} hold weights that differ from each other"
+    raise TrainingFailed(
+        f"after step {step} {sentence}: {len(where)} of {len(tensors)} tensors, "
+        f"{list(tensors)[where[0]]} first. Nothing was saved since; suspect the memory or the "
+        "device of these ranks. The same command goes on from the last checkpoint"
+    )

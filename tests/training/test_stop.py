@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from vae_dist.training.signals import StopSignals
+from vae_dist.training.stop import LAUNCHER_VARIABLES, SIGNALS, StopSignals
 
 # prints the reason every 10 ms; BLOCKED waits in C, where no handler of Python's runs
 CHILD = """
 import sys, time, ctypes
-from vae_dist.training import signals
-signals.BURST_S = 0.4
-with signals.StopSignals() as stop:
+from vae_dist.training import stop
+stop.BURST_S = 0.4
+with stop.StopSignals() as stop:
     print("ready", flush=True)
     if "blocked" in sys.argv:
         condition, mutex = (ctypes.create_string_buffer(64) for _ in range(2))
@@ -36,12 +36,22 @@ def child(*words: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_sets_a_reason(number):
     process = child()
     process.send_signal(number)
     assert process.communicate(timeout=20)[0] == f"signal {number.name}\n"
     assert process.returncode == 0
+
+
+def test_nohup_keeps_a_closed_terminal_from_stopping_a_run():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reason == ""
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_one_request_may_be_delivered_several_times():
@@ -79,7 +89,7 @@ def test_handlers_are_put_back():
     ("variables", "name", "reason"),
     [
         ({"TORCHELASTIC_RUN_ID": "none"}, "agent", "the launcher, process {pid}, is gone"),
-        ({}, "accelerate", "the launcher, process {pid}, is gone"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "bash", "the launcher, process {pid}, is gone"),
         ({}, "shell", "signal SIGTERM"),  # a run under nohup outlives its shell
     ],
 )
@@ -88,7 +98,7 @@ def test_a_launcher_that_is_gone_is_a_request(variables, name, reason):
         ["bash", "-c", '"$@" & echo $!; wait', name, sys.executable, "-c", CHILD],
         stdout=subprocess.PIPE,
         text=True,
-        env={**{k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}, **variables},
+        env={**{k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}, **variables},
     )
     assert parent.stdout is not None
     child_pid = int(parent.stdout.readline())
