@@ -126,11 +126,11 @@ def test_equal_probabilities_have_as_many_bits_as_the_data(bits: int) -> None:
     num_dims = 3 * 64 * 64
     for knobs in (*GAUSSIANS[:1], MIXTURE):
         model = likelihood(knobs, bits=bits)
-        nats = model.nats_to_level_nats(num_dims * math.log(2**bits), num_dims)
+        nats = model.discrete_nll_nats(num_dims * math.log(2**bits), num_dims)
         assert bits_per_dim(nats, num_dims=num_dims) == pytest.approx(bits, abs=1e-12)
     # a density of 1/2 on [-1, 1), of dequantised levels
     density = likelihood({"kind": "gaussian"}, bits=bits)
-    nats = density.nats_to_level_nats(num_dims * math.log(2), num_dims)
+    nats = density.discrete_nll_nats(num_dims * math.log(2), num_dims)
     assert bits_per_dim(nats, num_dims=num_dims) == pytest.approx(bits, abs=1e-12)
 
 

@@ -156,7 +156,7 @@ def test_a_uniform_density_has_eight_bits_per_dim() -> None:
     model = likelihood(kind="gaussian")
     num_dims = 3 * 64 * 64
     nll_of_uniform_density = num_dims * math.log(2.0)  # density 1/2 on [-1, 1)
-    nats = model.nats_to_level_nats(nll_of_uniform_density, num_dims)
+    nats = model.discrete_nll_nats(nll_of_uniform_density, num_dims)
     assert bits_per_dim(nats, num_dims=num_dims) == pytest.approx(8.0, abs=1e-12)
 
 
@@ -167,7 +167,7 @@ def test_level_nats_are_those_of_a_density_per_level(
     """The same normal density, written over levels instead of over [-1, 1]."""
     model = likelihood(dequantize, kind="gaussian", variance="fixed", sigma=0.1)
     params, image = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.05)
-    nats = model.nats_to_level_nats(-model.log_prob(params, image).item(), 1)
+    nats = model.discrete_nll_nats(-model.log_prob(params, image).item(), 1)
     over_levels = Normal(0.0, 0.1 * levels_per_unit)
     expected = -over_levels.log_prob(torch.tensor(0.05 * levels_per_unit)).item()
     assert nats == pytest.approx(expected, abs=1e-5)
@@ -176,7 +176,7 @@ def test_level_nats_are_those_of_a_density_per_level(
 def test_a_uniform_bernoulli_has_one_bit_per_dim() -> None:
     model = likelihood(kind="bernoulli")
     nll = -model.log_prob(torch.zeros(1, 1, 28, 28), torch.ones(1, 1, 28, 28)).item()
-    nats = model.nats_to_level_nats(nll, 784)
+    nats = model.discrete_nll_nats(nll, 784)
     assert bits_per_dim(nats, num_dims=784) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -224,7 +224,7 @@ def test_what_has_no_levels_has_no_bits() -> None:
     for model in (floats, soft):
         assert not model.has_levels and model.bits_per_dim(3.0, 4) is None
         with pytest.raises(ValueError, match="no bits/dim"):
-            model.nats_to_level_nats(3.0, 4)
+            model.discrete_nll_nats(3.0, 4)
     assert likelihood(kind="bernoulli").bits_per_dim(math.log(16), 4) == pytest.approx(1.0)
     # nor has an image whose pixels are all missing
     assert likelihood(kind="bernoulli").bits_per_dim(0.0, 0) is None

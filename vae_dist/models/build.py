@@ -8,14 +8,12 @@ has shapes and no memory.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import nn
 
 from vae_dist.config.schema import ModelConfig, TrainConfig
 from vae_dist.models.blocks import recompute_in_backward
-from vae_dist.models.conv import Decoder, Encoder
+from vae_dist.models.conv import Decoder, Encoder, TowerOptions
 from vae_dist.models.dense import DenseDecoder, DenseEncoder
 from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.models.vae import LABEL_DIMS, VAE
@@ -33,8 +31,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
         torch.random.default_generator.manual_seed(derive_seed(config.seed, "init"))
         likelihood = build_likelihood(config.likelihood, data)
         num_params = likelihood.num_params(data.channels)
-        towers = _dense_towers if model.arch == "dense" else _conv_towers
-        encoder, decoder = towers(model, data.channels + sees_mask, num_params, image_size)
+        encoder, decoder = _towers(model, data.channels + sees_mask, num_params, image_size)
         vae = VAE(
             encoder,
             decoder,
@@ -60,12 +57,8 @@ def stride_of(model: ModelConfig) -> int:
 @torch.no_grad()
 def _set_spread(vae: VAE, sigma: float) -> None:
     """q(z|x) begins `sigma` times as wide: a term of the last bias, so that no weight differs."""
-    encoder = vae.encoder
-    last: torch.Tensor | nn.Module | None = vae.quant_conv
-    if last is None:
-        has_conv = isinstance(encoder, Encoder) and encoder.is_spatial
-        last = encoder.conv_out if has_conv else encoder.linear_out
-    assert isinstance(last, nn.Conv2d | nn.Linear) and last.bias is not None
+    last = vae.quant_conv if vae.quant_conv is not None else vae.encoder.last_layer
+    assert last.bias is not None
     _, log_variance = last.bias.chunk(2)
     log_variance += 2 * math.log(sigma)
 
@@ -76,40 +69,27 @@ def blocks_of_levels(model: ModelConfig) -> list[int]:
     return list(counts) if isinstance(counts, list) else [counts] * len(model.channels)
 
 
-def _condition_dims(model: ModelConfig) -> int:
-    return LABEL_DIMS if model.num_classes else 0
-
-
-def _dense_towers(
+def _towers(
     model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
-) -> tuple[DenseEncoder, DenseDecoder]:
-    dims = model.latent_channels
-    options: dict[str, Any] = {
-        "channels": model.channels,
-        "condition_dims": _condition_dims(model),
-    }
-    return (
-        DenseEncoder((channels, *image_size), 2 * dims, **options),
-        DenseDecoder(dims, (num_params, *image_size), **options),
-    )
-
-
-def _conv_towers(
-    model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
-) -> tuple[Encoder, Decoder]:
-    height, width = image_size
+) -> tuple[Encoder | DenseEncoder, Decoder | DenseDecoder]:
+    latent, (height, width) = model.latent_channels, image_size
+    condition_dims = LABEL_DIMS if model.num_classes else 0
+    if model.arch == "dense":
+        widths = model.channels
+        return (
+            DenseEncoder((channels, height, width), 2 * latent, widths, condition_dims),
+            DenseDecoder(latent, (num_params, height, width), widths, condition_dims),
+        )
     stride = stride_of(model)
     is_spatial = model.latent == "spatial"
-    feature_size = None if is_spatial else (math.ceil(height / stride), math.ceil(width / stride))
-    options: dict[str, Any] = {
-        "channels": model.channels,
-        "blocks": blocks_of_levels(model),
-        "norm_groups": model.norm_groups,
-        "attention": model.attention,
-        "patch": model.patch,
-        "shortcuts": model.dc_shortcuts,
-        "feature_size": feature_size,
-        "condition_dims": _condition_dims(model),
-    }
-    encoder = Encoder(channels, 2 * model.latent_channels, **options)
-    return encoder, Decoder(model.latent_channels, num_params, **options)
+    options = TowerOptions(
+        channels=model.channels,
+        blocks=blocks_of_levels(model),
+        norm_groups=model.norm_groups,
+        attention=model.attention,
+        patch=model.patch,
+        shortcuts=model.dc_shortcuts,
+        feature_size=None if is_spatial else (-(-height // stride), -(-width // stride)),
+        condition_dims=condition_dims,
+    )
+    return Encoder(channels, 2 * latent, options), Decoder(latent, num_params, options)

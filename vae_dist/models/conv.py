@@ -15,9 +15,9 @@ without parameters, as the layers around a spatial latent do: means of neighbour
 added to the means of z, copies of z's channels to what the decoder makes of it. Before training, an
 image can pass such towers by its shortcuts alone.
 
-With condition_dims, each residual block is told the condition (B, E) by a scale and shift (FiLM) of
-each channel, and a linear layer of a vector latent by one of each feature: with those of channels
-alone, which are the same at all positions, classes stay in z, and samples miss the class asked for.
+With condition_dims, a condition (B, E) scales and shifts (FiLM) each channel of a residual block,
+and each feature at a linear layer of a vector latent: with those of channels alone, which are the
+same at all positions, classes stay in z, and samples miss the class asked for.
 
 The last layer of each tower is float32 outside autocast: one bfloat16 step of a decoder output near
 1 is half an 8-bit level, and the moments feed an exponential.
@@ -26,6 +26,7 @@ The last layer of each tower is float32 outside autocast: one bfloat16 step of a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -46,73 +47,57 @@ from vae_dist.models.blocks import (
 )
 
 
-class Level(nn.Module):
-    """Residual blocks of one resolution, then perhaps a change of resolution."""
+@dataclass(frozen=True)
+class TowerOptions:
+    """What encoder and decoder agree on."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        blocks: int,
-        norm_groups: int,
-        condition_dims: int = 0,
-    ) -> None:
-        super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        self.resnets = nn.ModuleList(
-            ResidualBlock(a, b, norm_groups=norm_groups, condition_dims=condition_dims)
+    channels: Sequence[int]  # of each level
+    blocks: Sequence[int]  # of each level of the encoder
+    norm_groups: int
+    attention: bool
+    patch: int = 1
+    shortcuts: bool = False
+    feature_size: tuple[int, int] | None = None
+    condition_dims: int = 0
+
+    def resnets(self, widths: Sequence[int]) -> nn.ModuleList:
+        return nn.ModuleList(
+            ResidualBlock(a, b, norm_groups=self.norm_groups, condition_dims=self.condition_dims)
             for a, b in pairwise(widths)
         )
 
+    def film(self) -> Film:
+        """Of the features of the last feature map."""
+        assert self.feature_size is not None
+        height, width = self.feature_size
+        return Film(self.condition_dims, self.channels[-1] * height * width)
 
-class DownLevel(Level):
-    """`next_channels`: those of the level that a change of resolution leads to; None: the last."""
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then `change` of it to `next_channels` (None: the last
+    level). Its name `samplers` is that of the format that models are exported to."""
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        widths: tuple[int, int, int | None],
+        blocks: int,
+        options: TowerOptions,
         *,
-        next_channels: int | None,
-        shortcuts: bool,
-        **blocks: int,
+        change: type[Downsample] | type[Upsample],
     ) -> None:
-        super().__init__(in_channels, out_channels, **blocks)
-        self.downsamplers = nn.ModuleList()
+        super().__init__()
+        in_channels, out_channels, next_channels = widths
+        self.resnets = options.resnets([in_channels] + [out_channels] * blocks)
+        layers = nn.ModuleList()
         if next_channels is not None:
-            down = Downsample(out_channels, next_channels, shortcut=shortcuts)
-            self.downsamplers.append(down)
+            layers.append(change(out_channels, next_channels, shortcut=options.shortcuts))
+        self._samplers = "downsamplers" if change is Downsample else "upsamplers"
+        self.add_module(self._samplers, layers)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         for block in self.resnets:
             x = block(x, condition)
-        for layer in self.downsamplers:
-            x = layer(x)
-        return x
-
-
-class UpLevel(Level):
-    """As DownLevel, with a rise of resolution."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        next_channels: int | None,
-        shortcuts: bool,
-        **blocks: int,
-    ) -> None:
-        super().__init__(in_channels, out_channels, **blocks)
-        self.upsamplers = nn.ModuleList()
-        if next_channels is not None:
-            self.upsamplers.append(Upsample(out_channels, next_channels, shortcut=shortcuts))
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        for block in self.resnets:
-            x = block(x, condition)
-        for layer in self.upsamplers:
+        for layer in getattr(self, self._samplers):
             x = layer(x)
         return x
 
@@ -136,19 +121,13 @@ def level_widths(
 class Middle(nn.Module):
     """Residual block, attention (optional), residual block at the lowest resolution."""
 
-    def __init__(
-        self, channels: int, *, norm_groups: int, attention: bool, condition_dims: int = 0
-    ) -> None:
+    def __init__(self, options: TowerOptions) -> None:
         super().__init__()
+        channels = options.channels[-1]
         self.attentions = nn.ModuleList(
-            [AttentionBlock(channels, norm_groups=norm_groups)] if attention else []
+            [AttentionBlock(channels, norm_groups=options.norm_groups)] if options.attention else []
         )
-        self.resnets = nn.ModuleList(
-            ResidualBlock(
-                channels, channels, norm_groups=norm_groups, condition_dims=condition_dims
-            )
-            for _ in range(2)
-        )
+        self.resnets = options.resnets([channels] * 3)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, condition)
@@ -162,65 +141,41 @@ class Encoder(nn.Module):
     """Images (B, in_channels, H, W), H and W multiples of the stride -> float32 moments,
     (B, out_channels, H/f, W/f), or (B, out_channels) with a `feature_size`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        norm_groups: int,
-        attention: bool,
-        patch: int = 1,
-        shortcuts: bool = False,
-        feature_size: tuple[int, int] | None = None,
-        condition_dims: int = 0,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, options: TowerOptions) -> None:
         super().__init__()
-        self.patch = patch
-        self.conv_in = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
-        levels = level_widths(channels, shortcuts=shortcuts)
+        self.options = options
+        channels, last = options.channels, options.channels[-1]
+        self.conv_in = nn.Conv2d(in_channels * options.patch**2, channels[0], 3, padding=1)
+        levels = level_widths(channels, shortcuts=options.shortcuts)
         self.down_blocks = nn.ModuleList(
-            DownLevel(
-                before,
-                width,
-                next_channels=following,
-                shortcuts=shortcuts,
-                blocks=count,
-                norm_groups=norm_groups,
-                condition_dims=condition_dims,
-            )
-            for count, (before, width, following) in zip(blocks, levels, strict=True)
+            Level(widths, count, options, change=Downsample)
+            for count, widths in zip(options.blocks, levels, strict=True)
         )
-        self.mid_block = Middle(
-            channels[-1],
-            norm_groups=norm_groups,
-            attention=attention,
-            condition_dims=condition_dims,
-        )
-        self.conv_norm_out = group_norm(norm_groups, channels[-1])
-        if feature_size is None:
-            self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        self.mid_block = Middle(options)
+        self.conv_norm_out = group_norm(options.norm_groups, last)
+        if options.feature_size is None:
+            self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
         else:
-            height, width = feature_size
-            self.linear_out = nn.Linear(channels[-1] * height * width, out_channels)
-            if condition_dims:
-                self.film_out = Film(condition_dims, channels[-1] * height * width)
-        self.is_conditional = condition_dims > 0
-        self.is_spatial = feature_size is None
-        self.has_shortcuts = shortcuts
+            height, width = options.feature_size
+            self.linear_out = nn.Linear(last * height * width, out_channels)
+            if options.condition_dims:
+                self.film_out = options.film()
+
+    @property
+    def last_layer(self) -> nn.Conv2d | nn.Linear:
+        return self.conv_out if self.options.feature_size is None else self.linear_out
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
-        h: Tensor = self.conv_in(F.pixel_unshuffle(images, self.patch))
+        h: Tensor = self.conv_in(F.pixel_unshuffle(images, self.options.patch))
         for level in self.down_blocks:
             h = level(h, condition)
         last = self.mid_block(h, condition)
         h = F.silu(self.conv_norm_out(last))
-        if self.is_spatial:
+        if self.options.feature_size is None:
             moments = in_float32(self.conv_out, h)
-            return self._with_shortcut(moments, last) if self.has_shortcuts else moments
+            return self._with_shortcut(moments, last) if self.options.shortcuts else moments
         h = h.flatten(1)
-        if self.is_conditional:
+        if self.options.condition_dims:
             h = self.film_out(h, condition)
         return in_float32(self.linear_out, h)
 
@@ -233,62 +188,36 @@ class Decoder(Recomputable):
     """z (B, in_channels, h, w), or (B, in_channels) with a `feature_size` -> float32 parameters of
     the likelihood (B, out_channels, f*h, f*w)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        norm_groups: int,
-        attention: bool,
-        patch: int = 1,
-        shortcuts: bool = False,
-        feature_size: tuple[int, int] | None = None,
-        condition_dims: int = 0,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, options: TowerOptions) -> None:
         super().__init__()
-        self.patch = patch
-        last = channels[-1]
-        if feature_size is None:
+        self.options = options
+        channels, last = options.channels, options.channels[-1]
+        if options.feature_size is None:
             self.conv_in = nn.Conv2d(in_channels, last, 3, padding=1)
         else:
-            height, width = feature_size
+            height, width = options.feature_size
             self.linear_in = nn.Linear(in_channels, last * height * width)
-            if condition_dims:
-                self.film_in = Film(condition_dims, last * height * width)
-        self.is_conditional = condition_dims > 0
-        self.feature_size = feature_size
-        self.has_shortcuts = shortcuts
-        self.mid_block = Middle(
-            last, norm_groups=norm_groups, attention=attention, condition_dims=condition_dims
-        )
-        levels = level_widths(list(reversed(channels)), shortcuts=shortcuts)
+            if options.condition_dims:
+                self.film_in = options.film()
+        self.mid_block = Middle(options)
+        levels = level_widths(list(reversed(channels)), shortcuts=options.shortcuts)
         self.up_blocks = nn.ModuleList(
-            UpLevel(
-                before,
-                width,
-                next_channels=following,
-                shortcuts=shortcuts,
-                blocks=count + 1,
-                norm_groups=norm_groups,
-                condition_dims=condition_dims,
-            )
-            for count, (before, width, following) in zip(reversed(blocks), levels, strict=True)
+            Level(widths, count + 1, options, change=Upsample)
+            for count, widths in zip(reversed(options.blocks), levels, strict=True)
         )
-        self.conv_norm_out = group_norm(norm_groups, channels[0])
-        self.conv_out = nn.Conv2d(channels[0], out_channels * patch**2, 3, padding=1)
+        self.conv_norm_out = group_norm(options.norm_groups, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], out_channels * options.patch**2, 3, padding=1)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        if self.feature_size is None:
+        if self.options.feature_size is None:
             h: Tensor = self.conv_in(z)
-            if self.has_shortcuts:
+            if self.options.shortcuts:
                 h = h + repeated(z, h.shape[1])
         else:
             h = self.linear_in(z)
-            if self.is_conditional:
+            if self.options.condition_dims:
                 h = self.film_in(h, condition)
-            h = h.unflatten(1, (-1, *self.feature_size))
+            h = h.unflatten(1, (-1, *self.options.feature_size))
         h = self.mid_block(h, condition)
         for level in self.up_blocks:
             h = level(h, condition)
@@ -296,4 +225,4 @@ class Decoder(Recomputable):
 
     def _images(self, h: Tensor) -> Tensor:
         h = F.silu(self.conv_norm_out(h))
-        return F.pixel_shuffle(in_float32(self.conv_out, h), self.patch)
+        return F.pixel_shuffle(in_float32(self.conv_out, h), self.options.patch)

@@ -45,7 +45,6 @@ class DenseEncoder(nn.Module):
         self,
         image_shape: tuple[int, int, int],
         out_channels: int,
-        *,
         channels: Sequence[int],
         condition_dims: int = 0,
     ) -> None:
@@ -57,6 +56,10 @@ class DenseEncoder(nn.Module):
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
         return in_float32(self.linear_out, self.hidden(images.flatten(1), condition))
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        return self.linear_out
+
 
 class DenseDecoder(nn.Module):
     """z (B, in_channels) -> float32 parameters of the likelihood, (B, *params_shape)."""
@@ -65,7 +68,6 @@ class DenseDecoder(nn.Module):
         self,
         in_channels: int,
         params_shape: tuple[int, int, int],
-        *,
         channels: Sequence[int],
         condition_dims: int = 0,
     ) -> None:

@@ -77,9 +77,7 @@ class Levels:
     def at_highest(self, centers: Tensor) -> Tensor:
         return centers > 1.0 - self.half_width
 
-    def density_to_level_nats(
-        self, nll_nats: float, num_dims: int, *, is_dequantized: bool
-    ) -> float:
+    def nll_of_levels(self, nll_nats: float, num_dims: int, *, is_dequantized: bool) -> float:
         """-log density on [-1, 1] -> -log probability of levels, by the width of a level."""
         levels_per_unit = self.num / 2 if is_dequantized else (self.num - 1) / 2
         return nll_nats + num_dims * math.log(levels_per_unit)
@@ -89,10 +87,10 @@ class Likelihood(nn.Module, ABC):
     levels: Levels
     """What stored values stand for."""
 
-    needs_uniform: bool
+    needs_uniform: bool = False
     """Whether `prepare` draws: it then needs uniform noise of the shape of the images."""
 
-    has_levels: bool
+    has_levels: bool = True
     """Whether `log_prob` is, or stands for, that of discrete data, so that bits/dim mean
     something."""
 
@@ -100,10 +98,10 @@ class Likelihood(nn.Module, ABC):
     def num_params(self, channels: int) -> int:
         """Decoder channels for images of `channels` channels."""
 
-    @abstractmethod
     def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
         """Images as they are stored (uint8, uint16 or float32, by data.bits) and uniform noise in
         [0, 1) -> float32 images in [-1, 1]."""
+        return self.levels.centers(stored)
 
     def without_noise(self, stored: Tensor, prepared: Tensor) -> Tensor:
         """The images of `prepare` as a network that compares pictures should see them: without
@@ -146,17 +144,19 @@ class Likelihood(nn.Module, ABC):
     def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
         """One draw of x given z, float32 (B, C, H, W); `generator` is of the device of params."""
 
-    @abstractmethod
-    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
-        """-log p in nats per image of `num_dims` values -> that of the discrete data it stands
+    def discrete_nll_nats(self, nll_nats: float, num_dims: int) -> float:
+        """-log p in nats of images of `num_dims` values -> that of the discrete data that it stands
         for. ValueError without `has_levels`."""
+        if not self.has_levels:
+            raise ValueError("float images and soft targets are no discrete data: no bits/dim")
+        return nll_nats
 
     def bits_per_dim(self, nll_nats: float, num_dims: int) -> float | None:
         """-log p of images of `num_dims` values in all, in bits of discrete data per value; None
         without `has_levels`, or without a value (all are missing)."""
         if not self.has_levels or num_dims == 0:
             return None
-        return bits_per_dim(self.nats_to_level_nats(nll_nats, num_dims), num_dims=num_dims)
+        return bits_per_dim(self.discrete_nll_nats(nll_nats, num_dims), num_dims=num_dims)
 
     def at_floor_fraction(self, params: Tensor) -> Tensor | None:
         """Part of each image's values whose variance is floor more than signal, float32 (B,); None

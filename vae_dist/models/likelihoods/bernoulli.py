@@ -59,11 +59,6 @@ class Bernoulli(Likelihood):
         uniform = torch.rand(params.shape, generator=generator, device=params.device)
         return torch.where(uniform < torch.sigmoid(widened(params)), 1.0, -1.0)
 
-    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
-        if not self.has_levels:
-            raise ValueError("soft targets have no likelihood, so no bits/dim")
-        return nll_nats
-
 
 def uniform_of_content(stored: Tensor) -> Tensor:
     """Uniform noise in [0, 1), float32 of the shape of `stored` (B, C, H, W), that is a function of

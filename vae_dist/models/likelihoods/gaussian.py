@@ -75,21 +75,36 @@ class NormalMoments(nn.Module):
         return raw.view(1, -1, 1, 1)
 
 
-class Density(Likelihood):
-    """Independent values around a mean with a variance, a density on [-1, 1]: of dequantised
-    levels, of their centers, or of float images. Who inherits gives it its shape."""
+class NormalLikelihood(Likelihood):
+    """Independent values, each with a mean and a variance."""
+
+    def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
+        super().__init__()
+        self.moments = NormalMoments(config, channels=channels)
+        self.levels = levels
+
+    def num_params(self, channels: int) -> int:
+        return self.moments.num_params(channels)
+
+    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
+        return self.moments.at_floor_fraction(params)
+
+    def _normal_draw(self, params: Tensor, generator: torch.Generator) -> Tensor:
+        mean, log_variance = self.moments(params)
+        noise = torch.randn(mean.shape, generator=generator, device=params.device)
+        return mean + torch.exp(0.5 * log_variance) * noise
+
+
+class Density(NormalLikelihood):
+    """A density on [-1, 1]: of dequantised levels, of their centers, or of float images.
+    Subclasses set its shape."""
 
     def __init__(
         self, config: LikelihoodConfig, *, channels: int, levels: Levels, dequantize: bool
     ) -> None:
-        super().__init__()
-        self.moments = NormalMoments(config, channels=channels)
-        self.levels = levels
+        super().__init__(config, channels=channels, levels=levels)
         self.needs_uniform = dequantize and levels.are_discrete
         self.has_levels = levels.are_discrete
-
-    def num_params(self, channels: int) -> int:
-        return self.moments.num_params(channels)
 
     def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
         if not self.needs_uniform:
@@ -105,15 +120,9 @@ class Density(Likelihood):
         mean: Tensor = self.moments(params)[0]
         return mean.clamp(-1.0, 1.0)
 
-    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
-        if not self.has_levels:
-            raise ValueError("float images (data.bits=32) have no levels, so no bits/dim")
-        return self.levels.density_to_level_nats(
-            nll_nats, num_dims, is_dequantized=self.needs_uniform
-        )
-
-    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
-        return self.moments.at_floor_fraction(params)
+    def discrete_nll_nats(self, nll_nats: float, num_dims: int) -> float:
+        nll_nats = super().discrete_nll_nats(nll_nats, num_dims)
+        return self.levels.nll_of_levels(nll_nats, num_dims, is_dequantized=self.needs_uniform)
 
 
 class Gaussian(Density):
@@ -123,29 +132,15 @@ class Gaussian(Density):
         return -0.5 * (squares + log_variance + math.log(2 * math.pi))
 
     def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
-        return _draw(self.moments, params, generator).clamp(-1.0, 1.0)
+        return self._normal_draw(params, generator).clamp(-1.0, 1.0)
 
 
-class DiscretizedGaussian(Likelihood):
+class DiscretizedGaussian(NormalLikelihood):
     """Probabilities of levels; images are centers of levels.
 
     `mean` is that of the normal variable clipped to [-1, 1], which differs from the mean of the
     levels by less than rounding to levels does.
     """
-
-    needs_uniform = False
-    has_levels = True
-
-    def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
-        super().__init__()
-        self.moments = NormalMoments(config, channels=channels)
-        self.levels = levels
-
-    def num_params(self, channels: int) -> int:
-        return self.moments.num_params(channels)
-
-    def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
-        return self.levels.centers(stored)
 
     def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
         mean, log_variance = self.moments(params)
@@ -162,19 +157,7 @@ class DiscretizedGaussian(Likelihood):
         return clipped_mean(mean, torch.exp(0.5 * log_variance))
 
     def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
-        return self.levels.nearest(_draw(self.moments, params, generator))
-
-    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
-        return nll_nats
-
-    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
-        return self.moments.at_floor_fraction(params)
-
-
-def _draw(moments: NormalMoments, params: Tensor, generator: torch.Generator) -> Tensor:
-    mean, log_variance = moments(params)
-    noise = torch.randn(mean.shape, generator=generator, device=params.device)
-    return mean + torch.exp(0.5 * log_variance) * noise
+        return self.levels.nearest(self._normal_draw(params, generator))
 
 
 # the normal distribution function Phi in log space

@@ -39,9 +39,6 @@ class DiscretizedLogisticMixture(Likelihood):
     each rounded to a level before the next one sees it.
     """
 
-    needs_uniform = False
-    has_levels = True
-
     def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
         super().__init__()
         self.num_components, self.channels, self.levels = config.mixtures, channels, levels
@@ -50,9 +47,6 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def num_params(self, channels: int) -> int:
         return self.num_components * (1 + 2 * channels + channels * (channels - 1) // 2)
-
-    def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
-        return self.levels.centers(stored)
 
     def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
         logits, means, log_scales, couplings = self._components(params)
@@ -101,9 +95,6 @@ class DiscretizedLogisticMixture(Likelihood):
                 self.levels.nearest(location + torch.exp(log_scales[:, :, channel]) * noise)
             )
         return torch.stack(values, 2).squeeze(1)
-
-    def nats_to_level_nats(self, nll_nats: float, num_dims: int) -> float:
-        return nll_nats
 
     def at_floor_fraction(self, params: Tensor) -> Tensor | None:
         params = widened(params)
