@@ -14,8 +14,7 @@ from pathlib import Path
 
 from vae_dist.cli import exit_process, set_environment
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import help_text
-from vae_dist.config.load import load_train_config, wants_help
+from vae_dist.config.keys import help_text, wants_help
 from vae_dist.config.resolve import world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.training.stop import StopSignals
@@ -31,6 +30,8 @@ def checked_config(argv: list[str]) -> TrainConfig:
     """
     if problem := launch_problem(os.environ):
         raise ConfigError(problem)
+    from vae_dist.config.load import load_train_config  # OmegaConf takes longer than --help
+
     config = load_train_config(argv)
     if problem := world_size_problem(config, int(os.environ.get("WORLD_SIZE", "1"))):
         raise ConfigError(problem)

@@ -12,13 +12,12 @@ import pytest
 from tests.config.conftest import DATA, write
 from vae_dist.config.commands import IndexCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import changed_numbers, flatten, help_text, keys
+from vae_dist.config.keys import changed_numbers, flatten, help_text, keys, wants_help
 from vae_dist.config.load import (
     from_yaml,
     load_command,
     load_train_config,
     to_yaml,
-    wants_help,
 )
 from vae_dist.config.schema import TrainConfig
 
@@ -40,13 +39,6 @@ def test_arguments_win_over_file_over_base_over_defaults() -> None:
     config = load_train_config(["config=child", "seed=3"])
     assert (config.seed, config.training.steps, config.training.batch_size) == (3, 600, 32)
     assert config.training.ema_decay == TrainConfig().training.ema_decay
-
-
-def test_the_result_is_a_plain_dataclass_instance() -> None:
-    config = load_train_config(["config=plain", "model.channels=[32, 64]"])
-    assert type(config) is TrainConfig
-    assert type(config.model.channels) is list
-    assert config.model.channels == [32, 64]
 
 
 @pytest.mark.parametrize(
@@ -72,14 +64,9 @@ def test_the_result_is_a_plain_dataclass_instance() -> None:
         ("data.train=[010, on]", "data.train", ["010", "on"]),
         ("wandb.tags=[010, on]", "wandb.tags", ["010", "on"]),
         ("wandb.group=1_000", "wandb.group", "1_000"),
-        ("wandb.entity=1e3", "wandb.entity", "1e3"),
         ("wandb.entity=null", "wandb.entity", None),
-        ("wandb.tags=[a, b]", "wandb.tags", ["a", "b"]),
-        ("data.train={a,b}.tar", "data.train", "{a,b}.tar"),
         ("data.train=x-{000..009}.tar", "data.train", "x-{000..009}.tar"),
-        ("data.train=[a, b]", "data.train", ["a", "b"]),
         ("data.resolution=[178, 218]", "data.resolution", [178, 218]),
-        ("data.resolution=64", "data.resolution", 64),
         ("run=a=b", "run", "a=b"),
     ],
 )
@@ -91,19 +78,10 @@ def test_values_follow_yaml_except_where_text_is_wanted(
     assert type(found) is type(value)
 
 
-def test_the_last_of_equal_arguments_wins() -> None:
-    assert load_train_config(["config=plain", "seed=1", "seed=2"]).seed == 2
-
-
-def test_a_key_without_values_in_a_file_keeps_its_defaults() -> None:
-    write("configs/hollow.yaml", DATA + "training:\n")
-    assert load_train_config(["config=hollow"]).training == TrainConfig().training
-
-
-def test_run_folder_is_named_after_the_config() -> None:
-    write("mine/faces.yaml", DATA)
-    assert load_train_config(["config=plain"]).run == "runs/plain"
-    assert load_train_config(["config=mine/faces.yaml"]).run == "runs/faces"
+def test_a_config_has_defaults_for_hollow_sections_and_a_run_folder_of_its_name() -> None:
+    write("mine/faces.yaml", DATA + "training:\n")
+    config = load_train_config(["config=mine/faces.yaml", "seed=1", "seed=2"])
+    assert (config.seed, config.run, config.training) == (2, "runs/faces", TrainConfig().training)
     assert load_train_config(["config=plain", "run=elsewhere"]).run == "elsewhere"
 
 
@@ -156,30 +134,29 @@ def test_base_is_found_beside_the_file_that_names_it() -> None:
     assert load_train_config(["config=mine/deeper/eyes.yaml"]).seed == 7
 
 
-def test_a_circle_of_bases_is_refused_with_its_links() -> None:
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        (
+            "config=a",
+            "configs/a.yaml: base leads back to the file itself: a.yaml -> b.yaml -> a.yaml",
+        ),
+        (
+            "config=plan",
+            "config=plan: no config has this name; did you mean plain? (there are: a, b",
+        ),
+        ("seed=1", "config is missing; for example config=mnist (there are: a, b, orphan, plain;"),
+        ("config=no/such.yaml", "config=no/such.yaml: no such file: no/such.yaml"),
+        ("config=plain.yaml", "config=plain.yaml: no such file: plain.yaml; did you mean plain?"),
+        ("config=orphan", "configs/orphan.yaml: base=nobody: no config has this name"),
+    ],
+)
+def test_a_config_that_is_not_found_is_named(argument: str, sentence: str) -> None:
     write("configs/a.yaml", "base: b\n")
     write("configs/b.yaml", "base: a\n")
-    (problem,) = refused("config=a")
-    assert "a.yaml -> b.yaml -> a.yaml" in problem
-
-
-def test_an_unknown_config_name_lists_what_there_is() -> None:
-    (problem,) = refused("config=plan")
-    assert problem.startswith("config=plan: no config has this name; did you mean plain?")
-    assert "there are: plain" in problem
-
-
-def test_a_missing_config_argument_names_the_key() -> None:
-    (problem,) = refused("seed=1")
-    assert problem.startswith("config is missing") and "plain" in problem
-
-
-def test_a_missing_file_is_named() -> None:
-    assert refused("config=no/such.yaml") == ["config=no/such.yaml: no such file: no/such.yaml"]
-    assert refused("config=plain.yaml")[0].endswith("did you mean plain?")
     write("configs/orphan.yaml", "base: nobody\n")
-    (problem,) = refused("config=orphan")
-    assert problem.startswith("configs/orphan.yaml: base=nobody: no config has this name")
+    (problem,) = refused(argument)
+    assert problem.startswith(sentence)
 
 
 # ---- refusals ----
@@ -212,7 +189,7 @@ def test_all_problems_come_at_once() -> None:
         ("data: 3\n", "configs/odd.yaml: data is a section"),
         ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
         ("log: &a {every: 2}\nwandb: *a\n", "configs/odd.yaml: not readable as YAML: anchors"),
-        ("seed: " + "[" * 2000, "configs/odd.yaml: not readable as YAML"),
+        ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
         (
             "seed: !!python/object/apply:os.getcwd []\n",
             "configs/odd.yaml: seed=[] is not a whole number",
@@ -240,21 +217,24 @@ def test_a_file_that_is_no_text_is_named() -> None:
 
 
 def test_yaml_gives_back_the_same_config() -> None:
-    config = load_train_config(
-        ["config=plain", "training.precision=no", "optimizer.lr=3e-4", "data.train=[a, b]"]
-    )
+    config = TrainConfig(config="plain", run="1:30")
+    config.data.train = ["0", "010", "0o17", "1e3", "on", "a: b", "x #y", "größe", "'q'", "[a]"]
+    config.data.validation, config.wandb.tags = "{a}.tar", [" left", "1_000", ""]
+    config.data.resolution, config.training.precision, config.optimizer.lr = [8, 9], "no", 3e-4
     assert from_yaml(to_yaml(config)) == config
 
 
-def test_yaml_with_a_foreign_key_is_refused() -> None:
-    text = to_yaml(load_train_config(["config=plain"])) + "colour: blue\n"
-    with pytest.raises(ConfigError, match="there: colour: there is no such key"):
-        from_yaml(text, origin="there")
-
-
-def test_yaml_without_a_mandatory_key_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"old: data\.train is missing"):
-        from_yaml("config: plain\n", origin="old")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (DATA + "config: a\ncolour: blue\n", "old: colour: there is no such key"),
+        (DATA + "config: a\nmodel: {towers: conv}\n", "old: model.towers: there is no such key"),
+        ("config: a\n", "old: data.train is missing"),
+    ],
+)
+def test_a_run_folders_yaml_is_checked(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        from_yaml(text, origin="old")
 
 
 def test_changed_numbers_leaves_neutral_keys_out() -> None:
@@ -305,13 +285,12 @@ def test_help_is_asked_for_in_three_ways() -> None:
     assert not wants_help(["config=help", "run=--help"])
 
 
-@pytest.mark.slow
-def test_config_does_not_import_torch() -> None:
+def test_help_and_refusals_load_no_torch() -> None:
     code = (
-        "import sys, vae_dist.config as c; from vae_dist.config.schema import TrainConfig; "
-        "c.help_text(TrainConfig, usage='', intro=''); sys.exit('torch' in sys.modules)"
+        "import sys; from vae_dist.train import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
-    )
+    for argument in ("--help", "config=none"):
+        command = [sys.executable, "-c", code, argument]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        assert subprocess.run(command, env=environment, capture_output=True).returncode == 0

@@ -5,22 +5,7 @@ from __future__ import annotations
 import sys
 import types
 
-from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import changed_numbers, flatten, help_text
-from vae_dist.config.load import from_yaml, load_command, load_train_config, to_yaml, wants_help
 from vae_dist.config.schema import TrainConfig
-
-__all__ = [
-    "ConfigError",
-    "changed_numbers",
-    "flatten",
-    "from_yaml",
-    "help_text",
-    "load_command",
-    "load_train_config",
-    "to_yaml",
-    "wants_help",
-]
 
 
 class _Callable(types.ModuleType):
@@ -35,6 +20,8 @@ class _Callable(types.ModuleType):
         Example:
             >>> config = vae_dist.config("config=mnist", "training.steps=100", "run=runs/short")
         """
+        from vae_dist.config.load import load_train_config
+
         return load_train_config(list(overrides))
 
 

@@ -9,6 +9,7 @@ found before any data is read or any device touched. With ips = training.batch_s
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -128,12 +129,12 @@ def _problem(key: Key, value: Any) -> str:
         if not math.isfinite(number):
             return "is not a finite number"
         for bound, is_outside, words in (
-            (key.ge, float.__lt__, "at least"),
-            (key.gt, float.__le__, "more than"),
-            (key.le, float.__gt__, "at most"),
-            (key.lt, float.__ge__, "less than"),
+            (key.ge, operator.lt, "at least"),
+            (key.gt, operator.le, "more than"),
+            (key.le, operator.gt, "at most"),
+            (key.lt, operator.ge, "less than"),
         ):
-            if bound is not None and is_outside(float(number), float(bound)):
+            if bound is not None and is_outside(number, bound):
                 return f"must be {words} {shown(bound)}"
     return ""
 

@@ -21,52 +21,57 @@ class RunCommand:
     checkpoint: str = knob("latest", "latest, best, or a step number", form=CHECKPOINT)
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
-    seed: int = knob(0, "seed of the draws")
-
-
-PRIOR_HELP = (
-    "normal: N(0, I); gmm:K: K Gaussians fitted to the latents of the training images, with full "
-    "covariances up to 64 latents, else diagonal; gmm:K:full, gmm:K:diagonal: as you say"
-)
-PRIOR_IMAGES_HELP = "training images that gmm:K is fitted to, from the first on (0: all)"
+    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
 
 
 @dataclass
-class SampleCommand(RunCommand):
+class PriorCommand(RunCommand):
+    """Keys of the commands that draw from a prior."""
+
+    prior: str = knob(
+        "normal",
+        "normal: N(0, I); gmm:K: K Gaussians fitted to the latents of the training images, with "
+        "full covariances up to 64 latents, else diagonal; gmm:K:full, gmm:K:diagonal: as you say",
+        form=PRIOR,
+    )
+    prior_images: int = knob(
+        50_000, "first training images that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal"
+    )
+
+
+@dataclass
+class TiledCommand(RunCommand):
+    """Keys of the commands that take images of any size."""
+
+    tile: int = knob(
+        0,
+        "pixels: images larger than this go through the model in overlapping square tiles (0: "
+        "whole; spatial latents only)",
+        ge=0,
+    )
+
+
+@dataclass
+class SampleCommand(PriorCommand):
     num_images: int = knob(64, "images to draw from the prior", ge=1)
     label: Any = knob(
         "auto",
-        "conditional models: a class 0, 1, ...; all: a row for each class; none: the label that "
-        "stands for none; auto: each image's class drawn, all equally likely",
+        "a class 0, 1, ...; all: a row for each class; none: without; auto: drawn",
         form=LABEL,
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of PNGs")
     temperature: float = knob(1.0, "standard deviation of the prior draws", ge=0)
-    prior: str = knob("normal", PRIOR_HELP, form=PRIOR)
-    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP, ge=0, when="prior!=normal")
     compare: bool = knob(
-        False,
-        "prior=gmm:K: one picture, draws of N(0, I) on the left, of the mixture on the right",
-        when="prior!=normal",
+        False, "one picture: draws of N(0, I) left, of the mixture right", when="prior!=normal"
     )
-    resolution: Any = knob(
-        "trained", "trained, N or [H, W] (spatial latents only), pixels", form=SIZE
-    )
+    resolution: Any = knob("trained", "trained, N or [H, W] (spatial latents), pixels", form=SIZE)
     batch_size: int = knob(256, "images per forward", ge=1)
 
 
 @dataclass
-class ReconstructCommand(RunCommand):
-    data: Any = knob(
-        "", "shards to take images from (default: the run's validation shards)", is_text=True
-    )
+class ReconstructCommand(TiledCommand):
+    data: Any = knob("", "shards of images (default: the run's validation shards)", is_text=True)
     num_images: int = knob(32, "images to reconstruct, from the first on", ge=1)
-    tile: int = knob(
-        0,
-        "pixels: images larger than this go through the towers in overlapping square tiles (0: "
-        "whole; spatial latents only)",
-        ge=0,
-    )
     out: str = knob("reconstructions.png", "PNG grid to write: inputs above their reconstructions")
     batch_size: int = knob(256, "images per forward", ge=1)
 
@@ -89,10 +94,7 @@ class ImputeCommand(RunCommand):
         "importance", "importance-weighted mean over draws of z, one draw, or pseudo-Gibbs chains"
     )
     samples: int = knob(
-        1000,
-        "importance: draws of z for each image; gibbs: steps of a chain",
-        ge=2,
-        when="method!=single",
+        1000, "draws of z for each image, or steps of a chain", ge=2, when="method!=single"
     )
     draws: int = knob(4, "draws to show for each image; gibbs: chains", ge=1)
     num_images: int = knob(16, "images to fill, from the first on", ge=1)
@@ -101,20 +103,15 @@ class ImputeCommand(RunCommand):
 
 
 @dataclass
-class EvaluateCommand(RunCommand):
+class EvaluateCommand(PriorCommand):
     data: Any = knob("", "shards to evaluate (default: the run's validation shards)", is_text=True)
     max_images: int = knob(0, "images to evaluate, from the first on (0: all)", ge=0)
     samples: int = knob(
-        0, "draws of q(z|x) per image for the importance-sampled log p(x) (0: leave it out)", ge=0
+        0, "draws of q(z|x) for the importance-sampled log p(x) (0: leave it out)", ge=0
     )
     chunk: int = knob(
-        0,
-        "images x draws per decoder forward of one process (0: by image size); memory only",
-        ge=0,
-        when="samples!=0",
+        0, "images x draws of one forward (0: by image size); memory only", ge=0, when="samples!=0"
     )
-    prior: str = knob("normal", PRIOR_HELP, form=PRIOR)
-    prior_images: int = knob(50_000, PRIOR_IMAGES_HELP, ge=0, when="prior!=normal")
     metrics: Any = knob(
         "",
         "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid (of reconstructions), "
@@ -122,7 +119,7 @@ class EvaluateCommand(RunCommand):
         form=SOME_METRICS,
     )
     metric_weights: str = knob(
-        "", "folder of the weights of lpips, rfid and fid (default: torch.hub's, downloaded)"
+        "", "folder of the weights of lpips, rfid, fid (default: torch.hub's)"
     )
     out: str = knob(
         "",
@@ -130,9 +127,7 @@ class EvaluateCommand(RunCommand):
         "the like of another checkpoint, other weights, data or seed, or a part of the images)",
     )
     batch_size: int = knob(256, "images per forward of one process", ge=1)
-    threads: int = knob(
-        0, "CPU threads of one process (0: this machine's cores / its processes)", ge=0
-    )
+    threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
 
 
 @dataclass
@@ -150,12 +145,8 @@ class ExportCommand:
 
 
 @dataclass
-class EncodeCommand(RunCommand):
-    data: Any = knob(
-        "???",
-        "shards of images: folder of *.tar, brace pattern, URL, or list of these",
-        is_text=True,
-    )
+class EncodeCommand(TiledCommand):
+    data: Any = knob("???", "shards of images, as data.train of a run", is_text=True)
     out: str = knob("???", "folder to write: shards of latents, their index, latents.json")
     content: Literal["moments", "mean", "sample"] = knob(
         "moments", "of q(z|x): mean and log-variance, the mean, or one draw for each image"
@@ -163,41 +154,21 @@ class EncodeCommand(RunCommand):
     dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the stored values")
     flip: bool = knob(False, "store the latents of the mirrored images too")
     resolution: Any = knob(
-        "trained",
-        "trained: as data.resolution of the run; native; N or [H, W], pixels",
-        form=ANY_SIZE,
+        "trained", "trained (as in the run), native, N or [H, W], pixels", form=ANY_SIZE
     )
     keep_images: bool = knob(False, "carry the images over too, as all other members are")
     shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about", gt=0)
-    max_skipped_fraction: float = knob(
-        0.01, "part of the images that may be left out as damaged", ge=0, le=1
-    )
-    precision: Literal["no", "bf16"] = knob(
-        "no", "no: the forward is float32; bf16: autocast, on accelerators"
-    )
-    tile: int = knob(
-        0,
-        "pixels: images larger than this go through the encoder in overlapping square tiles (0: "
-        "whole; spatial latents only)",
-        ge=0,
-    )
+    max_skipped_fraction: float = knob(0.01, "largest part of damaged images", ge=0, le=1)
+    precision: Literal["no", "bf16"] = knob("no", "no: float32; bf16: autocast, on accelerators")
     batch_size: int = knob(32, "images per forward of one process", ge=1)
-    threads: int = knob(
-        0, "CPU threads of one process (0: this machine's cores / its processes)", ge=0
-    )
+    threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
 
 
 @dataclass
-class DecodeCommand(RunCommand):
+class DecodeCommand(TiledCommand):
     data: Any = knob("???", "shards of latents that vae_dist.encode wrote", is_text=True)
     num_images: int = knob(64, "images to decode, from the first on", ge=1)
     out: str = knob("decoded.png", "PNG grid to write; a name without .png: a folder of PNGs")
-    tile: int = knob(
-        0,
-        "pixels: images larger than this go through the decoder in overlapping square tiles (0: "
-        "whole; spatial latents only)",
-        ge=0,
-    )
     batch_size: int = knob(32, "images per forward", ge=1)
 
 
@@ -224,25 +195,23 @@ class PackCommand:
     labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
     validation: float = knob(
         0.05,
-        "part (below 1) or number of training pictures set aside if the source sets none",
+        "part (below 1) or number of training pictures set aside, unless the source has some",
         ge=0,
     )
     size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
     format: Literal["keep", "png", "jpg", "webp"] = knob(
-        "keep", "keep: byte for byte where nothing has to change"
+        "keep", "keep: byte for byte where nothing changes"
     )
     quality: int = knob(95, "of pictures that are encoded as JPEG or WebP, 1 to 100", ge=1, le=100)
     background: Literal["none", "white", "black"] = knob(
         "none", "colour behind transparent pixels; none: keep them"
     )
     max_pixels: int = knob(2**26, "pictures with more pixels are left out", ge=1)
-    max_skipped_fraction: float = knob(
-        0.01, "part of the pictures that may be left out as damaged", ge=0, le=1
-    )
+    max_skipped_fraction: float = knob(0.01, "largest part of damaged pictures", ge=0, le=1)
     shard_mb: float = knob(256.0, "bytes of a shard, megabytes", gt=0)
     shard_range: str = knob("0/1", "i/n: write the shards k with k mod n = i, for job arrays")
     shuffle: bool = knob(True, "write the pictures in an order drawn from the seed")
-    seed: int = knob(0, "seed of the order and of the choice of validation pictures")
+    seed: int = knob(0, "seed of order and validation pictures", ge=0, le=2**63 - 1)
     workers: int = knob(0, "processes (0: one for each core)", ge=0)
 
 

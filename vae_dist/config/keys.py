@@ -154,6 +154,10 @@ def shown(value: Any) -> str:
     return str(value)
 
 
+def wants_help(argv: list[str]) -> bool:
+    return any(argument in ("-h", "--help", "help") for argument in argv)
+
+
 def help_text(cls: type, *, usage: str, intro: str) -> str:
     """What `--help` prints: `usage`, `intro`, then every key with default and description."""
     lines = [f"usage: {usage}", "", textwrap.fill(intro, HELP_WIDTH)]

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -32,6 +31,17 @@ from vae_dist.config.schema import TrainConfig
 
 T = TypeVar("T")
 TEXT = (str, str | None)
+EXPECTED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    str | None: "text or null",
+    list[int]: "a list of whole numbers, as in [1, 2]",
+    list[float]: "a list of numbers, as in [0.5, 1]",
+    list[str]: "a list of words, as in [a, b]",
+    Any: "a value",
+}
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -60,10 +70,6 @@ class _Setting:
 
     def problem(self, sentence: str) -> str:
         return f"{self.origin}: {sentence}" if self.origin else sentence
-
-
-def wants_help(argv: list[str]) -> bool:
-    return any(argument in ("-h", "--help", "help") for argument in argv)
 
 
 def load_train_config(argv: list[str]) -> TrainConfig:
@@ -336,53 +342,35 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def _unknown(cls: type, name: str) -> str:
-    if name in sections(cls):
-        inside = [key for key in keys(cls) if key.startswith(name + ".")]
+    known = list(keys(cls))
+    inside = [key for key in known if key.startswith(name + ".")]
+    around = [key for key in known if name.startswith((key + ".", key + "["))]
+    if inside:
         return f"{name} is a section; set its keys, for example {inside[0]}"
-    parents = [key for key in keys(cls) if name.startswith((key + ".", key + "["))]
-    if parents:
-        return f"{name}: {parents[0]} is one value; give it whole, as {parents[0]}=..."
+    if around:
+        return f"{name}: {around[0]} is one value; give it whole, as {around[0]}=..."
     if name == "base":
         return "base belongs in a YAML file; on the command line give config=..."
-    guesses = _nearest(cls, name)
+    leaves = [key.rpartition(".")[2] for key in known]
+    last = name.rpartition(".")[2]  # keys with the same last part win
+    close = [] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    likely = difflib.get_close_matches(last, leaves, n=1)
+    guesses = close or [key for key, leaf in zip(known, leaves, strict=True) if leaf in likely][:3]
     hint = f"; did you mean {' or '.join(guesses)}?" if guesses else ""
     return f"{name}: there is no such key{hint} (--help lists all)"
 
 
-def _nearest(cls: type, name: str) -> list[str]:
-    """Known keys that `name` may have meant, best first; those with the same last part win."""
-    known = list(keys(cls))
-    last = name.rpartition(".")[2]
-    same_leaf = [key for key in known if key.rpartition(".")[2] == last]
-    close = same_leaf[:3] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return close
-    leaves = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in known], n=1)
-    return [key for key in known if key.rpartition(".")[2] in leaves][:3]
-
-
 def _wrong_value(key: Key, text: Any) -> str:
-    value, expected = _value(key, text), _expected(key.type)
+    value = _value(key, text)
+    words = "one of " + ", ".join(map(str, key.choices)) if key.choices else EXPECTED[key.type]
     if value is None:
-        return f"{key.name}= gives no value; it takes {expected}"
+        return f"{key.name}= gives no value; it takes {words}"
     meant: Any = int(value) if isinstance(value, float) and value.is_integer() else None
     if isinstance(value, str) and not key.choices:
-        words = {"yes": True, "on": True, "no": False, "off": False}
-        meant = words.get(value.lower(), _scalar(value.replace("_", "")))
-    sentence = f"{key.name}={shown(text)} is not {expected}"
+        truths = {"yes": True, "on": True, "no": False, "off": False}
+        meant = truths.get(value.lower(), _scalar(value.replace("_", "")))
+    sentence = f"{key.name}={shown(text)} is not {words}"
     if meant is not None and _fits(key.type, meant):
         return f"{sentence}; write {key.name}={shown(meant)}"
     close = difflib.get_close_matches(str(value), [str(choice) for choice in key.choices], n=1)
     return f"{sentence}; did you mean {close[0]}?" if close else sentence
-
-
-def _expected(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_expected(part) for part in get_args(kind))
-    if get_origin(kind) is list:
-        items = {int: "whole numbers, as in [1, 2]", float: "numbers, as in [0.5, 1]"}
-        return "a list of " + items.get(get_args(kind)[0], "words, as in [a, b]")
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, "null" if kind is type(None) else "a value")
