@@ -25,12 +25,10 @@ INTRO = "Decode latents to images, E[x|z]: one PNG grid, or a folder of PNGs."
 
 def decode(command: DecodeCommand) -> None:
     from vae_dist.data.index import load_index
-    from vae_dist.inference import tiles
     from vae_dist.inference.latents import decode_latents, read_latents
     from vae_dist.inference.load import open_run
 
     with open_run(command) as loaded:
-        tiles.check_tile(loaded.model, command.tile)
         index = load_index(command.data, key="data", create=True)
         latents = read_latents(index, loaded.model, loaded.config, num_images=command.num_images)
         decoded = decode_latents(

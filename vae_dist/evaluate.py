@@ -13,29 +13,24 @@ evaluation of the same left in the file stay. They do not depend on the number o
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Iterable
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vae_dist.cli import exit_process, run_command
+from vae_dist.cli import exit_process, run_command, writing
 from vae_dist.config.commands import EvaluateCommand
-from vae_dist.config.errors import ConfigError
 from vae_dist.config.forms import metric_names
-from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex
-    from vae_dist.data.loader import EvaluationBatch, EvaluationStream
+    from vae_dist.data.loader import EvaluationBatch
     from vae_dist.distributed import Runtime
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
-    from vae_dist.inference.load import LoadedModel
+    from vae_dist.inference.load import Images, LoadedModel
     from vae_dist.inference.mixture import FittedPrior
     from vae_dist.models.latent import LatentPrior
-    from vae_dist.models.networks import Backbone, PretrainedFile
+    from vae_dist.models.networks import PretrainedFile
     from vae_dist.models.vae import VAE
 
 USAGE = "python -m vae_dist.evaluate run=FOLDER [key=value ...]"
@@ -44,40 +39,45 @@ INTRO = "Evaluate a trained model on its validation shards, or others, and write
 
 
 def evaluate(command: EvaluateCommand) -> None:
-    from vae_dist.data.workers import deaths_explained
-    from vae_dist.distributed import Runtime
-
-    runtime = Runtime.start(
-        RuntimeConfig(device=command.device, threads=command.threads),
-        precision="no",
-        launcher_decides_nothing=True,
-    )
-    try:
-        with deaths_explained("ask for more memory"):
-            _evaluate(command, runtime)
-    finally:
-        runtime.stop()
-
-
-def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
-    import torch
-
-    from vae_dist.data.loader import EvaluationStream
     from vae_dist.evaluation import run
-    from vae_dist.inference.load import check_image_size, load_model, open_images, weights_digest
+    from vae_dist.inference.load import images_to_show, open_run_on_ranks
     from vae_dist.inference.mixture import fitted_prior
-    from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
-    loaded = runtime.on_all_ranks(lambda: load_model(command, device=runtime.device))
-    # cuDNN's default rounds the inputs of convolutions to 10 bits
-    torch.backends.cudnn.allow_tf32 = False
+    with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
+        images = images_to_show(loaded, command.data, runtime=runtime)
+        prior = None
+        if command.prior != "normal":
+            prior = runtime.on_main(lambda: fitted_prior(loaded, command))
+        metrics, files = _metrics(command, loaded.model, prior, runtime)
+        result = run.evaluate(
+            loaded.model,
+            _batches(command, loaded, images, runtime),
+            runtime=runtime,
+            seed=command.seed,
+            metrics=metrics,
+        )
+        assert result is not None  # nothing asks it to stop
+        name = _file_name(command, loaded, images.index)
+        out = Path(command.out or Path(command.run) / name)
 
-    def make_what_is_missing() -> None:
-        open_images(loaded.config, command.data, create=True)
+        def write() -> None:
+            with writing(out):
+                _write(out, command, loaded, images, result, prior, files, runtime)
+            if not command.out and name == RESULTS:
+                _write_statistics(command, loaded, result)
 
-    runtime.on_main(make_what_is_missing)
-    images = runtime.on_all_ranks(lambda: open_images(loaded.config, command.data, create=False))
-    check_image_size(loaded.model, images.settings.size, key=f"data={images.index.paths[0]}")
+        runtime.on_main(write)
+        if runtime.is_main:
+            _print(command, loaded, result, prior, out)
+
+
+def _batches(
+    command: EvaluateCommand, loaded: LoadedModel, images: Images, runtime: Runtime
+) -> Iterator[EvaluationBatch]:
+    """This rank's batches; the main process shows how far it is."""
+    from vae_dist.data.loader import EvaluationStream
+    from vae_dist.files import ProgressBar
+
     stream = EvaluationStream(
         images.index,
         images.settings,
@@ -87,85 +87,21 @@ def _evaluate(command: EvaluateCommand, runtime: Runtime) -> None:
         workers=loaded.config.data.workers,
         max_images=command.max_images or None,
     )
-    prior = None
-    if command.prior != "normal":
-        prior = runtime.on_main(lambda: fitted_prior(loaded, command))
-    files: dict[str, str] = {}
-    metrics = _metrics(command, loaded.model, prior, runtime, files)
-    result = run.evaluate(
-        loaded.model,
-        _watched(stream, runtime),
-        runtime=runtime,
-        seed=command.seed,
-        metrics=metrics,
-    )
-    assert result is not None  # nothing asks it to stop
-    name = _file_name(command, loaded, images.index)
-    out = Path(command.out or Path(command.run) / name)
-    figures = result.figures()
-    record = {
-        "run": str(Path(command.run).resolve()),
-        "step": loaded.step,
-        "weights": command.weights,
-        "weights_digest": weights_digest(loaded.model),
-        "data": command.data or loaded.config.data.validation,
-        "data_fingerprint": images.index.fingerprint,
-        "seed": command.seed,
-        "precision": "float32",
-        "mask": loaded.config.data.mask,  # figures count what it leaves
-        "figures": figures,
-        "conditions": run.conditions_of(
-            figures,
-            importance_samples=command.samples,
-            prior=prior.description if prior else "",
-        ),
-        "latents": result.statistics.record(),
-        "notes": result.notes,
-        "metric_weights": files,
-        "world": runtime.world,
-        "device": runtime.device.type,
-        "versions": _versions(),
-    }
-    runtime.on_main(lambda: _write(out, record))
-    is_spatial = loaded.model.image_size is None
-    if is_spatial and not command.out and name == RESULTS:
-        facts = {"step": loaded.step, "weights": command.weights, "of": "samples"}
-        runtime.on_main(
-            lambda: write_statistics(Path(command.run) / STATISTICS_FILE, result.statistics, facts)
-        )
-    if runtime.is_main:
-        print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
-        if prior:
-            print(prior.description)
-        _print_table(result)
-        if loaded.config.data.mask != "none":
-            print(f"of observed pixels only (data.mask={loaded.config.data.mask})")
-        print(f"written to {out}")
-        if is_spatial:
-            print(
-                f"scaling_factor={result.statistics.scaling_factor:.5f} "
-                f"shift_factor={result.statistics.shift_factor:.5f} of the latents"
-            )
-
-
-def _watched(stream: EvaluationStream, runtime: Runtime) -> Iterable[EvaluationBatch]:
-    """The stream, with a progress bar where a person looks on."""
-    if not runtime.is_main or not sys.stderr.isatty():
-        return stream
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(stream, "batches", total=len(stream), console=Console(stderr=True))
+    if not runtime.is_main:
+        yield from stream
+        return
+    with ProgressBar("evaluated", len(stream), unit="batches") as bar:
+        done = 0
+        for batch in stream:
+            yield batch
+            done += batch.is_first
+            bar(done)
 
 
 def _metrics(
-    command: EvaluateCommand,
-    model: VAE,
-    prior: FittedPrior | None,
-    runtime: Runtime,
-    files: dict[str, str],
-) -> list[Metric]:
-    """What was asked for beside the bound; `files` is told of the weights that it uses."""
+    command: EvaluateCommand, model: VAE, prior: FittedPrior | None, runtime: Runtime
+) -> tuple[list[Metric], dict[str, str]]:
+    """What was asked for beside the bound, and by name the files of weights that it uses."""
     from vae_dist.evaluation.frechet import FrechetMetric
     from vae_dist.evaluation.importance import ImportanceMetric
     from vae_dist.evaluation.metrics import (
@@ -176,67 +112,54 @@ def _metrics(
     )
     from vae_dist.models import networks
 
-    metrics: list[Metric] = []
-    priors = {"gmm": prior.mixture.to(runtime.device)} if prior else {}
-    metrics += [PriorMetric(name, mixture, runtime.device) for name, mixture in priors.items()]
+    names, device, files = metric_names(command.metrics), runtime.device, dict[str, str]()
+    priors = {"gmm": prior.mixture.to(device)} if prior else {}
+    metrics: list[Metric] = [PriorMetric(name, found, device) for name, found in priors.items()]
+
+    def fetched(name: str, file: PretrainedFile) -> Path:
+        """By the main process, then by those of nodes that do not see its disk."""
+        folder = Path(command.metric_weights) if command.metric_weights else None
+        runtime.on_main(lambda: networks.fetch(file, folder))
+        path = runtime.on_all_ranks(lambda: networks.fetch(file, folder))
+        files[name] = str(path)
+        return path
+
     if command.samples:
         metrics.append(
             ImportanceMetric(
                 model,
-                runtime.device,
+                device,
                 num_samples=command.samples,
                 seed=command.seed,
                 chunk=command.chunk,
                 priors=priors,
             )
         )
-    names = metric_names(command.metrics)
     compare = comparisons(names)
-    lpips: dict[str, Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
-    for name in [name for name in lpips if name in names]:
-        path = _weights(command, networks.FILES[lpips[name]], runtime)
-        files[name] = str(path)
-        network = networks.load_lpips(lpips[name], path).to(runtime.device)
-        compare[name] = (lpips_comparison(network), networks.SMALLEST_SIDE[lpips[name]])
+    lpips: dict[str, networks.Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
+    for name, backbone in lpips.items():
+        if name in names:
+            network = networks.load_lpips(backbone, fetched(name, networks.FILES[backbone]))
+            compare[name] = lpips_comparison(network.to(device)), networks.SMALLEST_SIDE[backbone]
     if compare:
-        metrics.append(ReconstructionMetric(compare, runtime.device))
+        metrics.append(ReconstructionMetric(compare, device))
     if "rfid" in names or "fid" in names:
-        path = _weights(command, networks.INCEPTION, runtime)
-        files["frechet"] = str(path)
+        inception = networks.load_inception(fetched("frechet", networks.INCEPTION)).to(device)
         priors_of_fid: dict[str, LatentPrior | None] = {}
-        if "fid" in names:
-            # latents are drawn on the CPU
+        if "fid" in names:  # latents are drawn on the CPU
             priors_of_fid = {"fid": None} | ({"fid_gmm": prior.mixture} if prior else {})
         metrics.append(
             FrechetMetric(
-                networks.load_inception(path).to(runtime.device),
+                inception,
                 networks.NUM_FEATURES,
                 model,
-                runtime.device,
+                device,
                 of_reconstructions="rfid" in names,
                 priors=priors_of_fid,
                 seed=command.seed,
             )
         )
-    return metrics
-
-
-def _weights(command: EvaluateCommand, file: PretrainedFile, runtime: Runtime) -> Path:
-    """The file, fetched by the main process, then by those of nodes that do not see its disk."""
-    from vae_dist.models.networks import fetch
-
-    folder = Path(command.metric_weights) if command.metric_weights else None
-    runtime.on_main(lambda: fetch(file, folder))
-    path, problem = None, ""
-    try:
-        path = fetch(file, folder)
-    except ConfigError as error:
-        problem = str(error)
-    problems = [problem for problem in runtime.gather(problem) if problem]
-    if problems:  # on every rank, or the others would wait for this one
-        raise ConfigError(problems[0])
-    assert path is not None
-    return path
+    return metrics, files
 
 
 def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex) -> str:
@@ -257,57 +180,90 @@ def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex)
     return "_".join([Path(RESULTS).stem, *filter(None, parts)]) + ".json"
 
 
-def _write(out: Path, record: dict[str, Any]) -> None:
-    from vae_dist.evaluation.run import as_json, merged_with_earlier
+def _write(
+    out: Path,
+    command: EvaluateCommand,
+    loaded: LoadedModel,
+    images: Images,
+    result: EvaluationResult,
+    prior: FittedPrior | None,
+    files: dict[str, str],
+    runtime: Runtime,
+) -> None:
+    from vae_dist.evaluation import run
     from vae_dist.files import write_durably
+    from vae_dist.inference.load import weights_digest
+    from vae_dist.tracking.environment import versions
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(out, as_json(merged_with_earlier(record, out)))
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
+    figures, config = result.figures(), loaded.config
+    description = prior.description if prior else ""
+    record = {
+        "run": str(Path(command.run).resolve()),
+        "step": loaded.step,
+        "weights": command.weights,
+        "weights_digest": weights_digest(loaded.model),
+        "data": command.data or config.data.validation,
+        "data_fingerprint": images.index.fingerprint,
+        "seed": command.seed,
+        "precision": "float32",
+        "mask": config.data.mask,  # figures count what it leaves
+        "figures": figures,
+        "conditions": run.conditions_of(
+            figures, importance_samples=command.samples, prior=description
+        ),
+        "latents": result.statistics.record(),
+        "notes": result.notes,
+        "metric_weights": files,
+        "world": runtime.world,
+        "device": runtime.device.type,
+        "versions": versions(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
 
 
-def _print_table(result: EvaluationResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _write_statistics(
+    command: EvaluateCommand, loaded: LoadedModel, result: EvaluationResult
+) -> None:
+    from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
-    table = Table("figure", box=None, pad_edge=False, padding=(0, 2))
-    table.add_column("value", justify="right")
-    table.add_column("standard error", justify="right")
-    table.add_column("unit")
-    figures = result.figures()
+    if loaded.model.image_size is None:
+        facts = {"step": loaded.step, "weights": command.weights, "of": "samples"}
+        write_statistics(Path(command.run) / STATISTICS_FILE, result.statistics, facts)
+
+
+def _print(
+    command: EvaluateCommand,
+    loaded: LoadedModel,
+    result: EvaluationResult,
+    prior: FittedPrior | None,
+    out: Path,
+) -> None:
+    print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
+    if prior:
+        print(prior.description)
+    figures, units = result.figures(), {"_nats": "nats per image", "_db": "dB"}
     for name, value in figures.items():
-        if name.removesuffix("_se_nats") + "_nats" in figures and name.endswith("_se_nats"):
-            continue
+        if name.endswith("_se_nats") and name.removesuffix("_se_nats") + "_nats" in figures:
+            continue  # beside its mean
         error = figures.get(name.removesuffix("_nats") + "_se_nats")
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        if name.endswith("_nats"):
-            shown = f"{value:.3f}"
-        table.add_row(name, shown, "" if error is None else f"{error:.3f}", _unit(name))
-    Console(soft_wrap=True).print(table)
+        digits = 3 if name.endswith("_nats") else 4
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+        unit = next((unit for end, unit in units.items() if name.endswith(end)), "")
+        unit = "bits per value" if "bits_per_dim" in name else unit
+        spread = "" if error is None else f"+- {error:.3f}"
+        print(f"{name:<28} {shown:>14}  {spread:<12} {unit}".rstrip())
     for reason in result.notes.values():
         print(f"  {reason}")
-
-
-def _unit(name: str) -> str:
-    if name.endswith("_nats"):
-        return "nats per image"
-    if name.endswith("_db"):
-        return "dB"
-    if "bits_per_dim" in name:
-        return "bits per value"
-    return ""
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("vae_dist", "torch", "accelerate", "webdataset", "numpy", "torchmetrics"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # an extra, or a checkout that is not installed
-            versions[name] = "not installed"
-    return versions
+    if loaded.config.data.mask != "none":
+        print(f"of observed pixels only (data.mask={loaded.config.data.mask})")
+    print(f"written to {out}")
+    if loaded.model.image_size is None:
+        statistics = result.statistics
+        print(
+            f"scaling_factor={statistics.scaling_factor:.5f} "
+            f"shift_factor={statistics.shift_factor:.5f} of the latents"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,8 +71,9 @@ def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[
 
     config, data, names = loaded.config, command.data, None
     if isinstance(data, str) and data and is_folder_of_pictures(data):
-        data, names, found = shards_of_pictures(Path(data), scratch / "shards", command.num_images)
-        config.data.mask = found
+        data, names, config.data.mask = shards_of_pictures(
+            Path(data), scratch / "shards", command.num_images
+        )
     if command.mask != "auto":
         config.data.mask = command.mask
         config.data.mask_fraction = command.mask_fraction
@@ -98,21 +99,12 @@ def _write(
     from vae_dist.files import write_durably
     from vae_dist.tracking.images import grid, save_png, single
 
-    records = []
     for one in filled:
         folder = out / one.name
         for name, picture in one.pictures().items():
             save_png(single(picture), folder / f"{name}.png")
         for name, values in (("mean", one.mean), ("std", one.deviation), ("draws", one.draws)):
             np.save(folder / f"{name}.npy", values)
-        records.append(
-            {
-                "folder": one.name,
-                "key": one.key,
-                "missing_fraction": one.missing_fraction,
-                "effective_samples": one.effective_samples,
-            }
-        )
     rows = [one.row() for one in filled]
     overview = grid([cell for row in rows for cell in row], columns=len(rows[0]))
     save_png(overview, out / "overview.png")
@@ -123,7 +115,7 @@ def _write(
         "method": command.method,
         "samples": 1 if command.method == "single" else command.samples,
         "seed": command.seed,
-        "images": records,
+        "images": [one.record() for one in filled],
     }
     write_durably(out / "imputed.json", (json.dumps(facts, indent=1) + "\n").encode())
 

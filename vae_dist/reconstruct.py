@@ -15,13 +15,12 @@ INTRO = "Write a PNG grid of images, each above its reconstruction by a trained 
 
 
 def reconstruct(command: ReconstructCommand) -> None:
-    from vae_dist.inference import sampling, tiles
+    from vae_dist.inference import sampling
     from vae_dist.inference.load import first_examples_by_shape, images_to_show, open_run
     from vae_dist.tracking.images import save_png, side_by_side, with_holes
 
     inputs, outputs = [], []
     with open_run(command) as loaded:
-        tiles.check_tile(loaded.model, command.tile)
         images = images_to_show(loaded, command.data)
         for same_shape in first_examples_by_shape(images, command.num_images):
             inputs += list(with_holes(same_shape.images, same_shape.masks))

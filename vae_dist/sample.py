@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import SampleCommand
@@ -36,6 +36,7 @@ def sample(command: SampleCommand) -> None:
     if command.compare and not is_grid:
         raise ConfigError(f"compare=true writes one picture; out={out} must end in .png")
     with open_run(command) as loaded:
+        _check_label(command, loaded.model.num_classes)
         size = _size(command, loaded)
         fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
         images, columns = _draw(command, loaded, size, fitted.mixture if fitted else None)
@@ -76,81 +77,59 @@ def _draw(
     size: tuple[int, int],
     prior: LatentPrior | None,
 ) -> tuple[Tensor, int | None]:
-    """The images, and the columns of their grid where it has rows of classes."""
+    """The images, and the columns of their grid where it has a row for each class."""
     from vae_dist.inference.sampling import sample_classes, sample_prior
 
+    model, num_classes = loaded.model, loaded.model.num_classes
+    options: dict[str, Any] = {
+        "seed": command.seed,
+        "temperature": command.temperature,
+        "prior": prior,
+        "batch_size": command.batch_size,
+    }
     if command.label == "all":
-        num_classes = loaded.model.num_classes
-        _check_conditional(command, num_classes)
-        columns = -(-command.num_images // num_classes)  # images of each class
-        images = sample_classes(
-            loaded.model,
-            range(num_classes),
-            columns,
-            size,
-            seed=command.seed,
-            temperature=command.temperature,
-            prior=prior,
-            batch_size=command.batch_size,
-        )
-        return images, columns
-    images = sample_prior(
-        loaded.model,
-        command.num_images,
-        size,
-        seed=command.seed,
-        temperature=command.temperature,
-        prior=prior,
-        batch_size=command.batch_size,
-        labels=_labels(command, loaded),
-    )
-    return images, None
+        columns = -(-command.num_images // num_classes)
+        return sample_classes(model, range(num_classes), columns, size, **options), columns
+    labels = _labels(command, num_classes)
+    return sample_prior(model, command.num_images, size, labels=labels, **options), None
 
 
-def _labels(command: SampleCommand, loaded: LoadedModel) -> Tensor | None:
+def _labels(command: SampleCommand, num_classes: int) -> Tensor | None:
     """The label of each image, int64 (num_images,); None for a model without labels."""
     import torch
 
     from vae_dist.models.latent import drawn_labels
     from vae_dist.models.vae import NO_LABEL
 
-    num_classes = loaded.model.num_classes
     if command.label == "auto":
-        return drawn_labels(loaded.model.num_classes, command.num_images, seed=command.seed)
-    _check_conditional(command, num_classes)
-    if command.label == "none":
-        return torch.full((command.num_images,), NO_LABEL)
-    if command.label >= num_classes:
-        raise ConfigError(
-            f"label={command.label}: this model knows the classes 0 to {num_classes - 1}"
-        )
-    return torch.full((command.num_images,), command.label)
+        return drawn_labels(num_classes, command.num_images, seed=command.seed)
+    return torch.full((command.num_images,), NO_LABEL if command.label == "none" else command.label)
 
 
-def _check_conditional(command: SampleCommand, num_classes: int) -> None:
-    if not num_classes:
+def _check_label(command: SampleCommand, num_classes: int) -> None:
+    if command.label != "auto" and not num_classes:
         raise ConfigError(
             f"label={command.label} has no effect: run={command.run} was trained without labels "
             "(model.num_classes=0); leave it out"
         )
+    if isinstance(command.label, int) and command.label >= num_classes:
+        raise ConfigError(
+            f"label={command.label}: this model knows the classes 0 to {num_classes - 1}"
+        )
 
 
 def _classes(command: SampleCommand, loaded: LoadedModel) -> str:
-    """What the classes of the images are, in words."""
+    """The classes of the images, in words."""
     if not loaded.model.num_classes:
         return ""
-    if command.label == "all":
-        return f", a row for each of {loaded.model.num_classes} classes"
-    if command.label == "auto":
-        return ", classes drawn, all equally likely"
-    if command.label != "none":
-        return f" of class {command.label}"
-    if loaded.config.model.label_dropout:
-        return " without a label"
-    return (
-        " without a label (trained with model.label_dropout=0, so it knows that only from images "
-        "that have none)"
-    )
+    words = {
+        "all": f", a row for each of {loaded.model.num_classes} classes",
+        "auto": ", classes drawn, all equally likely",
+        "none": " without a label",
+    }
+    if command.label == "none" and not loaded.config.model.label_dropout:
+        return f"{words['none']} (a case that model.label_dropout=0 did not train)"
+    return words.get(command.label, f" of class {command.label}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,8 +33,8 @@ from vae_dist.models.diffusers import (
     export_problems,
     to_diffusers,
 )
+from vae_dist.models.latent import STATISTICS_FILE
 
-STATISTICS_NAME = "latents.json"
 PLAIN_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 CARD = """---
@@ -68,19 +68,31 @@ def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
             ]
         )
     _check_free(out)
-    factors, words = latent_factors(run, step=loaded.step)
+    factors, lines = latent_factors(run, step=loaded.step)
     tensors = to_diffusers(_weights(loaded), channels=config.data.channels)
     settings = diffusers_config(config, loaded.image_size, **factors)
+    height, width = loaded.image_size
+    card = CARD.format(
+        name=Path(config.config).stem,
+        step=loaded.step,
+        height=height,
+        width=width,
+        stride=loaded.model.stride,
+        latents=loaded.model.latent_channels,
+        likelihood=config.likelihood.kind,
+        **factors,
+    )
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
-    write_durably(out / CONFIG_NAME, _json(settings))
-    write_durably(out / CARD_NAME, _card(loaded, factors).encode())
-    return [*_cuts(loaded), *words]
+    write_durably(out / CONFIG_NAME, (json.dumps(settings, indent=2) + "\n").encode())
+    write_durably(out / CARD_NAME, card.encode())
+    return [*_cuts(loaded), *lines]
 
 
 def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
-    """Write one file with all tensors and what is known of them; words about it. Raises OSError."""
-    factors, words = latent_factors(run, step=loaded.step)
+    """Write one file with all tensors and what is known of them; what there is to say. Raises
+    OSError."""
+    factors, lines = latent_factors(run, step=loaded.step)
     height, width = loaded.image_size
     facts = {
         "config": _model_config(loaded.config),
@@ -96,7 +108,7 @@ def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
     }
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / PLAIN_NAME, safetensors.torch.save(_weights(loaded), metadata))
-    return words
+    return lines
 
 
 def _check_free(out: Path) -> None:
@@ -111,27 +123,22 @@ def _check_free(out: Path) -> None:
 
 
 def latent_factors(run: Path, *, step: int) -> tuple[dict[str, float], list[str]]:
-    """scaling_factor and shift_factor of the run's latents, 1 and 0 where nobody measured them, and
-    what there is to say about that."""
-    path = run / STATISTICS_NAME
-    factors = {"scaling_factor": 1.0, "shift_factor": 0.0}
+    """scaling_factor and shift_factor of the run's latents, 1 and 0 where they were not measured,
+    and what there is to say about that."""
+    path = run / STATISTICS_FILE
     try:
         record = json.loads(path.read_bytes())
-        factors = {name: float(record[name]) for name in factors}
-    except FileNotFoundError:
-        return factors, [
-            f"scaling_factor 1, shift_factor 0: {path} is not there (not measured yet)"
-        ]
+        factors = {name: float(record[name]) for name in ("scaling_factor", "shift_factor")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return factors, [f"scaling_factor 1, shift_factor 0: {path} cannot be read ({error!r})"]
-    words = [
-        f"scaling_factor {factors['scaling_factor']:.5g}, shift_factor "
-        f"{factors['shift_factor']:.5g}, from {path}"
-    ]
-    measured = record.get("step", step)
-    if measured != step:
-        words.append(f"warning: {path} was measured at step {measured}, the weights are of {step}")
-    return factors, words
+        missing = isinstance(error, FileNotFoundError)
+        reason = "is not there (not measured yet)" if missing else f"cannot be read ({error!r})"
+        lines = [f"scaling_factor 1, shift_factor 0: {path} {reason}"]
+        return {"scaling_factor": 1.0, "shift_factor": 0.0}, lines
+    scale, shift = factors.values()
+    lines = [f"scaling_factor {scale:.5g}, shift_factor {shift:.5g}, from {path}"]
+    if (measured := record.get("step", step)) != step:
+        lines.append(f"warning: {path} was measured at step {measured}, the weights are of {step}")
+    return factors, lines
 
 
 def _weights(loaded: LoadedModel) -> Tensors:
@@ -139,7 +146,7 @@ def _weights(loaded: LoadedModel) -> Tensors:
 
 
 def _cuts(loaded: LoadedModel) -> Iterator[str]:
-    """What the format loses of this model, in words."""
+    """What the format loses of this model, a line each."""
     likelihood, channels = loaded.config.likelihood, loaded.config.data.channels
     names = [name for name in loaded.model.state_dict() if name.startswith("likelihood.")]
     if names:
@@ -155,32 +162,13 @@ def _cuts(loaded: LoadedModel) -> Iterator[str]:
 
 
 def _model_config(config: TrainConfig) -> dict[str, Any]:
-    """What a program needs to build the model; no paths, which are nobody's business."""
+    """What a program needs to build the model; no paths."""
     data = dataclasses.asdict(config.data)
     kept = ("channels", "bits", "resolution", "dequantize", "mask")
+    sections = ("model", "likelihood", "objective")
     return {
         "name": Path(config.config).stem,
         "seed": config.seed,
         "data": {key: data[key] for key in kept},
-        "model": dataclasses.asdict(config.model),
-        "likelihood": dataclasses.asdict(config.likelihood),
-        "objective": dataclasses.asdict(config.objective),
+        **{name: dataclasses.asdict(getattr(config, name)) for name in sections},
     }
-
-
-def _card(loaded: LoadedModel, factors: dict[str, float]) -> str:
-    height, width = loaded.image_size
-    return CARD.format(
-        name=Path(loaded.config.config).stem,
-        step=loaded.step,
-        height=height,
-        width=width,
-        stride=loaded.model.stride,
-        latents=loaded.model.latent_channels,
-        likelihood=loaded.config.likelihood.kind,
-        **factors,
-    )
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -250,6 +250,15 @@ class FilledImage:
     def missing_fraction(self) -> float:
         return 1.0 - float(self.mask.float().mean())
 
+    def record(self) -> dict[str, str | float]:
+        """As `imputed.json` holds it."""
+        return {
+            "folder": self.name,
+            "key": self.key,
+            "missing_fraction": self.missing_fraction,
+            "effective_samples": self.effective_samples,
+        }
+
     def pictures(self) -> dict[str, Tensor]:
         """uint8 by name; 8-bit pixels that were observed are those of the input, exactly."""
         shown = {"input": with_holes(self.stored[None], self.mask[None])[0]}
@@ -295,18 +304,19 @@ def fill(
             chunk=command.batch_size,
         )
         for i, number in enumerate(numbers):
-            stored = examples.images[i].numpy().astype(np.float32)
-            observed = examples.masks[i].numpy() > 0
+            stored, mask = examples.images[i], examples.masks[i]
+            observed = mask.numpy() > 0
+            given = stored.numpy().astype(np.float32)
             key = names[number] if names is not None else _key(images, number)
             filled[number] = FilledImage(
                 name=file_name(number, key),
                 key=key,
-                stored=examples.images[i],
-                mask=examples.masks[i],
+                stored=stored,
+                mask=mask,
                 truth_is_known=images.settings.mask in DRAWN,
-                mean=np.where(observed, stored, (imputed.mean[i].numpy() + shift) * scale),
+                mean=np.where(observed, given, (imputed.mean[i].numpy() + shift) * scale),
                 deviation=np.where(observed, 0.0, imputed.deviation[i].numpy() * scale),
-                draws=np.where(observed, stored, (imputed.draws[i].numpy() + shift) * scale),
+                draws=np.where(observed, given, (imputed.draws[i].numpy() + shift) * scale),
                 effective_samples=float(imputed.effective_samples[i]),
                 scale=scale,
             )
@@ -342,21 +352,17 @@ def shards_of_pictures(
     """Writes the first pictures, by name, with their masks as shards. Returns these, the names of
     the pictures and the kind of their masks: member where one has a NAME.mask.png, else alpha."""
     pictures = _pictures(folder)[:num_pictures]
-    masks = {path: path.with_name(f"{path.stem}.{MASK_MEMBER}") for path in pictures}
-    has_masks = any(mask.is_file() for mask in masks.values())
-
-    def samples() -> Iterator[dict[str, str | bytes]]:
-        for number, path in enumerate(pictures):
-            sample: dict[str, str | bytes] = {"__key__": f"{number:06d}"}
-            sample[path.suffix.lower()[1:]] = path.read_bytes()
-            if masks[path].is_file():
-                sample[MASK_MEMBER] = masks[path].read_bytes()
-            yield sample
-
+    samples: list[dict[str, str | bytes]] = []
     try:
-        write_shards(samples(), out, num_shards=1)
+        for number, path in enumerate(pictures):
+            samples.append({"__key__": f"{number:06d}", path.suffix[1:].lower(): path.read_bytes()})
+            mask = path.with_name(f"{path.stem}.{MASK_MEMBER}")
+            if mask.is_file():
+                samples[-1][MASK_MEMBER] = mask.read_bytes()
+        write_shards(samples, out, num_shards=1)
     except OSError as error:
         raise ConfigError(f"data={folder}: cannot be read ({error})") from None
+    has_masks = any(MASK_MEMBER in sample for sample in samples)
     return str(out), [path.stem for path in pictures], "member" if has_masks else "alpha"
 
 

@@ -44,10 +44,10 @@ def encode(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`model.encode` with tiles of about `tile` x `tile` pixels, whole with tile=0: mean and
-    log-variance of q(z|x), each float32 (B, *latent_shape). Raises ValueError for a vector latent
+    log-variance of q(z|x), each float32 (B, *latent_shape). Raises ConfigError for a vector latent
     or too small a tile."""
     height, width = images.shape[-2:]
-    side = tile_side(model, tile) if tile else 0
+    side = tile_side(model, tile)
     if not tile or max(height, width) <= side * model.stride:
         return model.encode(images, labels, mask)
     bottom, right = -height % model.stride, -width % model.stride
@@ -75,10 +75,10 @@ def decode(
     labels: Tensor | None = None,
 ) -> Tensor:
     """`model.decode` with tiles of about `tile` x `tile` pixels, whole with tile=0: float32
-    parameters of p(x|z) for images of size (H, W). Raises ValueError for a vector latent or too
+    parameters of p(x|z) for images of size (H, W). Raises ConfigError for a vector latent or too
     small a tile."""
     height, width = image_size
-    side, stride = tile_side(model, tile) if tile else 0, model.stride
+    side, stride = tile_side(model, tile), model.stride
     if not tile or max(height, width) <= side * stride:
         return model.decode(z, image_size, labels)
 
@@ -91,25 +91,17 @@ def decode(
     return whole[..., :height, :width]
 
 
-def check_tile(model: VAE, tile: int) -> None:
-    """Whether a command's `tile` is one for this model; 0 always is. Raises ConfigError."""
-    if tile:
-        try:
-            tile_side(model, tile)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-
 def tile_side(model: VAE, tile: int) -> int:
-    """The side of a tile in latent positions. Raises ValueError where no tiles can be."""
-    if model.image_size is not None:
-        raise ValueError(
+    """The side of a tile in latent positions, 0 for tile=0. Raises ConfigError where no tiles can
+    be."""
+    if tile and model.image_size is not None:
+        raise ConfigError(
             f"tile={tile}: a vector latent holds the whole image; tiles are for model.latent="
             "spatial"
         )
     side = tile // model.stride
-    if side < 8:
-        raise ValueError(
+    if tile and side < 8:
+        raise ConfigError(
             f"tile={tile} pixels are {side} positions of a latent of stride {model.stride}, too "
             f"few to overlap; give at least tile={8 * model.stride}"
         )

@@ -91,7 +91,7 @@ def encode(command: EncodeCommand) -> None:
                 f"precision={command.precision} is for accelerators, and this is the CPU; leave it "
                 "out"
             )
-        tiles.check_tile(loaded.model, command.tile)
+        tiles.tile_side(loaded.model, command.tile)  # refuses before anything is written
         if command.resolution != "trained":
             loaded.config.data.resolution = command.resolution
         images = images_to_show(loaded, command.data, runtime=runtime)
