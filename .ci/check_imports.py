@@ -37,7 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
     frozenset({"distributed", "randomness", "files"}),
-    frozenset({"config", "heap"}),
+    frozenset({"config"}),
 )
 
 

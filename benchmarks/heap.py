@@ -1,4 +1,5 @@
-"""What does it save on a CPU to keep freed memory in the process (vae_dist/heap.py)?
+"""What does it save on a CPU to keep freed memory in the process (keep_freed_memory of
+vae_dist/training/memory.py)?
 
     python -m benchmarks.heap [seconds=60] [turn_s=2] [data=FOLDER] [image_pixels=64]
         [key=value ...]
@@ -25,13 +26,12 @@ from typing import Any
 
 import torch
 
-import vae_dist.distributed
+import vae_dist.training.loop
 from benchmarks.report import finish, head, median_ratio, split_options, table
 from benchmarks.setting import Enough, make_setting, shards, train
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.load import load_train_config
 from vae_dist.data.loader import Batch
-from vae_dist.heap import environment_decides
 from vae_dist.training.loop import Trainer
 
 OPTIONS = {"seconds": "60", "turn_s": "2", "data": "", "image_pixels": "64", "arm": ""}
@@ -42,7 +42,7 @@ ARMS = ("kept", "returned")
 def run_arm(folder: Path, keys: list[str]) -> None:
     """An arm's process: the trainer, until its turns are over."""
     if folder.name == "returned":
-        vae_dist.distributed.keep_freed_memory = lambda: None
+        vae_dist.training.loop.keep_freed_memory = lambda: None
     setting = make_setting([*keys, f"run={folder}/run"])
     turn = Turn(num_images_per_step=setting.config.training.batch_size)
 
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     if options["arm"]:
         run_arm(Path(options["arm"]), keys)
         return 0
-    if environment_decides():
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         raise SystemExit("unset GLIBC_TUNABLES and MALLOC_*_: with them nothing is kept")
     facts = head("memory that a step frees: kept, or given back")
     words = [] if any(key.startswith("config=") for key in keys) else ["config=mnist"]

@@ -15,6 +15,7 @@ held-out ones. Out: turns as benchmarks/turns.py has them; at the end what the c
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import math
 import sys
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 
 from benchmarks.turns import Finished, Turn
-from vae_dist.heap import keep_freed_memory
 
 Options = dict[str, Any]
 
@@ -259,7 +259,9 @@ def main() -> int:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     if not torch.cuda.is_available():
-        keep_freed_memory()  # as our arms do
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-1, -1), (-4, 0)):  # keep freed memory, as our arms do
+            libc.mallopt(parameter, value)
     run = run_diffusers if options["kind"] == "diffusers" else run_pythae
     run(options)
     return 0

@@ -82,8 +82,8 @@ def train(
         trainer = build_trainer(config, runtime, folder, data, sinks, console)
         if not evaluates:
             trainer.evaluator = lambda model, stop_requested: {}
-            trainer.painter.close()
-            trainer.painter = lambda model, step, metrics: None  # type: ignore[assignment]
+            trainer.image_logger.close()
+            trainer.image_logger = lambda model, step, metrics: None  # type: ignore[assignment]
         stop = StopRequest(runtime, StopSignals())
         with contextlib.closing(training_stream(config, runtime, data, 0)) as stream:
             with (

@@ -33,7 +33,7 @@ from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.throughput import Meter, UpdateRatio
 from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import build_trainer, training_stream
-from vae_dist.training.images import RunPainter
+from vae_dist.training.images import ImageLogger
 from vae_dist.training.step import StepReport
 
 ROUNDS = 100
@@ -62,7 +62,7 @@ def measure(out: Path, nowhere: TextIO) -> None:
         "wandb": WandbSink(config, folder.path, say=lambda line: None),
     }
     trainer = build_trainer(config, runtime, folder, data, [], None)
-    step, painter = trainer.training_step, RunPainter(config, folder, data, [])
+    step, image_logger = trainer.training_step, ImageLogger(config, folder, data, [])
     ratio = UpdateRatio(step.optimizer)
     meter = Meter(total_steps=10**6)
     found: dict[str, list[float]] = {}
@@ -83,12 +83,12 @@ def measure(out: Path, nowhere: TextIO) -> None:
             if number % 10 == 5:
                 time.sleep(0.05)  # the worker of W&B has nothing left to do
                 took["update_ratio"] = seconds(lambda: measure_ratio(ratio, step.optimizer))
-                took["pictures_network"] = seconds(lambda: painter(step.ema.module, 1, {}))
-                took["pictures_drawing"] = seconds(lambda: drain(painter))
+                took["pictures_network"] = seconds(lambda: image_logger(step.ema.module, 1, {}))
+                took["pictures_drawing"] = seconds(lambda: drain(image_logger))
             for key, value in took.items():
                 found.setdefault(key, []).append(value)
-    painter.close()
-    trainer.painter.close()
+    image_logger.close()
+    trainer.image_logger.close()
     for sink in sinks.values():
         sink.close("finished")
     medians = {key: statistics.median(values[1:]) for key, values in found.items()}
@@ -104,9 +104,9 @@ def measure_ratio(ratio: UpdateRatio, optimizer: torch.optim.Optimizer) -> None:
     ratio.row()
 
 
-def drain(painter: RunPainter) -> None:
+def drain(image_logger: ImageLogger) -> None:
     """Wait for the picture thread; training does not."""
-    while not painter.is_idle:
+    while not image_logger.is_idle:
         time.sleep(0.001)
 
 

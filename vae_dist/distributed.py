@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -159,7 +158,6 @@ class Runtime:
             cores = cores or os.cpu_count() or 1
             # `accelerate launch` exports OMP_NUM_THREADS=1, which halves the speed of two cores
             torch.set_num_threads(config.threads or max(1, cores // local))
-            keep_freed_memory()
         elif config.threads:
             torch.set_num_threads(config.threads)
         return cls(config, state)

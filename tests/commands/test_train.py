@@ -25,7 +25,7 @@ from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
-from vae_dist.training.images import RunPainter
+from vae_dist.training.images import ImageLogger
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -258,10 +258,10 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tmp_path, digits, ca
 def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(
     tmp_path, digits, capfd, monkeypatch, error
 ):
-    def full(self: RunPainter, *arguments: object) -> None:
+    def full(self: ImageLogger, *arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(RunPainter, "__call__", full)
+    monkeypatch.setattr(ImageLogger, "__call__", full)
     assert train(tmp_path / "run", digits, "training.steps=4") == [0]
     assert "pictures" in capfd.readouterr().out
     assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[4]

@@ -18,7 +18,7 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import to_uint8
-from vae_dist.training.images import RunPainter
+from vae_dist.training.images import ImageLogger
 from vae_dist.training.plan import Data
 
 NUM_IMAGES = 12  # in the shards; the grids search the first 10
@@ -79,13 +79,15 @@ def model() -> VAE:
     return model
 
 
-def paint(tmp_path: Path, data: Data, model: VAE, *steps: int) -> dict[str, str]:
+def log_images(
+    tmp_path: Path, data: Data, model: VAE, *steps: int, batch_size: int = 256
+) -> dict[str, str]:
     config, captions = tiny_config(kind="discretized_gaussian"), Captions()
-    config.log.num_images = 6
-    painter = RunPainter(config, RunFolder(tmp_path / "run"), data, [captions])
+    config.log.num_images, config.evaluation.batch_size = 6, batch_size
+    image_logger = ImageLogger(config, RunFolder(tmp_path / "run"), data, [captions])
     for step in steps:
-        painter(model, step, {"eval/neg_elbo_nats": 12.5})
-    painter.close()
+        image_logger(model, step, {"eval/neg_elbo_nats": 12.5})
+    image_logger.close()
     return captions.of
 
 
@@ -105,7 +107,7 @@ def greys(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def test_every_grid_has_its_words(tmp_path: Path, data: Data, model: VAE, monkeypatch) -> None:
     monkeypatch.setattr("vae_dist.training.images.NUM_SEARCHED", 10)
-    captions = paint(tmp_path, data, model, 5)
+    captions = log_images(tmp_path, data, model, 5)
     assert set(captions) == {
         *("samples", "reconstructions", "interpolations", "traversals", "by_class", "worst")
     }
@@ -119,7 +121,7 @@ def test_every_grid_has_its_words(tmp_path: Path, data: Data, model: VAE, monkey
 def test_reconstructions_are_of_the_first_images(
     tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor
 ) -> None:
-    paint(tmp_path, data, model, 5)
+    log_images(tmp_path, data, model, 5)
     cells = greys(shown(tmp_path, "reconstructions"), 2, 3)
     assert cells[0].tolist() == levels[:3, 0, 4, 4].tolist()
     with torch.inference_mode():
@@ -132,7 +134,7 @@ def test_the_worst_come_first(
     tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor, monkeypatch
 ) -> None:
     monkeypatch.setattr("vae_dist.training.images.NUM_SEARCHED", 10)
-    captions = paint(tmp_path, data, model, 5)
+    captions = log_images(tmp_path, data, model, 5)
     with torch.inference_mode():
         images = model.likelihood.prepare(levels[:10], None)
         mean, log_variance = model.encode(images)
@@ -148,7 +150,7 @@ def test_the_worst_come_first(
 
 
 def test_a_class_is_a_row(tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor) -> None:
-    paint(tmp_path, data, model, 5)
+    log_images(tmp_path, data, model, 5)
     picture = shown(tmp_path, "by_class")
     for label in LABELS:
         of_class = levels[label :: len(LABELS), 0, 4, 4].tolist()  # 4 images of each
@@ -158,6 +160,17 @@ def test_a_class_is_a_row(tmp_path: Path, data: Data, model: VAE, levels: torch.
 
 
 def test_the_same_model_gives_the_same_pictures(tmp_path: Path, data: Data, model: VAE) -> None:
-    names = paint(tmp_path, data, model, 5, 10)
+    names = log_images(tmp_path, data, model, 5, 10)
     for name in names:
         assert np.array_equal(shown(tmp_path, name, 5), shown(tmp_path, name, 10))
+
+
+def test_no_forward_has_more_images_than_evaluation_allows(tmp_path: Path, data: Data) -> None:
+    config = tiny_config(kind="discretized_gaussian")
+    config.model.num_classes = len(LABELS)
+    conditional = build_vae(config, (8, 8)).eval()
+    seen: list[int] = []
+    for tower in (conditional.encoder, conditional.decoder):
+        tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    names = log_images(tmp_path, data, conditional, 5, batch_size=2)
+    assert "samples_by_class" in names and max(seen) == 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -178,3 +181,14 @@ def test_not_even_a_slot_is_an_error(monkeypatch):
     step.runtime = OnCuda(step.runtime)
     with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
         fit_microbatch(step, (8, 8))
+
+
+@pytest.mark.parametrize(("variable", "calls"), [("NOTHING", 2), ("MALLOC_ARENA_MAX", 0)])
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_is_kept_unless_the_environment_says_how(monkeypatch, variable, calls):
+    asked = []
+    libc = SimpleNamespace(mallopt=lambda parameter, value: asked.append((parameter, value)))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setenv(variable, "8")
+    memory.keep_freed_memory()
+    assert len(asked) == calls

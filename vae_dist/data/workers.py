@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vae_dist.config.errors import CommandFailed, ConfigError
-from vae_dist.heap import release_freed_memory, stop_keeping
 
 Work = Callable[[int, int], Iterator[Any]]
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -68,7 +67,6 @@ class WorkerPool:
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
-        release_freed_memory()  # else each process holds it, and the trainer's writes copy it
         self._iterator = iter(loader)
         try:
             while self._iterator is not None:
@@ -116,4 +114,3 @@ def _start_worker(worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    stop_keeping()

@@ -26,7 +26,6 @@ from vae_dist.data.loader import EvaluationStream
 from vae_dist.data.reader import SkippedSample, image_settings
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import deaths_explained
-from vae_dist.heap import keep_freed_memory
 from vae_dist.models.build import build_vae
 from vae_dist.models.diffusers import fitting_keys, read_published
 from vae_dist.models.vae import VAE
@@ -59,8 +58,6 @@ def choose_device(name: str) -> torch.device:
 def open_run(command: RunCommand) -> Iterator[LoadedModel]:
     """The model of `command.run`, for a verb of one process. Raises ConfigError as `load_model`."""
     device = choose_device(command.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     with exact_float32(device):
         yield load_model(command, device=device)
 

@@ -48,7 +48,7 @@ from vae_dist.training.compile import (
     num_shapes,
     use_tensor_float_32,
 )
-from vae_dist.training.images import RunPainter
+from vae_dist.training.images import ImageLogger
 from vae_dist.training.loop import Row, Trainer
 from vae_dist.training.memory import fit_microbatch
 from vae_dist.training.optimizer import Ema, build_optimizer, freeze_encoder
@@ -154,6 +154,7 @@ def _validation_stream(config: TrainConfig, runtime: Runtime, data: Data) -> Eva
         batch_size=config.evaluation.batch_size,
         rank=runtime.rank,
         world=runtime.world,
+        workers=config.data.workers,
     )
 
 
@@ -271,7 +272,7 @@ def build_trainer(
         sinks=sinks,
         console=console,
         evaluator=evaluator,
-        painter=RunPainter(
+        image_logger=ImageLogger(
             config, folder, data, sinks, say=console.say if console is not None else print
         ),
         identity=data.identity,

@@ -1,15 +1,15 @@
-"""The picture grids of a training run, under `images/` and in the sinks.
+"""The image grids of a training run, under `images/` and in the sinks.
 
     samples          prior samples on fixed latents
     reconstructions  fixed validation images above their reconstructions
-    interpolations   ways between pairs of validation images, which stand at both ends
+    interpolations   decoded lines between the means of pairs of validation images, at both ends
     traversals       one image, with its most active latent units moved one at a time
     by_class         for each label, inputs beside their reconstructions; where there are labels
     samples_by_class for each label a row of samples, of the same latents; conditional models
     worst            the worst reconstructions, by -ELBO, of the first validation images
 
 The same images and the same latents each time, so that a reader sees the model change. The network
-runs where the trainer calls; encoding and writing happen on a thread of their own.
+runs in the caller, evaluation.batch_size images at a time; PNGs are written by a thread.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from vae_dist.training.plan import Data
 
 NUM_SEARCHED = 256  # validation images among which the worst and the classes are found
 SEARCHED_BYTES = 2**27  # of these, for large images
-NUM_WALKS = 8  # rows of interpolations and traversals
+NUM_ROWS = 8  # of interpolations and traversals
 NUM_POINTS = 10  # images of a row
 NUM_PAIRS = 5  # inputs of a class
 MAX_CLASSES = 20
 
 
-class RunPainter:
-    """Callable for the main process: `(averaged model, step, metrics)`; the grids follow."""
+class ImageLogger:
+    """Callable for the main process: `(averaged model, step, metrics)`."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class RunPainter:
         say: Callable[[str], None] = print,
     ) -> None:
         self._config, self._data = config, data
+        self._batch_size = config.evaluation.batch_size
         self._validation = Images(data.validation, data.settings.at_one_size())
         self._inputs: Examples | None = None
         self._writer = ImageWriter(folder.images, sinks, say=say)
@@ -74,14 +75,14 @@ class RunPainter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether every picture so far is written."""
+        """Whether every image so far is written."""
         return self._writer.is_idle
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, step: int, metrics: Mapping[str, Value]) -> None:
         assert isinstance(model, VAE)
         config, size, num_images = self._config, self._data.image_size, self._config.log.num_images
-        batch_size = config.evaluation.batch_size
+        batch_size = self._batch_size
         caption = image_caption(step, metrics)
 
         def show(name: str, image: Image.Image, note: str = "") -> None:
@@ -107,24 +108,24 @@ class RunPainter:
         outputs, losses = _reconstructions(model, examples, mean, batch_size)
         inputs = with_holes(inputs, masks)
         shown = max(1, num_images // 2)
-        pictures = to_uint8(inputs)
-        show("reconstructions", side_by_side(pictures[:shown], outputs[:shown]))
-        walks = self._interpolations(model, pictures, labels, mean)
-        if walks is not None:
-            show("interpolations", grid(walks, columns=NUM_POINTS))
-        units = _most_active(kl_to_standard_normal(mean, log_variance))
-        ways = self._traversals(model, mean[0], int(labels[0]), units)
+        levels, kl = to_uint8(inputs), kl_to_standard_normal(mean, log_variance)
+        show("reconstructions", side_by_side(levels[:shown], outputs[:shown]))
+        lines = self._interpolations(model, levels, labels, mean)
+        if lines is not None:
+            show("interpolations", grid(lines, columns=NUM_POINTS))
+        units = kl.mean(0).argsort(descending=True).tolist()[:NUM_ROWS]
+        traversed = self._traversals(model, mean[0], int(labels[0]), units)
         names = ", ".join(f"{unit}" for unit in units)
-        show("traversals", grid(ways, columns=NUM_POINTS), f"units {names}, from -3 to 3")
-        classes = _by_class(pictures, outputs, labels)
+        show("traversals", grid(traversed, columns=NUM_POINTS), f"units {names}, from -3 to 3")
+        classes = _by_class(levels, outputs, labels)
         if classes is not None:
             show("by_class", grid(classes, columns=2 * NUM_PAIRS), f"from the {searched}")
-        losses = losses + kl_to_standard_normal(mean, log_variance).sum(1)
+        losses = losses + kl.sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
         show(
             "worst",
-            side_by_side(pictures[worst], outputs[worst]),
+            side_by_side(levels[worst], outputs[worst]),
             f"worst {len(worst)} of the {searched}: {most} to {least} nats",
         )
 
@@ -139,39 +140,47 @@ class RunPainter:
     def _samples_by_class(self, model: VAE) -> Tensor:
         classes = range(min(model.num_classes, MAX_CLASSES))
         return sample_classes(
-            model, classes, NUM_POINTS, self._data.image_size, seed=self._config.seed
+            model,
+            classes,
+            NUM_POINTS,
+            self._data.image_size,
+            seed=self._config.seed,
+            batch_size=self._batch_size,
         )
 
     def _interpolations(
         self, model: VAE, inputs: Tensor, labels: Tensor, mean: Tensor
     ) -> Tensor | None:
-        """Rows of a, the way from a to b, b; None when there are no two images."""
-        num_rows = min(NUM_WALKS, len(inputs) // 2)
+        """Rows of a, the line from a to b, b; None when there are no two images."""
+        num_rows = min(NUM_ROWS, len(inputs) // 2)
         if num_rows == 0:
             return None
         first, second = slice(0, 2 * num_rows, 2), slice(1, 2 * num_rows, 2)
         size = self._data.image_size
-        ways = interpolate(
+        lines = interpolate(
             model,
             mean[first],
             mean[second],
             size,
             num_points=NUM_POINTS - 2,
             labels=(labels[first], labels[second]),
+            batch_size=self._batch_size,
         )
-        ways = to_uint8(ways).unflatten(0, (num_rows, NUM_POINTS - 2))
+        lines = to_uint8(lines).unflatten(0, (num_rows, NUM_POINTS - 2))
         ends = inputs[first].unsqueeze(1), inputs[second].unsqueeze(1)
-        return torch.cat([ends[0], ways, ends[1]], 1).flatten(0, 1)
+        return torch.cat([ends[0], lines, ends[1]], 1).flatten(0, 1)
 
     def _traversals(self, model: VAE, z: Tensor, label: int, units: list[int]) -> Tensor:
         values = torch.linspace(-3, 3, NUM_POINTS)
-        return traverse(model, z, self._data.image_size, units=units, values=values, label=label)
-
-
-def _most_active(kl: Tensor) -> list[int]:
-    """The units with the highest mean KL, best first; kl (N, U)."""
-    order: list[int] = kl.mean(0).argsort(descending=True).tolist()
-    return order[:NUM_WALKS]
+        return traverse(
+            model,
+            z,
+            self._data.image_size,
+            units=units,
+            values=values,
+            label=label,
+            batch_size=self._batch_size,
+        )
 
 
 def _reconstructions(

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -23,7 +23,6 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime, load_full
-from vae_dist.heap import release_freed_memory
 from vae_dist.run.checkpoint import Checkpoint, CheckpointWriter
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink, say
@@ -31,26 +30,16 @@ from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.sinks import Sink
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
 from vae_dist.training.guards import SkipGuard, check_equal_over_ranks
+from vae_dist.training.images import ImageLogger
+from vae_dist.training.memory import keep_freed_memory
 from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.stop import RankWatch, StopRequest, TrainingFailed
 
 Row = dict[str, Value]
 
 
-class Evaluator(Protocol):
-    """Metrics of the averaged model, the same on every rank; None when a stop was agreed on."""
-
-    def __call__(self, model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None: ...
-
-
-class Painter(Protocol):
-    """Draws picture grids of the averaged model. Called on the main process alone."""
-
-    def __call__(self, model: nn.Module, step: int, metrics: Row) -> None: ...
-
-    def close(self) -> None:
-        """Wait, not for ever, for what is still being written."""
-        ...
+# metrics of the averaged model, the same on every rank; None when a stop was agreed on
+Evaluator = Callable[[nn.Module, Callable[[], bool]], Row | None]
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
@@ -94,7 +83,7 @@ class Trainer:
         sinks: Iterable[Sink],
         console: ConsoleSink | None,
         evaluator: Evaluator,
-        painter: Painter,
+        image_logger: ImageLogger,
         identity: dict[str, Any],
         peak_images_per_second: float = 0.0,
     ) -> None:
@@ -102,7 +91,7 @@ class Trainer:
         self.training_step = training_step
         self.num_samples = num_samples  # of an epoch
         self.console = console  # on the main process
-        self.sinks, self.evaluator, self.painter = list(sinks), evaluator, painter
+        self.sinks, self.evaluator, self.image_logger = list(sinks), evaluator, image_logger
         self.identity = identity  # what a checkpoint must agree with: data, image size
         self.peak_images_per_second = peak_images_per_second  # of one device; 0: not known
         self._bits_per_dim = training_step.vae.likelihood.bits_per_dim
@@ -161,6 +150,8 @@ class Trainer:
             self._report = report = self.training_step(batch, self.step)
             self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
             if startup is not None:
+                if self.runtime.device.type == "cpu":
+                    keep_freed_memory()
                 startup.mark("first step")
                 if self.console is not None:
                     self.console.say(startup.line())
@@ -189,9 +180,7 @@ class Trainer:
             if self._checkpoint_is_due():
                 self._save_in_time(meter, watch)  # before an evaluation, which may fail
             with meter.pause():
-                is_complete = self._evaluate(row, stop, watch)
-                release_freed_memory()
-                return is_complete
+                return self._evaluate(row, stop, watch)
         if row:
             self._log(row)
         return True
@@ -212,7 +201,7 @@ class Trainer:
         every = self.config.log.images_every or self.config.evaluation.every
         if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
             with self._disk("pictures"):
-                self.painter(model, self.step, metrics)
+                self.image_logger(model, self.step, metrics)
         return True
 
     def _note_best(self, metrics: Row) -> None:

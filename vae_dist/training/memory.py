@@ -13,8 +13,10 @@ Microbatches change memory and time, not results.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ from vae_dist.training.step import TrainingStep
 TRACED_IMAGES = 2  # GroupNorm refuses one image of one pixel
 CPU_FRACTION = 0.5  # of the available memory: loader processes and their windows live in it too
 GPU_FRACTION = 0.85  # of the free memory: kernels need some of their own
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -264,3 +267,20 @@ def _fits(step: TrainingStep, num_images: int, image_size: tuple[int, int]) -> b
         step.forget()
         if step.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that a step on a CPU frees, for the next step.
+
+    glibc returns large pieces to the kernel, which clears each page before it hands it out again:
+    up to a third of a step (benchmarks/RESULTS.md). Loader processes must not inherit this, for
+    each would hold what its largest image took: call it once they run. An environment that sets up
+    malloc itself is left alone.
+    """
+    is_set_up = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if sys.platform != "linux" or is_set_up:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, -1)  # never give the end of the heap back
+        mallopt(M_MMAP_MAX, 0)  # nor take large pieces as mappings of their own

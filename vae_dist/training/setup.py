@@ -285,7 +285,7 @@ def _fit(
         )
     finally:
         outcome.watch.end()  # what follows sends no message
-        trainer.painter.close()
+        trainer.image_logger.close()
         for sink in trainer.sinks:
             if status == "finished" and config.wandb.artifacts and isinstance(sink, WandbSink):
                 checkpoint = folder.checkpoints.folder / step_name(trainer.step)
