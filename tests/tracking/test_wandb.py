@@ -146,13 +146,6 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
 
 
-def test_online_when_logged_in(fake: FakeWandb, tmp_path: Path) -> None:
-    fake.logged_in = True
-    sink, said = start(tmp_path)
-    sink.close("failed")
-    assert (sink.mode, said, fake.runs[0].exit_code) == ("online", [], 1)
-
-
 @pytest.mark.parametrize("obstacle", ["no login", "no answer", "init fails", "folder", "import"])
 def test_where_no_run_can_be_online(
     fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
@@ -248,49 +241,40 @@ def test_a_resumed_online_run_sends_what_the_server_lacks(fake: FakeWandb, tmp_p
     start(tmp_path)[0].close("interrupted")
     record(tmp_path, range(1, 41))
     fake.summary = {"trainer/step": 39, "trainer/images_step": 20}
-    sink, _ = start(tmp_path, resume_step=40)
+    sink, said = start(tmp_path, resume_step=40)
     sink.log(41, {"train/loss": 1.0})
     sink.close("finished")
     first, second = fake.runs
+    assert (sink.mode, said) == ("online", [])
     assert first.id == second.id == (tmp_path / "wandb_id").read_text()
     rows, images = [39, 40], [20, 30, 40]
     expected = [(step, "train/loss") for step in rows] + [(s, "images/samples") for s in images]
     assert second.sent() == [*expected, (41, "train/loss")]
     assert second.rows[2]["images/samples"][2] == "step 20"
-
-
-def test_what_the_server_has_beyond_the_checkpoint_is_not_sent_again(
-    fake: FakeWandb, tmp_path: Path
-) -> None:
-    fake.logged_in, fake.summary = True, {"trainer/step": 12, "trainer/images_step": 10}
-    record(tmp_path, range(1, 6))
-    sink, _ = start(tmp_path, resume_step=5)
-    for step in range(6, 15):
+    fake.summary = {"trainer/step": 61, "trainer/images_step": 60}  # beyond the checkpoint
+    sink, _ = start(tmp_path, resume_step=41)
+    for step in range(42, 63):
         sink.log(step, {"train/loss": 1.0})
     sink.close("finished")
-    assert [step for step, _ in fake.runs[0].sent()] == [12, 13, 14]
+    assert [step for step, _ in fake.runs[2].sent()] == [61, 62]
 
 
-def test_the_newest_offline_part_is_the_whole_run(fake: FakeWandb, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(
+    fake: FakeWandb, tmp_path: Path, is_whole: bool
+) -> None:
     start(tmp_path)[0].close("interrupted")
     record(tmp_path, range(1, 21))
     sink, said = start(tmp_path, resume_step=20)
+    if not is_whole:
+        fake.runs[1].on_finish = lambda: raise_(OSError("No space left on device"))
     sink.log(21, {"train/loss": 1.0})
     sink.close("finished")
-    parts = list((tmp_path / "wandb").iterdir())
-    assert [str(part) for part in parts] == [fake.runs[1].settings.sync_dir]
-    assert said[0].endswith(f"wandb sync {parts[0]}")
-    steps = [*range(1, 21), 10, 20, 21]
-    assert [step for step, _ in fake.runs[1].sent()] == steps
-
-
-def test_a_part_that_is_not_whole_replaces_none(fake: FakeWandb, tmp_path: Path) -> None:
-    start(tmp_path)[0].close("interrupted")
-    record(tmp_path, range(1, 21))
-    sink, _ = start(tmp_path, resume_step=20)
-    fake.runs[1].on_finish = lambda: raise_(OSError("No space left on device"))
-    sink.close("finished")
-    assert len(list((tmp_path / "wandb").iterdir())) == 2
+    part = fake.runs[1].settings.sync_dir
+    assert said[0].endswith(f"wandb sync {part}")
+    assert [step for step, _ in fake.runs[1].sent()] == [*range(1, 21), 10, 20, 21]
+    assert len(list((tmp_path / "wandb").iterdir())) == (1 if is_whole else 2)
+    assert Path(part).exists()
 
 
 def test_a_run_from_the_start_is_another_wandb_run(
@@ -346,25 +330,15 @@ def test_what_did_not_arrive_is_said(fake: FakeWandb, tmp_path: Path) -> None:
     assert said == [f"W&B did not get everything; upload the rest with: {command}"]
 
 
-def test_artifacts(fake: FakeWandb, tmp_path: Path) -> None:
-    sink, _ = start(tmp_path)
-    (tmp_path / "step_00000010").mkdir()
-    (tmp_path / "step_00000010" / "model.safetensors").touch()
-    for step in (5, 10):
-        (tmp_path / f"samples_{step:08d}.png").touch()
-    sink.artifacts(tmp_path / "step_00000010", tmp_path, step=10)
-    sink.close("finished")
-    assert fake.runs[0].artifacts == [
-        (f"{tmp_path.name}-checkpoint", "model", ["model.safetensors"]),
-        (f"{tmp_path.name}-pictures", "pictures", ["samples_00000010.png"]),
-    ]
-
-
-def test_distributions_are_histograms_of_their_finite_values(
+def test_artifacts_and_distributions_which_are_histograms_of_finite_values(
     fake: FakeWandb, tmp_path: Path
 ) -> None:
     """wandb.Histogram raises on NaN, and on the null by which log.jsonl stands for it."""
     sink, said = start(tmp_path)
+    (tmp_path / "step_00000010").mkdir()
+    for name in ("step_00000010/model.safetensors", "a_00000005.png", "a_00000010.png"):
+        (tmp_path / name).touch()
+    sink.artifacts(tmp_path / "step_00000010", tmp_path, step=10)
     values: list[Any] = [[math.nan, math.inf], [1.0, math.nan], [None, 2.0]]
     for step, value in enumerate(values, start=1):
         sink.log(step, {"train/loss": 1.0, "latent/kl": value})
@@ -372,3 +346,7 @@ def test_distributions_are_histograms_of_their_finite_values(
     assert len(said) == 1  # that it is offline
     kept = [row.get("latent/kl") for row in fake.runs[0].rows]
     assert kept == [None, ("histogram", [1.0]), ("histogram", [2.0])]
+    assert fake.runs[0].artifacts == [
+        (f"{tmp_path.name}-checkpoint", "model", ["model.safetensors"]),
+        (f"{tmp_path.name}-pictures", "pictures", ["a_00000010.png"]),
+    ]

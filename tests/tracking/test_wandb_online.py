@@ -22,7 +22,7 @@ from vae_dist.tracking.images import find_images
 from vae_dist.tracking.sinks import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 1500
+STEPS = 600
 EVERY = 5  # steps between rows
 FINISH_S = 8  # wandb.finish_timeout_s
 SLACK_S = 30  # of a busy machine, from the last row to the end of the process without W&B
@@ -75,13 +75,17 @@ def assert_all_arrived(server: WandbServer, run: Path, *, once: bool = False) ->
     for name, paths in found.items():
         steps = recorded.steps(f"images/{name}")
         assert sorted(steps if once else set(steps)) == list(paths)
+    lacking = {(name, step) for name, paths in found.items() for step in paths}
     for row in recorded.history:
+        step = row["trainer/step"]
         if "train/loss" in row:
-            assert row["train/loss"] == rows[row["trainer/step"]]["train/loss"]
+            assert row["train/loss"] == rows[step]["train/loss"]
         for key in row.keys() & {f"images/{name}" for name in found}:
-            path = found[key.removeprefix("images/")][row["trainer/step"]]
-            assert recorded.files[row[key]["path"]] == path.read_bytes()
-            assert row[key]["caption"].startswith(f"step {row['trainer/step']}")
+            name = key.removeprefix("images/")
+            assert row[key]["caption"].startswith(f"step {step}")
+            if recorded.files.get(row[key]["path"]) == found[name][step].read_bytes():
+                lacking.discard((name, step))
+    assert lacking == set()
 
 
 # training against a service with faults
@@ -131,7 +135,7 @@ class Training:
             time.sleep(0.01)
 
     def finish(self, *, code: int = 0) -> str:
-        said = self.process.communicate(timeout=240)[0]
+        said = self.process.communicate(timeout=400)[0]
         assert self.process.returncode == code, said
         assert "Traceback" not in said
         return said
@@ -201,13 +205,12 @@ def test_a_fault_that_stays(server, tmp_path, images, fault):
     assert_all_arrived(server, run)
 
 
-@pytest.mark.parametrize("obstacle", ["hang", "500"])
-def test_an_obstacle_at_the_start(server, tmp_path, images, obstacle):
-    break_down(server, obstacle)
+def test_a_service_that_hangs_at_the_start(server, tmp_path, images):
+    break_down(server, "hang")
     said = Training(server, tmp_path / "run", images, "training.steps=20").finish()
     assert max(dict(read_rows(tmp_path / "run" / "log.jsonl"))) == 20
     assert f"W&B is offline: {server.url} does not answer; upload this run with" in said
-    recover(server, obstacle)
+    recover(server, "hang")
     sync(server, said, tmp_path)
     assert_all_arrived(server, tmp_path / "run", once=True)
 

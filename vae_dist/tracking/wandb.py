@@ -36,6 +36,7 @@ from vae_dist.tracking.sinks import read_rows
 STEP_KEY = "trainer/step"  # the x axis; W&B's own step counts calls of log()
 _IMAGES_STEP_KEY = "trainer/images_step"  # images come later than the rows of their step
 _QUEUED_TASKS = 4096
+_LATE_IMAGES = 64
 _PROBE_SECONDS = 3.0
 _INIT_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 10.0  # of close(): the scheduler kills the job soon
@@ -125,9 +126,8 @@ class WandbSink:
             command = self._upload_command()
             self._say(f"W&B did not get everything; upload the rest with: {command}")
         elif self.mode == "offline":
-            for part in (self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"):
-                if part.resolve() != self._part.resolve():  # its points are in this part, too
-                    shutil.rmtree(part, ignore_errors=True)
+            for part in self._earlier_parts("offline-run"):  # their points are in this one, too
+                shutil.rmtree(part, ignore_errors=True)
 
     # start
 
@@ -198,6 +198,11 @@ class WandbSink:
     def _upload_command(self) -> str:
         return f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
 
+    def _earlier_parts(self, kind: str) -> list[Path]:
+        """The folders of this W&B run's sessions before this one, the oldest first."""
+        found = sorted((self._folder / "wandb").glob(f"{kind}-*-{self._run.id}"))
+        return [part for part in found if part.resolve() != self._part.resolve()]
+
     # the worker
 
     def _put(self, task: Callable[[], None]) -> None:
@@ -218,7 +223,15 @@ class WandbSink:
                 self._break(error)
 
     def _send_recorded(self, *, up_to: int) -> None:
-        """What log.jsonl and the images folder have and W&B has not."""
+        """What log.jsonl and the images folder have and W&B has not.
+
+        A killed uploader may have sent the record of an image and not its file: the newest files
+        of the session before are sent again.
+        """
+        for part in self._earlier_parts("run")[-1:] if self.mode == "online" else []:
+            media = sorted((part / "files" / "media").rglob("*.png"), key=os.path.getmtime)
+            for path in media[-_LATE_IMAGES:]:
+                self._run.save(str(path), base_path=str(part / "files"), policy="now")
         rows = dict(read_rows(self._folder / "log.jsonl"))
         for step, row in rows.items():
             if self._first_step <= step <= up_to:
