@@ -24,12 +24,9 @@ def report(command: ReportCommand) -> None:
     folders = [Path(str(name).strip()) for name in given if str(name).strip()]
     if not folders:
         raise ConfigError("run= names no folder; give one, for example run=runs/mnist")
-    if command.picture_megabytes <= 0:
-        raise ConfigError(f"picture_megabytes={command.picture_megabytes} must be positive")
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     out = Path(command.out) if command.out else default
-    share = int(command.picture_megabytes * 1e6) // len(folders)
-    page = write_report(folders, max_image_bytes=share).encode()
+    page = write_report(folders).encode()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, page)

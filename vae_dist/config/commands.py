@@ -219,7 +219,6 @@ class PackCommand:
 class ReportCommand:
     run: Any = knob("???", "run folder, or several: runs/a,runs/b", is_text=True)
     out: str = knob("", "HTML file to write (default: report.html in the run folder)")
-    picture_megabytes: float = knob(1.6, "pictures take at most this many MB of the page", gt=0)
 
 
 @dataclass

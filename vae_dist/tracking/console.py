@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -34,7 +33,6 @@ from rich.text import Text
 from vae_dist.tracking.metrics import Value, format_duration, format_number, format_row
 
 LINE_S = 0.2  # between two lines of training rows, at least
-_EVALUATION_GROUPS = ("eval/", "latent/")
 _SLOW_DATA = 0.1  # part of the time: from here on the bar shows it
 
 
@@ -94,7 +92,7 @@ class ConsoleSink:
         if self._bar is not None:
             self._bar.console.print(escape(text), highlight=False, soft_wrap=True)
         else:
-            say(f"{_timestamp(int(time.time()))} {text}", self._stream)
+            say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", self._stream)
 
     def banner(self, title: str, lines: list[str]) -> None:
         """Lines that begin with their label: framed on a terminal, else one after the other."""
@@ -117,10 +115,8 @@ class ConsoleSink:
             self._bar.update(self._task, completed=step)
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        evaluation = {key: row[key] for key in _evaluation_keys(tuple(row))}
-        training = row
-        if evaluation:
-            training = {key: value for key, value in row.items() if key not in evaluation}
+        evaluation = {key: row[key] for key in row if key.startswith(("eval/", "latent/"))}
+        training = {key: row[key] for key in row if key not in evaluation}
         if training and self._bar is None and self._is_worth_a_line(step):
             self.say(format_row(step, training))
         if evaluation:
@@ -165,16 +161,6 @@ class _Lossy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@functools.lru_cache(maxsize=32)
-def _evaluation_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(key for key in keys if key.startswith(_EVALUATION_GROUPS))
-
-
-@functools.lru_cache(maxsize=1)
-def _timestamp(second: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 _BAR_FIGURES: dict[str, Callable[[float], str]] = {

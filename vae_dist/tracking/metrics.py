@@ -6,7 +6,6 @@ Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_secon
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -103,22 +102,17 @@ def format_number(value: float) -> str:
 def format_row(step: int, row: Mapping[str, Value]) -> str:
     """`step=200 loss=104.2 ...`, in the order of the row."""
     pairs = [f"step={step}"]
-    for key, name in _shown(tuple(row)):
-        value = row[key]
-        if isinstance(value, list) or (not value and key in _HIDDEN_WHEN_ZERO):
+    for key, value in row.items():
+        if isinstance(value, list) or key in _HIDDEN or key.startswith("latent/"):
+            continue
+        if not value and key in _HIDDEN_WHEN_ZERO:
             continue
         if key == "time/left_seconds":
             pairs.append(f"left={format_duration(value)}")
         elif not value < _HIDDEN_BELOW.get(key, value):
+            name = key.removeprefix("train/").removeprefix("time/")
             pairs.append(f"{name}={format_number(value)}")
     return " ".join(pairs)
-
-
-@functools.lru_cache(maxsize=32)
-def _shown(keys: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """The keys that a console line has, each with its name there; rows repeat."""
-    shown = [key for key in keys if key not in _HIDDEN and not key.startswith("latent/")]
-    return tuple((key, key.removeprefix("train/").removeprefix("time/")) for key in shown)
 
 
 def format_duration(seconds: float) -> str:

@@ -31,13 +31,12 @@ from vae_dist.tracking.metrics import (
     IMAGES,
     SECTIONS,
     Panel,
-    format_duration,
     format_number,
 )
 from vae_dist.tracking.sinks import read_rows
 
 MAX_POINTS = 150  # of a curve
-MAX_FRAMES = 16  # of a grid
+MAX_FRAMES = 12  # of a grid
 _MAX_SIDE = 1400  # pixels of a grid
 _COLORS = ("#2f6fde", "#e07b1a", "#1a9a72", "#b5449b", "#8c6d1f", "#5b5fc7", "#c9372c", "#3f8fa8")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 180, 52, 14, 8, 22  # pixels
@@ -117,15 +116,12 @@ class RunSummary:
         return self.curves[key][-1][1] if key in self.curves else math.nan
 
 
-def write_report(folders: Sequence[Path], *, max_image_bytes: int) -> str:
+def write_report(folders: Sequence[Path]) -> str:
     """The page. Raises ConfigError where one of the folders is no run folder."""
     paths = [folder.resolve() for folder in folders]
     root = os.path.commonpath([path.parent for path in paths])
     names = [os.path.relpath(path, root) for path in paths]
-    runs = [
-        read_run(folder, name=name, max_image_bytes=max_image_bytes)
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    runs = [read_run(folder, name=n) for folder, n in zip(folders, names, strict=True)]
     body = [_overview(runs), *_curves(runs), *_images(runs), *_results(runs), *_config(runs)]
     title = html.escape(", ".join(run.name for run in runs))
     return _PAGE.format(title=title, body="\n".join([*body, *_sessions(runs)]))
@@ -134,7 +130,7 @@ def write_report(folders: Sequence[Path], *, max_image_bytes: int) -> str:
 # reading
 
 
-def read_run(path: Path, *, name: str, max_image_bytes: int) -> RunSummary:
+def read_run(path: Path, *, name: str) -> RunSummary:
     folder = RunFolder(path)
     config = folder.config()
     rows = dict(read_rows(folder.log_path))
@@ -156,7 +152,7 @@ def read_run(path: Path, *, name: str, max_image_bytes: int) -> RunSummary:
         status=folder.status(),
         steps=config.training.steps,
         curves={key: thinned(points) for key, points in curves.items()},
-        images=_frames(find_images(folder.images), rows, max_image_bytes),
+        images=_frames(find_images(folder.images), rows),
         config={
             key: (shown(value), value == defaults[key] and defaults[key] != MISSING)
             for key, value in flatten(config).items()
@@ -174,26 +170,20 @@ def thinned(points: list[Point]) -> list[Point]:
 
 
 def _frames(
-    found: dict[str, dict[int, Path]], rows: dict[int, dict[str, Any]], max_bytes: int
+    found: dict[str, dict[int, Path]], rows: dict[int, dict[str, Any]]
 ) -> dict[str, list[tuple[int, str, str]]]:
-    """Grids as data URIs: fewer steps of each until they fit; the first and the last stay."""
     names = [name for name in {**IMAGES, **found} if name in found]
-    num_frames = MAX_FRAMES
-    while True:
-        frames = {
-            name: [
-                (step, image_caption(step, rows.get(step, {})), _data_uri(found[name][step]))
-                for step in _evenly(list(found[name]), num_frames)
-            ]
-            for name in names
-        }
-        size = sum(len(uri) for items in frames.values() for _, _, uri in items)
-        if size <= max_bytes or num_frames <= 2:
-            return frames
-        num_frames = max(2, min(num_frames - 1, num_frames * max_bytes // size))
+    return {
+        name: [
+            (step, image_caption(step, rows.get(step, {})), _data_uri(found[name][step]))
+            for step in evenly(list(found[name]), MAX_FRAMES)
+        ]
+        for name in names
+    }
 
 
-def _evenly(steps: list[int], count: int) -> list[int]:
+def evenly(steps: list[int], count: int) -> list[int]:
+    """At most `count` of the steps, with the first and the last."""
     if len(steps) <= count:
         return steps
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
@@ -240,17 +230,15 @@ def _overview(runs: list[RunSummary]) -> Html:
     """One line for each run, the lowest -ELBO first."""
     lines = []
     for index, run in enumerate(runs):
-        times = run.curves.get("time/step_seconds", [])
-        before = [0.0, *(step for step, _ in times)]
-        seconds = sum((at - b) * value for (at, value), b in zip(times, before, strict=False))
-        step = max([run.status.get("step") or 0, *(at for at, _ in times)])
+        steps_logged = [step for step, _ in run.curves.get("train/loss", [])]
+        step = max([run.status.get("step") or 0, *steps_logged])
         figures = (_number(run.last(key)) for key in _FIGURES.values())
         state = run.status.get("status", "unknown")
         steps = f"{step:.0f} of {run.steps}"
-        line = [_name(index, run), state, steps, *figures, format_duration(seconds)]
+        line = [_name(index, run), state, steps, *figures]
         elbo = run.last("eval/neg_elbo_nats")
         lines.append((math.inf if math.isnan(elbo) else elbo, index, line))
-    head = ["run", "status", "steps", *_FIGURES, "time in steps"]
+    head = ["run", "status", "steps", *_FIGURES]
     return Html(_tag("h1", "vae_dist report") + _table(head, (line for *_, line in sorted(lines))))
 
 

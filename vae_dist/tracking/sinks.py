@@ -109,13 +109,8 @@ def _finite(value: Value) -> Any:
 
 
 def _line(step: int, row: Mapping[str, Value]) -> bytes:
-    try:
-        if list in map(type, row.values()):
-            raise ValueError  # its values are shortened
-        text = _ENCODE({"step": step, **row})
-    except ValueError:
-        text = _ENCODE({"step": step} | {key: _finite(value) for key, value in row.items()})
-    return text.encode() + b"\n"
+    values = {key: _finite(value) for key, value in row.items()}
+    return _ENCODE({"step": step, **values}).encode() + b"\n"
 
 
 def _keep_rows_up_to(path: Path, step: int) -> int:
