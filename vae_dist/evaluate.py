@@ -57,18 +57,9 @@ def evaluate(command: EvaluateCommand) -> None:
             metrics=metrics,
         )
         assert result is not None  # nothing asks it to stop
-        name = _file_name(command, loaded, images.index)
-        out = Path(command.out or Path(command.run) / name)
-
-        def write() -> None:
-            with writing(out):
-                _write(out, command, loaded, images, result, prior, files, runtime)
-            if not command.out and name == RESULTS:
-                _write_statistics(command, loaded, result)
-
-        runtime.on_main(write)
-        if runtime.is_main:
-            _print(command, loaded, result, prior, out)
+        runtime.on_main(
+            lambda: _report(command, loaded, images, result, prior, files, world=runtime.world)
+        )
 
 
 def _batches(
@@ -180,27 +171,35 @@ def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex)
     return "_".join([Path(RESULTS).stem, *filter(None, parts)]) + ".json"
 
 
-def _write(
-    out: Path,
+def _report(
     command: EvaluateCommand,
     loaded: LoadedModel,
     images: Images,
     result: EvaluationResult,
     prior: FittedPrior | None,
     files: dict[str, str],
-    runtime: Runtime,
+    *,
+    world: int,
 ) -> None:
+    """Write the results, and print them."""
     from vae_dist.evaluation import run
     from vae_dist.files import write_durably
     from vae_dist.inference.load import weights_digest
+    from vae_dist.models.latent import STATISTICS_FILE, write_statistics
     from vae_dist.tracking.environment import versions
 
-    figures, config = result.figures(), loaded.config
-    description = prior.description if prior else ""
+    config, statistics, description = (
+        loaded.config,
+        result.statistics,
+        prior.description if prior else "",
+    )
+    name = _file_name(command, loaded, images.index)
+    out = Path(command.out or Path(command.run) / name)
+    facts = {"step": loaded.step, "weights": command.weights}
+    figures = result.figures()
     record = {
         "run": str(Path(command.run).resolve()),
-        "step": loaded.step,
-        "weights": command.weights,
+        **facts,
         "weights_digest": weights_digest(loaded.model),
         "data": command.data or config.data.validation,
         "data_fingerprint": images.index.fingerprint,
@@ -211,59 +210,45 @@ def _write(
         "conditions": run.conditions_of(
             figures, importance_samples=command.samples, prior=description
         ),
-        "latents": result.statistics.record(),
+        "latents": statistics.record(),
         "notes": result.notes,
         "metric_weights": files,
-        "world": runtime.world,
-        "device": runtime.device.type,
+        "world": world,
+        "device": next(loaded.model.parameters()).device.type,
         "versions": versions(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
-
-
-def _write_statistics(
-    command: EvaluateCommand, loaded: LoadedModel, result: EvaluationResult
-) -> None:
-    from vae_dist.models.latent import STATISTICS_FILE, write_statistics
-
-    if loaded.model.image_size is None:
-        facts = {"step": loaded.step, "weights": command.weights, "of": "samples"}
-        write_statistics(Path(command.run) / STATISTICS_FILE, result.statistics, facts)
-
-
-def _print(
-    command: EvaluateCommand,
-    loaded: LoadedModel,
-    result: EvaluationResult,
-    prior: FittedPrior | None,
-    out: Path,
-) -> None:
+    is_spatial = loaded.model.image_size is None
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
+        if is_spatial and out == Path(command.run) / RESULTS:
+            write_statistics(
+                Path(command.run) / STATISTICS_FILE, statistics, {**facts, "of": "samples"}
+            )
     print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
-    if prior:
-        print(prior.description)
-    figures, units = result.figures(), {"_nats": "nats per image", "_db": "dB"}
-    for name, value in figures.items():
-        if name.endswith("_se_nats") and name.removesuffix("_se_nats") + "_nats" in figures:
-            continue  # beside its mean
-        error = figures.get(name.removesuffix("_nats") + "_se_nats")
-        digits = 3 if name.endswith("_nats") else 4
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
-        unit = next((unit for end, unit in units.items() if name.endswith(end)), "")
-        unit = "bits per value" if "bits_per_dim" in name else unit
-        spread = "" if error is None else f"+- {error:.3f}"
-        print(f"{name:<28} {shown:>14}  {spread:<12} {unit}".rstrip())
-    for reason in result.notes.values():
-        print(f"  {reason}")
-    if loaded.config.data.mask != "none":
-        print(f"of observed pixels only (data.mask={loaded.config.data.mask})")
+    lines = [description, *_table(figures), *(f"  {note}" for note in result.notes.values())]
+    print("\n".join(filter(None, lines)))
+    if config.data.mask != "none":
+        print(f"of observed pixels only (data.mask={config.data.mask})")
     print(f"written to {out}")
-    if loaded.model.image_size is None:
-        statistics = result.statistics
-        print(
-            f"scaling_factor={statistics.scaling_factor:.5f} "
-            f"shift_factor={statistics.shift_factor:.5f} of the latents"
-        )
+    if is_spatial:
+        scale, shift = statistics.scaling_factor, statistics.shift_factor
+        print(f"scaling_factor={scale:.5f} shift_factor={shift:.5f} of the latents")
+
+
+def _table(figures: dict[str, float]) -> Iterator[str]:
+    """A line for each figure, with its standard error and unit."""
+    for name, value in figures.items():
+        of = name.removesuffix("_se_nats")
+        if of != name and f"{of}_nats" in figures:
+            continue  # beside its mean
+        is_nats = name.endswith("_nats")
+        unit = "nats per image" if is_nats else "dB" if name.endswith("_db") else ""
+        unit = "bits per value" if "bits_per_dim" in name else unit
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.{3 if is_nats else 4}f}"
+        error = figures.get(name.removesuffix("_nats") + "_se_nats")
+        spread = "" if error is None else f"+- {error:.3f}"
+        yield f"{name:<28} {shown:>14}  {spread:<12} {unit}".rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,26 +49,25 @@ def _token(repo: str) -> str:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ConfigError(f"push={repo}: {error}; give OWNER/NAME") from None
-    token = get_token()
-    if token is None:
-        raise ConfigError(
-            f"push={repo}: there is no login for the Hugging Face Hub; run `hf auth login` or set "
-            "HF_TOKEN to a token that may write"
-        )
-    return token
+    if token := get_token():
+        return token
+    raise ConfigError(
+        f"push={repo}: there is no login for the Hugging Face Hub; run `hf auth login` or set "
+        "HF_TOKEN to a token that may write"
+    )
 
 
 def _push(folder: Path, repo: str, token: str) -> str:
     """Upload what was written; the address of the commit."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
+    api, files = HfApi(token=token), ["config.json", "README.md", "*.safetensors"]
     try:
         api.create_repo(repo, exist_ok=True)
         done = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            allow_patterns=["config.json", "README.md", "*.safetensors"],
+            allow_patterns=files,
             commit_message="Weights of vae_dist",
         )
     except Exception as error:  # its transport, and so what it raises, differs by version

@@ -85,41 +85,34 @@ def _index(command: IndexCommand) -> list[str]:
 
 
 def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
-    """Decode everything; say what is wrong and what sizes there are. Returns the damaged shards."""
+    """Decode everything; print what is wrong and what sizes there are. Returns the damaged
+    shards."""
     from vae_dist.data.verify import verify
 
-    damaged: list[str] = []
-    double: list[str] = []
-    sizes: Counter[tuple[int, int]] = Counter()
-    channels: Counter[int] = Counter()
-    masks: Counter[str] = Counter()
     with ProgressBar("verified", len(index.paths), unit="shards") as progress:
         reports = []
         for report in verify(index, max_pixels=max_pixels):
             reports.append(report)
             progress(len(reports))
     for report in reports:
-        sizes.update(report.sizes)
-        channels.update(report.channels)
-        masks.update(report.masks)
-        if report.error:
-            print(report.error, file=sys.stderr)
-        double += [f"{report.path} {key}" for key in report.double]
-        for number, reason in report.damaged[:NUM_NAMED]:
-            print(f"{report.path} sample {number}: {reason}", file=sys.stderr)
-        if len(report.damaged) > NUM_NAMED:
-            more = len(report.damaged) - NUM_NAMED
-            print(f"{report.path}: {more} more samples are damaged", file=sys.stderr)
-        if report.error or report.damaged:
-            damaged.append(report.path)
+        named = report.damaged[:NUM_NAMED]
+        lines = [f"{report.path} sample {number}: {reason}" for number, reason in named]
+        if more := len(report.damaged) - len(named):
+            lines.append(f"{report.path}: {more} more samples are damaged")
+        for line in filter(None, [report.error, *lines]):
+            print(line, file=sys.stderr)
+    double = [f"{report.path} {key}" for report in reports for key in report.double]
     if double:
         print(f"double keys: {len(double)}, the first is {double[0]}; the trainer reads them all")
+    sizes = sum((report.sizes for report in reports), Counter[tuple[int, int]]())
+    channels = sum((report.channels for report in reports), Counter[int]())
+    masks = sum((report.masks for report in reports), Counter[str]())
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes.most_common(NUM_SIZES))
     print(f"sizes HxW: {common or 'none'}; {len(sizes)} different")
     print(f"channels: {', '.join(f'{c} ({count})' for c, count in sorted(channels.items()))}")
-    for mask, count in sorted((+masks).items()):
+    for mask, count in sorted(masks.items()):
         print(f"incomplete: {count} samples, which data.mask={mask} reads")
-    return damaged
+    return [report.path for report in reports if report.error or report.damaged]
 
 
 if __name__ == "__main__":

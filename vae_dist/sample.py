@@ -53,10 +53,8 @@ def sample(command: SampleCommand) -> None:
         print(fitted.description)
     if command.compare:
         print(f"left: draws of N(0, I); right: of {command.prior}, from the same noise")
-    classes = _classes(command, loaded)
-    print(
-        f"{len(images)} samples{classes} of step {loaded.step} ({command.weights} weights): {out}"
-    )
+    label = f"label={command.label}, " if loaded.model.num_classes else ""
+    print(f"{len(images)} samples, {label}step {loaded.step} ({command.weights} weights): {out}")
 
 
 def _size(command: SampleCommand, loaded: LoadedModel) -> tuple[int, int]:
@@ -116,20 +114,6 @@ def _check_label(command: SampleCommand, num_classes: int) -> None:
         raise ConfigError(
             f"label={command.label}: this model knows the classes 0 to {num_classes - 1}"
         )
-
-
-def _classes(command: SampleCommand, loaded: LoadedModel) -> str:
-    """The classes of the images, in words."""
-    if not loaded.model.num_classes:
-        return ""
-    words = {
-        "all": f", a row for each of {loaded.model.num_classes} classes",
-        "auto": ", classes drawn, all equally likely",
-        "none": " without a label",
-    }
-    if command.label == "none" and not loaded.config.model.label_dropout:
-        return f"{words['none']} (a case that model.label_dropout=0 did not train)"
-    return words.get(command.label, f" of class {command.label}")
 
 
 def main(argv: list[str] | None = None) -> int:

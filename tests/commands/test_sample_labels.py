@@ -44,7 +44,7 @@ def test_without_a_label_classes_are_drawn(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = images(run, tmp_path / "auto", "num_images=12")
-    assert "12 samples, classes drawn, all equally likely" in capsys.readouterr().out
+    assert "12 samples, label=auto, step 20" in capsys.readouterr().out
     of_class = [
         images(run, tmp_path / str(label), f"label={label}", "num_images=12") for label in range(3)
     ]
