@@ -393,7 +393,9 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
         ({"png": b"not an image"}, "no readable PNG"),
         ({"png": b""}, "no readable PNG"),
         ({"jpg": encode(Image.fromarray(SMOOTH), "JPEG")[:400]}, "JPEG"),
-        ({"jpg": encode(Image.fromarray(GREY))}, "no readable JPEG"),
+        ({"jpg": b"<!DOCTYPE html><html>"}, "a web page, no image"),
+        ({"png": b"version https://git-lfs.github.com/spec/v1"}, "a Git LFS pointer, no image"),
+        ({"jpg": b"\0\0\0\x1cftypheic\0\0\0\0"}, "HEIC, which is not decoded"),
         ({"png": png16(np.zeros((1, 2, 3), np.uint16))}, "more than 8 bits"),
         ({"png": encode(Image.fromarray(GREY.astype(np.uint16) * 257))}, "more than 8 bits"),
         ({"png": encode(CLEAR)}, "transparent pixels; pack .*background=white"),
@@ -429,3 +431,11 @@ def test_every_flipped_byte_is_refused_or_gives_an_image_of_the_right_kind() -> 
         except DamagedSampleError:
             refused += 1
     assert refused > len(data) / 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_the_content_decides_and_not_the_suffix(kind: str) -> None:
+    data = encode(Image.fromarray(GREY), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    image = decode_sample({"__key__": "k", "jpg": data}, channels=1, max_pixels=10**4)
+    np.testing.assert_array_equal(image[0], GREY)
+    assert size_of_sample({"__key__": "k", "jpg": data}, max_pixels=10**4) == GREY.shape

@@ -1,289 +1,299 @@
 from __future__ import annotations
 
-import contextlib
 import gzip
-import hashlib
 import io
-import pickle
-import threading
+import os
+import tarfile
 import warnings
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.picture_sources import opened, png, summary, write_tar
+from tests.support.picture_sources import listed, opened, png, summary, write_files, write_tar
 from vae_dist.config.errors import ConfigError
-from vae_dist.packing.arrays import download_mnist, read_idx
-from vae_dist.packing.items import Item, Listing, check_splits, from_paths, numbered
+from vae_dist.packing.items import InFile, Item, Listing, read, split_of
+from vae_dist.packing.sources import check_splits, numbered, with_splits_and_categories
 
-RANDOM = np.random.default_rng(0)
+HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
+EVIL = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"]
+ONLY = "only .cls, .json, .mask.png, .txt of a picture's name are taken along"
 
 
-def test_splits_and_categories_are_read_off_the_paths() -> None:
-    def read(*paths: str) -> list[tuple[str | None, object]]:
-        return [(i.split, i.category) for i in from_paths(Item(path, None, 1) for path in paths)]
+def write(kind: str, files: dict[str, bytes], folder: Path) -> Path:
+    path = folder / f"in{kind}"
+    if kind == ".zip":
+        with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+    return write_tar(path, files) if kind else write_files(path, files)
 
-    assert read("a.png", "b.png") == [(None, None)] * 2
-    assert read("cat/a.png", "dog/x/b.png") == [(None, "cat"), (None, "dog")]
-    assert read("faces/a.png", "faces/b.png") == [(None, None)] * 2
-    assert read("set/train/cat/a.png", "set/val/dog/b.png") == [
-        ("train", "cat"),
-        ("validation", "dog"),
-    ]
-    assert read("train/a.png") == [("train", None)]
+
+def item(name: str, category: str | int | None = None) -> Item:
+    return Item(name, InFile("x"), 1, category=category)
+
+
+# splits and classes
+
+
+@pytest.mark.parametrize(
+    ("paths", "want"),
+    [
+        (["a.png", "b.png"], [(None, None)] * 2),
+        (["cat/a.png", "dog/x/b.png"], [(None, "cat"), (None, "dog")]),
+        (["faces/a.png", "faces/b.png"], [(None, None)] * 2),
+        (["s/train/cat/a.png", "s/val/dog/b.png"], [("train", "cat"), ("validation", "dog")]),
+        (["train/a.png"], [("train", None)]),
+        (["cup/train/good/a.png", "nut/test/bad/b.png"], [("train", "cup"), ("test", "nut")]),
+        (["cat/train/a.png", "dog/b.png"], [(None, "cat"), (None, "dog")]),
+    ],
+)
+def test_splits_and_categories_are_read_off_the_paths(
+    paths: list[str], want: list[tuple[str | None, str | None]]
+) -> None:
+    found = with_splits_and_categories(item(path) for path in paths)
+    assert [(i.split, i.category) for i in found] == want
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test-00000-of-00002.parquet", "test"),
+        ("default/validation/0000.parquet", "validation"),
+        ("train.zip", "train"),
+        ("imagenet-val-000012.tar", "validation"),
+        ("crash-test-dummies.tar", None),
+        ("0000.parquet", None),
+    ],
+)
+def test_the_split_of_an_archive_is_read_off_its_path(name: str, split: str | None) -> None:
+    assert split_of(name) == split
 
 
 def test_names_of_classes_become_numbers_in_alphabetical_order() -> None:
-    items = [Item("a", None, 1, None, c) for c in ("dog", "cat", None)]
-    got, classes = numbered(Listing(items, []))
-    assert [item.category for item in got] == [1, 0, None] and classes == ("cat", "dog")
+    for names, classes, want in (
+        (("dog", "cat", None), ("cat", "dog"), [1, 0, None]),
+        (("10", "9"), ("9", "10"), [1, 0]),
+        ((3, None), ("a", "b"), [3, None]),
+    ):
+        listing = Listing([item(f"{n}", n) for n in names], [], [], ("a", "b"))
+        items, found = numbered(listing)
+        assert ([i.category for i in items], found) == (want, classes)
     with pytest.raises(ConfigError, match="some classes are named and some are numbers"):
-        numbered(Listing([*items, Item("b", None, 1, None, 3)], []))
-
-
-def test_names_that_are_numbers_are_ordered_as_numbers() -> None:
-    items = [Item(f"{i}/a.png", None, 1, None, str(i)) for i in range(12)]
-    got, classes = numbered(Listing(items, []))
-    assert [item.category for item in got] == list(range(12))
-    assert classes == tuple(map(str, range(12)))
+        numbered(Listing([item("a", "cat"), item("b", 1)], [], []))
 
 
 def test_a_split_between_classes_is_refused() -> None:
-    names = ("bus/0.png", "train/0.png", "car/0.png")
-    items = from_paths(Item(name, None, 1) for name in names)
-    with pytest.raises(ConfigError, match=r"train/0\.png: train\) and 2 to none \(bus/0\.png\)"):
-        check_splits(items)
-    check_splits(from_paths(Item(f"train/{name}", None, 1) for name in names))
+    names = ["train/a.png", "bus/b.png"]
+    with pytest.raises(ConfigError, match=r"1 pictures belong to a split .* and 1 to none"):
+        check_splits(with_splits_and_categories(map(item, names)))
 
 
-def test_a_folder(tmp_path: Path) -> None:
-    for i, name in enumerate(["cat/a.PNG", "cat/.hidden.png", "dog/b.jpeg", "dog/notes.txt"]):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(png(i))
-    (tmp_path / "in/dog/empty.png").touch()
-    listing, files = opened(tmp_path / "in", tmp_path / "work")
-    assert summary(listing.items) == {"cat/a.PNG": (None, "cat"), "dog/b.jpeg": (None, "dog")}
-    assert files == [("png", png(0)), ("jpeg", png(2))]
-    assert listing.refused == [("dog/empty.png", "an empty file")]
+# the same rules for folders, zip files and tars
 
 
-EVIL = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"]
+@pytest.mark.parametrize("kind", ["", ".zip", ".tar"])
+def test_pictures_masks_and_what_is_neither(tmp_path: Path, kind: str) -> None:
+    files = {
+        "cat/a.PNG": png(0), "cat/a.mask.png": png(1), "cat/.hidden.png": png(),
+        "dog/b.jpg": png(2), "__MACOSX/cat/._a.png": png(), "Thumbs.db": b"x",
+        "dog/c.mask.png": png(), "dog/empty.png": b"", "dog/e.heic": png(3),
+        "dog/f": png(4), "README": b"x", "g.psd": b"x",
+    }  # fmt: skip
+    listing, data = opened(write(kind, files, tmp_path), tmp_path / "work")
+    assert summary(listing.items) == {
+        "cat/a.PNG": (None, "cat"), "dog/b.jpg": (None, "dog"), "dog/e.heic": (None, "dog"),
+        "dog/f": (None, "dog"),
+    }  # fmt: skip
+    assert data == [png(0), png(2), png(3), png(4)]
+    companions = [{m: read(f.place) for m, f in i.companions} for i in listing.items]
+    assert companions == [{"mask.png": png(1)}, {}, {}, {}]
+    assert listing.lost == [("dog/empty.png", "an empty file")]
+    text = f"1 files; {ONLY}" if kind == ".tar" else "1 files that are no pictures"
+    assert listing.left_out == [
+        ("dog/c.mask.png", "the mask of no picture"),
+        ("files without suffix", text),
+        ("*.psd", text),
+    ]  # fmt: skip
+    assert listing.notes == (
+        "files without suffix: 1 files are decoded by their content",
+        "*.heic: 1 files are decoded by their content",
+    )
 
 
-def test_a_zip_and_its_evil_members(tmp_path: Path) -> None:
-    path = tmp_path / "in.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for i, name in enumerate(["cat/a.png", "__MACOSX/cat/._a.png", "dog/b.png", *EVIL]):
-            archive.writestr(name, png(i))
-        archive.writestr("dog/zero.png", b"")
-    listing, files = opened(path, tmp_path / "work")
-    assert [item.name for item in listing.items] == ["cat/a.png", "dog/b.png"]
-    assert files == [("png", png(0)), ("png", png(2))]
-    reasons = dict(listing.refused)
+@pytest.mark.parametrize("kind", [".zip", ".tar"])
+def test_members_of_evil_names_are_refused(tmp_path: Path, kind: str) -> None:
+    files = {name.replace("\\", "/") if kind == ".tar" else name: png() for name in EVIL}
+    listing, _ = opened(write(kind, {**files, "a.png": png(1)}, tmp_path), tmp_path / "work")
+    assert [i.name for i in listing.items] == ["a.png"]
+    reasons = dict(listing.lost)
     assert "an absolute path" in reasons["/etc/evil.png"] + reasons["C:/evil.png"]
     assert reasons["a/../../evil.png"] == reasons["../evil.png"] == "a path with .."
-    assert reasons["dog/zero.png"] == "an empty file"
-    assert len(listing.refused) == len(EVIL) + 1
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_a_tar_of_every_compression(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / f"in.tar{mode[1:].replace(':', '.')}"
-    members = {"x/a.png": png(0), "x/a.cls": b"7", "x/b.png": png(1), "../evil.png": png(2)}
-    write_tar(path, members, mode, link="x/link.png")
-    listing, files = opened(path, tmp_path / "work")
-    assert summary(listing.items) == {"x/a.png": (None, 7), "x/b.png": (None, None)}
-    assert files == [("png", png(0)), ("png", png(1))]
-    assert listing.refused == [("../evil.png", "a path with ..")]
     assert not (tmp_path / "evil.png").exists()
+
+
+# folders
+
+
+def test_folders_that_are_links_are_followed_once(tmp_path: Path) -> None:
+    write_files(tmp_path / "in/train", {"a/0.png": png()})
+    write_files(tmp_path / "elsewhere", {"a/1.png": png(1)})
+    os.symlink(tmp_path / "elsewhere", tmp_path / "in/test")
+    os.symlink(tmp_path / "in", tmp_path / "in/train/loop")
+    os.symlink(tmp_path / "nowhere", tmp_path / "in/train/dangling.jpg")
+    listing = listed(tmp_path / "in", tmp_path / "work")
+    assert summary(listing.items) == {
+        "test/a/1.png": ("test", "a"),
+        "train/a/0.png": ("train", "a"),
+    }
+    assert listing.lost == [("train/dangling.jpg", "cannot be read (No such file or directory)")]
+    assert listing.left_out == [("train/loop/", "a link to a folder that is listed already")]
+
+
+def test_pictures_beside_archives_are_packed_too(tmp_path: Path) -> None:
+    write_files(tmp_path / "in", {"pics/0.png": png(0)})
+    write_tar(tmp_path / "in/extra.tar", {"x.png": png(1)})
+    write_tar(tmp_path / "in/more.tar.gz", {"y.png": png(2)}, "w:gz")
+    write(".zip", {"z.png": png(3)}, tmp_path / "in").rename(tmp_path / "in/last.ZIP")
+    _, files = opened(tmp_path / "in", tmp_path / "work")
+    assert files == [png(0), png(1), png(3), png(2)]
+
+
+def test_a_folder_of_splits_with_shards_is_packed_again(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        write_tar(tmp_path / "in" / split / "s-0.tar", {"0.png": png(), "0.cls": b"3"})
+    written = {"pack.json": b"{}", "names.txt": b"", "contact-sheet.png": png(), "_info.json": b""}
+    listing = listed(write_files(tmp_path / "in", written), tmp_path / "work")
+    assert [(i.split, i.category) for i in listing.items] == [("train", 3), ("validation", 3)]
+    assert not listing.lost and not listing.left_out
+
+
+def test_parts_of_a_download_are_no_classes(tmp_path: Path) -> None:
+    files = {f"0000{k}/{k}.jpg": png(k) for k in range(2)}
+    files |= {f"0000{k}_stats.json": b"{}" for k in range(2)}
+    listing = listed(write_files(tmp_path, files), tmp_path / "work")
+    assert [i.category for i in listing.items] == [None, None]
+
+
+def test_patterns_lists_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(2):
+        write_tar(tmp_path / f"{k}.tar", {"0.png": png(k), "0.mask.png": png(2 + k)})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spec in (f"{tmp_path}/*.tar", "~/[01].tar", [str(tmp_path / "0.tar"), "~/1.tar"]):
+        listing, files = opened(spec, tmp_path / "work")
+        assert files == [png(0), png(1)]
+        assert [read(dict(i.companions)["mask.png"].place) for i in listing.items] == [
+            png(2), png(3)
+        ]  # fmt: skip
+    (tmp_path / "2024").mkdir()
+    write_files(tmp_path / "2024", {"a.png": png()})
+    monkeypatch.chdir(tmp_path)
+    assert len(listed(2024, tmp_path / "work").items) == 1
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9\n.png", "wb") as file:
+        file.write(png())
+    assert opened(tmp_path / "in", tmp_path / "work")[1] == [png()]
+
+
+# zip files
 
 
 def test_a_zip_that_has_a_name_twice_gives_both_pictures(tmp_path: Path) -> None:
     path = tmp_path / "in.zip"
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
-        for i in range(2):
-            archive.writestr("a.png", png(i))
-    _, files = opened(path, tmp_path / "work")
-    assert files == [("png", png(0)), ("png", png(1))]
+        for k in range(2):
+            archive.writestr("a.png", png(k))
+    assert opened(path, tmp_path / "work")[1] == [png(0), png(1)]
 
 
-def test_a_tar_of_the_folder_it_was_made_in(tmp_path: Path) -> None:
-    write_tar(tmp_path / "in.tar", {"./cat/a.png": png(0), "./dog/b.png": png(1)})
-    listing, _ = opened(tmp_path / "in.tar", tmp_path / "work")
-    assert [item.category for item in listing.items] == ["cat", "dog"]
+def test_a_zip_with_backslashes_and_encrypted_members(tmp_path: Path) -> None:
+    path = write(".zip", {"train\\cat\\a.png": png(), "b.png": png()}, tmp_path)
+    data = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.rindex(mark) + flags] |= 1  # of b.png
+    path.write_bytes(data)
+    listing = listed(path, tmp_path / "work")
+    assert summary(listing.items) == {"train/cat/a.png": ("train", "cat")}
+    assert listing.lost == [("b.png", "encrypted")]
 
 
-def corrupt(data: bytes) -> bytes:
-    """A gzip file whose deflate stream is wrong: no OSError but zlib.error."""
-    return data[:10] + b"\xff" * 8 + data[18:]
+# tars
 
 
-def test_a_tar_gz_with_a_damaged_stream_is_named(tmp_path: Path) -> None:
-    (tmp_path / "in.tar.gz").write_bytes(corrupt(gzip.compress(b"x" * 5000)))
-    with pytest.raises(ConfigError, match=r"in\.tar\.gz: cannot be unpacked"):
-        opened(tmp_path / "in.tar.gz", tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_of_every_compression(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / f"in.tar{mode[1:].replace(':', '.')}"
+    write_tar(path, {"./x/a.png": png(0), "./x/a.cls": b"7", "./x/b.png": png(1)}, mode)
+    listing, files = opened(path, tmp_path / "work")
+    assert [i.category for i in listing.items] == [7, None] and files == [png(0), png(1)]
 
 
-def test_damaged_archives_are_named(tmp_path: Path) -> None:
-    (tmp_path / "in.zip").write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(ConfigError, match=r"in\.zip: no readable zip file"):
-        opened(tmp_path / "in.zip", tmp_path)
-    (tmp_path / "in.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(ConfigError, match=r"in\.tar: byte 0: damaged tar header"):
-        opened(tmp_path / "in.tar", tmp_path)
-    (tmp_path / "in.tar.gz").write_bytes(gzip.compress(b"x" * 5000)[:-9])
-    with pytest.raises(ConfigError, match=r"in\.tar\.gz: cannot be unpacked"):
-        opened(tmp_path / "in.tar.gz", tmp_path)
-    with pytest.raises(ConfigError, match=r"nowhere: no such file; give a folder of pictures"):
-        opened(tmp_path / "nowhere", tmp_path)
-
-
-# MNIST
-
-
-def idx(array: np.ndarray) -> bytes:
-    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return head + array.tobytes()
-
-
-def mnist_contents() -> dict[str, bytes]:
-    digits = {prefix: RANDOM.integers(0, 256, (n, 4, 3), dtype=np.uint8) for prefix, n in
-              (("train", 5), ("t10k", 2))}  # fmt: skip
-    files = {f"{prefix}-images-idx3-ubyte": idx(images) for prefix, images in digits.items()}
-    for prefix, images in digits.items():
-        files[f"{prefix}-labels-idx1-ubyte"] = idx(np.arange(len(images), dtype=np.uint8))
-    return files
-
-
-def test_mnist_idx_files_packed_or_not(tmp_path: Path) -> None:
-    files = mnist_contents()
-    for name, data in files.items():
-        packed = "images" in name
-        (tmp_path / (name + ".gz" * packed)).write_bytes(gzip.compress(data) if packed else data)
-    listing, pictures = opened(tmp_path, tmp_path / "work")
-    assert [(i.split, i.category) for i in listing.items] == [
-        *(("train", i) for i in range(5)),
-        *(("test", i) for i in range(2)),
+def test_links_of_a_tar_are_read_or_named(tmp_path: Path) -> None:
+    links = {
+        "b.png": (HARD, "x/a.png"), "x/c.png": (SYMBOLIC, "a.png"),
+        "d.png": (SYMBOLIC, "/etc/passwd"), "e.png": (tarfile.FIFOTYPE, ""),
+    }  # fmt: skip
+    path = write_tar(tmp_path / "in.tar", {"x/a.png": png()}, links=links)
+    listing, files = opened(path, tmp_path / "work")
+    assert [i.name for i in listing.items] == ["x/a.png", "b.png", "x/c.png"]
+    assert files == [png()] * 3
+    assert listing.lost == [
+        ("d.png", "a link to /etc/passwd, which is not in the tar"),
+        ("e.png", "a member of type '6', no regular file"),
     ]
-    got = np.stack([np.asarray(Image.open(io.BytesIO(data))) for _, data in pictures[:5]])
-    assert idx(got) == files["train-images-idx3-ubyte"]
 
 
-def test_a_cut_idx_file_is_refused(tmp_path: Path) -> None:
-    for name, data in mnist_contents().items():
-        (tmp_path / name).write_bytes(data[:-1] if "t10k-images" in name else data)
-    with pytest.raises(ConfigError, match=r"t10k-images.* 23 bytes of pixels, but its header"):
-        opened(tmp_path, tmp_path / "work")
+def test_what_follows_the_end_mark_of_a_tar_is_named(tmp_path: Path) -> None:
+    one, two = (write_tar(tmp_path / f"{k}.tar", {f"{k}.png": png(k)}) for k in range(2))
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    listing = listed(one, tmp_path / "work")
+    assert [i.name for i in listing.items] == ["0.png"]
+    assert listing.left_out == [
+        ("0.tar", "more follows its end mark at byte 1024; join with tar --concatenate")
+    ]
 
 
-def test_a_damaged_idx_gz_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(corrupt(gzip.compress(idx(np.zeros((2, 4, 3), np.uint8)))))
-    with pytest.raises(ConfigError, match=r"ubyte\.gz: cannot be read"):
-        read_idx(path)
+def test_other_images_of_a_sample_are_no_pictures(tmp_path: Path) -> None:
+    members = {"0.jpg": png(), "0.depth.png": png(1), "img.1.jpg": png(2), "img.2.jpg": png(3),
+               "0.json": b"{}", "0.npz": b"x", "notes.txt": b""}  # fmt: skip
+    listing, files = opened(write_tar(tmp_path / "in.tar", members), tmp_path / "work")
+    assert files == [png(0), png(2), png(3)]
+    assert dict(listing.items[0].companions).keys() == {"json"}
+    assert listing.left_out == [
+        ("*.depth.png", f"1 files; {ONLY}"), ("*.npz", f"1 files; {ONLY}"),
+        ("*.txt", f"1 files; {ONLY}"),
+    ]  # fmt: skip
 
 
-@contextlib.contextmanager
-def served(files: dict[str, bytes]) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            data = files.get(self.path)
-            self.send_response(404 if data is None else 200)
-            if self.path.startswith("/cut/"):
-                self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(data or b"")
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("in.zip", b"PK\x03\x04 no", r"in\.zip: no readable zip file"),
+        ("in.tar", b"no tar" * 1000, r"in\.tar: byte 0: damaged tar header"),
+        ("in.tar.gz", gzip.compress(b"x" * 5000)[:-9], r"in\.tar\.gz: cannot be unpacked"),
+        ("in.tgz", gzip.compress(b"x")[:10] + b"\xff" * 9, r"in\.tgz: cannot be unpacked"),
+        ("in.rar", b"x", "is nothing that can be packed; give a folder of pictures"),
+        ("in.parquet", b"x", r"in\.parquet: cannot be read"),
+    ],
+)
+def test_damaged_archives_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        listed(tmp_path / name, tmp_path / "work")
+    assert not (tmp_path / "work").exists() or not list((tmp_path / "work").iterdir())
+    with pytest.raises(ConfigError, match=r"nowhere: no such file; give a folder of pictures"):
+        listed(tmp_path / "nowhere", tmp_path)
 
 
-def test_mnist_is_downloaded_from_the_mirror_that_has_it(tmp_path: Path) -> None:
-    files = mnist_contents()
-    sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    served_files = {f"/good/{name}.gz": gzip.compress(data) for name, data in files.items()}
-    served_files |= {f"/other/{name}.gz": gzip.compress(b"other") for name in files}
-    served_files |= {f"/cut/{name}.gz": gzip.compress(b"cut") for name in files}
-    served_files |= {f"/damaged/{name}.gz": corrupt(gzip.compress(bytes(99))) for name in files}
-    with served(served_files) as url:
-        bad = ("none", "other", "cut", "damaged")
-        mirrors = [*(f"{url}/{kind}/" for kind in bad), f"{url}/good/"]
-        download_mnist(tmp_path / "mnist", mirrors=mirrors, sha256=sha256)
-        with pytest.raises(ConfigError) as refused:
-            download_mnist(tmp_path / "again", mirrors=mirrors[:4], sha256=sha256)
-    for name, data in files.items():
-        assert (tmp_path / "mnist" / name).read_bytes() == data
-    assert "404" in str(refused.value) and "its checksum differs" in str(refused.value)
-    assert "source=FOLDER" in str(refused.value)
-
-
-# CIFAR-10
-
-
-def cifar_batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    return {
-        name: (
-            RANDOM.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8),
-            np.array([i, 9 - i], np.uint8),
-        )
-        for i, name in enumerate(names)
-    }
-
-
-def write_cifar(folder: Path, batches: dict[str, tuple[np.ndarray, np.ndarray]]) -> Path:
-    files = {
-        f"{name}.bin": b"".join(bytes([n]) + i.tobytes() for i, n in zip(*batch, strict=True))
-        for name, batch in batches.items()
-    }
-    files["batches.meta.txt"] = "\n".join(f"class{i}" for i in range(10)).encode()
-    path = folder / "cifar-10-binary.tar.gz"
-    write_tar(path, {f"cifar-10-batches-bin/{name}": data for name, data in files.items()}, "w:gz")
-    return path
-
-
-def test_the_binary_archive_of_cifar(tmp_path: Path) -> None:
-    batches = cifar_batches()
-    listing, pictures = opened(write_cifar(tmp_path, batches), tmp_path / "work")
-    assert listing.classes == tuple(f"class{i}" for i in range(10))
-    assert [item.split for item in listing.items] == ["train"] * 10 + ["test"] * 2
-    want = [label for _, labels in batches.values() for label in labels.tolist()]
-    assert [item.category for item in listing.items] == want
-    first = np.asarray(Image.open(io.BytesIO(pictures[0][1]))).transpose(2, 0, 1)
-    np.testing.assert_array_equal(first, batches["data_batch_1"][0][0])
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, ...]:
-        return print, ("never",)
-
-
-@pytest.mark.parametrize("kind", ["archive", "folder"])
-def test_the_pickles_of_cifar_are_refused_unread(
-    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Even arrays alone are not admitted: a forged dtype turns bytes into object pointers."""
-    path, data = tmp_path / "cifar-10-python.tar.gz", pickle.dumps(Evil())
-    if kind == "archive":
-        write_tar(path, {"cifar-10-batches-py/data_batch_1": data}, "w:gz")
-    else:
-        path = tmp_path / "cifar-10-batches-py"
-        path.mkdir()
-        (path / "data_batch_1").write_bytes(data)
-    with pytest.raises(ConfigError, match=r"data_batch_1 is a Python pickle.*cifar-10-binary"):
-        opened(path, tmp_path / "work")
-    assert capsys.readouterr().out == ""
+def test_raw_pixels_become_png(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(bytes(range(24)))
+    for shape, size, mode in (((4, 3), (3, 4), "L"), ((3, 2, 2), (2, 2), "RGB")):
+        image = Image.open(io.BytesIO(read(InFile(str(tmp_path / "raw"), 2, 12, shape))))
+        assert image.size == size and image.mode == mode
+    assert image.getpixel((1, 0)) == (3, 7, 11)

@@ -1,4 +1,4 @@
-"""Small sources of pictures, opened as `pack` opens them."""
+"""Small sources of pictures, listed as `pack` lists them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vae_dist.packing.items import Item, Listing
-from vae_dist.packing.open import open_source
+from vae_dist.config.commands import PackCommand
+from vae_dist.packing.items import Item, Listing, read
+from vae_dist.packing.sources import list_source
 
 
 def png(seed: int = 0) -> bytes:
@@ -24,22 +25,38 @@ def summary(items: list[Item]) -> dict[str, tuple[str | None, object]]:
     return {item.name: (item.split, item.category) for item in items}
 
 
-def opened(path: Path, work: Path, *, labels: str = "") -> tuple[Listing, list[tuple[str, bytes]]]:
-    source = open_source(str(path), labels=labels, work_folder=work)
-    listing = source.list()
-    return listing, [source.read(item) for item in listing.items]
+def listed(source: object, work: Path, **keys: str) -> Listing:
+    spec = str(source) if isinstance(source, Path) else source
+    return list_source(PackCommand(source=spec, **keys), work=work)
+
+
+def opened(source: object, work: Path, **keys: str) -> tuple[Listing, list[bytes]]:
+    listing = listed(source, work, **keys)
+    return listing, [read(item.place) for item in listing.items]
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def write_tar(
-    path: Path, members: dict[str, bytes], mode: str = "w", *, link: str | None = None
-) -> None:
-    """link: name of a member that points out of the tar."""
+    path: Path,
+    members: dict[str, bytes],
+    mode: str = "w",
+    *,
+    links: dict[str, tuple[bytes, str]] | None = None,
+) -> Path:
+    """links: kind and target by name."""
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for name, data in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-        if link is not None:
-            member = tarfile.TarInfo(link)
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        for name, (kind, target) in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
             archive.addfile(member)
+    return path

@@ -187,12 +187,14 @@ class IndexCommand:
 class PackCommand:
     source: Any = knob(
         "???",
-        "folder of pictures, archive or list of archives, MNIST or CIFAR-10 files, CelebA folder, "
-        "parquet files, or the word mnist (downloads it)",
+        "folder of pictures or archives, archive, pattern or list of these, MNIST or CIFAR-10 "
+        "files, CelebA folder, parquet files, hf://datasets/OWNER/NAME, mnist or cifar10",
         is_text=True,
     )
     out: str = knob("???", "folder to write: OUT/train, OUT/validation, OUT/test")
     labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
+    label_column: str = knob("", "column of labels= or of parquet files that is the class")
+    image_column: str = knob("", "column of parquet files that holds the pictures")
     validation: float = knob(
         0.05,
         "part (below 1) or number of training pictures set aside, unless the source has some",

@@ -16,6 +16,7 @@ are), by its alpha channel (from half opaque on) or by floats that are NaN where
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -42,6 +43,23 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY_PNG = 0  # colour type
+MAGIC = (  # first bytes of a file, and the suffix that they speak for
+    (PNG_SIGNATURE, "png"),
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x93NUMPY", "npy"),
+    *((mark, "tif") for mark in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    *((b"P%d" % kind, "ppm") for kind in range(1, 7)),
+    (b"\0\0\0\x0cjP  ", "jp2"),
+)
+BRANDS = {b"avif": "avif", b"avis": "avif"}  # of files that begin with a box ftyp
+FOREIGN = (
+    (rb"\s*<(!doctype|html|\?xml)", "a web page, no image; fetch it again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, no image; run `git lfs pull`"),
+    (rb".{4}ftyp(hei|mif|msf)", "HEIC, which is not decoded; convert it to JPEG"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL, which is not decoded; convert it to PNG"),
+)
 MASK_MEMBER = "mask.png"
 MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
@@ -150,7 +168,25 @@ def image_of(sample: Mapping[str, Any]) -> tuple[str, bytes]:
     if len(names) != 1:
         found = ", ".join(names) or "no ." + ", .".join(SUFFIXES)
         raise DamagedSampleError(f"a sample has one image, this one has {found}")
-    return names[0].rpartition(".")[2], sample[names[0]]
+    data = sample[names[0]]
+    kind = kind_of(data)
+    return kind if kind in SUFFIXES else names[0].rpartition(".")[2], data
+
+
+def kind_of(data: bytes | memoryview) -> str | None:
+    """The suffix that the first bytes of an image file speak for: suffixes lie. None: no image."""
+    head = bytes(data[:16])
+    if head[:4] == b"RIFF":
+        return "webp" if head[8:12] == b"WEBP" else None
+    if head[4:8] == b"ftyp":
+        return BRANDS.get(head[8:12])
+    return next((suffix for magic, suffix in MAGIC if head.startswith(magic)), None)
+
+
+def foreign(data: bytes | memoryview) -> str | None:
+    """What a file is that is often found in the place of an image, and what to do."""
+    head = bytes(data[:64])
+    return next((text for start, text in FOREIGN if re.match(start, head, re.I | re.S)), None)
 
 
 def decode_image(
@@ -206,7 +242,8 @@ def _opened(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=(image_format,))
     except Exception as error:  # Pillow raises many kinds on damaged bytes
-        raise DamagedSampleError(f"no readable {image_format} ({short(error)})") from None
+        reason = foreign(data) or f"no readable {image_format} ({short(error)})"
+        raise DamagedSampleError(reason) from None
     check_pixels(image.height, image.width, max_pixels)
     return image
 

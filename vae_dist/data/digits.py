@@ -80,11 +80,18 @@ def make_digits(folder: str | Path) -> bool:
     return True
 
 
+def idx_shape(head: bytes) -> tuple[tuple[int, ...], int]:
+    """Shape and first byte of the array, after an idx file's first bytes. Raises ValueError."""
+    num_axes = head[3] if len(head) > 3 else 0
+    if head[:3] != b"\0\0\x08" or len(head) < 4 + 4 * num_axes:
+        raise ValueError("is no idx file of unsigned bytes")
+    return tuple(np.frombuffer(head, ">u4", num_axes, offset=4).tolist()), 4 + 4 * num_axes
+
+
 def _read_idx(name: str) -> np.ndarray:
     data = gzip.decompress(files("vae_dist.data").joinpath("digits", name).read_bytes())
-    num_axes = data[3]
-    shape = np.frombuffer(data, ">u4", num_axes, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+    shape, at = idx_shape(data)
+    return np.frombuffer(data, np.uint8, offset=at).reshape(shape)
 
 
 def _stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ MAX_CHECKSUM = 255 * 504 + 8 * ord(" ")
 LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
 SPECIAL = (LONG_NAME, PAX, b"K", b"g")
 REGULAR = (b"0", b"\0")
+HARD_LINK, SYMBOLIC_LINK, FOLDER = b"1", b"2", b"5"
+REST_BYTES = 1 << 20  # that are read at once behind the end mark
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset leaves out (`skip_meta`)
 _PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
@@ -35,6 +38,14 @@ class ShardError(ConfigError):
 
 class DamagedSampleError(ValueError):
     """One sample cannot be read; the message is the reason."""
+
+
+class PassedOver(NamedTuple):
+    """What a tar holds beside regular files."""
+
+    name: str
+    target: str  # the member that a link means; empty: no link
+    reason: str  # why it cannot be read by itself
 
 
 class Header(NamedTuple):
@@ -134,17 +145,30 @@ def key_and_suffix(name: str) -> tuple[str | None, str]:
     return key, suffix or ""
 
 
-def files_of_tar(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, bytes) of the regular files of a plain tar. Raises ShardError."""
-    for _, _, name, at, size in _hops(path, 0):
+def files_of_tar(
+    path: str, passed: list[PassedOver] | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, bytes) of the regular files of a plain tar; `passed` takes what is none.
+    Raises ShardError."""
+    for _, _, name, at, size in _hops(path, 0, passed=passed):
         yield _decoded(name), at, size
 
 
+def _passed_over(name: str, kind: bytes, block: bytes) -> PassedOver:
+    target = _decoded(block[157:257].split(b"\0", 1)[0])
+    if kind == SYMBOLIC_LINK:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    elif kind != HARD_LINK:
+        return PassedOver(name, "", f"a member of type {kind.decode('latin1')!r}, no regular file")
+    return PassedOver(name, target, f"a link to {target}, which is not in the tar")
+
+
 def _hops(
-    path: str, at: int, read: Read | None = None
+    path: str, at: int, read: Read | None = None, passed: list[PassedOver] | None = None
 ) -> Iterator[tuple[int, int, bytes, int, int]]:
     """The regular files: first byte with its long name, byte after the padded data, name, first
-    byte of the data, bytes of data. `read` is what reads a shard that is no local file."""
+    byte of the data, bytes of data. `read` is what reads a shard that is no local file; `passed`
+    takes the other members, and what follows the end mark."""
     with contextlib.ExitStack() as opened:
         if read is None:
             descriptor = os.open(path, os.O_RDONLY)
@@ -159,6 +183,9 @@ def _hops(
             if len(block) == BLOCK and not any(block):
                 if any(read(at + BLOCK, BLOCK)):  # an end mark is two blocks, or the last one
                     raise _shard_error(path, at, "a block of zeros where a header should be")
+                if passed is not None and _goes_on(read, at + 2 * BLOCK):
+                    more = f"more follows its end mark at byte {at}; join with tar --concatenate"
+                    passed.append(PassedOver("", "", more))
                 return
             if not block:
                 raise _shard_error(path, at, "the tar ends without its end mark, it is cut off")
@@ -175,8 +202,20 @@ def _hops(
             else:
                 if header.kind in REGULAR:
                     yield start, stop, long_name or header.name, at + BLOCK, header.size
+                elif passed is not None and header.kind != FOLDER:
+                    name = _decoded(long_name or header.name)
+                    passed.append(_passed_over(name, header.kind, block))
                 start, long_name = stop, None
             at = stop
+
+
+def _goes_on(read: Read, at: int) -> bool:
+    """Whether a byte from there on is not zero."""
+    while piece := read(at, REST_BYTES):
+        if any(piece):
+            return True
+        at += len(piece)
+    return False
 
 
 def _shard_error(path: str, at: int, reason: str) -> ShardError:

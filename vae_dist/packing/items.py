@@ -1,25 +1,29 @@
-"""What a source of pictures is: a list of items, and the bytes of each.
+"""Pictures of a source: what they are called, and how their bytes are read.
 
-In: paths as they stand in a folder or an archive. Out: `Item`s with split and category.
-
-A path is read as `[SPLIT/][CATEGORY/]...NAME.suffix`: SPLIT is one of train, val, valid,
-validation, test; CATEGORY is the first folder above the picture that is left. `NAME.mask.png`
-beside a picture says which of its pixels are missing: it goes with it and is no picture.
+In: names and places. Out: `Item`s, `Listing`s, bytes. A place is small, since plans hold one for
+each picture, and holds no open file, since processes share it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Protocol
+import functools
+import io
+import os
+import re
+import zipfile
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-from vae_dist.config.errors import ConfigError
+import numpy as np
+from PIL import Image
+
 from vae_dist.data.decode import MASK_MEMBER
+from vae_dist.data.tar import DamagedSampleError
 
 READABLE = ("png", "jpg", "jpeg", "webp", "npy", "tif", "tiff")  # as the trainer reads them
 CONVERTED = ("bmp", "gif", "ppm", "pgm")  # become PNG
-SUFFIXES = (*READABLE, *CONVERTED)
+BY_CONTENT = ("jfif", "jpe", "avif", "heic", "heif", "jxl", "jp2")  # decoded where Pillow can
+PICTURES = (*READABLE, *CONVERTED, *BY_CONTENT)
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -29,14 +33,31 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
+METADATA = ("_info.json", "shards.json", "thumbs.db", "desktop.ini")
 MAX_FILE_BYTES = 1 << 30  # one picture; a larger one is refused before it is read
+
+Named = tuple[str, str]  # (name, reason)
+
+
+class InFile(NamedTuple):
+    """Bytes of a file, all of them by default; with `pixels`, raw ones of that shape."""
+
+    path: str
+    at: int = 0
+    size: int = -1
+    pixels: tuple[int, ...] = ()  # (H, W) or (C, H, W), uint8
+
+
+class InZip(NamedTuple):
+    path: str
+    number: int  # of the member: a name may be there twice
 
 
 class Item(NamedTuple):
-    """One picture of a source."""
+    """One picture of a source, or another file of it."""
 
     name: str  # as the source calls it, for messages and for the list of names
-    place: Any  # where `Source.read` finds it; small, since plans hold one for each picture
+    place: InFile | InZip
     num_bytes: int  # roughly
     split: str | None = None  # train, validation, test; None: the source has no splits
     category: str | int | None = None  # name or number of its class
@@ -46,18 +67,63 @@ class Item(NamedTuple):
 
 class Listing(NamedTuple):
     items: list[Item]
-    refused: list[tuple[str, str]]  # (name, reason) of what is left out
+    lost: list[Named]  # pictures that cannot be read: they count as damaged ones do
+    left_out: list[Named]  # what is no picture, or is not asked for
     classes: tuple[str, ...] = ()  # names of the classes that are given as numbers
+    notes: tuple[str, ...] = ()  # what a user wants to know of what is packed
 
 
-class Source(Protocol):
-    """Where pictures come from. It is handed to other processes, so it holds no open file."""
+# reading
 
-    def list(self) -> Listing: ...
 
-    def read(self, item: Item) -> tuple[str, bytes]:
-        """Suffix and bytes of a picture or of a companion. Raises DamagedSampleError."""
-        ...
+def read(place: InFile | InZip) -> bytes:
+    """The bytes of a file; raw pixels become PNG. Raises DamagedSampleError."""
+    if isinstance(place, InZip):
+        return _read_member(place)
+    try:
+        with open(place.path, "rb") as file:
+            file.seek(place.at)
+            data = file.read(place.size)
+    except OSError as error:
+        raise DamagedSampleError(f"cannot be read ({error.strerror})") from None
+    if len(data) < place.size:
+        raise DamagedSampleError("its archive ends inside this file")
+    return _png(data, place.pixels) if place.pixels else data
+
+
+def _read_member(place: InZip) -> bytes:
+    try:
+        archive = _opened_zip(place.path, os.getpid())
+        with archive.open(archive.infolist()[place.number]) as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except Exception as error:  # BadZipFile, OSError, zlib.error and others
+        raise DamagedSampleError(f"damaged in the zip file ({error})") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _opened_zip(path: str, pid: int) -> zipfile.ZipFile:
+    """By process: a file that is shared by a fork shares its position."""
+    return zipfile.ZipFile(path)
+
+
+def _png(data: bytes, shape: tuple[int, ...]) -> bytes:
+    pixels = np.frombuffer(data, np.uint8).reshape(shape)
+    file = io.BytesIO()
+    Image.fromarray(pixels if len(shape) == 2 else pixels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+# names
+
+
+def one_line(name: str) -> str:
+    """A name without the characters that end a line or a column."""
+    return name.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+def shown_name(name: str) -> str:
+    """A name as every terminal can show it: names of files need not be UTF-8."""
+    return one_line(name).encode("utf-8", "backslashreplace").decode()
 
 
 def suffix_of(name: str) -> str:
@@ -65,129 +131,42 @@ def suffix_of(name: str) -> str:
     return last.rpartition(".")[2].lower() if "." in last else ""
 
 
-def member_of(name: str) -> tuple[str, str]:
+def stem_and_member(name: str) -> tuple[str, str]:
     """What pictures and companions of one sample share, and which member of it this file is."""
     mask = f".{MASK_MEMBER}"
     if name.lower().endswith(mask):
         return name[: -len(mask)], MASK_MEMBER
-    return name.rpartition(".")[0], suffix_of(name)
-
-
-def why_wrong_size(name: str, num_bytes: int) -> str | None:
-    """Why a picture is refused by its size, or None; a companion goes with its picture."""
-    if member_of(name)[1] not in SUFFIXES or 0 < num_bytes <= MAX_FILE_BYTES:
-        return None
-    return "an empty file" if num_bytes == 0 else "too large"
+    suffix = suffix_of(name)
+    return name[: len(name) - len(suffix) - 1] if suffix else name, suffix
 
 
 def why_unsafe(name: str) -> str | None:
     """Why a member of an archive is refused by its name, or None."""
-    parts = name.replace("\\", "/").split("/")
-    if name.startswith(("/", "\\")) or parts[0].endswith(":"):
+    parts = name.split("/")
+    if name.startswith("/") or parts[0].endswith(":"):
         return "an absolute path"
-    if ".." in parts:
-        return "a path with .."
-    return None
+    return "a path with .." if ".." in parts else None
+
+
+def why_wrong_size(file: Item) -> str | None:
+    """Why a picture is refused by its size, or None."""
+    if 0 < file.num_bytes <= MAX_FILE_BYTES:
+        return None
+    return "an empty file" if file.num_bytes == 0 else "too large"
 
 
 def is_hidden(name: str) -> bool:
-    """Files that systems leave in folders and archives: .DS_Store, __MACOSX/._1.jpg."""
+    """Files that systems and tools leave behind: .DS_Store, __MACOSX/._1.jpg, 00000_stats.json."""
     parts = [part for part in name.split("/") if part != "."]
-    return any(part.startswith((".", "__MACOSX")) for part in parts)
+    return any(part.startswith((".", "__MACOSX")) for part in parts) or (
+        parts[-1].lower() in METADATA or parts[-1].endswith(("_stats.json", ".tar.idx"))
+    )
 
 
-def grouped(
-    files: Iterable[Item], members: Sequence[str]
-) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The pictures among the files of one folder or archive, with their companions.
-
-    members: kinds of companions that are taken along. What goes with no picture is left out by
-    name, or by kind where it is no mask.
-    """
-    pictures: list[Item] = []
-    companions: dict[str, dict[str, Item]] = {}  # by stem, by member
-    num_others: Counter[str] = Counter()
-    for file in files:
-        stem, member = member_of(file.name)
-        if member in members:
-            companions.setdefault(stem, {})[member] = file
-        elif member in SUFFIXES:
-            pictures.append(file)
-        else:
-            num_others[member] += 1
-    stems = [member_of(picture.name)[0] for picture in pictures]
-    items = [
-        picture._replace(companions=tuple(sorted(companions.get(stem, {}).items())))
-        for picture, stem in zip(pictures, stems, strict=True)
-    ]
-    masks = []
-    for stem in sorted(companions.keys() - set(stems)):
-        mask = companions[stem].pop(MASK_MEMBER, None)
-        masks += [(mask.name, "the mask of no picture")] if mask else []
-        num_others.update(companions[stem].keys())
-    return items, masks + _left_out(num_others, members)
-
-
-def _left_out(num_files: Counter[str], members: Sequence[str]) -> list[tuple[str, str]]:
-    reason = f"only .{', .'.join(members)} of a picture's name are taken along"
-    return [
-        (f"*.{kind}" if kind else "files without suffix", f"{count} files; {reason}")
-        for kind, count in sorted(num_files.items())
-    ]
-
-
-def from_paths(files: Iterable[Item]) -> list[Item]:
-    """Items with split and category; a folder that all pictures share says nothing."""
-    entries = [(PurePosixPath(file.name).parts, file) for file in files]
-    shared = 0
-    while entries and all(
-        len(parts) > shared + 1
-        and parts[shared] == entries[0][0][shared]
-        and parts[shared].lower() not in SPLITS
-        for parts, *_ in entries
-    ):
-        shared += 1
-    items = []
-    for parts, file in entries:
-        folders = parts[shared:-1]
-        split = SPLITS.get(folders[0].lower()) if folders else None
-        if split is not None:
-            folders = folders[1:]
-        items.append(file._replace(split=split, category=folders[0] if folders else None))
-    return items
-
-
-def numbered(listing: Listing) -> tuple[list[Item], tuple[str, ...]]:
-    """Items whose category is a number or None, and the names of the numbers, in their order.
-
-    Names that are numbers, as folders 0 to 9, are ordered as numbers. Raises ConfigError when
-    names and numbers are mixed.
-    """
-    categories = {item.category for item in listing.items if item.category is not None}
-    names = sorted(category for category in categories if isinstance(category, str))
-    if all(name.isdecimal() for name in names):
-        names.sort(key=int)
-    if not names:
-        return listing.items, listing.classes
-    if len(names) < len(categories):
-        raise ConfigError("source: some classes are named and some are numbers; use one kind")
-    number = {name: i for i, name in enumerate(names)}
-    items = [
-        item if item.category is None else item._replace(category=number[str(item.category)])
-        for item in listing.items
-    ]
-    return items, tuple(names)
-
-
-def check_splits(items: Sequence[Item]) -> None:
-    """Raises ConfigError when some pictures have a split and others have none: which one is meant
-    by a folder `train` between folders of classes?"""
-    inside = [item for item in items if item.split is not None]
-    outside = [item for item in items if item.split is None]
-    if inside and outside:
-        raise ConfigError(
-            f"source: {len(inside)} pictures belong to a split ({inside[0].name}: "
-            f"{inside[0].split}) and {len(outside)} to none ({outside[0].name}); put all of them "
-            "below folders train, validation and test (a class of such a name below them too), or "
-            "none, or say it in a column split of labels="
-        )
+def split_of(name: str) -> str | None:
+    """The split that the path of an archive or a table names: one of its folders, its first word,
+    or the word before a number (test/0000.parquet, test-00000-of-00002, faces-val-000.tar)."""
+    *folders, last = name.lower().split("/")
+    words = re.split(r"[-_.]", last)
+    numbered = [word for word, after in pairwise(words) if after.isdigit()]
+    return next((SPLITS[word] for word in (*folders, words[0], *numbered) if word in SPLITS), None)

@@ -28,24 +28,24 @@ from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.index import write_info
 from vae_dist.data.tar import DamagedSampleError, files_of_tar
 from vae_dist.files import ProgressBar, write_durably
-from vae_dist.packing.items import MAX_FILE_BYTES, Item, Source, check_splits, numbered, suffix_of
+from vae_dist.packing import labels
+from vae_dist.packing.items import (
+    MAX_FILE_BYTES,
+    Item,
+    Listing,
+    Named,
+    one_line,
+    read,
+    shown_name,
+    suffix_of,
+)
 from vae_dist.packing.jobs import Count, Report, ShardJob, part_of, run
-from vae_dist.packing.open import label_digest, open_source
 from vae_dist.packing.picture import Picture, PictureSettings, prepare, thumbnail
+from vae_dist.packing.sources import check_splits, list_source, numbered
 from vae_dist.randomness import numpy_generator
 from vae_dist.tracking.images import grid, save_png
 
-KEYS = (
-    "size",
-    "format",
-    "quality",
-    "background",
-    "max_pixels",
-    "shard_mb",
-    "validation",
-    "shuffle",
-    "seed",
-)
+NOT_OF_SHARDS = ("source", "labels", "out", "shard_range", "workers", "max_skipped_fraction")
 SPLITS = ("train", "validation", "test")
 MIN_SHARDS = 8  # of a split that has at least MIN_PER_SHARD pictures for each
 MIN_PER_SHARD = 128
@@ -76,34 +76,43 @@ def pack(command: PackCommand) -> None:
         _print(job.out, summary)
         print("finished already; nothing is left to do")
         return
-    source = open_source(command.source, labels=command.labels, work_folder=job.work / "source")
-    listing = source.list()
+    listing = list_source(command, work=job.work / "source")
     items, classes = numbered(listing)
-    if not items:
-        refused = "".join(f"; {name}: {reason}" for name, reason in listing.refused[:NUM_NAMED])
-        raise ConfigError(f"source={command.source}: no picture is there{refused}")
     check_splits(items)
-    plan = make_plan(items, command, bytes_factor=_bytes_factor(source, items, settings))
+    _check_losses(command, listing.lost, len(items), left_out=listing.left_out)
+    plan = make_plan(items, command, bytes_factor=_bytes_factor(items, settings))
     job.begin({**identity, "pictures": _digest(items), "shards": len(plan)})
-    _write_missing(job, plan[part[0] :: part[1]], source, settings, command.workers)
+    _write_missing(job, plan[part[0] :: part[1]], settings, command.workers)
     if num_missing := sum(not job.is_done(shard.name) for shard in plan):
         print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
         return
-    summary = job.finish(identity, lambda: _describe(job, command, plan, listing.refused, classes))
+    summary = job.finish(identity, lambda: _describe(job, command, plan, listing, classes))
     _print(job.out, summary)
 
 
+def _check_losses(
+    command: PackCommand, lost: Sequence[Named], num_items: int, *, left_out: Sequence[Named] = ()
+) -> None:
+    """Raises ConfigError when too many pictures cannot be read, or none can."""
+    total = num_items + len(lost)
+    if not num_items:
+        found = "".join(f"; {shown_name(n)}: {text}" for n, text in (*lost, *left_out)[:NUM_NAMED])
+        raise ConfigError(f"source={command.source}: no picture is there{found}")
+    if len(lost) > command.max_skipped_fraction * total:
+        raise ConfigError(
+            [
+                f"source={command.source}: {len(lost)} of {total} pictures cannot be packed:",
+                *(f"  {shown_name(name)}: {reason}" for name, reason in lost[:NUM_NAMED]),
+                "repair them, or leave them out with max_skipped_fraction=1",
+            ]
+        )
+
+
 def _picture_settings(command: PackCommand) -> PictureSettings:
-    size = command.size
-    if isinstance(size, list):
-        size = tuple(size)
-    valid = size == 0 or (isinstance(size, int) and size > 0)
-    valid = valid or (
-        isinstance(size, tuple)
-        and len(size) == 2
-        and all(isinstance(n, int) and n > 0 for n in size)
-    )
-    if not valid or isinstance(size, bool):
+    size = tuple(command.size) if isinstance(command.size, list) else command.size
+    sides = size if isinstance(size, tuple) else (size, size)
+    least = 1 if isinstance(size, tuple) else 0
+    if len(sides) != 2 or any(type(n) is not int or n < least for n in sides):
         raise ConfigError(f"size={command.size} is none of 0 (as they are), N and [H, W] in pixels")
     return PictureSettings(
         size or None, command.format, command.quality, command.background, command.max_pixels
@@ -112,11 +121,12 @@ def _picture_settings(command: PackCommand) -> PictureSettings:
 
 def _identity(command: PackCommand) -> dict[str, Any]:
     """What decides the bytes of the shards, beside the pictures."""
-    source = command.source if isinstance(command.source, str) else shown(command.source)
-    identity = {"source": source, **{key: getattr(command, key) for key in KEYS}}
+    source = shown(command.source) if isinstance(command.source, list) else str(command.source)
+    keys = {k: v for k, v in vars(command).items() if k not in NOT_OF_SHARDS}
+    identity = {"source": source, **keys}
     if not command.labels and not Path(source).exists():
         return identity  # CelebA's lists are gone with the source
-    return {**identity, "labels": label_digest(command.source, command.labels)}
+    return {**identity, "labels": labels.digest(command.labels, command.source)}
 
 
 # the plan
@@ -184,12 +194,12 @@ def _cut(
     ]
 
 
-def _bytes_factor(source: Source, items: list[Item], settings: PictureSettings) -> float:
+def _bytes_factor(items: list[Item], settings: PictureSettings) -> float:
     """Bytes in a shard over bytes in the source, measured on some pictures."""
     before = after = 0
     for item in items[:: max(1, len(items) // NUM_PROBED)]:
         try:
-            picture = prepare(*source.read(item), settings)
+            picture = prepare(suffix_of(item.name), read(item.place), settings)
         except DamagedSampleError:
             continue
         before, after = before + item.num_bytes, after + len(picture.data)
@@ -201,7 +211,7 @@ def _digest(items: Sequence[Item]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
         companions = [(member, file.name, file.num_bytes) for member, file in item.companions]
-        digest.update(repr((*item._replace(place=None)[:-1], companions)).encode())
+        digest.update(repr((item.name, *item[2:-1], companions)).encode())
     return digest.hexdigest()
 
 
@@ -211,7 +221,6 @@ def _digest(items: Sequence[Item]) -> str:
 def _write_missing(
     job: ShardJob,
     shards: Sequence[PlannedShard],
-    source: Source,
     settings: PictureSettings,
     workers: int,
 ) -> None:
@@ -220,7 +229,7 @@ def _write_missing(
     before = total - sum(len(shard.items) for shard in missing.values())
     with ProgressBar("packed", total, unit="pictures") as progress:
         run(
-            lambda name, count: _write_shard(job, missing[name], source, settings, count),
+            lambda name, count: _write_shard(job, missing[name], settings, count),
             list(missing),
             workers=workers or len(os.sched_getaffinity(0)),
             progress=lambda done: progress(before + done),
@@ -228,14 +237,14 @@ def _write_missing(
 
 
 def _write_shard(
-    job: ShardJob, shard: PlannedShard, source: Source, settings: PictureSettings, count: Count
+    job: ShardJob, shard: PlannedShard, settings: PictureSettings, count: Count
 ) -> None:
     counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
     with job.shard(shard.name) as (writer, report):
         report |= {"samples": 0, "kept": 0, "skipped": [], "names": []}
         for i, item in enumerate(shard.items):
             try:
-                picture, members = _packed(source, item, settings)
+                picture, members = _packed(item, settings)
             except DamagedSampleError as error:
                 report["skipped"].append([item.name, str(error)])
             else:
@@ -253,13 +262,11 @@ def _write_shard(
         report |= {key: dict(found) for key, found in counts.items()}
 
 
-def _packed(
-    source: Source, item: Item, settings: PictureSettings
-) -> tuple[Picture, dict[str, bytes]]:
+def _packed(item: Item, settings: PictureSettings) -> tuple[Picture, dict[str, bytes]]:
     """The picture of a sample and its other members. Raises DamagedSampleError."""
-    suffix, data = source.read(item)
-    members = {member: _companion(source, member, file) for member, file in item.companions}
-    picture = prepare(suffix, data, settings, mask=members.get(MASK_MEMBER))
+    data = read(item.place)
+    members = {member: _companion(member, file) for member, file in item.companions}
+    picture = prepare(suffix_of(item.name), data, settings, mask=members.get(MASK_MEMBER))
     if picture.mask is not None:
         members[MASK_MEMBER] = picture.mask
     if item.category is not None:
@@ -269,11 +276,11 @@ def _packed(
     return picture, members
 
 
-def _companion(source: Source, member: str, file: Item) -> bytes:
+def _companion(member: str, file: Item) -> bytes:
     if file.num_bytes > MAX_FILE_BYTES:
         raise DamagedSampleError(f"its .{member} is too large")
     try:
-        return source.read(file)[1]
+        return read(file.place)
     except DamagedSampleError as error:
         raise DamagedSampleError(f"its .{member}: {error}") from None
 
@@ -296,29 +303,21 @@ def _describe(
     job: ShardJob,
     command: PackCommand,
     plan: Sequence[PlannedShard],
-    refused: list[tuple[str, str]],
+    listing: Listing,
     classes: tuple[str, ...],
 ) -> dict[str, Any]:
     """Index, names and contact sheet; the summary. Raises ConfigError when too many are lost."""
     reports = [job.report(shard.name) for shard in plan]
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
-    num_items = sum(len(shard.items) for shard in plan)
-    if len(skipped) > command.max_skipped_fraction * num_items or len(skipped) == num_items:
-        raise ConfigError(
-            [
-                f"source={command.source}: {len(skipped)} of {num_items} pictures cannot be "
-                "packed:",
-                *(f"  {name}: {reason}" for name, reason in skipped[:NUM_NAMED]),
-                "repair them, or leave them out with max_skipped_fraction=1",
-            ]
-        )
+    num_items = sum(report["samples"] for report in reports)
+    _check_losses(command, [*skipped, *listing.lost], num_items)
     splits = {}
     for split in SPLITS:
         shards = [(s, r) for s, r in zip(plan, reports, strict=True) if s.split == split]
         if shards:
             splits[split] = _describe_split(job, split, shards)
-    names = zip(plan, reports, strict=True)
-    write_durably(job.out / "names.txt", "".join(_name_lines(names)).encode())
+    names = "".join(_name_lines(zip(plan, reports, strict=True)))
+    write_durably(job.out / "names.txt", names.encode("utf-8", "surrogateescape"))
     save_png(_contact_sheet(job, [s for s in plan if s.split == "train"]), job.out / SHEET)
     return {
         "splits": splits,
@@ -326,7 +325,8 @@ def _describe(
         "channels": dict(_sum(reports, "channels")),
         "sizes": dict(_sum(reports, "sizes").most_common(20)),
         "members": dict(_sum(reports, "members")),
-        "skipped": [*skipped, *refused],
+        "skipped": [*skipped, *listing.lost, *listing.left_out],
+        "notes": listing.notes,
     }
 
 
@@ -356,7 +356,7 @@ def _sum(reports: Sequence[Report], key: str) -> Counter[str]:
 def _name_lines(shards: Iterator[tuple[PlannedShard, Report]]) -> Iterator[str]:
     for shard, report in shards:
         for i, name in enumerate(report["names"]):
-            yield f"{Path(shard.name).name}\t{i}\t{name}\n"
+            yield f"{Path(shard.name).name}\t{i}\t{one_line(name)}\n"
 
 
 def _contact_sheet(job: ShardJob, shards: Sequence[PlannedShard]) -> Image.Image:
@@ -390,8 +390,10 @@ def _print(out: Path, summary: dict[str, Any]) -> None:
     print(f"sizes HxW: {', '.join(sizes)}; channels: {', '.join(channels)}")
     if count := summary["members"].get(MASK_MEMBER):
         print(f"missing pixels: {count} pictures have a .{MASK_MEMBER}; set data.mask=member")
+    for note in summary["notes"]:
+        print(f"note: {note}")
     for name, reason in summary["skipped"][:NUM_NAMED]:
-        print(f"left out: {name}: {reason}", file=sys.stderr)
+        print(f"left out: {shown_name(name)}: {reason}", file=sys.stderr)
     if (more := len(summary["skipped"]) - NUM_NAMED) > 0:
         print(f"left out: {more} more, listed in {out / 'pack.json'}", file=sys.stderr)
     print(f"look at {out / SHEET}")

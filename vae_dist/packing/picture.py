@@ -15,10 +15,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from vae_dist.data.decode import ARRAYS, decode_own, has_alpha, is_png16, open_by_pillow
+from vae_dist.data.decode import (
+    ARRAYS,
+    decode_image,
+    decode_own,
+    foreign,
+    has_alpha,
+    is_png16,
+    kind_of,
+    open_by_pillow,
+)
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.packing.items import READABLE
-from vae_dist.packing.masks import Box, prepare_mask
 
 FORMAT_OF = {
     "png": "PNG",
@@ -29,9 +36,11 @@ FORMAT_OF = {
     "gif": "GIF",
     "ppm": "PPM",
     "pgm": "PPM",
+    "avif": "AVIF",
+    "jp2": "JPEG2000",
 }
 SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"GIF8": "GIF"}
+Box = tuple[float, float, float, float]  # left, upper, right, lower, as Pillow has them
 LOSSY = ("JPEG", "WEBP")
 
 
@@ -76,24 +85,27 @@ def _prepared(
     suffix: str, data: bytes, settings: PictureSettings, *, exact: bool
 ) -> tuple[Picture, tuple[int, int]]:
     """The picture, and its (H, W) in the source, upright. exact: decoded in full, then resized."""
-    image_format = "" if suffix in ARRAYS else _format(suffix, data)
-    if suffix in ARRAYS or (image_format == "PNG" and is_png16(data)):
-        picture = _raw(suffix if suffix in ARRAYS else "png", data, settings)
+    kind = kind_of(data) or suffix
+    if kind in ARRAYS or is_png16(data):
+        picture = _raw(kind, data, settings)
         return picture, picture.shape[1:]
+    image_format = FORMAT_OF.get(kind, "")
+    if not image_format:
+        raise DamagedSampleError(foreign(data) or f"a .{kind} is not decoded; convert it to PNG")
     image = open_by_pillow(data, image_format, settings.max_pixels)
     height, width = _upright_size(image)
     transparent = has_alpha(image)
     stored = SUFFIX_OF.get(image_format)
-    keep = (
-        settings.format in ("keep", stored)
-        and stored in READABLE
-        and _target(height, width, settings.size) == (height, width)
-        and not (transparent and settings.background != "none")
-    )
-    if keep:
-        assert stored is not None
-        channels, *upright = decode_own(stored, data, max_pixels=settings.max_pixels).shape
-        return Picture(stored, data, (channels, upright[0], upright[1]), True), (height, width)
+    if stored is not None:  # whatever becomes of it: what is damaged is decided in one place
+        whole = decode_own(stored, data, max_pixels=settings.max_pixels)
+        keep = (
+            settings.format in ("keep", stored)
+            and _target(height, width, settings.size) == (height, width)
+            and not (transparent and settings.background != "none")
+        )
+        if keep:
+            channels, rows, columns = whole.shape
+            return Picture(stored, data, (channels, rows, columns), True), (height, width)
     changed = _changed(image, image_format, settings, transparent, exact=exact)
     return changed, (height, width)
 
@@ -104,13 +116,6 @@ def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
         raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
     channels, height, width = decode_own(suffix, data, max_pixels=settings.max_pixels).shape
     return Picture(suffix, data, (channels, height, width), True)
-
-
-def _format(suffix: str, data: bytes) -> str:
-    """Pillow's name of the format, after the bytes: suffixes lie."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    return next((f for magic, f in MAGIC.items() if data.startswith(magic)), FORMAT_OF[suffix])
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -190,6 +195,57 @@ def _box(height: int, width: int, size: int | tuple[int, int] | None) -> Box:
         crop_height = width / wanted
     left, top = (width - crop_width) * 0.5, (height - crop_height) * 0.5
     return (left, top, left + crop_width, top + crop_height)
+
+
+# which pixels are observed, after the resizing
+
+
+def prepare_mask(
+    data: bytes, have: tuple[int, int], want: tuple[int, int], box: Box, *, max_pixels: int
+) -> bytes:
+    """have, want: (H, W) of the picture in source and shard; box: what of it was resized.
+
+    Kept byte for byte where the picture's size is. Raises DamagedSampleError.
+    """
+    try:
+        shades = decode_image("png", data, channels=1, max_pixels=max_pixels)[0]  # (H, W)
+    except DamagedSampleError as error:
+        raise DamagedSampleError(f"its mask: {error}") from None
+    if shades.shape != have:
+        raise DamagedSampleError(
+            f"its mask is {shades.shape[0]} x {shades.shape[1]} pixels, but the picture "
+            f"{have[0]} x {have[1]}"
+        )
+    if have == want:
+        return data
+    file = io.BytesIO()
+    Image.fromarray(255 * resized(shades > 127, want, box).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def resized(observed: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
+    """bool (H, W) of `size`, from bool (H, W) of the picture that was resized from `box`."""
+    height, width = observed.shape
+    missing = np.pad(np.cumsum(np.cumsum(~observed, 0), 1), ((1, 0), (1, 0)))
+    top, bottom = _sources(height, box[1], box[3], size[0])
+    left, right = _sources(width, box[0], box[2], size[1])
+    rows = missing[bottom] - missing[top]
+    return rows[:, right] == rows[:, left]
+
+
+def _sources(have: int, low: float, high: float, want: int) -> tuple[np.ndarray, np.ndarray]:
+    """First source and one past the last of each of `want` pixels (precompute_coeffs of Pillow)."""
+    if (low, high) == (0, have) and have == want:
+        return np.arange(want), np.arange(want) + 1  # Pillow leaves such an axis alone
+    start, stop = np.float32(low), np.float32(high)  # as Pillow hands them on
+    scale = float(stop - start) / want
+    support = 2.0 * max(scale, 1.0)
+    center = float(start) + (np.arange(want) + 0.5) * scale
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    return first, np.minimum((center + support + 0.5).astype(np.int64), have)
+
+
+# contact sheets
 
 
 def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
