@@ -54,39 +54,27 @@ def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int)
 
 
 @pytest.mark.parametrize(
-    ("values", "num_bytes", "window"),
-    [
-        # 2 * 256 * bytes * window <= 4 GiB  <=>  window <= 2**23 / bytes
-        ({}, None, "auto"),
-        ({}, 300, 32),
-        ({}, 2**18, 32),
-        ({}, 2**18 + 1, 16),
-        ({}, 2**20, 8),
-        ({}, 2**23, 1),
-        ({}, 2**23 + 1, r"data\.window_bytes=4294967296 .* two samples .* at least 4294967808"),
-        ({"data__window": 7}, 2**23 + 1, 7),
-        # with aspect buckets up to 32 slots, and at least 4
-        ({"data__resolution": BUCKETS, "training__batch_size": 64}, 1e5, 32 * 4),
-        (
-            {
-                "data__resolution": BUCKETS,
-                "training__batch_size": 64,
-                "data__window_bytes": 2 * 3 * 64 * 10**5,
-            },
-            1e5,
-            r"less than 8 slots of each lane; .* 51200000",
-        ),
-    ],
+    ("num_bytes", "window", "bucket_window"),
+    # 2 * 256 * bytes * window <= 4 GiB  <=>  window <= 2**23 / bytes; of 64 slots of 4 images
+    [(None, "auto", "auto"), (300, 32, 128), (2**18 + 1, 16, 64), (2**20, 8, 32), (2**23, 1, None)],
 )
 def test_the_window_fits_into_window_bytes(
-    values: dict[str, Any], num_bytes: float | None, window: int | str
+    num_bytes: float | None, window: int | str, bucket_window: int | str | None
 ) -> None:
-    facts = Facts(mean_sample_bytes=num_bytes)
-    if isinstance(window, int) or window == "auto":
-        assert resolve(config(**values), facts).data.window == window
+    facts, buckets = Facts(mean_sample_bytes=num_bytes), config(data__resolution=BUCKETS)
+    assert resolve(config(), facts).data.window == window
+    if bucket_window is not None:
+        assert resolve(buckets, facts).data.window == bucket_window
         return
-    with pytest.raises(ConfigError, match=window):
-        resolve(config(**values), facts)
+    with pytest.raises(ConfigError, match=r"less than 8 slots of each lane; .* at least 17179869"):
+        resolve(buckets, facts)
+
+
+def test_a_window_that_cannot_fit_is_refused_and_a_given_one_is_kept() -> None:
+    large = Facts(mean_sample_bytes=2**23 + 1)
+    assert resolve(config(data__window=7), large).data.window == 7
+    with pytest.raises(ConfigError, match=r"data\.window_bytes=4294967296 .* at least 4294967808"):
+        resolve(config(), large)
 
 
 @pytest.mark.parametrize(
