@@ -77,7 +77,6 @@ def load_train_config(argv: list[str]) -> TrainConfig:
     problems: list[str] = []
     given = _parse_arguments(TrainConfig, argv, problems)
     chosen = [str(setting.text) for setting in given if setting.name == "config"]
-    inherited: list[_Setting] = []
     try:
         if not chosen:
             raise ConfigError("config is missing; for example config=mnist" + _there_are())
