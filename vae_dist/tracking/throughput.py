@@ -167,21 +167,25 @@ class UpdateRatio:
     @torch.no_grad()
     def _copy(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._is_armed:
-            self._before = [weight.clone() for weight in _weights(optimizer)]
+            self._before = _copies(optimizer)
 
     @torch.no_grad()
     def _compare(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if not self._is_armed:
             return
-        after = _weights(optimizer)
+        after = _copies(optimizer)
         torch._foreach_sub_(self._before, after)
         change, size = _norm(self._before), _norm(after)
         self._ratio = change / size.clamp_min(1e-12)
         self._before, self._is_armed = [], False
 
 
-def _weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [weight.detach() for group in optimizer.param_groups for weight in group["params"]]
+def _copies(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The weights as one flat tensor, unless they are sharded: many small ones take longer."""
+    weights = [weight.detach() for group in optimizer.param_groups for weight in group["params"]]
+    if any(hasattr(weight, "full_tensor") for weight in weights):
+        return [weight.clone() for weight in weights]
+    return [torch.cat([weight.reshape(-1) for weight in weights])]
 
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
