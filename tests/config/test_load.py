@@ -251,7 +251,7 @@ def test_commands_load_and_refuse_alike() -> None:
     assert caught.value.problems == (
         "num_image: there is no such key; did you mean num_images? (--help lists all)",
         "run is missing: run folder, for example runs/mnist; give run=...",
-        "checkpoint=newest is none of latest, best and a step number",
+        "checkpoint=newest is none of latest, best, a step number",
         "batch_size=0 must be at least 1",
     )
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from vae_dist.config.forms import metric_names, mixture_prior
+from vae_dist.config.forms import form_problem, metric_names, mixture_prior
 from vae_dist.config.keys import Key, conditions, keys, shown, value_of
 from vae_dist.config.resolve import default_slots, has_buckets, images_per_slot, slots_of
 
@@ -121,8 +121,8 @@ def _with_values(sentence: str, config: Any) -> str:
 
 def _problem(key: Key, value: Any) -> str:
     """What is wrong with the value by itself; empty when nothing is."""
-    if key.form is not None:
-        return "" if key.form.accepts(value) else key.form.sentence
+    if key.form:
+        return form_problem(key.form, value)
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, str | None):
             continue

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vae_dist.config.forms import ANY_SIZE, CHECKPOINT, LABEL, PRIOR, SIZE, SOME_METRICS
 from vae_dist.config.keys import knob
 
 
@@ -18,7 +17,7 @@ class RunCommand:
     """Keys that every command on a run folder takes."""
 
     run: str = knob("???", "run folder, for example runs/mnist")
-    checkpoint: str = knob("latest", "latest, best, or a step number", form=CHECKPOINT)
+    checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best STEP")
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
     seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
@@ -32,7 +31,7 @@ class PriorCommand(RunCommand):
         "normal",
         "normal: N(0, I); gmm:K: K Gaussians fitted to the latents of the training images, with "
         "full covariances up to 64 latents, else diagonal; gmm:K:full, gmm:K:diagonal: as you say",
-        form=PRIOR,
+        form="PRIOR",
     )
     prior_images: int = knob(
         50_000, "first training images that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal"
@@ -45,8 +44,7 @@ class TiledCommand(RunCommand):
 
     tile: int = knob(
         0,
-        "pixels: images larger than this go through the model in overlapping square tiles (0: "
-        "whole; spatial latents only)",
+        "side of overlapping square tiles for larger images, pixels (0: whole; spatial latents)",
         ge=0,
     )
 
@@ -57,14 +55,16 @@ class SampleCommand(PriorCommand):
     label: Any = knob(
         "auto",
         "a class 0, 1, ...; all: a row for each class; none: without; auto: drawn",
-        form=LABEL,
+        form="auto all none CLASS",
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of PNGs")
     temperature: float = knob(1.0, "standard deviation of the prior draws", ge=0)
     compare: bool = knob(
         False, "one picture: draws of N(0, I) left, of the mixture right", when="prior!=normal"
     )
-    resolution: Any = knob("trained", "trained, N or [H, W] (spatial latents), pixels", form=SIZE)
+    resolution: Any = knob(
+        "trained", "trained, N or [H, W] (spatial latents), pixels", form="trained SIZE"
+    )
     batch_size: int = knob(256, "images per forward", ge=1)
 
 
@@ -80,8 +80,7 @@ class ReconstructCommand(TiledCommand):
 class ImputeCommand(RunCommand):
     data: Any = knob(
         "",
-        "shards, or a folder of pictures with NAME.mask.png beside them or an alpha channel "
-        "(default: the run's validation shards)",
+        "shards, or a folder of pictures with NAME.mask.png or alpha (default: validation shards)",
         is_text=True,
     )
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
@@ -116,7 +115,7 @@ class EvaluateCommand(PriorCommand):
         "",
         "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid (of reconstructions), "
         "fid (of prior samples); ssim, ms_ssim and lpips need the extra metrics",
-        form=SOME_METRICS,
+        form="METRICS",
     )
     metric_weights: str = knob(
         "", "folder of the weights of lpips, rfid, fid (default: torch.hub's)"
@@ -139,7 +138,7 @@ class ExportCommand:
         "diffusers: folder that AutoencoderKL.from_pretrained loads; safetensors: one file of any "
         "model, with config, step and likelihood as metadata",
     )
-    checkpoint: str = knob("latest", "latest, best, or a step number", form=CHECKPOINT)
+    checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best STEP")
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
@@ -154,7 +153,9 @@ class EncodeCommand(TiledCommand):
     dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the stored values")
     flip: bool = knob(False, "store the latents of the mirrored images too")
     resolution: Any = knob(
-        "trained", "trained (as in the run), native, N or [H, W], pixels", form=ANY_SIZE
+        "trained",
+        "trained (as in the run), native, N or [H, W], pixels",
+        form="trained native SIZE",
     )
     keep_images: bool = knob(False, "carry the images over too, as all other members are")
     shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about", gt=0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vae_dist.config.keys import Form
+from vae_dist.config.keys import shown
 
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "rfid", "fid")
 
@@ -75,45 +76,38 @@ def metric_names(value: Any) -> list[str]:
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-def _is_label(value: Any) -> bool:
-    return value in ("auto", "all", "none") or (type(value) is int and value >= 0)
+def is_prior(value: Any) -> bool:
+    return re.fullmatch(_PRIOR, value) is not None
+
+
+def is_metrics(value: Any) -> bool:
+    return set(metric_names(value)) <= set(METRICS)
 
 
 _PRIOR = r"normal|gmm:([1-9][0-9]*)(?::(full|diagonal))?"
-_NO_SHARDS = "is no folder of *.tar, brace pattern, URL or list of these"
 
-SHARDS = Form(is_shards, _NO_SHARDS)
-MIXTURE = Form(lambda value: is_shards(value) or is_mixture(value), _NO_SHARDS)
-RESOLUTION = Form(
-    lambda value: value == "native" or is_size(value) or is_buckets(value),
-    "is none of N, [H, W], native and aspect buckets {area: PIXELS, multiple: PIXELS, max_aspect: "
-    "RATIO} with area >= multiple^2 and max_aspect >= 1; try {area: 65536, multiple: 16, "
-    "max_aspect: 2.0}",
-)
-WINDOW = Form(lambda v: v == "auto" or is_count(v), "is neither auto nor a count of samples")
-BLOCKS = Form(
-    lambda value: all(map(is_count, value if isinstance(value, list) else [value])),
-    "must be a positive count, or one for each level",
-)
-MICROBATCH = Form(
-    lambda value: value == "auto" or (type(value) is int and value >= 0),
-    "is neither auto, nor 0, nor a count of images",
-)
-CHECKPOINT = Form(
-    lambda value: re.fullmatch("latest|best|[0-9]+", value),
-    "is none of latest, best and a step number",
-)
-LABEL = Form(_is_label, "is none of auto, all, none and a class 0, 1, ...")
-SIZE = Form(lambda v: v == "trained" or is_size(v), "is none of trained, N and [H, W] in pixels")
-ANY_SIZE = Form(
-    lambda value: value in ("trained", "native") or is_size(value),
-    "is none of trained, native, N and [H, W] in pixels",
-)
-PRIOR = Form(
-    lambda value: re.fullmatch(_PRIOR, value),
-    "is none of normal, gmm:K, gmm:K:full and gmm:K:diagonal; try prior=gmm:10",
-)
-SOME_METRICS = Form(
-    lambda value: set(metric_names(value)) <= set(METRICS),
-    f"is not one or several of {','.join(METRICS)}",
-)
+# What stands in a knob's `form` beside plain words: a test, and what a value that fails it is not.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "COUNT": (is_count, "a count 1, 2, ..."),
+    "COUNTS": (lambda v: isinstance(v, list) and all(map(is_count, v)), "a list of counts"),
+    "CLASS": (lambda v: type(v) is int and v >= 0, "a class 0, 1, ..."),
+    "STEP": (lambda v: v.isascii() and v.isdigit(), "a step number"),
+    "SIZE": (is_size, "N or [H, W] in pixels"),
+    "BUCKETS": (
+        is_buckets,
+        "aspect buckets {area: 65536, multiple: 16, max_aspect: 2.0} with area >= multiple^2 and "
+        "max_aspect >= 1",
+    ),
+    "SHARDS": (is_shards, "a folder of *.tar, brace pattern, URL, list of these"),
+    "MIXTURE": (is_mixture, "[{path: SHARDS, weight: NUMBER}, ...]"),
+    "PRIOR": (is_prior, "normal, gmm:K, gmm:K:full, gmm:K:diagonal; try prior=gmm:10"),
+    "METRICS": (is_metrics, f"one or several of {','.join(METRICS)}"),
+}
+
+
+def form_problem(form: str, value: Any) -> str:
+    """Why the value is none of the words and kinds of the form; empty when it is one."""
+    parts = form.split()
+    if any(KINDS[p][0](value) if p in KINDS else p == shown(value) for p in parts):
+        return ""
+    return f"is none of {', '.join(KINDS[part][1] if part in KINDS else part for part in parts)}"

@@ -10,19 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 HELP_WIDTH = 100
 HELP_COLUMN = 40
-
-
-class Form(NamedTuple):
-    """What a value must look like that no type describes. `sentence` says what a wrong one is."""
-
-    accepts: Callable[[Any], object]
-    sentence: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Key:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    form: Form | None = None
+    form: str = ""  # words and kinds (vae_dist.config.forms), one of which the value is
     is_text: bool = False  # numbers in the value are read as text
 
     @property

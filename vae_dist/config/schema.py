@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vae_dist.config.forms import BLOCKS, MICROBATCH, MIXTURE, RESOLUTION, SHARDS, WINDOW
 from vae_dist.config.keys import Section, knob, section
 
 
@@ -27,11 +26,11 @@ class DataConfig(Section):
         "elsewhere: {path: SHARDS, index: FOLDER}; several data sets mixed: "
         "[{path: SHARDS, weight: NUMBER}, ...]",
         neutral=True,
-        form=MIXTURE,
+        form="SHARDS MIXTURE",
         is_text=True,
     )
     validation: Any = knob(
-        "???", "validation shards, given as data.train is", neutral=True, form=SHARDS, is_text=True
+        "???", "validation shards, as data.train", neutral=True, form="SHARDS", is_text=True
     )
     bundled: Literal["none", "digits"] = knob(
         "none", "digits: write the shards from the digits that ship with vae_dist if missing"
@@ -57,7 +56,7 @@ class DataConfig(Section):
         "native",
         "N or [H, W]: resize and crop, pixels; native: as stored; aspect buckets: {area: PIXELS, "
         "multiple: PIXELS, max_aspect: RATIO}",
-        form=RESOLUTION,
+        form="native SIZE BUCKETS",
     )
     crop: Literal["center", "random"] = knob(
         "center", "where training images are cropped", when="resolution!=native"
@@ -73,12 +72,12 @@ class DataConfig(Section):
         "auto",
         "samples that are read and shuffled together in one lane (auto: up to 32, with aspect "
         "buckets up to 32 slots)",
-        form=WINDOW,
+        form="auto COUNT",
     )
     window_bytes: int = knob(4 * 2**30, "bytes that window=auto may hold, over all processes", ge=1)
     cache_bytes: int = knob(
         256 * 2**20,
-        "memory of a rank in which the decoded images of a small data set stay, if all have room",
+        "memory of a rank for the decoded images of a data set, if all fit",
         neutral=True,
         ge=0,
     )
@@ -112,7 +111,7 @@ class ModelConfig(Section):
         "residual blocks of a level in the encoder, one number or one for each level; the decoder "
         "has one more",
         when="arch=conv",
-        form=BLOCKS,
+        form="COUNT COUNTS",
     )
     dc_shortcuts: bool = knob(
         False,
@@ -124,8 +123,7 @@ class ModelConfig(Section):
     norm_groups: int = knob(32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv")
     gradient_checkpointing: bool = knob(
         False,
-        "keep the inputs of blocks alone and compute their insides again in the backward: less "
-        "memory, a third more time",
+        "compute the insides of blocks again in the backward: less memory, a third more time",
         neutral=True,
         when="arch=conv",
     )
@@ -211,8 +209,8 @@ class ObjectiveConfig(Section):
     )
     latent_noise: float = knob(
         0.0,
-        "noise that the decoder learns to undo, added to z in training; standard deviation "
-        "latent_noise * |N(0, 1)|, drawn for each image (0: none)",
+        "noise on z in training that the decoder learns to undo; standard deviation "
+        "latent_noise * |N(0, 1)|, drawn for each image",
         ge=0,
     )
 
@@ -222,8 +220,7 @@ class PerceptualConfig(Section):
     kind: Literal["none", "auto", "structure", "lpips", "lpips_alex"] = knob(
         "none",
         "distance of reconstructions added to the loss: structure (SSIM and gradients at three "
-        "scales, no weights), LPIPS on VGG16 or AlexNet; auto: lpips if its weights are on this "
-        "machine, else structure",
+        "scales), LPIPS on VGG16 or AlexNet; auto: lpips if its weights are here, else structure",
     )
     weight: float = knob(
         1.0, "nats of each value of an image (C*H*W) for a distance of 1", gt=0, when="kind!=none"
@@ -240,8 +237,7 @@ class PerceptualConfig(Section):
 class AdversarialConfig(Section):
     weight: float = knob(
         0.0,
-        "adversarial gradient at the decoder's last layer, as a part of the other terms' (0: no "
-        "discriminator; usual: 0.5)",
+        "adversarial gradient at the decoder's last layer, as a part of the other terms' (0: off)",
         ge=0,
     )
     start_step: int = knob(0, "step from which the discriminator learns", ge=0)
@@ -290,7 +286,7 @@ class TrainingConfig(Section):
         "images per forward of one process (0: its whole share; auto: as many as fit into memory); "
         "changes memory, not results",
         neutral=True,
-        form=MICROBATCH,
+        form="auto 0 COUNT",
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
         "auto",
