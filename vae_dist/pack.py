@@ -1,6 +1,6 @@
 """`python -m vae_dist.pack source=PICTURES out=FOLDER`: shards of pictures, with their index.
 
-In: a folder of pictures, an archive, MNIST idx files, CIFAR-10, CelebA, parquet or the word mnist.
+In: folders of pictures, archives, known data sets, parquet files, `hf://datasets/OWNER/NAME`.
 Out: `FOLDER/train`, `FOLDER/validation`, `FOLDER/test` (those that there are) with tars and their
 index, `FOLDER/contact-sheet.png`, `FOLDER/names.txt` (which sample was which picture), and last
 `FOLDER/pack.json`. A killed command goes on when it is run again. Exit code 0, or 2 when something

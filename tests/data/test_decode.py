@@ -439,3 +439,16 @@ def test_the_content_decides_and_not_the_suffix(kind: str) -> None:
     image = decode_sample({"__key__": "k", "jpg": data}, channels=1, max_pixels=10**4)
     np.testing.assert_array_equal(image[0], GREY)
     assert size_of_sample({"__key__": "k", "jpg": data}, max_pixels=10**4) == GREY.shape
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_tiffs_of_few_bits_are_scaled_to_bytes(bits: int) -> None:
+    top = (1 << bits) - 1
+    import tifffile
+
+    shades = np.arange(64, dtype=np.uint8).reshape(8, 8) % (top + 1)
+    file = io.BytesIO()
+    tifffile.imwrite(file, shades, bitspersample=bits, photometric="minisblack")
+    sample = {"__key__": "k", "tif": file.getvalue()}
+    image = decode_sample(sample, channels=1, max_pixels=10**4)
+    np.testing.assert_array_equal(image[0], shades * (255 // top))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.packing.picture import PictureSettings, _resized, _target, prepare, thumbnail
@@ -49,7 +49,7 @@ def test_what_needs_no_change_is_kept_byte_for_byte(
     suffix: str, data: bytes, channels: int
 ) -> None:
     picture = prepare(suffix, data, PictureSettings())
-    assert picture == (suffix, data, (channels, 12, 20), True, None)
+    assert picture == (suffix, data, (channels, 12, 20), True, None, "")
 
 
 def test_a_suffix_that_lies_is_put_right() -> None:
@@ -198,3 +198,40 @@ def test_a_mask_that_does_not_fit_is_refused(mask: bytes, reason: str) -> None:
     for settings in (PictureSettings(), PictureSettings(size=6)):
         with pytest.raises(DamagedSampleError, match=reason):
             prepare("png", encode(COLOUR), settings, mask=mask)
+
+
+def test_colours_of_another_profile_become_those_of_srgb() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    kept = prepare("png", encode(COLOUR, icc_profile=srgb), PictureSettings())
+    assert kept.kept and not kept.note
+    swapped = srgb.replace("sRGB".encode("utf-16-be"), "rgbS".encode("utf-16-be"))
+    swapped = swapped.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+    changed = prepare("png", encode(COLOUR, icc_profile=swapped), PictureSettings())
+    assert not changed.kept and "converted to sRGB" in changed.note
+    assert "icc_profile" not in Image.open(io.BytesIO(changed.data)).info
+    assert abs(decoded(changed.data).astype(int) - COLOUR[:, :, ::-1]).max() < 8
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_of_animated_files_the_first_frame_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    picture = prepare(kind.lower(), data, PictureSettings(format="png"))
+    assert "first frame" in picture.note and (decoded(picture.data)[0, 0] == [255, 0, 0]).all()
+
+
+def test_what_is_damaged_does_not_depend_on_what_is_asked_for() -> None:
+    whole = encode(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
+    hole = whole[:2000] + bytes(512) + whole[2512:]
+    for data in (whole[: len(whole) // 2] + b"\xff\xd9", hole):
+        for settings in (PictureSettings(), PictureSettings(size=8), PictureSettings(format="png")):
+            with pytest.raises(DamagedSampleError):
+                prepare("jpg", data, settings)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"), [("heic", b"\0\0\0\x1cftypheic"), ("jxl", b"\xff\x0a")]
+)
+def test_formats_that_are_not_decoded_are_named(suffix: str, data: bytes) -> None:
+    with pytest.raises(DamagedSampleError, match="which is not decoded; convert it to"):
+        prepare(suffix, data, PictureSettings())

@@ -126,6 +126,8 @@ def _decode_tiff(data: bytes, max_pixels: int, channels: int | None) -> np.ndarr
             pixels = pixels.reshape(shape).transpose(1, 2, 0)
         if tiff.pages[0].photometric == WHITE_IS_ZERO:
             pixels = (1 << tiff.pages[0].bitspersample) - 1 - pixels
+        if (bits := tiff.pages[0].bitspersample) < 8:
+            pixels = (pixels * (255 // ((1 << bits) - 1))).astype(np.uint8)
         return upright(pixels, _tiff_orientation(tiff)).transpose(2, 0, 1)
 
 
@@ -175,6 +177,10 @@ def _check_colours(page: Any) -> None:
         name = getattr(page.photometric, "name", kind)
         raise DamagedSampleError(
             f"a TIFF of PhotometricInterpretation {name} is not read; store it as grey or RGB"
+        )
+    if page.bitspersample not in (1, 2, 4, 8, 16, 32, 64):  # tifffile leaves 12 bits in uint16
+        raise DamagedSampleError(
+            f"a TIFF of {page.bitspersample} bits is not read; store it with 8 or 16"
         )
 
 

@@ -52,7 +52,7 @@ MIN_PER_SHARD = 128
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
 NUM_NAMED = 5  # damaged pictures that the screen shows
 MAX_SIZES = 1000  # of different image sizes that a report lists
-COUNTED = ("sizes", "channels", "labels", "members")  # of the samples of a shard
+COUNTED = ("sizes", "channels", "labels", "members", "notes")  # of the samples of a shard
 SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
 
 
@@ -257,6 +257,7 @@ def _write_shard(
                 counts["channels"][str(picture.shape[0])] += 1
                 counts["labels"].update([str(item.category)] if "cls" in members else [])
                 counts["members"].update(members.keys())
+                counts["notes"].update([picture.note] if picture.note else [])
             count(1)
         counts["sizes"] = Counter(dict(counts["sizes"].most_common(MAX_SIZES)))
         report |= {key: dict(found) for key, found in counts.items()}
@@ -326,7 +327,7 @@ def _describe(
         "sizes": dict(_sum(reports, "sizes").most_common(20)),
         "members": dict(_sum(reports, "members")),
         "skipped": [*skipped, *listing.lost, *listing.left_out],
-        "notes": listing.notes,
+        "notes": [*listing.notes, *(f"{text} ({n})" for text, n in _sum(reports, "notes").items())],
     }
 
 

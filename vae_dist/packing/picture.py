@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from vae_dist.data.decode import (
     ARRAYS,
@@ -61,6 +61,7 @@ class Picture(NamedTuple):
     shape: tuple[int, int, int]  # C, H, W
     kept: bool  # byte for byte
     mask: bytes | None = None  # PNG of as many pixels
+    note: str = ""  # what a user wants to know of it
 
 
 def prepare(
@@ -96,18 +97,38 @@ def _prepared(
     height, width = _upright_size(image)
     transparent = has_alpha(image)
     stored = SUFFIX_OF.get(image_format)
+    profile = other_profile(image)
+    note = "the colours are converted to sRGB" if profile else ""
+    if getattr(image, "is_animated", False):
+        note = "animated; its first frame is taken"
     if stored is not None:  # whatever becomes of it: what is damaged is decided in one place
         whole = decode_own(stored, data, max_pixels=settings.max_pixels)
         keep = (
             settings.format in ("keep", stored)
             and _target(height, width, settings.size) == (height, width)
             and not (transparent and settings.background != "none")
+            and profile is None
         )
         if keep:
             channels, rows, columns = whole.shape
-            return Picture(stored, data, (channels, rows, columns), True), (height, width)
-    changed = _changed(image, image_format, settings, transparent, exact=exact)
-    return changed, (height, width)
+            kept = Picture(stored, data, (channels, rows, columns), True, note=note)
+            return kept, (height, width)
+    changed = _changed(image, image_format, settings, transparent, profile, exact=exact)
+    return changed._replace(note=note), (height, width)
+
+
+def other_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The profile of colours that are none of sRGB."""
+    data = image.info.get("icc_profile")
+    if not data or image.mode not in ("RGB", "RGBA"):
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        is_srgb = "srgb" in ImageCms.getProfileDescription(profile).lower()
+        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
+    except (OSError, ImageCms.PyCMSError):
+        return None  # a damaged profile says nothing
+    return profile if is_rgb and not is_srgb else None
 
 
 def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
@@ -143,6 +164,7 @@ def _changed(
     image_format: str,
     settings: PictureSettings,
     transparent: bool,
+    profile: ImageCms.ImageCmsProfile | None,
     *,
     exact: bool,
 ) -> Picture:
@@ -152,6 +174,10 @@ def _changed(
             shorter = settings.size if isinstance(settings.size, int) else max(settings.size)
             image.draft(None, (2 * shorter, 2 * shorter))
         image = ImageOps.exif_transpose(image)
+        if profile is not None:
+            srgb = ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, profile, srgb) or image
+            image.info.pop("icc_profile", None)
         if transparent and settings.background != "none":
             ground = Image.new("RGBA", image.size, settings.background)
             image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
