@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -231,11 +231,7 @@ def _per_image(function: Callable[..., Any]) -> Compare:
 
 
 def lpips_comparison(network: Lpips) -> Compare:
-    def compare(images: Tensor, reconstructions: Tensor) -> Tensor:
-        distance: Tensor = network(2 * in_colour(images) - 1, 2 * in_colour(reconstructions) - 1)
-        return distance
-
-    return compare
+    return lambda *pair: network(*(2 * in_colour(images) - 1 for images in pair))
 
 
 class ReconstructionMetric:
@@ -296,14 +292,17 @@ class LatentSums:
         # per unit: KL, mean, mean squared, variance; then positions and images
         self._per_unit = torch.zeros(4, units, dtype=torch.float64, device=device)
         self._counts = torch.zeros(2, dtype=torch.float64, device=device)
-        self._first: list[_Latents] = []
+        self._first: dict[int, Tensor] = {}  # of the first images: (3, U, *positions)
         self._moments = LatentMoments(units, device)
 
     def update(
         self, mean: Tensor, log_variance: Tensor, *, z: Tensor, samples: Sequence[int]
     ) -> None:
         """mean, log_variance, z (b, U, *positions) of the images that count, and their numbers."""
-        self._keep_first(torch.stack([mean, log_variance, z], 1), samples)
+        limit = min(INFORMATION_IMAGES, INFORMATION_VALUES // z[0].numel())
+        for row, sample in enumerate(samples):
+            if sample < limit:
+                self._first[sample] = torch.stack([mean[row], log_variance[row], z[row]]).cpu()
         self._moments.add(mean, log_variance)
         mean = mean.flatten(2) if mean.ndim > 2 else mean.unsqueeze(2)  # (b, U, P)
         log_variance = log_variance.reshape(mean.shape)
@@ -311,13 +310,6 @@ class LatentSums:
         terms = torch.stack([kl, mean, mean.square(), log_variance.exp()]).double()
         self._per_unit += terms.sum((1, 3))
         self._counts += self._counts.new_tensor([mean.shape[0] * mean.shape[2], mean.shape[0]])
-
-    def _keep_first(self, moments: Tensor, samples: Sequence[int]) -> None:
-        """moments (b, 3, U, *positions): those of the first images, for the mutual information."""
-        limit = min(INFORMATION_IMAGES, INFORMATION_VALUES // moments[0, 0].numel())
-        rows = [row for row, sample in enumerate(samples) if sample < limit]
-        if rows:
-            self._first.append(_Latents([samples[row] for row in rows], moments[rows].cpu()))
 
     def compute(self, runtime: Runtime) -> LatentReport:
         per_unit = runtime.sum_over_ranks(self._per_unit).cpu()
@@ -329,7 +321,7 @@ class LatentSums:
             active_fraction=active / len(kl),
             posterior_variance=float(variance.mean()),
             mutual_information_nats=_information(
-                [part for parts in runtime.gather(self._first) for part in parts]
+                dict(item for first in runtime.gather(self._first) for item in first.items())
             ),
             kl_nats_per_unit=(kl * num_positions / max(1.0, num_images)).tolist(),
         )
@@ -341,21 +333,15 @@ class LatentSums:
         return total.statistics()
 
 
-class _Latents(NamedTuple):
-    samples: list[int]
-    moments: Tensor  # (b, 3, U, *positions): mean, log-variance, z
-
-
-def _information(parts: list[_Latents]) -> float:
+def _information(first: Mapping[int, Tensor]) -> float:
     """Of the images that share the most frequent latent shape, in the order of their numbers."""
-    by_shape: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
-    for samples, moments in parts:
-        by_shape[tuple(moments.shape[2:])] += zip(samples, moments.flatten(2), strict=True)
+    by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+    for _, moments in sorted(first.items()):
+        by_shape[tuple(moments.shape)].append(moments.flatten(1))
     if not by_shape:
         return 0.0
     _, images = max(by_shape.items(), key=lambda item: (len(item[1]), item[0]))
-    ordered = torch.stack([moments for _, moments in sorted(images, key=lambda pair: pair[0])])
-    return mutual_information_nats(*ordered.unbind(1))
+    return mutual_information_nats(*torch.stack(images).unbind(1))
 
 
 def mutual_information_nats(mean: Tensor, log_variance: Tensor, z: Tensor) -> float:

@@ -17,7 +17,6 @@ Legend: b images of a rank's batch, C H W an image, D = C H W.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -252,44 +251,32 @@ def conditions_of(
 
 def merged_with_earlier(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """`record` and what the file at `path` has beyond it, if that is of the same evaluation."""
-    merged = dict(record)
-    earlier = _read(path)
-    if any(earlier.get(key) != record[key] for key in SAME):
-        return merged
-    figures, before = record["figures"], earlier["figures"]
-    if any(before.get(key) != figures[key] for key in COUNTS):
-        return merged
-    merged["figures"] = {**figures, **_beyond(before, figures)}
-    for key in ("conditions", "notes"):  # both by figure
-        merged[key] = {**record[key], **_beyond(earlier[key], {**figures, **record[key]})}
-    merged["metric_weights"] = {**earlier["metric_weights"], **record["metric_weights"]}
-    return merged
+    figures = record["figures"]
+    try:
+        earlier = dict(json.loads(path.read_bytes()))
+        before, conditions, notes, weights = (
+            dict(earlier[key]) for key in ("figures", "conditions", "notes", "metric_weights")
+        )
+        is_same = all(earlier[key] == record[key] for key in SAME)
+        is_same &= all(before[key] == figures[key] for key in COUNTS)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_same = False
+    if not is_same:
+        return dict(record)
+
+    def beyond(values: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in now}
+
+    return {
+        **record,
+        "figures": {**figures, **beyond(before, figures)},
+        "conditions": {**record["conditions"], **beyond(conditions, figures)},
+        "notes": {**record["notes"], **beyond(notes, {**figures, **record["notes"]})},
+        "metric_weights": {**weights, **record["metric_weights"]},
+    }
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:
-    """Numbers that JSON has no word for become null."""
-    return (json.dumps(_finite(record), indent=1, allow_nan=False) + "\n").encode()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Empty where there is no such record."""
-    try:
-        earlier = dict(json.loads(path.read_bytes()))
-        parts = [earlier[key] for key in ("figures", "conditions", "notes", "metric_weights")]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return earlier if all(isinstance(part, dict) for part in parts) else {}
-
-
-def _beyond(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in before.items() if key not in now}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
+    """NaN and infinities, which JSON has no word for, become null."""
+    finite = json.loads(json.dumps(record), parse_constant=lambda constant: None)
+    return (json.dumps(finite, indent=1) + "\n").encode()

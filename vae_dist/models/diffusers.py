@@ -27,7 +27,8 @@ import safetensors.torch
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import ModelConfig, TrainConfig
+from vae_dist.config.schema import TrainConfig
+from vae_dist.models.build import blocks_of_levels
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,26 +48,28 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 def export_problems(config: TrainConfig) -> list[str]:
     """What of this config has no place in an AutoencoderKL, a sentence each; empty: nothing."""
-    model = config.model
-    problems = []
-    if model.latent != "spatial":
-        problems.append(f"model.latent={model.latent}: the format has spatial latents")
-    if model.patch != 1:
-        problems.append(f"model.patch={model.patch}: the format begins with single pixels")
-    if model.dc_shortcuts:
-        problems.append("model.dc_shortcuts=true: the format has no space-to-channel shortcuts")
-    if model.num_classes:
-        problems.append(f"model.num_classes={model.num_classes}: the format knows no labels")
-    if isinstance(model.blocks, list) and len(set(model.blocks)) > 1:
-        problems.append(f"model.blocks={model.blocks}: the format has equally many in each level")
-    if config.data.mask != "none":
-        problems.append(f"data.mask={config.data.mask}: the format's encoder sees no mask")
-    if config.likelihood.kind not in KINDS_OF_MEANS:
-        problems.append(
-            f"likelihood.kind={config.likelihood.kind}: its decoder outputs are not an image; "
-            f"{', '.join(KINDS_OF_MEANS)} have one"
-        )
-    return problems
+    model, likelihood, mask = config.model, config.likelihood.kind, config.data.mask
+    uneven = isinstance(model.blocks, list) and len(set(model.blocks)) > 1
+    checks = [
+        (model.latent != "spatial", f"model.latent={model.latent}: the format has spatial latents"),
+        (model.patch != 1, f"model.patch={model.patch}: the format begins with single pixels"),
+        (
+            model.dc_shortcuts,
+            "model.dc_shortcuts=true: the format has no space-to-channel shortcuts",
+        ),
+        (
+            model.num_classes > 0,
+            f"model.num_classes={model.num_classes}: the format knows no labels",
+        ),
+        (uneven, f"model.blocks={model.blocks}: the format has equally many in each level"),
+        (mask != "none", f"data.mask={mask}: the format's encoder sees no mask"),
+        (
+            likelihood not in KINDS_OF_MEANS,
+            f"likelihood.kind={likelihood}: its decoder outputs are not an image; "
+            f"{', '.join(KINDS_OF_MEANS)} have one",
+        ),
+    ]
+    return [sentence for is_so, sentence in checks if is_so]
 
 
 def diffusers_config(
@@ -88,7 +91,7 @@ def diffusers_config(
         "latent_channels": model.latent_channels,
         "latents_mean": None,
         "latents_std": None,
-        "layers_per_block": _blocks(model),
+        "layers_per_block": blocks_of_levels(model)[0],  # the same in all
         "mid_block_add_attention": model.attention,
         "norm_num_groups": model.norm_groups,
         "out_channels": config.data.channels,
@@ -237,8 +240,3 @@ def from_diffusers(published: Published, fresh: Tensors) -> Tensors:
         elif given.shape[1:] == value.shape[1:] and len(given) < len(value):
             tensors[name] = torch.cat([given, value[len(given) :]])
     return tensors
-
-
-def _blocks(model: ModelConfig) -> int:
-    """Of every level; a list has equal items."""
-    return int(model.blocks[0] if isinstance(model.blocks, list) else model.blocks)

@@ -70,23 +70,17 @@ INCEPTION = PretrainedFile(
 )
 
 
-def hub_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 def find(file: PretrainedFile, folder: Path | None = None) -> Path | None:
     """Where the file lies on this machine, None where it does not."""
     names = (f"{Path(file.name).stem}.safetensors", file.name)
-    paths = [(folder or hub_folder()) / name for name in names]
+    paths = [(folder or Path(torch.hub.get_dir()) / "checkpoints") / name for name in names]
     return next((path for path in paths if path.is_file()), None)
 
 
 def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
-    """Where the file lies, downloaded if it must be; for one process only.
-
-    Raises ConfigError that says what to fetch from where, and where to put it.
-    """
-    folder = folder or hub_folder()
+    """Where the file lies, downloaded if it must be; for one process only. Raises ConfigError that
+    says what to fetch from where, and where to put it."""
+    folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     if (found := find(file, folder)) is not None:
         _check_digest(file, found)
         return found
@@ -110,9 +104,7 @@ def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
 
 
 def _check_digest(file: PretrainedFile, path: Path) -> None:
-    """A .safetensors made from the file has its own digest; its tensors' names and shapes are
-    checked when they are loaded."""
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":  # made from the file: it has a digest of its own
         return
     with open(path, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -135,11 +127,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_into(network: nn.Module, tensors: dict[str, Tensor], *, path: Path) -> None:
     """Gives `network`, which may be on meta, these tensors; then it is on the CPU, in eval mode,
-    and not to be trained.
-
-    Tensors that it does not have (a classifier's) are left out. Raises ConfigError for those that
-    it misses or that have other shapes.
-    """
+    and not to be trained. Tensors that it does not have (a classifier's) are left out. Raises
+    ConfigError for those that it misses or that have other shapes."""
     network.to_empty(device="cpu")
     own = network.state_dict()
     needed = {name: tensors[name] for name in own if name in tensors}
@@ -206,7 +195,9 @@ class Lpips(nn.Module):
         self.backbone = backbone
         self.features = vgg16_features() if backbone == "vgg" else alexnet_features()
         for number, width in enumerate(WIDTHS[backbone]):
-            self.add_module(f"lin{number}", _Head(nn.Conv2d(width, 1, 1, bias=False)))
+            # place 0 of a published head is a dropout, which evaluation skips
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
+            self.add_module(f"lin{number}", nn.ModuleDict({"model": head}))
         self.set_constants()
 
     def set_constants(self) -> None:
@@ -227,21 +218,9 @@ class Lpips(nn.Module):
                 # 1e-8 inside the root, as the reference implementation in torchmetrics has it
                 unit = h / torch.sqrt(1e-8 + h.square().sum(1, keepdim=True))
                 x, y = unit.chunk(2)
-                head = getattr(self, f"lin{taps.index(number)}")
+                head = getattr(self, f"lin{taps.index(number)}")["model"]
                 distance = distance + head((x - y).square()).mean((1, 2, 3))
         return distance
-
-
-class _Head(nn.Module):
-    """A 1x1 convolution under its published name; place 0 is a dropout, which evaluation skips."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.model = nn.Sequential(nn.Identity(), convolution)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.model(x)
-        return h
 
 
 def find_heads(backbone: Backbone, folder: Path | None = None) -> Path | None:
@@ -261,10 +240,8 @@ def lpips_available(backbone: Backbone, folder: Path | None = None) -> bool:
 
 
 def load_lpips(backbone: Backbone, path: Path) -> Lpips:
-    """With the features of the file at `path`, and the heads beside it or in torchmetrics.
-
-    Raises ConfigError where either cannot be read. Gradients flow to the images alone.
-    """
+    """With the features of the file at `path`, and the heads beside it or in torchmetrics; raises
+    ConfigError where either cannot be read. Gradients flow to the images alone."""
     heads = find_heads(backbone, path.parent)
     if heads is None:
         raise ConfigError(
@@ -285,21 +262,16 @@ SIDE = 299  # pixels
 
 Layer = tuple[int, int, int]  # width, rows and columns of the kernel
 Step = Layer | list[Layer]  # a list: layers side by side
-Pool = Literal["average", "maximum", "down"]
 
 
 class Convolution(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    def __init__(
-        self, in_channels: int, layer: Layer, *, stride: int = 1, padded: bool = True
-    ) -> None:
+    def __init__(self, channels: int, layer: Layer, stride: int = 1, padded: bool = True) -> None:
         super().__init__()
-        width, *kernel = layer
-        padding = [side // 2 for side in kernel] if padded else [0, 0]
-        self.conv = nn.Conv2d(
-            in_channels, width, (kernel[0], kernel[1]), stride, (padding[0], padding[1]), bias=False
-        )
+        width, rows, columns = layer
+        padding = (rows // 2, columns // 2) if padded else (0, 0)
+        self.conv = nn.Conv2d(channels, width, (rows, columns), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,7 +288,7 @@ class Mixed(nn.Module):
         in_channels: int,
         branches: Mapping[str, Sequence[Step]],
         *,
-        pool: Pool,
+        pool: Literal["average", "maximum", "down"],
         pool_width: int = 0,
     ) -> None:
         super().__init__()
