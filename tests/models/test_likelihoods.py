@@ -1,163 +1,317 @@
-"""Likelihoods against torch.distributions, their limits, and the change to 8-bit levels."""
+"""Likelihoods: closed forms, sums to one, gradients by finite differences, what is stored."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli as TorchBernoulli
-from torch.distributions import Normal
+from torch.distributions import Bernoulli, Laplace, Normal
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from vae_dist.config.schema import DataConfig, LikelihoodConfig
-from vae_dist.models.likelihoods import Gaussian, Likelihood, bits_per_dim, build_likelihood
-from vae_dist.models.likelihoods.bernoulli import uniform_of_content
+from vae_dist.models.likelihoods import Levels, Likelihood, build_likelihood
+from vae_dist.models.likelihoods.gaussian import clipped_mean, log_ndtr, log_probability_of_bin
+from vae_dist.randomness import torch_generator
 
-BATCH, CHANNELS, HEIGHT, WIDTH = 4, 3, 5, 7
-
-
-def likelihood(dequantize: bool = True, **knobs: object) -> Likelihood:
-    return build_likelihood(LikelihoodConfig(**knobs), DataConfig(dequantize=dequantize))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_images(channels: int = CHANNELS) -> tuple[Tensor, Tensor]:
-    """uint8 images and uniform noise of their shape."""
-    shape = (BATCH, channels, HEIGHT, WIDTH)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator())
-    return images, torch.rand(shape, generator=generator(1))
+Knobs = dict[str, Any]
+VARIANCES = ("fixed", "shared", "per_channel", "per_pixel")
+GAUSSIANS: list[Knobs] = [{"kind": "discretized_gaussian", "variance": v} for v in VARIANCES]
+MIXTURE: Knobs = {"kind": "discretized_logistic_mixture", "mixtures": 3}
+DISCRETE = [*GAUSSIANS, MIXTURE]
+DENSITIES: list[Knobs] = [
+    {"kind": kind, "variance": v} for kind in ("gaussian", "laplace") for v in VARIANCES
+]
+BINARY: Knobs = {"kind": "bernoulli"}
+ALL = [*DISCRETE, *DENSITIES, BINARY]
 
 
-def random_params(model: Likelihood, channels: int = CHANNELS) -> Tensor:
-    shape = (BATCH, model.num_params(channels), HEIGHT, WIDTH)
-    return torch.randn(shape, generator=generator(2))
+def name_of(value: object) -> str | None:
+    return "-".join(str(v) for v in value.values()) if isinstance(value, dict) else None
+
+
+def likelihood(knobs: Knobs, *, bits: int = 8, channels: int = 3, **data: Any) -> Likelihood:
+    config = LikelihoodConfig(**knobs)
+    return build_likelihood(config, DataConfig(bits=bits, channels=channels, **data))
+
+
+def channels_of(knobs: Knobs) -> int:
+    return 1 if knobs["kind"] == "bernoulli" else 3
+
+
+def params_of(model: Likelihood, channels: int, *, scale: float = 1.0, size: int = 2) -> Tensor:
+    shape = (1, model.num_params(channels), size, size)
+    return scale * torch.randn(shape, generator=torch_generator(1, "test"))
+
+
+def stored_images(channels: int, size: int = 2, batch: int = 1) -> Tensor:
+    shape = (batch, channels, size, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch_generator(0, "test"))
+
+
+def prepared(model: Likelihood, stored: Tensor) -> Tensor:
+    uniform = torch.rand(stored.shape, generator=torch_generator(2, "test"))
+    return model.prepare(stored, uniform if model.needs_uniform else None)
+
+
+def every_level(bits: int) -> Tensor:
+    """Centers of all levels, (2^bits, 1, 1, 1)."""
+    return torch.linspace(-1, 1, 2**bits, dtype=torch.float64).float().view(-1, 1, 1, 1)
+
+
+# closed forms
+
+
+@pytest.mark.parametrize("knobs", DENSITIES, ids=name_of)
+def test_a_density_is_that_of_torch_distributions(knobs: Knobs) -> None:
+    model = likelihood({**knobs, "sigma": 0.2, "min_sigma": 0.05})
+    images, params = prepared(model, stored_images(3, 5)), params_of(model, 3, size=5)
+    mean, variance = params[:, :3], knobs["variance"]
+    if variance == "fixed":
+        deviation = torch.tensor(0.2, dtype=torch.float64)
+    elif variance == "per_pixel":
+        deviation = (0.05**2 + 0.25 * params[:, 3:].double().exp()).sqrt()
+    else:
+        raw = torch.tensor([-0.1, 0.0, 0.05])[: 1 if variance == "shared" else 3]
+        with torch.no_grad():
+            model.moments.raw_log_variance.copy_(raw)
+        deviation = (0.05**2 + 0.25 * (10 * raw.double()).exp()).sqrt().view(-1, 1, 1)
+    is_laplace = knobs["kind"] == "laplace"
+    scale = deviation / math.sqrt(2) if is_laplace else deviation
+    expected = (Laplace if is_laplace else Normal)(mean.double(), scale).log_prob(images.double())
+    found = model.log_prob(params, images)
+    assert found.shape == (1,) and found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.flatten(1).sum(1), rtol=1e-5, atol=1e-3)
+    assert torch.equal(model.mean(params), mean.clamp(-1, 1))
 
 
 def test_bernoulli_is_that_of_torch_distributions() -> None:
-    model = likelihood(kind="bernoulli")
-    images = model.prepare(*random_images(1))
-    logits = random_params(model, 1)
-    expected = TorchBernoulli(logits=logits.double()).log_prob((images.double() + 1) / 2)
-    log_prob = model.log_prob(logits, images)
-    assert log_prob.shape == (BATCH,) and log_prob.dtype == torch.float32
-    torch.testing.assert_close(log_prob.double(), expected.flatten(1).sum(1), rtol=1e-5, atol=1e-5)
+    model = likelihood(BINARY, channels=1)
+    images, logits = prepared(model, stored_images(1, 5)), params_of(model, 1, size=5)
+    expected = Bernoulli(logits=logits.double()).log_prob((images.double() + 1) / 2).sum()
+    assert model.log_prob(logits, images).item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(model.mean(logits), 2 * torch.sigmoid(logits) - 1)
-    assert torch.isfinite(model.log_prob(1e4 * logits, images)).all()
 
 
-@pytest.mark.parametrize("variance", ["fixed", "shared", "per_channel", "per_pixel"])
-def test_gaussian_is_that_of_torch_distributions(variance: str) -> None:
-    model = likelihood(kind="gaussian", variance=variance, sigma=0.2, min_sigma=0.05)
-    images = model.prepare(*random_images())
-    params = random_params(model)
-    if variance == "fixed":
-        sigma = torch.tensor(0.2, dtype=torch.float64)
-    elif variance == "shared":
-        with torch.no_grad():
-            model.moments.raw_log_variance.fill_(-0.1)
-        sigma = torch.tensor(0.05**2 + 0.25 * math.exp(-1.0), dtype=torch.float64).sqrt()
-    elif variance == "per_channel":
-        with torch.no_grad():
-            model.moments.raw_log_variance.copy_(torch.tensor([-0.1, 0.0, 0.05]))
-        raw = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)
-        sigma = (0.05**2 + 0.25 * raw.exp()).sqrt().view(3, 1, 1)
-    else:
-        sigma = (0.05**2 + 0.25 * params[:, CHANNELS:].double().exp()).sqrt()
-    mean = params[:, :CHANNELS]
-    expected = Normal(mean.double(), sigma).log_prob(images.double()).flatten(1).sum(1)
-    log_prob = model.log_prob(params, images)
-    assert log_prob.shape == (BATCH,) and log_prob.dtype == torch.float32
-    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-3)
-    assert torch.equal(model.mean(params), mean.clamp(-1, 1))
+def test_the_mixture_is_that_of_its_definition() -> None:
+    """Salimans et al. 2017, equations 1 to 3, written out in float64."""
+    model = likelihood({**MIXTURE, "min_sigma": 1e-9})
+    params = params_of(model, 3).double()
+    x = Levels(8).centers(stored_images(3).clamp(1, 254)).double()
+    logits, rest = params[0, :3], params[0, 3:].unflatten(0, (3, 9))
+    total = 0.0
+    for row, column in itertools.product(range(2), range(2)):
+        r, g, _ = x[0, :, row, column]
+        p = torch.zeros((), dtype=torch.float64)
+        for k, offset in enumerate((-2 / 3, 0.0, 2 / 3)):
+            numbers = rest[k, :, row, column]
+            means, scales = numbers[:3] + offset, 0.25 * numbers[3:6].exp()
+            alpha, beta, gamma = numbers[6:].tanh()
+            centers = torch.stack([means[0], means[1] + alpha * r, means[2] + beta * r + gamma * g])
+            here = x[0, :, row, column] - centers
+            upper, lower = (torch.sigmoid((here + s / 255) / scales) for s in (1, -1))
+            p = p + torch.softmax(logits[:, row, column], 0)[k] * (upper - lower).prod()
+        total += math.log(p)
+    assert model.log_prob(params, x).item() == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_the_discretized_gaussian_is_a_difference_of_cdfs(bits: int) -> None:
+    model = likelihood({**GAUSSIANS[0], "sigma": 0.2}, bits=bits, channels=1)
+    centers = every_level(bits)
+    params = torch.full(centers.shape, 0.3)
+    log_p = model.log_prob(params, centers).double()
+    edges = centers.double().flatten()[:-1] + 1 / (2**bits - 1)
+    cdf = Normal(0.3, torch.tensor(0.2, dtype=torch.float64)).cdf(edges)
+    expected = torch.nn.functional.pad(cdf, (1, 1)).index_fill(0, torch.tensor(len(cdf) + 1), 1.0)
+    expected = expected.diff()
+    big = expected > 1e-9
+    torch.testing.assert_close(log_p[big], expected[big].log(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("knobs", DISCRETE, ids=name_of)
+@pytest.mark.parametrize("bits", [5, 8, 16])
+def test_probabilities_of_levels_sum_to_one(knobs: Knobs, bits: int) -> None:
+    floor = {} if knobs.get("variance") == "fixed" else {"min_sigma": 1e-3}
+    model = likelihood({**knobs, **floor}, bits=bits, channels=1)
+    images = every_level(bits)
+    for scale in (0.3, 3.0):
+        params = params_of(model, 1, scale=scale, size=1)
+        if params.shape[1] > 1:  # some scales far below a level, some far above the range
+            params[:, params.shape[1] // 2 :] *= 4.0
+        log_p = model.log_prob(params.expand(len(images), -1, -1, -1), images)
+        # edges of 65,536 bins around centers that float32 rounds
+        tolerance = 2e-5 if bits == 16 else 3e-6
+        assert log_p.double().exp().sum().item() == pytest.approx(1.0, abs=tolerance)
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_mixture_over_all_colours_sums_to_one(channels: int) -> None:
+    model = likelihood({**MIXTURE, "mixtures": 2}, bits=2, channels=channels)
+    params = params_of(model, channels, size=1)
+    centers = torch.linspace(-1, 1, 4).tolist()
+    colours = torch.tensor(list(itertools.product(centers, repeat=channels)))
+    images = colours.view(-1, channels, 1, 1)
+    log_p = model.log_prob(params.expand(len(images), -1, -1, -1), images)
+    assert log_p.double().exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+
+
+# every likelihood
+
+
+@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+def test_gradients_against_finite_differences(knobs: Knobs) -> None:
+    """By the decoder's outputs and by what the likelihood itself learns, edges included."""
+    channels = channels_of(knobs)
+    model = likelihood(knobs, channels=channels).double()
+    params = params_of(model, channels).double().requires_grad_()
+    stored = torch.tensor([0, 1, 90, 128, 200, 254, 255, 3, 0, 255, 77, 10], dtype=torch.uint8)
+    images = Levels(8).centers(stored.view(1, 3, 2, 2))[:, :channels].double()
+    if knobs is BINARY:
+        images = images.sign()
+    learned = tuple(model.parameters())
+    assert torch.autograd.gradcheck(lambda p, *_: model.log_prob(p, images), (params, *learned))
+
+
+@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+def test_extreme_outputs_leave_values_and_gradients_finite(knobs: Knobs) -> None:
+    channels = channels_of(knobs)
+    model = likelihood(knobs, channels=channels)
+    images = prepared(model, stored_images(channels))
+    for scale in (30.0, 1e3):
+        params = params_of(model, channels, scale=scale).requires_grad_()
+        log_p = model.log_prob(params, images)
+        log_p.sum().backward()
+        assert torch.isfinite(log_p).all() and torch.isfinite(params.grad).all()
+
+
+@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+def test_autocast_changes_nothing(knobs: Knobs) -> None:
+    channels = channels_of(knobs)
+    model = likelihood(knobs, channels=channels)
+    params = params_of(model, channels, size=4).to(torch.bfloat16)
+    images = prepared(model, stored_images(channels, 4))
+    exact = model.log_prob(params.float(), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.log_prob(params, images), exact)
+        assert model.mean(params).dtype == torch.float32
+
+
+@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+def test_only_observed_values_count(knobs: Knobs) -> None:
+    channels = channels_of(knobs)
+    model = likelihood(knobs, channels=channels)
+    params = params_of(model, channels, size=4).requires_grad_()
+    images = model.sample(params.detach(), torch_generator(0, "draws"))
+    mask = (torch.rand(1, 1, 4, 4, generator=torch_generator(0, "mask")) < 0.5).to(torch.uint8)
+    found = model.log_prob(params, torch.where(mask > 0, images, math.nan), mask)
+    expected = (model.log_prob_of_values(params, images) * mask).flatten(1).sum(1)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    missing = params.grad[:, :, mask[0, 0] == 0]
+    assert torch.isfinite(params.grad).all() and not missing.any()
+    if knobs is MIXTURE:
+        with pytest.raises(ValueError, match=r"pass a mask \(B, 1, H, W\), not \(1, 3, 4, 4\)"):
+            model.log_prob(params, images, mask.expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("knobs", DISCRETE, ids=name_of)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_draws_of_levels_follow_the_probabilities(knobs: Knobs, channels: int) -> None:
+    model = likelihood(knobs, bits=5, channels=channels)
+    params = params_of(model, channels, scale=0.3, size=1).expand(-1, -1, 300, 300)
+    draws = model.sample(params, torch_generator(0, "draws"))
+    levels = ((draws + 1) * 15.5).round()
+    torch.testing.assert_close(draws, levels / 15.5 - 1)
+    assert levels.min() >= 0 and levels.max() <= 31
+    mean = model.mean(params)[0, :, 0, 0]
+    torch.testing.assert_close(draws.mean((0, 2, 3)), mean, rtol=0, atol=0.012)
+    # of all q, p itself has the largest mean of log q under draws of p
+    assert model.log_prob(params, draws) > model.log_prob(params + 0.1, draws)
+    if channels == 1:
+        shares = levels.flatten().long().bincount(minlength=32) / levels.numel()
+        one = params[:, :, :1, :1].expand(32, -1, -1, -1)
+        expected = model.log_prob(one, every_level(5)).exp()
+        torch.testing.assert_close(shares, expected, rtol=0, atol=0.006)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "value", "mean", "deviation", "absolute"),
+    [
+        ({"kind": "gaussian", "sigma": 0.1}, 0.25, 0.25, 0.1, 0.1 * math.sqrt(2 / math.pi)),
+        ({"kind": "laplace", "sigma": 0.1}, 0.25, 0.25, 0.1, 0.1 / math.sqrt(2)),
+        (BINARY, math.log(3.0), 0.5, math.sqrt(0.75), 0.75),
+    ],
+    ids=name_of,
+)
+def test_draws_of_the_others_have_the_moments(
+    knobs: Knobs, value: float, mean: float, deviation: float, absolute: float
+) -> None:
+    fixed = {} if knobs is BINARY else {"variance": "fixed"}
+    model = likelihood({**knobs, **fixed}, channels=1)
+    draws = model.sample(torch.full((1, 1, 300, 300), value), torch_generator(0, "draws"))
+    assert draws.mean().item() == pytest.approx(mean, abs=0.01)
+    assert draws.std().item() == pytest.approx(deviation, abs=0.01)
+    assert (draws - mean).abs().mean().item() == pytest.approx(absolute, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("knobs", "num_params"),
     [
-        ({"kind": "bernoulli"}, 3),
-        ({"kind": "gaussian", "variance": "fixed"}, 3),
-        ({"kind": "gaussian", "variance": "shared"}, 3),
-        ({"kind": "gaussian", "variance": "per_channel"}, 3),
-        ({"kind": "gaussian", "variance": "per_pixel"}, 6),
-        ({"kind": "discretized_gaussian", "variance": "per_pixel"}, 6),
-        ({"kind": "discretized_logistic_mixture", "mixtures": 10}, 100),  # as PixelCNN++
+        (BINARY, 3),
+        *((knobs, 6 if knobs["variance"] == "per_pixel" else 3) for knobs in DENSITIES + GAUSSIANS),
+        ({**MIXTURE, "mixtures": 10}, 100),  # as PixelCNN++
     ],
+    ids=name_of,
 )
-def test_number_of_decoder_channels(knobs: dict[str, str], num_params: int) -> None:
-    assert likelihood(**knobs).num_params(3) == num_params
+def test_number_of_decoder_channels(knobs: Knobs, num_params: int) -> None:
+    assert likelihood(knobs).num_params(3) == num_params
 
 
-@pytest.mark.parametrize("variance", ["shared", "per_pixel"])
-def test_the_floor_of_the_variance_is_smooth_and_counted(variance: str) -> None:
-    model = likelihood(kind="gaussian", variance=variance, min_sigma=1 / 256)
-    params = torch.zeros(BATCH, model.num_params(CHANNELS), HEIGHT, WIDTH)
-    if variance == "shared":
-        with torch.no_grad():
-            model.moments.raw_log_variance.fill_(-100.0)
-        expected = 1.0
-    else:
-        params[:, CHANNELS:, :, 0] = -1000.0
-        expected = 1 / WIDTH
-    params.requires_grad_()
-    log_variance = model.moments(params)[1]
-    assert log_variance.min().item() == pytest.approx(2 * math.log(1 / 256), abs=1e-5)
-    fraction = model.at_floor_fraction(params)
-    assert fraction.shape == (BATCH,)
-    torch.testing.assert_close(fraction, torch.full((BATCH,), expected))
-    loss = model.log_prob(params, torch.ones(BATCH, CHANNELS, HEIGHT, WIDTH)).sum()
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(params.grad).all()
+@pytest.mark.parametrize(
+    ("knobs", "fraction"),
+    [
+        (GAUSSIANS[3], 0.5),
+        ({"variance": "per_pixel"}, 0.5),
+        ({**MIXTURE, "min_sigma": 0.01}, 0.5),
+        ({"variance": "fixed"}, None),
+        (BINARY, None),
+    ],
+    ids=name_of,
+)
+def test_the_floor_of_the_variance_is_smooth_and_counted(
+    knobs: Knobs, fraction: float | None
+) -> None:
+    model = likelihood(knobs)
+    params = torch.zeros(1, model.num_params(3), 2, 2)
+    if fraction is None:
+        assert model.at_floor_fraction(params) is None
+        return
+    assert model.at_floor_fraction(params).item() == 0
+    first = 3 if knobs is not MIXTURE and "mixtures" not in knobs else params.shape[1] // 3
+    params[:, first:, 0] = -1000.0  # log-scales of one of two rows, and more
+    found = model.at_floor_fraction(params.requires_grad_()).item()
+    assert 0.3 < found <= fraction
+    model.log_prob(params, torch.ones(1, 3, 2, 2)).sum().backward()
+    assert torch.isfinite(params.grad).all()
 
 
-def test_fixed_variance_and_bernoulli_have_no_floor() -> None:
-    for model in (likelihood(kind="bernoulli"), likelihood(kind="gaussian", variance="fixed")):
-        assert model.at_floor_fraction(random_params(model)) is None
+# what is stored
 
 
-def test_binarisation_keeps_the_grey_levels_as_probabilities() -> None:
-    model = likelihood(kind="bernoulli")
-    levels = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).view(4, 1, 1, 1)
-    images = levels.expand(4, 1, 200, 200)
-    binary = model.prepare(images, torch.rand(images.shape, generator=generator()))
-    assert set(binary.unique().tolist()) == {-1.0, 1.0}
-    share = (binary > 0).double().mean((1, 2, 3))
-    assert share[0] == 0 and share[3] == 1
-    assert share[1].item() == pytest.approx(0.2, abs=0.01)
-    assert share[2].item() == pytest.approx(0.8, abs=0.01)
-
-
-def test_dequantised_levels_tile_the_range() -> None:
-    model = likelihood(kind="gaussian")
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    low = model.prepare(levels, torch.zeros(levels.shape))
-    high = model.prepare(levels, torch.ones(levels.shape))
-    assert low.min() == -1 and high.max() == 1
-    assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
-
-
-def test_without_dequantisation_black_is_minus_one_and_white_one() -> None:
-    model = likelihood(dequantize=False, kind="gaussian")
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
-    assert not model.needs_uniform
-    assert model.prepare(images, None).flatten().tolist() == [-1.0, 1.0]
-
-
-@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
-def test_missing_noise_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="uniform"):
-        likelihood(kind=kind).prepare(random_images()[0], None)
-
-
-def test_a_uniform_density_has_eight_bits_per_dim() -> None:
-    model = likelihood(kind="gaussian")
-    num_dims = 3 * 64 * 64
-    nll_of_uniform_density = num_dims * math.log(2.0)  # density 1/2 on [-1, 1)
-    nats = model.discrete_nll_nats(nll_of_uniform_density, num_dims)
-    assert bits_per_dim(nats, num_dims=num_dims) == pytest.approx(8.0, abs=1e-12)
+@pytest.mark.parametrize("bits", [5, 8, 16])
+def test_equal_probabilities_have_as_many_bits_as_the_data(bits: int) -> None:
+    dims = 3 * 64 * 64
+    for knobs in (GAUSSIANS[0], MIXTURE):
+        nats = dims * math.log(2**bits)
+        assert likelihood(knobs, bits=bits).bits_per_dim(nats, dims) == pytest.approx(bits)
+    # a density of 1/2 on [-1, 1), of dequantised levels
+    density = likelihood({"kind": "gaussian"}, bits=bits)
+    assert density.bits_per_dim(dims * math.log(2), dims) == pytest.approx(bits)
+    assert likelihood(BINARY).bits_per_dim(dims * math.log(2), dims) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("dequantize", "levels_per_unit"), [(True, 128.0), (False, 127.5)])
@@ -165,7 +319,8 @@ def test_level_nats_are_those_of_a_density_per_level(
     dequantize: bool, levels_per_unit: float
 ) -> None:
     """The same normal density, written over levels instead of over [-1, 1]."""
-    model = likelihood(dequantize, kind="gaussian", variance="fixed", sigma=0.1)
+    knobs = {"kind": "gaussian", "variance": "fixed", "sigma": 0.1}
+    model = likelihood(knobs, dequantize=dequantize)
     params, image = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.05)
     nats = model.discrete_nll_nats(-model.log_prob(params, image).item(), 1)
     over_levels = Normal(0.0, 0.1 * levels_per_unit)
@@ -173,102 +328,120 @@ def test_level_nats_are_those_of_a_density_per_level(
     assert nats == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_uniform_bernoulli_has_one_bit_per_dim() -> None:
-    model = likelihood(kind="bernoulli")
-    nll = -model.log_prob(torch.zeros(1, 1, 28, 28), torch.ones(1, 1, 28, 28)).item()
-    nats = model.discrete_nll_nats(nll, 784)
-    assert bits_per_dim(nats, num_dims=784) == pytest.approx(1.0, abs=1e-6)
-
-
-def test_draws_have_the_moments_of_the_likelihood() -> None:
-    bernoulli = likelihood(kind="bernoulli")
-    logits = torch.full((1, 1, 300, 300), math.log(3.0))
-    draws = bernoulli.sample(logits, generator())
-    assert set(draws.unique().tolist()) == {-1.0, 1.0}
-    assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
-    assert torch.equal(draws, bernoulli.sample(logits, generator()))
-
-    gaussian = likelihood(kind="gaussian", variance="fixed", sigma=0.1)
-    assert isinstance(gaussian, Gaussian)
-    draws = gaussian.sample(torch.full((1, 1, 300, 300), 0.25), generator())
-    assert draws.mean().item() == pytest.approx(0.25, abs=2e-3)
-    assert draws.std().item() == pytest.approx(0.1, abs=2e-3)
-
-
-# ---- bits and binarisations ----
-
-
-def test_five_bits_drop_three() -> None:
-    data = DataConfig(bits=5, dequantize=False)
-    model = build_likelihood(LikelihoodConfig(), data)
-    stored = torch.tensor([0, 7, 8, 130, 248, 255], dtype=torch.uint8).view(1, 1, 1, 6)
-    found = model.prepare(stored, None).flatten()
-    torch.testing.assert_close(found, torch.tensor([0, 0, 1, 16, 31, 31]) / 15.5 - 1)
-
-
-def test_sixteen_bits_and_floats_keep_theirs() -> None:
-    sixteen = build_likelihood(LikelihoodConfig(), DataConfig(bits=16, dequantize=False))
-    stored = torch.tensor([0, 1, 65535], dtype=torch.uint16).view(1, 1, 1, 3)
-    found = sixteen.prepare(stored, None).flatten().double()
-    torch.testing.assert_close(
-        found, torch.tensor([-1.0, 2 / 65535 - 1, 1.0]).double(), rtol=0, atol=6e-8
-    )
-    floats = build_likelihood(LikelihoodConfig(), DataConfig(bits=32))
-    values = torch.tensor([-1.0, 0.3, 0.9]).view(1, 1, 1, 3)
-    assert not floats.needs_uniform and torch.equal(floats.prepare(values, None), values)
-
-
-def test_what_has_no_levels_has_no_bits() -> None:
-    floats = build_likelihood(LikelihoodConfig(), DataConfig(bits=32))
-    soft = likelihood(kind="bernoulli", binarization="soft")
-    for model in (floats, soft):
+def test_what_is_of_no_discrete_data_has_no_bits() -> None:
+    for model in (likelihood({}, bits=32), likelihood({**BINARY, "binarization": "soft"})):
         assert not model.has_levels and model.bits_per_dim(3.0, 4) is None
         with pytest.raises(ValueError, match="no bits/dim"):
             model.discrete_nll_nats(3.0, 4)
-    assert likelihood(kind="bernoulli").bits_per_dim(math.log(16), 4) == pytest.approx(1.0)
-    # nor has an image whose pixels are all missing
-    assert likelihood(kind="bernoulli").bits_per_dim(0.0, 0) is None
+    assert likelihood(BINARY).bits_per_dim(0.0, 0) is None  # all pixels are missing
+
+
+def test_bits_of_stored_values() -> None:
+    def centers(bits: int, values: list[float], dtype: torch.dtype) -> Tensor:
+        model = likelihood({}, bits=bits, dequantize=False)
+        assert not model.needs_uniform
+        return model.prepare(torch.tensor(values, dtype=dtype).view(1, 1, 1, -1), None).flatten()
+
+    five = centers(5, [0, 7, 8, 130, 248, 255], torch.uint8)
+    torch.testing.assert_close(five, torch.tensor([0, 0, 1, 16, 31, 31]) / 15.5 - 1)
+    assert centers(8, [0, 255], torch.uint8).tolist() == [-1.0, 1.0]
+    sixteen = centers(16, [0, 1, 65535], torch.uint16)
+    torch.testing.assert_close(sixteen, torch.tensor([-1.0, 2 / 65535 - 1, 1.0]))
+    floats = [-1.0, 0.30000001192092896, 1.0]
+    assert centers(32, floats, torch.float32).tolist() == floats
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
+def test_dequantised_levels_tile_the_range_and_networks_see_none_of_it(kind: str) -> None:
+    model = likelihood({"kind": kind})
+    stored = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    low = model.prepare(stored, torch.zeros(stored.shape))
+    high = model.prepare(stored, torch.ones(stored.shape))
+    assert low.min() == -1 and high.max() == 1
+    assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
+    torch.testing.assert_close(model.without_noise(stored, low), stored.float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
+def test_missing_noise_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="uniform"):
+        likelihood({"kind": kind}).prepare(stored_images(3), None)
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "static"])
+def test_binarisation_keeps_the_grey_levels_as_probabilities(binarization: str) -> None:
+    model = likelihood({**BINARY, "binarization": binarization}, channels=1)
+    levels = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).view(4, 1, 1, 1)
+    images = levels.expand(4, 1, 200, 200)
+    share = (prepared(model, images) > 0).double().mean((1, 2, 3))
+    assert share[0] == 0 and share[3] == 1
+    torch.testing.assert_close(share[1:3].float(), torch.tensor([0.2, 0.8]), rtol=0, atol=0.015)
 
 
 def test_static_binarisation_is_one_draw_of_each_image() -> None:
-    model = likelihood(kind="bernoulli", binarization="static")
+    model = likelihood({**BINARY, "binarization": "static"}, channels=1)
     assert not model.needs_uniform
-    images = random_images(1)[0].repeat(1, 1, 8, 8)
-    images = torch.cat([images, images[:1] // 2])
+    images = stored_images(1, 16, batch=4)
     whole = model.prepare(images, None)
     assert torch.equal(model.prepare(images[2:3], None), whole[2:3])  # in any batch
-    share = (whole > 0).double().mean().item()
-    assert share == pytest.approx((images.double() / 255).mean().item(), abs=0.02)
     # images of one grey differ from pixel to pixel, and from each other
     flat = torch.full((2, 1, 64, 64), 128, dtype=torch.uint8)
     flat[1, 0, 0, 0] = 127
     first, second = model.prepare(flat, None) > 0
     assert first.double().mean().item() == pytest.approx(0.5, abs=0.03)
     assert (first == second).double().mean().item() == pytest.approx(0.5, abs=0.03)
-
-
-def test_noise_of_content_is_uniform() -> None:
-    images = random_images(1)[0].repeat(1, 1, 20, 20)
-    noise = uniform_of_content(images).double().flatten()
-    assert noise.min() >= 0 and noise.max() < 1
-    shares = torch.histc(noise, 20, 0, 1) / len(noise)
-    # multinomial: five standard deviations of a share
-    assert (shares - 0.05).abs().max().item() < 5 * (0.05 * 0.95 / len(noise)) ** 0.5
-    pairs = noise.view(4, -1)
-    assert torch.corrcoef(pairs).fill_diagonal_(0).abs().max() < 0.05
-    shifted = torch.corrcoef(torch.stack([pairs[0, :-1], pairs[0, 1:]]))[0, 1]
-    assert shifted.abs() < 0.05
+    neighbours = (first[..., 1:] == first[..., :-1]).double().mean().item()
+    assert neighbours == pytest.approx(0.5, abs=0.03)
 
 
 def test_threshold_and_soft_targets_are_deterministic() -> None:
-    stored = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 1, 1, 4)
-    threshold = likelihood(kind="bernoulli", binarization="threshold")
+    stored = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    threshold = likelihood({**BINARY, "binarization": "threshold"}, channels=1)
     assert threshold.prepare(stored, None).flatten().tolist() == [-1, -1, 1, 1]
-    soft = likelihood(kind="bernoulli", binarization="soft")
-    images = soft.prepare(stored, None)
-    logits = random_params(soft, 1)[:1, :, :1, :4]
-    targets = stored.double() / 255
-    expected = -torch.nn.functional.binary_cross_entropy_with_logits(
-        logits.double(), targets, reduction="sum"
+    soft = likelihood({**BINARY, "binarization": "soft"}, channels=1)
+    logits = params_of(soft, 1)
+    expected = -binary_cross_entropy_with_logits(
+        logits.double(), stored.double() / 255, reduction="sum"
     )
-    assert soft.log_prob(logits, images).item() == pytest.approx(expected.item(), rel=1e-6)
+    found = soft.log_prob(logits, soft.prepare(stored, None))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# the normal distribution function
+
+
+@pytest.mark.parametrize("half_width", [1e-5, 1e-3, 0.05, 0.25, 0.31, 0.33, 1.0, 4.0, 60.0])
+def test_bins_against_quadrature(half_width: float) -> None:
+    """The logsumexp of 20,001 midpoints of the part where the density is not negligible."""
+    width = torch.tensor(half_width)
+    for center in torch.tensor([0.0, 0.3, 0.99, 1.0, 1.2, 2.0, 5.0, 12.0, 40.0, 300.0, 2e4]):
+        low = (center - width).double()
+        near = (center.double() - width).clamp(min=0.0)
+        reach = low.abs() + 12.0 if near == 0 else 140.0 / near.clamp(min=10)
+        step = torch.minimum(2 * width.double(), reach) / 20_001
+        t = low + step * (torch.arange(20_001, dtype=torch.float64) + 0.5)
+        expected = torch.logsumexp(-0.5 * t.square(), 0) + torch.log(step / (2 * torch.pi) ** 0.5)
+        found = log_probability_of_bin(center, width)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=3e-6)
+        assert log_probability_of_bin(-center, width) == found
+    center64 = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
+    width64 = torch.full_like(center64, half_width).requires_grad_()
+    if 1e-3 < half_width < 10:
+        assert torch.autograd.gradcheck(log_probability_of_bin, (center64, width64))
+
+
+def test_log_ndtr_is_that_of_torch_with_a_right_gradient_in_the_tail() -> None:
+    t = torch.linspace(-30, 10, 4001, dtype=torch.float64)
+    torch.testing.assert_close(log_ndtr(t), torch.special.log_ndtr(t), rtol=1e-12, atol=1e-15)
+    far = torch.tensor([-1e2, -1e3, -1e4, -1e5], requires_grad=True)
+    log_ndtr(far).sum().backward()
+    torch.testing.assert_close(far.grad, -far.detach(), rtol=2e-4, atol=0)  # hazard: -t + O(1/t)
+
+
+def test_clipped_mean_against_quadrature() -> None:
+    mean = torch.tensor([-3.0, -1.0, 0.2, 0.99, 1.7], dtype=torch.float64).unsqueeze(1)
+    sigma = torch.tensor([0.01, 0.3, 2.0], dtype=torch.float64)
+    quantiles = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    draws = mean.unsqueeze(2) + sigma.unsqueeze(1) * torch.special.ndtri(quantiles)
+    expected = draws.clamp(-1, 1).mean(2)
+    torch.testing.assert_close(clipped_mean(mean, sigma), expected, rtol=0, atol=1e-5)

@@ -205,7 +205,7 @@ def comparisons(names: Sequence[str]) -> dict[str, tuple[Compare, int]]:
         found["psnr_db"] = (psnr_db, 1)
     if "ssim" in names or "ms_ssim" in names:
         try:
-            from torchmetrics.functional import image as torchmetrics
+            import torchmetrics.functional.image as torchmetrics
         except ImportError:
             raise ConfigError(
                 "metrics=ssim and metrics=ms_ssim need torchmetrics: "
