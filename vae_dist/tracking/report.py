@@ -310,7 +310,8 @@ class _Axes(NamedTuple):
             value = 10**tick if self.is_log else tick
             _, y = self.place(self.first, value)
             parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y))
-            parts.append(_tag("text", _number(value), x=_LEFT - 5, y=y + 4, text_anchor="end"))
+            label = _number(float(f"{value:.3g}"))
+            parts.append(_tag("text", label, x=_LEFT - 5, y=y + 4, text_anchor="end"))
         for tick in _ticks(self.first, self.last):
             x, _ = self.place(tick, 1.0)
             parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
