@@ -10,26 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.tiny_run import tiny_config, write_images, write_run
+from tests.support.tiny_run import random_pixels
 from vae_dist.impute import main
 
-SIZE = (12, 16)
+SIZE = (12, 10)  # of the images of `run`
 
 
-def pictures(count: int = 3) -> np.ndarray:
-    return np.random.default_rng(0).integers(1, 256, (count, *SIZE), dtype=np.uint8)
+def pictures(count: int = 6) -> np.ndarray:
+    return random_pixels(count, *SIZE)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, built for images of which one half is missing; and validation shards."""
-    folder = tmp_path_factory.mktemp("work")
-    write_images(folder / "validation", pictures())
-    config = tiny_config()
-    config.data.train = config.data.validation = str(folder / "validation")
-    config.data.mask = "half"
-    write_run(folder / "run", config, SIZE)
-    return folder / "run"
+@pytest.fixture
+def run(conditional_run: Path) -> Path:
+    return conditional_run
 
 
 def impute(run: Path, out: Path, *keys: str) -> dict[str, Any]:
@@ -48,15 +41,15 @@ def test_observed_pixels_stay_and_missing_ones_are_filled(
     run: Path, tmp_path: Path, method: str
 ) -> None:
     out = tmp_path / "out"
-    facts = impute(run, out, f"method={method}", "draws=3")
+    facts = impute(run, out, f"method={method}", "draws=3", "num_images=3")
     assert [record["key"] for record in facts["images"]] == ["0000", "0001", "0002"]
-    for record, truth in zip(facts["images"], pictures(), strict=True):
+    for record, truth in zip(facts["images"], pictures()[:3], strict=True):
         mean, std, draws = (array(out, record, name) for name in ("mean", "std", "draws"))
         assert mean.shape == std.shape == (1, *SIZE) and draws.shape == (3, 1, *SIZE)
         assert record["missing_fraction"] == 0.5
         kept = mean[0] == truth
         assert kept.mean() == pytest.approx(0.5, abs=0.05)
-        halves = [kept[:, :8], kept[:, 8:], kept[:6], kept[6:]]
+        halves = [kept[:, :5], kept[:, 5:], kept[:6], kept[6:]]
         (observed,) = (half for half in halves if half.all())
         assert (std[0][kept] == 0).sum() >= observed.size
         assert (draws[:, 0][:, kept] == truth[kept]).all()
@@ -66,10 +59,9 @@ def test_observed_pixels_stay_and_missing_ones_are_filled(
         assert {path.stem for path in folder.glob("*.png")} == names
         png = np.asarray(Image.open(folder / "mean.png"))
         assert (png[kept] == truth[kept]).all() and (np.abs(png - mean[0]) <= 0.51).all()
-    factor = 96 // 16
-    columns, rows = 7, 3  # truth, input, mean, three draws, deviation
+    columns, rows, factor = 7, 3, 96 // 12  # truth, input, mean, three draws, deviation
     width, height = Image.open(out / "overview.png").size
-    assert width == columns * (16 * factor + 2) + 2 and height == rows * (12 * factor + 2) + 2
+    assert width == columns * (10 * factor + 2) + 2 and height == rows * (12 * factor + 2) + 2
 
 
 def test_pictures_that_lie_where_it_is_typed_are_not_taken(
@@ -82,7 +74,18 @@ def test_pictures_that_lie_where_it_is_typed_are_not_taken(
 
 
 def test_a_single_draw(run: Path, tmp_path: Path) -> None:
-    assert main([f"run={run}", f"out={tmp_path}/o", "device=cpu", "method=single", "draws=2"]) == 0
+    assert (
+        main(
+            [
+                f"run={run}",
+                f"out={tmp_path}/o",
+                "device=cpu",
+                "method=single",
+                "draws=2",
+            ]
+        )
+        == 0
+    )
     (record, *_) = json.loads((tmp_path / "o" / "imputed.json").read_text())["images"]
     assert (
         array(tmp_path / "o", record, "mean") == array(tmp_path / "o", record, "draws")[0]
@@ -90,9 +93,9 @@ def test_a_single_draw(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_pictures_with_masks_or_alpha(run: Path, tmp_path: Path) -> None:
-    first, second, _ = pictures()
+    first, second = pictures(2)
     observed = np.ones(SIZE, bool)
-    observed[2:9, 3:11] = False
+    observed[2:9, 3:8] = False
     masks, alpha = tmp_path / "masks", tmp_path / "alpha"
     for folder in (masks, alpha):
         folder.mkdir()
@@ -113,16 +116,13 @@ def test_a_folder_of_pictures_with_masks_or_alpha(run: Path, tmp_path: Path) -> 
     assert (whole == second).all()
 
 
-def test_a_run_on_complete_images_is_told_what_is_missing(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_on_complete_images_needs_a_mask(
+    spatial_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_config(latent="spatial", kind="gaussian")
-    config.data.train = config.data.validation = str(run.parent / "validation")
-    write_run(tmp_path / "run", config, SIZE)
-    assert main([f"run={tmp_path}/run", f"out={tmp_path}/o", "device=cpu"]) == 2
+    assert main([f"run={spatial_run}", f"out={tmp_path}/o", "device=cpu"]) == 2
     assert "trained on complete images" in capsys.readouterr().err
     keys = ("mask=rectangle", "mask_fraction=0.25", "num_images=2")
-    facts = impute(tmp_path / "run", tmp_path / "o", *keys)
+    facts = impute(spatial_run, tmp_path / "o", *keys)
     assert all(abs(record["missing_fraction"] - 0.25) < 0.05 for record in facts["images"])
 
 

@@ -185,7 +185,7 @@ def test_a_push_without_a_login_is_refused_before_any_work(
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     keys = [f"run={tmp_path}/none", f"out={tmp_path}/out"]
     assert export.main([*keys, "push=me/model"]) == 2
-    assert "push=me/model: nobody is logged in" in capsys.readouterr().err
+    assert "push=me/model: there is no login" in capsys.readouterr().err
     assert export.main([*keys, "push=a/b/c"]) == 2
     assert "give OWNER/NAME" in capsys.readouterr().err
 
