@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vae_dist.cli import exit_process, run_command, writing
 from vae_dist.config.commands import EvaluateCommand
@@ -42,6 +42,7 @@ def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.evaluation import run
     from vae_dist.inference.load import images_to_show, open_run_on_ranks
     from vae_dist.inference.mixture import fitted_prior
+    from vae_dist.tracking.environment import versions
 
     with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
         images = images_to_show(loaded, command.data, runtime=runtime)
@@ -57,9 +58,13 @@ def evaluate(command: EvaluateCommand) -> None:
             metrics=metrics,
         )
         assert result is not None  # nothing asks it to stop
-        runtime.on_main(
-            lambda: _report(command, loaded, images, result, prior, files, world=runtime.world)
-        )
+        facts = {
+            "metric_weights": files,
+            "world": runtime.world,
+            "device": runtime.device.type,
+            "versions": versions(),
+        }
+        runtime.on_main(lambda: _report(command, loaded, images, result, prior, facts))
 
 
 def _batches(
@@ -93,30 +98,25 @@ def _metrics(
     command: EvaluateCommand, model: VAE, prior: FittedPrior | None, runtime: Runtime
 ) -> tuple[list[Metric], dict[str, str]]:
     """What was asked for beside the bound, and by name the files of weights that it uses."""
+    from vae_dist.evaluation import metrics
     from vae_dist.evaluation.frechet import FrechetMetric
     from vae_dist.evaluation.importance import ImportanceMetric
-    from vae_dist.evaluation.metrics import (
-        PriorMetric,
-        ReconstructionMetric,
-        comparisons,
-        lpips_comparison,
-    )
     from vae_dist.models import networks
 
+    folder = Path(command.metric_weights) if command.metric_weights else None
     names, device, files = metric_names(command.metrics), runtime.device, dict[str, str]()
     priors = {"gmm": prior.mixture.to(device)} if prior else {}
-    metrics: list[Metric] = [PriorMetric(name, found, device) for name, found in priors.items()]
+    asked: list[Metric] = [metrics.PriorMetric(name, p, device) for name, p in priors.items()]
 
     def fetched(name: str, file: PretrainedFile) -> Path:
         """By the main process, then by those of nodes that do not see its disk."""
-        folder = Path(command.metric_weights) if command.metric_weights else None
         runtime.on_main(lambda: networks.fetch(file, folder))
         path = runtime.on_all_ranks(lambda: networks.fetch(file, folder))
         files[name] = str(path)
         return path
 
     if command.samples:
-        metrics.append(
+        asked.append(
             ImportanceMetric(
                 model,
                 device,
@@ -126,20 +126,23 @@ def _metrics(
                 priors=priors,
             )
         )
-    compare = comparisons(names)
+    compare = metrics.comparisons(names)
     lpips: dict[str, networks.Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
     for name, backbone in lpips.items():
         if name in names:
             network = networks.load_lpips(backbone, fetched(name, networks.FILES[backbone]))
-            compare[name] = lpips_comparison(network.to(device)), networks.SMALLEST_SIDE[backbone]
+            compare[name] = (
+                metrics.lpips_comparison(network.to(device)),
+                networks.SMALLEST_SIDE[backbone],
+            )
     if compare:
-        metrics.append(ReconstructionMetric(compare, device))
+        asked.append(metrics.ReconstructionMetric(compare, device))
     if "rfid" in names or "fid" in names:
         inception = networks.load_inception(fetched("frechet", networks.INCEPTION)).to(device)
         priors_of_fid: dict[str, LatentPrior | None] = {}
         if "fid" in names:  # latents are drawn on the CPU
             priors_of_fid = {"fid": None} | ({"fid_gmm": prior.mixture} if prior else {})
-        metrics.append(
+        asked.append(
             FrechetMetric(
                 inception,
                 networks.NUM_FEATURES,
@@ -150,7 +153,7 @@ def _metrics(
                 seed=command.seed,
             )
         )
-    return metrics, files
+    return asked, files
 
 
 def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex) -> str:
@@ -177,63 +180,52 @@ def _report(
     images: Images,
     result: EvaluationResult,
     prior: FittedPrior | None,
-    files: dict[str, str],
-    *,
-    world: int,
+    facts: dict[str, Any],
 ) -> None:
-    """Write the results, and print them."""
+    """Write the results, with `facts` about the processes, and print them."""
     from vae_dist.evaluation import run
     from vae_dist.files import write_durably
     from vae_dist.inference.load import weights_digest
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
-    from vae_dist.tracking.environment import versions
 
-    config, statistics, description = (
-        loaded.config,
-        result.statistics,
-        prior.description if prior else "",
-    )
-    name = _file_name(command, loaded, images.index)
-    out = Path(command.out or Path(command.run) / name)
-    facts = {"step": loaded.step, "weights": command.weights}
+    statistics, mask = result.statistics, loaded.config.data.mask
+    of = {"step": loaded.step, "weights": command.weights}
+    description = [prior.description] if prior else []
     figures = result.figures()
+    conditions = run.conditions_of(
+        figures, importance_samples=command.samples, prior="".join(description)
+    )
     record = {
         "run": str(Path(command.run).resolve()),
-        **facts,
+        **of,
         "weights_digest": weights_digest(loaded.model),
-        "data": command.data or config.data.validation,
+        "data": command.data or loaded.config.data.validation,
         "data_fingerprint": images.index.fingerprint,
         "seed": command.seed,
         "precision": "float32",
-        "mask": config.data.mask,  # figures count what it leaves
+        "mask": mask,  # figures count what it leaves
         "figures": figures,
-        "conditions": run.conditions_of(
-            figures, importance_samples=command.samples, prior=description
-        ),
+        "conditions": conditions,
         "latents": statistics.record(),
         "notes": result.notes,
-        "metric_weights": files,
-        "world": world,
-        "device": next(loaded.model.parameters()).device.type,
-        "versions": versions(),
+        **facts,
     }
-    is_spatial = loaded.model.image_size is None
+    lines = [f"{command.run}, step {loaded.step}, {command.weights} weights, float32"]
+    lines += [*description, *_table(figures), *(f"  {note}" for note in result.notes.values())]
+    if mask != "none":
+        lines.append(f"of observed pixels only (data.mask={mask})")
+    out = Path(command.out or Path(command.run) / _file_name(command, loaded, images.index))
+    lines.append(f"written to {out}")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
-        if is_spatial and out == Path(command.run) / RESULTS:
-            write_statistics(
-                Path(command.run) / STATISTICS_FILE, statistics, {**facts, "of": "samples"}
-            )
-    print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
-    lines = [description, *_table(figures), *(f"  {note}" for note in result.notes.values())]
-    print("\n".join(filter(None, lines)))
-    if config.data.mask != "none":
-        print(f"of observed pixels only (data.mask={config.data.mask})")
-    print(f"written to {out}")
-    if is_spatial:
-        scale, shift = statistics.scaling_factor, statistics.shift_factor
-        print(f"scaling_factor={scale:.5f} shift_factor={shift:.5f} of the latents")
+        if loaded.model.image_size is None:
+            scale, shift = statistics.scaling_factor, statistics.shift_factor
+            lines.append(f"scaling_factor={scale:.5f} shift_factor={shift:.5f} of the latents")
+            if out == Path(command.run) / RESULTS:
+                path = Path(command.run) / STATISTICS_FILE
+                write_statistics(path, statistics, {**of, "of": "samples"})
+    print("\n".join(lines))
 
 
 def _table(figures: dict[str, float]) -> Iterator[str]:
