@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import identities, marked_png
+from tests.data.test_loader import InterleavedPool
 from vae_dist.config.errors import ConfigError
+from vae_dist.data import loader
 from vae_dist.data.buckets import make_buckets
 from vae_dist.data.decode import decode_image
 from vae_dist.data.index import ShardIndex, index_shard, load_index, write_sidecar
@@ -24,7 +27,6 @@ from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
 from vae_dist.data.transforms import ImageSettings
-from vae_dist.data.work import TrainingWork
 from vae_dist.data.writer import write_shards
 
 MARKED = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
@@ -53,32 +55,70 @@ def test_order_of_any_shape(
     assert all(0 <= index < lengths[shard] for shard, index in counts)
     # From any row on, the windows of a lane follow each other without gap and without overlap.
     lane, row = start % lanes, start
-    for _, found in zip(range(3), order.lane_windows(lane, row), strict=False):
+    for _ in range(3):
+        found = order.window_at(lane, row)
         assert found.first_row <= row < found.end_row and len(found.order) <= window
         row = found.end_row
 
 
 class Memory(SampleReader):
-    """Samples that are their own place, so that a world of streams is read in no time."""
+    """Samples that are their own place, some lost with buckets, each of a shape of its own."""
 
-    def read(self, shard: int, start: int, stop: int) -> list[bytes]:
-        return [bytes([shard, i // 256, i % 256]) for i in range(start, stop)]
+    def read_many(self, parts: Any) -> Any:
+        return [
+            [
+                memoryview(bytes([shard, i // 256, i % 256]))
+                for shard, start, stop in runs
+                for i in range(start, stop)
+            ]
+            for runs in parts
+        ]
 
-    def load(
-        self,
-        data: bytes,
-        shard: int,
-        index: int,
-        *,
-        epoch: int,
-        room: np.ndarray | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> LoadedSample:
-        return LoadedSample(np.frombuffer(data, np.uint8).reshape(1, 1, 3), shard)
+    def prepare(
+        self, data: Any, shard: int, index: int, *, size: Any = None, out: Any = None
+    ) -> Any:
+        if self.settings.buckets and is_lost(shard, index):
+            raise DamagedSampleError("lost")
+        marks = np.frombuffer(data, np.uint8)[:, None, None]
+        if self.settings.buckets:
+            return np.broadcast_to(marks, (3, *size))
+        return marks.reshape(1, 1, 3)
+
+    def load(self, sample: Any, shard: int, index: int, *, epoch: int) -> LoadedSample:
+        return LoadedSample(sample, shard)
+
+    def size_or_none(self, data: Any, shard: int, index: int) -> tuple[int, int] | None:
+        place = shard * 31 + index * 7
+        return None if is_lost(shard, index) else (10 + place % 13, 10 + place % 17)
+
+
+def is_lost(shard: int, index: int) -> bool:
+    return (shard * 31 + index * 7) % 11 == 3
+
+
+LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
+IN_MEMORY = settings(
+    max_examples=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "WorkerPool", InterleavedPool)
+    monkeypatch.setattr(loader, "SampleReader", Memory)
+
+
+def batches_of(lengths: list[int], order: Order, images: ImageSettings, **kwargs: Any) -> Any:
+    numbers = np.array(lengths, np.int64)
+    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
+    batch_size = order.lanes * max(1, order.slot_rows)
+    return TrainingStream(index, order, images, batch_size=batch_size, **kwargs)
 
 
 @given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any),
+    lengths=LENGTHS,
     slots=st.sampled_from([1, 2, 4, 8]),
     per_slot=st.integers(1, 3),
     window=st.integers(1, 20),
@@ -86,8 +126,9 @@ class Memory(SampleReader):
     start=st.integers(0, 40),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@IN_MEMORY
 def test_streams_of_any_shape(
+    in_memory: None,
     lengths: list[int],
     slots: int,
     per_slot: int,
@@ -96,58 +137,25 @@ def test_streams_of_any_shape(
     start: int,
     data: st.DataObject,
 ) -> None:
+    """Step k shows the samples k B, ..., (k + 1) B - 1 of the order, whoever reads them."""
     batch = slots * per_slot
     world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
-    numbers = np.array(lengths, np.int64)
-    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
     order = Order(lengths, lanes=batch, window=window, seed=1)
-    reader = Memory(index, MARKED, seed=1)
-    steps = range(start, start + 3)
     got: dict[int, list[tuple[int, int]]] = {}
     for rank in range(world):
-        share = batch // world
-        lanes = range(rank * share, (rank + 1) * share)
-        count = min(max(1, workers), share)
-        work = TrainingWork(reader, order, lanes, steps)
-        parts = [list(work(worker, count)) for worker in range(count)]
-        for k, step in enumerate(steps):
-            images = np.empty((share, 1, 1, 3), np.uint8)
-            for mine in parts:
-                assert mine[k].step == step
-                (block,) = mine[k].blocks
-                images[block.lanes] = block.pixels.permute(0, 3, 1, 2)
-            got.setdefault(step, []).extend(identities(images))
-    for step in steps:
+        layout = {"rank": rank, "world": world, "workers": workers, "slots": slots}
+        steps = {"start_step": start, "stop_step": start + 5}
+        for part in batches_of(lengths, order, MARKED, **layout, **steps):
+            (group,) = part.groups
+            assert group.slots == tuple(range(rank * slots // world, (rank + 1) * slots // world))
+            got.setdefault(part.step, []).extend(identities(group.images.numpy()))
+    for step in range(start, start + 5):
         want = [order.sample_at(g)[1:] for g in range(step * batch, (step + 1) * batch)]
         assert got[step] == want
 
 
-class Shaped(Memory):
-    """Samples that are their own place, some lost, each of a shape of its own."""
-
-    def size_or_none(self, data: bytes, shard: int) -> tuple[int, int] | None:
-        place = shard * 31 + data[2] * 7
-        return None if place % 11 == 3 else (10 + place % 13, 10 + place % 17)
-
-    def load(
-        self,
-        data: bytes,
-        shard: int,
-        index: int,
-        *,
-        epoch: int,
-        room: np.ndarray | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> LoadedSample:
-        if (shard * 31 + index * 7) % 11 == 3:
-            raise DamagedSampleError("lost")
-        assert size is not None
-        marks = np.array([shard, index, epoch % 256], np.uint8)
-        return LoadedSample(np.broadcast_to(marks[:, None, None], (3, *size)), shard)
-
-
 @given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
+    lengths=LENGTHS,
     slots=st.sampled_from([1, 2, 4, 8]),
     per_slot=st.integers(1, 4),
     slots_of_window=st.integers(1, 5),
@@ -155,8 +163,9 @@ class Shaped(Memory):
     start=st.integers(0, 30),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@IN_MEMORY
 def test_bucketed_streams_of_any_shape(
+    in_memory: None,
     lengths: list[int],
     slots: int,
     per_slot: int,
@@ -166,35 +175,31 @@ def test_bucketed_streams_of_any_shape(
     data: st.DataObject,
 ) -> None:
     """A step shows the same, from wherever the stream was begun and however it is shared."""
-    if not any((shard * 31 + i * 7) % 11 != 3 for shard, n in enumerate(lengths) for i in range(n)):
+    if all(is_lost(shard, i) for shard, n in enumerate(lengths) for i in range(n)):
         return  # nothing can replace anything
     world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
-    numbers = np.array(lengths, np.int64)
-    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
     window = per_slot * slots_of_window
     order = Order(lengths, lanes=slots, window=window, seed=1, slot_rows=per_slot)
     buckets = make_buckets(area=64, multiple=2, max_aspect=2.0)
-    shape = ImageSettings(3, (8, 8), True, 100, buckets=buckets)
-    reader = Shaped(index, shape, seed=1)
+    images = ImageSettings(3, (8, 8), True, 100, buckets=buckets)
 
-    def shown(world: int, workers: int, steps: range) -> dict[tuple[int, int], list[list[int]]]:
-        found: dict[tuple[int, int], list[list[int]]] = {}
-        share = slots // world
+    def shown(world: int, workers: int, start: int, stop: int) -> dict[tuple[int, int], Any]:
+        found: dict[tuple[int, int], Any] = {}
         for rank in range(world):
-            lanes = range(rank * share, (rank + 1) * share)
-            work = TrainingWork(reader, order, lanes, steps)
-            count = min(max(1, workers), share)
-            for part in (part for worker in range(count) for part in work(worker, count)):
-                for block in part.blocks:
-                    assert tuple(block.pixels.shape[1:3]) in buckets
-                    images = block.pixels[:, 0, 0].tolist()
-                    for k, lane in enumerate(block.lanes):
-                        own = images[k * per_slot : (k + 1) * per_slot]
-                        found[part.step, lanes[lane]] = [*own, list(block.pixels.shape[1:3])]
+            layout = {"rank": rank, "world": world, "workers": workers, "slots": slots}
+            steps = {"start_step": start, "stop_step": stop}
+            for part in batches_of(lengths, order, images, **layout, **steps):
+                for group in part.groups:
+                    size = tuple(group.images.shape[2:])
+                    assert size in buckets
+                    marks = group.images[:, :, 0, 0].reshape(len(group.slots), -1).tolist()
+                    for slot, own in zip(group.slots, marks, strict=True):
+                        assert (part.step, slot) not in found
+                        found[part.step, slot] = (own, size)
         return found
 
-    got = shown(world, workers, range(start, start + 3))
-    from_the_beginning = shown(1, 0, range(start + 3))
+    got = shown(world, workers, start, start + 3)
+    from_the_beginning = shown(1, 0, 0, start + 3)
     assert got == {k: v for k, v in from_the_beginning.items() if k[0] >= start}
 
 

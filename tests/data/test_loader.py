@@ -173,10 +173,11 @@ def expected_with_replacements(lost: set[tuple[int, int]], stop: int) -> dict[in
     lanes: list[list[tuple[int, int]]] = []
     for lane in range(BATCH):
         windows: list[list[tuple[int, int]]] = []
-        for window in order.lane_windows(lane, 0):
+        row = 0
+        while row <= 2 * stop + 20:
+            window = order.window_at(lane, row)
+            row = window.end_row
             windows.append([window.sample(int(position)) for position in window.order])
-            if window.end_row > 2 * stop + 20:
-                break
         donors = [next((s for s in window if s not in lost), None) for window in windows]
         rows: list[tuple[int, int]] = []
         for k, window in enumerate(windows):

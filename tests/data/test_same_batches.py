@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 from collections import Counter
@@ -22,7 +21,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.kept import KeptImages
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SkippedSample
@@ -102,7 +100,7 @@ def assert_equal(found: list[Step], want: list[Step]) -> None:
 
 
 def check(kinds: list[str], drawn: dict[str, Any], *, world: int, workers: int) -> None:
-    start, window, seed, keep_bytes = (drawn[k] for k in ("start", "window", "seed", "keep_bytes"))
+    start, window, seed = (drawn[k] for k in ("start", "window", "seed"))
     with tempfile.TemporaryDirectory() as folder:
         samples = [sample_of(kind, number) for number, kind in enumerate(kinds)]
         write_shards(samples, Path(folder) / "set", num_shards=2)
@@ -119,7 +117,7 @@ def check(kinds: list[str], drawn: dict[str, Any], *, world: int, workers: int) 
             stop=stop,
             world=world,
             workers=workers,
-            keep_bytes=keep_bytes,
+            cache_bytes=drawn["cache_bytes"],
         )
         assert_equal(found, want)
         assert damaged == skipped
@@ -138,7 +136,7 @@ DRAWN = st.fixed_dictionaries(
         "start": st.integers(0, 3),
         "window": st.integers(1, 5),
         "seed": st.integers(0, 99),
-        "keep_bytes": st.sampled_from([0, 2**20]),
+        "cache_bytes": st.sampled_from([0, 2**20]),
         "flip": st.booleans(),
         "mask": st.sampled_from(["none", "random", "half", "member"]),
     }
@@ -199,11 +197,3 @@ def test_a_killed_loader_process_is_an_error_and_ends_the_others(index: ShardInd
             pass
     del batches
     assert not set(children()) & set(before)
-
-
-def test_a_process_that_is_not_forked_gets_no_empty_memory() -> None:
-    kept = KeptImages(100, (3, *SIZE), np.dtype(np.uint8))
-    kept.keep(3, np.ones((3, *SIZE), np.uint8), 7)
-    sent = pickle.dumps(kept)
-    assert len(sent) < 500
-    assert not pickle.loads(sent).has(3)

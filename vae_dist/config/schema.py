@@ -81,6 +81,12 @@ class DataConfig(Section):
         neutral=True,
         ge=0,
     )
+    retry_s: float = knob(
+        600.0,
+        "seconds for which a read of remote shards that fails is tried again",
+        neutral=True,
+        ge=0,
+    )
     workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
     max_skipped_fraction: float = knob(
         0.01, "largest part of the samples that may be unreadable", neutral=True, ge=0, le=1

@@ -19,7 +19,8 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,17 @@ from vae_dist.data.arrays import ARRAYS, array_size, decode_array
 from vae_dist.data.jpeg import (
     ORIENTATION_TAG,
     TRANSPOSED,
-    decode_jpeg,
-    jpeg_size,
+    JpegHeader,
+    jpeg_header,
     orientation,
+    read_jpeg,
     upright,
 )
 from vae_dist.data.pixels import PIXEL_TYPES, check_channels, check_pixels, other_depth, short
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by last extension
+JPEG = ("jpg", "jpeg")
 SUFFIXES = (*FORMATS, *ARRAYS)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with that many channels
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -64,39 +67,67 @@ MASK_MEMBER = "mask.png"
 MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
 
-def decode_sample(
+def decode_sample(sample: Mapping[str, Any], **wanted: Any) -> np.ndarray:
+    """The image that `prepare_sample` prepares."""
+    return prepare_sample(sample, **wanted)()
+
+
+def prepare_sample(
     sample: Mapping[str, Any],
     *,
     channels: int,
     max_pixels: int,
     bits: int = 8,
     at_least: tuple[int, int] | None = None,
-    room: np.ndarray | None = None,
+    out: np.ndarray | None = None,
     mask: str = "none",
-) -> np.ndarray:
-    """Image (channels, H, W); with a mask of MASKS_OF_SAMPLES (channels + 1, H, W), the last plane
-    of which is 1 where the pixel was observed, else 0.
+) -> Callable[[], np.ndarray]:
+    """What decodes the image (channels, H, W); with a mask of MASKS_OF_SAMPLES (channels + 1, H,
+    W), the last plane of which is 1 where the pixel was observed, else 0. The header of a JPEG is
+    read here, so that little is left to do between the pixels of two images.
 
     at_least: (H, W) that the caller shrinks the image to; a JPEG may then be decoded at 1/2, 1/4
     or 1/8 of its size, as long as twice that many pixels are left.
-    room: (channels, H, W), in memory as (H, W, channels): an image of that size may be decoded
-    there and be `room` itself; what was in it is lost also where decoding fails.
-    Raises DamagedSampleError, with the reason, for what cannot or must not be decoded.
+    out: (channels, H, W), in memory as (H, W, channels): an image of that size may be decoded
+    there and be `out` itself; what was in it is lost also where decoding fails.
+    Raises DamagedSampleError, with the reason, for what cannot or must not be decoded; so does
+    what is returned.
     """
     if mask != "member" and MASK_MEMBER in sample:
         raise DamagedSampleError("its .mask.png says what is missing: set data.mask=member")
     if mask in MASKS_OF_SAMPLES:
-        return _with_mask(sample, mask, channels, bits=bits, max_pixels=max_pixels)
+        return partial(_with_mask, sample, mask, channels, bits=bits, max_pixels=max_pixels)
     suffix, data = image_of(sample)
-    return decode_image(
+    if suffix in JPEG and channels in (1, 3) and bits not in (16, 32):
+        header = jpeg_header(data, max_pixels=max_pixels)
+        if header is not None:
+            return partial(_read_jpeg, data, header, channels, max_pixels, at_least, out)
+    return partial(
+        decode_image,
         suffix,
         data,
         channels=channels,
         max_pixels=max_pixels,
         bits=bits,
         at_least=at_least,
-        room=room,
     )
+
+
+def _read_jpeg(
+    data: bytes,
+    header: JpegHeader,
+    channels: int,
+    max_pixels: int,
+    at_least: tuple[int, int] | None,
+    out: np.ndarray | None,
+) -> np.ndarray:
+    place = None if out is None else out.transpose(1, 2, 0)
+    decoded = read_jpeg(data, header, channels, at_least=at_least, out=place)
+    if decoded is None:
+        return _decode_by_pillow(data, "JPEG", channels, max_pixels, at_least)
+    if out is not None and decoded is place:
+        return out
+    return decoded.transpose(2, 0, 1)
 
 
 def _with_mask(
@@ -113,7 +144,7 @@ def _with_mask(
         pixels = _with_channels(pixels, channels)
         observed = ~np.isnan(pixels).any(0)
         pixels = np.where(observed, pixels, 0.0)
-    elif kind == "alpha" and suffix not in ("jpg", "jpeg"):
+    elif kind == "alpha" and suffix not in JPEG:
         pixels = decode_image(suffix, data, channels=channels + 1, max_pixels=max_pixels, bits=bits)
         observed = pixels[-1] > np.iinfo(pixels.dtype).max // 2
         pixels = pixels[:-1]
@@ -143,23 +174,12 @@ def size_of_sample(sample: Mapping[str, Any], *, max_pixels: int) -> tuple[int, 
     suffix, data = image_of(sample)
     if suffix in ARRAYS:
         return array_size(suffix, data, max_pixels=max_pixels)
-    if suffix in ("jpg", "jpeg"):
-        size = jpeg_size(data)
-        if size is not None:
-            check_pixels(*size, max_pixels)
-            return size
+    if suffix in JPEG and (header := jpeg_header(data, max_pixels=max_pixels)) is not None:
+        return header.upright_size
     image = _opened(data, FORMATS[suffix], max_pixels)
-    turn = orientation(data) if suffix in ("jpg", "jpeg") else _orientation_of(image)
+    turn = orientation(data) if suffix in JPEG else _orientation_of(image)
     size = image.height, image.width
     return size[::-1] if turn in TRANSPOSED else size
-
-
-def only_jpeg(sample: Mapping[str, Any]) -> bytes | memoryview | None:
-    """The image of a sample if it is a JPEG, comes alone and without a mask."""
-    if MASK_MEMBER in sample:
-        return None
-    suffix, data = image_of(sample)
-    return data if suffix in ("jpg", "jpeg") else None
 
 
 def image_of(sample: Mapping[str, Any]) -> tuple[str, bytes]:
@@ -197,7 +217,6 @@ def decode_image(
     max_pixels: int,
     bits: int = 8,
     at_least: tuple[int, int] | None = None,
-    room: np.ndarray | None = None,
 ) -> np.ndarray:
     """One file of an allowed suffix as (channels, H, W) of the type of `bits`.
 
@@ -213,11 +232,10 @@ def decode_image(
         if len(pixels) == channels + 1 and (pixels[channels] == 65535).all():
             pixels = pixels[:channels]  # an alpha channel that says nothing
         return _with_channels(pixels, channels)
-    if suffix in ("jpg", "jpeg") and channels in (1, 3):
-        place = None if room is None else room.transpose(1, 2, 0)
-        decoded = decode_jpeg(data, channels, max_pixels=max_pixels, at_least=at_least, room=place)
-        if decoded is not None:
-            return decoded.transpose(2, 0, 1)
+    if suffix in JPEG and channels in (1, 3):
+        header = jpeg_header(data, max_pixels=max_pixels)
+        if header is not None:
+            return _read_jpeg(data, header, channels, max_pixels, at_least, None)
     return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least)
 
 
@@ -329,7 +347,7 @@ def _orientation_of(image: Image.Image) -> int:
 
 def is_png16(data: bytes) -> bool:
     """Whether the header of a PNG names 16 bits a channel."""
-    return len(data) > 25 and data.startswith(PNG_SIGNATURE) and data[24] == 16
+    return len(data) > 25 and bytes(data[:8]) == PNG_SIGNATURE and data[24] == 16
 
 
 def decode_png16(data: bytes, *, max_pixels: int) -> np.ndarray:

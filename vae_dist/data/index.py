@@ -26,12 +26,15 @@ import numpy as np
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_info, shown
 from vae_dist.data.sources import (
+    START_RETRY_S,
+    Range,
     UnreadableError,
     exists,
     is_pipe,
     is_remote,
     name_of,
     read_range,
+    read_ranges,
     size_of,
 )
 from vae_dist.data.tar import Read, ShardError, end_of_samples, sample_starts
@@ -42,6 +45,14 @@ Progress = Callable[[int, int], None]  # shards done, shards in all
 NUM_THREADS = 8  # header hops wait for the disk, not for the CPU
 MAX_NAME = 100  # letters of a shard's name in that of its sidecar
 WINDOW_BYTES = 1 << 22  # of a remote shard that are read at once to index it
+
+
+class Run(NamedTuple):
+    """Consecutive samples start, ..., stop - 1 of a shard."""
+
+    shard: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -75,15 +86,38 @@ class ShardIndex:
     def offsets(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Byte offsets (int64) of the samples start, ..., stop of a shard: stop - start + 1.
 
-        Raises ShardError when the sidecar does not rise.
+        Raises ShardError when they cannot be read or do not rise.
         """
         stop = int(self.lengths[shard]) if stop is None else stop
-        sidecar = self.sidecars[shard] if self.sidecars else self.paths[shard] + ".idx"
-        data = read_range(sidecar, 8 * start, 8 * (stop - start + 1))
-        offsets = np.frombuffer(data[: len(data) // 8 * 8], "<u8").astype(np.int64)
-        if len(offsets) != stop - start + 1 or (np.diff(offsets) <= 0).any():
-            raise ShardError(f"{sidecar}: offsets {start} to {stop} are damaged; {_REMAKE}")
-        return offsets
+        (found,) = self.offsets_of([Run(shard, start, stop)])
+        if isinstance(found, ShardError):
+            raise found
+        return found
+
+    def offsets_of(
+        self, runs: Sequence[Run], *, retry_s: float = START_RETRY_S
+    ) -> list[np.ndarray | ShardError]:
+        """Those of several runs of samples, read together, or what is wrong with them."""
+        places = [
+            self.sidecars[run.shard] if self.sidecars else self.paths[run.shard] + ".idx"
+            for run in runs
+        ]
+        ranges = [
+            Range(place, 8 * run.start, 8 * (run.stop - run.start + 1))
+            for place, run in zip(places, runs, strict=True)
+        ]
+        return [
+            data if isinstance(data, ShardError) else _rising(data, piece)
+            for data, piece in zip(read_ranges(ranges, retry_s=retry_s), ranges, strict=True)
+        ]
+
+
+def _rising(data: bytes, piece: Range) -> np.ndarray | ShardError:
+    offsets = np.frombuffer(data[: len(data) // 8 * 8], "<u8").astype(np.int64)
+    if 8 * len(offsets) != piece.num_bytes or (np.diff(offsets) <= 0).any():
+        first, last = piece.start // 8, (piece.start + piece.num_bytes) // 8 - 1
+        return ShardError(f"{piece.place}: offsets {first} to {last} are damaged; {_REMAKE}")
+    return offsets
 
 
 _REMAKE = "make it again with `python -m vae_dist.index data=FOLDER overwrite=true`"

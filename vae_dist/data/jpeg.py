@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import struct
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,6 @@ except ImportError:  # no wheel for this machine: Pillow decodes
     simplejpeg = None
 
 COLOURSPACES = {1: "GRAY", 3: "RGB"}
-PLAIN_SPACES = ("Gray", "RGB", "YCbCr")  # as simplejpeg calls them
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION_TAG = 0x0112
 SHORT = 3  # TIFF type: 16 bits
@@ -41,19 +41,19 @@ PADDING = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd
 SEGMENTS_IN_FRONT = frozenset((*range(0xE0, 0xF0), 0xFE))  # APP0 to APP15, comments
 
 
-def decode_jpeg(
-    data: bytes,
-    channels: int,
-    *,
-    max_pixels: int,
-    at_least: tuple[int, int] | None,
-    room: np.ndarray | None = None,
-) -> np.ndarray | None:
-    """uint8 (H, W, channels), channels 1 or 3, or None: let Pillow try.
+class JpegHeader(NamedTuple):
+    height: int
+    width: int
+    turn: int  # EXIF orientation
 
-    room: (H, W, C) in one piece; an upright image of that size is decoded there.
-    Raises DamagedSampleError when the header names more than max_pixels, and for damaged pixels.
-    """
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        size = self.height, self.width
+        return size[::-1] if self.turn in TRANSPOSED else size
+
+
+def jpeg_header(data: bytes | memoryview, *, max_pixels: int) -> JpegHeader | None:
+    """None: let Pillow decide. Raises DamagedSampleError for more than max_pixels."""
     if simplejpeg is None:
         return None
     try:
@@ -61,60 +61,40 @@ def decode_jpeg(
     except ValueError:
         return None
     check_pixels(height, width, max_pixels)
-    if space == "CMYK":
-        return None
-    turn = orientation(data)
+    return None if space == "CMYK" else JpegHeader(height, width, orientation(data))
+
+
+def read_jpeg(
+    data: bytes | memoryview,
+    header: JpegHeader,
+    channels: int,
+    *,
+    at_least: tuple[int, int] | None,
+    out: np.ndarray | None = None,
+) -> np.ndarray | None:
+    """uint8 (H, W, channels), channels 1 or 3, or None: let Pillow try.
+
+    out: (H, W, C) in one piece; an upright image of that size is decoded there, and `out` itself.
+    Raises DamagedSampleError for damaged pixels.
+    """
+    height, width, turn = header
+    fits = out is not None and out.shape == (height, width, channels) and turn == 1
     scale = 1
     if at_least is not None:
-        needed = at_least[::-1] if turn in TRANSPOSED else at_least
-        scale = _scale(height, width, needed)
-    fits = room is not None and scale == 1 and room.shape == (height, width, channels)
+        scale = _scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
     try:
-        pixels = simplejpeg.decode_jpeg(
+        pixels: np.ndarray = simplejpeg.decode_jpeg(
             data,
             COLOURSPACES[channels],
             min_height=0 if scale == 1 else -(-height // scale),
             min_width=0 if scale == 1 else -(-width // scale),
-            buffer=room if fits and turn == 1 else None,
+            buffer=out if fits else None,
         )
     except ValueError as error:
         if str(error).startswith(WRONG_PIXELS) and not PADDING.match(str(error)):
             raise DamagedSampleError(f"damaged JPEG ({error})") from None
         return None
-    return upright(pixels, turn)
-
-
-def is_plain_jpeg(data: bytes | memoryview, channels: int, size: tuple[int, int]) -> bool:
-    """Whether these bytes are, after their header, an upright image of that size (H, W), which
-    `decode_into` can decode in place."""
-    if simplejpeg is None or channels not in COLOURSPACES:
-        return False
-    try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return False
-    return (height, width) == size and space in PLAIN_SPACES and orientation(data) == 1
-
-
-def decode_into(data: bytes | memoryview, room: np.ndarray) -> bool:
-    """Decode a plain JPEG in `room`, uint8 (H, W, C) in one piece; False: `decode_jpeg` says why
-    not, or decodes it after all."""
-    try:
-        simplejpeg.decode_jpeg(data, COLOURSPACES[room.shape[2]], buffer=room)
-    except ValueError:
-        return False
-    return True
-
-
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(H, W) of the upright image after its header; None: let Pillow try."""
-    if simplejpeg is None:
-        return None
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    return (width, height) if orientation(data) in TRANSPOSED else (height, width)
+    return out if fits else upright(pixels, turn)
 
 
 def _scale(height: int, width: int, needed: tuple[int, int]) -> int:

@@ -3,29 +3,31 @@
 In: the index of the shards, their order, how to make images of them.
 Out: `Batch`: this rank's images of a step in groups of one shape, each in slot order.
 
-Step k takes row k of every lane; a rank owns batch_size / world neighbouring lanes, and its loader
-workers share them. With aspect buckets a slot owns one lane, and step k takes the next
-batch_size / slots rows of it, which share a size (`vae_dist.data.windows`). So who reads what
-depends on the machine, but what step k shows does not.
+Step k takes the next sample of each of the order's sequences (lanes). A rank owns neighbouring
+ones, batch_size / world of them, and its loader workers share these. With aspect buckets a slot
+owns one sequence, and step k takes its next batch_size / slots samples, which share a size
+(`vae_dist.data.windows`). So who reads what depends on the machine, but what step k shows does not.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vae_dist.data.index import ShardIndex
+from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.order import MixedOrder, Order
-from vae_dist.data.reader import SampleReader, SkippedSample
-from vae_dist.data.ring import can_share, empty_pixels
+from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
+from vae_dist.data.sources import START_RETRY_S
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
-from vae_dist.data.work import Block, Shape, Share, TrainingWork
-from vae_dist.data.workers import WorkerPool
+from vae_dist.data.windows import ReadAhead, WindowReader
+from vae_dist.data.workers import SharedBatches, WorkerPool, empty_images
+
+Shape = tuple[int, ...]
 
 
 class Group(NamedTuple):
@@ -79,93 +81,189 @@ class TrainingStream:
         world: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
-        keep_bytes: int = 0,
+        cache_bytes: int = 0,
+        retry_s: float = START_RETRY_S,
     ) -> None:
         assert order.lanes * max(1, order.slot_rows) == batch_size, (order.lanes, batch_size)
         assert order.lanes % world == 0, (order.lanes, world)
         assert bool(order.slot_rows) == bool(settings.buckets), order.slot_rows
         share = order.lanes // world
-        lanes = range(rank * share, (rank + 1) * share)
         slots = (slots or batch_size) // world
         assert share % slots == 0, (share, slots)
         # with images of any size, those of a slot could not go through together
         assert not settings.any_size or share == slots, (share, slots)
-        self._lanes_per_slot = share // slots
+        self._per_slot = share // slots  # sequences
         self._first_slot = rank * slots
         self._paths, self._pin_memory = index.paths, pin_memory
-        self._has_mask = settings.has_mask
+        self._has_mask, self._steps = settings.has_mask, range(start_step, stop_step)
         workers = min(workers, share)
         reader = SampleReader(
-            index, settings, seed=order.seed, keep_bytes=keep_bytes // max(1, workers)
+            index,
+            settings,
+            seed=order.seed,
+            cache_bytes=cache_bytes // max(1, workers),
+            retry_s=retry_s,
         )
-        self._steps = range(start_step, stop_step)
-        work = TrainingWork(reader, order, lanes, self._steps)
-        self._work = work
+        self._shared: SharedBatches | None = None
+        if workers and not settings.sizes_differ:
+            shape = (share, *settings.size, settings.planes)
+            self._shared = SharedBatches(shape, settings.dtype)
+        sequences = range(rank * share, (rank + 1) * share)
+        work = _TrainingWork(reader, order, sequences, self._steps, self._shared)
         self._pool = WorkerPool(work, num_workers=workers)
-        self.close = weakref.finalize(self, _close, work, self._pool)
+        self.close = weakref.finalize(self, self._pool.close)
 
     def __iter__(self) -> Iterator[Batch]:
-        num_workers = self._pool.num_workers
-        ring = self._work.make_ring(num_workers) if num_workers and can_share() else None
-        shares = iter(self._pool)
-        try:
-            for _ in self._steps:
-                if ring is not None:
-                    ring.take_back()
-                yield self._merge([next(shares) for _ in range(max(1, num_workers))])
-        finally:
-            if ring is not None:
-                ring.close()
+        parts = iter(self._pool)
+        for step in self._steps:
+            of_step = [next(parts) for _ in range(max(1, self._pool.num_workers))]
+            assert all(part.step == step for part in of_step), [part.step for part in of_step]
+            yield self._merged(step, of_step)
 
-    def _merge(self, parts: list[Share]) -> Batch:
-        assert all(part.step == parts[0].step for part in parts), [part.step for part in parts]
-        blocks: dict[torch.Size | None, list[Block]] = {}
-        for part in parts:
-            for block in part.blocks:
-                shape = None if block.pixels is None else block.pixels.shape[1:]
-                blocks.setdefault(shape, []).append(block)
-        groups = sorted((self._group(same) for same in blocks.values()), key=lambda g: g.slots)
+    def _merged(self, step: int, parts: list[_Part]) -> Batch:
+        if self._shared is not None:
+            images, labels = self._shared[step]
+            blocks = [_Block(list(range(len(images))), torch.from_numpy(images), labels)]
+            groups = [self._group(blocks, is_shared=True)]
+        else:
+            by_shape: dict[Shape, list[_Block]] = {}
+            for block in (block for part in parts for block in part.blocks):
+                by_shape.setdefault(block.images.shape[1:], []).append(block)
+            groups = sorted(map(self._group, by_shape.values()), key=lambda group: group.slots)
         shards = sorted({self._paths[shard] for part in parts for shard in part.shards})
         skipped = [sample for part in parts for sample in part.skipped]
-        return Batch(parts[0].step, tuple(groups), tuple(shards), tuple(skipped))
+        return Batch(step, tuple(groups), tuple(shards), tuple(skipped))
 
-    def _group(self, blocks: list[Block]) -> Group:
-        """The workers' images of one shape, lane by lane."""
-        lanes, labels = blocks[0].lanes, blocks[0].labels
+    def _group(self, blocks: list[_Block], *, is_shared: bool = False) -> Group:
+        """The workers' images of one shape, sequence by sequence."""
+        sequences, pixels, labels = blocks[0]
         if len(blocks) > 1:
-            lanes = sorted(lane for block in blocks for lane in block.lanes)
-            by_lane = np.empty((len(lanes), len(labels) // len(blocks[0].lanes)), np.int64)
-            for block in blocks:
-                mine = block.labels.reshape(-1, by_lane.shape[1])
-                by_lane[_places(lanes, block.lanes)] = mine
-            labels = by_lane.reshape(-1)
-        slots = dict.fromkeys(self._first_slot + lane // self._lanes_per_slot for lane in lanes)
-        pixels = self._pixels(lanes, blocks)
+            order = np.argsort([number for block in blocks for number in block.sequences])
+            sequences = sorted(number for block in blocks for number in block.sequences)
+            joined = torch.cat([block.images for block in blocks])
+            rows = len(joined) // len(sequences)
+            pixels = joined.view(-1, rows, *joined.shape[1:])[order].view(joined.shape)
+            labels = np.concatenate([block.labels for block in blocks])
+            labels = labels.reshape(-1, rows)[order].reshape(-1)
+        if self._pin_memory:
+            pinned = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+            pixels = pinned.copy_(pixels)
+        elif is_shared:
+            pixels = pixels.clone()
+        slots = dict.fromkeys(self._first_slot + n // self._per_slot for n in sequences)
         images, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=self._has_mask)
-        return Group(tuple(slots), images, torch.from_numpy(labels), masks)
-
-    def _pixels(self, lanes: list[int], blocks: list[Block]) -> torch.Tensor:
-        """(b, H, W, C), where the workers left them if that may be."""
-        first = blocks[0].pixels
-        if first is None:
-            assert self._work.ring is not None
-            return self._work.ring.lend(pin=self._pin_memory)
-        if len(blocks) == 1 and not self._pin_memory and not first.is_shared():
-            return first
-        shape = (len(lanes) * (len(first) // len(blocks[0].lanes)), *first.shape[1:])
-        pixels = empty_pixels(shape, first.dtype, pin=self._pin_memory)
-        by_lane = pixels.numpy().reshape(len(lanes), -1)
-        for block in blocks:
-            assert block.pixels is not None
-            mine = block.pixels.numpy().reshape(len(block.lanes), -1)
-            by_lane[_places(lanes, block.lanes)] = mine
-        return pixels
+        return Group(tuple(slots), images, torch.from_numpy(labels.copy()), masks)
 
 
-def _close(work: TrainingWork, pool: WorkerPool) -> None:
-    if work.ring is not None:
-        work.ring.close()
-    pool.close()
+class _Block(NamedTuple):
+    """Images of one shape that one worker read in a step: sequence by sequence, row by row."""
+
+    sequences: list[int]  # numbers among the rank's, ascending
+    images: torch.Tensor  # (b, H, W, C)
+    labels: np.ndarray
+
+
+class _Part(NamedTuple):
+    """One worker's part of a rank's step; without blocks it lies in the shared batch."""
+
+    step: int
+    blocks: list[_Block]
+    shards: set[int]
+    skipped: list[SkippedSample]
+
+
+class _TrainingWork:
+    """What one worker does: its sequences' part of each step."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        order: Order | MixedOrder,
+        sequences: range,
+        steps: range,
+        shared: SharedBatches | None,
+    ) -> None:
+        self.reader, self.order, self.sequences = reader, order, sequences
+        self.steps, self.shared = steps, shared
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[_Part]:
+        rows, settings = max(1, self.order.slot_rows), self.reader.settings
+        read_ahead = ReadAhead(self.reader)
+        start = self.steps.start * rows
+        mine = [
+            WindowReader(self.reader, self.order, sequence, start, read_ahead)
+            for sequence in self.sequences[worker::num_workers]
+        ]
+        numbers = list(range(len(self.sequences)))[worker::num_workers]
+        try:
+            for step in self.steps:
+                skipped: list[SkippedSample] = []
+                blocks: list[_Block] = []
+                if settings.sizes_differ:
+                    blocks, shards = self._of_any_size(mine, numbers, skipped)
+                elif self.shared is not None:
+                    images, labels = (memory[worker::num_workers] for memory in self.shared[step])
+                    shards = self._of_one_size(mine, images, labels, skipped)
+                else:
+                    shape = (len(mine), *settings.size, settings.planes)
+                    images = empty_images(shape, settings.dtype)
+                    labels = np.empty(len(mine), np.int64)
+                    shards = self._of_one_size(mine, images, labels, skipped)
+                    blocks = [_Block(numbers, torch.from_numpy(images), labels)]
+                yield _Part(step, blocks, shards, skipped)
+        finally:
+            read_ahead.close()
+
+    def _of_one_size(
+        self,
+        readers: list[WindowReader],
+        images: np.ndarray,
+        labels: np.ndarray,
+        skipped: list[SkippedSample],
+    ) -> set[int]:
+        """A sample of each into `images` (b, H, W, C) and `labels`; the shards they come from.
+
+        All samples are prepared before the first one is decoded: the interpreter is several times
+        slower just after a decoder has filled the caches with its own.
+        """
+        places = [(reader, reader.advance(1).start) for reader in readers]
+        numbers = np.array([reader.numbers[place] for reader, place in places])
+        cached = self.reader.take_cached(numbers, out=images)
+        if cached is not None:
+            labels[:] = cached
+            return self.reader.shards_of(numbers)
+        outs = list(images.transpose(0, 3, 1, 2))  # (C, H, W) each
+        prepared = [
+            reader.prepare(place, out=out)
+            for (reader, place), out in zip(places, outs, strict=True)
+        ]
+        for i, (reader, place) in enumerate(places):
+            image, labels[i] = reader.load(place, prepared[i], skipped)
+            if image is not outs[i]:
+                outs[i][:] = image
+        return self.reader.shards_of(numbers)
+
+    def _of_any_size(
+        self, readers: list[WindowReader], numbers: list[int], skipped: list[SkippedSample]
+    ) -> tuple[list[_Block], set[int]]:
+        """One block for each shape; the images of a sequence share one."""
+        found: dict[Shape, tuple[list[int], list[np.ndarray], list[int]]] = {}
+        shards: set[int] = set()
+        for number, reader in zip(numbers, readers, strict=True):
+            places = reader.advance(max(1, self.order.slot_rows))
+            shards |= self.reader.shards_of(np.array([reader.numbers[p] for p in places]))
+            loaded = [reader.load(p, reader.prepare(p), skipped) for p in places]
+            shape = loaded[0].image.shape
+            assert all(sample.image.shape == shape for sample in loaded), shape
+            mine, images, labels = found.setdefault(shape, ([], [], []))
+            mine.append(number)
+            images += [sample.image.transpose(1, 2, 0) for sample in loaded]
+            labels += [sample.label for sample in loaded]
+        blocks = [
+            _Block(mine, torch.from_numpy(np.stack(images)), np.array(labels, np.int64))
+            for mine, images, labels in found.values()
+        ]
+        return blocks, shards
 
 
 def split_mask(planes: torch.Tensor, *, has_mask: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -173,15 +271,6 @@ def split_mask(planes: torch.Tensor, *, has_mask: bool) -> tuple[torch.Tensor, t
     if not has_mask:
         return planes, None
     return planes[:, :-1], planes[:, -1:].to(torch.uint8)
-
-
-def _places(lanes: list[int], wanted: list[int]) -> slice | np.ndarray:
-    """Where the wanted ones stand among the lanes; a slice, which copies faster, if it can be."""
-    places = np.searchsorted(lanes, wanted)
-    step = int(places[1] - places[0]) if len(places) > 1 else 1
-    if (np.diff(places) == step).all():
-        return slice(int(places[0]), int(places[-1]) + 1, step)
-    return places
 
 
 class EvaluationBatch(NamedTuple):
@@ -218,11 +307,12 @@ class EvaluationStream:
         world: int = 1,
         workers: int = 0,
         max_images: int | None = None,
+        retry_s: float = START_RETRY_S,
     ) -> None:
         self.num_images = min(index.num_samples, max_images or index.num_samples)
         self._num_batches = -(-self.num_images // (batch_size * world))
         self._has_mask = settings.has_mask
-        reader = SampleReader(index, settings.without_augmentation(), seed=0)
+        reader = SampleReader(index, settings.without_augmentation(), seed=0, retry_s=retry_s)
         work = _EvaluationWork(reader, self.num_images, batch_size, rank, world)
         self._pool = WorkerPool(work, num_workers=min(workers, self._num_batches))
         self.close = weakref.finalize(self, self._pool.close)
@@ -246,7 +336,12 @@ class EvaluationStream:
                 )
 
 
-_Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[SkippedSample]]
+class _EvaluationPart(NamedTuple):
+    images: np.ndarray  # (b, planes, H, W)
+    labels: np.ndarray
+    samples: np.ndarray
+    weights: np.ndarray
+    skipped: list[SkippedSample]
 
 
 class _EvaluationWork:
@@ -257,29 +352,46 @@ class _EvaluationWork:
     ) -> None:
         self.reader, self.num_images, self.batch_size = reader, num_images, batch_size
         self.rank, self.world = rank, world
-        self.first_of_shard = np.cumsum(reader.index.lengths) - reader.index.lengths
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_Part]]:
-        together = self.batch_size * self.world
-        for low in range(worker * together, self.num_images, num_workers * together):
-            in_step = min(together, self.num_images - low)
+    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_EvaluationPart]]:
+        batches = list(self._batches(worker, num_workers))
+        read_ahead = ReadAhead(self.reader)
+        try:
+            following = read_ahead.request(batches[0][0]) if batches else None
+            for number, (runs, first, share) in enumerate(batches):
+                assert following is not None
+                samples = following.result()
+                if number + 1 < len(batches):
+                    following = read_ahead.request(batches[number + 1][0])
+                yield self._parts(runs, samples, first, share)
+        finally:
+            read_ahead.close()
+
+    def _batches(self, worker: int, num_workers: int) -> Iterator[tuple[list[Run], int, int]]:
+        """Runs of samples of this rank's batches, number of the first, and size of the batch."""
+        of_all = self.batch_size * self.world
+        for low in range(worker * of_all, self.num_images, num_workers * of_all):
+            in_step = min(of_all, self.num_images - low)
             share = -(-in_step // self.world)  # the last batch is cut evenly, then padded
             first = low + self.rank * share
-            yield self._parts(first, min(first + share, low + in_step), share)
+            yield self.reader.in_order(first, min(first + share, low + in_step)), first, share
 
-    def _parts(self, first: int, stop: int, share: int) -> list[_Part]:
+    def _parts(
+        self, runs: list[Run], samples: list[memoryview], first: int, share: int
+    ) -> list[_EvaluationPart]:
         """One part for each shape, at least one; the first names what is skipped."""
         settings = self.reader.settings
-        images: dict[Shape, list[tuple[int, np.ndarray, int]]] = {}
+        images: dict[Shape, list[tuple[int, LoadedSample]]] = {}
         skipped: list[SkippedSample] = []
-        for sample, (shard, index, data) in enumerate(self._read(first, stop), first):
+        places = [(run.shard, index) for run in runs for index in range(run.start, run.stop)]
+        for number, ((shard, index), data) in enumerate(zip(places, samples, strict=True), first):
             try:
-                image, label = self.reader.load(data, shard, index, epoch=0)
+                loaded = self.reader.load(data, shard, index, epoch=0)
             except DamagedSampleError as error:
                 path = self.reader.index.paths[shard]
                 skipped.append(SkippedSample(path, index, str(error), None))
                 continue
-            images.setdefault(image.shape, []).append((sample, image, label))
+            images.setdefault(loaded.image.shape, []).append((number, loaded))
         if not settings.sizes_differ or not images:
             shape = (settings.planes, *settings.size)
             return [self._part(images.get(shape, []), shape, share, skipped)]
@@ -290,24 +402,14 @@ class _EvaluationWork:
 
     def _part(
         self,
-        found: Iterable[tuple[int, np.ndarray, int]],
+        found: list[tuple[int, LoadedSample]],
         shape: Shape,
         count: int,
         skipped: list[SkippedSample],
-    ) -> _Part:
+    ) -> _EvaluationPart:
         images = np.zeros((count, *shape), self.reader.settings.dtype)
         labels, samples = np.full((2, count), -1, np.int64)
         weights = np.zeros(count, np.float32)
-        for i, (sample, image, label) in enumerate(found):
-            images[i], samples[i], labels[i], weights[i] = image, sample, label, 1
-        return images, labels, samples, weights, skipped
-
-    def _read(self, first: int, stop: int) -> Iterator[tuple[int, int, memoryview]]:
-        """(shard, index, bytes) of the samples first, ..., stop - 1 of the index."""
-        while first < stop:
-            shard = int(np.searchsorted(self.first_of_shard, first, "right")) - 1
-            start = first - int(self.first_of_shard[shard])
-            end = min(int(self.reader.index.lengths[shard]), start + stop - first)
-            for index, data in enumerate(self.reader.read(shard, start, end), start):
-                yield shard, index, data
-            first += end - start
+        for i, (number, loaded) in enumerate(found):
+            images[i], samples[i], labels[i], weights[i] = loaded.image, number, loaded.label, 1
+        return _EvaluationPart(images, labels, samples, weights, skipped)

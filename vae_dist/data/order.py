@@ -30,18 +30,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import ShardIndex
+from vae_dist.data.index import Run, ShardIndex
 from vae_dist.randomness import derive_seed, numpy_generator
 
 NUM_CACHED_EPOCHS = 3  # a lane reads in one epoch, looks back into the last, lanes change in turn
-
-
-class Run(NamedTuple):
-    """Consecutive samples start, ..., stop - 1 of a shard."""
-
-    shard: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -105,13 +97,6 @@ class Order:
 
     def epoch(self, g: int) -> int:
         return g // self.num_samples
-
-    def lane_windows(self, lane: int, row: int) -> Iterator[Window]:
-        """The windows of a lane, for ever, from the one that holds `row` on."""
-        while True:
-            window = self.window_at(lane, row)
-            yield window
-            row = window.end_row
 
     def window_at(self, lane: int, row: int) -> Window:
         """The window of a lane that holds a row (counted over the whole run)."""

@@ -1,13 +1,15 @@
-"""Reads samples by their place in the index, and turns them into images.
+"""One sample of a data set: from its place in the index to an image and a label.
 
-In: (shard, start, stop). Out: undecoded samples, one read for the whole run; and from one
-undecoded sample: image (C, H, W) of the wanted size, and label.
+In: (shard, index), or runs of these, which are read together. Out: undecoded samples; from one of
+them the image (C, H, W) of the wanted size and the label, at once (`load`) or in two steps
+(`prepare`, then `load`). What cannot be used is damaged (DamagedSampleError) or ends the run
+(ShardError); that is decided here and in the decoder alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,12 +18,10 @@ import numpy as np
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.buckets import Size, aspect, make_buckets, nearest, square
-from vae_dist.data.decode import decode_sample, only_jpeg, size_of_sample
-from vae_dist.data.index import ShardIndex
-from vae_dist.data.jpeg import is_plain_jpeg
-from vae_dist.data.kept import KeptImages, augmentation, before_augmentation
-from vae_dist.data.order import Run
-from vae_dist.data.sources import read_range
+from vae_dist.data.cache import ImageCache
+from vae_dist.data.decode import decode_sample, prepare_sample, size_of_sample
+from vae_dist.data.index import Run, ShardIndex
+from vae_dist.data.sources import START_RETRY_S, Range, read_ranges
 from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
 from vae_dist.data.transforms import (
     CLS,
@@ -56,133 +56,150 @@ class LoadedSample(NamedTuple):
     label: int
 
 
-class PlainJpeg(NamedTuple):
-    """A sample that needs nothing but its decoding, where it is to stay."""
+class Prepared(NamedTuple):
+    """A sample whose files were found, and whose headers were read where that is cheap."""
 
-    data: bytes | memoryview
+    decode: Callable[[], np.ndarray]
+    size: Size  # that its image is brought to
     label: int
+    out: np.ndarray | None
 
 
 class SampleReader:
     """Samples of a data set, read by position and made into images."""
 
     def __init__(
-        self, index: ShardIndex, settings: ImageSettings, *, seed: int, keep_bytes: int = 0
+        self,
+        index: ShardIndex,
+        settings: ImageSettings,
+        *,
+        seed: int,
+        cache_bytes: int = 0,
+        retry_s: float = START_RETRY_S,
     ) -> None:
-        """keep_bytes: a data set whose images are no more than that is decoded once."""
-        self.index, self.settings, self.seed = index, settings, seed
+        """cache_bytes: a data set whose images are no more than that is decoded once. retry_s: so
+        long a read that fails is tried again."""
+        self.index, self.settings, self.seed, self.retry_s = index, settings, seed, retry_s
         self._first_number = (np.cumsum(index.lengths) - index.lengths).tolist()
-        self._kept = KeptImages.room_for(index.num_samples, settings, max_bytes=keep_bytes)
-        self._constant = before_augmentation(settings) if self._kept is not None else settings
-        self._drawn = augmentation(settings)
-        is_drawn = settings.flip or settings.mask in DRAWN
-        # images that every epoch shows as they are kept
-        self.constant = None if is_drawn else self._kept
-        height, width = settings.size
-        self._may_be_plain = (
-            settings.dtype == np.uint8
-            and not (settings.flip or settings.has_mask or settings.sizes_differ)
-            and height * width <= settings.max_pixels
-        )
+        self._cache = ImageCache.if_it_fits(index.num_samples, settings, max_bytes=cache_bytes)
+        self._constant = settings if self._cache is None else settings.constant
+        self._is_drawn = settings.flip or settings.mask in DRAWN
+        # an image that was decoded to its place, at its size, needs nothing more
+        self._is_final = not (self._constant.flip or settings.has_mask or settings.sizes_differ)
+
+    # reading
 
     def read(self, shard: int, start: int, stop: int) -> list[memoryview]:
-        """The bytes of the samples start, ..., stop - 1: views of one read. Raises ShardError."""
-        path = self.index.paths[shard]
-        try:
-            offsets = self.index.offsets(shard, start, stop)
-            first, end = int(offsets[0]), int(offsets[-1])
-            blob = memoryview(read_range(path, first, end - first))
-        except OSError as error:
-            raise ShardError(
-                f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run "
-                "the same command again"
-            ) from error
-        borders = (offsets - first).tolist()
-        return [blob[a:b] for a, b in pairwise(borders)]
+        """The bytes of the samples start, ..., stop - 1. Raises ShardError."""
+        return self.read_runs([Run(shard, start, stop)])
 
-    def load(
+    def read_runs(self, runs: Sequence[Run]) -> list[memoryview]:
+        """The bytes of the samples of the joined runs. Raises ShardError."""
+        (found,) = self.read_many([runs])
+        if isinstance(found, ShardError):
+            raise found
+        return found
+
+    def read_many(self, parts: Sequence[Sequence[Run]]) -> list[list[memoryview] | ShardError]:
+        """The same for each part; all are read together, so that remote ones wait but once."""
+        runs = [run for part in parts for run in part]
+        offsets = self.index.offsets_of(runs, retry_s=self.retry_s)
+        readable = [found for found in offsets if not isinstance(found, ShardError)]
+        ranges = [
+            Range(self.index.paths[run.shard], int(found[0]), int(found[-1] - found[0]))
+            for run, found in zip(runs, offsets, strict=True)
+            if not isinstance(found, ShardError)
+        ]
+        blobs = iter(zip(readable, read_ranges(ranges, retry_s=self.retry_s), strict=True))
+        by_run = [found if isinstance(found, ShardError) else next(blobs) for found in offsets]
+        results: list[list[memoryview] | ShardError] = []
+        left = iter(by_run)
+        for part in parts:
+            results.append(_samples([next(left) for _ in part]))
+        return results
+
+    def in_order(self, first: int, stop: int) -> list[Run]:
+        """The samples first, ..., stop - 1 of the index, as runs of shards."""
+        runs: list[Run] = []
+        while first < stop:
+            shard = int(np.searchsorted(self._first_number, first, "right")) - 1
+            start = first - self._first_number[shard]
+            end = min(int(self.index.lengths[shard]), start + stop - first)
+            runs.append(Run(shard, start, end))
+            first += end - start
+        return runs
+
+    # one sample
+
+    def prepare(
         self,
         data: bytes | memoryview,
         shard: int,
         index: int,
         *,
-        epoch: int,
-        room: np.ndarray | None = None,
         size: Size | None = None,
-    ) -> LoadedSample:
-        """One sample, decoded and transformed; in `room` where that saves a copy.
+        out: np.ndarray | None = None,
+    ) -> Prepared:
+        """All that is done with an undecoded sample before its pixels are decoded.
 
-        size: the bucket that it is brought to; by default its own, or the size of all images.
-        Raises DamagedSampleError when it is unreadable, and ShardError for what no other sample
-        can make good: a label that is no class, native images that differ in size although they
-        must not.
+        size: the bucket that it is brought to; by default its own, or the size of all images. out:
+        (C, H, W), where the caller wants the image; it may be decoded there. Raises as `load`.
         """
-        found = self._decoded(data, shard, index, epoch=epoch, room=room, size=size)
-        if self._kept is None:
-            return found
-        self._kept.keep(self._first_number[shard] + index, *found)
-        return self._augmented(found, shard, index, epoch=epoch)
-
-    def has_kept(self, shard: int, index: int) -> bool:
-        return self._kept is not None and self._kept.has(self._first_number[shard] + index)
-
-    def keep(self, shard: int, index: int, image: np.ndarray, label: int) -> None:
-        """An image (C, H, W) that was decoded elsewhere, where a later epoch wants it."""
-        if self._kept is not None:
-            self._kept.keep(self._first_number[shard] + index, image, label)
-
-    def kept(self, shard: int, index: int, *, epoch: int) -> LoadedSample | None:
-        """What `load` would make of the sample, without its bytes, if an earlier epoch kept it."""
-        found = None
-        if self._kept is not None:
-            found = self._kept.get(self._first_number[shard] + index)
-        return None if found is None else self._augmented(found, shard, index, epoch=epoch)
-
-    def numbers(self, runs: Iterable[Run]) -> np.ndarray:
-        """Numbers among all samples, int64, of the samples of the joined runs."""
-        firsts = self._first_number
-        return np.concatenate(
-            [np.arange(firsts[shard] + start, firsts[shard] + stop) for shard, start, stop in runs]
-        )
-
-    def shards_of(self, numbers: np.ndarray) -> set[int]:
-        places = np.searchsorted(self._first_number, numbers, "right") - 1
-        return set(places.tolist())
-
-    def _augmented(
-        self, constant: tuple[np.ndarray, int], shard: int, index: int, *, epoch: int
-    ) -> LoadedSample:
-        image, label = constant
-        number = self._first_number[shard] + index
-        image = transform(image, self._drawn, seed=self.seed, epoch=epoch, sample=number)
-        return LoadedSample(image, label)
-
-    def _decoded(
-        self,
-        data: bytes | memoryview,
-        shard: int,
-        index: int,
-        *,
-        epoch: int,
-        room: np.ndarray | None,
-        size: Size | None,
-    ) -> LoadedSample:
-        """Decoded and transformed, up to what is drawn for each epoch where images are kept."""
         settings = self._constant
         sample = single_sample(data, self.index.paths[shard])
         if size is None and settings.buckets:
             own = size_of_sample(sample, max_pixels=settings.max_pixels)
             size = nearest(settings.buckets, aspect(own))
         size = size or settings.size
-        image = decode_sample(
+        decode = prepare_sample(
             sample,
             channels=settings.channels,
             bits=settings.bits,
             max_pixels=settings.max_pixels,
             at_least=size if settings.resize else None,
-            room=None if settings.has_mask else room,
+            out=None if settings.has_mask else out,
             mask=settings.mask,
         )
+        return Prepared(decode, size, self.label(sample, shard, index), out)
+
+    def load(
+        self,
+        sample: Prepared | bytes | memoryview | None,
+        shard: int,
+        index: int,
+        *,
+        epoch: int,
+    ) -> LoadedSample:
+        """One sample, prepared or undecoded, as image and label. None: its image is in the cache.
+
+        Raises DamagedSampleError when it is unreadable, and ShardError for what no replacement
+        repairs: a label that is no class, native images that differ in size although they must not.
+        """
+        number = self._first_number[shard] + index
+        if sample is None:
+            assert self._cache is not None
+            cached = self._cache.get(number)
+            assert cached is not None, (shard, index)
+            found = LoadedSample(*cached)
+        else:
+            if not isinstance(sample, Prepared):
+                sample = self.prepare(sample, shard, index)
+            found = LoadedSample(self._image(sample, shard, index, epoch=epoch), sample.label)
+            if self._cache is not None:
+                self._cache.put(number, *found)
+        if self._cache is None or not self._is_drawn:
+            return found
+        image = transform(
+            found.image, self.settings.drawn, seed=self.seed, epoch=epoch, sample=number
+        )
+        return LoadedSample(image, found.label)
+
+    def _image(self, sample: Prepared, shard: int, index: int, *, epoch: int) -> np.ndarray:
+        """Decoded and transformed, up to what is drawn for each epoch where images are cached."""
+        settings, size = self._constant, sample.size
+        image = sample.decode()
+        if image is sample.out and self._is_final:
+            return image
         number = self._first_number[shard] + index
         image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number, size=size)
         height, width = image.shape[1:]
@@ -193,24 +210,7 @@ class SampleReader:
             )
         if problem := settings.too_small((height, width)):
             raise DamagedSampleError(f"too small: {problem}")
-        return LoadedSample(image, self.label(sample, shard, index))
-
-    def plain_jpeg(self, data: bytes | memoryview, shard: int, index: int) -> PlainJpeg | None:
-        """A sample whose image `decode_into` makes of its bytes as `load` would, or None.
-
-        Short, as it is run between the decoding of two images, when no cache holds it. Raises
-        ShardError for a label that is no class.
-        """
-        if not self._may_be_plain:
-            return None
-        try:
-            sample = single_sample(data, self.index.paths[shard], copied=False)
-            jpeg = only_jpeg(sample)
-            if jpeg is None or not is_plain_jpeg(jpeg, self.settings.channels, self.settings.size):
-                return None
-            return PlainJpeg(jpeg, self.label(sample, shard, index))
-        except DamagedSampleError:
-            return None  # load says why
+        return image
 
     def label(self, sample: Mapping[str, Any], shard: int, index: int) -> int:
         """-1 where there is none. Raises DamagedSampleError, and ShardError for no known class."""
@@ -220,10 +220,10 @@ class SampleReader:
         except UnknownClassError as error:
             raise ShardError(
                 f"{self.name(shard, index)} (key {sample['__key__']}): {error}; set "
-                "model.num_classes to one more than the largest label, or mend the labels"
+                "model.num_classes to one more than the largest label, or repair the labels"
             ) from None
 
-    def size_or_none(self, data: bytes | memoryview, shard: int) -> Size | None:
+    def size_or_none(self, data: bytes | memoryview, shard: int, index: int) -> Size | None:
         """(H, W) of an undecoded sample after the header of its image; None: unreadable."""
         try:
             sample = single_sample(data, self.index.paths[shard])
@@ -234,12 +234,61 @@ class SampleReader:
     def name(self, shard: int, index: int) -> str:
         return f"{self.index.paths[shard]} sample {index}"
 
+    # numbers among all samples, and the cache
 
-def single_sample(data: bytes | memoryview, url: str, *, copied: bool = True) -> dict[str, Any]:
-    """The one webdataset sample in these bytes. Raises DamagedSampleError.
+    def numbers(self, runs: Sequence[Run]) -> np.ndarray:
+        """Numbers among all samples, int64, of the samples of the joined runs."""
+        firsts = self._first_number
+        return np.concatenate(
+            [np.arange(firsts[shard] + start, firsts[shard] + stop) for shard, start, stop in runs]
+        )
 
-    webdataset's `group_by_keys`, for bytes of which it is known that they hold one group.
-    copied=False: files are views of `data`.
+    def shards_of(self, numbers: np.ndarray) -> set[int]:
+        places = np.searchsorted(self._first_number, numbers, "right") - 1
+        return set(places.tolist())
+
+    def is_cached(self, number: int) -> bool:
+        return self._cache is not None and self._cache.get(number) is not None
+
+    def are_cached(self, numbers: np.ndarray) -> bool:
+        return self._cache is not None and self._cache.has_all(numbers)
+
+    def take_cached(self, numbers: np.ndarray, *, out: np.ndarray) -> np.ndarray | None:
+        """The labels of samples whose images the cache has as they are shown, and which then are
+        in `out` (b, H, W, C); else None."""
+        if self._cache is None or self._is_drawn or not self._cache.has_all(numbers):
+            return None
+        return self._cache.take(numbers, out=out)
+
+
+def _samples(
+    runs: list[tuple[np.ndarray, bytes | ShardError] | ShardError],
+) -> list[memoryview] | ShardError:
+    """The samples of joined runs, of which offsets and bytes were read, or the first error."""
+    found: list[memoryview] = []
+    for run in runs:
+        if isinstance(run, ShardError):
+            return run
+        offsets, data = run
+        if isinstance(data, ShardError):
+            return data
+        view = memoryview(data)
+        found += [view[a:b] for a, b in pairwise((offsets - offsets[0]).tolist())]
+    return found
+
+
+def first_samples(index: ShardIndex, count: int) -> Iterator[tuple[int, int]]:
+    """(shard, index) of the first `count` samples."""
+    for shard, length in enumerate(index.lengths.tolist()):
+        yield from ((shard, i) for i in range(min(length, count)))
+        count -= min(length, count)
+
+
+def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:
+    """The one webdataset sample in these bytes: its files are views of them.
+
+    webdataset's `group_by_keys`, for bytes of which it is known that they hold one group. Raises
+    DamagedSampleError.
     """
     sample: dict[str, Any] = {}
     for name, content in members(data):
@@ -251,7 +300,7 @@ def single_sample(data: bytes | memoryview, url: str, *, copied: bool = True) ->
             raise DamagedSampleError("the index does not fit the shard here")
         if suffix in sample:
             raise DamagedSampleError(f"{name}: duplicate file name in tar file {suffix}")
-        sample[suffix] = bytes(content) if copied else content
+        sample[suffix] = content
     if len(sample) < 2:
         raise DamagedSampleError("the index does not fit the shard here")
     sample["__url__"] = url
@@ -299,7 +348,7 @@ def image_settings(
         size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         return replace(common, size=(size[0], size[1]))
     reason = ""
-    for shard, number in _first_samples(index, NUM_PROBED):
+    for shard, number in first_samples(index, NUM_PROBED):
         reader = SampleReader(index, common, seed=0)
         data = reader.read(shard, number, number + 1)[0]
         try:
@@ -324,7 +373,7 @@ def check_labels(index: ShardIndex, settings: ImageSettings, *, key: str) -> Non
     them has a label, and ShardError when one has a label that is no class."""
     reader = SampleReader(index, settings, seed=0)
     labels = []
-    for shard, number in _first_samples(index, NUM_PROBED):
+    for shard, number in first_samples(index, NUM_PROBED):
         with contextlib.suppress(DamagedSampleError):
             data = reader.read(shard, number, number + 1)[0]
             sample = single_sample(data, index.paths[shard])
@@ -335,18 +384,6 @@ def check_labels(index: ShardIndex, settings: ImageSettings, *, key: str) -> Non
             f"of {key} has a label under data.label_key={settings.label_key}; name the field that "
             "holds it, or set model.num_classes=0"
         )
-
-
-def _first_samples(index: ShardIndex, count: int) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for shard, length in enumerate(index.lengths.tolist()):
-        found += [(shard, i) for i in range(min(length, count - len(found)))]
-        if len(found) == count:
-            break
-    return found
-
-
-# words
 
 
 def in_words(size: Size) -> str:

@@ -178,8 +178,6 @@ def _from_wids(text: str, key: str) -> list[Shard]:
     folder = without_query(text)[0].rpartition("/")[0]
     try:
         return [_wids_shard(entry, folder, text, key) for entry in _shardlist(text)]
-    except OSError as error:
-        raise ConfigError(f"{key}={text}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -226,8 +224,6 @@ def _with_index(shards: list[Shard], folder: str, key: str) -> list[Shard]:
             )
             for shard in shards
         ]
-    except OSError as error:
-        raise ConfigError(f"{key}: {place} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -90,6 +90,16 @@ class ImageSettings:
     def sizes_differ(self) -> bool:
         return bool(self.buckets) or self.any_size
 
+    @property
+    def constant(self) -> ImageSettings:
+        """The part of the transform that is the same in every epoch, unless each crops anew."""
+        return replace(self, flip=False, mask="none" if self.mask in DRAWN else self.mask)
+
+    @property
+    def drawn(self) -> ImageSettings:
+        """The rest of it, for an image that `constant` made."""
+        return replace(self, resize=False)
+
     def without_augmentation(self) -> ImageSettings:
         return replace(self, crop="center", flip=False)
 

@@ -159,7 +159,7 @@ def sampled_sizes(index: ShardIndex, settings: ImageSettings) -> list[Measured]:
         shard, number = place
         if is_pipe(index.paths[shard]):
             return None
-        size = reader.size_or_none(reader.read(shard, number, number + 1)[0], shard)
+        size = reader.size_or_none(reader.read(shard, number, number + 1)[0], shard, number)
         return None if size is None else Measured(reader.name(shard, number), size)
 
     with ThreadPoolExecutor(NUM_READERS) as pool:

@@ -1,228 +1,264 @@
-"""One lane, read row by row: it holds the undecoded samples of one window.
+"""The samples of a run in its order: windows are read ahead, lost samples are replaced.
 
-In: the reader, the order, a lane and the row to begin with. Out: images and labels, one for each
-row, for ever; with aspect buckets slot by slot, each slot at the size of its bucket, which the
-sizes in the headers of the window's images decide.
+In: the reader, the order, one of its sequences (a lane) and where to begin. Out: for each place
+the sample's number among all, then its image and label. With aspect buckets the sizes in the
+headers of a window's images decide which of them make a slot, and its size.
 
 A lost sample keeps its place. It is replaced by the first readable sample of its window, in the
-window's permuted order; if the window has none, by that of the lane's nearest earlier window that
-has one, and if there is none, by that of the nearest later one. What replaces it takes the size of
-its slot. The choice is a function of data and position, so every world size, worker count and
-resume makes the same one.
+window's permuted order; if the window has none, by that of the nearest earlier window of the
+sequence that has one, and if there is none, by that of the nearest later one. What replaces it
+takes the size of its slot. The choice is a function of data and position, so every world size,
+worker count and resume makes the same one.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import numpy as np
 
 from vae_dist.data.buckets import Size, arrange
+from vae_dist.data.index import Run
 from vae_dist.data.order import MixedOrder, Order, Window
-from vae_dist.data.reader import LoadedSample, PlainJpeg, SampleReader, SkippedSample
+from vae_dist.data.reader import LoadedSample, Prepared, SampleReader, SkippedSample
 from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.randomness import numpy_generator
 
-MAX_LOST_IN_A_ROW = 4096  # samples of a lane; more is not damage but the wrong kind of data
+MAX_LOST_IN_A_ROW = 4096  # samples of a sequence; more is not damage but the wrong kind of data
+
+Samples = list[memoryview]  # undecoded
 
 
-class _Donor(NamedTuple):
-    """What replaces lost samples, and where the window ends that it was found in."""
+class ReadAhead:
+    """Reads windows in a thread: all that wait are read together."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self._reader = reader
+        self._waiting: queue.SimpleQueue[tuple[Sequence[Run], Future[Samples]] | None]
+        self._waiting = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def request(self, runs: Sequence[Run]) -> Future[Samples]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_all, daemon=True)
+            self._thread.start()
+        future: Future[Samples] = Future()
+        self._waiting.put((runs, future))
+        return future
+
+    def close(self) -> None:
+        self._waiting.put(None)
+
+    def _read_all(self) -> None:
+        while True:
+            wanted = [self._waiting.get()]
+            while not self._waiting.empty():
+                wanted.append(self._waiting.get())
+            requests = [request for request in wanted if request is not None]
+            found = self._reader.read_many([runs for runs, _ in requests])
+            for (_, future), samples in zip(requests, found, strict=True):
+                if isinstance(samples, ShardError):
+                    future.set_exception(samples)
+                else:
+                    future.set_result(samples)
+            if None in wanted:
+                return
+
+
+class _Replacement(NamedTuple):
+    """What stands for lost samples, and where the window ends that it was found in."""
 
     end_row: int
     name: str
     sample: LoadedSample
 
 
-class _Samples(Sequence[memoryview]):
-    """The undecoded samples of a window, read together when the first one is asked for: of a data
-    set whose images are all kept, none is."""
-
-    def __init__(self, reader: SampleReader, window: Window) -> None:
-        self._reader, self._window = reader, window
-        self._read: list[memoryview] = []
-
-    def __len__(self) -> int:
-        return len(self._window.order)
-
-    def __getitem__(self, position: Any) -> Any:
-        if not self._read:
-            runs = self._window.runs
-            self._read = [sample for run in runs for sample in self._reader.read(*run)]
-        return self._read[position]
-
-
-class Lane:
-    """Iterates by `advance()` and `load()`; `shard` is that of the row's own sample."""
+class WindowReader:
+    """Goes along one sequence of the order: `advance`, then `prepare` and `load` each place."""
 
     def __init__(
-        self, reader: SampleReader, order: Order | MixedOrder, lane: int, row: int
+        self,
+        reader: SampleReader,
+        order: Order | MixedOrder,
+        sequence: int,
+        row: int,
+        read_ahead: ReadAhead,
     ) -> None:
-        self.reader, self.order, self.lane, self.row = reader, order, lane, row
-        self.shard = -1
-        self.window: Window | None = None
-        self.samples: Sequence[memoryview] = ()
-        self.shown: list[int] = []  # positions in the window, by row
-        self.numbers: list[int] = []  # among all samples, by row, where images are kept
-        self.sizes: list[Size] = []  # of the window's slots, with aspect buckets
-        self.previous_row = -1  # first row of the window before this one
-        self.donors: dict[Size | None, _Donor] = {}  # by the size that was asked for
-        self.asked_row = -1  # first row of the window that the donors are for
-        self.position, self.index = -1, -1  # of the row's sample, in the window and in its shard
-        self.size: Size | None = None  # that this row's image is brought to
+        self._reader, self._order, self._sequence, self._row = reader, order, sequence, row
+        self._read_ahead = read_ahead
+        self._window = self._following = order.window_at(sequence, row)
+        self._requested = self._request(self._following)
+        self._end_row = row  # of the current window: none is entered yet
+        self._samples: Future[Samples] | None = None
+        self._positions: list[int] = []  # in the window, in the order in which they are shown
+        self._sizes: list[Size] = []  # of the window's slots, with aspect buckets
+        self._first_row = self._previous_row = -1  # of the current window, and of the one before
+        self._replacements: dict[Size | None, _Replacement] = {}  # by the size asked for
+        self._replaced_row = -1  # first row of the window that these are for
+        self.numbers: list[int] = []  # among all samples, in the order in which they are shown
 
-    def take(self, skipped: list[SkippedSample], room: np.ndarray | None = None) -> LoadedSample:
-        """`advance`, then `load`."""
-        self.advance()
-        return self.load(skipped, room)
-
-    def advance(self) -> None:
-        """Go to the next row."""
-        window = self._window()
-        number = self.row - window.first_row
-        self.row += 1
-        self.size = self.sizes[number // self.order.slot_rows] if self.sizes else None
-        self.position = self.shown[number]
-        self.shard, self.index = window.sample(self.position)
-
-    def plain_jpeg(self) -> PlainJpeg | None:
-        """The sample of this row if it needs nothing but its decoding."""
-        if self.reader.has_kept(self.shard, self.index):
-            return None
-        return self.reader.plain_jpeg(self.samples[self.position], self.shard, self.index)
-
-    def load(self, skipped: list[SkippedSample], room: np.ndarray | None = None) -> LoadedSample:
-        """The sample of this row, or its replacement, which is then noted in `skipped`.
-
-        The image may be `room`, which is where the caller wants it.
-        """
-        assert self.window is not None
-        try:
-            return self._load(self.window, self.samples, self.position, self.size, room)
-        except DamagedSampleError as error:
-            donor = self._donor(self.window, self.size)
-            path = self.reader.index.paths[self.shard]
-            skipped.append(SkippedSample(path, self.index, str(error), donor.name))
-            return donor.sample
-
-    def next_number(self) -> int:
-        """Of the next row's sample, among all samples, where images are kept as they are shown."""
-        first_row = self._window().first_row
-        return self.numbers[self.row - first_row]
-
-    def pass_by(self) -> None:
-        """Leave out the next row, whose image is taken from what is kept."""
-        self.row += 1
-
-    def next_numbers(self, count: int) -> list[int]:
-        """Of the next rows, which are passed by."""
-        found: list[int] = []
-        while len(found) < count:
-            start = self.row - self._window().first_row
-            part = self.numbers[start : start + count - len(found)]
-            self.row += len(part)
-            found += part
-        return found
-
-    def _window(self) -> Window:
-        """That of the next row."""
-        if self.window is None or self.row == self.window.end_row:
+    def advance(self, count: int) -> range:
+        """The next `count` places, all of one window: what `prepare` and `load` take."""
+        if self._row == self._end_row:
             self._enter()
-        assert self.window is not None
-        return self.window
+        start = self._row - self._window.first_row
+        self._row += count
+        return range(start, start + count)
+
+    def prepare(
+        self, place: int, *, out: np.ndarray | None = None
+    ) -> Prepared | DamagedSampleError | None:
+        """A sample before it is decoded, or why it cannot be; None where the cache has its image.
+
+        The image may come to be `out`, (C, H, W), where the caller wants it.
+        """
+        if self._reader.is_cached(self.numbers[place]):
+            return None
+        position, size = self._positions[place], self._size(place)
+        return self._prepared(self._window, self._read(), position, size, out)
+
+    def load(
+        self,
+        place: int,
+        prepared: Prepared | DamagedSampleError | None,
+        skipped: list[SkippedSample],
+    ) -> LoadedSample:
+        """Image and label of a sample, or of its replacement, which is then added to `skipped`."""
+        position = self._positions[place]
+        try:
+            return self._loaded(self._window, prepared, position)
+        except DamagedSampleError as error:
+            replacement = self._replacement(self._size(place))
+            shard, index = self._window.sample(position)
+            path = self._reader.index.paths[shard]
+            skipped.append(SkippedSample(path, index, str(error), replacement.name))
+            return replacement.sample
+
+    def _size(self, place: int) -> Size | None:
+        return self._sizes[place // self._order.slot_rows] if self._sizes else None
 
     def _enter(self) -> None:
-        """Read the window of this row."""
-        self.previous_row = -1 if self.window is None else self.window.first_row
-        self.window = window = self.order.window_at(self.lane, self.row)
-        self.samples = _Samples(self.reader, window)
+        """Go to the following window, and ask for the one after it."""
+        self._window, self._samples = self._following, self._requested
+        window = self._window
+        self._previous_row, self._first_row = self._first_row, window.first_row
+        self._end_row = window.end_row
+        self._following = self._order.window_at(self._sequence, window.end_row)
+        self._requested = self._request(self._following)
         shown = window.order
-        buckets = self.reader.settings.buckets
-        if buckets:
+        if self._reader.settings.buckets:
             # in the window's permuted order, so that images of equal aspect are shuffled
-            places = [(self.samples[p], window.sample(p)[0]) for p in window.order.tolist()]
-            order, self.sizes = arrange(
-                [self.reader.size_or_none(sample, shard) for sample, shard in places],
-                buckets,
-                slot_rows=self.order.slot_rows,
-                generator=numpy_generator(self.order.seed, "aspects", self.lane, window.first_row),
+            samples = self._read()
+            order, self._sizes = arrange(
+                [self._reader.size_or_none(samples[p], *window.sample(p)) for p in shown.tolist()],
+                self._reader.settings.buckets,
+                slot_rows=self._order.slot_rows,
+                generator=numpy_generator(
+                    self._order.seed, "aspects", self._sequence, window.first_row
+                ),
             )
-            shown = window.order[order]
-        self.shown = shown.tolist()
-        if self.reader.constant is not None:
-            self.numbers = self.reader.numbers(window.runs)[shown].tolist()
+            shown = shown[order]
+        self._positions = shown.tolist()
+        self.numbers = self._reader.numbers(window.runs)[shown].tolist()
 
-    def _load(
+    def _request(self, window: Window) -> Future[Samples] | None:
+        """None where nothing need be read, as the cache has all."""
+        if self._reader.are_cached(self._reader.numbers(window.runs)):
+            return None
+        return self._read_ahead.request(window.runs)
+
+    def _read(self) -> Samples:
+        """The undecoded samples of this window; waits for them."""
+        if self._samples is None:
+            self._samples = self._read_ahead.request(self._window.runs)
+        return self._samples.result()
+
+    def _prepared(
         self,
         window: Window,
-        samples: Sequence[memoryview],
+        samples: Samples,
         position: int,
         size: Size | None,
-        room: np.ndarray | None = None,
-    ) -> LoadedSample:
-        epoch, shard, index = window.place(position)
-        if size is None and (kept := self.reader.kept(shard, index, epoch=epoch)) is not None:
-            return kept
-        return self.reader.load(samples[position], shard, index, epoch=epoch, room=room, size=size)
+        out: np.ndarray | None = None,
+    ) -> Prepared | DamagedSampleError:
+        shard, index = window.sample(position)
+        try:
+            return self._reader.prepare(samples[position], shard, index, size=size, out=out)
+        except DamagedSampleError as error:
+            return error
 
-    def _donor(self, window: Window, size: Size | None) -> _Donor:
-        """What replaces a lost sample of the window that is being read."""
-        known = None
-        if self.asked_row != window.first_row:
-            # If the window before asked too, its donor is the nearest for this one as well.
-            before = self.donors if self.asked_row == self.previous_row else {}
-            self.donors, known = {}, before.get(size)
-            self.asked_row = window.first_row
-        if size not in self.donors:
-            donor = self._first_readable(window, self.samples, size)
-            if donor is None and known is not None:
+    def _loaded(
+        self, window: Window, prepared: Prepared | DamagedSampleError | None, position: int
+    ) -> LoadedSample:
+        if isinstance(prepared, DamagedSampleError):
+            raise prepared
+        epoch, shard, index = window.place(position)
+        return self._reader.load(prepared, shard, index, epoch=epoch)
+
+    # what replaces a lost sample
+
+    def _replacement(self, size: Size | None) -> _Replacement:
+        """What stands for the lost samples of the current window."""
+        window, known = self._window, None
+        if self._replaced_row != window.first_row:
+            # where the window before had lost samples too, its replacement is the nearest one
+            before = self._replacements if self._replaced_row == self._previous_row else {}
+            self._replacements, known = {}, before.get(size)
+            self._replaced_row = window.first_row
+        if size not in self._replacements:
+            found = self._first_readable(window, self._read(), size)
+            if found is None and known is not None:
                 if window.first_row - known.end_row >= MAX_LOST_IN_A_ROW:
                     raise self._too_many(window, size)
-                donor = known
-            self.donors[size] = donor or self._nearest_donor(window, size)
-        return self.donors[size]
+                found = known
+            self._replacements[size] = found or self._nearest(window, size)
+        return self._replacements[size]
 
     def _first_readable(
-        self, window: Window, samples: Sequence[memoryview], size: Size | None
-    ) -> _Donor | None:
+        self, window: Window, samples: Samples, size: Size | None
+    ) -> _Replacement | None:
         for position in window.order.tolist():
             try:
-                sample = self._load(window, samples, position, size)
+                prepared = self._prepared(window, samples, position, size)
+                sample = self._loaded(window, prepared, position)
             except DamagedSampleError:
                 continue
-            name = self.reader.name(*window.sample(position))
-            return _Donor(window.end_row, name, sample)
+            name = self._reader.name(*window.sample(position))
+            return _Replacement(window.end_row, name, sample)
         return None
 
-    def _nearest_donor(self, lost: Window, size: Size | None) -> _Donor:
-        """The donor of the nearest earlier window that has one, else of the nearest later one."""
+    def _nearest(self, lost: Window, size: Size | None) -> _Replacement:
+        """From the nearest earlier window that has a readable sample, else the nearest later."""
         row = lost.first_row
-        while row > 0:
-            if lost.first_row - row >= MAX_LOST_IN_A_ROW:
-                raise self._too_many(lost, size)
-            window = self.order.window_at(self.lane, row - 1)
-            donor = self._first_readable(window, _Samples(self.reader, window), size)
-            if donor is not None:
-                return donor
+        while row > 0 and lost.first_row - row < MAX_LOST_IN_A_ROW:
+            window = self._order.window_at(self._sequence, row - 1)
+            found = self._first_readable(window, self._reader.read_runs(window.runs), size)
+            if found is not None:
+                return found
             row = window.first_row
+        if row > 0:
+            raise self._too_many(lost, size)
         row = lost.end_row
         while row - lost.end_row < MAX_LOST_IN_A_ROW:
-            window = self.order.window_at(self.lane, row)
-            donor = self._first_readable(window, _Samples(self.reader, window), size)
-            if donor is not None:
-                return donor
+            window = self._order.window_at(self._sequence, row)
+            found = self._first_readable(window, self._reader.read_runs(window.runs), size)
+            if found is not None:
+                return found
             row = window.end_row
         raise self._too_many(lost, size)
 
     def _too_many(self, lost: Window, size: Size | None) -> ShardError:
+        position, reason = int(lost.order[0]), "no reason"
         try:
-            self._load(lost, self.samples, int(lost.order[0]), size)
-            reason = "no reason"
+            self._loaded(lost, self._prepared(lost, self._read(), position, size), position)
         except DamagedSampleError as error:
             reason = str(error)
-        name = self.reader.name(*lost.sample(int(lost.order[0])))
         return ShardError(
-            f"{MAX_LOST_IN_A_ROW} samples in a row cannot be read, the last is {name}: {reason}; "
-            "repair the shard, or take it out of the data set"
+            f"{MAX_LOST_IN_A_ROW} samples in a row cannot be read, the last is "
+            f"{self._reader.name(*lost.sample(position))}: {reason}; repair the shard, or take it "
+            "out of the data set"
         )

@@ -107,7 +107,7 @@ def _latent_sample(
     sample = single_sample(data, reader.index.paths[shard])
     if MEMBER not in sample:
         raise DamagedSampleError(f"it has no .{MEMBER}")
-    tensors, size = from_bytes(sample[MEMBER])
+    tensors, size = from_bytes(bytes(sample[MEMBER]))
     latent = tensors.get("mean", tensors.get("sample"))
     if latent is None:
         raise DamagedSampleError(f"its .{MEMBER} holds neither mean nor sample")

@@ -143,7 +143,8 @@ def training_stream(
         world=runtime.world,
         workers=config.data.workers,
         pin_memory=runtime.device.type == "cuda",
-        keep_bytes=config.data.cache_bytes,
+        cache_bytes=config.data.cache_bytes,
+        retry_s=config.data.retry_s,
     )
 
 
@@ -155,6 +156,7 @@ def _validation_stream(config: TrainConfig, runtime: Runtime, data: Data) -> Eva
         rank=runtime.rank,
         world=runtime.world,
         workers=config.data.workers,
+        retry_s=config.data.retry_s,
     )
 
 

@@ -11,8 +11,8 @@ import torch
 from vae_dist.config.keys import value_of
 from vae_dist.config.resolve import COMPILED, divisors
 from vae_dist.config.schema import TrainConfig
+from vae_dist.data.cache import bytes_cached
 from vae_dist.data.index import ShardIndex
-from vae_dist.data.kept import bytes_kept
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.models.build import build_vae
@@ -176,10 +176,10 @@ def _costs(
     lanes = config.data.slots if data.settings.buckets else config.training.batch_size
     window_bytes = 2 * config.data.window * lanes * data.train.mean_sample_bytes
     workers = min(config.data.workers, lanes // runtime.world)
-    kept_bytes = bytes_kept(
+    kept_bytes = bytes_cached(
         data.train.num_samples,
         data.settings,
-        keep_bytes=config.data.cache_bytes,
+        cache_bytes=config.data.cache_bytes,
         workers=workers,
     )
     kept = f", decoded images that are kept {_megabytes(kept_bytes)}" if kept_bytes else ""

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from vae_dist.data import reader as reader_module
+from vae_dist.data.cache import ImageCache, bytes_cached
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.kept import KeptImages, bytes_kept
 from vae_dist.data.loader import Batch, TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
@@ -72,7 +72,7 @@ def test_kept_images_give_the_same_batches(
     index: ShardIndex, settings: ImageSettings, workers: int
 ) -> None:
     decoded = batches(index, settings)
-    kept = batches(index, settings, keep_bytes=2**20, workers=workers)
+    kept = batches(index, settings, cache_bytes=2**20, workers=workers)
     for first, second in zip(decoded, kept, strict=True):
         (a,), (b,) = first.groups, second.groups
         assert torch.equal(a.images, b.images)
@@ -87,46 +87,46 @@ def test_each_image_is_decoded_and_read_once(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded, read = [], []
-    decode, read_bytes = reader_module.decode_sample, SampleReader.read
+    decode, read_bytes = reader_module.prepare_sample, SampleReader.read_many
 
-    def counted_decode(sample: Any, **options: Any) -> np.ndarray:
+    def counted_decode(sample: Any, **options: Any) -> Any:
         decoded.append(sample["__key__"])
         return decode(sample, **options)
 
-    def counted_read(self: SampleReader, *place: int) -> list[bytes]:
-        read.append(place)
-        return read_bytes(self, *place)
+    def counted_read(self: SampleReader, parts: Any) -> Any:
+        read.extend(parts)
+        return read_bytes(self, parts)
 
-    monkeypatch.setattr(reader_module, "decode_sample", counted_decode)
-    monkeypatch.setattr(SampleReader, "read", counted_read)
-    steps = [number for number, _ in enumerate(batches(index, SETTINGS, keep_bytes=ALL_BYTES))]
+    monkeypatch.setattr(reader_module, "prepare_sample", counted_decode)
+    monkeypatch.setattr(SampleReader, "read_many", counted_read)
+    steps = [number for number, _ in enumerate(batches(index, SETTINGS, cache_bytes=ALL_BYTES))]
     assert len(steps) == 9
     good = [key for key in decoded if key != "0005"]
     # what replaces a lost sample is decoded as such, too
     assert NUM - 1 <= len(good) <= NUM + 2
     first_epoch = len(read)
-    list(batches(index, SETTINGS, epochs=6, keep_bytes=ALL_BYTES))
+    list(batches(index, SETTINGS, epochs=6, cache_bytes=ALL_BYTES))
     # after an epoch only the window of the damaged sample is read again
     assert len(read) - first_epoch <= first_epoch + 3 * 2
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, crop="random")])
-@pytest.mark.parametrize("keep_bytes", [ALL_BYTES - 1, ALL_BYTES, 3 * ALL_BYTES])
+@pytest.mark.parametrize("cache_bytes", [ALL_BYTES - 1, ALL_BYTES, 3 * ALL_BYTES])
 def test_the_plan_knows_what_a_rank_keeps(
-    settings: ImageSettings, keep_bytes: int, workers: int
+    settings: ImageSettings, cache_bytes: int, workers: int
 ) -> None:
     processes = max(1, workers)
-    share = keep_bytes // processes
-    is_kept = KeptImages.room_for(NUM, settings, max_bytes=share) is not None
-    found = bytes_kept(NUM, settings, keep_bytes=keep_bytes, workers=workers)
-    assert found == (processes * ALL_BYTES if is_kept else 0) <= keep_bytes
+    share = cache_bytes // processes
+    is_kept = ImageCache.if_it_fits(NUM, settings, max_bytes=share) is not None
+    found = bytes_cached(NUM, settings, cache_bytes=cache_bytes, workers=workers)
+    assert found == (processes * ALL_BYTES if is_kept else 0) <= cache_bytes
 
 
 def test_what_has_no_room_or_is_cropped_anew_is_not_kept() -> None:
-    assert KeptImages.room_for(NUM, SETTINGS, max_bytes=ALL_BYTES) is not None
-    assert KeptImages.room_for(NUM, SETTINGS, max_bytes=ALL_BYTES - 1) is None
-    assert KeptImages.room_for(NUM, replace(SETTINGS, crop="random"), max_bytes=2**30) is None
-    assert KeptImages.room_for(NUM, replace(SETTINGS, any_size=True), max_bytes=2**30) is None
+    assert ImageCache.if_it_fits(NUM, SETTINGS, max_bytes=ALL_BYTES) is not None
+    assert ImageCache.if_it_fits(NUM, SETTINGS, max_bytes=ALL_BYTES - 1) is None
+    assert ImageCache.if_it_fits(NUM, replace(SETTINGS, crop="random"), max_bytes=2**30) is None
+    assert ImageCache.if_it_fits(NUM, replace(SETTINGS, any_size=True), max_bytes=2**30) is None
     buckets = replace(SETTINGS, buckets=((4, 6), (6, 4)))
-    assert KeptImages.room_for(NUM, buckets, max_bytes=2**30) is None
+    assert ImageCache.if_it_fits(NUM, buckets, max_bytes=2**30) is None
