@@ -263,7 +263,7 @@ def test_pictures_that_cannot_be_drawn_do_not_stop_a_run(
 
     monkeypatch.setattr(ImageLogger, "__call__", full)
     assert train(tmp_path / "run", digits, "training.steps=4") == [0]
-    assert "pictures" in capfd.readouterr().out
+    assert "no images" in capfd.readouterr().out
     assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[4]
 
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -36,8 +33,6 @@ from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.stop import RankWatch, StopRequest, TrainingFailed
 
 Row = dict[str, Value]
-
-
 # metrics of the averaged model, the same on every rank; None when a stop was agreed on
 Evaluator = Callable[[nn.Module, Callable[[], bool]], Row | None]
 
@@ -45,28 +40,6 @@ Evaluator = Callable[[nn.Module, Callable[[], bool]], Row | None]
 def is_due(step: int, every: int, last_step: int) -> bool:
     """Every `every` steps and after the last one; every=0 means after the last one alone."""
     return step == last_step or (every > 0 and step > 0 and step % every == 0)
-
-
-def _sizes(batch: Batch) -> frozenset[torch.Size]:
-    return frozenset(group.images.shape[-2:] for group in batch.groups)
-
-
-class Startup:
-    """Where the time to the first step goes, from the start of the process: `mark(what)` at the end
-    of each part; `line()` says them all."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = psutil.Process(os.getpid()).create_time()
-        self._parts: list[tuple[str, float]] = []
-
-    def mark(self, what: str) -> None:
-        now = time.time()
-        self._parts.append((what, now - self._last))
-        self._last = now
-
-    def line(self) -> str:
-        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self._parts)
-        return f"first step after {self._last - self._begun:.1f} s: {parts}"
 
 
 class Trainer:
@@ -96,7 +69,7 @@ class Trainer:
         self.peak_images_per_second = peak_images_per_second  # of one device; 0: not known
         self._bits_per_dim = training_step.vae.likelihood.bits_per_dim
         self._update_ratio = UpdateRatio(training_step.optimizer, rows_every=config.log.every)
-        self.step = 0
+        self.step, self.last_step = 0, config.training.steps
         self.guard = SkipGuard(
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
         )
@@ -106,8 +79,7 @@ class Trainer:
         self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
         self._best: tuple[float, int] | None = None  # lowest eval/neg_elbo_nats, and its step
-        self._report: StepReport | None = None
-        self._disk_problem = ""
+        self._warned = ""  # the last warning, which is not repeated
         self._skipped_before = 0  # skipped samples over all ranks, before this process started
         self._skipped_here = 0  # on this rank since
         self._named_samples: set[tuple[str, int]] = set()
@@ -121,88 +93,83 @@ class Trainer:
         batches: Iterable[Batch],
         stop: StopRequest,
         watch: RankWatch,
-        startup: Startup | None = None,
+        on_first_step: Callable[[], None] = lambda: None,
     ) -> str:
         """Train to the last step; "finished", or "interrupted" after a stop with a checkpoint.
 
         Raises TrainingFailed when numbers or data make it pointless to go on.
         """
-        last_step = self.config.training.steps
-        meter = Meter(
-            total_steps=last_step,
+        self._stop, self._watch = stop, watch
+        self._meter = Meter(
+            total_steps=self.last_step,
             first_step=self.step,
             world=self.runtime.world,
             peak_images_per_second=self.peak_images_per_second,
         )
-        was_interrupted = self.step > 0 and self._evaluation_is_due()
-        if was_interrupted:
-            if not self._evaluate(self._pending_row, stop, watch):
-                return self._interrupt(stop)
+        if self.step > 0 and self._evaluation_is_due():  # which was interrupted
+            if not self._evaluate(self._pending_row):
+                return self._interrupt()
             self.save()  # the checkpoint of this step does not know of its evaluation
-        stream = iter(batches)
-        while self.step < last_step:
-            watch.at(self.step, "data")
-            with meter.data_wait():
-                batch = next(stream)
-            if is_due(self.step + 1, self._update_ratio.every, last_step):
-                self._update_ratio.arm()
-            watch.at(self.step, "step", _sizes(batch))
-            self._report = report = self.training_step(batch, self.step)
-            self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
-            if startup is not None:
+        first_step, stream = self.step, iter(batches)
+        while self.step < self.last_step:
+            batch = self._next(stream)
+            report = self._train_step(batch)
+            if self.step == first_step + 1:
+                on_first_step()
                 if self.runtime.device.type == "cpu":
-                    keep_freed_memory()
-                startup.mark("first step")
-                if self.console is not None:
-                    self.console.say(startup.line())
-                startup = None
-            self._count_skipped(batch)
-            self.step += 1
-            meter.step(batch.num_images)
-            self._advance()
-            watch.at(self.step, "log")
-            self._check_health()
-            row = self._training_row(report, meter) if self._log_is_due() else {}
-            if not self._evaluate_and_log(row, meter, stop, watch):
-                return self._interrupt(stop)
-            if self._checkpoint_is_due():
-                self._save_in_time(meter, watch)
-            if self.step < last_step and stop.agreed():
-                return self._interrupt(stop)
-        return self._finish(stop)
+                    keep_freed_memory()  # once the loader processes run
+            self._check_health(report)
+            row = self._training_row(report, self._meter) if self._log_is_due() else {}
+            if self._evaluation_is_due():
+                if not self._evaluate(row):
+                    return self._interrupt()
+            elif row:
+                self._log(row)
+            self._save_if_due()
+            if self.step < self.last_step and stop.agreed():
+                return self._interrupt()
+        return self._finish()
 
-    def _evaluate_and_log(
-        self, row: Row, meter: Meter, stop: StopRequest, watch: RankWatch
-    ) -> bool:
-        """False when a stop was agreed on during the evaluation."""
-        if self._evaluation_is_due():
-            self._pending_row = row
-            if self._checkpoint_is_due():
-                self._save_in_time(meter, watch)  # before an evaluation, which may fail
-            with meter.pause():
-                return self._evaluate(row, stop, watch)
-        if row:
-            self._log(row)
+    def _next(self, stream: Iterator[Batch]) -> Batch:
+        self._watch.at(self.step, "data")
+        with self._meter.data_wait():
+            return next(stream)
+
+    def _train_step(self, batch: Batch) -> StepReport:
+        if is_due(self.step + 1, self._update_ratio.every, self.last_step):
+            self._update_ratio.arm()
+        sizes = frozenset(group.images.shape[-2:] for group in batch.groups)
+        self._watch.at(self.step, "step", sizes)
+        report = self.training_step(batch, self.step)
+        self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
+        self._count_skipped(batch)
+        self.step += 1
+        self._meter.step(batch.num_images)
+        self._advance()
+        self._watch.at(self.step, "log")
+        return report
+
+    def _evaluate(self, row: Row) -> bool:
+        """Evaluate and log, beside what `row` has; False when a stop was agreed on meanwhile."""
+        self._pending_row = row
+        self._save_if_due()  # before an evaluation, which may fail
+        with self._meter.pause():
+            model = self.training_step.ema.module
+            metrics = self.evaluator(model, self._evaluation_must_stop)
+            if metrics is None:
+                return False
+            self._evaluated_step, self._pending_row = self.step, {}
+            self._note_best(metrics)
+            self._log(row | metrics)
+            every = self.config.log.images_every or self.config.evaluation.every
+            if self.runtime.is_main and is_due(self.step, every, self.last_step):
+                with self._warned_of("images"):
+                    self.image_logger(model, self.step, metrics)
         return True
 
-    def _evaluate(self, row: Row, stop: StopRequest, watch: RankWatch) -> bool:
-        def stop_requested() -> bool:
-            watch.at(self.step, "evaluation")
-            return stop.agreed()
-
-        model = self.training_step.ema.module
-        metrics = self.evaluator(model, stop_requested)
-        if metrics is None:
-            self._pending_row = row
-            return False
-        self._evaluated_step, self._pending_row = self.step, {}
-        self._note_best(metrics)
-        self._log(row | metrics)
-        every = self.config.log.images_every or self.config.evaluation.every
-        if self.runtime.is_main and is_due(self.step, every, self.config.training.steps):
-            with self._disk("pictures"):
-                self.image_logger(model, self.step, metrics)
-        return True
+    def _evaluation_must_stop(self) -> bool:
+        self._watch.at(self.step, "evaluation")
+        return self._stop.agreed()
 
     def _note_best(self, metrics: Row) -> None:
         value = metrics.get("eval/neg_elbo_nats", math.nan)
@@ -210,13 +177,13 @@ class Trainer:
         if self.config.checkpoint.keep_best and (self._best is None or value < self._best[0]):
             self._best = (value, self.step) if math.isfinite(value) else self._best
 
-    def _interrupt(self, stop: StopRequest) -> str:
-        stop.settle()
+    def _interrupt(self) -> str:
+        self._stop.settle()
         self._save_for_good()  # else a warning says it, and an older one is there
         return "interrupted"
 
-    def _finish(self, stop: StopRequest) -> str:
-        stop.settle()
+    def _finish(self) -> str:
+        self._stop.settle()
         if not self._save_for_good():
             problem = self.runtime.broadcast(self.writer.problem)
             raise TrainingFailed(
@@ -238,24 +205,22 @@ class Trainer:
         return self.writer.wait() and self.writer.written_step == self.step
 
     def _log_is_due(self) -> bool:
-        return is_due(self.step, self.config.log.every, self.config.training.steps)
+        return is_due(self.step, self.config.log.every, self.last_step)
 
     def _evaluation_is_due(self) -> bool:
-        due = is_due(self.step, self.config.evaluation.every, self.config.training.steps)
+        due = is_due(self.step, self.config.evaluation.every, self.last_step)
         return due and self._evaluated_step != self.step
 
     def _checkpoint_is_due(self) -> bool:
         is_best = self._best is not None and self._best[1] == self.step
-        every, last_step = self.config.checkpoint.every, self.config.training.steps
-        return is_best or is_due(self.step, every, last_step)
+        return is_best or is_due(self.step, self.config.checkpoint.every, self.last_step)
 
     # health
 
-    def _check_health(self) -> None:
+    def _check_health(self, report: StepReport) -> None:
         """What stops a run, looked at when it is due; the same answer on every rank."""
         if self.guard.is_due(self.step) or self._log_is_due() or self._checkpoint_is_due():
-            assert self._report is not None  # of the step that was just observed
-            self.guard.check(self.runtime, self._report.grad_norm)
+            self.guard.check(self.runtime, report.grad_norm)
         if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()
         self.writer.poll()
@@ -306,19 +271,19 @@ class Trainer:
         self._last_row |= row
         if self.runtime.is_main:
             for sink in self.sinks:
-                with self._disk("log"):
+                with self._warned_of("log"):
                     sink.log(self.step, row)
 
     @contextlib.contextmanager
-    def _disk(self, what: str) -> Iterator[None]:
-        """A disk that is full or gone, or pictures that fail or need more memory than the device
-        has, cost a warning, not the run."""
+    def _warned_of(self, what: str) -> Iterator[None]:
+        """A disk that is full or gone, or images that fail or need more memory than the device has,
+        cost a warning, not the run."""
         try:
             yield
         except (OSError, ConfigError, torch.OutOfMemoryError) as error:
             problem = f"no {what} ({error})"
-            if problem != self._disk_problem:
-                self._disk_problem = problem
+            if problem != self._warned:
+                self._warned = problem
                 self.say(f"warning: step {self.step}: {problem}; training goes on")
 
     def _advance(self) -> None:
@@ -348,16 +313,17 @@ class Trainer:
         if skipped > limit * seen:
             raise TrainingFailed(
                 f"{skipped} of {seen} samples could not be read (data.max_skipped_fraction="
-                f"{limit}); the warnings above name them. Mend the shards, or raise the limit"
+                f"{limit}); the warnings above name them. Repair the shards, or raise the limit"
             )
         return skipped
 
     # checkpoints
 
-    def _save_in_time(self, meter: Meter, watch: RankWatch) -> None:
-        watch.at(self.step, "checkpoint")
-        with meter.pause():
-            self.save(urgent=self.step == self.config.training.steps)
+    def _save_if_due(self) -> None:
+        if self._checkpoint_is_due():
+            self._watch.at(self.step, "checkpoint")
+            with self._meter.pause():
+                self.save(urgent=self.step == self.last_step)
 
     def save(self, *, urgent: bool = False) -> None:
         """Hand checkpoint `step` to the writer, once; after its evaluation its state, again. Every

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import psutil
 import torch
 
 from vae_dist.config.errors import ConfigError
@@ -46,7 +48,7 @@ from vae_dist.training.build import (
     training_stream,
 )
 from vae_dist.training.compile import compiler_problem
-from vae_dist.training.loop import Startup, Trainer
+from vae_dist.training.loop import Trainer
 from vae_dist.training.plan import Data, dry_run, plan
 from vae_dist.training.stop import (
     EXIT_INTERRUPTED,
@@ -57,6 +59,24 @@ from vae_dist.training.stop import (
 )
 
 LOCK_PAUSE_S = 0.5  # between two looks at a lock whose holder may be ending
+
+
+class Startup:
+    """Where the time to the first step goes, from the start of the process: `mark(what)` at the end
+    of each part; `line()` says them all."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = psutil.Process(os.getpid()).create_time()
+        self._parts: list[tuple[str, float]] = []
+
+    def mark(self, what: str) -> None:
+        now = time.time()
+        self._parts.append((what, now - self._last))
+        self._last = now
+
+    def line(self) -> str:
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self._parts)
+        return f"first step after {self._last - self._begun:.1f} s: {parts}"
 
 
 def run_session(config: TrainConfig, signals: StopSignals) -> int:
@@ -270,6 +290,12 @@ def _fit(
     outcome.record("running", step=trainer.step, reason="")
     outcome.is_training, outcome.settle = True, trainer.writer.wait
     status = "failed"
+
+    def first_step_is_done() -> None:
+        startup.mark("first step")
+        if runtime.is_main:
+            trainer.say(startup.line())
+
     try:
         with (
             outcome.failures_reported(),
@@ -279,7 +305,7 @@ def _fit(
             ),
             contextlib.closing(training_stream(config, runtime, data, trainer.step)) as batches,
         ):
-            status = trainer.fit(batches, stop, outcome.watch, startup)
+            status = trainer.fit(batches, stop, outcome.watch, first_step_is_done)
         outcome.record(
             status, step=trainer.writer.written_step, reason=stop.reason or "all steps are done"
         )
@@ -336,7 +362,7 @@ def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
         ]
     return [
         f"finished: step {trainer.step}, validation {trainer.summary()} (averaged weights)",
-        f"  pictures  {trainer.folder.images}",
+        f"  images    {trainer.folder.images}",
         f"  report    python -m vae_dist.report run={run}",
         f"  next      python -m vae_dist.sample run={run} num_images=64 out=samples.png",
         f"            python -m vae_dist.reconstruct run={run}",
