@@ -1,47 +1,176 @@
-"""A convolution of an enlarged feature map, computed without enlarging it."""
+"""Blocks of the towers: attention, FiLM, changes of resolution, gradient checkpointing."""
+
+from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from vae_dist.models.blocks import Upsample, convolution_of_doubled
+from tests.models.test_vae import away_from_zero, inputs, small
+from tests.support.distributed import run_ranks
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime, full_value
+from vae_dist.models import VAE, build_vae
+from vae_dist.models.blocks import (
+    AttentionBlock,
+    Downsample,
+    Film,
+    ResidualBlock,
+    Upsample,
+    averaged,
+    convolution_of_doubled,
+    repeated,
+)
+from vae_dist.randomness import torch_generator
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch_generator(0, "test"))
+
+
+def test_blocks_start_as_the_identity() -> None:
+    x = image(2, 8, 3, 5)
+    assert torch.equal(AttentionBlock(8, norm_groups=4)(x), x)
+    assert torch.equal(ResidualBlock(8, 8, norm_groups=4)(x), x)
+    wider = ResidualBlock(8, 12, norm_groups=4)
+    assert torch.equal(wider(x), wider.conv_shortcut(x))
+
+
+def test_attention_is_softmax_attention() -> None:
+    block = AttentionBlock(8, norm_groups=4)
+    away_from_zero(block)
+    x, norm = image(2, 8, 3, 5), block.group_norm
+    normed = F.group_norm(x, 4, norm.weight, norm.bias, eps=1e-6)
+    tokens = normed.flatten(2).transpose(1, 2)
+    q, k, v = block.to_q(tokens), block.to_k(tokens), block.to_v(tokens)
+    weights = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1)
+    expected = x + block.to_out[0](weights @ v).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_film_is_a_scale_and_a_shift_for_each_channel() -> None:
+    film, x, condition = Film(3, 2), image(4, 2, 5, 6), image(4, 3)
+    assert torch.equal(film(x, condition), x)  # zeros
+    away_from_zero(film)
+    scale, shift = (condition @ film.weight.T + film.bias).view(4, 2, 2, 1, 1).unbind(1)
+    torch.testing.assert_close(film(x, condition), (1 + scale) * x + shift)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
-def test_convolution_of_doubled_is_that_of_the_enlarged_map(size, channels_last):
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    weight, bias = torch.randn(4, 3, 3, 3, dtype=x.dtype), torch.randn(4, dtype=x.dtype)
+def test_convolution_of_doubled_is_that_of_the_enlarged_map(
+    size: tuple[int, int], channels_last: bool
+) -> None:
+    x, weight, bias = image(2, 3, *size).double(), image(4, 3, 3, 3).double(), image(4).double()
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    wanted = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    tensors = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
     found = convolution_of_doubled(x, weight, bias)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert found.is_contiguous(
-        memory_format=torch.channels_last
-        if channels_last and not x.is_contiguous()
-        else torch.contiguous_format
-    )
-    upstream = torch.randn_like(wanted)
-    for mine, theirs in zip(
-        torch.autograd.grad(found, inputs, upstream),
-        torch.autograd.grad(wanted, inputs, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(output, tensors, upstream) for output in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-def test_upsample_keeps_its_input_for_the_backward_and_no_enlarged_one():
-    block = Upsample(8, 8)
-    kept = []
-    x = torch.randn(1, 8, 16, 16, requires_grad=True)
+def test_a_shortcut_down_is_means_of_the_four_positions_side_by_side() -> None:
+    x, down = image(1, 2, 4, 6), Downsample(2, 4, shortcut=True)
+    h = down(x)
+    assert h.shape == (1, 4, 2, 3)
+    for channel in range(4):  # of 8 = 2 channels x 4 positions, two by two: one row of a square
+        rows = x[:, channel // 2, channel % 2 :: 2]
+        torch.testing.assert_close(h[:, channel], (rows[..., 0::2] + rows[..., 1::2]) / 2)
+    away_from_zero(down)
+    beside = F.conv2d(F.pad(x, (0, 1, 0, 1)), down.conv.weight, down.conv.bias, stride=2)
+    torch.testing.assert_close(down(x), h + beside)
 
-    def pack(tensor):
-        kept.append(tensor)
+
+def test_a_shortcut_up_undoes_a_shortcut_down_where_nothing_is_averaged() -> None:
+    x = image(2, 3, 4, 6)
+    down, up = Downsample(3, 12, shortcut=True), Upsample(12, 3, shortcut=True)
+    assert torch.equal(up(down(x)), x)  # before training, where convolutions are zero
+    h = image(1, 8, 1, 1)
+    wide = Upsample(8, 4, shortcut=True)
+    assert torch.equal(wide(h)[0, 1].flatten(), h[0, [2, 2, 3, 3], 0, 0])  # two copies of each
+    torch.testing.assert_close(averaged(repeated(h, 24), 8), h)
+
+
+def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none() -> None:
+    model = build_vae(small("spatial", dc_shortcuts=True), (16, 16))
+    assert model.quant_conv is None and model.post_quant_conv is None
+    last: list[Tensor] = []
+    first: list[Tensor] = []
+    model.encoder.mid_block.register_forward_hook(lambda *args: last.append(args[-1]))
+    model.decoder.mid_block.register_forward_hook(lambda *args: first.append(args[1][0]))
+    for layer in (model.encoder.conv_out, model.decoder.conv_in):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    mean, log_variance = model.encode(image(2, 3, 16, 16))
+    torch.testing.assert_close(mean, last[0].unflatten(1, (4, 4)).mean(2))
+    torch.testing.assert_close(log_variance, torch.zeros_like(mean), rtol=0, atol=1e-4)
+    model.decode(mean, (16, 16))
+    assert torch.equal(first[0], mean.repeat_interleave(4, dim=1))
+
+
+def gradients(model: VAE, size: tuple[int, int]) -> tuple[dict[str, Tensor], int]:
+    """Of the negative ELBO, and the bytes that are kept for its backward."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(x, None)
-    assert max(tensor.numel() for tensor in kept) == x.numel()
+    images, noise = inputs(model, 2, 3, size)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(images, noise)
+        loss = output.kl.sum() - output.log_likelihood.sum()
+    loss.backward()
+    found = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return found, sum(kept.values())
+
+
+@pytest.mark.parametrize("shortcuts", [False, True])
+def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts: bool) -> None:
+    outcomes = []
+    for on in (False, True):
+        config = small("spatial", "per_pixel", dc_shortcuts=shortcuts, gradient_checkpointing=on)
+        model = build_vae(config, (32, 32))
+        away_from_zero(model)
+        outcomes.append(gradients(model, (32, 32)))
+    (plain, all_bytes), (again, few_bytes) = outcomes
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert few_bytes < 0.5 * all_bytes
+
+
+def step_gradients(parallel: str, checkpointing: bool) -> dict[str, Tensor]:
+    """Of two accumulated microbatches."""
+    options = RuntimeConfig(threads=1)
+    options.parallel = parallel  # type: ignore[assignment]
+    runtime = Runtime.start(options, precision="no")
+    vae = build_vae(small("spatial", gradient_checkpointing=checkpointing), (8, 8))
+    away_from_zero(vae)
+    wrapped = runtime.strategy.wrap(vae)
+    for number in range(2):
+        images, noise = inputs(vae, 2, 3, (8, 8))
+        images = images * (1 - 0.3 * number - 0.2 * runtime.rank)
+        with runtime.strategy.accumulate(wrapped, is_last=number == 1):
+            output = wrapped(images, noise)
+            (output.kl.sum() - output.log_likelihood.sum()).backward()
+    found = {k: full_value(p.grad).clone() for k, p in vae.named_parameters() if p.grad is not None}
+    del wrapped
+    return found
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_checkpointing_changes_no_gradient_on_two_ranks(parallel: str) -> None:
+    plain, again = (
+        run_ranks(2, functools.partial(step_gradients, parallel, on)) for on in (False, True)
+    )
+    for rank in range(2):
+        assert plain[rank].keys() == again[rank].keys() and len(plain[rank]) > 40
+        assert all(torch.equal(plain[rank][name], again[rank][name]) for name in plain[rank])

@@ -1,7 +1,8 @@
-"""The whole model: shapes, sizes, precision, gradients, and the layout that exports."""
+"""The whole model: shapes, sizes, precision, gradients, labels, masks, draws."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
 from vae_dist.models import VAE, build_vae
-from vae_dist.models.blocks import AttentionBlock, ResidualBlock
+from vae_dist.models.build import stride_of
 from vae_dist.objectives.elbo import noise_shape
 from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
-LAYOUT = Path(__file__).parent / "autoencoder_kl.txt"  # one line a parameter: name, shape
 
+SIZE = (9, 10)
 SMALL: dict[str, Any] = {"channels": [8, 8, 16], "blocks": 1, "norm_groups": 4}
 KINDS = {
     "bernoulli": LikelihoodConfig(kind="bernoulli"),
@@ -58,45 +59,36 @@ def inputs(model: VAE, batch: int, channels: int, size: tuple[int, int]) -> tupl
     return model.likelihood.prepare(levels, uniform), noise
 
 
-def test_the_spatial_default_has_the_layout_of_autoencoder_kl() -> None:
-    with torch.device("meta"):
-        model = build_vae(TrainConfig(config="test"), (64, 64))
-    ours = {
-        name: "x".join(map(str, tensor.shape))
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("likelihood.")
-    }
-    assert ours == dict(line.split() for line in LAYOUT.read_text().splitlines())
+MODELS: list[tuple[str, str, dict[str, Any]]] = [
+    *(("spatial", kind, {}) for kind in KINDS),
+    *(("vector", kind, {"patch": 2}) for kind in KINDS),
+    ("spatial", "shared", {"dc_shortcuts": True, "channels": [8, 16, 32], "blocks": [1, 2, 3]}),
+    ("vector", "per_pixel", {"dc_shortcuts": True, "patch": 2, "num_classes": 3}),
+    ("vector", "per_pixel", {"arch": "dense", "channels": [32, 16], "num_classes": 3}),
+    ("spatial", "bernoulli", {"num_classes": 3}),
+]
 
 
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("patch", [1, 2])
-def test_shapes_and_types(latent: str, kind: str, patch: int) -> None:
-    config, size = small(latent, kind, patch=patch), (18, 21)
-    channels = config.data.channels
+@pytest.mark.parametrize(("latent", "kind", "options"), MODELS)
+def test_shapes_types_and_gradients_of_every_parameter(
+    latent: str, kind: str, options: dict[str, Any]
+) -> None:
+    config, size = small(latent, kind, **options), (18, 21)
+    channels, classes = config.data.channels, config.model.num_classes
     model = build_vae(config, size)
-    images, noise = inputs(model, 2, channels, size)
-    output = model(images, noise)
-    stride = 4 * patch
+    away_from_zero(model)
+    images, noise = inputs(model, 3, channels, size)
+    output = model(images, noise, torch.tensor([0, 2, -1]) if classes else None)
+    stride = stride_of(config.model)
     latent_shape = (4,) if latent == "vector" else (4, -(-18 // stride), -(-21 // stride))
     assert model.latent_shape(*size) == latent_shape
-    assert output.log_likelihood.shape == (2,) and output.kl.shape == (2, 4)
-    assert output.mean.shape == output.log_variance.shape == (2, *latent_shape)
-    assert output.params.shape == (2, model.likelihood.num_params(channels), *size)
+    assert output.log_likelihood.shape == (3,) and output.kl.shape == (3, 4)
+    assert output.mean.shape == output.log_variance.shape == (3, *latent_shape)
+    assert output.params.shape == (3, model.likelihood.num_params(channels), *size)
     assert output.z.shape == noise.shape
     assert all(tensor.dtype == torch.float32 for tensor in output)
-
-
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_gradients_reach_every_parameter(latent: str, kind: str) -> None:
-    config = small(latent, kind)
-    model = build_vae(config, (8, 12))
-    away_from_zero(model)
-    output = model(*inputs(model, 3, config.data.channels, (8, 12)))
     (output.kl.sum() - output.log_likelihood.sum()).backward()
-    # Softmax does not see a shift of all keys, so the bias of to_k has no gradient.
+    # softmax does not see a shift of all keys, so the bias of to_k has no gradient
     silent = [
         name
         for name, parameter in model.named_parameters()
@@ -104,6 +96,12 @@ def test_gradients_reach_every_parameter(latent: str, kind: str) -> None:
         and not name.endswith("to_k.bias")
     ]
     assert silent == []
+
+
+def test_dense_towers_have_the_textbook_shapes() -> None:
+    model = build_vae(small("vector", "per_pixel", arch="dense", channels=[32, 16]), (6, 5))
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 2]
+    assert shapes == [(32, 90), (16, 32), (8, 16), (16, 4), (32, 16), (180, 32)]
 
 
 @pytest.mark.parametrize("latent", ["spatial", "vector"])
@@ -183,6 +181,23 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
 
 
+@pytest.mark.parametrize("arch", ["conv", "dense"])
+@pytest.mark.parametrize("latent", ["spatial", "vector"])
+def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, arch: str) -> None:
+    if (latent, arch) == ("spatial", "dense"):
+        latent, options = "spatial", {"dc_shortcuts": True}
+    else:
+        options = {"arch": arch}
+    images = torch.randn(2, 3, 16, 16, generator=torch_generator(0, "test"))
+    (mean, usual), (same, narrow) = (
+        build_vae(small(latent, initial_sigma=sigma, **options), (16, 16)).encode(images)
+        for sigma in (1.0, 0.05)
+    )
+    assert torch.equal(same, mean)
+    expected = torch.full_like(usual, 2 * math.log(0.05))
+    torch.testing.assert_close(narrow - usual, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("latent", ["spatial", "vector"])
 def test_last_layers_are_float32_under_autocast(latent: str) -> None:
     model = build_vae(small(latent), (8, 8))
@@ -211,28 +226,6 @@ def test_last_layers_are_float32_under_autocast(latent: str) -> None:
     torch.testing.assert_close(output.log_likelihood, exact.log_likelihood, rtol=0.05, atol=0)
 
 
-def test_blocks_start_as_the_identity() -> None:
-    x = torch.randn(2, 8, 3, 5, generator=torch_generator(0, "test"))
-    assert torch.equal(AttentionBlock(8, norm_groups=4)(x), x)
-    assert torch.equal(ResidualBlock(8, 8, norm_groups=4)(x), x)
-    wider = ResidualBlock(8, 12, norm_groups=4)
-    assert torch.equal(wider(x), wider.conv_shortcut(x))
-
-
-def test_attention_is_softmax_attention() -> None:
-    block = AttentionBlock(8, norm_groups=4)
-    away_from_zero(block)
-    x = torch.randn(2, 8, 3, 5, generator=torch_generator(0, "test"))
-    normed = nn.functional.group_norm(
-        x, 4, block.group_norm.weight, block.group_norm.bias, eps=1e-6
-    )
-    tokens = normed.flatten(2).transpose(1, 2)
-    q, k, v = block.to_q(tokens), block.to_k(tokens), block.to_v(tokens)
-    weights = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1)
-    expected = x + block.to_out[0](weights @ v).transpose(1, 2).reshape(x.shape)
-    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
     config = load_train_config([f"config={path}"])
@@ -246,31 +239,70 @@ def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
     assert output.params.shape[-2:] == size
 
 
-def test_dense_towers_have_the_textbook_shapes() -> None:
-    config = small("vector", "per_pixel", arch="dense", channels=[32, 16])
-    model = build_vae(config, (6, 5))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
-    assert shapes == {
-        "encoder.hidden.layers.0.weight": (32, 90),
-        "encoder.hidden.layers.1.weight": (16, 32),
-        "encoder.linear_out.weight": (8, 16),
-        "decoder.hidden.layers.0.weight": (16, 4),
-        "decoder.hidden.layers.1.weight": (32, 16),
-        "decoder.linear_out.weight": (180, 32),
-    }
-    images, noise = inputs(model, 2, 3, (6, 5))
-    output = model(images, noise)
-    assert output.params.shape == (2, 6, 6, 5) and output.mean.shape == (2, 4)
-    (output.kl.sum() - output.log_likelihood.sum()).backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+# labels
 
 
-def test_dense_towers_are_told_the_label() -> None:
-    config = small("vector", "bernoulli", arch="dense", channels=[16], num_classes=3)
-    model = build_vae(config, (6, 5))
-    away_from_zero(model)
-    images, noise = inputs(model, 2, 1, (6, 5))
-    one, other = (model(images, noise, torch.tensor([k, k])) for k in (0, 1))
-    assert not torch.equal(one.mean, other.mean)
+@pytest.mark.parametrize("latent", ["spatial", "vector"])
+def test_a_conditional_model_begins_as_the_unconditional_one(latent: str) -> None:
+    plain, conditional = (build_vae(small(latent, num_classes=n), SIZE) for n in (0, 3))
+    ours, theirs = conditional.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    added = ours.keys() - theirs.keys()
+    assert added and all("film" in name or name == "label_embedding.weight" for name in added)
+    images, noise = inputs(plain, 3, 3, SIZE)
+    labels = torch.tensor([0, 2, -1])
+    for one, other in zip(plain(images, noise), conditional(images, noise, labels), strict=True):
+        assert torch.equal(one, other)
 
-    assert not torch.equal(*(model.decode(noise, (6, 5), torch.tensor([k, k])) for k in (0, 1)))
+
+@pytest.mark.parametrize("arch", ["conv", "dense"])
+def test_both_towers_see_the_label_of_each_image(arch: str) -> None:
+    latent = "vector" if arch == "dense" else "spatial"
+    vae = build_vae(small(latent, arch=arch, num_classes=3), SIZE)
+    away_from_zero(vae)
+    images, noise = inputs(vae, 3, 3, SIZE)
+    output = vae(images, noise, torch.tensor([0, 2, -1]))
+    other = vae(images, noise, torch.tensor([1, 2, -1]))
+    assert not torch.allclose(output.mean[0], other.mean[0])
+    torch.testing.assert_close(output.params[1:], other.params[1:])
+    z = output.mean[:1]
+    by_label = [vae.decode(z, SIZE, torch.tensor([y])) for y in (-1, 0, 1, 2)]
+    assert all(not torch.allclose(by_label[0], params) for params in by_label[1:])
+    torch.testing.assert_close(by_label[0], vae.decode(z, SIZE))  # none is -1
+
+
+# missing pixels
+
+
+def masked_model(mask: str) -> tuple[VAE, Tensor, Tensor, Tensor]:
+    config = small("spatial")
+    config.data.mask = mask
+    vae = build_vae(config, SIZE)
+    away_from_zero(vae)
+    observed = torch.zeros(2, 1, *SIZE, dtype=torch.uint8)
+    observed[:, :, : SIZE[0] // 2] = 1
+    return vae, *inputs(vae, 2, 3, SIZE), observed
+
+
+@pytest.mark.parametrize("mask", ["none", "half"])
+@pytest.mark.parametrize("fill", [0.7, float("nan")])
+def test_missing_pixels_are_not_looked_at(mask: str, fill: float) -> None:
+    vae, images, noise, observed = masked_model(mask)
+    broken = torch.where(observed > 0, images, fill)
+    output, other = vae(images, noise, mask=observed), vae(broken, noise, mask=observed)
+    for one, two in zip(output, other, strict=True):
+        assert torch.equal(one, two)
+    grey = vae.encode(torch.where(observed > 0, images, 0.0))[0]
+    # an ordinary model sees mid-grey pixels, one that was built for masks that they are missing
+    assert torch.allclose(grey, output.mean) == (mask == "none")
+
+
+def test_masks_count_in_the_likelihood_and_are_whole_for_a_complete_image() -> None:
+    vae, images, noise, observed = masked_model("half")
+    output = vae(images, noise, mask=observed)
+    parts = [vae.likelihood.log_prob(output.params, images, m) for m in (observed, 1 - observed)]
+    torch.testing.assert_close(output.log_likelihood, parts[0])
+    torch.testing.assert_close(parts[0] + parts[1], vae.likelihood.log_prob(output.params, images))
+    everything = torch.ones_like(observed)
+    torch.testing.assert_close(vae(images, noise).mean, vae(images, noise, mask=everything).mean)
+    assert vae.encoder.conv_in.in_channels == 4
