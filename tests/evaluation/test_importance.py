@@ -14,7 +14,7 @@ from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.importance import ImportanceMetric, importance_evidence
+from vae_dist.evaluation.importance import ImportanceMetric, StreamedWeights, importance_evidence
 from vae_dist.evaluation.metrics import Inputs
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 
@@ -192,3 +192,29 @@ def test_missing_pixels_are_integrated_out() -> None:
     variance = 1 / evidence.effective_samples[0] - 1 / 5000
     assert evidence.effective_samples.mean() > 300
     assert abs(float(gap.mean())) < 3 * float(variance.sum()) ** 0.5 / NUM_IMAGES
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e5, 1e5])
+def test_parts_sum_up_to_the_whole_and_survive_extremes(offset: float) -> None:
+    log_weights = 300 * torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).double()
+    log_weights += offset
+    log_weights[0, 0] -= 1e5
+    log_weights[1, 2, :9] = -torch.inf  # whole parts without weight, first ones and others
+    log_weights[0, 1, 12:18] = -torch.inf
+    streamed = StreamedWeights(2, 3, device=torch.device("cpu"))
+    total = torch.zeros(2, 3, dtype=torch.float64)
+    for part in log_weights.split(3, dim=-1):
+        weights, shrink = streamed.add(part)
+        total = total * shrink + weights.sum(-1)
+    torch.testing.assert_close(streamed.log_sum, log_weights.logsumexp(-1))
+    torch.testing.assert_close(streamed.sum, total)
+    weights = log_weights.softmax(-1)
+    torch.testing.assert_close(streamed.effective_samples, 1 / weights.square().sum(-1))
+
+
+def test_weights_that_are_all_zero() -> None:
+    streamed = StreamedWeights(1, device=torch.device("cpu"))
+    for _ in range(2):
+        streamed.add(torch.full((1, 3), -torch.inf))
+    assert streamed.log_sum.item() == -torch.inf
+    assert streamed.effective_samples.item() == 0

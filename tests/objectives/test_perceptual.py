@@ -1,4 +1,4 @@
-"""The perceptual term: LPIPS has gradients, weight files are found where they are published."""
+"""The perceptual term: its gradients, its weight files, and the distance without weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import PerceptualConfig
@@ -13,8 +14,11 @@ from vae_dist.models import networks
 from vae_dist.models.networks import Lpips, lpips_available
 from vae_dist.objectives.perceptual import (
     PerceptualTerm,
+    StructureDistance,
     build_perceptual,
     fetch_weights,
+    gradient_error,
+    num_scales,
     smallest_side,
 )
 
@@ -88,3 +92,63 @@ def test_missing_weights_are_said_with_the_file_and_the_folder(tmp_path, monkeyp
 def test_the_smallest_image_of_each_kind() -> None:
     kinds = ("none", "structure", "lpips", "lpips_alex")
     assert [smallest_side(PerceptualConfig(kind=kind)) for kind in kinds] == [1, 11, 16, 31]
+
+
+# structure
+
+
+def pair(channels: int = 3, height: int = 40, width: int = 56) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.randn(2, channels, height // 8, width // 8, generator=generator)
+    first = torch.nn.functional.interpolate(smooth, size=(height, width), mode="bilinear").tanh()
+    second = first + 0.2 * torch.randn(first.shape, generator=generator)
+    return first, second.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_is_that_of_torchmetrics(channels: int) -> None:
+    first, second = pair(channels)
+    _, everywhere = structural_similarity_index_measure(
+        first.double(), second.double(), data_range=2.0, reduction="none", return_full_image=True
+    )
+    expected = everywhere[..., 5:-5, 5:-5].mean((1, 2, 3))  # where the window is inside
+    found = StructureDistance().ssim(first, second)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert (found < 0.9).all()
+
+
+def test_a_distance_is_zero_for_equal_images_and_grows_with_the_error() -> None:
+    first, second = pair()
+    distance = StructureDistance()
+    assert distance(first, first).abs().max() < 1e-6
+    near, far = distance(first, first + 0.1 * (second - first)), distance(first, second)
+    assert (far > near).all() and (near > 0).all()
+    torch.testing.assert_close(distance(second, first), far)
+
+
+def test_gradient_error_is_of_neighbours() -> None:
+    error = torch.zeros(1, 1, 3, 4)
+    error[0, 0, 1, 2] = 0.6  # two of nine differences across, two of eight down
+    torch.testing.assert_close(gradient_error(error), torch.tensor([0.6 * (2 / 9 + 2 / 8)]))
+
+
+@pytest.mark.parametrize(
+    ("size", "scales"),
+    [((10, 64), 0), ((11, 64), 1), ((22, 22), 2), ((44, 50), 3), ((512, 512), 3)],
+)
+def test_scales_are_used_as_long_as_the_window_fits(size: tuple[int, int], scales: int) -> None:
+    assert num_scales(*size) == scales
+    images = torch.zeros(1, 1, *size)
+    if scales:
+        assert StructureDistance()(images, images).shape == (1,)
+    else:
+        with pytest.raises(ValueError, match="10x64"):
+            StructureDistance()(images, images)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    first, second = (x[:1, :1, :12, :13].double() for x in pair())
+    distance = StructureDistance().double()
+    assert torch.autograd.gradcheck(
+        lambda x: distance(x, second), (first.requires_grad_(),), fast_mode=True
+    )
