@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.setting import Setting, make_setting
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.loader import EvaluationStream
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import ReconstructionMetric, psnr_db
 from vae_dist.evaluation.run import evaluate

@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.report import finish, head, split_options, table
 from benchmarks.setting import make_setting, train
-from vae_dist.data.loader import Batch, EvaluationStream
+from vae_dist.data.evaluation import EvaluationStream
+from vae_dist.data.loader import Batch
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.training.loop import Trainer
 

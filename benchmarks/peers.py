@@ -42,7 +42,7 @@ from benchmarks.mnist_minute import SCHEDULE, TRIAL_STEPS, run, steps_within
 from benchmarks.report import finish, head, split_options, table
 from benchmarks.setting import make_setting
 from benchmarks.turns import Arm
-from vae_dist.data.loader import EvaluationStream
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.randomness import draws
 
 PYTHAE = ("pythae_dense", "pythae_conv")

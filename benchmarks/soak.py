@@ -28,9 +28,9 @@ from pathlib import Path
 from tests.support.faults import Ranks, digest, is_running, last_step, record, recorded_steps
 from tests.support.training import arguments, rows, same_weights, status
 from vae_dist.data.digits import make_digits
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import load_index
-from vae_dist.data.loader import EvaluationStream
-from vae_dist.data.reader import image_settings
+from vae_dist.data.settings import image_settings
 
 BATCH_SIZE = 64
 CHECKPOINT_EVERY = 10

@@ -22,8 +22,8 @@ from vae_dist.config.commands import EvaluateCommand
 from vae_dist.config.forms import metric_names
 
 if TYPE_CHECKING:
+    from vae_dist.data.evaluation import EvaluationBatch
     from vae_dist.data.index import ShardIndex
-    from vae_dist.data.loader import EvaluationBatch
     from vae_dist.distributed import Runtime
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
@@ -71,7 +71,7 @@ def _batches(
     command: EvaluateCommand, loaded: LoadedModel, images: Images, runtime: Runtime
 ) -> Iterator[EvaluationBatch]:
     """This rank's batches; the main process shows how far it is."""
-    from vae_dist.data.loader import EvaluationStream
+    from vae_dist.data.evaluation import EvaluationStream
     from vae_dist.files import ProgressBar
 
     stream = EvaluationStream(

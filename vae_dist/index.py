@@ -39,12 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(command: IndexCommand) -> list[str]:
     """Make the index, report on each shard, and return the damaged ones."""
-    from vae_dist.data.index import (  # brings torch along: after the keys are checked
-        load_index,
-        resolve_shards,
-        write_index,
-        write_index_of_remote,
-    )
+    from vae_dist.data.index import load_index, resolve_shards
+    from vae_dist.data.indexing import write_index, write_index_of_remote
     from vae_dist.data.sources import is_remote
 
     paths = resolve_shards(command.data, key="data")

@@ -211,7 +211,8 @@ def test_16_bit_files_are_refused_with_the_key_that_reads_them(
 
 def test_a_png_is_not_narrowed_on_its_way(tmp_path: Path) -> None:
     """16-bit grey PNG: pack keeps its bytes, and the loader its levels."""
-    from vae_dist.data.reader import SampleReader, image_settings
+    from vae_dist.data.reader import SampleReader
+    from vae_dist.data.settings import image_settings
 
     levels = np.arange(16, dtype=np.uint16).reshape(4, 4) + 1000
     file = io.BytesIO()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vae_dist.data.index import index_shard, write_sidecar
+from vae_dist.data.indexing import index_shard, write_sidecar
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 

@@ -20,10 +20,11 @@ from tests.data.test_loader import InterleavedPool, damage
 from tests.support.http_shards import serving
 from vae_dist.data import loader as stream_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order, make_order
-from vae_dist.data.reader import image_settings
+from vae_dist.data.settings import image_settings
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards

@@ -9,9 +9,9 @@ import pytest
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data import digits as bundled
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import load_index
-from vae_dist.data.loader import EvaluationStream
-from vae_dist.data.reader import image_settings
+from vae_dist.data.settings import image_settings
 
 
 def test_digits_are_the_bytes_that_ship() -> None:

@@ -21,7 +21,8 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data import loader
 from vae_dist.data.buckets import make_buckets
 from vae_dist.data.decode import decode_image
-from vae_dist.data.index import ShardIndex, index_shard, load_index, write_sidecar
+from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.indexing import index_shard, write_sidecar
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader, single_sample

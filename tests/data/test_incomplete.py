@@ -23,7 +23,7 @@ from vae_dist.data import (
 )
 from vae_dist.data.decode import decode_sample
 from vae_dist.data.order import make_order
-from vae_dist.data.reader import check_labels
+from vae_dist.data.settings import check_labels
 from vae_dist.data.tar import DamagedSampleError
 
 SIZE = (12, 16)

@@ -15,14 +15,8 @@ from webdataset.tariterators import base_plus_ext
 
 from tests.data.conftest import LENGTHS
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import (
-    ShardError,
-    index_shard,
-    load_index,
-    resolve_shards,
-    write_index,
-    write_info,
-)
+from vae_dist.data.index import ShardError, load_index, resolve_shards
+from vae_dist.data.indexing import index_shard, write_index, write_info
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, key_and_suffix, sample_starts
 from vae_dist.data.transforms import ImageSettings
@@ -286,3 +280,14 @@ def test_shards_without_a_sample_are_refused(copied: Path) -> None:
 def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
     base, suffix = base_plus_ext(name)
     assert key_and_suffix(name) == (base, suffix or "")
+
+
+def test_globs_and_the_home_folder(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(shards).parent))
+    whole = load_index(shards, key="data.train", create=False)
+    for spec in (f"{shards}/set-*.tar", f"{shards}/set-0[0-9].tar", "~/set", ["~/set/set-0?.tar"]):
+        assert load_index(spec, key="data.train", create=False).paths == whole.paths
+    with pytest.raises(ConfigError, match="file matches"):
+        load_index(f"{shards}/other-*.tar", key="data.train", create=False)

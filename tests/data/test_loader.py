@@ -16,8 +16,9 @@ import torch
 from tests.data.conftest import LENGTHS, identities, png
 from vae_dist.data import loader as stream_module
 from vae_dist.data import windows as lane_module
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings

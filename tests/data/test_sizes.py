@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import verify as sizes_module
+from vae_dist.data import settings as sizes_module
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.reader import SampleReader, image_settings
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.settings import NativeSet, check_native_sizes, image_settings, sampled_sizes
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings, Need
-from vae_dist.data.verify import NativeSet, check_native_sizes, sampled_sizes
 from vae_dist.data.writer import write_shards
 
 NEEDS = (Need("perceptual.kind=structure", shorter=11), Need("model.norm_groups=8", longer=13))

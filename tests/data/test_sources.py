@@ -14,7 +14,8 @@ from tests.support.http_shards import serving
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.data import sources as remote
-from vae_dist.data.index import load_index, write_index_of_remote, write_info
+from vae_dist.data.index import load_index
+from vae_dist.data.indexing import write_index_of_remote, write_info
 from vae_dist.data.sources import Range, UnreadableError, read_range, read_ranges
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings

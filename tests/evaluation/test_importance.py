@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.support.distributed import run_ranks
 from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.data.loader import EvaluationBatch
+from vae_dist.data.evaluation import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.importance import ImportanceMetric, StreamedWeights, importance_evidence
 from vae_dist.evaluation.metrics import Inputs

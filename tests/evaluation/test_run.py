@@ -14,7 +14,7 @@ from tests.support.distributed import run_ranks
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.data.loader import EvaluationBatch
+from vae_dist.data.evaluation import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.frechet import FrechetMetric
 from vae_dist.evaluation.importance import ImportanceMetric

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import load_index, write_info
+from vae_dist.data.index import load_index
+from vae_dist.data.indexing import write_info
 from vae_dist.packing import jobs
 from vae_dist.packing.jobs import Count, ShardJob, in_threads, part_of, run
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 import vae_dist.packing.pack as packing
 from vae_dist.data.index import load_index
-from vae_dist.data.reader import SampleReader, image_settings
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.settings import image_settings
 from vae_dist.pack import main
 
 COUNT = 60

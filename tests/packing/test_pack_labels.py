@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.support.picture_sources import png, write_tar
 from vae_dist.data.index import load_index
-from vae_dist.data.reader import SampleReader, image_settings
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.settings import image_settings
 from vae_dist.pack import main
 
 SHARD = "train/train-000000.tar"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.support.tiny_run import tiny_config
 from vae_dist.data.index import load_index
-from vae_dist.data.reader import image_settings
+from vae_dist.data.settings import image_settings
 from vae_dist.data.writer import write_shards
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vae_dist.data.digits import load_digits, make_digits
+    from vae_dist.data.evaluation import EvaluationBatch, EvaluationStream
     from vae_dist.data.index import ShardError, ShardIndex, load_index
-    from vae_dist.data.loader import Batch, EvaluationBatch, EvaluationStream, Group, TrainingStream
+    from vae_dist.data.loader import Batch, Group, TrainingStream
     from vae_dist.data.order import Order
-    from vae_dist.data.reader import SkippedSample, image_settings
+    from vae_dist.data.reader import SkippedSample
+    from vae_dist.data.settings import image_settings
     from vae_dist.data.transforms import ImageSettings
     from vae_dist.data.writer import write_shards
 
@@ -35,8 +37,8 @@ __all__ = [
 
 _MODULES = {
     "Batch": "loader",
-    "EvaluationBatch": "loader",
-    "EvaluationStream": "loader",
+    "EvaluationBatch": "evaluation",
+    "EvaluationStream": "evaluation",
     "Group": "loader",
     "ImageSettings": "transforms",
     "Order": "order",
@@ -44,7 +46,7 @@ _MODULES = {
     "ShardIndex": "index",
     "SkippedSample": "reader",
     "TrainingStream": "loader",
-    "image_settings": "reader",
+    "image_settings": "settings",
     "load_digits": "digits",
     "load_index": "index",
     "make_digits": "digits",

@@ -12,23 +12,21 @@ little-endian uint64 (Megatron-Energon), which is what this module reads, and `_
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.data.indexing import NUM_THREADS, Progress, write_index
 from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_info, shown
 from vae_dist.data.sources import (
     START_RETRY_S,
     Range,
-    UnreadableError,
     exists,
     is_pipe,
     is_remote,
@@ -37,14 +35,7 @@ from vae_dist.data.sources import (
     read_ranges,
     size_of,
 )
-from vae_dist.data.tar import Read, ShardError, end_of_samples, sample_starts
-from vae_dist.files import write_durably
-
-Progress = Callable[[int, int], None]  # shards done, shards in all
-
-NUM_THREADS = 8  # header hops wait for the disk, not for the CPU
-MAX_NAME = 100  # letters of a shard's name in that of its sidecar
-WINDOW_BYTES = 1 << 22  # of a remote shard that are read at once to index it
+from vae_dist.data.tar import ShardError, end_of_samples
 
 
 class Run(NamedTuple):
@@ -126,152 +117,6 @@ _REMAKE = "make it again with `python -m vae_dist.index data=FOLDER overwrite=tr
 def resolve_shards(spec: Any, *, key: str) -> list[str]:
     """The paths of the shards that `spec` names; see `locate`. Raises ConfigError."""
     return [shard.path for shard in locate(spec, key=key)]
-
-
-def index_shard(path: str | Path) -> np.ndarray:
-    """Offsets (int64, num_samples + 1) of a plain tar, by hops from header to header.
-
-    Raises ShardError, with the byte position, at a damaged header or a missing end.
-    """
-    place = str(path)
-    starts, end = sample_starts(place, _in_windows(place) if is_remote(place) else None)
-    return np.array([*starts, end], np.int64)
-
-
-def _in_windows(place: str) -> Read:
-    """Reads a remote shard in pieces that are much larger than a header."""
-    begin, window = 0, b""
-
-    def read(at: int, count: int) -> bytes:
-        nonlocal begin, window
-        if not (begin <= at and at + count <= begin + len(window)):
-            begin, window = at, read_range(place, at, max(count, WINDOW_BYTES))
-        return window[at - begin : at - begin + count]
-
-    return read
-
-
-def write_index_of_remote(
-    urls: Sequence[str], folder: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> dict[str, ShardError | None]:
-    """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
-    when all are whole. Sidecars of these addresses and sizes are kept, so that a killed call goes
-    on. Where a shard is damaged, its sidecar goes, and an earlier `shards.json`.
-
-    Returns each shard that was read, with its damage or None.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = list(dict.fromkeys(urls))
-    made: dict[str, _Made] = {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        found = pool.map(lambda url: _index_of_remote(url, folder, overwrite=overwrite), todo)
-        for url, of_shard in zip(todo, found, strict=True):
-            made[url] = of_shard
-            if progress is not None:
-                progress(len(made), len(todo))
-    damage = {url: of_shard.error for url, of_shard in made.items() if not of_shard.is_kept}
-    entries = [made[url].entry for url in urls]
-    if all(entries):
-        text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": entries}, indent=1)
-        write_durably(folder / "shards.json", text.encode())
-    elif any(error and not isinstance(error, UnreadableError) for error in damage.values()):
-        (folder / "shards.json").unlink(missing_ok=True)  # it is of other bytes
-    return damage
-
-
-class _Made(NamedTuple):
-    """Of a remote shard: its entry in `shards.json` or why there is none."""
-
-    entry: dict[str, Any] | None
-    is_kept: bool
-    error: ShardError | None
-
-
-def _index_of_remote(url: str, folder: Path, *, overwrite: bool) -> _Made:
-    """Make the sidecar of a remote shard, unless it is there."""
-    try:
-        size = None if is_pipe(url) else size_of(url)
-        # a sidecar's name says whose it is: other addresses and sizes have others
-        owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
-        sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
-        is_kept = sidecar.exists() and not overwrite
-        if not is_kept:
-            _make_sidecar(url, sidecar)
-    except ShardError as error:
-        return _Made(None, False, error)
-    entry = {"url": url, "nsamples": sidecar.stat().st_size // 8 - 1, "index": sidecar.name}
-    return _Made(entry if size is None else entry | {"filesize": size}, is_kept, None)
-
-
-def _make_sidecar(url: str, sidecar: Path) -> None:
-    try:
-        offsets = index_shard(url)
-    except UnreadableError:
-        raise  # that says nothing of a sidecar that is there
-    except ShardError:
-        sidecar.unlink(missing_ok=True)
-        raise
-    write_durably(sidecar, offsets.astype("<u8").tobytes())
-
-
-def write_sidecar(path: str | Path, offsets: np.ndarray) -> None:
-    write_durably(Path(f"{path}.idx"), offsets.astype("<u8").tobytes())
-
-
-def write_info(paths: Sequence[str | Path], *, split: str) -> None:
-    """Write the `_info.json` of one folder from the sidecars of its shards."""
-    lengths = [os.path.getsize(f"{path}.idx") // 8 - 1 for path in paths]
-    info = {
-        "name": split,
-        "filenames": [os.path.basename(path) for path in paths],
-        "shard_lengths": lengths,
-        "num_samples": sum(lengths),
-        "shard_bytes": [os.path.getsize(path) for path in paths],
-    }
-    text = json.dumps({"splits": {split: info}}, indent=1)
-    write_durably(Path(paths[0]).parent / "_info.json", text.encode())
-
-
-def write_index(
-    paths: Sequence[str],
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, ShardError | None]:
-    """Make the sidecars that are missing (all with `overwrite`), several shards at a time.
-
-    Returns each shard that was read, with its damage or None: a damaged shard gets no sidecar, and
-    loses one that it had. `_info.json` is written where there is none (or with `overwrite`) and
-    all shards have a sidecar. Raises ConfigError when the folder cannot be written.
-    """
-    todo = [path for path in paths if overwrite or not os.path.exists(f"{path}.idx")]
-
-    def make(path: str) -> ShardError | None:
-        try:
-            write_sidecar(path, index_shard(path))
-        except ShardError as error:
-            Path(f"{path}.idx").unlink(missing_ok=True)
-            return error
-        return None
-
-    damage: dict[str, ShardError | None] = {}
-    try:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for path, error in zip(todo, pool.map(make, todo), strict=True):
-                damage[path] = error
-                if progress is not None:
-                    progress(len(damage), len(todo))
-        for folder in sorted({os.path.dirname(path) for path in paths}):
-            shards = [path for path in paths if os.path.dirname(path) == folder]
-            complete = all(os.path.exists(f"{path}.idx") for path in shards)
-            if complete and (overwrite or not os.path.exists(os.path.join(folder, "_info.json"))):
-                write_info(shards, split=os.path.basename(os.path.abspath(folder)))
-    except OSError as error:
-        raise ConfigError(
-            f"the index of the shards cannot be written ({error}); run `python -m vae_dist.index "
-            "data=FOLDER` as somebody who can write there, or copy the shards"
-        ) from error
-    return damage
 
 
 def load_index(

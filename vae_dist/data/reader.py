@@ -8,27 +8,22 @@ them the image (C, H, W) of the wanted size and the label, at once (`load`) or i
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vae_dist.config.errors import ConfigError
-from vae_dist.data.buckets import Size, aspect, make_buckets, nearest, square
+from vae_dist.data.buckets import Size, aspect, nearest
 from vae_dist.data.cache import ImageCache
-from vae_dist.data.decode import decode_sample, prepare_sample, size_of_sample
+from vae_dist.data.decode import prepare_sample, size_of_sample
 from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.sources import START_RETRY_S, Range, read_ranges
 from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
 from vae_dist.data.transforms import (
-    CLS,
     DRAWN,
-    NO_LABEL,
     ImageSettings,
-    Need,
     UnknownClassError,
     label_of,
     transform,
@@ -277,13 +272,6 @@ def _samples(
     return found
 
 
-def first_samples(index: ShardIndex, count: int) -> Iterator[tuple[int, int]]:
-    """(shard, index) of the first `count` samples."""
-    for shard, length in enumerate(index.lengths.tolist()):
-        yield from ((shard, i) for i in range(min(length, count)))
-        count -= min(length, count)
-
-
 def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:
     """The one webdataset sample in these bytes: its files are views of them.
 
@@ -305,85 +293,6 @@ def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:
         raise DamagedSampleError("the index does not fit the shard here")
     sample["__url__"] = url
     return sample
-
-
-def image_settings(
-    index: ShardIndex,
-    *,
-    channels: int,
-    resolution: Any,
-    max_pixels: int,
-    bits: int = 8,
-    crop: Any = "center",
-    flip: bool = False,
-    any_size: bool = False,
-    mask: str = "none",
-    mask_fraction: float = 0.5,
-    label_key: str = CLS,
-    num_classes: int = 0,
-    needs: tuple[Need, ...] = (),
-) -> ImageSettings:
-    """Settings after `data.*`; the size of native images is that of the first readable one.
-
-    any_size: native images may differ in size, and those below `needs` are not taken. Raises
-    ConfigError when none of the first samples can be used.
-    """
-    common = ImageSettings(
-        channels,
-        (0, 0),
-        True,
-        max_pixels,
-        crop,
-        flip,
-        bits,
-        mask=mask,
-        mask_fraction=mask_fraction,
-        label_key=label_key,
-        num_classes=num_classes,
-    )
-    if isinstance(resolution, Mapping):
-        buckets = make_buckets(**resolution)
-        return replace(common, size=square(buckets), buckets=buckets)
-    if resolution != "native":
-        size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        return replace(common, size=(size[0], size[1]))
-    reason = ""
-    for shard, number in first_samples(index, NUM_PROBED):
-        reader = SampleReader(index, common, seed=0)
-        data = reader.read(shard, number, number + 1)[0]
-        try:
-            sample = single_sample(data, index.paths[shard])
-            image = decode_sample(
-                sample, channels=channels, bits=bits, max_pixels=max_pixels, mask=mask
-            )
-        except DamagedSampleError as error:
-            reason = reason or f"{reader.name(shard, number)}: {error}"
-            continue
-        height, width = image.shape[1:]
-        native = replace(common, size=(height, width), resize=False, any_size=any_size, needs=needs)
-        if problem := native.too_small(native.size):
-            reason = reason or f"{reader.name(shard, number)}: {problem}"
-            continue
-        return native
-    raise ConfigError(f"data.resolution=native: none of the first images can be used; {reason}")
-
-
-def check_labels(index: ShardIndex, settings: ImageSettings, *, key: str) -> None:
-    """Look at the labels of the first samples. Raises ConfigError, which blames `key`, when none of
-    them has a label, and ShardError when one has a label that is no class."""
-    reader = SampleReader(index, settings, seed=0)
-    labels = []
-    for shard, number in first_samples(index, NUM_PROBED):
-        with contextlib.suppress(DamagedSampleError):
-            data = reader.read(shard, number, number + 1)[0]
-            sample = single_sample(data, index.paths[shard])
-            labels.append(reader.label(sample, shard, number))
-    if labels and all(label == NO_LABEL for label in labels):
-        raise ConfigError(
-            f"model.num_classes={settings.num_classes}, but none of the first {len(labels)} images "
-            f"of {key} has a label under data.label_key={settings.label_key}; name the field that "
-            "holds it, or set model.num_classes=0"
-        )
 
 
 def in_words(size: Size) -> str:

@@ -1,8 +1,8 @@
 """Which shards `data.train` names, where their offsets lie, and what is known of them beforehand.
 
-In: a folder, a brace pattern, a URL of either kind, `pipe:COMMAND`, a wids JSON file
-(`{"shardlist": [{"url", "nsamples"}]}`), a list of these, or `{path: SHARDS, index: FOLDER}` for
-shards elsewhere whose index `python -m vae_dist.index out=FOLDER` wrote.
+In: a folder, a brace pattern, a glob (`data/*.tar`), a URL of either kind, `pipe:COMMAND`, a wids
+JSON file (`{"shardlist": [{"url", "nsamples"}]}`), a list of these, or `{path: SHARDS, index:
+FOLDER}` for shards elsewhere whose index `python -m vae_dist.index out=FOLDER` wrote.
 Out: `Shard`s in a fixed order. `_info.json` or the wids file says how long the shards are, so that
 a set of many thousand remote shards is opened by one request.
 
@@ -12,6 +12,7 @@ same scheme and host: it can name no command, no other host and no file elsewher
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,7 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
         return _from_wids(text, key)
     if is_remote(text):
         return _remote(text, key)
+    text = os.path.expanduser(text)
     place = Path(os.path.abspath(text))
     folder = place.parent if text.endswith(".tar") else place
     if out := next(
@@ -90,17 +92,26 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
         )
     if os.path.isdir(text):
         shards = sorted(str(path) for path in Path(text).glob("*.tar"))
-        if commands := list(filter(is_pipe, shards)):
-            raise ConfigError(f"{key}={text}: a file is named {commands[0]!r}; rename it")
         if not shards:
             raise ConfigError(
                 f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key)}"
             )
-        return [Shard(path, f"{path}.idx") for path in shards]
+        return _local(shards, text, key)
+    if glob.has_magic(text) and not os.path.exists(text):
+        shards = sorted(path for path in glob.glob(text, recursive=True) if path.endswith(".tar"))
+        if not shards:
+            raise ConfigError(f"{key}={text}: no *.tar file matches; correct the pattern")
+        return _local(shards, text, key)
     if text.endswith(".tar"):
-        return [Shard(path, f"{path}.idx") for path in _expanded(text, key)]
+        return _local(_expanded(text, key), text, key)
     kind = "a file, but no .tar shard" if os.path.exists(text) else "no such folder"
     raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key)}")
+
+
+def _local(paths: list[str], text: str, key: str) -> list[Shard]:
+    if commands := list(filter(is_pipe, paths)):
+        raise ConfigError(f"{key}={text}: a file is named {commands[0]!r}; rename it")
+    return [Shard(path, f"{path}.idx") for path in paths]
 
 
 def _expanded(text: str, key: str) -> list[str]:

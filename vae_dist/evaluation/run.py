@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.loader import EvaluationBatch
+from vae_dist.data.evaluation import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import (
     EvaluatedBatch,

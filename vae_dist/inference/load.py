@@ -21,9 +21,10 @@ from vae_dist.config.commands import EncodeCommand, EvaluateCommand, RunCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.data.digits import make_digits
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import EvaluationStream
-from vae_dist.data.reader import SkippedSample, image_settings
+from vae_dist.data.reader import SkippedSample
+from vae_dist.data.settings import image_settings
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import deaths_explained
 from vae_dist.models.build import build_vae

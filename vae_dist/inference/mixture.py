@@ -38,7 +38,7 @@ from torch.distributions import (
 from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.forms import mixture_prior
-from vae_dist.data.loader import EvaluationBatch, EvaluationStream
+from vae_dist.data.evaluation import EvaluationBatch, EvaluationStream
 from vae_dist.evaluation.run import inputs_of
 from vae_dist.files import write_durably
 from vae_dist.inference.load import LoadedModel, open_images, weights_digest

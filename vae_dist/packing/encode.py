@@ -28,7 +28,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.data.buckets import Size, aspect, nearest
 from vae_dist.data.decode import size_of_sample
-from vae_dist.data.index import write_info
+from vae_dist.data.indexing import write_info
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import BLOCK, DamagedSampleError
 from vae_dist.data.writer import ShardWriter

@@ -16,12 +16,12 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.resolve import has_any_size, has_buckets
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.digits import make_digits
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import make_order
-from vae_dist.data.reader import check_labels, image_settings
+from vae_dist.data.settings import NativeSet, check_labels, check_native_sizes, image_settings
 from vae_dist.data.transforms import Need
-from vae_dist.data.verify import NativeSet, check_native_sizes
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import write_durably

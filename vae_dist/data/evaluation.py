@@ -1,0 +1,165 @@
+"""The images of a data set for an evaluation: each once over all ranks, in index order.
+
+In: the index of the shards and how to make images of them. Out: `EvaluationBatch`es, of equal
+numbers on all ranks. Nothing is drawn.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vae_dist.data.index import Run, ShardIndex
+from vae_dist.data.loader import Shape, split_mask
+from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
+from vae_dist.data.sources import START_RETRY_S
+from vae_dist.data.tar import DamagedSampleError
+from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.windows import ReadAhead
+from vae_dist.data.workers import WorkerPool
+
+
+class EvaluationBatch(NamedTuple):
+    """One rank's images of one shape; what pads them has weight 0 and sample -1.
+
+    is_first: every rank has as many of these, in the same order of the data, so all ranks may
+    agree on something there; a rank has others only where its images differ in shape.
+    """
+
+    images: torch.Tensor  # (b, C, H, W) as stored
+    labels: torch.Tensor  # int64 (b,), -1 where there is none
+    samples: torch.Tensor  # int64 (b,), number in index order
+    weights: torch.Tensor  # float32 (b,), 1 for an image, 0 for padding and unreadable samples
+    skipped: tuple[SkippedSample, ...]
+    masks: torch.Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all are
+    is_first: bool = True
+
+
+class EvaluationStream:
+    """Each image once over all ranks, in index order; iterate as often as wanted.
+
+    Every rank yields the same number of batches, of equal sizes over the ranks: batch_size images
+    each, fewer in the last one. Where images differ in shape each of these becomes several, one for
+    each shape, the first of them marked. max_images: only the first so many. Nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        settings: ImageSettings,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        max_images: int | None = None,
+        retry_s: float = START_RETRY_S,
+    ) -> None:
+        self.num_images = min(index.num_samples, max_images or index.num_samples)
+        self._num_batches = -(-self.num_images // (batch_size * world))
+        self._has_mask = settings.has_mask
+        reader = SampleReader(index, settings.without_augmentation(), seed=0, retry_s=retry_s)
+        work = _EvaluationWork(reader, self.num_images, batch_size, rank, world)
+        self._pool = WorkerPool(work, num_workers=min(workers, self._num_batches))
+        self.close = weakref.finalize(self, self._pool.close)
+
+    def __len__(self) -> int:
+        """Batches that are marked as first."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for parts in self._pool:
+            for number, (planes, labels, samples, weights, skipped) in enumerate(parts):
+                images, masks = split_mask(torch.from_numpy(planes), has_mask=self._has_mask)
+                yield EvaluationBatch(
+                    images=images,
+                    labels=torch.from_numpy(labels),
+                    samples=torch.from_numpy(samples),
+                    weights=torch.from_numpy(weights),
+                    skipped=tuple(skipped),
+                    masks=masks,
+                    is_first=number == 0,
+                )
+
+
+class _EvaluationPart(NamedTuple):
+    images: np.ndarray  # (b, planes, H, W)
+    labels: np.ndarray
+    samples: np.ndarray
+    weights: np.ndarray
+    skipped: list[SkippedSample]
+
+
+class _EvaluationWork:
+    """What one worker does: every num_workers-th batch of its rank."""
+
+    def __init__(
+        self, reader: SampleReader, num_images: int, batch_size: int, rank: int, world: int
+    ) -> None:
+        self.reader, self.num_images, self.batch_size = reader, num_images, batch_size
+        self.rank, self.world = rank, world
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_EvaluationPart]]:
+        batches = list(self._batches(worker, num_workers))
+        read_ahead = ReadAhead(self.reader)
+        try:
+            following = read_ahead.request(batches[0][0]) if batches else None
+            for number, (runs, first, share) in enumerate(batches):
+                assert following is not None
+                samples = following.result()
+                if number + 1 < len(batches):
+                    following = read_ahead.request(batches[number + 1][0])
+                yield self._parts(runs, samples, first, share)
+        finally:
+            read_ahead.close()
+
+    def _batches(self, worker: int, num_workers: int) -> Iterator[tuple[list[Run], int, int]]:
+        """Runs of samples of this rank's batches, number of the first, and size of the batch."""
+        of_all = self.batch_size * self.world
+        for low in range(worker * of_all, self.num_images, num_workers * of_all):
+            in_step = min(of_all, self.num_images - low)
+            share = -(-in_step // self.world)  # the last batch is cut evenly, then padded
+            first = low + self.rank * share
+            yield self.reader.in_order(first, min(first + share, low + in_step)), first, share
+
+    def _parts(
+        self, runs: list[Run], samples: list[memoryview], first: int, share: int
+    ) -> list[_EvaluationPart]:
+        """One part for each shape, at least one; the first names what is skipped."""
+        settings = self.reader.settings
+        images: dict[Shape, list[tuple[int, LoadedSample]]] = {}
+        skipped: list[SkippedSample] = []
+        places = [(run.shard, index) for run in runs for index in range(run.start, run.stop)]
+        for number, ((shard, index), data) in enumerate(zip(places, samples, strict=True), first):
+            try:
+                loaded = self.reader.load(data, shard, index, epoch=0)
+            except DamagedSampleError as error:
+                path = self.reader.index.paths[shard]
+                skipped.append(SkippedSample(path, index, str(error), None))
+                continue
+            images.setdefault(loaded.image.shape, []).append((number, loaded))
+        if not settings.sizes_differ or not images:
+            shape = (settings.planes, *settings.size)
+            return [self._part(images.get(shape, []), shape, share, skipped)]
+        return [
+            self._part(found, shape, len(found), [] if number else skipped)
+            for number, (shape, found) in enumerate(images.items())
+        ]
+
+    def _part(
+        self,
+        found: list[tuple[int, LoadedSample]],
+        shape: Shape,
+        count: int,
+        skipped: list[SkippedSample],
+    ) -> _EvaluationPart:
+        images = np.zeros((count, *shape), self.reader.settings.dtype)
+        labels, samples = np.full((2, count), -1, np.int64)
+        weights = np.zeros(count, np.float32)
+        for i, (number, loaded) in enumerate(found):
+            images[i], samples[i], labels[i], weights[i] = loaded.image, number, loaded.label, 1
+        return _EvaluationPart(images, labels, samples, weights, skipped)
