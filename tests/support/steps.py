@@ -10,7 +10,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
-from vae_dist.training.build import build_picture_terms
+from vae_dist.training.build import build_reconstruction_losses
 from vae_dist.training.compile import compile_towers, lay_out, num_shapes, use_tensor_float_32
 from vae_dist.training.optimizer import Ema, build_optimizer, freeze_encoder
 from vae_dist.training.step import TrainingStep
@@ -32,7 +32,7 @@ def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) ->
         vae=vae,
         optimizer=build_optimizer(vae, settings.optimizer),
         ema=Ema(vae, decay=0.9, replica=replica),
-        pictures=build_picture_terms(settings, runtime, vae),
+        losses=build_reconstruction_losses(settings, runtime, vae),
     )
     shapes = num_shapes(settings, num_buckets=0, microbatch_size=step.microbatch_size)
     compile_towers(vae, settings, num_shapes=shapes)

@@ -22,7 +22,7 @@ from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms
-from vae_dist.training import memory, picture_terms
+from vae_dist.training import losses, memory
 from vae_dist.training.adversarial import Adversary, LastLayer
 from vae_dist.training.step import TrainingStep
 
@@ -211,7 +211,7 @@ def test_the_gradient_is_that_of_the_sum_of_all_terms(runtime: Runtime) -> None:
     dims, weight = 3 * SIZE[0] * SIZE[1], 0.5 * float(step.adversary.weight)
     assert weight > 0
     loss = loss_terms(output, config.objective, beta=1.0, half_size=half_size).loss_sum
-    loss = loss + dims * step.pictures.perceptual(means, pictures).sum()
+    loss = loss + dims * step.losses.perceptual(means, pictures).sum()
     loss = loss - weight * dims * step.adversary.network(means).flatten(1).mean(1).sum()
     expected = torch.autograd.grad(loss / len(images), list(step.vae.parameters()))
     report = step(batch, 1)
@@ -295,13 +295,13 @@ def test_a_trial_for_memory_runs_every_term_and_leaves_no_trace(
     config.adversarial.warmup_steps = 0  # the first step is watched
     expected = some_steps(config, runtime)
     heard = []
-    of_reconstructions = Adversary.of_reconstructions
+    generator_loss = Adversary.generator_loss
 
     def hear(self: Adversary, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         heard.append(len(inputs[0]))
-        return of_reconstructions(self, *inputs)
+        return generator_loss(self, *inputs)
 
-    monkeypatch.setattr(Adversary, "of_reconstructions", hear)
+    monkeypatch.setattr(Adversary, "generator_loss", hear)
     assert some_steps(config, runtime, rehearsals=1) == expected
     assert heard == [4] * 9
 
@@ -318,9 +318,9 @@ def test_structure_is_compared_in_exact_float32(
         yield
         inside[0] = False
 
-    monkeypatch.setattr(picture_terms, "exact_float32", exact)
+    monkeypatch.setattr(losses, "exact_float32", exact)
     step = adversarial_step(bare(perceptual__kind="structure"), runtime)
-    distance = step.pictures.perceptual._distance
+    distance = step.losses.perceptual._distance
 
     def see(_: object, inputs: tuple[torch.Tensor, ...], __: object) -> None:
         seen.append(inside[0])

@@ -1,6 +1,6 @@
-"""The discriminator of a run: its weights, its optimizer, and the weight of what it says.
+"""The discriminator of a run: its weights, its optimizer, and the weight of its loss.
 
-In: pictures and reconstructions of each microbatch. Out: gradients for the reconstructions, and one
+In: images and reconstructions of each microbatch. Out: gradients for the reconstructions, and one
 update of the discriminator per step, beside the generator's and skipped with it. Both updates use
 what both networks were at the start of the step, so a reconstruction is computed once.
 
@@ -42,7 +42,8 @@ Tensors = dict[str, Tensor]
 
 
 class Adversary:
-    """Follows `begin`, then `of_reconstructions` and `learn` for each microbatch, then `update`."""
+    """Each step: `start_step`, `generator_loss` and `record_gradients` for each microbatch, then
+    `discriminator_backward` for each, then `clip` and `update`."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Adversary:
     ) -> None:
         self.config, self.runtime = config.adversarial, runtime
         self.network = network
-        # DDP also where the VAE is cut over the ranks: it is small, and its weights are constants
+        # DDP also where the VAE is sharded: it is small, and its weights are constants
         # of the VAE's loss. Not compiled: such a graph has no second derivatives, which R1 takes.
         self.wrapped = runtime.replicated.wrap(network)
         self.optimizer = build_optimizer(network, optimizer_config(config))
@@ -64,10 +65,10 @@ class Adversary:
         self.weight = torch.zeros((), device=runtime.device)  # lambda, of the next step
         self.sums: dict[str, Tensor] = {}  # of this rank's images, by the name of their mean
         self._gradients: list[Tensor] = []  # at the last layer, of main and adversarial terms
-        self.begin(0)
-        self.rest()
+        self.start_step(0)
+        self.reset()
 
-    def begin(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         self.is_learning = step >= self.config.start_step
         # from one step before the ratio is first used
         self.is_measuring = self.is_learning and step + 1 >= first_step_of_generator(self.config)
@@ -78,21 +79,21 @@ class Adversary:
         self.sums = {}
         self._last_layer.watch(wanted=self.is_measuring)
 
-    def rest(self) -> None:
-        """Between steps: nothing is kept of forwards, such as those of a trial."""
+    def reset(self) -> None:
+        """Drop what forwards, such as those of a trial, have left."""
         self._gradients, self.sums = [], {}
         self._last_layer.watch(wanted=False)
 
-    def of_reconstructions(self, pictures: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def generator_loss(self, reconstructions: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(C*H*W * -mean logit summed over the images, its gradient) of reconstructions that are a
         leaf. `scale` keeps the gradients of an fp16 backward above zero."""
-        logits = functional_call(self.network, self._constants, (pictures,))
+        logits = functional_call(self.network, self._constants, (reconstructions,))
         term = -mean_logits(logits).sum()
-        (gradient,) = torch.autograd.grad(term * scale, pictures)
-        dims = pictures[0].numel()  # outside the fp16 backward, which would overflow
+        (gradient,) = torch.autograd.grad(term * scale, reconstructions)
+        dims = reconstructions[0].numel()  # outside the fp16 backward, which would overflow
         return term.detach() * dims, gradient * (dims / scale)
 
-    def measure(self, main: Tensor, adversarial: Tensor) -> None:
+    def record_gradients(self, main: Tensor, adversarial: Tensor) -> None:
         """Gradients with respect to the decoder's output (b, P, H, W), of this microbatch."""
         found = self._last_layer.gradients([main, adversarial])
         if self._gradients:
@@ -100,7 +101,7 @@ class Adversary:
         else:
             self._gradients = found
 
-    def learn(
+    def discriminator_backward(
         self, images: Tensor, reconstructions: Tensor, scale: Tensor, *, is_last: bool
     ) -> None:
         """Backward of the discriminator's loss on a microbatch, both without a graph."""
@@ -175,10 +176,9 @@ def optimizer_config(config: TrainConfig) -> OptimizerConfig:
 class LastLayer:
     """Gradients at the weights of the decoder's last convolution, without its backward.
 
-    What leaves the last level is kept as it passes, so that no graph is walked twice, and a graph
-    that a compiler or a wrapper made is walked once. The features that enter the convolution are
-    made from it again: gradient checkpointing runs what lies between once more in the backward, and
-    holds what passes there until then.
+    A hook keeps the output of the last level, so that no graph is walked twice. The features that
+    enter the convolution are computed from it again: where gradient checkpointing is on, what lies
+    between runs once more in the backward and holds its inputs until then.
     """
 
     def __init__(self, vae: VAE) -> None:
@@ -190,7 +190,7 @@ class LastLayer:
         vae.decoder.up_blocks[-1].register_forward_hook(self._keep)
 
     def watch(self, *, wanted: bool) -> None:
-        """Whether the next pass is of interest; what was kept before is let go."""
+        """Whether to keep the next output; drops the one before."""
         self.is_watching, self._kept = wanted, None
 
     def _keep(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -50,9 +50,9 @@ from vae_dist.training.compile import (
 )
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.loop import Row, Trainer
+from vae_dist.training.losses import ReconstructionLosses
 from vae_dist.training.memory import fit_microbatch
 from vae_dist.training.optimizer import Ema, build_optimizer, freeze_encoder
-from vae_dist.training.picture_terms import PictureTerms
 from vae_dist.training.plan import Data, largest_size, peak_images_per_second
 from vae_dist.training.step import TrainingStep
 
@@ -175,7 +175,7 @@ def check_image_sizes(config: TrainConfig, data: Data) -> None:
 
 
 def _size_needs(config: TrainConfig) -> tuple[Need, ...]:
-    """The smallest images that the model and what compares pictures take."""
+    """The smallest images that the model and what compares images take."""
     model, needs = config.model, []
     if config.perceptual.kind != "none":
         key = f"perceptual.kind={config.perceptual.kind}"
@@ -193,7 +193,9 @@ def _size_needs(config: TrainConfig) -> tuple[Need, ...]:
     return tuple(needs)
 
 
-def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> PictureTerms | None:
+def build_reconstruction_losses(
+    config: TrainConfig, runtime: Runtime, vae: VAE
+) -> ReconstructionLosses | None:
     """What compares reconstructions with images in training; None for the bound alone.
 
     Raises ConfigError on every rank where the weights of LPIPS are missing on one.
@@ -209,7 +211,9 @@ def build_picture_terms(config: TrainConfig, runtime: Runtime, vae: VAE) -> Pict
             config.adversarial, image_channels=config.data.channels, seed=config.seed
         )
         adversary = Adversary(config, runtime, network=network.to(runtime.device), vae=vae)
-    return PictureTerms(config, runtime, vae=vae, perceptual=perceptual, adversary=adversary)
+    return ReconstructionLosses(
+        config, runtime, vae=vae, perceptual=perceptual, adversary=adversary
+    )
 
 
 # model, sinks
@@ -231,7 +235,7 @@ def build_trainer(
     replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
     wrapped = runtime.strategy.wrap(vae)
     ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
-    pictures = build_picture_terms(config, runtime, vae)
+    losses = build_reconstruction_losses(config, runtime, vae)
     training_step = TrainingStep(
         config,
         runtime,
@@ -239,7 +243,7 @@ def build_trainer(
         vae=vae,
         optimizer=build_optimizer(vae, config.optimizer),
         ema=ema,
-        pictures=pictures,
+        losses=losses,
     )
     fit_microbatch(training_step, largest_size(data))
     shapes = num_shapes(

@@ -187,7 +187,7 @@ class Trainer:
         if not self._save_for_good():
             problem = self.runtime.broadcast(self.writer.problem)
             raise TrainingFailed(
-                f"all {self.step} steps are done but {problem}; make room for it, then the same "
+                f"all {self.step} steps are done but {problem}; free space, then the same "
                 "command goes on from the last checkpoint"
             )
         return "finished"

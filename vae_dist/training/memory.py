@@ -213,9 +213,9 @@ def free_bytes(device: torch.device) -> int:
 def estimated_microbatch(config: TrainConfig, cost: StepCost, runtime: Runtime) -> int:
     """The largest candidate whose estimate every rank has memory for, else the smallest. Every
     rank takes part."""
-    room = min(runtime.gather(free_bytes(runtime.device)))
+    available = min(runtime.gather(free_bytes(runtime.device)))
     sizes = candidates(config, runtime.world)
-    return next((size for size in sizes if cost.peak_bytes(size) <= room), sizes[-1])
+    return next((size for size in sizes if cost.peak_bytes(size) <= available), sizes[-1])
 
 
 def fit_microbatch(step: TrainingStep, image_size: tuple[int, int]) -> None:

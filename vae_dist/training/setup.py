@@ -337,8 +337,8 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, kept_steps: list[int]) ->
     if is_late and "discriminator" not in checkpoint.tensors:
         raise ConfigError(
             f"run={trainer.folder.path}: the checkpoint of step {step} has no discriminator, and "
-            f"adversarial.start_step={adversarial.start_step} lies before it: the decoder would "
-            f"hear of one that has not learned; set adversarial.start_step={step} or later"
+            f"adversarial.start_step={adversarial.start_step} lies before it; set "
+            f"adversarial.start_step={step} or later"
         )
     try:
         trainer.restore(checkpoint, kept_steps=kept_steps)

@@ -29,13 +29,13 @@ from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.training.adversarial import Adversary
 from vae_dist.training.guards import SpikeGuard
+from vae_dist.training.losses import ReconstructionLosses
 from vae_dist.training.optimizer import (
     Ema,
     load_optimizer_tensors,
     optimizer_tensors,
     scale_and_clip,
 )
-from vae_dist.training.picture_terms import PictureTerms
 
 
 class StepReport(NamedTuple):
@@ -130,15 +130,15 @@ class TrainingStep:
         vae: VAE,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
-        pictures: PictureTerms | None = None,
+        losses: ReconstructionLosses | None = None,
     ) -> None:
         self.config, self.runtime = config, runtime
         self.wrapped, self.vae, self.optimizer, self.ema = wrapped, vae, optimizer, ema
         # images of one forward, 0: all of a rank; `auto` is found by vae_dist.training.memory
         asked = config.training.microbatch_size
         self.microbatch_size = 0 if asked == "auto" else int(asked)
-        self.pictures = pictures  # None: the bound alone
-        self.adversary: Adversary | None = pictures.adversary if pictures is not None else None
+        self.losses = losses  # None: the bound alone
+        self.adversary: Adversary | None = losses.adversary if losses is not None else None
         self.loss_scale = LossScale(runtime.device, enabled=config.training.precision == "fp16")
         self.spikes = SpikeGuard(runtime.device, factor=config.training.spike_factor)
         self._transfer = Transfer(runtime.device)
@@ -148,21 +148,21 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, step: int) -> StepReport:
         lr = lr_at(self.config.optimizer, self.config.training.steps, step)
-        if self.pictures is not None:
-            self.pictures.begin(step)
+        if self.losses is not None:
+            self.losses.start_step(step)
         sums = torch.zeros(5, device=self.runtime.device)
         num_dims = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
         microbatches = self._microbatches(self._transfer(batch))
         for number, microbatch in enumerate(microbatches):
             found = self._backward(microbatch, step, is_last=number == len(microbatches) - 1)
             sums, num_dims = sums + found[0], num_dims + found[1]
-        if self.pictures is not None:
-            self.pictures.learn(self._scale())
+        if self.losses is not None:
+            self.losses.discriminator_step(self._scale())
         grad_norm, found_inf, shared = self._clip()
         spike = self.spikes(grad_norm) * (1 - found_inf)  # which may be the other network's
         self._update(step, lr, skip=found_inf + spike)
         self.loss_scale.update(found_inf)
-        more_sums = dict(self.pictures.sums) if self.pictures is not None else {}
+        more_sums = dict(self.losses.sums) if self.losses is not None else {}
         loss, distortion, rate, neg_bound, half_size = sums.unbind()
         if self.config.objective.scale_equivariance:
             more_sums["train/half_size_distortion_nats"] = half_size
@@ -202,10 +202,8 @@ class TrainingStep:
             beta = beta_at(self.config.objective, step)
             terms = loss_terms(output, self.config.objective, beta=beta, half_size=half_size)
             loss_sum = terms.loss_sum
-            if self.pictures is not None:
-                surrogate, value = self.pictures.of_microbatch(
-                    output, images, group, self.loss_scale.scale
-                )
+            if self.losses is not None:
+                surrogate, value = self.losses.forward(output, images, group, self.loss_scale.scale)
                 terms = terms._replace(loss_sum=loss_sum + value)
                 loss_sum = loss_sum + surrogate
             (loss_sum * self._scale()).backward()
@@ -230,16 +228,16 @@ class TrainingStep:
         beside the optimizer's moments. Nothing is updated, and no rank waits for another."""
         moments = [torch.empty_like(p) for p in self._parameters for _ in range(2)]
         last = self.config.training.steps - 1
-        if self.pictures is not None:
-            self.pictures.begin(last)
+        if self.losses is not None:
+            self.losses.start_step(last)
         self._backward(group, last, is_last=False)
         del moments
 
     def forget(self) -> None:
         """Let go of what a rehearsal has left, also one that ran out of memory."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.pictures is not None:
-            self.pictures.rest()
+        if self.losses is not None:
+            self.losses.reset()
 
     def _microbatches(self, batch: Batch) -> list[Group]:
         """Parts of the batch that go through the model together: slots of one shape."""

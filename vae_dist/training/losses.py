@@ -1,4 +1,4 @@
-"""What a step adds to the bound by looking at reconstructions as pictures.
+"""Losses of a step that compare reconstructions with images: perceptual and adversarial.
 
 In: the forward of a microbatch. Out: what to add to its loss, the sums to log, and the backward of
 the discriminator. Reconstructions are means of p(x|z); they are compared with images without the
@@ -6,8 +6,8 @@ noise of dequantisation. All of this is outside the wrapped forward, which stays
 
     r = mean of p(x|z), a leaf;  g = d (perceptual + w adversarial) / dr;   loss += sum(r * g)
 
-so the networks that compare pictures have done their backward, and let go of their memory, before
-the VAE's backward begins, and each of them walks through its graph once.
+so the backward of these networks is done, and their memory free, before the VAE's backward begins,
+and each graph is walked once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from vae_dist.training.adversarial import Adversary
 from vae_dist.training.compile import exact_float32
 
 
-class PictureTerms:
-    """Perceptual term, adversarial term, or both. Follows `begin`, then `of_microbatch` for each
-    microbatch, then `learn`.
+class ReconstructionLosses:
+    """Perceptual loss, adversarial loss, or both. Each step: `start_step`, `forward` for each
+    microbatch, then `discriminator_step`.
 
     The discriminator's passes come after all of the VAE's: ranks may have different numbers of
     microbatches, and both wrapped modules send messages in their forward too, whose order must be
@@ -50,24 +50,24 @@ class PictureTerms:
         # images and reconstructions of each microbatch, no graph
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
-    def begin(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         self._sums, self._pairs = {}, []
         if self.adversary is not None:
-            self.adversary.begin(step)
+            self.adversary.start_step(step)
 
-    def rest(self) -> None:
-        """Let go of what a trial has left."""
+    def reset(self) -> None:
+        """Drop what a trial has left."""
         self._sums, self._pairs = {}, []
         if self.adversary is not None:
-            self.adversary.rest()
+            self.adversary.reset()
 
-    def of_microbatch(
+    def forward(
         self, output: VAEOutput, images: Tensor, group: Group, loss_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(what to add to the loss for its gradient, what it adds to the loss as a number), sums
         over the images, nats."""
         stored = group.images.to(self.runtime.device, non_blocking=True)
-        pictures = self.vae.likelihood.without_noise(stored, images).detach()
+        clean = self.vae.likelihood.without_noise(stored, images).detach()
         reconstructions = self.vae.likelihood.mean(output.params)
         leaf = reconstructions.detach().requires_grad_()
         value = torch.zeros((), device=leaf.device)
@@ -75,21 +75,23 @@ class PictureTerms:
         if self.perceptual is not None:
             is_exact = self.perceptual.needs_exact_float32
             with exact_float32(leaf.device) if is_exact else nullcontext():
-                distance_sum = self.perceptual(leaf, pictures).sum()
+                distance_sum = self.perceptual(leaf, clean).sum()
                 term = distance_sum * (self.perceptual.weight * leaf[0].numel())
                 (main_gradient,) = torch.autograd.grad(term, leaf)
             gradient, value = main_gradient, value + term.detach()
             self._add("train/perceptual", distance_sum.detach())
         adversary = self.adversary
         if adversary is not None and adversary.is_measuring:
-            term, of_adversary = adversary.of_reconstructions(leaf, loss_scale)
+            term, of_adversary = adversary.generator_loss(leaf, loss_scale)
             if adversary.weight_now is not None:
                 gradient = gradient + adversary.weight_now * of_adversary
                 value = value + adversary.weight_now * term
             self._add("train/adversarial", term / leaf[0].numel())
-            adversary.measure(*self._at_params(output, images, main_gradient, of_adversary))
+            adversary.record_gradients(
+                *self._at_params(output, images, main_gradient, of_adversary)
+            )
         if adversary is not None and adversary.is_learning:
-            self._pairs.append((pictures, leaf.detach()))
+            self._pairs.append((clean, leaf.detach()))
         return (reconstructions * gradient).sum(), value
 
     def _at_params(
@@ -107,12 +109,14 @@ class PictureTerms:
         (of_adversary,) = torch.autograd.grad((means * adversarial).sum(), params)
         return of_main, of_adversary
 
-    def learn(self, scale: Tensor) -> None:
+    def discriminator_step(self, scale: Tensor) -> None:
         """The discriminator's backward on all microbatches."""
         pairs, self._pairs = self._pairs, []
         if self.adversary is not None:
             for number, pair in enumerate(pairs):
-                self.adversary.learn(*pair, scale, is_last=number == len(pairs) - 1)
+                self.adversary.discriminator_backward(
+                    *pair, scale, is_last=number == len(pairs) - 1
+                )
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
