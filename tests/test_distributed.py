@@ -25,7 +25,7 @@ def no_launcher(monkeypatch):
     ("variables", "message"),
     [
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.microbatch_size"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
         ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp"),
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not"),
     ],
@@ -65,6 +65,10 @@ def collectives() -> tuple[int, float, list[bool], list[str], str, str]:
     except ConfigError as problem:
         error = str(problem)
     runtime.barrier()
+    found = runtime.broadcast_tensors({"w": torch.ones(2)} if runtime.is_main else None)
+    assert torch.equal(found["w"], torch.ones(2))
+    line = ", ".join(f"rank {rank} cpu" for rank in range(runtime.world))
+    assert runtime.hosts() == [f"on {socket.gethostname()}: {line}"]
     return runtime.world, float(total), flags, calls, result, error
 
 

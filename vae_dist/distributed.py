@@ -20,7 +20,6 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
@@ -73,13 +72,12 @@ def launcher_problems(config: RuntimeConfig) -> list[str]:
             f"the launcher asks for gradient_accumulation_steps={accumulation}; "
             "accumulation is set by training.microbatch_size"
         )
-    for name, remedy in (
-        ("ACCELERATE_USE_DEEPSPEED", "vae_dist trains with DDP; launch without DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "launch without --use_fsdp and set runtime.parallel=fsdp"),
-        ("ACCELERATE_USE_MEGATRON_LM", "vae_dist trains with DDP; launch without Megatron-LM"),
-    ):
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            problems.append(f"{name}={os.environ[name]} is set by the launcher; {remedy}")
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            problems.append(
+                f"the launcher sets ACCELERATE_USE_{name}; launch without it (vae_dist trains with "
+                "DDP; instead of --use_fsdp set runtime.parallel=fsdp)"
+            )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
     if world > 1 and missing:
@@ -120,9 +118,9 @@ class Runtime:
     def start(
         cls, config: RuntimeConfig, *, precision: str, launcher_decides_nothing: bool = False
     ) -> Runtime:
-        """Join the other ranks and be ready to train. Raises ConfigError, RankFailed.
+        """Join the other ranks and be ready to wrap models. Raises ConfigError, RankFailed.
 
-        `launcher_decides_nothing`: what the launcher says of training has no bearing here.
+        `launcher_decides_nothing`: its precision is one of training, and this is none.
         """
         if launcher_decides_nothing:
             os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
@@ -250,10 +248,10 @@ class Runtime:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on the main process alone; its result, or its error, reaches every rank."""
-        result, error = _attempt(function) if self.is_main else (None, None)
-        result, described = self.broadcast((result, _describe(error)))
-        if described is not None:
-            raise _combined(error, {0: described}, num_asked=1)
+        result, own = _attempt(function) if self.is_main else (None, None)
+        result, error = self.broadcast((result, _for_others(own)))
+        if error is not None:
+            raise _combined(own, {0: error}, num_asked=1)
         return result  # type: ignore[return-value]
 
     def on_all_ranks(self, function: Callable[[], T]) -> T:
@@ -262,10 +260,10 @@ class Runtime:
         A ConfigError (or OSError) becomes the same ConfigError everywhere. Any other error is
         raised as it is where it arose, and as RankFailed elsewhere.
         """
-        result, error = _attempt(function)
-        described = {r: one for r, one in enumerate(self.gather(_describe(error))) if one}
-        if described:
-            raise _combined(error, described, num_asked=self.world)
+        result, own = _attempt(function)
+        errors = {rank: error for rank, error in enumerate(self.gather(_for_others(own))) if error}
+        if errors:
+            raise _combined(own, errors, num_asked=self.world)
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
@@ -393,14 +391,6 @@ def load_full(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 # errors of some ranks, raised by all
 
 
-@dataclass(frozen=True)
-class _RankError:
-    """An error of one rank, in a form that can be sent."""
-
-    problems: tuple[str, ...]
-    is_expected: bool  # of config or disk: no traceback is wanted
-
-
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
@@ -408,33 +398,29 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _describe(error: Exception | None) -> _RankError | None:
-    if error is None:
-        return None
-    if isinstance(error, ConfigError):
-        return _RankError(error.problems, True)
+def _for_others(error: Exception | None) -> Exception | None:
+    """An error of this rank as it is sent to the others."""
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        text = (
+        return ConfigError(
             f"{place}{error.strerror or error} (on {socket.gethostname()}); see to that disk or "
             "network, then give the same command again"
         )
-        return _RankError((text,), True)
-    return _RankError((f"{type(error).__name__}: {error}",), False)
-
-
-def _combined(
-    error: Exception | None, described: dict[int, _RankError], *, num_asked: int
-) -> Exception:
-    """What this rank raises, given its own error and those of all that were asked."""
-    if error is not None and not isinstance(error, ConfigError | OSError):
+    if error is None or isinstance(error, ConfigError):
         return error
-    for rank, one in described.items():
-        if not one.is_expected:
-            return RankFailed(f"rank {rank}: {one.problems[0]}")
+    rank = os.environ.get("RANK", "0")
+    return RankFailed(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def _combined(own: Exception | None, errors: dict[int, Exception], *, num_asked: int) -> Exception:
+    """What this rank raises, given its own error and those of all that were asked."""
+    if own is not None and not isinstance(own, ConfigError | OSError):
+        return own
     ranks_of: dict[tuple[str, ...], list[int]] = {}
-    for rank, one in described.items():
-        ranks_of.setdefault(one.problems, []).append(rank)
+    for rank, error in errors.items():
+        if not isinstance(error, ConfigError):
+            return error
+        ranks_of.setdefault(tuple(error.problems), []).append(rank)
     problems: list[str] = []
     for (first, *rest), ranks in ranks_of.items():
         is_of_all = len(ranks) == num_asked

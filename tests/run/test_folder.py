@@ -43,16 +43,6 @@ def test_the_lock_of_a_killed_process_is_free(folder):
     assert RunLock(folder).attempt()
 
 
-def test_a_holder_on_another_host_is_waited_for(folder, monkeypatch):
-    lines = []
-    with RunLock(folder):
-        folder.lock_path.write_text("process 1 on elsewhere, since yesterday")
-        lock = RunLock(folder, say=lines.append)
-        monkeypatch.setattr(folder_module, "WAIT_S", 0.0)
-        assert not lock.attempt() and not lock.attempt()
-    assert len(lines) == 1 and "held by process 1 on elsewhere" in lines[0]
-
-
 def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch):
     def unsupported(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")

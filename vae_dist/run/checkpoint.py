@@ -210,7 +210,6 @@ class CheckpointWriter:
         self.checkpoints, self.keep_last = checkpoints, keep_last
         self.stall_s = 0.0  # that training has waited for checkpoints since the start
         self.written_step = -1  # of the newest checkpoint that is on the disk
-        self.failures = 0
         self.problem = ""  # of the last write, empty when it went well
         self._warn = warn
         self._thread: threading.Thread | None = None
@@ -287,7 +286,6 @@ class CheckpointWriter:
             try:
                 write()
             except OSError as error:
-                self.failures += 1
                 self.problem = f"checkpoint {step_name(step)}: {error.strerror or error}"
             except BaseException as error:
                 self._unexpected = error

@@ -24,9 +24,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.files import write_durably
 from vae_dist.run.checkpoint import Checkpoints
 
-# That a starter waits for a lock to be given back: the processes of a killed trainer end within a
-# second; a file server keeps the lock of a node that died for up to 90 s.
-WAIT_S, WAIT_FOR_OTHER_HOST_S = 5.0, 100.0
+WAIT_S = 5.0  # for a lock: loader processes of a killed trainer hold it until they end
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of this file system
 
 
@@ -141,7 +139,7 @@ class RunLock:
         self._name = name or f"run={folder.path}"
         self._say = say
         self._descriptor = -1
-        self._begun, self._has_said = time.monotonic(), False
+        self._begun = time.monotonic()
 
     def __enter__(self) -> RunLock:
         while not self.attempt():
@@ -156,7 +154,7 @@ class RunLock:
 
         Raises ConfigError with the holder's name where it goes on.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,8 +169,8 @@ class RunLock:
                 f"warning: {self._name}: its file system has no locks ({error.strerror}); "
                 "see to it that no other trainer uses this folder"
             )
-        if not self._is_in_place(descriptor):  # removed by a starter that was refused
-            os.close(descriptor)
+        if not self.path.exists() or not os.path.samestat(os.fstat(descriptor), self.path.stat()):
+            os.close(descriptor)  # of a file that a starter which was refused has removed
             return False
         job = os.environ.get("SLURM_JOB_ID", "")
         self.holder = (
@@ -190,23 +188,12 @@ class RunLock:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _is_in_place(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except OSError:
-            return False
-
     def _refuse_after_a_while(self) -> None:
         try:
             holder = self.path.read_text().strip() or "an unknown process"
         except OSError:
             return
-        is_here = f"on {socket.gethostname()}," in holder
-        patience_s = WAIT_S if is_here else WAIT_FOR_OTHER_HOST_S
-        if not is_here and not self._has_said:
-            self._has_said = True
-            self._say(f"waiting up to {patience_s:.0f} s: {self._name} is held by {holder}")
-        if time.monotonic() - self._begun > patience_s:
+        if time.monotonic() - self._begun > WAIT_S:
             raise ConfigError(
                 f"{self._name}: in use by {holder}; wait for it, stop it, or choose another folder "
                 f"with {self._name.partition('=')[0]}=FOLDER"

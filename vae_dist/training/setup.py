@@ -168,12 +168,14 @@ def _locked(outcome: Outcome, stop: StopRequest) -> Iterator[bool]:
     with contextlib.ExitStack() as held:
 
         def take() -> str:
+            folder.create()
             if not lock.attempt():
                 time.sleep(LOCK_PAUSE_S)
                 return ""
             held.callback(lock.release)
+            held.callback(stop.end)
             held.callback(folder.remove_if_unused)
-            folder.create()
+            folder.create()  # again: a starter that was refused may have removed its folders
             folder.remove_leftovers()
             folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
             return lock.holder

@@ -121,6 +121,7 @@ class StopRequest:
         self.reason = ""
         self._runtime, self._signals = runtime, signals
         self._folder_reason = ""
+        self._ended = threading.Event()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def watch_folder(self, folder: RunFolder, holder: str) -> None:
@@ -128,8 +129,7 @@ class StopRequest:
         lock. A thread looks: a network file system that hangs must not stop the ranks."""
 
         def look() -> None:
-            while not self._folder_reason:
-                time.sleep(FOLDER_POLL_S)
+            while not self._ended.wait(FOLDER_POLL_S):
                 with contextlib.suppress(OSError):  # one that is away for a while asks for nothing
                     if folder.stop_path.exists():
                         self._folder_reason = f"{folder.stop_path} exists"
@@ -137,6 +137,10 @@ class StopRequest:
                         self._folder_reason = "another trainer has taken the run folder"
 
         threading.Thread(target=look, name="run-folder", daemon=True).start()
+
+    def end(self) -> None:
+        """Look at the folder no more."""
+        self._ended.set()
 
     def agreed(self) -> bool:
         """True on every rank after the same call, one call after the first rank saw a request."""
@@ -348,6 +352,8 @@ class Outcome:
         here = f"rank {self.runtime.rank}: " if self.runtime.world > 1 else ""
         if not isinstance(error, ConfigError | CommandFailed):
             _say(f"{here}{traceback.format_exc()}")
+        elif not self.runtime.is_main:  # whose own errors the command prints
+            _say(f"{here}{error}")
         reason, main_is_gone = self.watch.explain(error)
         self._settle()
         self._failed(reason, main_is_gone=main_is_gone)
