@@ -94,25 +94,25 @@ def _prepared(
     if not image_format:
         raise DamagedSampleError(foreign(data) or f"a .{kind} is not decoded; convert it to PNG")
     image = open_by_pillow(data, image_format, settings.max_pixels)
-    height, width = _upright_size(image)
     transparent = has_alpha(image)
     stored = SUFFIX_OF.get(image_format)
     profile = other_profile(image)
     note = "the colours are converted to sRGB" if profile else ""
     if getattr(image, "is_animated", False):
         note = "animated; its first frame is taken"
+    channels, height, width = 3, image.height, image.width
     if stored is not None:  # whatever becomes of it: what is damaged is decided in one place
-        whole = decode_own(stored, data, max_pixels=settings.max_pixels)
-        keep = (
-            settings.format in ("keep", stored)
-            and _target(height, width, settings.size) == (height, width)
-            and not (transparent and settings.background != "none")
-            and profile is None
-        )
-        if keep:
-            channels, rows, columns = whole.shape
-            kept = Picture(stored, data, (channels, rows, columns), True, note=note)
-            return kept, (height, width)
+        channels, height, width = decode_own(stored, data, max_pixels=settings.max_pixels).shape
+    keep = (
+        settings.format in ("keep", stored)
+        and stored is not None
+        and _target(height, width, settings.size) == (height, width)
+        and not (transparent and settings.background != "none")
+        and profile is None
+    )
+    if keep:
+        assert stored is not None
+        return Picture(stored, data, (channels, height, width), True, note=note), (height, width)
     changed = _changed(image, image_format, settings, transparent, profile, exact=exact)
     return changed._replace(note=note), (height, width)
 
@@ -137,14 +137,6 @@ def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
         raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
     channels, height, width = decode_own(suffix, data, max_pixels=settings.max_pixels).shape
     return Picture(suffix, data, (channels, height, width), True)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    try:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:
-        turned = False  # a damaged record says nothing; decoding decides
-    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _target(height: int, width: int, size: Any) -> tuple[int, int]:
@@ -275,22 +267,20 @@ def _sources(have: int, low: float, high: float, want: int) -> tuple[np.ndarray,
 
 
 def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:
-    """uint8 (pixels, pixels, 3) for a contact sheet; grey where nothing can be drawn."""
+    """uint8 (pixels, pixels, 3) for a contact sheet; grey where nothing can be drawn.
+
+    Of wider levels the first channel, stretched to its own range; missing ones are black.
+    """
     try:
-        if suffix in ARRAYS or is_png16(data):
-            return _thumbnail_of_array(suffix, data, pixels)
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        levels = decode_own(suffix, data, max_pixels=2**26)
+        if levels.dtype != np.uint8:
+            first = levels[:1].astype(np.float32)
+            seen = first[~np.isnan(first)]
+            low, high = float(seen.min()), float(seen.max())
+            first = np.nan_to_num(first, nan=low)
+            levels = (255 * (first - low) / max(high - low, 1e-6)).astype(np.uint8)
+        colours = levels[:3] if len(levels) > 2 else np.repeat(levels[:1], 3, axis=0)
+        image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
         return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))
     except Exception:
         return np.full((pixels, pixels, 3), 128, np.uint8)
-
-
-def _thumbnail_of_array(suffix: str, data: bytes, pixels: int) -> np.ndarray:
-    """The first channel, stretched to its own range; missing pixels are black."""
-    array = decode_own(suffix, data, max_pixels=2**26)[0].astype(np.float32)
-    seen = array[~np.isnan(array)]
-    low, high = float(seen.min()), float(seen.max())
-    array = np.nan_to_num(array, nan=low)
-    grey = (255 * (array - low) / max(high - low, 1e-6)).astype(np.uint8)
-    image = Image.fromarray(grey).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))
