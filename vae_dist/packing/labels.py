@@ -121,8 +121,7 @@ def _category(text: str, *, as_number: bool) -> int | str | None:
 def celeba_lists(source: Any) -> list[Path]:
     """The lists in the folder of a source, or beside its archive: the partition and, where they are
     there, the attributes."""
-    first = source[0] if isinstance(source, list | tuple) else source
-    first = Path(str(first)).expanduser()
+    first = Path(str([*source, ""][0] if isinstance(source, list) else source)).expanduser()
     if not first.exists():
         return []
     folder = first if first.is_dir() else first.parent
