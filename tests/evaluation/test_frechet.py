@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.evaluation.test_run import NUM_IMAGES, batches, tiny_model
-from tests.support.distributed import run_ranks
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
@@ -41,17 +38,6 @@ def test_of_gaussians_with_commuting_covariances() -> None:
     cov_a, cov_b = ((basis * values) @ basis.T for values in (a, b))
     found = frechet_distance(shift, cov_a, torch.zeros(5, dtype=torch.float64), cov_b)
     assert found == pytest.approx(float(exact), rel=1e-9)
-
-
-def test_of_gaussians_in_the_plane() -> None:
-    """tr (S_1 S_2)^(1/2) = sqrt(tr S_1 S_2 + 2 sqrt(det S_1 S_2)) for two dimensions."""
-    a, b = random(2, 2), random(2, 2, seed=1)
-    a, b = a @ a.T, b @ b.T
-    product = a @ b
-    root = torch.sqrt(product.trace() + 2 * torch.sqrt(torch.linalg.det(product)))
-    zero = torch.zeros(2, dtype=torch.float64)
-    exact = a.trace() + b.trace() - 2 * root
-    assert frechet_distance(zero, a, zero, b) == pytest.approx(float(exact), rel=1e-9)
 
 
 def test_it_is_zero_for_equal_moments_and_symmetric_also_where_singular() -> None:
@@ -122,17 +108,6 @@ def test_the_samples_are_those_that_sample_draws() -> None:
             sides += [features.mean(0), torch.cov(features.T)]
         exact = frechet_distance(*sides)
         assert result.measured[name] == pytest.approx(exact, rel=1e-5), name
-
-
-def test_two_ranks_and_other_batches_agree(tmp_path: Path) -> None:
-    alone = measured(13).measured
-    assert measured(4).measured == pytest.approx(alone, rel=1e-5)
-    first, second = run_ranks(2, measured_on_a_rank, tmp_path)
-    assert first == second == pytest.approx(alone, rel=1e-5)
-
-
-def measured_on_a_rank(_: Path) -> dict[str, float]:
-    return measured(2).measured
 
 
 def test_images_of_several_sizes_have_no_fid_of_samples() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.distributed import run_ranks
 from tests.support.linear_gaussian import LinearGaussian, linear_gaussian
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.evaluation import EvaluationBatch
@@ -122,18 +120,6 @@ def test_the_first_draws_are_the_same_for_any_number() -> None:
     assert torch.equal(*latents)
 
 
-def test_two_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    alone = run(linear_gaussian(encoder_error=ENCODER_ERROR), num_samples=60)
-    first, second = run_ranks(2, on_a_rank, tmp_path)
-    assert first == second
-    assert first.num_images == NUM_IMAGES
-    assert first.figures() == pytest.approx(alone.figures(), rel=1e-5)
-
-
-def on_a_rank(_: Path) -> EvaluationResult:
-    return run(linear_gaussian(encoder_error=ENCODER_ERROR), num_samples=60, batch_size=3)
-
-
 def test_the_encoder_runs_once_and_the_decoder_in_chunks() -> None:
     toy = linear_gaussian(encoder_error=ENCODER_ERROR)
     encoded: list[int] = []
@@ -210,11 +196,3 @@ def test_parts_sum_up_to_the_whole_and_survive_extremes(offset: float) -> None:
     torch.testing.assert_close(streamed.sum, total)
     weights = log_weights.softmax(-1)
     torch.testing.assert_close(streamed.effective_samples, 1 / weights.square().sum(-1))
-
-
-def test_weights_that_are_all_zero() -> None:
-    streamed = StreamedWeights(1, device=torch.device("cpu"))
-    for _ in range(2):
-        streamed.add(torch.full((1, 3), -torch.inf))
-    assert streamed.log_sum.item() == -torch.inf
-    assert streamed.effective_samples.item() == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +12,6 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from tests.evaluation.test_run import IMAGES, NUM_IMAGES, batches, tiny_model
-from tests.support.distributed import run_ranks
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig
@@ -131,17 +129,6 @@ def test_reconstructions_are_those_of_the_posterior_mean_in_8_bits() -> None:
         error = (image - (255 * ink).round() / 255).square().mean()
         total -= 10 * math.log10(float(error))
     assert measured(13).measured["psnr_db"] == pytest.approx(total / 13, abs=1e-3)
-
-
-def test_two_ranks_and_other_batches_agree(tmp_path: Path) -> None:
-    alone = measured(13).measured
-    assert measured(4).measured == pytest.approx(alone, rel=1e-5)
-    first, second = run_ranks(2, measured_on_a_rank, tmp_path)
-    assert first == second == pytest.approx(alone, rel=1e-5)
-
-
-def measured_on_a_rank(_: Path) -> dict[str, float]:
-    return measured(2).measured
 
 
 # latents

@@ -235,7 +235,7 @@ def _write(
     facts: dict[str, float],
     belongs_to: Mapping[str, object],
 ) -> str:
-    """What became of it, in words: a run folder that is read-only costs the next command a fit."""
+    """What became of it, as a sentence: with a read-only run folder the next command fits again."""
     tensors = {
         "log_weights": mixture.log_weights,
         "means": mixture.means,

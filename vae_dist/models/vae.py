@@ -5,7 +5,7 @@
 
     ELBO = log_likelihood - kl.sum(1)
 
-A conditional model is told a label by both towers, for q(z|x, y) and p(x|z, y): int64 (B,), -1 for
+Labels of a conditional model condition both towers, q(z|x, y) and p(x|z, y): int64 (B,), -1 for
 none, which has an embedding of its own; p(z) stays N(0, I).
 
 Where the `mask` (B, 1, H, W) of incomplete images is not 1, a pixel is missing: the encoder sees 0
@@ -57,9 +57,8 @@ class VAEOutput(NamedTuple):
 class VAE(nn.Module):
     """`encoder` and `decoder` agree on the latent; `quant_conv` and `post_quant_conv` are the 1x1
     layers around a spatial latent, None for a vector one or where `shortcuts` lead to and from the
-    latent. `image_size` is the (H, W) that a vector
-    latent is bound to, None where any size will do. `sees_mask`: the encoder's last input is
-    the mask."""
+    latent. `image_size` is the (H, W) that a vector latent is bound to, None where any size will
+    do. `sees_mask`: the encoder's last input is the mask."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class VAE(nn.Module):
         self.latent_channels = latent_channels
         self.stride = stride
         self.image_size = image_size
-        self.num_classes = num_classes  # 0: labels are not looked at
+        self.num_classes = num_classes  # 0: labels are ignored
         self.sees_mask = sees_mask
         has_quant_convs = image_size is None and not shortcuts
         self.quant_conv = (

@@ -25,7 +25,7 @@ from vae_dist.config.schema import AdversarialConfig
 
 
 def first_step_of_generator(config: AdversarialConfig) -> int:
-    """The step from which the decoder hears of the discriminator."""
+    """The step from which the generator's term counts."""
     return config.start_step + config.warmup_steps
 
 
