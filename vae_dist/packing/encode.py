@@ -30,6 +30,7 @@ from vae_dist.data.buckets import Size, aspect, nearest
 from vae_dist.data.decode import size_of_sample
 from vae_dist.data.indexing import write_info
 from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.sources import is_pipe
 from vae_dist.data.tar import BLOCK, DamagedSampleError
 from vae_dist.data.writer import ShardWriter
 from vae_dist.distributed import Runtime
@@ -218,7 +219,8 @@ class Writer:
         device: torch.device,
     ) -> None:
         self.job, self.images, self.command, self.device = job, images, command, device
-        self.threads = max(1, loaded.config.data.workers)
+        is_in_order = any(map(is_pipe, images.index.paths))  # a command gives its bytes once
+        self.threads = 1 if is_in_order else max(1, loaded.config.data.workers)
         self.encoder = Encoder(loaded.model, command, device, images.settings.has_mask)
         self.num_channels = loaded.model.latent_channels
         self.skipped: list[str] = []  # of all shards that this process knows of

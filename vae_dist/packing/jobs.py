@@ -80,7 +80,7 @@ class ShardJob:
         path = self.out / self.summary
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
-            self._check_same(found["identity"], identity)
+            self._check_same(found.get("identity", {}), identity)
             shutil.rmtree(self.work, ignore_errors=True)
             return found
         is_free = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))

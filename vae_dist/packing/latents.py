@@ -84,18 +84,11 @@ def is_image(suffix: str) -> bool:
 def samples_in_order(
     reader: SampleReader, first: int, stop: int
 ) -> Iterator[tuple[int, int, memoryview]]:
-    """(shard, place in it, bytes) of the samples first, ..., stop - 1 of the index, one read for
-    each shard that they lie in."""
-    lengths = reader.index.lengths
-    firsts = np.cumsum(lengths) - lengths
-    shard = int(np.searchsorted(firsts, first, "right")) - 1
-    while shard < len(lengths) and firsts[shard] < stop:
-        low = max(first - int(firsts[shard]), 0)
-        high = min(stop - int(firsts[shard]), int(lengths[shard]))
-        if low < high:
-            for place, data in enumerate(reader.read(shard, low, high), low):
-                yield shard, place, data
-        shard += 1
+    """(shard, place in it, bytes) of the samples first, ..., stop - 1 of the index."""
+    runs = reader.in_order(first, stop)
+    places = [(run.shard, place) for run in runs for place in range(run.start, run.stop)]
+    for (shard, place), data in zip(places, reader.read_runs(runs), strict=True):
+        yield shard, place, data
 
 
 @dataclass
