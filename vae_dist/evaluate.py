@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_dist.cli import exit_process, run_command, writing
+from vae_dist.config.checks import metric_names
 from vae_dist.config.commands import EvaluateCommand
-from vae_dist.config.forms import metric_names
 
 if TYPE_CHECKING:
     from vae_dist.data.evaluation import EvaluationBatch

@@ -186,7 +186,6 @@ def test_all_problems_come_at_once() -> None:
         ("base: [a, b]\n", "base=[a, b] is not the name or path of one config"),
         ("data: 3\n", "configs/odd.yaml: data is a section"),
         ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
-        ("log: &a {every: 2}\nwandb: *a\n", "configs/odd.yaml: not readable as YAML: anchors"),
         ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
         (
             "seed: !!python/object/apply:os.getcwd []\n",
@@ -199,8 +198,8 @@ def test_a_damaged_file_is_named(text: str, expected: str) -> None:
     assert any(expected in problem for problem in refused("config=odd"))
 
 
-def test_a_file_is_read_in_the_encoding_that_its_first_bytes_say() -> None:
-    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+def test_a_file_is_utf_8() -> None:
+    for encoding in ("utf-8", "utf-8-sig"):
         Path("mine.yaml").write_bytes(f"{DATA}run: größe\n".encode(encoding))
         assert load_train_config(["config=mine.yaml"]).run == "größe"
     Path("mine.yaml").write_bytes("run: größe\n".encode("latin-1"))

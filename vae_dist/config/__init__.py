@@ -9,13 +9,10 @@ from vae_dist.config.schema import TrainConfig
 
 
 class _Callable(types.ModuleType):
-    """This package is also a function of the Python API: `vae_dist.config(...)`."""
-
     def __call__(self, *overrides: str) -> TrainConfig:
         """A checked training config from the `key=value` strings that the command line takes.
 
-        Raises:
-            ConfigError: lists every key that is wrong, with the nearest name.
+        Raises ConfigError, which lists every key that is wrong, with the nearest name.
 
         Example:
             >>> config = vae_dist.config("config=mnist", "training.steps=100", "run=runs/short")

@@ -1,8 +1,4 @@
-"""The errors that are meant for the person who typed the command, who gets no traceback.
-
-ConfigError: one problem or several with what was asked for, each a sentence that names key, value,
-rule and way out; its text lists them, one per line. CommandFailed: what ended it on the way.
-"""
+"""The errors that are meant for the user, who gets no traceback."""
 
 from __future__ import annotations
 
@@ -10,13 +6,10 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """One or more problems with what the user asked for; `problems` holds them in order."""
+    """One or more `problems` with what was asked for, a sentence each: key, value, rule, remedy."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems: tuple[str, ...] = (
-            (problems,) if isinstance(problems, str) else tuple(problems)
-        )
-        assert self.problems, "a ConfigError without a problem"
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:

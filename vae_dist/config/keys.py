@@ -1,4 +1,4 @@
-"""What a knob is: its default, description, range and form, and the flat view of a config.
+"""What a knob is: default, description, range and form, and the flat view of a config.
 
 A config class is a dataclass whose fields come from `knob` and `section`. In: such a class, or a
 filled instance. Out: one `Key` for each knob, by dotted name, and what is made of these: the text
@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
-HELP_WIDTH = 100
-HELP_COLUMN = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Key:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    form: str = ""  # words and kinds (vae_dist.config.forms), one of which the value is
+    form: str = ""  # words and kinds (vae_dist.config.checks), one of which the value is
     is_text: bool = False  # numbers in the value are read as text
 
     @property
@@ -94,11 +92,9 @@ def _walk(cls: type, prefix: str, outer: Mapping[str, Any]) -> Iterator[Key]:
         inherited, own = outer.get("when", "").split(), field.metadata.get("when", "").split()
         here = [c for c in inherited if c.partition("=")[0].rstrip("!") != name]
         here += [c if "." in c.partition("=")[0] else prefix + c for c in own]
-        rules["when"] = " ".join(here)
-        # A default is a value, or is made by a factory so that instances do not share a list.
         make = field.default_factory
         default = field.default if make is dataclasses.MISSING else make()
-        yield Key(name, kind, default, **rules)
+        yield Key(name, kind, default, **{**rules, "when": " ".join(here)})
 
 
 def conditions(text: str) -> list[tuple[str, bool, list[str]]]:
@@ -107,13 +103,15 @@ def conditions(text: str) -> list[tuple[str, bool, list[str]]]:
     return [(key.rstrip("!"), key[-1] == "!", values.split("|")) for key, _, values in parts]
 
 
-def sections(cls: type) -> set[str]:
-    """The dotted names that hold keys rather than a value."""
-    return {name.rpartition(".")[0] for name in keys(cls)} - {""}
-
-
 def value_of(config: Any, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
+
+
+def set_default(config: Any, name: str) -> None:
+    """Give the key its default again."""
+    section, _, leaf = name.rpartition(".")
+    holder = value_of(config, section) if section else config
+    setattr(holder, leaf, getattr(type(holder)(), leaf))
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -153,32 +151,14 @@ def wants_help(argv: list[str]) -> bool:
 
 def help_text(cls: type, *, usage: str, intro: str) -> str:
     """What `--help` prints: `usage`, `intro`, then every key with default and description."""
-    lines = [f"usage: {usage}", "", textwrap.fill(intro, HELP_WIDTH)]
+    lines = [f"usage: {usage}", "", textwrap.fill(intro, 100)]
     section = None
     for key in keys(cls).values():
-        name = key.name.rpartition(".")[0]
-        if name != section:
-            lines += ["", name or "keys"]
-            section = name
-        lines += _help_lines(key)
+        if section != (section := key.name.rpartition(".")[0]):
+            lines += ["", section or "keys"]
+        text = f"  {key.name}=" + ("..." if key.default == MISSING else shown(key.default))
+        text = text.ljust(39) + " " + "required: " * (key.default == MISSING) + key.help
+        text += f" (with {key.when})" if key.when else ""
+        text += f" [{' | '.join(map(str, key.choices))}]" if key.choices else ""
+        lines += textwrap.wrap(text, 100, subsequent_indent=" " * 40, break_on_hyphens=False)
     return "\n".join(lines)
-
-
-def _help_lines(key: Key) -> list[str]:
-    if key.default == MISSING:
-        left, note = f"  {key.name}=...", "required: "
-    else:
-        left, note = f"  {key.name}={shown(key.default)}", ""
-    text = note + key.help
-    if key.when:
-        text += f" (with {key.when})"
-    if key.choices:
-        text += f" [{' | '.join(str(choice) for choice in key.choices)}]"
-    indent = " " * HELP_COLUMN
-    lines = textwrap.wrap(
-        text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
-    if len(left) < HELP_COLUMN:
-        lines[0] = left.ljust(HELP_COLUMN) + lines[0].lstrip()
-        return lines
-    return [left, *lines]

@@ -4,21 +4,22 @@ In: arguments `key=value`, among them `config=NAME|PATH`. Later ones win:
 
     schema defaults < base of the file < file < command line
 
-What switches something off takes along what earlier ones tuned of it: adversarial.weight=0 on the
-command line is enough over a file with an adversarial recipe.
-Out: an instance of the schema's dataclass, or one ConfigError that lists every problem found. No
-torch is imported. Values follow YAML 1.2: `[1, 2]` is a list, `3e-4` and `010` are numbers, `null`
-is nothing, and `on`, `no`, `1:30` and `1_000` are words. Keys that take text take it as it stands.
+A key that a later one leaves without effect goes back to its default: adversarial.weight=0 on the
+command line is enough over a file with an adversarial recipe. Out: an instance of the schema's
+dataclass, or one ConfigError that lists every problem found. Values follow YAML 1.2: `[1, 2]` is a
+list, `3e-4` and `010` are numbers, `null` is nothing, `on` and `1_000` are words; keys that take
+text take it as it stands. No torch is imported.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -26,32 +27,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.config import checks
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import MISSING, Key, keys, sections, shown
+from vae_dist.config.keys import MISSING, Key, keys, set_default, shown
 from vae_dist.config.schema import TrainConfig
 
 T = TypeVar("T")
+Layer = tuple[str, dict[str, Any]]  # a file's path (empty: command line); its settings, as text
 TEXT = (str, str | None)
 EXPECTED: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "text",
-    str | None: "text or null",
     list[int]: "a list of whole numbers, as in [1, 2]",
     list[float]: "a list of numbers, as in [0.5, 1]",
     list[str]: "a list of words, as in [a, b]",
-    Any: "a value",
 }
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class _Yaml(yaml.BaseLoader):
-    """Every scalar as text; each key once, no anchors."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"anchors are not read{self.peek_event().start_mark}")
-        return super().compose_node(parent, index)
+    """Every scalar as text; each key once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -60,45 +54,27 @@ class _Yaml(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """One value that was given, its scalars as text. `origin` is the file, or empty."""
-
-    name: str
-    text: Any
-    origin: str = ""
-
-    def problem(self, sentence: str) -> str:
-        return f"{self.origin}: {sentence}" if self.origin else sentence
-
-
 def load_train_config(argv: list[str]) -> TrainConfig:
     """The config that `argv` asks for. Raises ConfigError with all problems at once."""
     problems: list[str] = []
-    given = _parse_arguments(TrainConfig, argv, problems)
-    chosen = [str(setting.text) for setting in given if setting.name == "config"]
+    arguments = _arguments(TrainConfig, argv, problems)
+    name = str(arguments.get("config", ""))
     try:
-        if not chosen:
-            raise ConfigError("config is missing; for example config=mnist" + _there_are())
-        inherited = _file_settings(_find(chosen[-1], key="config"), chain=())
+        if not name:
+            raise ConfigError(f"config is missing; for example config=mnist {_there_are()}")
+        files = _layers(_find(name, key="config"))
     except ConfigError as error:
-        problems += error.problems
-        required = [key.name for key in keys(TrainConfig).values() if key.default == MISSING]
-        _fill(TrainConfig, [*(_Setting(name, "-") for name in required), *given], problems)
-        raise ConfigError(problems) from None
-    settings = [*inherited, *given]
-    config, wrong = _fill(TrainConfig, settings, problems)
-    if off := _switched_off(settings, config):
-        config, _ = _fill(TrainConfig, [s for s in settings if s.name not in off], [])
-    config.run = config.run or f"runs/{Path(chosen[-1]).stem}"
-    return _checked(config, wrong, problems)
+        _fill(TrainConfig, [("", arguments)], problems, is_partial=True)
+        raise ConfigError([*error.problems, *problems]) from None
+    config = _checked(TrainConfig, [*files, ("", arguments)], problems)
+    config.run = config.run or f"runs/{Path(name).stem}"
+    return config
 
 
 def load_command(cls: type[T], argv: list[str]) -> T:
     """The keys of another command. Raises ConfigError with all problems at once."""
     problems: list[str] = []
-    command, wrong = _fill(cls, _parse_arguments(cls, argv, problems), problems)
-    return _checked(command, wrong, problems)
+    return _checked(cls, [("", _arguments(cls, argv, problems))], problems)
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -108,10 +84,10 @@ def to_yaml(config: TrainConfig) -> str:
 def from_yaml(text: str, *, origin: str = "config.yaml") -> TrainConfig:
     """The config that `to_yaml` wrote. Keys and types are checked, rules between keys are not."""
     problems: list[str] = []
-    settings = _flat(_file_values(text, origin), "", origin)
-    config, _ = _fill(TrainConfig, settings, problems)
+    layer = (origin, dict(_flat(_parsed(text, origin))))
+    config, _ = _fill(TrainConfig, [layer], problems)
     if problems:
-        raise ConfigError(f"{origin}: {line.removeprefix(f'{origin}: ')}" for line in problems)
+        raise ConfigError(problems)
     return config
 
 
@@ -125,65 +101,56 @@ def _folders() -> list[Path]:
     return [Path("configs"), shipped if shipped.is_dir() else PACKAGE.parent / "configs"]
 
 
-def config_names() -> list[str]:
-    """The names that `config=` takes here."""
+def _names() -> list[str]:
     return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
 
 
 def _there_are() -> str:
-    return f" (there are: {', '.join(config_names()) or 'none here'}; or give a YAML file's path)"
+    return f"(there are: {', '.join(_names()) or 'none here'}; or give a YAML file's path)"
 
 
 def _find(name: str, *, key: str, beside: Path | None = None) -> Path:
     """The file of a name or a path; `beside` is the folder of the file that has the `base`."""
     if "/" in name or name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser() if beside is None else beside / name
+        places = [(beside or Path()) / Path(name).expanduser()]
+        problem = f"no such file: {places[0]}"
+    else:
+        folders = [beside, *_folders()] if beside else _folders()
+        places = [folder / f"{name}.yaml" for folder in folders]
+        problem = "no config has this name"
+    for path in places:
         if path.is_file():
             return path
-        hint = f"; did you mean {path.stem}?" if path.stem in config_names() else ""
-        raise ConfigError(f"{key}={name}: no such file: {path}{hint}")
-    for folder in ([beside] if beside else []) + _folders():
-        path = folder / f"{name}.yaml"
-        if path.is_file():
-            return path
-    close = difflib.get_close_matches(name, config_names(), n=1)
+    close = get_close_matches(Path(name).stem, _names(), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"{key}={name}: no config has this name{hint}" + _there_are())
+    raise ConfigError(f"{key}={name}: {problem}{hint} {_there_are()}")
 
 
-def _file_settings(path: Path, *, chain: tuple[Path, ...]) -> list[_Setting]:
+def _layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
     """The settings of a file after those of its bases."""
     chain = (*chain, path.resolve())
     if path.resolve() in chain[:-1]:
         names = " -> ".join(link.name for link in chain)
         raise ConfigError(f"{path}: base leads back to the file itself: {names}; remove one base")
-    values = _file_values(_text(path), str(path))
+    try:
+        values = _parsed(path.read_text("utf-8-sig"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no UTF-8 text ({error.reason}); save it as UTF-8") from None
     base = values.pop("base", None)
-    inherited: list[_Setting] = []
-    if isinstance(base, str):
-        found = _find(base, key=f"{path}: base", beside=path.parent)
-        inherited = _file_settings(found, chain=chain)
-    elif base is not None:
+    own = (str(path), dict(_flat(values)))
+    if base is None:
+        return [own]
+    if not isinstance(base, str):
         raise ConfigError(f"{path}: base={shown(base)} is not the name or path of one config")
-    return [*inherited, *_flat(values, "", str(path))]
+    return [*_layers(_find(base, key=f"{path}: base", beside=path.parent), chain), own]
 
 
 # ---- reading ----
 
 
-def _text(path: Path) -> str:
-    """Of a file in UTF-8, or in UTF-16 as its first two bytes then say."""
-    try:
-        data = path.read_bytes()
-        is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no UTF-8 text ({error.reason}); save it as UTF-8") from None
-
-
-def _file_values(text: str, origin: str) -> dict[str, Any]:
+def _parsed(text: str, origin: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Yaml) or {}
     except (yaml.YAMLError, RecursionError) as error:
@@ -194,47 +161,40 @@ def _file_values(text: str, origin: str) -> dict[str, Any]:
     return values
 
 
-def _flat(values: dict[str, Any], prefix: str, origin: str) -> Iterator[_Setting]:
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    sections = {name.rpartition(".")[0] for name in keys(TrainConfig)} - {""}
     for name, text in values.items():
-        if prefix + name in sections(TrainConfig) and (not text or isinstance(text, dict)):
-            yield from _flat(text or {}, f"{prefix}{name}.", origin)
+        if prefix + name in sections and (not text or isinstance(text, dict)):
+            yield from _flat(text or {}, f"{prefix}{name}.")
         else:
-            yield _Setting(prefix + name, text, origin)
+            yield prefix + name, text
 
 
-def _parse_arguments(cls: type, argv: Iterable[str], problems: list[str]) -> list[_Setting]:
-    settings = []
+def _arguments(cls: type, argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
+    """The settings of the command line: lists, mappings and quoted words as YAML has them."""
+    settings: dict[str, Any] = {}
     for argument in argv:
         name, equals, text = argument.partition("=")
+        key = keys(cls).get(name)
         if not equals or not name or name != name.strip():
-            problems.append(
-                f"{argument!r} is not key=value (no spaces around =; --help lists keys)"
-            )
+            problems.append(f"{argument!r} is not key=value (no spaces around =; see --help)")
         elif name.startswith("-"):
             problems.append(f"{argument}: keys take no dashes; write {argument.lstrip('-')}")
         else:
-            key = keys(cls).get(name)
+            settings[name] = text
             is_one = key is not None and (key.type in TEXT or bool(key.choices))
-            settings.append(_Setting(name, _argument(text, is_one=is_one)))
+            if text.startswith(("'", '"') if is_one else ("'", '"', "[", "{")):
+                # not YAML: a pattern of shards that begins with a brace or a bracket
+                with contextlib.suppress(yaml.YAMLError, RecursionError):
+                    settings[name] = yaml.load(text, _Yaml)
     return settings
-
-
-def _argument(text: str, *, is_one: bool) -> Any:
-    """A list or mapping as YAML has it, or the text itself; `is_one`: the key takes no list."""
-    try:
-        value = yaml.load(text, _Yaml)
-    except (yaml.YAMLError, RecursionError):  # a brace or star pattern at the start
-        return text
-    if isinstance(value, str):
-        return value if text.strip()[0] in "'\"" else text
-    return text if is_one or value is None else value
 
 
 def _value(key: Key, text: Any) -> Any:
     """What the text says to the key: numbers where it takes them, otherwise text as it stands."""
     if isinstance(text, dict):  # the weight of a data set in a mixture is a number
-        weighed = replace(key, is_text=False)
-        return {name: _value(weighed if name == "weight" else key, t) for name, t in text.items()}
+        number = replace(key, is_text=False)
+        return {name: _value(number if name == "weight" else key, t) for name, t in text.items()}
     if isinstance(text, list):
         return [_value(key, item) for item in text]
     takes_text = key.is_text or key.type in (*TEXT, list[str])
@@ -261,80 +221,56 @@ def _scalar(text: str) -> Any:
 # ---- filling ----
 
 
-def _checked(config: T, wrong: set[str], problems: list[str]) -> T:
-    """The config. Raises ConfigError with `problems` and the rules that it breaks."""
-    # A rule between keys says nothing useful while one of its keys has no good value.
-    problems += [v.text for v in checks.violations(config) if not wrong & set(v.keys)]
+def _fill(
+    cls: type[T], layers: list[Layer], problems: list[str], *, is_partial: bool = False
+) -> tuple[T, set[str]]:
+    """A `cls` with every good setting, and the keys that have no good value.
+
+    Appends what is wrong to `problems`, and unless `is_partial` what is missing.
+    """
+    tree, known = OmegaConf.structured(cls), keys(cls)
+    given = {name: (origin, text) for origin, values in layers for name, text in values.items()}
+    wrong: set[str] = set()
+    for name, (origin, text) in given.items():
+        sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
+        if sentence:
+            problems.append(f"{origin}: {sentence}" if origin else sentence)
+            wrong.add(name)
+    for name, key in known.items():
+        if key.default == MISSING and (name not in given or name in wrong):
+            OmegaConf.update(tree, name, "")  # lets the other keys be checked
+        if key.default == MISSING and name not in given and not is_partial:
+            origin = f"{layers[-1][0]}: " if layers[-1][0] else ""
+            problems.append(f"{origin}{name} is missing: {key.help}; give {name}=...")
+            wrong.add(name)
+    config: Any = OmegaConf.to_object(tree)
+    return config, wrong
+
+
+def _set(tree: Any, key: Key, text: Any) -> str:
+    """Set the value; what is wrong with it otherwise."""
+    value = _value(key, text)
+    if "${" in str(value):  # OmegaConf would evaluate it: environment, other keys, resolvers
+        return f"{key.name}: ${{...}} is not evaluated; write the value"
+    try:
+        OmegaConf.update(tree, key.name, value, merge=False)
+        is_kept = OmegaConf.select(tree, key.name) == value  # not converted, as "on" would be
+    except OmegaConfBaseException:
+        is_kept = False
+    return "" if is_kept else _wrong_value(key, text)
+
+
+def _checked(cls: type[T], layers: list[Layer], problems: list[str]) -> T:
+    """The filled config. Raises ConfigError with `problems`, its own and the rules it breaks."""
+    config, wrong = _fill(cls, layers, problems)
+    level = {name: number for number, (_, values) in enumerate(layers) for name in values}
+    for name, other in list(checks.without_effect(config)):
+        if level.get(name, 0) < level.get(other, 0):  # what came later switched it off
+            set_default(config, name)
+    problems += checks.problems(config, wrong)
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def _fill(cls: type[T], settings: Iterable[_Setting], problems: list[str]) -> tuple[T, set[str]]:
-    """A `cls` with every good setting, and the keys that have no good value.
-
-    Appends what is wrong and what is missing to `problems`; then the result is for checks only.
-    """
-    tree = OmegaConf.structured(cls)
-    known = keys(cls)
-    missing = {key.name for key in known.values() if key.default == MISSING}
-    wrong: set[str] = set()
-    for setting in settings:
-        key = known.get(setting.name)
-        if key is None:
-            problems.append(setting.problem(_unknown(cls, setting.name)))
-        elif sentence := _set(tree, key, setting):
-            problems.append(setting.problem(sentence))
-            wrong.add(key.name)
-        else:
-            missing.discard(key.name)
-    for name in missing:
-        OmegaConf.update(tree, name, "")  # lets the other keys be checked
-    problems += [
-        f"{key.name} is missing: {key.help}; give {key.name}=..."
-        for key in known.values()
-        if key.name in missing - wrong
-    ]
-    config: Any = OmegaConf.to_object(tree)
-    return config, wrong | missing
-
-
-def _set(tree: Any, key: Key, setting: _Setting) -> str:
-    """Set the value; what is wrong with it otherwise."""
-    value = _value(key, setting.text)
-    if "${" in str(value):  # OmegaConf would evaluate it: environment, other keys, resolvers
-        return f"{key.name}: ${{...}} is not evaluated; write the value"
-    if not _fits(key.type, value) or value == MISSING:
-        return _wrong_value(key, setting.text)
-    try:
-        OmegaConf.update(tree, key.name, value, merge=False)
-    except OmegaConfBaseException:
-        return _wrong_value(key, setting.text)
-    return ""
-
-
-def _switched_off(settings: list[_Setting], config: TrainConfig) -> set[str]:
-    """The keys that had an effect in the file that set them, until what came later took it."""
-    off = set()
-    for name in _without_effect(config):
-        origin = [setting.origin for setting in settings if setting.name == name][-1]
-        of_origin = [place for place, setting in enumerate(settings) if setting.origin == origin]
-        earlier = _fill(TrainConfig, settings[: of_origin[-1] + 1], [])[0]
-        if name not in _without_effect(earlier):
-            off.add(name)
-    return off
-
-
-def _without_effect(config: TrainConfig) -> list[str]:
-    return [rule.keys[0] for rule in checks.violations(config) if rule.is_without_effect]
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a number, truth value or list is of the type: OmegaConf would convert text."""
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(get_args(kind)[0], item) for item in value)
-    numbers = {int: (int,), float: (int, float), bool: (bool,)}
-    return type(value) in numbers[kind] if kind in numbers else True
 
 
 # ---- what is said of wrong settings ----
@@ -342,34 +278,30 @@ def _fits(kind: Any, value: Any) -> bool:
 
 def _unknown(cls: type, name: str) -> str:
     known = list(keys(cls))
-    inside = [key for key in known if key.startswith(name + ".")]
-    around = [key for key in known if name.startswith((key + ".", key + "["))]
-    if inside:
+    if inside := [key for key in known if key.startswith(name + ".")]:
         return f"{name} is a section; set its keys, for example {inside[0]}"
-    if around:
-        return f"{name}: {around[0]} is one value; give it whole, as {around[0]}=..."
     if name == "base":
         return "base belongs in a YAML file; on the command line give config=..."
-    leaves = [key.rpartition(".")[2] for key in known]
+    leaves = {key: key.rpartition(".")[2] for key in known}
     last = name.rpartition(".")[2]  # keys with the same last part win
-    close = [] if last in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    likely = difflib.get_close_matches(last, leaves, n=1)
-    guesses = close or [key for key, leaf in zip(known, leaves, strict=True) if leaf in likely][:3]
+    close = [] if last in leaves.values() else get_close_matches(name, known, n=1)
+    likely = get_close_matches(last, leaves.values(), n=1)
+    guesses = close or [key for key in known if leaves[key] in likely][:3]
     hint = f"; did you mean {' or '.join(guesses)}?" if guesses else ""
     return f"{name}: there is no such key{hint} (--help lists all)"
 
 
 def _wrong_value(key: Key, text: Any) -> str:
-    value = _value(key, text)
-    words = "one of " + ", ".join(map(str, key.choices)) if key.choices else EXPECTED[key.type]
+    value, choices = _value(key, text), [str(choice) for choice in key.choices]
+    words = f"one of {', '.join(choices)}" if choices else EXPECTED.get(key.type, "text")
     if value is None:
         return f"{key.name}= gives no value; it takes {words}"
     meant: Any = int(value) if isinstance(value, float) and value.is_integer() else None
-    if isinstance(value, str) and not key.choices:
+    if isinstance(value, str) and not choices:
         truths = {"yes": True, "on": True, "no": False, "off": False}
         meant = truths.get(value.lower(), _scalar(value.replace("_", "")))
     sentence = f"{key.name}={shown(text)} is not {words}"
-    if meant is not None and _fits(key.type, meant):
+    if type(meant) is key.type:
         return f"{sentence}; write {key.name}={shown(meant)}"
-    close = difflib.get_close_matches(str(value), [str(choice) for choice in key.choices], n=1)
+    close = get_close_matches(str(value), choices, n=1)
     return f"{sentence}; did you mean {close[0]}?" if close else sentence

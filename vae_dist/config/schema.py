@@ -107,7 +107,7 @@ class ModelConfig(Section):
         [64, 128, 256],
         "width of each level; each level after the first halves the resolution (dense: width of "
         "each hidden layer)",
-        ge=1,
+        form="COUNTS",
     )
     patch: int = knob(
         1, "patch x patch pixels become channels before the first level", ge=1, when="arch=conv"

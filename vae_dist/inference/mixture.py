@@ -35,9 +35,9 @@ from torch.distributions import (
     Normal,
 )
 
+from vae_dist.config.checks import mixture_prior
 from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.forms import mixture_prior
 from vae_dist.data.evaluation import EvaluationBatch, EvaluationStream
 from vae_dist.evaluation.run import inputs_of
 from vae_dist.files import write_durably
@@ -148,15 +148,14 @@ def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) 
 
     Raises ConfigError for a model or data that it cannot be fitted to.
     """
-    asked = mixture_prior(command.prior)
-    assert asked is not None
+    num_components, covariance = mixture_prior(command.prior)
     model, num_latents = loaded.model, loaded.model.latent_channels
     if model.image_size is None:
         raise ConfigError(
             f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
             "spatial one; train with model.latent=vector, or use prior=normal"
         )
-    chosen = asked.covariance or ("full" if num_latents <= FULL_UP_TO else "diagonal")
+    chosen = covariance or ("full" if num_latents <= FULL_UP_TO else "diagonal")
     config = loaded.config
     images = open_images(config, config.data.train, create=True, key="data.train")
     num_images = min(command.prior_images or images.index.num_samples, images.index.num_samples)
@@ -166,10 +165,10 @@ def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) 
         "weights_digest": weights_digest(model),
         "train_data": images.index.fingerprint,
         "num_images": num_images,
-        "components": asked.num_components,
+        "components": num_components,
         "covariance": chosen,
     }
-    name = f"gmm{asked.num_components}_{chosen}_{command.weights}_step_{loaded.step:08d}"
+    name = f"gmm{num_components}_{chosen}_{command.weights}_step_{loaded.step:08d}"
     file = Path(command.run) / "priors" / f"{name}.safetensors"
     known, kept = _read(file, belongs_to), f"from {file}"
     if known is None:
@@ -178,18 +177,16 @@ def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) 
             images.index, images.settings, batch_size=command.batch_size, max_images=num_images
         )
         z = aggregate_posterior(model, stream, seed=config.seed)
-        if len(z) < asked.num_components:
+        if len(z) < num_components:
             raise ConfigError(
                 f"prior={command.prior}: {len(z)} training images could be read, fewer than "
                 "components; ask for fewer"
             )
-        known = fit_mixture(
-            z, num_components=asked.num_components, covariance=chosen, seed=config.seed
-        )
+        known = fit_mixture(z, num_components=num_components, covariance=chosen, seed=config.seed)
         kept = _write(file, *known, belongs_to)
     mixture, facts = known
     description = (
-        f"prior {asked.num_components} Gaussians, {chosen} covariance, fitted to "
+        f"prior {num_components} Gaussians, {chosen} covariance, fitted to "
         f"{facts['latents']} training images of step {loaded.step} in {facts['iterations']} "
         f"iterations: {facts['cross_entropy_nats']:.2f} nats per latent vector, N(0, I) "
         f"{facts['cross_entropy_normal_nats']:.2f} ({kept})"
