@@ -264,7 +264,7 @@ def test_a_folder_that_cannot_be_written(copied: Path, monkeypatch: pytest.Monke
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("vae_dist.data.index.write_durably", refuse)
+    monkeypatch.setattr("vae_dist.data.indexing.write_durably", refuse)
     with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied.*copy the sh"):
         load_index(str(copied), key="data.train", create=True)
 

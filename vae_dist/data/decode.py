@@ -121,13 +121,10 @@ def _read_jpeg(
     at_least: tuple[int, int] | None,
     out: np.ndarray | None,
 ) -> np.ndarray:
-    place = None if out is None else out.transpose(1, 2, 0)
-    decoded = read_jpeg(data, header, channels, at_least=at_least, out=place)
-    if decoded is None:
+    pixels = read_jpeg(data, header, channels, at_least=at_least, out=out)
+    if pixels is None:
         return _decode_by_pillow(data, "JPEG", channels, max_pixels, at_least)
-    if out is not None and decoded is place:
-        return out
-    return decoded.transpose(2, 0, 1)
+    return pixels
 
 
 def _with_mask(

@@ -72,29 +72,30 @@ def read_jpeg(
     at_least: tuple[int, int] | None,
     out: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """uint8 (H, W, channels), channels 1 or 3, or None: let Pillow try.
+    """uint8 (channels, H, W), channels 1 or 3, or None: let Pillow try.
 
-    out: (H, W, C) in one piece; an upright image of that size is decoded there, and `out` itself.
-    Raises DamagedSampleError for damaged pixels.
+    out: (channels, H, W), in memory as (H, W, channels); an upright image of that size is decoded
+    there, and is `out` itself. Raises DamagedSampleError for damaged pixels.
     """
     height, width, turn = header
-    fits = out is not None and out.shape == (height, width, channels) and turn == 1
-    scale = 1
-    if at_least is not None:
-        scale = _scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
     try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(
+        if out is not None and turn == 1 and out.shape == (channels, height, width):
+            simplejpeg.decode_jpeg(data, COLOURSPACES[channels], buffer=out.transpose(1, 2, 0))
+            return out
+        scale = 1
+        if at_least is not None:
+            scale = _scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
+        pixels = simplejpeg.decode_jpeg(
             data,
             COLOURSPACES[channels],
             min_height=0 if scale == 1 else -(-height // scale),
             min_width=0 if scale == 1 else -(-width // scale),
-            buffer=out if fits else None,
         )
     except ValueError as error:
         if str(error).startswith(WRONG_PIXELS) and not PADDING.match(str(error)):
             raise DamagedSampleError(f"damaged JPEG ({error})") from None
         return None
-    return out if fits else upright(pixels, turn)
+    return upright(pixels, turn).transpose(2, 0, 1)
 
 
 def _scale(height: int, width: int, needed: tuple[int, int]) -> int:

@@ -93,7 +93,8 @@ class WindowReader:
         self._window = self._following = order.window_at(sequence, row)
         self._requested = self._request(self._following)
         self._end_row = row  # of the current window: none is entered yet
-        self._samples: Future[Samples] | None = None
+        self._awaited: Future[Samples] | None = None
+        self._samples: Samples = []  # of the current window, once they are there
         self._positions: list[int] = []  # in the window, in the order in which they are shown
         self._sizes: list[Size] = []  # of the window's slots, with aspect buckets
         self._first_row = self._previous_row = -1  # of the current window, and of the one before
@@ -143,7 +144,7 @@ class WindowReader:
 
     def _enter(self) -> None:
         """Go to the following window, and ask for the one after it."""
-        self._window, self._samples = self._following, self._requested
+        self._window, self._awaited, self._samples = self._following, self._requested, []
         window = self._window
         self._previous_row, self._first_row = self._first_row, window.first_row
         self._end_row = window.end_row
@@ -173,9 +174,10 @@ class WindowReader:
 
     def _read(self) -> Samples:
         """The undecoded samples of this window; waits for them."""
-        if self._samples is None:
-            self._samples = self._read_ahead.request(self._window.runs)
-        return self._samples.result()
+        if not self._samples:
+            awaited = self._awaited or self._read_ahead.request(self._window.runs)
+            self._samples = awaited.result()
+        return self._samples
 
     def _prepared(
         self,
