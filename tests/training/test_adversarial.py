@@ -204,7 +204,7 @@ def test_the_gradient_is_that_of_the_sum_of_all_terms(runtime: Runtime) -> None:
     batch = picture_batch(runtime, 1)
     (group,) = batch.groups
     images, noise = step._inputs(group, 1)
-    jitter = step._latent_noise(group, noise, 1)
+    jitter = step._more_inputs(group, noise.shape, 1)["latent_noise"]
     output, half_size = step.vae(images, noise, latent_noise=jitter, half_size=True)
     pictures = group.images.float() / 127.5 - 1
     means = step.vae.likelihood.mean(output.params)

@@ -13,7 +13,7 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -118,6 +118,12 @@ class Transfer:
         return group._replace(images=images, masks=masks)
 
 
+def _scaled_normal(part: torch.Tensor, *, generator: torch.Generator) -> None:
+    """Normal noise, for each image (dimension 0) times the size of another normal draw."""
+    sizes = torch.randn(len(part), generator=generator).abs()
+    part.normal_(generator=generator).mul_(sizes.view(-1, *[1] * (part.ndim - 1)))
+
+
 class TrainingStep:
     """Callable: `(batch, step) -> StepReport`, and the model is one step further."""
 
@@ -196,7 +202,7 @@ class TrainingStep:
         images, noise = self._inputs(group, step)
         labels, mask = self._labels(group, step), self._mask(group)
         with self.runtime.strategy.accumulate(self.wrapped, is_last=is_last):
-            more = self._more_inputs(group, noise, step)
+            more = self._more_inputs(group, noise.shape, step)
             result = self.wrapped(images, noise, labels, mask, **more)
             output, half_size = result if "half_size" in more else (result, None)
             beta = beta_at(self.config.objective, step)
@@ -249,49 +255,55 @@ class TrainingStep:
             for start in range(0, len(group.slots), num_slots or len(group.slots))
         ]
 
-    def _inputs(self, group: Group, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images in [-1, 1] (b, C, H, W) and latent noise, drawn slot by slot."""
-        device, likelihood = self.runtime.device, self.vae.likelihood
-        levels = group.images.to(device, non_blocking=True).contiguous()
-        images_per_slot = len(levels) // len(group.slots)
+    def _inputs(self, group: Group, step: int) -> tuple[torch.Tensor, ...]:
+        """Images in [-1, 1] (b, C, H, W), and noise of the latents."""
+        likelihood, objective = self.vae.likelihood, self.config.objective
+        levels = group.images.to(self.runtime.device, non_blocking=True).contiguous()
         latent = self.vae.latent_shape(*levels.shape[-2:])
-        # each slot draws into its part: no copies to join
-        noise = torch.empty(noise_shape(self.config.objective, len(levels), latent))
-        for slot, part in zip(group.slots, noise.split(images_per_slot), strict=True):
-            # latents are small: drawn on the CPU, the same on every device
-            self._generator.manual_seed(derive_seed(self.config.seed, "posterior", step, slot))
-            part.normal_(generator=self._generator)
+        # latents are small: drawn on the CPU, the same on every device
+        shape = noise_shape(objective, len(levels), latent)
+        noise = self._drawn("posterior", group, step, shape, torch.Tensor.normal_)
         uniform = None
         if likelihood.needs_uniform:
-            uniform = torch.empty(levels.shape, device=device)
-            for slot, part in zip(group.slots, uniform.split(images_per_slot), strict=True):
-                self._device_generator.manual_seed(
-                    derive_seed(self.config.seed, "levels", step, slot)
-                )
-                part.uniform_(generator=self._device_generator)
-        images = likelihood.prepare(levels, uniform)
-        return images, self._sent(noise)
+            draw = torch.Tensor.uniform_
+            uniform = self._drawn("levels", group, step, levels.shape, draw, on_host=False)
+        return likelihood.prepare(levels, uniform), self._sent(noise)
+
+    def _drawn(
+        self,
+        purpose: str,
+        group: Group,
+        step: int,
+        shape: Sequence[int],
+        draw: Callable[..., object],
+        *,
+        on_host: bool = True,
+    ) -> torch.Tensor:
+        """(b, ...) for the images of a group; draw(part, generator=...) fills each slot's part."""
+        generator = self._generator if on_host else self._device_generator
+        values = torch.empty(tuple(shape), device=generator.device)
+        parts = values.split(len(values) // len(group.slots))
+        for slot, part in zip(group.slots, parts, strict=True):
+            generator.manual_seed(derive_seed(self.config.seed, purpose, step, slot))
+            draw(part, generator=generator)
+        return values
 
     def _sent(self, drawn: torch.Tensor) -> torch.Tensor:
-        """Drawn on the host, on the device; a CUDA device is waited for unless memory is pinned."""
+        """From host to device; CUDA is waited for unless memory is pinned."""
         if self.runtime.device.type == "cuda":
             drawn = drawn.pin_memory()
         return drawn.to(self.runtime.device, non_blocking=True)
 
     def _labels(self, group: Group, step: int) -> torch.Tensor | None:
-        """int64 (b,), -1 where there is none or where it is hidden in this step, slot by slot;
-        None for a model without labels."""
+        """int64 (b,), -1 where there is none or where it is hidden in this step; None for a model
+        without labels."""
         if not self.vae.num_classes:
             return None
         labels, dropout = group.labels, self.config.model.label_dropout
         if dropout:
-            hidden = []
-            for slot in group.slots:
-                seed = derive_seed(self.config.seed, "label-dropout", step, slot)
-                self._generator.manual_seed(seed)
-                draws = torch.rand(len(labels) // len(group.slots), generator=self._generator)
-                hidden.append(draws)
-            labels = torch.where(torch.cat(hidden) < dropout, NO_LABEL, labels)
+            shape, draw = labels.shape, torch.Tensor.uniform_
+            hidden = self._drawn("label-dropout", group, step, shape, draw) < dropout
+            labels = torch.where(hidden, NO_LABEL, labels)
         return self._sent(labels)
 
     def _mask(self, group: Group) -> torch.Tensor | None:
@@ -300,28 +312,15 @@ class TrainingStep:
             return None
         return group.masks.to(self.runtime.device, non_blocking=True)
 
-    def _more_inputs(self, group: Group, noise: torch.Tensor, step: int) -> dict[str, Any]:
-        """What the forward is asked for beside the bound; nothing by default."""
+    def _more_inputs(self, group: Group, shape: Sequence[int], step: int) -> dict[str, Any]:
+        """What the forward is asked for beside the bound; nothing by default. Noise of latents,
+        `shape`, has a size that is drawn for each image."""
         objective = self.config.objective
-        more: dict[str, Any] = {}
-        if objective.scale_equivariance:
-            more["half_size"] = True
+        more: dict[str, Any] = {"half_size": True} if objective.scale_equivariance else {}
         if objective.latent_noise:
-            more["latent_noise"] = self._latent_noise(group, noise, step)
+            noise = self._drawn("latent-noise", group, step, shape, _scaled_normal)
+            more["latent_noise"] = self._sent(noise * objective.latent_noise)
         return more
-
-    def _latent_noise(self, group: Group, noise: torch.Tensor, step: int) -> torch.Tensor:
-        """Of the shape of the posterior's noise, its size drawn for each image, slot by slot."""
-        images_per_slot = len(noise) // len(group.slots)
-        drawn = []
-        for slot in group.slots:
-            seed = derive_seed(self.config.seed, "latent-noise", step, slot)
-            self._generator.manual_seed(seed)
-            sizes = torch.randn(images_per_slot, generator=self._generator).abs()
-            values = torch.randn((images_per_slot, *noise.shape[1:]), generator=self._generator)
-            drawn.append(values * sizes.view(-1, *[1] * (values.ndim - 1)))
-        scaled = torch.cat(drawn) * self.config.objective.latent_noise
-        return self._sent(scaled)
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """The gradient's norm before clipping, 1.0 where it or the discriminator's is not finite,
