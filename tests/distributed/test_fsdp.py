@@ -10,9 +10,8 @@ from tests.support.distributed import run_ranks
 from tests.support.training import losses, rows, train, weights
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime, full_value, local_part
-from vae_dist.models.build import build_vae
-from vae_dist.training.optimizer import Ema, build_optimizer, optimizer_tensors
-from vae_dist.training.step import TrainingStep
+from vae_dist.training.build import build_step
+from vae_dist.training.optimizer import optimizer_tensors
 
 Outcome = tuple[list[float], dict[str, torch.Tensor], list[float], int, int]
 
@@ -29,16 +28,7 @@ def three_steps(
         settings.likelihood.variance = "per_channel"  # three numbers for two ranks
     # Adam divides by the root of small squares: a small eps would amplify rounding without bound
     settings.optimizer.eps, settings.optimizer.lr, settings.optimizer.warmup_steps = 1.0, 1e-2, 0
-    vae = build_vae(settings, (8, 8))
-    replica = build_vae(settings, (8, 8))
-    step = TrainingStep(
-        settings,
-        runtime,
-        wrapped=runtime.strategy.wrap(vae),
-        vae=vae,
-        optimizer=build_optimizer(vae, settings.optimizer),
-        ema=Ema(vae, decay=0.9, replica=replica),
-    )
+    step = build_step(settings, runtime, (8, 8))
     inputs = step._inputs
 
     def poisoned(data, number):
@@ -53,12 +43,12 @@ def three_steps(
         norms.append(float(report.grad_norm))
         flags.append(float(report.found_inf))
     state = {
-        **{f"model/{k}": full_value(v.detach()) for k, v in vae.state_dict().items()},
+        **{f"model/{k}": full_value(v.detach()) for k, v in step.vae.state_dict().items()},
         **{f"ema/{k}": v for k, v in step.ema.module.state_dict().items()},
-        **{k: full_value(v) for k, v in optimizer_tensors(step.optimizer, vae).items()},
+        **{k: full_value(v) for k, v in optimizer_tensors(step.optimizer, step.vae).items()},
     }
     count = int(state["step/encoder.conv_in.weight"])
-    held = sum(local_part(p).numel() for p in vae.parameters())
+    held = sum(local_part(p).numel() for p in step.vae.parameters())
     return norms, {k: v.clone() for k, v in state.items()}, flags, count, held
 
 

@@ -11,8 +11,7 @@ from tests.support.distributed import run_ranks
 from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
 from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
-from vae_dist.models.build import build_vae
-from vae_dist.training.optimizer import Ema, build_optimizer
+from vae_dist.training.build import build_step
 from vae_dist.training.step import StepReport, TrainingStep
 
 BATCH_SIZE, SLOTS = 16, 8
@@ -42,15 +41,7 @@ def config(
 
 
 def training_step(config: TrainConfig, runtime: Runtime) -> TrainingStep:
-    vae = build_vae(config, (8, 8))
-    return TrainingStep(
-        config,
-        runtime,
-        wrapped=runtime.strategy.wrap(vae),
-        vae=vae,
-        optimizer=build_optimizer(vae, config.optimizer),
-        ema=Ema(vae, decay=0.9),
-    )
+    return build_step(config, runtime, (8, 8))
 
 
 def batch(runtime: Runtime, step: int) -> Batch:

@@ -219,6 +219,25 @@ def build_reconstruction_losses(
 # model, sinks
 
 
+def build_step(config: TrainConfig, runtime: Runtime, image_size: tuple[int, int]) -> TrainingStep:
+    """Model, optimizer, average and losses on the device; not compiled yet."""
+    vae = build_vae(config, image_size).to(runtime.device)
+    if config.training.train_only == "decoder":
+        freeze_encoder(vae)
+    use_tensor_float_32(runtime.device, config.training.precision)
+    lay_out(vae, config)
+    replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are sharded
+    return TrainingStep(
+        config,
+        runtime,
+        wrapped=runtime.strategy.wrap(vae),
+        vae=vae,
+        optimizer=build_optimizer(vae, config.optimizer),
+        ema=Ema(vae, decay=config.training.ema_decay, replica=replica),
+        losses=build_reconstruction_losses(config, runtime, vae),
+    )
+
+
 def build_trainer(
     config: TrainConfig,
     runtime: Runtime,
@@ -227,31 +246,11 @@ def build_trainer(
     sinks: list[Sink],
     console: ConsoleSink | None,
 ) -> Trainer:
-    vae = build_vae(config, data.image_size).to(runtime.device)
-    if config.training.train_only == "decoder":
-        freeze_encoder(vae)
-    use_tensor_float_32(runtime.device, config.training.precision)
-    lay_out(vae, config)
-    replica = copy.deepcopy(vae)  # the averages begin as the weights, before these are cut
-    wrapped = runtime.strategy.wrap(vae)
-    ema = Ema(vae, decay=config.training.ema_decay, replica=replica)
-    losses = build_reconstruction_losses(config, runtime, vae)
-    training_step = TrainingStep(
-        config,
-        runtime,
-        wrapped=wrapped,
-        vae=vae,
-        optimizer=build_optimizer(vae, config.optimizer),
-        ema=ema,
-        losses=losses,
-    )
-    fit_microbatch(training_step, largest_size(data))
-    shapes = num_shapes(
-        config,
-        num_buckets=len(data.settings.buckets),
-        microbatch_size=training_step.microbatch_size,
-    )
-    compile_towers(vae, config, num_shapes=shapes)  # after the trials, each of another shape
+    step = build_step(config, runtime, data.image_size)
+    fit_microbatch(step, largest_size(data))
+    num_buckets = len(data.settings.buckets)
+    shapes = num_shapes(config, num_buckets=num_buckets, microbatch_size=step.microbatch_size)
+    compile_towers(step.vae, config, num_shapes=shapes)  # after the trials, each of another shape
 
     def evaluator(model: nn.Module, stop_requested: Callable[[], bool]) -> Row | None:
         assert isinstance(model, VAE)
@@ -261,7 +260,7 @@ def build_trainer(
         )
         if result is None:
             return None
-        if runtime.is_main and vae.image_size is None:
+        if runtime.is_main and model.image_size is None:
             facts = {"step": trainer.step, "weights": "ema", "of": "samples"}
             try:
                 write_statistics(folder.path / STATISTICS_FILE, result.statistics, facts)
@@ -273,7 +272,7 @@ def build_trainer(
         config,
         runtime,
         folder,
-        training_step=training_step,
+        training_step=step,
         num_samples=data.train.num_samples,
         sinks=sinks,
         console=console,
