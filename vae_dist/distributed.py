@@ -1,16 +1,12 @@
 """Ranks, their collectives, and how weights lie on them: replicated (DDP) or sharded (FSDP).
 
 In: `RuntimeConfig` and the precision. Out: a `Runtime` that knows rank, world and device and holds
-every collective that the package uses. Collectives are called on all ranks: agree, then act. What
-fails on one rank before training is raised on all of them (`on_all_ranks`, `on_main`).
+every collective of the package. They are called on all ranks: agree, then act. Small messages
+(flags, errors, choices) go over gloo in CPU memory, so that they never wait for a device.
 
-Small messages (flags, errors, choices) go over gloo in CPU memory, whatever the backend of the
-gradients is: they never wait for a device. A sharded parameter, its gradient, optimizer state and
-average are DTensors; the functions on tensors below give the tensor itself where it is replicated,
-so that the rest of the package does not ask. Checkpoints hold full values.
-
-Without a GPU Accelerate 1.15 stays single-process unless `cpu=True` is passed, and what a launcher
-sets through the environment silently changes the run: a setting that differs is refused.
+A sharded weight, its gradient, optimizer state and average are DTensors; the functions on tensors
+below give the tensor itself where it is replicated, so that no other file asks. Checkpoints hold
+full values.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from vae_dist.config.errors import ConfigError
+from vae_dist.config.errors import ConfigError, merged_over_ranks
 from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -40,14 +36,10 @@ T = TypeVar("T")
 # That a collective waits: the watch of training.stop ends a run that stalls, and one rank may index
 # shards or compile for long while the others wait.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
-MAX_LISTED = 8  # names in a message
 
 
 class RankFailed(RuntimeError):
     """Another rank did not come, or failed with an unexpected error; the message names it."""
-
-
-# what the launcher and the machine have
 
 
 def has_accelerator(config: RuntimeConfig) -> bool:
@@ -70,7 +62,7 @@ def launcher_problems(config: RuntimeConfig) -> list[str]:
     if accumulation not in ("1", "auto"):
         problems.append(
             f"the launcher asks for gradient_accumulation_steps={accumulation}; "
-            "accumulation is set by training.microbatch_size"
+            "set training.microbatch_size instead"
         )
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
@@ -82,9 +74,9 @@ def launcher_problems(config: RuntimeConfig) -> list[str]:
     missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
     if world > 1 and missing:
         problems.append(
-            f"WORLD_SIZE={world} is set but {', '.join(missing)} not: these processes cannot find "
-            "each other and each would train alone; start them with `accelerate launch --multi_gpu "
-            f"--num_processes {world} -m vae_dist.train ...` or unset WORLD_SIZE"
+            f"WORLD_SIZE={world} is set but {', '.join(missing)} not, so each would train alone; "
+            f"start with `accelerate launch --multi_gpu --num_processes {world} -m vae_dist.train "
+            "...` or unset WORLD_SIZE"
         )
     if config.device == "auto" and torch.backends.mps.is_available():
         problems.append(
@@ -92,9 +84,6 @@ def launcher_problems(config: RuntimeConfig) -> list[str]:
             "set runtime.device=cpu"
         )
     return problems
-
-
-# the ranks
 
 
 class Runtime:
@@ -119,9 +108,7 @@ class Runtime:
         cls, config: RuntimeConfig, *, precision: str, launcher_decides_nothing: bool = False
     ) -> Runtime:
         """Join the other ranks and be ready to wrap models. Raises ConfigError, RankFailed.
-
-        `launcher_decides_nothing`: its precision is one of training, and this is none.
-        """
+        `launcher_decides_nothing`: its precision is one of training, and this is none."""
         if launcher_decides_nothing:
             os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         runtime = cls.join(config)
@@ -137,23 +124,23 @@ class Runtime:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         timeout = timedelta(seconds=config.timeout_s)
         try:
+            # without a GPU Accelerate stays single-process unless it is told cpu=True
             state = PartialState(cpu=not has_accelerator(config), timeout=timeout)
         except dist.DistError as error:
             raise RankFailed(
-                f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: not all {launched} "
-                f"ranks met within {config.timeout_s:g} s (runtime.timeout_s); see the output of "
-                f"those that did not start ({str(error).splitlines()[0]})"
+                f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {launched} ranks "
+                f"met within {config.timeout_s:g} s (runtime.timeout_s); see the output of those "
+                f"that did not start ({str(error).splitlines()[0]})"
             ) from None
         if state.num_processes != launched:
             raise ConfigError(
-                f"WORLD_SIZE={launched} processes were launched but Accelerate runs "
-                f"{state.num_processes}: each would train alone; launch with `accelerate "
-                f"launch --multi_gpu --num_processes {launched}` (without --cpu), or with torchrun"
+                f"WORLD_SIZE={launched} but Accelerate runs {state.num_processes}: each process "
+                "would train alone; launch with `accelerate launch --multi_gpu --num_processes "
+                f"{launched}` (without --cpu), or with torchrun"
             )
         if state.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-            cores = cores or os.cpu_count() or 1
+            cores = len(os.sched_getaffinity(0))
             # `accelerate launch` exports OMP_NUM_THREADS=1, which halves the speed of two cores
             torch.set_num_threads(config.threads or max(1, cores // local))
         elif config.threads:
@@ -191,8 +178,7 @@ class Runtime:
         """Sums over the ranks of 0-dim tensors of this device and of numbers, in float64; waits
         for the device once."""
         parts = [value.double() for value in values]
-        if more:
-            parts.extend(torch.tensor(more, dtype=torch.float64).to(self.device).unbind())
+        parts += torch.tensor(more, dtype=torch.float64).to(self.device).unbind()
         return self.sum_over_ranks(torch.stack(parts)).tolist()
 
     def any_rank(self, flag: bool) -> bool:
@@ -255,11 +241,8 @@ class Runtime:
         return result  # type: ignore[return-value]
 
     def on_all_ranks(self, function: Callable[[], T]) -> T:
-        """Run on every rank; an error on some is raised on all, with the ranks' numbers.
-
-        A ConfigError (or OSError) becomes the same ConfigError everywhere. Any other error is
-        raised as it is where it arose, and as RankFailed elsewhere.
-        """
+        """Run on every rank; an error on some is raised on all. A ConfigError (or OSError) becomes
+        one that names the ranks; any other is raised where it arose, and RankFailed elsewhere."""
         result, own = _attempt(function)
         errors = {rank: error for rank, error in enumerate(self.gather(_for_others(own))) if error}
         if errors:
@@ -376,13 +359,9 @@ def load_full(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises RuntimeError with the names whose shape differs or that only one side has.
     """
     state = module.state_dict()
-    wanted = {name: tuple(value.shape) for name, value in state.items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if wanted != found:
-        names = [k for k in sorted(wanted | found) if wanted.get(k) != found.get(k)]
-        shown = [f"{k}: {found.get(k)} -> {wanted.get(k)}" for k in names[:MAX_LISTED]]
-        more = [f"and {len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
-        raise RuntimeError("; ".join([*shown, *more]))
+    shapes = [{k: tuple(v.shape) for k, v in one.items()} for one in (tensors, state)]
+    if names := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        raise RuntimeError(f"{len(names)} differ: {', '.join(names[:8])}")
     with torch.no_grad():
         for name, value in state.items():
             local_part(value).copy_(local_part(part_like(tensors[name], value)))
@@ -416,18 +395,6 @@ def _combined(own: Exception | None, errors: dict[int, Exception], *, num_asked:
     """What this rank raises, given its own error and those of all that were asked."""
     if own is not None and not isinstance(own, ConfigError | OSError):
         return own
-    ranks_of: dict[tuple[str, ...], list[int]] = {}
-    for rank, error in errors.items():
-        if not isinstance(error, ConfigError):
-            return error
-        ranks_of.setdefault(tuple(error.problems), []).append(rank)
-    problems: list[str] = []
-    for (first, *rest), ranks in ranks_of.items():
-        is_of_all = len(ranks) == num_asked
-        problems += [first if is_of_all else f"{name_ranks(ranks)}: {first}", *rest]
-    return ConfigError(problems)
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:MAX_LISTED])) + (" ..." if len(ranks) > MAX_LISTED else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    if unexpected := [one for one in errors.values() if not isinstance(one, ConfigError)]:
+        return unexpected[0]
+    return merged_over_ranks(errors, num_asked=num_asked)  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vae_dist.distributed import Runtime, is_sharded, name_ranks
+from vae_dist.config.errors import name_ranks
+from vae_dist.distributed import Runtime, is_sharded
 from vae_dist.training.stop import TrainingFailed
 
 
