@@ -143,7 +143,7 @@ def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it() 
             "config=plan",
             "config=plan: no config has this name; did you mean plain? (there are: a, b",
         ),
-        ("seed=1", "config is missing; for example config=mnist (there are: a, b, orphan, plain;"),
+        ("seed=1", "config is missing; give a name or a path, as in config=mnist"),
         ("config=no/such.yaml", "config=no/such.yaml: no such file: no/such.yaml"),
         ("config=plain.yaml", "config=plain.yaml: no such file: plain.yaml; did you mean plain?"),
         ("config=orphan", "configs/orphan.yaml: base=nobody: no config has this name"),

@@ -66,7 +66,9 @@ def test_the_window_fits_into_window_bytes(
     if bucket_window is not None:
         assert resolve(buckets, facts).data.window == bucket_window
         return
-    with pytest.raises(ConfigError, match=r"less than 8 slots of each lane; .* at least 17179869"):
+    with pytest.raises(
+        ConfigError, match=r"too small for two windows of each lane; .* at least 17179869"
+    ):
         resolve(buckets, facts)
 
 
@@ -130,7 +132,7 @@ def test_auto_is_decided_by_the_facts(
         (
             {"runtime__compile": "blocks"},
             replace(GPU, compiler_problem="no compiler"),
-            r"runtime\.compile=blocks: no compiler; or set runtime\.compile=false",
+            r"runtime\.compile=blocks: no compiler; set runtime\.compile=false",
         ),
         (
             {"runtime__compile": "true"},

@@ -29,12 +29,12 @@ class PriorCommand(RunCommand):
 
     prior: str = knob(
         "normal",
-        "normal: N(0, I); gmm:K: K Gaussians fitted to the latents of the training images, with "
-        "full covariances up to 64 latents, else diagonal; gmm:K:full, gmm:K:diagonal: as you say",
+        "normal: N(0, I); gmm:K: K Gaussians fitted to latents of training images (full covariance "
+        "up to 64 latents, else diagonal); gmm:K:full, gmm:K:diagonal",
         form="PRIOR",
     )
     prior_images: int = knob(
-        50_000, "first training images that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal"
+        50_000, "training images that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal"
     )
 
 
@@ -42,11 +42,7 @@ class PriorCommand(RunCommand):
 class TiledCommand(RunCommand):
     """Keys of the commands that take images of any size."""
 
-    tile: int = knob(
-        0,
-        "side of overlapping square tiles for larger images, pixels (0: whole; spatial latents)",
-        ge=0,
-    )
+    tile: int = knob(0, "side of overlapping tiles for larger images, pixels (0: whole)", ge=0)
 
 
 @dataclass
@@ -54,17 +50,13 @@ class SampleCommand(PriorCommand):
     num_images: int = knob(64, "images to draw from the prior", ge=1)
     label: Any = knob(
         "auto",
-        "a class 0, 1, ...; all: a row for each class; none: without; auto: drawn",
+        "a class; all: a row for each; none: without; auto: drawn",
         form="auto all none CLASS",
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of PNGs")
     temperature: float = knob(1.0, "standard deviation of the prior draws", ge=0)
-    compare: bool = knob(
-        False, "one picture: draws of N(0, I) left, of the mixture right", when="prior!=normal"
-    )
-    resolution: Any = knob(
-        "trained", "trained, N or [H, W] (spatial latents), pixels", form="trained SIZE"
-    )
+    compare: bool = knob(False, "draws of N(0, I) left, of the mixture right", when="prior!=normal")
+    resolution: Any = knob("trained", "trained, N or [H, W], pixels", form="trained SIZE")
     batch_size: int = knob(256, "images per forward", ge=1)
 
 
@@ -79,12 +71,11 @@ class ReconstructCommand(TiledCommand):
 @dataclass
 class ImputeCommand(RunCommand):
     data: Any = knob(
-        "",
-        "shards, or a folder of pictures with NAME.mask.png or alpha (default: validation shards)",
-        is_text=True,
+        "", "shards, or a folder of pictures (default: the run's validation shards)", is_text=True
     )
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
-        "auto", "what is missing, as data.mask; auto: as in training, in a folder as its files say"
+        "auto",
+        "what is missing, as data.mask; auto: as in training, in a folder as its files say",
     )
     mask_fraction: float = knob(
         0.5, "part of the pixels that is missing", ge=0, le=1, when="mask=random|rectangle"
@@ -92,9 +83,7 @@ class ImputeCommand(RunCommand):
     method: Literal["importance", "single", "gibbs"] = knob(
         "importance", "importance-weighted mean over draws of z, one draw, or pseudo-Gibbs chains"
     )
-    samples: int = knob(
-        1000, "draws of z for each image, or steps of a chain", ge=2, when="method!=single"
-    )
+    samples: int = knob(1000, "draws of z, or steps of a chain", ge=2, when="method!=single")
     draws: int = knob(4, "draws to show for each image; gibbs: chains", ge=1)
     num_images: int = knob(16, "images to fill, from the first on", ge=1)
     out: str = knob("imputed", "folder to write: a picture of all, and a folder for each image")
@@ -105,26 +94,13 @@ class ImputeCommand(RunCommand):
 class EvaluateCommand(PriorCommand):
     data: Any = knob("", "shards to evaluate (default: the run's validation shards)", is_text=True)
     max_images: int = knob(0, "images to evaluate, from the first on (0: all)", ge=0)
-    samples: int = knob(
-        0, "draws of q(z|x) for the importance-sampled log p(x) (0: leave it out)", ge=0
-    )
-    chunk: int = knob(
-        0, "images x draws of one forward (0: by image size); memory only", ge=0, when="samples!=0"
-    )
+    samples: int = knob(0, "draws of q(z|x) for importance-sampled log p(x) (0: leave out)", ge=0)
+    chunk: int = knob(0, "images x draws of a forward (0: by size)", ge=0, when="samples!=0")
     metrics: Any = knob(
-        "",
-        "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid (of reconstructions), "
-        "fid (of prior samples); ssim, ms_ssim and lpips need the extra metrics",
-        form="METRICS",
+        "", "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid, fid", form="METRICS"
     )
-    metric_weights: str = knob(
-        "", "folder of the weights of lpips, rfid, fid (default: torch.hub's)"
-    )
-    out: str = knob(
-        "",
-        "JSON file to write (default: results.json in the run folder; results_first1000.json and "
-        "the like of another checkpoint, other weights, data or seed, or a part of the images)",
-    )
+    metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
+    out: str = knob("", "JSON file to write (default: in the run folder, results*.json)")
     batch_size: int = knob(256, "images per forward of one process", ge=1)
     threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
 
@@ -134,9 +110,7 @@ class ExportCommand:
     run: str = knob("???", "run folder, for example runs/photos64_kl_f4")
     out: str = knob("???", "folder to write")
     format: Literal["diffusers", "safetensors"] = knob(
-        "diffusers",
-        "diffusers: folder that AutoencoderKL.from_pretrained loads; safetensors: one file of any "
-        "model, with config, step and likelihood as metadata",
+        "diffusers", "folder for AutoencoderKL.from_pretrained, or one file of any model"
     )
     checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best STEP")
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
@@ -153,9 +127,7 @@ class EncodeCommand(TiledCommand):
     dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the stored values")
     flip: bool = knob(False, "store the latents of the mirrored images too")
     resolution: Any = knob(
-        "trained",
-        "trained (as in the run), native, N or [H, W], pixels",
-        form="trained native SIZE",
+        "trained", "trained, native, N or [H, W], pixels", form="trained native SIZE"
     )
     keep_images: bool = knob(False, "carry the images over too, as all other members are")
     shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about", gt=0)
@@ -175,9 +147,7 @@ class DecodeCommand(TiledCommand):
 
 @dataclass
 class IndexCommand:
-    data: Any = knob(
-        "???", "shards: folder of *.tar, brace pattern, or list of these", is_text=True
-    )
+    data: Any = knob("???", "folder of *.tar, brace pattern, or list of these", is_text=True)
     out: str = knob("", "folder for the index of shards that lie elsewhere (URLs, pipes)")
     overwrite: bool = knob(False, "index shards again that have an index already")
     verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
@@ -197,18 +167,12 @@ class PackCommand:
     label_column: str = knob("", "column of labels= or of parquet files that is the class")
     image_column: str = knob("", "column of parquet files that holds the pictures")
     validation: float = knob(
-        0.05,
-        "part (below 1) or number of training pictures set aside, unless the source has some",
-        ge=0,
+        0.05, "part (below 1) or number set aside, unless the source has some", ge=0
     )
     size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
-    format: Literal["keep", "png", "jpg", "webp"] = knob(
-        "keep", "keep: byte for byte where nothing changes"
-    )
-    quality: int = knob(95, "of pictures that are encoded as JPEG or WebP, 1 to 100", ge=1, le=100)
-    background: Literal["none", "white", "black"] = knob(
-        "none", "colour behind transparent pixels; none: keep them"
-    )
+    format: Literal["keep", "png", "jpg", "webp"] = knob("keep", "keep: byte for byte if unchanged")
+    quality: int = knob(95, "of JPEG and WebP that is written, 1 to 100", ge=1, le=100)
+    background: Literal["none", "white", "black"] = knob("none", "colour behind transparent pixels")
     max_pixels: int = knob(2**26, "pictures with more pixels are left out", ge=1)
     max_skipped_fraction: float = knob(0.01, "largest part of damaged pictures", ge=0, le=1)
     shard_mb: float = knob(256.0, "bytes of a shard, megabytes", gt=0)

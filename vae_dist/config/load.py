@@ -61,11 +61,13 @@ def load_train_config(argv: list[str]) -> TrainConfig:
     name = str(arguments.get("config", ""))
     try:
         if not name:
-            raise ConfigError(f"config is missing; for example config=mnist {_there_are()}")
+            raise ConfigError("config is missing; give a name or a path, as in config=mnist")
         files = _layers(_find(name, key="config"))
     except ConfigError as error:
-        _fill(TrainConfig, [("", arguments)], problems, is_partial=True)
-        raise ConfigError([*error.problems, *problems]) from None
+        problems += error.problems
+        required = {name: "-" for name, key in keys(TrainConfig).items() if key.default == MISSING}
+        _fill(TrainConfig, [("", {**required, **arguments})], problems)
+        raise ConfigError(problems) from None
     config = _checked(TrainConfig, [*files, ("", arguments)], problems)
     config.run = config.run or f"runs/{Path(name).stem}"
     return config
@@ -101,29 +103,20 @@ def _folders() -> list[Path]:
     return [Path("configs"), shipped if shipped.is_dir() else PACKAGE.parent / "configs"]
 
 
-def _names() -> list[str]:
-    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
-
-
-def _there_are() -> str:
-    return f"(there are: {', '.join(_names()) or 'none here'}; or give a YAML file's path)"
-
-
 def _find(name: str, *, key: str, beside: Path | None = None) -> Path:
     """The file of a name or a path; `beside` is the folder of the file that has the `base`."""
+    places = [folder / f"{name}.yaml" for folder in ([beside] if beside else []) + _folders()]
     if "/" in name or name.endswith((".yaml", ".yml")):
         places = [(beside or Path()) / Path(name).expanduser()]
-        problem = f"no such file: {places[0]}"
-    else:
-        folders = [beside, *_folders()] if beside else _folders()
-        places = [folder / f"{name}.yaml" for folder in folders]
-        problem = "no config has this name"
     for path in places:
         if path.is_file():
             return path
-    close = get_close_matches(Path(name).stem, _names(), n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"{key}={name}: {problem}{hint} {_there_are()}")
+    names = sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
+    problem = f"no such file: {places[0]}" if len(places) == 1 else "no config has this name"
+    raise ConfigError(
+        f"{key}={name}: {problem}{_did_you_mean(*get_close_matches(Path(name).stem, names, n=1))} "
+        f"(there are: {', '.join(names) or 'none here'}; or give a YAML file's path)"
+    )
 
 
 def _layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
@@ -221,12 +214,10 @@ def _scalar(text: str) -> Any:
 # ---- filling ----
 
 
-def _fill(
-    cls: type[T], layers: list[Layer], problems: list[str], *, is_partial: bool = False
-) -> tuple[T, set[str]]:
+def _fill(cls: type[T], layers: list[Layer], problems: list[str]) -> tuple[T, set[str]]:
     """A `cls` with every good setting, and the keys that have no good value.
 
-    Appends what is wrong to `problems`, and unless `is_partial` what is missing.
+    Appends what is wrong or missing to `problems`.
     """
     tree, known = OmegaConf.structured(cls), keys(cls)
     given = {name: (origin, text) for origin, values in layers for name, text in values.items()}
@@ -234,17 +225,20 @@ def _fill(
     for name, (origin, text) in given.items():
         sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
         if sentence:
-            problems.append(f"{origin}: {sentence}" if origin else sentence)
+            problems.append(_from(origin, sentence))
             wrong.add(name)
     for name, key in known.items():
         if key.default == MISSING and (name not in given or name in wrong):
             OmegaConf.update(tree, name, "")  # lets the other keys be checked
-        if key.default == MISSING and name not in given and not is_partial:
-            origin = f"{layers[-1][0]}: " if layers[-1][0] else ""
-            problems.append(f"{origin}{name} is missing: {key.help}; give {name}=...")
+            sentence = f"{name} is missing: {key.help}; give {name}=..."
+            problems += [] if name in wrong else [_from(layers[-1][0], sentence)]
             wrong.add(name)
     config: Any = OmegaConf.to_object(tree)
     return config, wrong
+
+
+def _from(origin: str, sentence: str) -> str:
+    return f"{origin}: {sentence}" if origin else sentence
 
 
 def _set(tree: Any, key: Key, text: Any) -> str:
@@ -277,31 +271,26 @@ def _checked(cls: type[T], layers: list[Layer], problems: list[str]) -> T:
 
 
 def _unknown(cls: type, name: str) -> str:
-    known = list(keys(cls))
-    if inside := [key for key in known if key.startswith(name + ".")]:
+    leaves = {key: key.rpartition(".")[2] for key in keys(cls)}
+    last = name.rpartition(".")[2]
+    if inside := [key for key in leaves if key.startswith(name + ".")]:
         return f"{name} is a section; set its keys, for example {inside[0]}"
     if name == "base":
         return "base belongs in a YAML file; on the command line give config=..."
-    leaves = {key: key.rpartition(".")[2] for key in known}
-    last = name.rpartition(".")[2]  # keys with the same last part win
-    close = [] if last in leaves.values() else get_close_matches(name, known, n=1)
+    close = [] if last in leaves.values() else get_close_matches(name, leaves, n=1)
     likely = get_close_matches(last, leaves.values(), n=1)
-    guesses = close or [key for key in known if leaves[key] in likely][:3]
-    hint = f"; did you mean {' or '.join(guesses)}?" if guesses else ""
-    return f"{name}: there is no such key{hint} (--help lists all)"
+    guesses = close or [key for key, leaf in leaves.items() if leaf in likely][:3]
+    return f"{name}: there is no such key{_did_you_mean(*guesses)} (--help lists all)"
 
 
 def _wrong_value(key: Key, text: Any) -> str:
     value, choices = _value(key, text), [str(choice) for choice in key.choices]
     words = f"one of {', '.join(choices)}" if choices else EXPECTED.get(key.type, "text")
-    if value is None:
-        return f"{key.name}= gives no value; it takes {words}"
-    meant: Any = int(value) if isinstance(value, float) and value.is_integer() else None
-    if isinstance(value, str) and not choices:
-        truths = {"yes": True, "on": True, "no": False, "off": False}
-        meant = truths.get(value.lower(), _scalar(value.replace("_", "")))
     sentence = f"{key.name}={shown(text)} is not {words}"
-    if type(meant) is key.type:
-        return f"{sentence}; write {key.name}={shown(meant)}"
-    close = get_close_matches(str(value), choices, n=1)
-    return f"{sentence}; did you mean {close[0]}?" if close else sentence
+    if key.type is int and isinstance(value, float) and value.is_integer():  # 1e5
+        return f"{sentence}; write {key.name}={int(value)}"
+    return sentence + _did_you_mean(*get_close_matches(str(value), choices, n=1))
+
+
+def _did_you_mean(*guesses: str) -> str:
+    return f"; did you mean {' or '.join(guesses)}?" if guesses else ""

@@ -52,37 +52,30 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
     if training.precision == "auto":
         training.precision = "bf16" if facts.has_bf16 else "no"
     if runtime.compile == "auto":
-        wanted = facts.has_accelerator and facts.compiler_problem is None
-        wanted = wanted and runtime.parallel == "ddp" and not has_any_size(config)
-        runtime.compile = "true" if wanted else "false"
+        is_fixed = runtime.parallel == "ddp" and not has_any_size(config)
+        can_compile = facts.has_accelerator and facts.compiler_problem is None
+        runtime.compile = "true" if is_fixed and can_compile else "false"
+    is_compiled = runtime.compile in COMPILED
     if runtime.channels_last == "auto":
         # in eager mode GroupNorm goes back to the other layout, and back again
-        wanted = facts.has_accelerator and training.precision in SIXTEEN_BITS
-        runtime.channels_last = "true" if wanted and runtime.compile in COMPILED else "false"
-    if runtime.compile in COMPILED and has_buckets(config) and training.microbatch_size == 0:
+        is_fast = facts.has_accelerator and training.precision in SIXTEEN_BITS
+        runtime.channels_last = "true" if is_fast and is_compiled else "false"
+    if is_compiled and has_buckets(config) and training.microbatch_size == 0:
         # how many slots of a step share a bucket varies: each number would be a shape of its own
         training.microbatch_size = images_per_slot(config)
-    if problem := _unable(config, facts):
-        raise ConfigError(problem)
+    if training.precision == "fp16" and not facts.has_accelerator:
+        raise ConfigError("training.precision=fp16 needs an accelerator; use bf16 or no")
+    if is_compiled and (problem := facts.compiler_problem or _wrong_gradients(config, facts)):
+        raise ConfigError(
+            f"runtime.compile={runtime.compile}: {problem}; set runtime.compile=false"
+        )
     freeze(config)
     return config
 
 
-def _unable(config: TrainConfig, facts: Facts) -> str:
-    """Why these machines cannot do what is asked for; empty when they can."""
-    if config.training.precision == "fp16" and not facts.has_accelerator:
-        return "training.precision=fp16 needs an accelerator, and there is none; use bf16 or no"
-    if config.runtime.compile not in COMPILED:
-        return ""
-    asked = f"runtime.compile={config.runtime.compile}"
-    if facts.compiler_problem is not None:
-        return f"{asked}: {facts.compiler_problem}; or set runtime.compile=false"
-    if config.training.precision == "bf16" and not facts.has_accelerator:
-        return (
-            f"{asked}: torch 2.13 gets gradients of bfloat16 wrong when it compiles for a CPU; set "
-            "training.precision=no, or runtime.compile=false"
-        )
-    return ""
+def _wrong_gradients(config: TrainConfig, facts: Facts) -> str:
+    is_wrong = config.training.precision == "bf16" and not facts.has_accelerator
+    return "torch 2.13 gets gradients of bfloat16 wrong on CPU" if is_wrong else ""
 
 
 def divisors(number: int) -> list[int]:
@@ -95,29 +88,24 @@ def has_buckets(config: TrainConfig) -> bool:
 
 
 def has_any_size(config: TrainConfig) -> bool:
-    """Whether training images are taken as they are and may differ in size: a slot is one image,
-    any size will do for the model, and ranks need not make equally many forwards (or do, one image
-    each)."""
-    training = config.training
-    in_step = config.runtime.parallel == "ddp" or training.microbatch_size == 1
-    is_spatial = config.model.latent == "spatial"
-    is_native = config.data.resolution == "native"
-    return is_native and is_spatial and images_per_slot(config) == 1 and in_step
+    """Whether training images may be of any size, each a slot and a forward of its own."""
+    is_native = config.data.resolution == "native" and config.model.latent == "spatial"
+    in_step = config.runtime.parallel == "ddp" or config.training.microbatch_size == 1
+    return is_native and in_step and images_per_slot(config) == 1
 
 
 def default_slots(batch_size: int, *, buckets: bool = False) -> int:
-    """What data.slots=0 stands for: one image a slot, but at most 64 slots; with aspect buckets at
-    least MIN_IMAGES_OF_BUCKET images a slot, where the batch has as many."""
+    """What data.slots=0 stands for: the most slots that divide the batch, with limits."""
     largest = min(MAX_AUTOMATIC_SLOTS, batch_size)
     if buckets:
         largest = max(1, min(largest, batch_size // MIN_IMAGES_OF_BUCKET))
-    return max(part for part in range(1, largest + 1) if batch_size % part == 0)
+    return max(part for part in divisors(batch_size) if part <= largest)
 
 
 def slots_of(config: TrainConfig) -> int:
     """data.slots, or what 0 stands for."""
-    batch_size = config.training.batch_size
-    return config.data.slots or default_slots(batch_size, buckets=has_buckets(config))
+    buckets = has_buckets(config)
+    return config.data.slots or default_slots(config.training.batch_size, buckets=buckets)
 
 
 def images_per_slot(config: TrainConfig) -> int:
@@ -138,17 +126,15 @@ def world_size_problem(config: TrainConfig, world: int) -> str | None:
 
 
 def _automatic_window(config: TrainConfig, mean_sample_bytes: float) -> int:
-    # Twice: a lane reads its next window while the present one is being used up. A lane holds one
-    # sample of a step, or with aspect buckets one slot of it.
+    # Twice: a lane reads its next window while the present one is being used up.
     row_bytes = 2 * config.training.batch_size * mean_sample_bytes
     smallest = MIN_SLOTS_OF_WINDOW if has_buckets(config) else 1
     window = MAX_AUTOMATIC_WINDOW
     while window > smallest and window * row_bytes > config.data.window_bytes:
         window //= 2
     if window * row_bytes > config.data.window_bytes:
-        what = f"{2 * smallest} slots" if has_buckets(config) else "two samples"
         raise ConfigError(
-            f"data.window_bytes={config.data.window_bytes} holds less than {what} of each "
+            f"data.window_bytes={config.data.window_bytes} is too small for two windows of each "
             f"lane; data.window=auto needs at least {math.ceil(smallest * row_bytes)}"
         )
     return window * images_per_slot(config) if has_buckets(config) else window

@@ -22,9 +22,8 @@ class DataConfig(Section):
     # neutral: a checkpoint knows the shards by their fingerprint, wherever they lie
     train: Any = knob(
         "???",
-        "training shards: folder of *.tar, brace pattern, URL, or list of these; with an index "
-        "elsewhere: {path: SHARDS, index: FOLDER}; several data sets mixed: "
-        "[{path: SHARDS, weight: NUMBER}, ...]",
+        "training shards: folder of *.tar, brace pattern, URL, list of these; {path: SHARDS, "
+        "index: FOLDER}; or to mix data sets [{path: SHARDS, weight: NUMBER}, ...]",
         neutral=True,
         form="SHARDS MIXTURE",
         is_text=True,
@@ -37,25 +36,23 @@ class DataConfig(Section):
     )
     channels: int = knob(3, "image channels (1 grey, 3 RGB; any number in .npy and TIFF)", ge=1)
     label_key: str = knob(
-        "cls",
-        "cls: the .cls member; else the field of the .json member that is the label, nested ones "
-        "with dots, for example attributes.Smiling",
+        "cls", "cls: the .cls member; else a field of the .json member, as in attributes.Smiling"
     )
     mask: Literal["none", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "none",
-        "pixels that are missing: black in .mask.png, less than half opaque, NaN, or drawn for "
-        "each sample and epoch: random ones, a rectangle, half of the image",
+        "missing pixels: black in .mask.png, less than half opaque, NaN, or drawn for each sample "
+        "and epoch",
     )
     mask_fraction: float = knob(
         0.5, "part of the pixels that is missing", ge=0, lt=1, when="mask=random|rectangle"
     )
     bits: Literal[5, 8, 16, 32] = knob(
-        8, "bits of a value: 8, 16, 32 (floats in [-1, 1]), or 5 (8-bit files cut to 32 levels)"
+        8, "bits of a value: 32: floats in [-1, 1]; 5: 8-bit files cut to 32 levels"
     )
     resolution: Any = knob(
         "native",
-        "N or [H, W]: resize and crop, pixels; native: as stored; aspect buckets: {area: PIXELS, "
-        "multiple: PIXELS, max_aspect: RATIO}",
+        "N or [H, W]: resize and crop, pixels; native: as stored; {area: PIXELS, multiple: PIXELS, "
+        "max_aspect: RATIO}: aspect buckets",
         form="native SIZE BUCKETS",
     )
     crop: Literal["center", "random"] = knob(
@@ -70,22 +67,15 @@ class DataConfig(Section):
     )
     window: Any = knob(
         "auto",
-        "samples that are read and shuffled together in one lane (auto: up to 32, with aspect "
-        "buckets up to 32 slots)",
+        "samples that a lane reads and shuffles together (auto: up to 32)",
         form="auto COUNT",
     )
     window_bytes: int = knob(4 * 2**30, "bytes that window=auto may hold, over all processes", ge=1)
     cache_bytes: int = knob(
-        256 * 2**20,
-        "memory of a rank for the decoded images of a data set, if all fit",
-        neutral=True,
-        ge=0,
+        256 * 2**20, "memory of a rank for decoded images, if all fit", neutral=True, ge=0
     )
     retry_s: float = knob(
-        600.0,
-        "seconds for which a read of remote shards that fails is tried again",
-        neutral=True,
-        ge=0,
+        600.0, "seconds for which a failing remote read is tried again", neutral=True, ge=0
     )
     workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
     max_skipped_fraction: float = knob(
@@ -97,47 +87,34 @@ class DataConfig(Section):
 @dataclass
 class ModelConfig(Section):
     latent: Literal["spatial", "vector"] = knob(
-        "spatial", "spatial: C x H/f x W/f, any image size; vector: one vector, fixed image size"
+        "spatial", "spatial: C x H/f x W/f, any image size; vector: fixed image size"
     )
     arch: Literal["conv", "dense"] = knob(
         "conv", "conv: residual convolutions; dense: the textbook's linear layers, vector latent"
     )
     latent_channels: int = knob(4, "channels of a spatial latent, dimensions of a vector one", ge=1)
     channels: list[int] = knob(
-        [64, 128, 256],
-        "width of each level; each level after the first halves the resolution (dense: width of "
-        "each hidden layer)",
-        form="COUNTS",
+        [64, 128, 256], "width of each level; each after the first halves the size", form="COUNTS"
     )
     patch: int = knob(
         1, "patch x patch pixels become channels before the first level", ge=1, when="arch=conv"
     )
     blocks: Any = knob(
         2,
-        "residual blocks of a level in the encoder, one number or one for each level; the decoder "
-        "has one more",
+        "residual blocks of an encoder level, or a list; the decoder has one more",
         when="arch=conv",
         form="COUNT COUNTS",
     )
     dc_shortcuts: bool = knob(
-        False,
-        "space-to-channel shortcuts around each change of resolution and around a spatial latent "
-        "(DC-AE), for strides of 16 and more",
-        when="arch=conv",
+        False, "space-to-channel shortcuts (DC-AE), for strides of 16 and more", when="arch=conv"
     )
     attention: bool = knob(True, "self-attention in the middle of both towers", when="arch=conv")
     norm_groups: int = knob(32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv")
     gradient_checkpointing: bool = knob(
-        False,
-        "compute the insides of blocks again in the backward: less memory, a third more time",
-        neutral=True,
-        when="arch=conv",
+        False, "less memory, a third more time: blocks run again", neutral=True, when="arch=conv"
     )
     initial_sigma: float = knob(
-        1.0,
-        "standard deviation of q(z|x) before training, about; small ones suit an autoencoder whose "
-        "objective.beta is far below 1",
-        gt=0,
+        1.0, "standard deviation of q(z|x) before training; small with a small objective.beta", gt=0
     )
     num_classes: int = knob(0, "labels 0, ..., N-1 that both towers see; 0: unconditional", ge=0)
     label_dropout: float = knob(
@@ -149,11 +126,7 @@ class ModelConfig(Section):
 class LikelihoodConfig(Section):
     kind: Literal[
         "gaussian", "laplace", "discretized_gaussian", "discretized_logistic_mixture", "bernoulli"
-    ] = knob(
-        "gaussian",
-        "p(x|z): a density (gaussian: squared errors, laplace: absolute ones), probabilities of "
-        "levels, or black and white",
-    )
+    ] = knob("gaussian", "p(x|z): a density, probabilities of levels, or black and white")
     variance: Literal["fixed", "shared", "per_channel", "per_pixel"] = knob(
         "shared",
         "fixed sigma, one learned sigma, one of each channel, or sigma_g(z) of every pixel",
@@ -161,18 +134,14 @@ class LikelihoodConfig(Section):
     )
     sigma: float = knob(0.1, "standard deviation; images span [-1, 1]", gt=0, when="variance=fixed")
     min_sigma: float = knob(
-        1 / 256,
-        "floor of a learned sigma (1/256: half a level of 8 bits)",
-        gt=0,
-        when="kind!=bernoulli variance!=fixed",
+        1 / 256, "floor of a learned sigma", gt=0, when="kind!=bernoulli variance!=fixed"
     )
     mixtures: int = knob(
         10, "components of each pixel", ge=1, when="kind=discretized_logistic_mixture"
     )
     binarization: Literal["dynamic", "static", "threshold", "soft"] = knob(
         "dynamic",
-        "grey levels: drawn anew at each use, once for each image, cut at one half, or kept as "
-        "targets of a cross-entropy (no likelihood)",
+        "grey levels: drawn at each use, once, cut at one half, or kept as soft targets",
         when="kind=bernoulli",
     )
 
@@ -187,15 +156,11 @@ class ObjectiveConfig(Section):
         "linear", "shape of that rise", when="beta_warmup_steps!=0"
     )
     beta_cycles: int = knob(
-        1,
-        "rises of beta; it stays up as long as a rise between two",
-        ge=1,
-        when="beta_warmup_steps!=0",
+        1, "rises of beta, each but the last held as long", ge=1, when="beta_warmup_steps!=0"
     )
     free_bits: float = knob(
         0.0,
-        "nats of each latent unit (dimension of a vector, channel of a spatial latent) that the "
-        "loss does not charge, in each image",
+        "nats of each latent unit (dimension or channel) and image that the loss does not charge",
         ge=0,
         when="beta!=0 training.train_only=all",
     )
@@ -208,16 +173,10 @@ class ObjectiveConfig(Section):
         when="importance_samples!=1 training.train_only=all",
     )
     scale_equivariance: float = knob(
-        0.0,
-        "weight of -log p(image at half size | z at half size), nats of its values: latents whose "
-        "coarse structure is that of the image (0: off)",
-        ge=0,
+        0.0, "weight of -log p(image at half size | z at half size), nats of its values", ge=0
     )
     latent_noise: float = knob(
-        0.0,
-        "noise on z in training that the decoder learns to undo; standard deviation "
-        "latent_noise * |N(0, 1)|, drawn for each image",
-        ge=0,
+        0.0, "noise on z in training: standard deviation latent_noise * |N(0, 1)|", ge=0
     )
 
 
@@ -225,15 +184,15 @@ class ObjectiveConfig(Section):
 class PerceptualConfig(Section):
     kind: Literal["none", "auto", "structure", "lpips", "lpips_alex"] = knob(
         "none",
-        "distance of reconstructions added to the loss: structure (SSIM and gradients at three "
-        "scales), LPIPS on VGG16 or AlexNet; auto: lpips if its weights are here, else structure",
+        "distance of reconstructions added to the loss: SSIM and gradients, LPIPS on VGG16 or "
+        "AlexNet; auto: lpips if its weights are here, else structure",
     )
     weight: float = knob(
-        1.0, "nats of each value of an image (C*H*W) for a distance of 1", gt=0, when="kind!=none"
+        1.0, "nats of each value (C*H*W) for a distance of 1", gt=0, when="kind!=none"
     )
     weights: str = knob(
         "",
-        "folder of the LPIPS weight files (default: where torch.hub keeps downloads)",
+        "folder of the LPIPS weight files (default: torch.hub's)",
         neutral=True,
         when="kind=auto|lpips|lpips_alex",
     )
@@ -242,29 +201,23 @@ class PerceptualConfig(Section):
 @dataclass
 class AdversarialConfig(Section):
     weight: float = knob(
-        0.0,
-        "adversarial gradient at the decoder's last layer, as a part of the other terms' (0: off)",
-        ge=0,
+        0.0, "gradient at the decoder's last layer, as a part of the other terms' (0: off)", ge=0
     )
     start_step: int = knob(0, "step from which the discriminator learns", ge=0)
     warmup_steps: int = knob(1000, "steps that it learns before the decoder hears of it", ge=0)
     ramp_steps: int = knob(1000, "steps over which the term then rises to its weight", ge=0)
     max_weight: float = knob(
-        10.0, "largest adaptive weight, nats of each value of an image for a logit of 1", gt=0
+        10.0, "largest adaptive weight, nats of each value for a logit of 1", gt=0
     )
-    lr: float = knob(2e-4, "peak learning rate of the discriminator, on optimizer's schedule", gt=0)
-    betas: list[float] = knob([0.5, 0.9], "decay rates of its Adam's two moments", ge=0, lt=1)
+    lr: float = knob(2e-4, "peak learning rate, on optimizer's schedule", gt=0)
+    betas: list[float] = knob([0.5, 0.9], "decay rates of Adam's two moments", ge=0, lt=1)
     clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)", ge=0)
-    channels: int = knob(64, "width of its first layer; each layer doubles it, up to 8 times", ge=1)
+    channels: int = knob(64, "width of its first layer; later ones double it up to 8 times", ge=1)
     layers: int = knob(
-        3, "strided layers: a logit sees 16, 34, 70, 142 pixels with 1, 2, 3, 4", ge=1, le=8
+        3, "strided layers: a logit sees 16, 34, 70, 142 pixels with 1 to 4", ge=1, le=8
     )
-    r1: float = knob(
-        0.0, "weight of |d logits / d real images|^2 / 2, sum over an image, mean over logits", ge=0
-    )
-    r1_every: int = knob(
-        16, "steps between uses of r1, each with that many times its weight", ge=1, when="r1!=0"
-    )
+    r1: float = knob(0.0, "weight of |d logits / d real images|^2 / 2", ge=0)
+    r1_every: int = knob(16, "steps between uses of r1, scaled to match", ge=1, when="r1!=0")
 
 
 @dataclass
@@ -279,7 +232,7 @@ class OptimizerConfig(Section):
     eps: float = knob(1e-8, "added to the denominator of Adam", gt=0)
     weight_decay: float = knob(0.01, "decoupled weight decay of matrices and kernels", ge=0)
     clip_grad_norm: float = knob(
-        0.0, "largest norm of the gradient of the loss (nats per image); 0: no clipping", ge=0
+        0.0, "largest gradient norm, nats per image (0: no clipping)", ge=0
     )
 
 
@@ -289,18 +242,16 @@ class TrainingConfig(Section):
     batch_size: int = knob(256, "images per optimizer step, over all processes", ge=1)
     microbatch_size: Any = knob(
         0,
-        "images per forward of one process (0: its whole share; auto: as many as fit into memory); "
-        "changes memory, not results",
+        "images per forward of one process (0: its whole share; auto: as many as fit); memory only",
         neutral=True,
         form="auto 0 COUNT",
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
-        "auto",
-        "autocast of the forward; auto: bf16 where every device computes in it, else no (float32)",
+        "auto", "autocast of the forward; no: float32; auto: bf16 where every device computes in it"
     )
     ema_decay: float = knob(0.999, "decay per step of the averaged weights", ge=0, lt=1)
     train_only: Literal["all", "decoder"] = knob(
-        "all", "decoder: fine-tune decoder and likelihood; the encoder keeps init_from's weights"
+        "all", "decoder: fine-tune decoder and likelihood of init_from"
     )
     max_consecutive_nonfinite: int = knob(
         20, "steps in a row that may be skipped before the run fails", neutral=True, ge=1
@@ -357,9 +308,8 @@ class RuntimeConfig(Section):
     )
     compile: Literal["auto", "true", "blocks", "false"] = knob(
         "auto",
-        "torch.compile of both towers, for fixed shapes; results differ by rounding only; blocks: "
-        "of each block by itself, a shorter start (auto: true on CUDA where a compiler is there "
-        "and images share sizes; not on CPU or under fsdp)",
+        "torch.compile of both towers, or of each block (a shorter start); auto: true on CUDA "
+        "under ddp where a compiler is there and images share sizes",
     )
     channels_last: Literal["auto", "true", "false"] = knob(
         "auto", "memory layout of weights and images (auto: on CUDA in 16 bits when compiled)"
@@ -379,8 +329,8 @@ class TrainConfig(Section):
     run: str = knob("", "run folder (default: runs/<config name>), seen by all nodes", neutral=True)
     init_from: str = knob(
         "",
-        "weights that a run begins with: run folder, checkpoint folder, .safetensors file, or the "
-        "folder of a diffusers AutoencoderKL or of a pipeline with one",
+        "weights to begin with: run folder, checkpoint, .safetensors file, diffusers AutoencoderKL "
+        "or pipeline folder",
     )
     dry_run: bool = knob(False, "check everything, print the plan, train nothing", neutral=True)
     seed: int = knob(0, "every draw is a function of seed and position", ge=0, le=2**63 - 1)
