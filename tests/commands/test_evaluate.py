@@ -140,7 +140,7 @@ def test_a_fitted_prior_is_kept_for_the_next_command(
 def test_what_evaluate_refuses(plain_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key, reason in (
         ("chunk=10", "chunk=10 has no effect with samples=0"),
-        ("metrics=pnsr", "metrics=pnsr is not one or several of psnr"),
+        ("metrics=pnsr", "metrics=pnsr is none of one or several of psnr"),
         (f"metric_weights={plain_run}", "has no effect without lpips"),
         ("wieghts=ema", "did you mean weights"),
         ("prior=gmm:50", "7 training images could be read, fewer than components"),
