@@ -85,10 +85,10 @@ def impute(
     numbers = numbers or range(len(images))
     values_of = {"single": _single, "importance": _importance, "gibbs": _gibbs}[method]
     draws_of_each = min(BLOCK, num_samples) if method == "importance" else num_draws
-    together = max(1, chunk // draws_of_each)  # images
+    group = max(1, chunk // draws_of_each)  # images
     parts = []
-    for start in range(0, len(images), together):
-        part = slice(start, start + together)
+    for start in range(0, len(images), group):
+        part = slice(start, start + group)
         known = Known(
             images[part].to(device), mask[part].to(device), labels[part].to(device), numbers[part]
         )
@@ -332,12 +332,9 @@ def prepared(model: VAE, examples: Examples) -> Tensor:
 
 def _key(images: Images, sample: int) -> str:
     """The key of a sample in its shard."""
-    index = images.index
-    ends = np.cumsum(index.lengths)
-    shard = int(np.searchsorted(ends, sample, "right"))
-    place = sample - int(ends[shard] - index.lengths[shard])
-    data = SampleReader(index, images.settings, seed=0).read(shard, place, place + 1)[0]
-    key: str = single_sample(data, index.paths[shard])["__key__"]
+    reader = SampleReader(images.index, images.settings, seed=0)
+    (run,) = reader.in_order(sample, sample + 1)
+    key: str = single_sample(reader.read(*run)[0], images.index.paths[run.shard])["__key__"]
     return key
 
 

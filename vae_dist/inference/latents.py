@@ -85,18 +85,17 @@ def read_latents(
         num_classes=config.model.num_classes,
     )
     reader = SampleReader(index, settings, seed=0)
+    count = min(num_images, index.num_samples)
     number = 0
-    for shard, length in enumerate(index.lengths.tolist()):
-        length = min(length, num_images - number)
-        for start in range(0, length, READ_TOGETHER):
-            stop = min(start + READ_TOGETHER, length)
-            for place, data in enumerate(reader.read(shard, start, stop), start):
+    for first in range(0, count, READ_TOGETHER):
+        for run in reader.in_order(first, min(first + READ_TOGETHER, count)):
+            for place, data in enumerate(reader.read(*run), run.start):
                 try:
-                    yield _latent_sample(reader, data, shard, place, number, model)
+                    yield _latent_sample(reader, data, run.shard, place, number, model)
                 except DamagedSampleError as error:
                     raise ConfigError(
-                        f"data: {reader.name(shard, place)}: {error}; give shards that `python -m "
-                        "vae_dist.encode` made with this run"
+                        f"data: {reader.name(run.shard, place)}: {error}; give shards that "
+                        "`python -m vae_dist.encode` made with this run"
                     ) from None
                 number += 1
 
