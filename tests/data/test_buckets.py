@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import png
 from tests.data.test_loader import InterleavedPool, damage
-from tests.support.http_shards import serving
 from vae_dist.data import loader as stream_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
 from vae_dist.data.evaluation import EvaluationStream
@@ -197,48 +195,6 @@ def test_a_slot_has_one_of_the_buckets(index: ShardIndex, reference: dict[int, S
         for number in numbers
     ]
     assert np.median(distance) < 0.25
-
-
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_every_layout_shows_the_same_steps(
-    index: ShardIndex, reference: dict[int, Step], one_process: None, world: int, workers: int
-) -> None:
-    got = steps_of(index, world=world, workers=workers, start_step=0, stop_step=STEPS)
-    assert got == reference
-    whole = Counter(n for k in range(COUNT // BATCH) for _, s in got[k].values() for n in s)
-    assert set(whole.values()) <= {1, 2}  # windows at the border hold two epochs
-
-
-def test_resume_at_every_step(
-    index: ShardIndex, reference: dict[int, Step], one_process: None
-) -> None:
-    for start in range(STEPS - 1):
-        layout = {"world": (1, 2, 4)[start % 3], "workers": (0, 3)[start % 2]}
-        got = steps_of(index, start_step=start, stop_step=start + 2, **layout)
-        want = {k: reference[k] for k in (start, start + 1) if k in reference}
-        assert {k: got[k] for k in want} == want, start
-
-
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (8, 2)])
-def test_the_same_steps_over_http_and_without_an_index(
-    index: ShardIndex,
-    reference: dict[int, Step],
-    one_process: None,
-    tmp_path: Path,
-    world: int,
-    workers: int,
-) -> None:
-    layout = {"world": world, "workers": workers, "start_step": 3, "stop_step": 9}
-    folder = Path(index.paths[0]).parent
-    with serving(folder) as server:
-        there = load_index(server.url, key="data.train", create=False)
-        over_http = steps_of(there, **layout)
-    for tar in folder.glob("*.tar"):
-        shutil.copy(tar, tmp_path)
-    without = load_index(str(tmp_path), key="data.train", create=True)
-    want = {k: reference[k] for k in range(3, 9)}
-    assert over_http == want and steps_of(without, **layout) == want
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

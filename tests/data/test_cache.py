@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from vae_dist.data import reader as reader_module
@@ -54,33 +53,6 @@ def batches(
             **kwargs,
         )
     )
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        SETTINGS,
-        replace(SETTINGS, flip=False),
-        replace(SETTINGS, mask="random"),
-        replace(SETTINGS, mask="member"),
-        replace(SETTINGS, size=(9, 7), resize=False, crop="random"),
-    ],
-    ids=["mirrored", "plain", "drawn masks", "masks of samples", "native"],
-)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kept_images_give_the_same_batches(
-    index: ShardIndex, settings: ImageSettings, workers: int
-) -> None:
-    decoded = batches(index, settings)
-    kept = batches(index, settings, cache_bytes=2**20, workers=workers)
-    for first, second in zip(decoded, kept, strict=True):
-        (a,), (b,) = first.groups, second.groups
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
-        assert (a.masks is None) == (b.masks is None)
-        assert a.masks is None or b.masks is None or torch.equal(a.masks, b.masks)
-        assert first.skipped == second.skipped
-        assert first.shards == second.shards
 
 
 def test_each_image_is_decoded_and_read_once(

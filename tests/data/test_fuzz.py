@@ -6,202 +6,27 @@ import io
 import shutil
 import tarfile
 import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import identities, marked_png
-from tests.data.test_loader import InterleavedPool
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import loader
-from vae_dist.data.buckets import make_buckets
 from vae_dist.data.decode import decode_image
-from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.index import load_index
 from vae_dist.data.indexing import index_shard, write_sidecar
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
-from vae_dist.data.reader import LoadedSample, SampleReader, single_sample
+from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 
 MARKED = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
 COUNT = 12
-
-
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
-    lanes=st.integers(1, 24),
-    window=st.integers(1, 50),
-    seed=st.integers(0, 2**40),
-    start=st.integers(0, 300),
-)
-@settings(max_examples=150, deadline=None)
-def test_order_of_any_shape(
-    lengths: list[int], lanes: int, window: int, seed: int, start: int
-) -> None:
-    order = Order(lengths, lanes=lanes, window=window, seed=seed)
-    total = sum(lengths)
-    epoch = start % 3
-    numbers = range(epoch * total, (epoch + 1) * total)
-    got = [order.sample_at(g) for g in numbers]
-    assert {e for e, _, _ in got} == {epoch}
-    counts = Counter((shard, index) for _, shard, index in got)
-    assert len(counts) == total and set(counts.values()) == {1}
-    assert all(0 <= index < lengths[shard] for shard, index in counts)
-    # From any row on, the windows of a lane follow each other without gap and without overlap.
-    lane, row = start % lanes, start
-    for _ in range(3):
-        found = order.window_at(lane, row)
-        assert found.first_row <= row < found.end_row and len(found.order) <= window
-        row = found.end_row
-
-
-class Memory(SampleReader):
-    """Samples that are their own place, some lost with buckets, each of a shape of its own."""
-
-    def read_many(self, parts: Any) -> Any:
-        return [
-            [
-                memoryview(bytes([shard, i // 256, i % 256]))
-                for shard, start, stop in runs
-                for i in range(start, stop)
-            ]
-            for runs in parts
-        ]
-
-    def prepare(
-        self, data: Any, shard: int, index: int, *, size: Any = None, out: Any = None
-    ) -> Any:
-        if self.settings.buckets and is_lost(shard, index):
-            raise DamagedSampleError("lost")
-        marks = np.frombuffer(data, np.uint8)[:, None, None]
-        if self.settings.buckets:
-            return np.broadcast_to(marks, (3, *size))
-        return marks.reshape(1, 1, 3)
-
-    def load(self, sample: Any, shard: int, index: int, *, epoch: int) -> LoadedSample:
-        return LoadedSample(sample, shard)
-
-    def size_or_none(self, data: Any, shard: int, index: int) -> tuple[int, int] | None:
-        place = shard * 31 + index * 7
-        return None if is_lost(shard, index) else (10 + place % 13, 10 + place % 17)
-
-
-def is_lost(shard: int, index: int) -> bool:
-    return (shard * 31 + index * 7) % 11 == 3
-
-
-LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
-IN_MEMORY = settings(
-    max_examples=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-
-
-@pytest.fixture
-def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "WorkerPool", InterleavedPool)
-    monkeypatch.setattr(loader, "SampleReader", Memory)
-
-
-def batches_of(lengths: list[int], order: Order, images: ImageSettings, **kwargs: Any) -> Any:
-    numbers = np.array(lengths, np.int64)
-    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
-    batch_size = order.lanes * max(1, order.slot_rows)
-    return TrainingStream(index, order, images, batch_size=batch_size, **kwargs)
-
-
-@given(
-    lengths=LENGTHS,
-    slots=st.sampled_from([1, 2, 4, 8]),
-    per_slot=st.integers(1, 3),
-    window=st.integers(1, 20),
-    workers=st.integers(0, 5),
-    start=st.integers(0, 40),
-    data=st.data(),
-)
-@IN_MEMORY
-def test_streams_of_any_shape(
-    in_memory: None,
-    lengths: list[int],
-    slots: int,
-    per_slot: int,
-    window: int,
-    workers: int,
-    start: int,
-    data: st.DataObject,
-) -> None:
-    """Step k shows the samples k B, ..., (k + 1) B - 1 of the order, whoever reads them."""
-    batch = slots * per_slot
-    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
-    order = Order(lengths, lanes=batch, window=window, seed=1)
-    got: dict[int, list[tuple[int, int]]] = {}
-    for rank in range(world):
-        layout = {"rank": rank, "world": world, "workers": workers, "slots": slots}
-        steps = {"start_step": start, "stop_step": start + 5}
-        for part in batches_of(lengths, order, MARKED, **layout, **steps):
-            (group,) = part.groups
-            assert group.slots == tuple(range(rank * slots // world, (rank + 1) * slots // world))
-            got.setdefault(part.step, []).extend(identities(group.images.numpy()))
-    for step in range(start, start + 5):
-        want = [order.sample_at(g)[1:] for g in range(step * batch, (step + 1) * batch)]
-        assert got[step] == want
-
-
-@given(
-    lengths=LENGTHS,
-    slots=st.sampled_from([1, 2, 4, 8]),
-    per_slot=st.integers(1, 4),
-    slots_of_window=st.integers(1, 5),
-    workers=st.integers(0, 5),
-    start=st.integers(0, 30),
-    data=st.data(),
-)
-@IN_MEMORY
-def test_bucketed_streams_of_any_shape(
-    in_memory: None,
-    lengths: list[int],
-    slots: int,
-    per_slot: int,
-    slots_of_window: int,
-    workers: int,
-    start: int,
-    data: st.DataObject,
-) -> None:
-    """A step shows the same, from wherever the stream was begun and however it is shared."""
-    if all(is_lost(shard, i) for shard, n in enumerate(lengths) for i in range(n)):
-        return  # nothing can replace anything
-    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
-    window = per_slot * slots_of_window
-    order = Order(lengths, lanes=slots, window=window, seed=1, slot_rows=per_slot)
-    buckets = make_buckets(area=64, multiple=2, max_aspect=2.0)
-    images = ImageSettings(3, (8, 8), True, 100, buckets=buckets)
-
-    def shown(world: int, workers: int, start: int, stop: int) -> dict[tuple[int, int], Any]:
-        found: dict[tuple[int, int], Any] = {}
-        for rank in range(world):
-            layout = {"rank": rank, "world": world, "workers": workers, "slots": slots}
-            steps = {"start_step": start, "stop_step": stop}
-            for part in batches_of(lengths, order, images, **layout, **steps):
-                for group in part.groups:
-                    size = tuple(group.images.shape[2:])
-                    assert size in buckets
-                    marks = group.images[:, :, 0, 0].reshape(len(group.slots), -1).tolist()
-                    for slot, own in zip(group.slots, marks, strict=True):
-                        assert (part.step, slot) not in found
-                        found[part.step, slot] = (own, size)
-        return found
-
-    got = shown(world, workers, start, start + 3)
-    from_the_beginning = shown(1, 0, 0, start + 3)
-    assert got == {k: v for k, v in from_the_beginning.items() if k[0] >= start}
 
 
 def _one_shard(folder: Path) -> Path:

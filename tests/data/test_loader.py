@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.data.conftest import LENGTHS, identities, png
+from tests.data.conftest import LENGTHS, identities
+from vae_dist.data import evaluation as evaluation_module
 from vae_dist.data import loader as stream_module
 from vae_dist.data import windows as lane_module
+from vae_dist.data.buckets import make_buckets
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
-from vae_dist.data.tar import ShardError
+from vae_dist.data.reader import LoadedSample, SampleReader
+from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import Work
-from vae_dist.data.writer import write_shards
 
 BATCH, WINDOW, SEED = 8, 4, 5
 N = sum(LENGTHS)
@@ -92,37 +95,6 @@ def index(shards: str) -> ShardIndex:
     return load_index(shards, key="data.train", create=False)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_every_layout_shows_the_same_steps(
-    index: ShardIndex, marked: ImageSettings, one_process: None, world: int, workers: int
-) -> None:
-    got = global_batches(index, marked, world=world, workers=workers, start_step=0, stop_step=STEPS)
-    assert got == expected()
-    flat = [sample for step in range(STEPS) for sample in got[step]]
-    for epoch in range(3):
-        counts = Counter(flat[epoch * N : (epoch + 1) * N])
-        assert len(counts) == N and set(counts.values()) == {1}
-
-
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (4, 0), (8, 3)])
-def test_tars_without_an_index_show_the_same_steps(
-    shards: str, tmp_path: Path, marked: ImageSettings, one_process: None, world: int, workers: int
-) -> None:
-    for tar in Path(shards).glob("*.tar"):
-        shutil.copy(tar, tmp_path)
-    index = load_index(str(tmp_path), key="data.train", create=True)
-    layout = {"world": world, "workers": workers, "start_step": 5, "stop_step": 12}
-    assert global_batches(index, marked, **layout) == expected(5, 12)
-
-
-def test_resume_at_every_step(index: ShardIndex, marked: ImageSettings, one_process: None) -> None:
-    for start in range(STEPS - 2):
-        layout = {"world": (1, 2, 4)[start % 3], "workers": (0, 3)[start % 2]}
-        got = global_batches(index, marked, start_step=start, stop_step=start + 2, **layout)
-        assert got == expected(start, start + 2), start
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 3)])
 def test_loader_processes(
@@ -130,13 +102,6 @@ def test_loader_processes(
 ) -> None:
     got = global_batches(index, marked, world=world, workers=workers, start_step=7, stop_step=12)
     assert got == expected(7, 12)
-
-
-def test_more_workers_than_lanes(
-    index: ShardIndex, marked: ImageSettings, one_process: None
-) -> None:
-    got = global_batches(index, marked, world=4, workers=9, start_step=0, stop_step=3)
-    assert got == expected(0, 3)
 
 
 def test_labels_and_shards_come_with_the_images(index: ShardIndex, marked: ImageSettings) -> None:
@@ -155,6 +120,197 @@ def test_global_generators_are_left_alone(index: ShardIndex, marked: ImageSettin
     list(open_stream(index, marked, start_step=0, stop_step=1, workers=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+# Any shape of a data set, in memory
+
+MARKED = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
+
+
+class Memory(SampleReader):
+    """Samples that are their own place, some lost with buckets, each of a shape of its own."""
+
+    def read_many(self, parts: Any) -> Any:
+        return [
+            [
+                memoryview(bytes([shard, i // 256, i % 256]))
+                for shard, start, stop in runs
+                for i in range(start, stop)
+            ]
+            for runs in parts
+        ]
+
+    def prepare(
+        self, data: Any, shard: int, index: int, *, size: Any = None, out: Any = None
+    ) -> Any:
+        if self.settings.buckets and is_lost(shard, index):
+            raise DamagedSampleError("lost")
+        marks = np.frombuffer(data, np.uint8)[:, None, None]
+        if self.settings.buckets:
+            return np.broadcast_to(marks, (3, *size))
+        return marks.reshape(1, 1, 3)
+
+    def load(self, sample: Any, shard: int, index: int, *, epoch: int) -> LoadedSample:
+        if isinstance(sample, memoryview):
+            sample = self.prepare(sample, shard, index)
+        return LoadedSample(sample, shard)
+
+    def size_or_none(self, data: Any, shard: int, index: int) -> tuple[int, int] | None:
+        place = shard * 31 + index * 7
+        return None if is_lost(shard, index) else (10 + place % 13, 10 + place % 17)
+
+
+def is_lost(shard: int, index: int) -> bool:
+    return (shard * 31 + index * 7) % 11 == 3
+
+
+LENGTHS_OF_ANY = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
+IN_MEMORY = settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (stream_module, evaluation_module):
+        monkeypatch.setattr(module, "WorkerPool", InterleavedPool)
+        monkeypatch.setattr(module, "SampleReader", Memory)
+
+
+def batches_of(lengths: list[int], order: Order, images: ImageSettings, **kwargs: Any) -> Any:
+    numbers = np.array(lengths, np.int64)
+    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
+    batch_size = order.lanes * max(1, order.slot_rows)
+    return TrainingStream(index, order, images, batch_size=batch_size, **kwargs)
+
+
+@given(
+    lengths=LENGTHS_OF_ANY,
+    slots=st.sampled_from([1, 2, 4, 8]),
+    per_slot=st.integers(1, 3),
+    window=st.integers(1, 20),
+    workers=st.integers(0, 5),
+    start=st.integers(0, 40),
+    data=st.data(),
+)
+@IN_MEMORY
+def test_streams_of_any_shape(
+    in_memory: None,
+    lengths: list[int],
+    slots: int,
+    per_slot: int,
+    window: int,
+    workers: int,
+    start: int,
+    data: st.DataObject,
+) -> None:
+    """Step k shows the samples k B, ..., (k + 1) B - 1 of the order, whoever reads them."""
+    batch = slots * per_slot
+    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
+    order = Order(lengths, lanes=batch, window=window, seed=1)
+    got: dict[int, list[tuple[int, int]]] = {}
+    for rank in range(world):
+        layout = {"rank": rank, "world": world, "workers": workers, "slots": slots}
+        steps = {"start_step": start, "stop_step": start + 5}
+        for part in batches_of(lengths, order, MARKED, **layout, **steps):
+            (group,) = part.groups
+            assert group.slots == tuple(range(rank * slots // world, (rank + 1) * slots // world))
+            got.setdefault(part.step, []).extend(identities(group.images.numpy()))
+    for step in range(start, start + 5):
+        want = [order.sample_at(g)[1:] for g in range(step * batch, (step + 1) * batch)]
+        assert got[step] == want
+
+
+@given(
+    lengths=LENGTHS_OF_ANY,
+    slots=st.sampled_from([1, 2, 4, 8]),
+    per_slot=st.integers(1, 4),
+    slots_of_window=st.integers(1, 5),
+    workers=st.integers(0, 5),
+    start=st.integers(0, 30),
+    data=st.data(),
+)
+@IN_MEMORY
+def test_bucketed_streams_of_any_shape(
+    in_memory: None,
+    lengths: list[int],
+    slots: int,
+    per_slot: int,
+    slots_of_window: int,
+    workers: int,
+    start: int,
+    data: st.DataObject,
+) -> None:
+    """A step shows the same, from wherever the stream was begun and however it is shared."""
+    if all(is_lost(shard, i) for shard, n in enumerate(lengths) for i in range(n)):
+        return  # nothing can replace anything
+    world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0]))
+    window = per_slot * slots_of_window
+    order = Order(lengths, lanes=slots, window=window, seed=1, slot_rows=per_slot)
+    buckets = make_buckets(area=64, multiple=2, max_aspect=2.0)
+    images = ImageSettings(3, (8, 8), True, 100, buckets=buckets)
+
+    def shown(world: int, workers: int, start: int, stop: int) -> dict[tuple[int, int], Any]:
+        found: dict[tuple[int, int], Any] = {}
+        for rank in range(world):
+            layout = {"rank": rank, "world": world, "workers": workers, "slots": slots}
+            steps = {"start_step": start, "stop_step": stop}
+            for part in batches_of(lengths, order, images, **layout, **steps):
+                for group in part.groups:
+                    size = tuple(group.images.shape[2:])
+                    assert size in buckets
+                    marks = group.images[:, :, 0, 0].reshape(len(group.slots), -1).tolist()
+                    for slot, own in zip(group.slots, marks, strict=True):
+                        assert (part.step, slot) not in found
+                        found[part.step, slot] = (own, size)
+        return found
+
+    got = shown(world, workers, start, start + 3)
+    from_the_beginning = shown(1, 0, 0, start + 3)
+    assert got == {k: v for k, v in from_the_beginning.items() if k[0] >= start}
+
+
+@given(
+    lengths=LENGTHS_OF_ANY,
+    batch_size=st.integers(1, 20),
+    max_images=st.one_of(st.none(), st.integers(1, 60)),
+    world=st.sampled_from([1, 2, 4]),
+    workers=st.integers(0, 3),
+)
+@IN_MEMORY
+def test_an_evaluation_shows_each_image_once(
+    in_memory: None,
+    lengths: list[int],
+    batch_size: int,
+    max_images: int | None,
+    world: int,
+    workers: int,
+) -> None:
+    """Over all ranks, in equal batches, and again when it is iterated again."""
+    in_order = [(shard, i) for shard, length in enumerate(lengths) for i in range(length)]
+    numbers = np.array(lengths, np.int64)
+    index = ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
+    keys = {"batch_size": batch_size, "world": world, "workers": workers}
+    streams = [
+        EvaluationStream(index, MARKED, rank=rank, max_images=max_images, **keys)
+        for rank in range(world)
+    ]
+    for _ in range(2):
+        seen: dict[int, tuple[int, int]] = {}
+        batches = [list(stream) for stream in streams]
+        sizes = [[len(batch.images) for batch in of_rank] for of_rank in batches]
+        assert all(size == sizes[0] and len(size) == len(streams[0]) for size in sizes)
+        for batch in (batch for of_rank in batches for batch in of_rank):
+            marks = identities(batch.images.numpy())
+            for n, mark, weight in zip(
+                batch.samples.tolist(), marks, batch.weights.tolist(), strict=True
+            ):
+                if weight:
+                    assert n not in seen
+                    seen[n] = mark
+        assert seen == dict(enumerate(in_order[:max_images]))
 
 
 # Damage. `lost` holds the samples that cannot be read.
@@ -292,83 +448,8 @@ def test_workers_ignore_the_signals_of_their_group_and_end_with_close(
 # Evaluation
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize(("batch_size", "max_images"), [(5, None), (64, None), (3, 13), (1, 1)])
-def test_evaluation_shows_each_image_once(
-    index: ShardIndex,
-    marked: ImageSettings,
-    one_process: None,
-    world: int,
-    workers: int,
-    batch_size: int,
-    max_images: int | None,
-) -> None:
-    in_order = [(shard, i) for shard, length in enumerate(LENGTHS) for i in range(length)]
-    seen: dict[int, tuple[int, int]] = {}
-    sizes = []
-    for rank in range(world):
-        stream = EvaluationStream(
-            index,
-            marked,
-            batch_size=batch_size,
-            rank=rank,
-            world=world,
-            workers=workers,
-            max_images=max_images,
-        )
-        batches = list(stream)
-        assert len(stream) == len(batches)
-        sizes.append([len(batch.images) for batch in batches])
-        for batch in batches:
-            for image, sample, weight, label in zip(
-                identities(batch.images.numpy()),
-                batch.samples.tolist(),
-                batch.weights.tolist(),
-                batch.labels.tolist(),
-                strict=True,
-            ):
-                if weight:
-                    assert sample not in seen and label == image[0]
-                    seen[sample] = image
-    assert all(size == sizes[0] for size in sizes)
-    assert seen == dict(enumerate(in_order[:max_images]))
-
-
 def test_evaluation_gives_lost_samples_no_weight(copied: Path, marked: ImageSettings) -> None:
     damaged = lose(copied, {(3, 4), (5, 41)})
     batches = list(EvaluationStream(damaged, marked, batch_size=16, workers=1))
     assert sum(float(batch.weights.sum()) for batch in batches) == N - 2
     assert [(s.index, s.replaced_by) for b in batches for s in b.skipped] == [(4, None), (41, None)]
-
-
-def test_evaluation_can_be_iterated_again(index: ShardIndex, marked: ImageSettings) -> None:
-    stream = EvaluationStream(index, marked, batch_size=50, world=2)
-    first, second = ([b.samples.tolist() for b in stream] for _ in range(2))
-    assert first == second
-
-
-def test_random_crops_are_those_of_the_sample_in_every_layout(
-    tmp_path: Path, one_process: None
-) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 11), dtype=np.uint8)
-    samples = ({"__key__": f"{i:03d}", "png": png(pixels)} for i in range(16))
-    write_shards(samples, tmp_path / "s", num_shards=2)
-    index = load_index(str(tmp_path / "s"), key="data.train", create=False)
-    settings = ImageSettings(1, (9, 4), True, 100, crop="random", flip=True)
-    runs = [
-        torch.cat(
-            [
-                torch.cat([b.groups[0].images for b in open_stream(index, settings, **layout)])
-                for layout in layouts
-            ]
-        )
-        for layouts in (
-            [{"start_step": 0, "stop_step": 4}],
-            [{"start_step": k, "stop_step": k + 1, "workers": 3} for k in range(4)],
-        )
-    ]
-    assert torch.equal(*runs)
-    epochs = runs[0].reshape(2, 16, -1)
-    assert len(epochs[0].unique(dim=0)) > 8, "samples differ in their crops"
-    assert {tuple(i) for i in epochs[0].tolist()} != {tuple(i) for i in epochs[1].tolist()}

@@ -49,17 +49,18 @@ def blob(tmp_path: Path) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("world", [1, 2, 8])
-@pytest.mark.parametrize("workers", [0, 3])
-@pytest.mark.parametrize("way", ["pattern", "folder", "pipe", "fsspec"])
+@pytest.mark.parametrize(
+    ("way", "world", "workers"),
+    [("pattern", 1, 0), ("folder", 8, 3), ("pipe", 1, 0), ("pipe", 2, 3), ("fsspec", 2, 1)],
+)
 def test_the_same_steps_from_everywhere(
     folder: Path,
     marked: ImageSettings,
     one_process: None,
     tmp_path: Path,
+    way: str,
     world: int,
     workers: int,
-    way: str,
 ) -> None:
     steps = {"start_step": STEPS // 2, "stop_step": STEPS // 2 + 6}
     with serving(folder) as server:
