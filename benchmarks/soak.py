@@ -14,6 +14,7 @@ line per soak, and a JSON object as the last line; exit code 1 when a promise is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -22,15 +23,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.support.faults import Ranks, digest, is_running, last_step, record, recorded_steps
+import torch
+
+from tests.support.faults import Ranks, is_running, last_step
 from tests.support.training import arguments, rows, same_weights, status
 from vae_dist.data.digits import make_digits
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import load_index
+from vae_dist.data.loader import Batch
 from vae_dist.data.settings import image_settings
+from vae_dist.training.step import StepReport, TrainingStep
 
 BATCH_SIZE = 64
 CHECKPOINT_EVERY = 10
@@ -177,6 +183,41 @@ def judge(report: Report, run: Path, reference: Path, keys: Path, digits: Path) 
             "problems": problems,
         }
     )
+
+
+def record(folder: Path) -> Callable[[int], None]:
+    """For `prepare`: a line per step and rank, the step and a digest of each image, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare(rank: int) -> None:
+        step_once = TrainingStep.__call__
+        file = open(folder / f"{rank}", "a")  # noqa: SIM115
+
+        def recorded(self: TrainingStep, batch: Batch, step: int) -> StepReport:
+            report = step_once(self, batch, step)
+            images = [image for group in batch.groups for image in group.images]
+            digests = " ".join(digest(image) for image in images)
+            file.write(f"{step} {digests}\n")
+            file.flush()
+            return report
+
+        TrainingStep.__call__ = recorded  # type: ignore[method-assign]
+
+    return prepare
+
+
+def digest(image: torch.Tensor) -> str:
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def recorded_steps(folder: Path) -> Iterator[tuple[int, list[str]]]:
+    """(step, digests of the global batch) for each step that all ranks of a session did."""
+    by_rank = []
+    for path in sorted(folder.iterdir(), key=lambda path: int(path.name)):
+        lines = path.read_text().split("\n")[:-1]
+        by_rank.append({int(line.split()[0]): line.split()[1:] for line in lines})
+    for step in sorted(set.intersection(*(set(one) for one in by_rank)) if by_rank else ()):
+        yield step, [name for one in by_rank for name in one[step]]
 
 
 def used_images(keys: Path) -> tuple[dict[int, list[str]], int, list[str]]:

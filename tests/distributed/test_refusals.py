@@ -8,7 +8,6 @@ import pytest
 from tests.support.training import status, train
 from vae_dist.config.errors import ConfigError
 from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
-from vae_dist.run.folder import RunFolder
 from vae_dist.training import build, setup
 
 TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
@@ -18,11 +17,8 @@ CASES = {  # where it is, the name, the rank that fails, its error, and what all
     "config of the run": (setup, "as_in_run_folder", 1, WRONG, "rank 1: the shards"),
     "second read of the index": (build, "_both_indexes", 1, WRONG, "rank 1: the shards"),
     "checkpoint": (Checkpoints, "load", 0, TORN, "none of the 1 checkpoints in"),
-    "identity of the shards": (setup, "check_identity", 1, WRONG, "rank 1: the shards"),
     "weights to restore": (setup, "_restore", 1, WRONG, "rank 1: the shards"),
     "environment.json": (build, "add_session", 0, FULL, "/run/file: No space left on device"),
-    "config.yaml": (RunFolder, "write_config", 0, FULL, "/run/file: No space left on device"),
-    "run folder": (RunFolder, "create", 0, FULL, "/run/file: No space left on device"),
 }
 FAST = ("second read of the index", "checkpoint", "environment.json")
 QUIET = ("evaluation.every=0", "checkpoint.every=2")

@@ -2,32 +2,29 @@
 
 The ranks are forked from a parent that has imported everything, so that one starts in a moment.
 Nothing inside the package knows of this: what happens at a chosen point is wrapped around its
-functions in the forked process. `record` notes what each step was trained on.
+functions in the forked process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import hashlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
 
 from tests.support.distributed import become_rank, free_port
 from tests.support.training import status
-from vae_dist.data.loader import Batch
 from vae_dist.run import checkpoint
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
-from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.stop import RankWatch
 
 assert setup  # what the command would import in each process
@@ -138,9 +135,9 @@ def at_place(
     def prepare(rank: int) -> None:
         at, visits = RankWatch.at, 0
 
-        def visited(self: RankWatch, step: int, here: str, *shape: object) -> None:
+        def visited(self: RankWatch, step: int, here: str, shape: Hashable = None) -> None:
             nonlocal visits
-            at(self, step, here, *shape)
+            at(self, step, here, shape)
             visits += here == place
             if here == place and visits == visit and rank in ranks:
                 action()
@@ -160,7 +157,7 @@ def in_the_middle_of_a_write(
         write = checkpoint.write_durably
         is_done = False
 
-        def interrupted(path: Path, data: bytes) -> None:
+        def interrupted(path: Path, data: Any) -> None:
             nonlocal is_done
             write(path, data)
             step = path.parent.name.removeprefix(".step_").removesuffix(".tmp")
@@ -182,41 +179,6 @@ def starve(until: Path) -> None:
     """The loader delivers nothing until the file is there."""
     while not until.exists():
         time.sleep(0.01)
-
-
-def record(folder: Path) -> Callable[[int], None]:
-    """For `prepare`: a line per step and rank, the step and a digest of each image, in order."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def prepare(rank: int) -> None:
-        step_once = TrainingStep.__call__
-        file = open(folder / f"{rank}", "a")  # noqa: SIM115
-
-        def recorded(self: TrainingStep, batch: Batch, step: int) -> StepReport:
-            report = step_once(self, batch, step)
-            images = [image for group in batch.groups for image in group.images]
-            digests = " ".join(digest(image) for image in images)
-            file.write(f"{step} {digests}\n")
-            file.flush()
-            return report
-
-        TrainingStep.__call__ = recorded  # type: ignore[method-assign]
-
-    return prepare
-
-
-def digest(image: torch.Tensor) -> str:
-    return hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def recorded_steps(folder: Path) -> Iterator[tuple[int, list[str]]]:
-    """(step, digests of the global batch) for each step that all ranks of a session did."""
-    by_rank = []
-    for path in sorted(folder.iterdir(), key=lambda path: int(path.name)):
-        lines = path.read_text().split("\n")[:-1]
-        by_rank.append({int(line.split()[0]): line.split()[1:] for line in lines})
-    for step in sorted(set.intersection(*(set(one) for one in by_rank)) if by_rank else ()):
-        yield step, [name for one in by_rank for name in one[step]]
 
 
 def _rank(
