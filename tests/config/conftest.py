@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vae_dist.config import load
+from vae_dist.config.schema import TrainConfig
 
 DATA = "data:\n  train: shards/train\n  validation: shards/validation\n"
 
@@ -22,3 +24,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(load, "PACKAGE", tmp_path / "installed")
     write("configs/plain.yaml", DATA)
     return tmp_path
+
+
+def sound(**values: Any) -> TrainConfig:
+    """A sound config with `section__key=value` changes."""
+    made = TrainConfig(config="plain", run="runs/plain")
+    made.data.train, made.data.validation = "shards/train", "shards/validation"
+    for name, value in values.items():
+        section, _, leaf = name.partition("__")
+        assert hasattr(getattr(made, section), leaf)
+        setattr(getattr(made, section), leaf, value)
+    return made

@@ -13,12 +13,7 @@ from tests.config.conftest import DATA, write
 from vae_dist.config.commands import IndexCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import changed_numbers, flatten, help_text, keys, wants_help
-from vae_dist.config.load import (
-    from_yaml,
-    load_command,
-    load_train_config,
-    to_yaml,
-)
+from vae_dist.config.load import from_yaml, load_command, load_train_config, to_yaml
 from vae_dist.config.schema import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,40 +37,37 @@ def test_arguments_win_over_file_over_base_over_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "name", "value"),
+    ("argument", "value"),
     [
-        ("optimizer.lr=3e-4", "optimizer.lr", 3e-4),
-        ("optimizer.betas=[0.5,1e-1]", "optimizer.betas", [0.5, 0.1]),
-        ("training.precision=no", "training.precision", "no"),
-        ("data.flip=true", "data.flip", True),
-        ("run=007", "run", "007"),
-        ("run=a: b #c", "run", "a: b #c"),
-        ("run='a b'", "run", "a b"),
-        ("seed=010", "seed", 10),
-        ("seed=0o17", "seed", 15),
-        ('seed="10"', "seed", 10),
-        ('data.resolution="64"', "data.resolution", 64),
-        ("seed=0x1F", "seed", 31),
-        ("training.batch_size=064", "training.batch_size", 64),
-        ("optimizer.lr=010", "optimizer.lr", 10.0),
-        ("data.window=032", "data.window", 32),
-        ("runtime.compile=true", "runtime.compile", "true"),
-        ("data.train=2024", "data.train", "2024"),
-        ("data.train=[010, on]", "data.train", ["010", "on"]),
-        ("wandb.tags=[010, on]", "wandb.tags", ["010", "on"]),
-        ("wandb.group=1_000", "wandb.group", "1_000"),
-        ("wandb.entity=null", "wandb.entity", None),
-        ("data.train=x-{000..009}.tar", "data.train", "x-{000..009}.tar"),
-        ("data.resolution=[178, 218]", "data.resolution", [178, 218]),
-        ("run=a=b", "run", "a=b"),
+        ("optimizer.lr=3e-4", 3e-4),
+        ("optimizer.lr=010", 10.0),
+        ("optimizer.betas=[0.5,1e-1]", [0.5, 0.1]),
+        ("training.precision=no", "no"),
+        ("runtime.compile=true", "true"),
+        ("data.flip=true", True),
+        ("run=007", "007"),
+        ("run=a: b #c", "a: b #c"),
+        ("run='a b'", "a b"),
+        ("run=a=b", "a=b"),
+        ("seed=010", 10),
+        ("seed=0o17", 15),
+        ("seed=0x1F", 31),
+        ('seed="10"', 10),
+        ("data.window=032", 32),
+        ('data.resolution="64"', 64),
+        ("data.resolution=[178, 218]", [178, 218]),
+        ("data.train=2024", "2024"),
+        ("data.train=[010, on]", ["010", "on"]),
+        ("data.train=x-{000..009}.tar", "x-{000..009}.tar"),
+        ("data.train={a,b}-{0..9}.tar", "{a,b}-{0..9}.tar"),
+        ("wandb.tags=[010, on]", ["010", "on"]),
+        ("wandb.group=1_000", "1_000"),
+        ("wandb.entity=null", None),
     ],
 )
-def test_values_follow_yaml_except_where_text_is_wanted(
-    argument: str, name: str, value: object
-) -> None:
-    found = flatten(load_train_config(["config=plain", argument]))[name]
-    assert found == value
-    assert type(found) is type(value)
+def test_values_follow_yaml_except_where_text_is_wanted(argument: str, value: object) -> None:
+    found = flatten(load_train_config(["config=plain", argument]))[argument.partition("=")[0]]
+    assert found == value and type(found) is type(value)
 
 
 def test_a_config_has_defaults_for_hollow_sections_and_a_run_folder_of_its_name() -> None:
@@ -135,14 +127,8 @@ def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it() 
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        (
-            "config=a",
-            "configs/a.yaml: base leads back to the file itself: a.yaml -> b.yaml -> a.yaml",
-        ),
-        (
-            "config=plan",
-            "config=plan: no config has this name; did you mean plain? (there are: a, b",
-        ),
+        ("config=a", "configs/a.yaml: base leads back to the file itself: a.yaml -> b.yaml -> a."),
+        ("config=plan", "config=plan: no config has this name; did you mean plain? (there are: a"),
         ("seed=1", "config is missing; give a name or a path, as in config=mnist"),
         ("config=no/such.yaml", "config=no/such.yaml: no such file: no/such.yaml"),
         ("config=plain.yaml", "config=plain.yaml: no such file: plain.yaml; did you mean plain?"),
@@ -181,30 +167,19 @@ def test_all_problems_come_at_once() -> None:
     [
         ("seed: 1\nlog: every: 2\n", "mapping values are not allowed here at line 2"),
         ("seed: [1\n", "configs/odd.yaml: not readable as YAML"),
-        ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML"),
+        ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML: found seed twice"),
         ("- seed\n", "configs/odd.yaml: holds no keys"),
         ("base: [a, b]\n", "base=[a, b] is not the name or path of one config"),
         ("data: 3\n", "configs/odd.yaml: data is a section"),
         ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
         ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
-        (
-            "seed: !!python/object/apply:os.getcwd []\n",
-            "configs/odd.yaml: seed=[] is not a whole number",
-        ),
+        ("seed: !!python/object/apply:os.getcwd []\n", "odd.yaml: seed=[] is not a whole number"),
+        ("run: gr\udcf6\udcdfe\n", "configs/odd.yaml: is no UTF-8 text"),
     ],
 )
 def test_a_damaged_file_is_named(text: str, expected: str) -> None:
-    write("configs/odd.yaml", text)
+    Path("configs/odd.yaml").write_text(text, errors="surrogateescape")
     assert any(expected in problem for problem in refused("config=odd"))
-
-
-def test_a_file_is_utf_8() -> None:
-    for encoding in ("utf-8", "utf-8-sig"):
-        Path("mine.yaml").write_bytes(f"{DATA}run: größe\n".encode(encoding))
-        assert load_train_config(["config=mine.yaml"]).run == "größe"
-    Path("mine.yaml").write_bytes("run: größe\n".encode("latin-1"))
-    (problem,) = refused("config=mine.yaml")
-    assert problem.startswith("mine.yaml: is no UTF-8 text") and "save it as UTF-8" in problem
 
 
 # ---- YAML of run folders ----
@@ -218,17 +193,12 @@ def test_yaml_gives_back_the_same_config() -> None:
     assert from_yaml(to_yaml(config)) == config
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        (DATA + "config: a\ncolour: blue\n", "old: colour: there is no such key"),
-        (DATA + "config: a\nmodel: {towers: conv}\n", "old: model.towers: there is no such key"),
-        ("config: a\n", "old: data.train is missing"),
-    ],
-)
-def test_a_run_folders_yaml_is_checked(text: str, sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        from_yaml(text, origin="old")
+def test_a_run_folders_yaml_is_checked() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml("config: a\ncolour: blue\nmodel: {towers: conv}\n", origin="old")
+    starts = "colour: there is no such key", "model.towers: there is", "data.train is missing"
+    for problem, start in zip(caught.value.problems, starts, strict=False):
+        assert problem.startswith(f"old: {start}")
 
 
 def test_changed_numbers_leaves_neutral_keys_out() -> None:

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.config.conftest import sound
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.load import from_yaml, to_yaml
+from vae_dist.config.keys import shown, value_of
+from vae_dist.config.load import from_yaml, load_train_config, to_yaml
 from vae_dist.config.resolve import Facts, default_slots, resolve, world_size_problem
-from vae_dist.config.schema import TrainConfig
 
 BUCKETS = {"area": 65536, "multiple": 16, "max_aspect": 2.0}
+GIVEN = str(BUCKETS).replace(" ", "")
 CPU, GPU = Facts(mean_sample_bytes=300), Facts(True, True, mean_sample_bytes=300)
-
-
-def config(**values: Any) -> TrainConfig:
-    """A sound config with `section__key=value` changes."""
-    made = TrainConfig(config="plain", run="runs/plain")
-    made.data.train, made.data.validation = "shards/train", "shards/validation"
-    for name, value in values.items():
-        section, _, leaf = name.partition("__")
-        assert hasattr(getattr(made, section), leaf)
-        setattr(getattr(made, section), leaf, value)
-    return made
+BROKEN = replace(GPU, compiler_problem="no compiler")
 
 
 @given(st.integers(1, 4096))
@@ -44,7 +35,7 @@ def test_slots_of_aspect_buckets_have_four_images_where_the_batch_has_as_many() 
 
 @given(st.integers(1, 256), st.integers(1, 300))
 def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int) -> None:
-    problem = world_size_problem(config(data__slots=slots), world)
+    problem = world_size_problem(sound(data__slots=slots), world)
     assert (problem is None) == (slots % world == 0)
     if problem is not None:
         listed = problem.split("work are ")[1].split(".")[0]
@@ -61,8 +52,8 @@ def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int)
 def test_the_window_fits_into_window_bytes(
     num_bytes: float | None, window: int | str, bucket_window: int | str | None
 ) -> None:
-    facts, buckets = Facts(mean_sample_bytes=num_bytes), config(data__resolution=BUCKETS)
-    assert resolve(config(), facts).data.window == window
+    facts, buckets = Facts(mean_sample_bytes=num_bytes), sound(data__resolution=BUCKETS)
+    assert resolve(sound(), facts).data.window == window
     if bucket_window is not None:
         assert resolve(buckets, facts).data.window == bucket_window
         return
@@ -74,82 +65,64 @@ def test_the_window_fits_into_window_bytes(
 
 def test_a_window_that_cannot_fit_is_refused_and_a_given_one_is_kept() -> None:
     large = Facts(mean_sample_bytes=2**23 + 1)
-    assert resolve(config(data__window=7), large).data.window == 7
+    assert resolve(sound(data__window=7), large).data.window == 7
     with pytest.raises(ConfigError, match=r"data\.window_bytes=4294967296 .* at least 4294967808"):
-        resolve(config(), large)
+        resolve(sound(), large)
 
 
 @pytest.mark.parametrize(
-    ("values", "facts", "expected"),
+    ("asked", "facts", "decided"),
     [
-        ({}, CPU, {"training__precision": "no", "data__slots": 64}),
-        ({}, GPU, {"training__precision": "bf16"}),
-        ({}, replace(CPU, has_bf16=True), {"training__precision": "bf16"}),
-        ({"training__precision": "fp16"}, GPU, {"training__precision": "fp16"}),
-        ({"training__precision": "bf16"}, CPU, {"training__precision": "bf16"}),
-        ({"training__microbatch_size": "auto"}, GPU, {"training__microbatch_size": "auto"}),
-        ({"perceptual__kind": "auto"}, CPU, {"perceptual__kind": "structure"}),
-        (
-            {"perceptual__kind": "auto"},
-            replace(CPU, has_lpips=True),
-            {"perceptual__kind": "lpips"},
-        ),
-        # 64 slots of 256 native images hold several: these share a size, and are compiled
-        ({}, CPU, {"runtime__compile": "false", "runtime__channels_last": "false"}),
-        ({}, GPU, {"runtime__compile": "true", "runtime__channels_last": "true"}),
-        ({"training__precision": "no"}, GPU, {"runtime__channels_last": "false"}),
-        ({"runtime__parallel": "fsdp"}, GPU, {"runtime__compile": "false"}),
-        ({"runtime__compile": "false"}, GPU, {"runtime__channels_last": "false"}),
-        ({"training__batch_size": 64}, GPU, {"runtime__compile": "false"}),  # of any size
-        ({"training__batch_size": 64, "data__resolution": 8}, GPU, {"runtime__compile": "true"}),
-        ({}, replace(GPU, compiler_problem="no compiler"), {"runtime__compile": "false"}),
-        ({"runtime__compile": "blocks"}, GPU, {"runtime__channels_last": "true"}),
+        ("", CPU, "training.precision=no data.slots=64 runtime.compile=false"),
+        ("", CPU, "runtime.channels_last=false"),
+        ("", GPU, "training.precision=bf16 runtime.compile=true runtime.channels_last=true"),
+        ("", replace(CPU, has_bf16=True), "training.precision=bf16"),
+        ("training.precision=fp16", GPU, "training.precision=fp16"),
+        ("training.precision=bf16", CPU, "training.precision=bf16"),
+        ("training.microbatch_size=auto", GPU, "training.microbatch_size=auto"),
+        ("perceptual.kind=auto", CPU, "perceptual.kind=structure"),
+        ("perceptual.kind=auto", replace(CPU, has_lpips=True), "perceptual.kind=lpips"),
+        ("training.precision=no", GPU, "runtime.channels_last=false"),
+        ("runtime.parallel=fsdp", GPU, "runtime.compile=false"),
+        ("runtime.compile=false", GPU, "runtime.channels_last=false"),
+        ("runtime.compile=blocks", GPU, "runtime.channels_last=true"),
+        ("training.batch_size=64", GPU, "runtime.compile=false"),  # images of any size
+        ("training.batch_size=64 data.resolution=8", GPU, "runtime.compile=true"),
+        ("", BROKEN, "runtime.compile=false"),
         # one number of images for each bucket
         (
-            {"data__resolution": BUCKETS, "runtime__compile": "true"},
+            f"data.resolution={GIVEN} runtime.compile=true",
             CPU,
-            {"training__microbatch_size": 4},
+            "training.microbatch_size=4",
         ),
     ],
 )
-def test_auto_is_decided_by_the_facts(
-    values: dict[str, Any], facts: Facts, expected: dict[str, Any]
-) -> None:
-    asked = config(**values)
-    before = copy.deepcopy(asked)
-    found = resolve(asked, facts)
-    assert asked == before
-    for name, value in expected.items():
-        section, _, leaf = name.partition("__")
-        assert getattr(getattr(found, section), leaf) == value
+def test_auto_is_decided_by_the_facts(asked: str, facts: Facts, decided: str) -> None:
+    config = load_train_config(["config=plain", *asked.split()])
+    before = copy.deepcopy(config)
+    found = resolve(config, facts)
+    assert config == before
+    for word in decided.split():
+        name, _, value = word.partition("=")
+        assert shown(value_of(found, name)) == value
     assert resolve(found, GPU if facts is CPU else facts) == found
 
 
 @pytest.mark.parametrize(
-    ("values", "facts", "message"),
+    ("asked", "facts", "problem"),
     [
-        ({"training__precision": "fp16"}, CPU, r"training\.precision=fp16 needs an accelerator"),
-        (
-            {"runtime__compile": "blocks"},
-            replace(GPU, compiler_problem="no compiler"),
-            r"runtime\.compile=blocks: no compiler; set runtime\.compile=false",
-        ),
-        (
-            {"runtime__compile": "true"},
-            replace(CPU, has_bf16=True),
-            r"runtime\.compile=true: torch 2\.13 gets gradients of bfloat16 wrong",
-        ),
+        ("training.precision=fp16", CPU, "training.precision=fp16 needs an accelerator"),
+        ("runtime.compile=blocks", BROKEN, "runtime.compile=blocks: no compiler; set runtime.comp"),
+        ("runtime.compile=true", replace(CPU, has_bf16=True), "gets gradients of bfloat16 wrong"),
     ],
 )
-def test_what_the_machines_cannot_do_is_refused(
-    values: dict[str, Any], facts: Facts, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        resolve(config(**values), facts)
+def test_what_the_machines_cannot_do_is_refused(asked: str, facts: Facts, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        resolve(load_train_config(["config=plain", asked]), facts)
 
 
 def test_a_resolved_config_is_read_only_and_its_copies_are_not() -> None:
-    found = resolve(config(), CPU)
+    found = resolve(sound(), CPU)
     with pytest.raises(AttributeError, match="steps: the config is read-only"):
         found.training.steps = 3
     for mine in (copy.deepcopy(found), from_yaml(to_yaml(found))):

@@ -45,23 +45,20 @@ FORMS = {
 _PICTURES = "compares whole pictures, and data.mask={data.mask} says that pixels are missing"
 _ONE_DRAW = "is for one draw of z: objective.importance_samples={objective.importance_samples} not"
 
-# What may not come together, as "KEY=VALUE|VALUE OTHER!=VALUE": the sentence that then follows
-# "KEY=VALUE ". {other.key} in it stands for the value.
+# What may not come together: "KEY=VALUE|VALUE OTHER!=VALUE", and what is then said of the first.
+# {other.key} in the sentence stands for the value.
 CONFLICTS = {
     "data.mask=nan data.bits!=32": "needs float images: set data.bits=32 (it is {data.bits})",
     "data.mask=alpha data.bits=32": "is not for float images; use nan",
-    "likelihood.kind=bernoulli data.channels!=1": "is for binarised grey images: set data.channels"
-    "=1 (it is {data.channels}), or likelihood.kind=gaussian",
+    "likelihood.kind=bernoulli data.channels!=1": "is for binarised grey images: set "
+    "data.channels=1 (it is {data.channels})",
     "likelihood.kind=discretized_gaussian|discretized_logistic_mixture data.bits=32": "gives "
-    "probabilities of levels, and float images (data.bits=32) have none; use "
-    "likelihood.kind=gaussian or laplace",
+    "probabilities of levels, which float images have not; use likelihood.kind=gaussian or laplace",
     "model.arch=dense model.latent=spatial": "has a latent vector: set model.latent=vector",
     "model.num_classes=1": "tells nothing; use 0 for a model without labels",
     "runtime.compile=blocks model.arch=dense": "finds none in model.arch=dense; use true",
-    "runtime.compile=true|blocks runtime.parallel=fsdp": "needs runtime.parallel=ddp (what FSDP "
-    "shards is not compiled); leave it out, or set that",
-    "runtime.channels_last=true runtime.parallel=fsdp": "needs runtime.parallel=ddp (FSDP shards "
-    "contiguous weights only); leave it out, or set that",
+    "runtime.compile=true|blocks runtime.parallel=fsdp": "needs runtime.parallel=ddp",
+    "runtime.channels_last=true runtime.parallel=fsdp": "needs runtime.parallel=ddp",
     "perceptual.kind!=none data.mask!=none": _PICTURES,
     "adversarial.weight!=0 data.mask!=none": _PICTURES,
     "objective.scale_equivariance!=0 data.mask!=none": _PICTURES,
@@ -72,8 +69,7 @@ CONFLICTS = {
     "perceptual.kind=auto|lpips|lpips_alex data.channels!=1|3": "compares grey or RGB pictures, "
     "and data.channels={data.channels}; use perceptual.kind=structure",
     "adversarial.weight!=0 model.arch=dense": "needs a convolutional model: model.arch=conv",
-    "objective.scale_equivariance!=0 model.latent=vector": "needs model.latent=spatial: a vector "
-    "has no scale",
+    "objective.scale_equivariance!=0 model.latent=vector": "needs model.latent=spatial",
     "objective.scale_equivariance!=0 likelihood.kind!=gaussian|laplace": "compares averages of "
     "pixels, which are no levels: likelihood.kind must be one of gaussian, laplace",
     "training.train_only=decoder init_from=": "would train a decoder for an encoder of random "
@@ -132,8 +128,6 @@ def _problem(key: Key, value: Any) -> str:
             return ""
         return f"is none of {', '.join(FORMS.get(part, part) for part in parts)}"
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, float) and not math.isfinite(number):
-            return "is not a finite number"
         for name, (is_inside, words) in BOUNDS.items():
             bound = getattr(key, name)
             if bound is not None and not is_inside(number, bound):
@@ -261,32 +255,25 @@ def _widths(c: Any) -> Iterator[tuple[str, str]]:
 
 def _steps(c: Any) -> Iterator[tuple[str, str]]:
     """What needs steps of a run, and the rest."""
-    objective, adversarial, steps = c.objective, c.adversarial, c.training.steps
-    cycles, rise = objective.beta_cycles, objective.beta_warmup_steps
-    if cycles > 1 and (2 * cycles - 1) * rise > steps:
-        yield (
-            "objective.beta_cycles objective.beta_warmup_steps training.steps",
-            f"rises of objective.beta_warmup_steps={rise} take {(2 * cycles - 1) * rise} steps, "
-            f"more than training.steps={steps}; try objective.beta_warmup_steps="
-            f"{steps // (2 * cycles)}",
-        )
-    if adversarial.weight and adversarial.start_step + adversarial.warmup_steps >= steps:
-        yield (
-            "adversarial.start_step adversarial.warmup_steps training.steps",
-            f"and adversarial.warmup_steps={adversarial.warmup_steps} leave no step of "
-            f"training.steps={steps} to the term; lower them, or set adversarial.weight=0",
-        )
+    objective, start, steps = c.objective, c.adversarial.start_step, c.training.steps
+    cycles, warmup = objective.beta_cycles, c.adversarial.warmup_steps
+    needed = (2 * cycles - 1) * objective.beta_warmup_steps
+    if cycles > 1 and needed > steps:
+        most = f"try objective.beta_warmup_steps={steps // (2 * cycles)}"
+        sentence = f"rises take {needed} steps, more than training.steps={steps}; {most}"
+        yield "objective.beta_cycles objective.beta_warmup_steps training.steps", sentence
+    if c.adversarial.weight and start + warmup >= steps:
+        sentence = f"and adversarial.warmup_steps={warmup} leave no step of training.steps={steps}"
+        yield "adversarial.start_step adversarial.warmup_steps", f"{sentence}; lower them"
     for name in ("optimizer.betas", "adversarial.betas"):
         if len(value_of(c, name)) != 2:
             yield name, "must be two numbers in [0, 1)"
     train, validation = (PurePath(str(path)) for path in (c.data.train, c.data.validation))
     bundle = train.parent / "train", train.parent / "validation"
     if c.data.bundled != "none" and (train, validation) != bundle:
-        yield (
-            "data.bundled data.train data.validation",
-            f"writes FOLDER/train and FOLDER/validation, but data.train={shown(c.data.train)} and "
-            f"data.validation={shown(c.data.validation)}; give these two, or set data.bundled=none",
-        )
+        given = f"{_given(c, 'data.train')} and {_given(c, 'data.validation')}"
+        sentence = f"writes FOLDER/train and FOLDER/validation, but {given}; give these two"
+        yield "data.bundled data.train data.validation", sentence
 
 
 def _of_command(c: Any) -> Iterator[tuple[str, str]]:

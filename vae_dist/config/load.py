@@ -57,7 +57,7 @@ class _Yaml(yaml.BaseLoader):
 def load_train_config(argv: list[str]) -> TrainConfig:
     """The config that `argv` asks for. Raises ConfigError with all problems at once."""
     problems: list[str] = []
-    arguments = _arguments(TrainConfig, argv, problems)
+    arguments = _arguments(argv, problems)
     name = str(arguments.get("config", ""))
     try:
         if not name:
@@ -76,7 +76,7 @@ def load_train_config(argv: list[str]) -> TrainConfig:
 def load_command(cls: type[T], argv: list[str]) -> T:
     """The keys of another command. Raises ConfigError with all problems at once."""
     problems: list[str] = []
-    return _checked(cls, [("", _arguments(cls, argv, problems))], problems)
+    return _checked(cls, [("", _arguments(argv, problems))], problems)
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -163,23 +163,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, text
 
 
-def _arguments(cls: type, argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
+def _arguments(argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
     """The settings of the command line: lists, mappings and quoted words as YAML has them."""
     settings: dict[str, Any] = {}
     for argument in argv:
         name, equals, text = argument.partition("=")
-        key = keys(cls).get(name)
-        if not equals or not name or name != name.strip():
+        if not equals:
             problems.append(f"{argument!r} is not key=value (no spaces around =; see --help)")
-        elif name.startswith("-"):
-            problems.append(f"{argument}: keys take no dashes; write {argument.lstrip('-')}")
-        else:
-            settings[name] = text
-            is_one = key is not None and (key.type in TEXT or bool(key.choices))
-            if text.startswith(("'", '"') if is_one else ("'", '"', "[", "{")):
-                # not YAML: a pattern of shards that begins with a brace or a bracket
-                with contextlib.suppress(yaml.YAMLError, RecursionError):
-                    settings[name] = yaml.load(text, _Yaml)
+            continue
+        settings[name] = text
+        if text.startswith(("'", '"', "[", "{")):
+            # else a pattern of shards that begins with a brace or a bracket
+            with contextlib.suppress(yaml.YAMLError, RecursionError):
+                settings[name] = yaml.load(text, _Yaml)
     return settings
 
 
@@ -197,17 +193,14 @@ def _value(key: Key, text: Any) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    """YAML 1.2's reading (its core schema)."""
-    if re.fullmatch("null|Null|NULL|~|", text):
-        return None
-    if re.fullmatch("true|True|TRUE|false|False|FALSE", text):
-        return text[0] in "tT"
+    """YAML 1.2's reading (its core schema, but for infinity and NaN)."""
+    words = {"": None, "~": None, "null": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
     if re.fullmatch("[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}", text):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
         return float(text)
-    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", text):
-        return float(text.replace(".", ""))
     return text
 
 
