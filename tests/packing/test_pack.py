@@ -133,7 +133,7 @@ def test_damaged_pictures_are_left_out_and_named(
     (pictures / "dog/000.png").write_bytes((pictures / "dog/003.png").read_bytes()[:45])
     assert pack(pictures, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert "2 of 60 pictures cannot be packed" in error and "max_skipped_fraction=1" in error
+    assert "2 of 60 images cannot be read" in error and "raise max_skipped_fraction" in error
     assert "cat/001.png: no readable PNG" in error
     assert not (tmp_path / "out/pack.json").exists()
     assert pack(pictures, tmp_path / "out", "max_skipped_fraction=1") == 0
@@ -147,7 +147,7 @@ def test_every_loss_counts(
     for i in range(3):
         (pictures / f"cat/empty{i}.png").touch()
     assert pack(pictures, tmp_path / "out") == 2
-    assert "3 of 63 pictures cannot be packed" in capsys.readouterr().err
+    assert "3 of 63 images cannot be read" in capsys.readouterr().err
     assert pack(pictures, tmp_path / "out", "max_skipped_fraction=0.05") == 0
     skipped = json.loads((tmp_path / "out/pack.json").read_text())["skipped"]
     assert skipped == [[f"cat/empty{i}.png", "an empty file"] for i in range(3)]
@@ -162,7 +162,7 @@ def test_every_loss_counts(
         ("validation=60", "sets 60 of 60 pictures aside"),
         ("quality=101", "quality=101 must be at most 100"),
         ("shard_mb=0", "shard_mb=0 must be more than 0"),
-        ("source=[]", "no picture is there"),
+        ("source=[]", "no picture can be packed"),
     ],
 )
 def test_wrong_keys(

@@ -46,7 +46,7 @@ from vae_dist.inference.load import (
 )
 from vae_dist.models.latent import STATISTICS_FILE, LatentMoments, write_statistics
 from vae_dist.models.vae import VAE
-from vae_dist.packing.jobs import Report, ShardJob, in_threads
+from vae_dist.packing.jobs import Report, ShardJob, check_lost, in_threads, print_left_out
 from vae_dist.packing.latents import Encoder, Piece, Sample, carried, read_piece, samples_in_order
 
 NAME = "latents"
@@ -54,7 +54,6 @@ MIN_SHARDS = 32  # where each has MIN_PER_SHARD images: so that many processes h
 MIN_PER_SHARD = 128
 NUM_PROBED = 64  # samples whose bytes are measured
 WINDOW_BATCHES = 8  # that images of several shapes are sorted within
-NUM_NAMED = 5  # images left out that a message shows
 DECIDE_BYTES = (
     "content",
     "dtype",
@@ -256,7 +255,7 @@ class Writer:
             lost = [str(sample) for piece in window for sample in piece.skipped]
             skipped += lost
             self.skipped += lost
-            check_skipped(self.command, self.skipped, self.images.index.num_samples)
+            _check_lost(self.command, self.skipped, self.images.index.num_samples)
             self._num_done += sum(len(piece.samples) + len(piece.skipped) for piece in window)
             self._progress(self._num_done)
         return {
@@ -306,16 +305,9 @@ def write_sample(writer: ShardWriter, sample: Sample, latent: dict[str, bytes]) 
 # the end
 
 
-def check_skipped(command: EncodeCommand, skipped: Sequence[str], total: int) -> None:
-    if len(skipped) > command.max_skipped_fraction * total:
-        raise ConfigError(
-            [
-                f"data={shown(command.data)}: {len(skipped)} of {total} images cannot be read, "
-                f"more than max_skipped_fraction={command.max_skipped_fraction:g}:",
-                *(f"  {name}" for name in skipped[:NUM_NAMED]),
-                "repair the shards, or raise max_skipped_fraction and give the same command again",
-            ]
-        )
+def _check_lost(command: EncodeCommand, lost: Sequence[str], total: int) -> None:
+    limit = command.max_skipped_fraction
+    check_lost(lost, of=f"data={shown(command.data)}", total=total, max_skipped_fraction=limit)
 
 
 def _describe(
@@ -324,7 +316,7 @@ def _describe(
     """Write index and statistics; the summary."""
     reports = [job.report(shard.name) for shard in plan]
     skipped = [name for report in reports for name in report["skipped"]]
-    check_skipped(command, skipped, plan[-1].stop)
+    _check_lost(command, skipped, plan[-1].stop)
     num_samples = sum(report["samples"] for report in reports)
     if not num_samples:
         raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
@@ -359,10 +351,7 @@ def _describe(
 
 def _print(command: EncodeCommand, summary: Report) -> None:
     skipped = summary["skipped"]
-    for reason in skipped[:NUM_NAMED]:
-        print(f"left out: {reason}", file=sys.stderr)
-    if (more := len(skipped) - NUM_NAMED) > 0:
-        print(f"left out: {more} more, listed in {command.out}/encode.json", file=sys.stderr)
+    print_left_out(skipped, summary=Path(command.out) / "encode.json")
     print(
         f"{command.out}: latents of {summary['samples']:,} images ({len(skipped)} left out) in "
         f"{summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB, at step {summary['step']} "

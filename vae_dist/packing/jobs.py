@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -49,6 +50,7 @@ T = TypeVar("T")
 Report = dict[str, Any]  # JSON
 
 POLL_SECONDS = 0.2
+NUM_NAMED = 5  # images that a message names
 MAX_SHOWN = 80  # characters of two values that differ; digests are longer
 
 
@@ -186,6 +188,29 @@ class ShardJob:
 def _in_short(key: str, theirs: Any, mine: Any) -> str:
     values = f"{shown(theirs)} there, {shown(mine)} here"
     return f"{key} ({values})" if len(values) < MAX_SHOWN else key
+
+
+# what is left out
+
+
+def check_lost(lost: Sequence[str], *, of: str, total: int, max_skipped_fraction: float) -> None:
+    """Raises ConfigError when more images cannot be read than that part of all."""
+    if len(lost) > max_skipped_fraction * total:
+        raise ConfigError(
+            [
+                f"{of}: {len(lost)} of {total} images cannot be read, more than "
+                f"max_skipped_fraction={max_skipped_fraction:g}:",
+                *(f"  {text}" for text in lost[:NUM_NAMED]),
+                "repair them, or raise max_skipped_fraction and give the same command again",
+            ]
+        )
+
+
+def print_left_out(left_out: Sequence[str], *, summary: Path) -> None:
+    for text in left_out[:NUM_NAMED]:
+        print(f"left out: {text}", file=sys.stderr)
+    if (more := len(left_out) - NUM_NAMED) > 0:
+        print(f"left out: {more} more, listed in {summary}", file=sys.stderr)
 
 
 # several processes of one command

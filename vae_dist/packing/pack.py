@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
@@ -28,7 +27,7 @@ from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.indexing import write_info
 from vae_dist.data.tar import DamagedSampleError, files_of_tar
 from vae_dist.files import ProgressBar, write_durably
-from vae_dist.packing import labels
+from vae_dist.packing import jobs, labels
 from vae_dist.packing.items import (
     MAX_FILE_BYTES,
     Item,
@@ -39,7 +38,7 @@ from vae_dist.packing.items import (
     shown_name,
     suffix_of,
 )
-from vae_dist.packing.jobs import Count, Report, ShardJob, part_of, run
+from vae_dist.packing.jobs import Count, Report, ShardJob
 from vae_dist.packing.picture import Picture, PictureSettings, prepare, thumbnail
 from vae_dist.packing.sources import check_splits, list_source, numbered
 from vae_dist.randomness import numpy_generator
@@ -50,7 +49,6 @@ SPLITS = ("train", "validation", "test")
 MIN_SHARDS = 8  # of a split that has at least MIN_PER_SHARD pictures for each
 MIN_PER_SHARD = 128
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
-NUM_NAMED = 5  # damaged pictures that the screen shows
 MAX_SIZES = 1000  # of different image sizes that a report lists
 COUNTED = ("sizes", "channels", "labels", "members", "notes")  # of the samples of a shard
 SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
@@ -69,7 +67,7 @@ class PlannedShard(NamedTuple):
 
 def pack(command: PackCommand) -> None:
     settings = _picture_settings(command)
-    part = part_of(command.shard_range, key="shard_range")
+    part = jobs.part_of(command.shard_range, key="shard_range")
     job = ShardJob(Path(command.out), "pack.json")
     identity = _identity(command)
     if summary := job.finished(identity):
@@ -94,18 +92,19 @@ def _check_losses(
     command: PackCommand, lost: Sequence[Named], num_items: int, *, left_out: Sequence[Named] = ()
 ) -> None:
     """Raises ConfigError when too many pictures cannot be read, or none can."""
-    total = num_items + len(lost)
     if not num_items:
-        found = "".join(f"; {shown_name(n)}: {text}" for n, text in (*lost, *left_out)[:NUM_NAMED])
-        raise ConfigError(f"source={command.source}: no picture is there{found}")
-    if len(lost) > command.max_skipped_fraction * total:
-        raise ConfigError(
-            [
-                f"source={command.source}: {len(lost)} of {total} pictures cannot be packed:",
-                *(f"  {shown_name(name)}: {reason}" for name, reason in lost[:NUM_NAMED]),
-                "repair them, or leave them out with max_skipped_fraction=1",
-            ]
-        )
+        found = "; ".join(_texts([*lost, *left_out])[: jobs.NUM_NAMED])
+        raise ConfigError(f"source={command.source}: no picture can be packed; {found}")
+    jobs.check_lost(
+        _texts(lost),
+        of=f"source={command.source}",
+        total=num_items + len(lost),
+        max_skipped_fraction=command.max_skipped_fraction,
+    )
+
+
+def _texts(named: Sequence[Named]) -> list[str]:
+    return [f"{shown_name(name)}: {reason}" for name, reason in named]
 
 
 def _picture_settings(command: PackCommand) -> PictureSettings:
@@ -228,7 +227,7 @@ def _write_missing(
     total = sum(len(shard.items) for shard in shards)
     before = total - sum(len(shard.items) for shard in missing.values())
     with ProgressBar("packed", total, unit="pictures") as progress:
-        run(
+        jobs.run(
             lambda name, count: _write_shard(job, missing[name], settings, count),
             list(missing),
             workers=workers or len(os.sched_getaffinity(0)),
@@ -393,8 +392,5 @@ def _print(out: Path, summary: dict[str, Any]) -> None:
         print(f"missing pixels: {count} pictures have a .{MASK_MEMBER}; set data.mask=member")
     for note in summary["notes"]:
         print(f"note: {note}")
-    for name, reason in summary["skipped"][:NUM_NAMED]:
-        print(f"left out: {shown_name(name)}: {reason}", file=sys.stderr)
-    if (more := len(summary["skipped"]) - NUM_NAMED) > 0:
-        print(f"left out: {more} more, listed in {out / 'pack.json'}", file=sys.stderr)
+    jobs.print_left_out(_texts(summary["skipped"]), summary=out / "pack.json")
     print(f"look at {out / SHEET}")
