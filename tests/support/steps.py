@@ -9,7 +9,7 @@ from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
 from vae_dist.training.build import build_step
 from vae_dist.training.compile import compile_towers, num_shapes
-from vae_dist.training.step import TrainingStep
+from vae_dist.training.step import StepReport, TrainingStep
 
 
 def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) -> TrainingStep:
@@ -21,8 +21,8 @@ def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) ->
     return step
 
 
-def gradients(step: TrainingStep, batch: Batch) -> dict[str, torch.Tensor]:
-    """Of the weights, as the first step leaves them to the optimizer."""
+def first_step(step: TrainingStep, batch: Batch) -> tuple[dict[str, torch.Tensor], StepReport]:
+    """The gradients that it leaves to the optimizer, and its report."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: object) -> None:
@@ -31,9 +31,9 @@ def gradients(step: TrainingStep, batch: Batch) -> dict[str, torch.Tensor]:
                 found[name] = parameter.grad.clone()
 
     handle = step.optimizer.register_step_pre_hook(keep)
-    step(batch, 0)
+    report = step(batch, 0)
     handle.remove()
-    return found
+    return found, report
 
 
 def wrong_gradients(

@@ -21,14 +21,14 @@ from tests.support.devices import (
     pinned,
     runtime_on,
 )
-from tests.support.steps import gradients, make_step, wrong_gradients
+from tests.support.steps import first_step, make_step, wrong_gradients
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 from vae_dist.training.guards import SkipGuard
 from vae_dist.training.memory import fit_microbatch, step_cost
-from vae_dist.training.step import LossScale, StepReport, TrainingStep
+from vae_dist.training.step import LossScale, StepReport, TrainingStep, Transfer
 
 KINDS = ("bound", "discriminator")
 
@@ -191,11 +191,11 @@ def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(
         images = torch.nn.functional.interpolate(made.groups[0].images.float(), size=size)
         group = made.groups[0]._replace(images=images.to(torch.uint8), masks=None)
         made = made._replace(groups=(group,))
-        expected = gradients(make_step(settings, runtime, size), made)
+        expected, _ = first_step(make_step(settings, runtime, size), made)
         settings.runtime.compile = compiled
         step = make_step(settings, runtime, size)
         # bfloat16 rounds by 1%, a wrong gradient is off by its own size
-        assert wrong_gradients(gradients(step, made), expected, rounding=0.2) == []
+        assert wrong_gradients(first_step(step, made)[0], expected, rounding=0.2) == []
         weight = step.vae.decoder.conv_out.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -221,3 +221,16 @@ def test_automatic_microbatches_fit_and_the_estimate_is_near(device: str) -> Non
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert 0 < step.microbatch_size < settings.training.batch_size
         assert all(p.grad is None for p in step.vae.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_arrives_with_the_same_values(device: str) -> None:
+    with runtime_on(device) as runtime:
+        transfer = Transfer(runtime.device)
+        for k in range(5):
+            given = batch_of("bound", runtime, k)
+            moved = transfer(given)
+            for before, after in zip(given.groups, moved.groups, strict=True):
+                assert after.images.device.type == device
+                assert torch.equal(after.images.cpu(), before.images)
+                assert after.slots == before.slots and torch.equal(after.labels, before.labels)
