@@ -269,7 +269,7 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_run_alive(begun, digits, cap
     assert "the last good one is step_00000004; training goes on" in output
     assert sorted(rows(begun)) == list(range(1, 9))  # it trained to its last step
     found = status(begun)
-    assert (found["status"], found["step"]) == ("failed", 4) and "make room" in found["reason"]
+    assert (found["status"], found["step"]) == ("failed", 4) and "free space" in found["reason"]
     assert not list((begun / "checkpoints").glob(".*"))
     assert main(argv) == 0  # there is room again
     assert status(begun)["step"] == 8 and "steps 8, going on at step 4" in capfd.readouterr().out

@@ -135,11 +135,11 @@ def at_place(
     def prepare(rank: int) -> None:
         at, visits = RankWatch.at, 0
 
-        def visited(self: RankWatch, step: int, here: str, shape: Hashable = None) -> None:
+        def visited(self: RankWatch, step: int, phase: str, shape: Hashable = None) -> None:
             nonlocal visits
-            at(self, step, here, shape)
-            visits += here == place
-            if here == place and visits == visit and rank in ranks:
+            at(self, step, phase, shape)
+            visits += phase == place
+            if phase == place and visits == visit and rank in ranks:
                 action()
 
         RankWatch.at = visited  # type: ignore[method-assign]
