@@ -70,16 +70,12 @@ class ReconstructCommand(TiledCommand):
 
 @dataclass
 class ImputeCommand(RunCommand):
-    data: Any = knob(
-        "", "shards, or a folder of pictures (default: the run's validation shards)", is_text=True
-    )
+    data: Any = knob("", "shards, or folder of pictures (default: validation shards)", is_text=True)
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "auto",
         "what is missing, as data.mask; auto: as in training, in a folder as its files say",
     )
-    mask_fraction: float = knob(
-        0.5, "part of the pixels that is missing", ge=0, le=1, when="mask=random|rectangle"
-    )
+    mask_fraction: float = knob(0.5, "part of the pixels", ge=0, le=1, when="mask=random|rectangle")
     method: Literal["importance", "single", "gibbs"] = knob(
         "importance", "importance-weighted mean over draws of z, one draw, or pseudo-Gibbs chains"
     )
@@ -166,9 +162,7 @@ class PackCommand:
     labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
     label_column: str = knob("", "column of labels= or of parquet files that is the class")
     image_column: str = knob("", "column of parquet files that holds the pictures")
-    validation: float = knob(
-        0.05, "part (below 1) or number set aside, unless the source has some", ge=0
-    )
+    validation: float = knob(0.05, "part (below 1) or number set aside, if there is none", ge=0)
     size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
     format: Literal["keep", "png", "jpg", "webp"] = knob("keep", "keep: byte for byte if unchanged")
     quality: int = knob(95, "of JPEG and WebP that is written, 1 to 100", ge=1, le=100)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,8 +181,9 @@ def _arguments(argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
 def _value(key: Key, text: Any) -> Any:
     """What the text says to the key: numbers where it takes them, otherwise text as it stands."""
     if isinstance(text, dict):  # the weight of a data set in a mixture is a number
-        number = replace(key, is_text=False)
-        return {name: _value(number if name == "weight" else key, t) for name, t in text.items()}
+        return {
+            name: _scalar(t) if name == "weight" else _value(key, t) for name, t in text.items()
+        }
     if isinstance(text, list):
         return [_value(key, item) for item in text]
     takes_text = key.is_text or key.type in (*TEXT, list[str])
@@ -192,8 +192,10 @@ def _value(key: Key, text: Any) -> Any:
     return text if takes_text and not is_null else _scalar(text)
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: Any) -> Any:
     """YAML 1.2's reading (its core schema, but for infinity and NaN)."""
+    if not isinstance(text, str):
+        return text
     words = {"": None, "~": None, "null": None, "true": True, "false": False}
     if text.lower() in words:
         return words[text.lower()]

@@ -28,27 +28,17 @@ class DataConfig(Section):
         form="SHARDS MIXTURE",
         is_text=True,
     )
-    validation: Any = knob(
-        "???", "validation shards, as data.train", neutral=True, form="SHARDS", is_text=True
-    )
-    bundled: Literal["none", "digits"] = knob(
-        "none", "digits: write the shards from the digits that ship with vae_dist if missing"
-    )
+    validation: Any = knob("???", "as data.train", neutral=True, form="SHARDS", is_text=True)
+    bundled: Literal["none", "digits"] = knob("none", "digits: write those that ship")
     channels: int = knob(3, "image channels (1 grey, 3 RGB; any number in .npy and TIFF)", ge=1)
-    label_key: str = knob(
-        "cls", "cls: the .cls member; else a field of the .json member, as in attributes.Smiling"
-    )
+    label_key: str = knob("cls", "the .cls member, or a field of .json, as in attributes.Smiling")
     mask: Literal["none", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "none",
         "missing pixels: black in .mask.png, less than half opaque, NaN, or drawn for each sample "
         "and epoch",
     )
-    mask_fraction: float = knob(
-        0.5, "part of the pixels that is missing", ge=0, lt=1, when="mask=random|rectangle"
-    )
-    bits: Literal[5, 8, 16, 32] = knob(
-        8, "bits of a value: 32: floats in [-1, 1]; 5: 8-bit files cut to 32 levels"
-    )
+    mask_fraction: float = knob(0.5, "part of the pixels", ge=0, lt=1, when="mask=random|rectangle")
+    bits: Literal[5, 8, 16, 32] = knob(8, "bits of a value; 32: floats in [-1, 1]; 5: cut from 8")
     resolution: Any = knob(
         "native",
         "N or [H, W]: resize and crop, pixels; native: as stored; {area: PIXELS, multiple: PIXELS, "
@@ -62,21 +52,11 @@ class DataConfig(Section):
     dequantize: bool = knob(
         True, "add uniform noise of one level", when="likelihood.kind=gaussian|laplace bits!=32"
     )
-    slots: int = knob(
-        0, "parts of a batch that stay together; the processes divide it (0: automatic)", ge=0
-    )
-    window: Any = knob(
-        "auto",
-        "samples that a lane reads and shuffles together (auto: up to 32)",
-        form="auto COUNT",
-    )
+    slots: int = knob(0, "parts of a batch; the processes divide it (0: automatic)", ge=0)
+    window: Any = knob("auto", "samples of a lane in a shuffle (auto: to 32)", form="auto COUNT")
     window_bytes: int = knob(4 * 2**30, "bytes that window=auto may hold, over all processes", ge=1)
-    cache_bytes: int = knob(
-        256 * 2**20, "memory of a rank for decoded images, if all fit", neutral=True, ge=0
-    )
-    retry_s: float = knob(
-        600.0, "seconds for which a failing remote read is tried again", neutral=True, ge=0
-    )
+    cache_bytes: int = knob(2**28, "for decoded images of a rank, if all fit", neutral=True, ge=0)
+    retry_s: float = knob(600.0, "seconds that a remote read is tried again", neutral=True, ge=0)
     workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
     max_skipped_fraction: float = knob(
         0.01, "largest part of the samples that may be unreadable", neutral=True, ge=0, le=1
@@ -96,26 +76,17 @@ class ModelConfig(Section):
     channels: list[int] = knob(
         [64, 128, 256], "width of each level; each after the first halves the size", form="COUNTS"
     )
-    patch: int = knob(
-        1, "patch x patch pixels become channels before the first level", ge=1, when="arch=conv"
-    )
+    patch: int = knob(1, "patch x patch pixels become channels first", ge=1, when="arch=conv")
     blocks: Any = knob(
-        2,
-        "residual blocks of an encoder level, or a list; the decoder has one more",
-        when="arch=conv",
-        form="COUNT COUNTS",
+        2, "residual blocks of a level, one more to decode", form="COUNT COUNTS", when="arch=conv"
     )
-    dc_shortcuts: bool = knob(
-        False, "space-to-channel shortcuts (DC-AE), for strides of 16 and more", when="arch=conv"
-    )
+    dc_shortcuts: bool = knob(False, "space-to-channel shortcuts of DC-AE", when="arch=conv")
     attention: bool = knob(True, "self-attention in the middle of both towers", when="arch=conv")
     norm_groups: int = knob(32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv")
     gradient_checkpointing: bool = knob(
         False, "less memory, a third more time: blocks run again", neutral=True, when="arch=conv"
     )
-    initial_sigma: float = knob(
-        1.0, "standard deviation of q(z|x) before training; small with a small objective.beta", gt=0
-    )
+    initial_sigma: float = knob(1.0, "standard deviation of q(z|x) before training, about", gt=0)
     num_classes: int = knob(0, "labels 0, ..., N-1 that both towers see; 0: unconditional", ge=0)
     label_dropout: float = knob(
         0.0, "probability that a label is hidden in training", ge=0, le=1, when="num_classes!=0"
@@ -136,9 +107,7 @@ class LikelihoodConfig(Section):
     min_sigma: float = knob(
         1 / 256, "floor of a learned sigma", gt=0, when="kind!=bernoulli variance!=fixed"
     )
-    mixtures: int = knob(
-        10, "components of each pixel", ge=1, when="kind=discretized_logistic_mixture"
-    )
+    mixtures: int = knob(10, "for each pixel", ge=1, when="kind=discretized_logistic_mixture")
     binarization: Literal["dynamic", "static", "threshold", "soft"] = knob(
         "dynamic",
         "grey levels: drawn at each use, once, cut at one half, or kept as soft targets",
@@ -164,9 +133,7 @@ class ObjectiveConfig(Section):
         ge=0,
         when="beta!=0 training.train_only=all",
     )
-    importance_samples: int = knob(
-        1, "draws of z for each image: 1 is the ELBO, more the importance-weighted bound", ge=1
-    )
+    importance_samples: int = knob(1, "draws of z; 1: ELBO; more: importance-weighted bound", ge=1)
     gradient: Literal["standard", "doubly_reparameterized"] = knob(
         "standard",
         "how the encoder's gradient is estimated",
@@ -191,18 +158,13 @@ class PerceptualConfig(Section):
         1.0, "nats of each value (C*H*W) for a distance of 1", gt=0, when="kind!=none"
     )
     weights: str = knob(
-        "",
-        "folder of the LPIPS weight files (default: torch.hub's)",
-        neutral=True,
-        when="kind=auto|lpips|lpips_alex",
+        "", "LPIPS folder (default: torch.hub's)", neutral=True, when="kind=auto|lpips|lpips_alex"
     )
 
 
 @dataclass
 class AdversarialConfig(Section):
-    weight: float = knob(
-        0.0, "gradient at the decoder's last layer, as a part of the other terms' (0: off)", ge=0
-    )
+    weight: float = knob(0.0, "gradient at the last layer, part of the other terms' (0: off)", ge=0)
     start_step: int = knob(0, "step from which the discriminator learns", ge=0)
     warmup_steps: int = knob(1000, "steps that it learns before the decoder hears of it", ge=0)
     ramp_steps: int = knob(1000, "steps over which the term then rises to its weight", ge=0)
@@ -213,9 +175,7 @@ class AdversarialConfig(Section):
     betas: list[float] = knob([0.5, 0.9], "decay rates of Adam's two moments", ge=0, lt=1)
     clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)", ge=0)
     channels: int = knob(64, "width of its first layer; later ones double it up to 8 times", ge=1)
-    layers: int = knob(
-        3, "strided layers: a logit sees 16, 34, 70, 142 pixels with 1 to 4", ge=1, le=8
-    )
+    layers: int = knob(3, "strided: a logit sees 16, 34, 70, 142 pixels with 1 to 4", ge=1, le=8)
     r1: float = knob(0.0, "weight of |d logits / d real images|^2 / 2", ge=0)
     r1_every: int = knob(16, "steps between uses of r1, scaled to match", ge=1, when="r1!=0")
 
@@ -231,9 +191,7 @@ class OptimizerConfig(Section):
     betas: list[float] = knob([0.9, 0.999], "decay rates of Adam's two moments", ge=0, lt=1)
     eps: float = knob(1e-8, "added to the denominator of Adam", gt=0)
     weight_decay: float = knob(0.01, "decoupled weight decay of matrices and kernels", ge=0)
-    clip_grad_norm: float = knob(
-        0.0, "largest gradient norm, nats per image (0: no clipping)", ge=0
-    )
+    clip_grad_norm: float = knob(0.0, "largest gradient norm, nats per image (0: any)", ge=0)
 
 
 @dataclass
@@ -303,9 +261,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
     threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
     timeout_s: int = knob(600, "seconds that a rank waits for the others", ge=1)
-    parallel: Literal["ddp", "fsdp"] = knob(
-        "ddp", "ddp: each process holds the model; fsdp: it is cut over the processes"
-    )
+    parallel: Literal["ddp", "fsdp"] = knob("ddp", "fsdp: the model is cut over the processes")
     compile: Literal["auto", "true", "blocks", "false"] = knob(
         "auto",
         "torch.compile of both towers, or of each block (a shorter start); auto: true on CUDA "
@@ -328,9 +284,7 @@ class TrainConfig(Section):
     config: str = knob("???", "name of a shipped config, or a path to a YAML file", neutral=True)
     run: str = knob("", "run folder (default: runs/<config name>), seen by all nodes", neutral=True)
     init_from: str = knob(
-        "",
-        "weights to begin with: run folder, checkpoint, .safetensors file, diffusers AutoencoderKL "
-        "or pipeline folder",
+        "", "weights to begin with: run, checkpoint, .safetensors file or diffusers folder"
     )
     dry_run: bool = knob(False, "check everything, print the plan, train nothing", neutral=True)
     seed: int = knob(0, "every draw is a function of seed and position", ge=0, le=2**63 - 1)
