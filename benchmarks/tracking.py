@@ -84,7 +84,7 @@ def measure(out: Path, nowhere: TextIO) -> None:
                 time.sleep(0.05)  # the worker of W&B has nothing left to do
                 took["update_ratio"] = seconds(lambda: measure_ratio(ratio, step.optimizer))
                 took["pictures_network"] = seconds(lambda: image_logger(step.ema.module, 1, {}))
-                took["pictures_drawing"] = seconds(lambda: drain(image_logger))
+                took["pictures_drawing"] = seconds(image_logger._writer._queue.join)
             for key, value in took.items():
                 found.setdefault(key, []).append(value)
     image_logger.close()
@@ -102,12 +102,6 @@ def measure_ratio(ratio: UpdateRatio, optimizer: torch.optim.Optimizer) -> None:
     ratio._copy(optimizer)
     ratio._compare(optimizer)
     ratio.row()
-
-
-def drain(image_logger: ImageLogger) -> None:
-    """Wait for the picture thread; training does not."""
-    while not image_logger.is_idle:
-        time.sleep(0.001)
 
 
 def report_figures(config: TrainConfig, ratio_every: int, took: dict[str, float]) -> None:

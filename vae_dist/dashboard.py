@@ -12,12 +12,10 @@ from typing import Any
 from vae_dist.cli import run_command
 from vae_dist.config.commands import DashboardCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.tracking.metrics import IMAGES, SECTIONS, Panel
+from vae_dist.tracking.metrics import IMAGES, SECTIONS, WANDB_STEP, Panel
 
 USAGE = "python -m vae_dist.dashboard [project=NAME] [key=value ...]"
 INTRO = "Save the W&B workspace of a project: sections, panels and axes for vae_dist's metrics."
-
-STEP_KEY = "trainer/step"
 
 
 def dashboard(command: DashboardCommand) -> None:
@@ -50,30 +48,24 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
 
     def line(panel: Panel) -> Any:
         title = f"{panel.title} ({panel.unit})" if panel.unit else panel.title
-        return wr.LinePlot(title=title, x=STEP_KEY, y=list(panel.keys), log_y=panel.is_log or None)
+        log_y = panel.is_log or None
+        return wr.LinePlot(title=title, x=WANDB_STEP, y=list(panel.keys), log_y=log_y)
 
-    def section(name: str, panels: list[Any]) -> Any:
-        return ws.Section(name=name, panels=panels, is_open=True)
-
-    pictures = [
+    sections: dict[str, list[Any]] = {}
+    sections["Pictures"] = [
         wr.MediaBrowser(title=title, media_keys=[f"images/{name}"], num_columns=1)
         for name, title in IMAGES.items()
     ]
-    rate_distortion = wr.ScatterPlot(
-        title="Rate and distortion (validation)",
-        x=wr.SummaryMetric("eval/rate_nats"),
-        y=wr.SummaryMetric("eval/distortion_nats"),
-    )
-    sections = {name: [line(panel) for panel in panels] for name, panels in SECTIONS.items()}
-    sections["Learning"].append(rate_distortion)
+    sections |= {name: [line(panel) for panel in panels] for name, panels in SECTIONS.items()}
+    rate, distortion = (wr.SummaryMetric(f"eval/{key}_nats") for key in ("rate", "distortion"))
+    sections["Learning"].append(wr.ScatterPlot(title="Rate and distortion", x=rate, y=distortion))
     return ws.Workspace(
         entity=entity,
         project=project,
         name=name,
-        settings=ws.WorkspaceSettings(x_axis=STEP_KEY),
+        settings=ws.WorkspaceSettings(x_axis=WANDB_STEP),
         sections=[
-            section("Pictures", pictures),
-            *(section(name, panels) for name, panels in sections.items()),
+            ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()
         ],
     )
 

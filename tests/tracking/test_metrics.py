@@ -24,19 +24,25 @@ def test_format_number(value: float, text: str) -> None:
     assert format_number(value) == text
 
 
-def test_format_row_keeps_groups_that_say_something() -> None:
-    row = {"train/loss": 104.23, "time/images_per_second": 1834.2, "eval/neg_elbo_nats": 95.5}
-    text = "step=200 loss=104.2 images_per_second=1834 eval/neg_elbo_nats=95.5"
-    assert format_row(200, row) == text
-
-
-def test_format_row_leaves_out_what_goes_without_saying() -> None:
-    row = {"train/loss": 1.5, "train/beta": 1.0, "data/skipped_samples": 0.0}
-    assert format_row(1, row) == "step=1 loss=1.5"
-    assert format_row(1, {"data/skipped_samples": 2.0}) == "step=1 data/skipped_samples=2"
-    assert format_row(1, {"time/data_wait_fraction": 0.02, "optim/lr": 1e-3}) == "step=1"
-    assert format_row(1, {"time/data_wait_fraction": 0.2}) == "step=1 data_wait_fraction=0.2"
-    assert format_row(1, {"train/loss": math.nan}) == "step=1 loss=nan"
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (
+            {"train/loss": 104.23, "time/images_per_second": 1834.2, "eval/rate_nats": 9.5},
+            "loss=104.2 images_per_second=1834 eval/rate_nats=9.5",
+        ),
+        ({"train/loss": 1.5, "train/beta": 1.0, "data/skipped_samples": 0.0}, "loss=1.5"),
+        ({"data/skipped_samples": 2.0}, "data/skipped_samples=2"),
+        ({"time/data_wait_fraction": 0.02, "optim/lr": 1e-3, "latent/kl": [1.0]}, ""),
+        (
+            {"time/data_wait_fraction": 0.2, "time/left_seconds": 185.0},
+            "data_wait_fraction=0.2 left=3m05s",
+        ),
+        ({"train/loss": math.nan}, "loss=nan"),
+    ],
+)
+def test_format_row_leaves_out_what_goes_without_saying(row: dict, text: str) -> None:
+    assert format_row(row) == text
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,6 @@ class WandbConfig(Section):
     entity: str | None = knob(None, "W&B team or user (none: your default)")
     group: str | None = knob(None, "W&B group of this run")
     tags: list[str] = knob([], "W&B tags of this run")
-    artifacts: bool = knob(False, "upload the last checkpoint and pictures at the end")
     finish_timeout_s: int = knob(60, "longest wait for W&B at the end, seconds", ge=0)
 
 

@@ -12,13 +12,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,13 +26,16 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
-from rich.text import Text
 
-from vae_dist.tracking.metrics import Value, format_duration, format_number, format_row
+from vae_dist.tracking.metrics import Value, format_row
 
 LINE_S = 0.2  # between two lines of training rows, at least
-_SLOW_DATA = 0.1  # part of the time: from here on the bar shows it
+_BAR_KEYS = (
+    "train/loss",
+    "time/images_per_second",
+    "time/data_wait_fraction",
+    "time/left_seconds",
+)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -52,7 +54,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 class ConsoleSink:
     """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row, at
-    most five a second of training rows; lines also under SLURM.
+    most five a second of training rows.
 
     On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
     `say` prints a line that does not disturb the bar; print nothing else meanwhile.
@@ -76,7 +78,7 @@ class ConsoleSink:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 TimeElapsedColumn(),  # shows life between two rows
                 console=Console(file=file, force_terminal=True),
                 expand=True,
@@ -94,21 +96,6 @@ class ConsoleSink:
         else:
             say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", self._stream)
 
-    def banner(self, title: str, lines: list[str]) -> None:
-        """Lines that begin with their label: framed on a terminal, else one after the other."""
-        if self._bar is None:
-            for line in lines:
-                self.say(line)
-            return
-        facts = Table.grid(padding=(0, 2))
-        facts.add_column(style="dim", no_wrap=True)
-        facts.add_column(overflow="fold")
-        for line in lines:
-            label, _, text = line.partition(" ")
-            facts.add_row(Text(label), Text(text))
-        panel = Panel(facts, title=Text(title), title_align="left", border_style="blue")
-        self._bar.console.print(panel)
-
     def advance(self, step: int) -> None:
         """Move the bar between two rows; without a terminal this prints nothing."""
         if self._bar is not None:
@@ -117,12 +104,16 @@ class ConsoleSink:
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         evaluation = {key: row[key] for key in row if key.startswith(("eval/", "latent/"))}
         training = {key: row[key] for key in row if key not in evaluation}
-        if training and self._bar is None and self._is_worth_a_line(step):
-            self.say(format_row(step, training))
+        now = time.monotonic()
+        if self._bar is not None:
+            figures = {key: row[key] for key in _BAR_KEYS if key in row}
+            if "train/loss" in figures:
+                self._bar.update(self._task, completed=step, figures=format_row(figures))
+        elif training and (now >= self._next_line_s or step == self._stop_step):
+            self._next_line_s = now + LINE_S
+            self.say(f"step={step} {format_row(training)}")
         if evaluation:
-            self.say(format_row(step, evaluation))
-        if "train/loss" in row and self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=_bar_figures(row))
+            self.say(f"step={step} {format_row(evaluation)}")
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
         if step != self._images_step:  # one line for all pictures of a step
@@ -133,14 +124,6 @@ class ConsoleSink:
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.stop()
-
-    def _is_worth_a_line(self, step: int) -> bool:
-        """False for training rows that come faster than a person reads."""
-        now = time.monotonic()
-        if now < self._next_line_s and step != self._stop_step:
-            return False
-        self._next_line_s = now + LINE_S
-        return True
 
 
 class _Lossy:
@@ -161,24 +144,3 @@ class _Lossy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-_BAR_FIGURES: dict[str, Callable[[float], str]] = {
-    "train/loss": lambda value: f"loss {format_number(value)}",
-    "train/bits_per_dim": lambda value: f"{value:.3f} bits/dim",
-    "time/images_per_second": lambda value: f"{value:.0f} images/s",
-    "time/left_seconds": lambda value: f"{format_duration(value)} left",
-}
-
-
-def _bar_figures(row: Mapping[str, Value]) -> str:
-    """The few numbers that matter, and the wait for data where it costs speed."""
-    figures = [
-        format_value(value)
-        for key, format_value in _BAR_FIGURES.items()
-        if not isinstance(value := row.get(key, []), list)
-    ]
-    wait = row.get("time/data_wait_fraction", 0.0)
-    if not isinstance(wait, list) and wait > _SLOW_DATA:
-        figures.append(f"{wait:.0%} waiting for data")
-    return "  ".join(figures)

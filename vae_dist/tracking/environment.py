@@ -27,23 +27,14 @@ import torch
 from vae_dist.files import write_durably
 
 PACKAGES = ("vae_dist", "torch", "accelerate", "webdataset", "wandb", "numpy", "omegaconf")
-VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "GOMP_SPINCOUNT",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "SLURM_JOB_ID",
-    "SLURM_JOB_NAME",
-    "SLURM_JOB_PARTITION",
-    "SLURM_NODELIST",
-    "SLURM_RESTART_COUNT",
-)
-_GIT_SECONDS = 5.0
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+SLURM_VARIABLES = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "NODELIST", "RESTART_COUNT")
 _SECRET = re.compile(r"^([^=]*(?:api_?key|token|password|secret)[^=]*)=.*", re.I | re.S)
 
 
 def describe_environment(*, first_step: int, world: int, device: torch.device) -> dict[str, Any]:
     """The record of this session, which begins at step `first_step` on `world` processes."""
+    names = [*VARIABLES, *(f"SLURM_{name}" for name in SLURM_VARIABLES)]
     device_name = platform.processor() or platform.machine()
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
@@ -52,14 +43,14 @@ def describe_environment(*, first_step: int, world: int, device: torch.device) -
         "first_step": first_step,
         "command": launch_command(),
         "folder": os.getcwd(),
-        "git": _git(Path(__file__).resolve().parent),
+        "git": _git(Path(__file__).resolve().parents[2]),
         "host": socket.gethostname(),
         "processes": world,
         "device": f"{device.type} ({device_name})",
         "cores": os.cpu_count() or 0,
         "system": platform.platform(),
         "versions": versions(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: os.environ[name] for name in names if name in os.environ},
     }
 
 
@@ -70,8 +61,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # a checkout that is not installed
             found[name] = "not installed"
-    found["cuda"] = torch.version.cuda or "none"
-    return found
+    return found | {"cuda": torch.version.cuda or "none"}
 
 
 def launch_command() -> str:
@@ -87,22 +77,15 @@ def launch_command() -> str:
     return shlex.join(re.sub(_SECRET, r"\1=...", word) for word in words)
 
 
-def _git(folder: Path) -> dict[str, Any]:
-    """Commit of the code, and whether files differ from it; empty outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.check_output(
-            command, text=True, timeout=_GIT_SECONDS, stderr=subprocess.DEVNULL
-        ).strip()
-
-    try:
-        # A package in site-packages may lie inside somebody else's repository.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
-    except (OSError, subprocess.SubprocessError):
-        return {}
+def _git(checkout: Path) -> str:
+    """Commit of the code, with -dirty where files differ from it; empty outside a checkout."""
+    if not (checkout / ".git").exists():  # site-packages may lie inside another repository
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=5.0)
+        return answer.stdout.strip()
+    return ""
 
 
 def read_sessions(path: Path) -> list[dict[str, Any]]:

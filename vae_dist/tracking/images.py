@@ -38,8 +38,7 @@ _FILE_NAME = re.compile(r"(?P<name>.+)_(?P<step>\d{8,})\.png")
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1], or uint16, to the nearest of 256 levels, as uint8; uint8 is returned as it
-    is."""
+    """Float in [-1, 1] or uint16 to the nearest of 256 levels; uint8 as it is."""
     if images.dtype == torch.uint8:
         return images
     if images.dtype == torch.uint16:
@@ -54,11 +53,6 @@ def with_holes(images: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor
     return torch.where(masks > 0, to_uint8(images), _LINE_GREY)
 
 
-def enlargement(height: int, width: int) -> int:
-    """The whole factor by which a grid enlarges images of this size; 1 from 49 pixels on."""
-    return max(1, _CELL_PIXELS // max(height, width))
-
-
 def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     """All images, row by row from the top left, with thin lines between them.
 
@@ -68,34 +62,26 @@ def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     cells = _cells(images)
     columns = columns or _square_columns(len(cells))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    return _canvas(rows, columns=columns, gaps=[_LINE_PIXELS] * (len(rows) - 1))
+    return _canvas(rows, columns=columns, gaps=[_LINE_PIXELS])
 
 
 def side_by_side(
     inputs: Images, reconstructions: Images, *, columns: int | None = None
 ) -> Image.Image:
     """Rows of inputs, each directly above the row of their reconstructions."""
-    shapes = [[tuple(image.shape) for image in images] for images in (inputs, reconstructions)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"inputs {sorted(set(shapes[0]))} and reconstructions {sorted(set(shapes[1]))}"
-            " differ in shape"
-        )
+    if [image.shape for image in inputs] != [image.shape for image in reconstructions]:
+        raise ValueError("inputs and reconstructions differ in shape or number")
     above, below = _cells(inputs), _cells(reconstructions)
     columns = min(columns or _square_columns(2 * len(above)), len(above))
-    rows: list[np.ndarray] = []
-    gaps: list[int] = []
-    for start in range(0, len(above), columns):
-        rows += [above[start : start + columns], below[start : start + columns]]
-        gaps += [_LINE_PIXELS, _PAIR_PIXELS]
-    return _canvas(rows, columns=columns, gaps=gaps[:-1])
+    starts = range(0, len(above), columns)
+    rows = [cells[start : start + columns] for start in starts for cells in (above, below)]
+    return _canvas(rows, columns=columns, gaps=[_LINE_PIXELS, _PAIR_PIXELS])
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:
     """Two pictures of one mode, a gap between them."""
     size = (left.width + _PAIR_PIXELS + right.width, max(left.height, right.height))
-    grey = _LINE_GREY if left.mode == "L" else (_LINE_GREY,) * 3
-    both = Image.new(left.mode, size, grey)
+    both = Image.new("L", size, _LINE_GREY).convert(left.mode)
     both.paste(left, (0, 0))
     both.paste(right, (left.width + _PAIR_PIXELS, 0))
     return both
@@ -103,8 +89,7 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 def single(image: torch.Tensor) -> Image.Image:
     """One image (C, H, W) at its own size, pixel for pixel."""
-    pixels = _colours(to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy())
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return _picture(_pixels(image))
 
 
 def file_name(number: int, key: str) -> str:
@@ -143,10 +128,6 @@ class ImageWriter:
             self._queue.put_nowait((step, name, caption, image))
         except queue.Full:
             self._say(f"warning: {name} of step {step} is not drawn: the disk is too slow")
-
-    @property
-    def is_idle(self) -> bool:
-        return self._queue.unfinished_tasks == 0
 
     def close(self, *, seconds: float = 30.0) -> None:
         """Waits for what is queued, `seconds` at most."""
@@ -193,48 +174,44 @@ def _square_columns(num_images: int) -> int:
     return math.isqrt(num_images - 1) + 1
 
 
-def _cells(images: Images) -> np.ndarray:
-    """Enlarged uint8 (N, H', W', 1 or 3); smaller images stand in the middle of their cells."""
-    if isinstance(images, torch.Tensor):
-        if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] == 0:
-            raise ValueError(f"a grid needs images (N, C, H, W), not {tuple(images.shape)}")
-        pixels = _colours(to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy())
-        factor = enlargement(pixels.shape[1], pixels.shape[2])
-        return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    if not images:
-        raise ValueError("a grid needs at least one image")
+def _cells(images: Images) -> list[np.ndarray]:
+    """Enlarged uint8 (H', W', 1 or 3); smaller images stand in the middle of their cells."""
+    if len(images) == 0 or images[0].ndim != 3 or len(images[0]) == 0:
+        raise ValueError("a grid needs at least one image, as (N, C, H, W) or a list of (C, H, W)")
+    cells: list[np.ndarray] = []
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    factor = enlargement(height, width)
-    cells: list[np.ndarray] = []
+    factor = max(1, _CELL_PIXELS // max(height, width))
     for image in images:
-        pixels = _colours(to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy())
+        pixels = _pixels(image)
         cell = np.full((height, width, pixels.shape[2]), _LINE_GREY, np.uint8)
         top, left = (height - pixels.shape[0]) // 2, (width - pixels.shape[1]) // 2
         cell[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         cells.append(cell.repeat(factor, axis=0).repeat(factor, axis=1))
-    return np.stack(cells)
+    return cells
 
 
-def _colours(pixels: np.ndarray) -> np.ndarray:
-    """(..., C) as (..., 1) or (..., 3)."""
-    channels = pixels.shape[-1]
-    return pixels[..., [0, 1, 0]] if channels == 2 else pixels[..., :3]
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    """uint8 (H, W, 1 or 3) of (C, H, W)."""
+    pixels = to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
+    return pixels[..., [0, 1, 0]] if pixels.shape[-1] == 2 else pixels[..., :3]
 
 
-def _canvas(rows: list[np.ndarray], *, columns: int, gaps: list[int]) -> Image.Image:
-    """Rows of cells (n <= columns, H, W, C) below each other, `gaps` pixels apart."""
-    _, height, width, channels = rows[0].shape
-    shape = (
-        len(rows) * height + sum(gaps) + 2 * _LINE_PIXELS,
-        columns * (width + _LINE_PIXELS) + _LINE_PIXELS,
-        channels,
-    )
-    canvas = np.full(shape, _LINE_GREY, np.uint8)
-    top = _LINE_PIXELS
-    for row, gap in zip(rows, [*gaps, 0], strict=True):
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _canvas(rows: list[list[np.ndarray]], *, columns: int, gaps: list[int]) -> Image.Image:
+    """Rows of up to `columns` cells below each other, with these gaps in turn between them."""
+    height, width, channels = rows[0][0].shape
+    tops = [_LINE_PIXELS]
+    for index in range(len(rows)):
+        tops.append(tops[-1] + height + gaps[index % len(gaps)])
+    bottom = tops[len(rows) - 1] + height + _LINE_PIXELS
+    right = columns * (width + _LINE_PIXELS) + _LINE_PIXELS
+    canvas = np.full((bottom, right, channels), _LINE_GREY, np.uint8)
+    for row, top in zip(rows, tops, strict=False):
         for index, cell in enumerate(row):
             left = _LINE_PIXELS + index * (width + _LINE_PIXELS)
             canvas[top : top + height, left : left + width] = cell
-        top += height + gap
-    return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+    return _picture(canvas)

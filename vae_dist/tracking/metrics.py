@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 Value = float | list[float]
+WANDB_STEP = "trainer/step"  # the x axis there; W&B's own step counts calls of log()
 
 
 class Panel(NamedTuple):
@@ -81,13 +82,13 @@ _HIDDEN = {
     "system/memory_gib",
     "system/device_memory_reserved_gib",
 }
-_HIDDEN_WHEN_ZERO = {
-    "optim/skipped_steps",
-    "optim/spike_steps",
-    "data/skipped_samples",
-    "eval/skipped_samples",
+_HIDDEN_UP_TO = {
+    "optim/skipped_steps": 0.0,
+    "optim/spike_steps": 0.0,
+    "data/skipped_samples": 0.0,
+    "eval/skipped_samples": 0.0,
+    "time/data_wait_fraction": 0.1,  # from here on waiting for data costs speed
 }
-_HIDDEN_BELOW = {"time/data_wait_fraction": 0.1}  # from here on waiting for data costs speed
 
 
 def format_number(value: float) -> str:
@@ -99,17 +100,17 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def format_row(step: int, row: Mapping[str, Value]) -> str:
-    """`step=200 loss=104.2 ...`, in the order of the row."""
-    pairs = [f"step={step}"]
+def format_row(row: Mapping[str, Value]) -> str:
+    """`loss=104.2 images_per_second=1834 ...`, in the order of the row."""
+    pairs = []
     for key, value in row.items():
         if isinstance(value, list) or key in _HIDDEN or key.startswith("latent/"):
             continue
-        if not value and key in _HIDDEN_WHEN_ZERO:
+        if value <= _HIDDEN_UP_TO.get(key, -math.inf):
             continue
         if key == "time/left_seconds":
             pairs.append(f"left={format_duration(value)}")
-        elif not value < _HIDDEN_BELOW.get(key, value):
+        else:
             name = key.removeprefix("train/").removeprefix("time/")
             pairs.append(f"{name}={format_number(value)}")
     return " ".join(pairs)

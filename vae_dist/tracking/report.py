@@ -16,23 +16,17 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vae_dist.config.keys import MISSING, flatten, keys, shown
+from vae_dist.config.keys import flatten, keys, shown
 from vae_dist.config.schema import TrainConfig
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import read_sessions
 from vae_dist.tracking.images import find_images, image_caption
-from vae_dist.tracking.metrics import (
-    IMAGES,
-    SECTIONS,
-    Panel,
-    format_number,
-)
+from vae_dist.tracking.metrics import IMAGES, SECTIONS, Panel, format_number
 from vae_dist.tracking.sinks import read_rows
 
 MAX_POINTS = 150  # of a curve
@@ -40,7 +34,6 @@ MAX_FRAMES = 12  # of a grid
 _MAX_SIDE = 1400  # pixels of a grid
 _COLORS = ("#2f6fde", "#e07b1a", "#1a9a72", "#b5449b", "#8c6d1f", "#5b5fc7", "#c9372c", "#3f8fa8")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 180, 52, 14, 8, 22  # pixels
-
 _VOID = ("img", "input")  # elements without an end
 _FIGURES = {
     "-ELBO, nats": "eval/neg_elbo_nats",
@@ -93,22 +86,20 @@ if (slider) slider.oninput = () => {{
 """
 
 Point = tuple[float, float]
+Series = tuple[str, str, list[Point]]  # name, colour, points
 
 
 class Html(str):
     """Text that is HTML already."""
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """`config` maps a key to (value, whether it is the schema's default)."""
-
+class RunSummary(NamedTuple):
     name: str
     status: dict[str, Any]
     steps: int  # that the run was asked for
     curves: dict[str, list[Point]]
     images: dict[str, list[tuple[int, str, str]]]  # name -> (step, caption, data URI), by step
-    config: dict[str, tuple[str, bool]]
+    config: dict[str, str]
     sessions: list[dict[str, Any]]
     results: list[dict[str, Any]]
 
@@ -121,10 +112,10 @@ def write_report(folders: Sequence[Path]) -> str:
     paths = [folder.resolve() for folder in folders]
     root = os.path.commonpath([path.parent for path in paths])
     names = [os.path.relpath(path, root) for path in paths]
-    runs = [read_run(folder, name=n) for folder, n in zip(folders, names, strict=True)]
-    body = [_overview(runs), *_curves(runs), *_images(runs), *_results(runs), *_config(runs)]
+    runs = [read_run(folder, name=name) for folder, name in zip(folders, names, strict=True)]
+    parts = [_overview(runs), *_curves(runs), *_images(runs), *_results(runs), *_config(runs)]
     title = html.escape(", ".join(run.name for run in runs))
-    return _PAGE.format(title=title, body="\n".join([*body, *_sessions(runs)]))
+    return _PAGE.format(title=title, body="\n".join([*parts, *_sessions(runs)]))
 
 
 # reading
@@ -142,21 +133,23 @@ def read_run(path: Path, *, name: str) -> RunSummary:
             elif isinstance(value, list):  # the latest distribution, largest first
                 known = sorted((item for item in value if item is not None), reverse=True)
                 curves[key] = list(enumerate(known, start=1))
+    images: dict[str, list[tuple[int, str, str]]] = {}
+    found = find_images(folder.images)
+    for kind in [name for name in {**IMAGES, **found} if name in found]:
+        for step in evenly(list(found[kind]), MAX_FRAMES):
+            caption = image_caption(step, rows.get(step, {}))
+            images.setdefault(kind, []).append((step, caption, _data_uri(found[kind][step])))
     results = []
     for file in [path / "results.json", *sorted(path.glob("results_*.json"))]:
         with contextlib.suppress(OSError, ValueError):  # missing or being written
             results.append(dict(json.loads(file.read_bytes())))
-    defaults = {key: field.default for key, field in keys(TrainConfig).items()}
     return RunSummary(
         name=name,
         status=folder.status(),
         steps=config.training.steps,
         curves={key: thinned(points) for key, points in curves.items()},
-        images=_frames(find_images(folder.images), rows),
-        config={
-            key: (shown(value), value == defaults[key] and defaults[key] != MISSING)
-            for key, value in flatten(config).items()
-        },
+        images=images,
+        config={key: shown(value) for key, value in flatten(config).items()},
         sessions=read_sessions(path / "environment.json"),
         results=results,
     )
@@ -169,24 +162,10 @@ def thinned(points: list[Point]) -> list[Point]:
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _frames(
-    found: dict[str, dict[int, Path]], rows: dict[int, dict[str, Any]]
-) -> dict[str, list[tuple[int, str, str]]]:
-    names = [name for name in {**IMAGES, **found} if name in found]
-    return {
-        name: [
-            (step, image_caption(step, rows.get(step, {})), _data_uri(found[name][step]))
-            for step in evenly(list(found[name]), MAX_FRAMES)
-        ]
-        for name in names
-    }
-
-
 def evenly(steps: list[int], count: int) -> list[int]:
     """At most `count` of the steps, with the first and the last."""
-    if len(steps) <= count:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+    places = [round(i * (len(steps) - 1) / (count - 1)) for i in range(count)]
+    return [steps[place] for place in dict.fromkeys(places)]
 
 
 def _data_uri(path: Path) -> str:
@@ -234,8 +213,7 @@ def _overview(runs: list[RunSummary]) -> Html:
         step = max([run.status.get("step") or 0, *steps_logged])
         figures = (_number(run.last(key)) for key in _FIGURES.values())
         state = run.status.get("status", "unknown")
-        steps = f"{step:.0f} of {run.steps}"
-        line = [_name(index, run), state, steps, *figures]
+        line = [_name(index, run), state, f"{step:.0f} of {run.steps}", *figures]
         elbo = run.last("eval/neg_elbo_nats")
         lines.append((math.inf if math.isnan(elbo) else elbo, index, line))
     head = ["run", "status", "steps", *_FIGURES]
@@ -244,29 +222,52 @@ def _overview(runs: list[RunSummary]) -> Html:
 
 def _curves(runs: list[RunSummary]) -> Iterator[Html]:
     for title, panels in SECTIONS.items():
-        charts = [chart for panel in panels if (chart := _chart(panel, runs))]
+        charts = [_chart(panel, series) for panel in panels if (series := _series(panel, runs))]
         if charts:
             yield Html(_tag("h2", title) + _tag("div", *charts, class_="panels"))
 
 
-def _chart(panel: Panel, runs: list[RunSummary]) -> Html | None:
-    """One panel of curves; None without points, or where all have one value."""
-    series: list[tuple[str, str, list[Point]]] = []
+def _series(panel: Panel, runs: list[RunSummary]) -> list[Series]:
+    """What a panel shows: nothing where all points have one value."""
+    series = []
     for index, run in enumerate(runs):
         for position, key in enumerate(panel.keys):
-            points = run.curves.get(key, [])
-            if panel.is_log:
-                points = [(x, y) for x, y in points if y > 0]
+            points = [(x, y) for x, y in run.curves.get(key, []) if y > 0 or not panel.is_log]
             color = _COLORS[(index if len(runs) > 1 else position) % len(_COLORS)]
             if points:
                 series.append((f"{run.name} {key}", color, points))
-    everything = [point for *_, points in series for point in points]
-    if not everything or (len(everything) > 1 and len({y for _, y in everything}) == 1):
-        return None
-    axes = _Axes.around(everything, is_log=panel.is_log)
-    parts = axes.draw()
+    values = [y for *_, points in series for _, y in points]
+    return series if len(values) == 1 or len(set(values)) > 1 else []
+
+
+def _chart(panel: Panel, series: list[Series]) -> Html:
+    level = math.log10 if panel.is_log else float
+    steps = [x for *_, points in series for x, _ in points]
+    first, last = min(steps), max(steps)
+    levels = sorted(level(y) for *_, points in series for _, y in points)
+    low, high, upper = levels[0], levels[-1], levels[int(0.97 * (len(levels) - 1))]
+    if high - low > 3 * (upper - low) > 0:  # a loss starts far above where it is interesting
+        high = upper
+    margin = 0.05 * (high - low) or abs(high) or 1.0
+    low, high = low - margin, high + margin
+
+    def place(x: float, at: float) -> tuple[float, float]:
+        """Pixels from the left and from the top."""
+        right = (x - first) / ((last - first) or 1) * (_WIDTH - _LEFT - _RIGHT)
+        down = (high - min(at, high)) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        return round(_LEFT + right, 1), round(_TOP + down, 1)
+
+    parts = []
+    for tick in _ticks(low, high):
+        _, y = place(first, tick)
+        label = _number(float(f"{10**tick if panel.is_log else tick:.3g}"))
+        parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y))
+        parts.append(_tag("text", label, x=_LEFT - 5, y=y + 4, text_anchor="end"))
+    for tick in _ticks(first, last):
+        x, _ = place(tick, high)
+        parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
     for name, color, points in series:
-        places = [axes.place(*point) for point in points]
+        places = [place(x, level(y)) for x, y in points]
         line = " ".join(f"{x},{y}" for x, y in places)
         parts.append(_tag("polyline", points=line, stroke=color))
         for (x, y), (cx, cy) in zip(points, places, strict=True):
@@ -274,48 +275,6 @@ def _chart(panel: Panel, runs: list[RunSummary]) -> Html | None:
             parts.append(_tag("circle", title, cx=cx, cy=cy, r=4, fill=color))
     svg = _tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img")
     return _tag("div", _tag("h3", panel.title, " ", _tag("small", panel.unit)), svg)
-
-
-class _Axes(NamedTuple):
-    """The ranges of a panel; `low` and `high` are decimal logarithms where `is_log`."""
-
-    first: float
-    last: float
-    low: float
-    high: float
-    is_log: bool
-
-    @classmethod
-    def around(cls, points: list[Point], *, is_log: bool) -> _Axes:
-        """A loss starts far above where it becomes interesting: such outliers are cut."""
-        y = sorted(math.log10(value) if is_log else value for _, value in points)
-        low, high, upper = y[0], y[-1], y[int(0.97 * (len(y) - 1))]
-        if high - low > 3 * (upper - low) > 0:
-            high = upper
-        margin = 0.05 * (high - low) or abs(high) or 1.0
-        steps = [step for step, _ in points]
-        return cls(min(steps), max(steps), low - margin, high + margin, is_log)
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels from the left and from the top."""
-        level = min(math.log10(y) if self.is_log else y, self.high)
-        right = (x - self.first) / ((self.last - self.first) or 1)
-        down = (self.high - level) / (self.high - self.low)
-        width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-        return round(_LEFT + right * width, 1), round(_TOP + down * height, 1)
-
-    def draw(self) -> list[Html]:
-        parts = []
-        for tick in _ticks(self.low, self.high):
-            value = 10**tick if self.is_log else tick
-            _, y = self.place(self.first, value)
-            parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y))
-            label = _number(float(f"{value:.3g}"))
-            parts.append(_tag("text", label, x=_LEFT - 5, y=y + 4, text_anchor="end"))
-        for tick in _ticks(self.first, self.last):
-            x, _ = self.place(tick, 1.0)
-            parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
-        return parts
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -340,43 +299,37 @@ def _images(runs: list[RunSummary]) -> Iterator[Html]:
         for index, run in enumerate(runs):
             *earlier, (step, caption, uri) = run.images.get(name, []) or [(0, "", "")]
             if uri:
-                shown = [_tag("img", src=u, alt=c, data_step=s, hidden="") for s, c, u in earlier]
-                shown.append(_tag("img", src=uri, alt=caption, data_step=step))
+                grids = [_tag("img", src=u, alt=c, data_step=s, hidden="") for s, c, u in earlier]
+                grids.append(_tag("img", src=uri, alt=caption, data_step=step))
                 text = _tag("figcaption", caption)
-                figures.append(_tag("figure", _tag("div", _name(index, run)), *shown, text))
+                figures.append(_tag("figure", _tag("div", _name(index, run)), *grids, text))
         yield Html(_tag("h3", IMAGES.get(name, name)) + _tag("div", *figures, class_="images"))
 
 
 def _results(runs: list[RunSummary]) -> Iterator[Html]:
-    found = [(i, run, one) for i, run in enumerate(runs) for one in run.results]
-    if found:
-        yield _tag("h2", "Results")
-    for index, run, one in found:
-        about = ", ".join(f"{key} {value}" for key, value in one.items() if key != "figures")
-        rows = ((key, _number(value)) for key, value in one.get("figures", {}).items())
-        yield Html(_tag("p", _name(index, run), ": ", about) + _table((), rows))
+    for index, run in enumerate(runs):
+        for one in run.results:
+            about = ", ".join(f"{key} {value}" for key, value in one.items() if key != "figures")
+            rows = ((key, _number(value)) for key, value in one.get("figures", {}).items())
+            yield Html(_tag("h2", "Results of ", _name(index, run)) + _tag("p", about))
+            yield _table((), rows)
 
 
 def _config(runs: list[RunSummary]) -> Iterator[Html]:
-    """The keys in which runs differ, or of one run those that are not at their defaults; all."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    head = ["key", *(run.name for run in runs)]
-    rows, differing = [], []
-    for key in keys:
-        values, defaults = zip(*(run.config.get(key, ("-", True)) for run in runs), strict=True)
-        rows.append([key, *values])
-        if len(set(values)) > 1 if len(runs) > 1 else not defaults[0]:
-            differing.append(rows[-1])
+    """The keys in which runs differ, or of one run those that are not at their defaults."""
+    defaults = {key: shown(field.default) for key, field in keys(TrainConfig).items()}
+    compared = [run.config for run in runs] if len(runs) > 1 else [defaults, runs[0].config]
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        if len({values.get(key) for values in compared}) > 1:
+            rows.append([key, *(run.config.get(key, "-") for run in runs)])
     yield _tag("h2", "Config: what differs " + ("between runs" if runs[1:] else "from defaults"))
-    yield _table(head, differing)
-    yield _tag("details", _tag("summary", f"all {len(keys)} keys"), _table(head, rows))
+    yield _table(["key", *(run.name for run in runs)], rows)
 
 
 def _sessions(runs: list[RunSummary]) -> Iterator[Html]:
+    columns = ("first_step", "started", "host", "processes", "device", "git", "command")
     for index, run in enumerate(runs):
         if run.sessions:
-            keys = ("first_step", "started", "host", "processes", "device", "git", "command")
-            rows = ([session.get(key, "-") for key in keys] for session in run.sessions)
-            versions = run.sessions[-1].get("versions", {}).items()
-            yield Html(_tag("h2", "Sessions of ", _name(index, run)) + _table(keys, rows))
-            yield _tag("p", ", ".join(f"{name} {version}" for name, version in versions))
+            rows = ([session.get(key, "-") for key in columns] for session in run.sessions)
+            yield Html(_tag("h2", "Sessions of ", _name(index, run)) + _table(columns, rows))

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import Value
 
+Row = dict[str, Any]
+
 
 class Sink(Protocol):
     """What cannot be written raises OSError, which costs a warning; all else ends the run."""
@@ -45,20 +47,18 @@ class JsonlSink:
         self._pending = b""  # rows, the first perhaps without its beginning
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        line = _line(step, row)
+        values = {key: _finite(value) for key, value in row.items()}
         if step == self._last_step and not self._pending:
-            self._join_last(line)
+            self._join_last(values)
             return
         self._last_step = step
-        self._pending += line
+        self._pending += _line({"step": step, **values})
         self._write_pending()
 
-    def _join_last(self, line: bytes) -> None:
+    def _join_last(self, values: Row) -> None:
         """Replaces the file, so that a kill leaves the old row or the joined one."""
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        last = json.loads(lines.pop()) if lines else {}
-        joined = _ENCODE(last | json.loads(line)).encode() + b"\n"
-        write_durably(self._path, b"".join([*lines, joined]))
+        *lines, last = self._path.read_bytes().splitlines(keepends=True)
+        write_durably(self._path, b"".join([*lines, _line(json.loads(last) | values)]))
         self._file.close()
         self._file = self._path.open("ab", buffering=0)
 
@@ -79,7 +79,7 @@ class JsonlSink:
             self._file.close()
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(step, row without "step") of each whole line, also while the run goes on.
 
     A value that was no number is None. Lines that are no rows are passed over.
@@ -88,18 +88,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            try:
-                row = _DECODE(line)
-                step = row.pop("step")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if isinstance(step, int):
-                yield step, row
-
-
-_ENCODE = json.JSONEncoder(allow_nan=False).encode  # json.dumps makes an encoder at each call
-# JSON has no word for NaN and infinities, but Python's writers have.
-_DECODE = json.JSONDecoder(parse_constant=lambda constant: None).decode
+            if row := _row(line):
+                yield row.pop("step"), row
 
 
 def _finite(value: Value) -> Any:
@@ -108,9 +98,17 @@ def _finite(value: Value) -> Any:
     return value if math.isfinite(value) else None
 
 
-def _line(step: int, row: Mapping[str, Value]) -> bytes:
-    values = {key: _finite(value) for key, value in row.items()}
-    return _ENCODE({"step": step, **values}).encode() + b"\n"
+def _line(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def _row(line: str) -> Row | None:
+    """None for what is no row. JSON has no NaN and infinities, but Python's writers have."""
+    try:
+        row = json.loads(line, parse_constant=lambda constant: None)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _keep_rows_up_to(path: Path, step: int) -> int:
@@ -120,17 +118,13 @@ def _keep_rows_up_to(path: Path, step: int) -> int:
     """
     if not path.exists():
         return -1
+    kept, last_step = [], -1
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _row_step(line) <= step]
+    for line in lines:
+        row = _row(line) if line.endswith("\n") else None
+        if row and row["step"] <= step:
+            kept.append(line)
+            last_step = row["step"]
     if kept != lines:
         write_durably(path, "".join(kept).encode())
-    return int(_row_step(kept[-1])) if kept else -1
-
-
-def _row_step(line: str) -> float:
-    """The step of a row; infinity for what is no row."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
+    return last_step

@@ -6,8 +6,7 @@ at which a session begins are hidden by TensorBoard itself (`purge_step`).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,35 +30,19 @@ class TensorBoardSink:
                 "pip install 'vae_dist[tensorboard]'"
             ) from None
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
-        self._is_closed = False
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        with _as_disk_error():
-            for key, value in row.items():
-                if isinstance(value, list):
-                    numbers = np.asarray(value)
-                    if (np.abs(numbers) < _LARGEST_BIN).any():  # an empty histogram raises
-                        self._writer.add_histogram(key, numbers, step)
-                else:
-                    self._writer.add_scalar(key, value, step)
+        for key, value in row.items():
+            if isinstance(value, list):
+                numbers = np.asarray(value)
+                if (np.abs(numbers) < _LARGEST_BIN).any():  # an empty histogram raises
+                    self._writer.add_histogram(key, numbers, step)
+            else:
+                self._writer.add_scalar(key, value, step)
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        with _as_disk_error():
-            pixels = np.asarray(Image.open(png_path).convert("RGB"))
-            self._writer.add_image(key, pixels, step, dataformats="HWC")
+        pixels = np.asarray(Image.open(png_path).convert("RGB"))
+        self._writer.add_image(key, pixels, step, dataformats="HWC")
 
     def close(self, status: str) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._writer.close()
-
-
-@contextlib.contextmanager
-def _as_disk_error() -> Iterator[None]:
-    """What the package raises, of any type, as the OSError that costs no more than a warning."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"TensorBoard: {type(error).__name__}: {error}") from error
+        self._writer.close()

@@ -9,12 +9,11 @@ part of T spent waiting for data and n images over all ranks:
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -35,12 +34,11 @@ PEAK_FLOPS = {
     "V100": 125e12,
 }
 _GIB = 2**30
-# Steps between update ratios, at least: one costs as much as four rows without it.
-_RATIO_STEPS = 100
-# Weight of the latest interval in the step time that predicts the time left.
-_SMOOTHING = 0.3
+_RATIO_STEPS = 100  # between update ratios, at least: each copies the weights
+_SMOOTHING = 0.3  # weight of the latest interval in the step time that predicts the time left
 
 
+@dataclass
 class Meter:
     """Counts from `first_step` steps done up to `total_steps`; `clock` returns seconds.
 
@@ -49,72 +47,60 @@ class Meter:
     `time/mfu`, the part of it that is used.
     """
 
-    def __init__(
-        self,
-        *,
-        total_steps: int,
-        first_step: int = 0,
-        world: int = 1,
-        peak_images_per_second: float = 0.0,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._clock = clock
-        self._step = first_step
-        self._total_steps = total_steps
-        self._world = world
-        self._peak_images_per_second = peak_images_per_second
+    total_steps: int
+    first_step: int = 0
+    world: int = 1
+    peak_images_per_second: float = 0.0
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self._step = self.first_step
         self._smooth_step_seconds = 0.0  # none yet
         self._reset()
 
     def _reset(self) -> None:
-        self._since = self._clock()
-        self._waited = 0.0
-        self._paused = 0.0
-        self._num_images = 0
-        self._num_steps = 0
+        self._since = self.clock()
+        self._waited = self._paused = 0.0
+        self._num_images = self._num_steps = 0
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
         """Around `next(batches)`."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._waited += self._clock() - start
+        start = self.clock()
+        yield
+        self._waited += self.clock() - start
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around evaluation, pictures and checkpoints: this time counts nowhere."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - start
+        start = self.clock()
+        yield
+        self._paused += self.clock() - start
 
     def step(self, num_images: int) -> None:
         """One optimizer step is done; `num_images` is this rank's share of its batch."""
-        self._num_images += num_images * self._world
+        self._num_images += num_images * self.world
         self._num_steps += 1
         self._step += 1
 
     def row(self) -> dict[str, float]:
         """The `time/` metrics since the last call, empty when there was no step; starts anew."""
-        seconds = self._clock() - self._since - self._paused
+        seconds = self.clock() - self._since - self._paused
         if self._num_steps == 0 or seconds <= 0:
             return {}
         step_seconds = seconds / self._num_steps
         earlier = self._smooth_step_seconds or step_seconds
         self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
+        per_device = self._num_images / seconds / self.world
         row = {
             "time/images_per_second": self._num_images / seconds,
-            "time/images_per_second_per_device": self._num_images / seconds / self._world,
+            "time/images_per_second_per_device": per_device,
             "time/data_wait_fraction": self._waited / seconds,
             "time/step_seconds": step_seconds,
-            "time/left_seconds": self._smooth_step_seconds * (self._total_steps - self._step),
+            "time/left_seconds": self._smooth_step_seconds * (self.total_steps - self._step),
         }
-        if self._peak_images_per_second:
-            per_device = row["time/images_per_second_per_device"]
-            row["time/mfu"] = per_device / self._peak_images_per_second
+        if self.peak_images_per_second:
+            row["time/mfu"] = per_device / self.peak_images_per_second
         self._reset()
         return row
 
@@ -129,16 +115,11 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 def memory_row(device: torch.device) -> dict[str, float]:
     """Memory of this process, GiB: resident on the host, and the peak on a CUDA device."""
-    row = {"system/memory_gib": _process(os.getpid()).memory_info().rss / _GIB}
+    row = {"system/memory_gib": psutil.Process().memory_info().rss / _GIB}
     if device.type == "cuda":
         row["system/device_memory_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
         row["system/device_memory_reserved_gib"] = torch.cuda.max_memory_reserved(device) / _GIB
     return row
-
-
-@functools.cache
-def _process(pid: int) -> psutil.Process:
-    return psutil.Process(pid)  # to make one costs ten times as much as to ask it
 
 
 class UpdateRatio:
@@ -164,20 +145,16 @@ class UpdateRatio:
         ratio, self._ratio = self._ratio, None
         return {} if ratio is None else {"optim/update_ratio": float(ratio)}
 
-    @torch.no_grad()
     def _copy(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._is_armed:
             self._before = _copies(optimizer)
 
-    @torch.no_grad()
     def _compare(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._is_armed:
-            return
-        after = _copies(optimizer)
-        torch._foreach_sub_(self._before, after)
-        change, size = _norm(self._before), _norm(after)
-        self._ratio = change / size.clamp_min(1e-12)
-        self._before, self._is_armed = [], False
+        if self._is_armed:
+            after = _copies(optimizer)
+            torch._foreach_sub_(self._before, after)
+            self._ratio = _norm(self._before) / _norm(after).clamp_min(1e-12)
+            self._before, self._is_armed = [], False
 
 
 def _copies(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

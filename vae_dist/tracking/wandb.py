@@ -30,22 +30,17 @@ from vae_dist.config.keys import flatten
 from vae_dist.config.schema import TrainConfig
 from vae_dist.files import write_durably
 from vae_dist.tracking.images import find_images, image_caption
-from vae_dist.tracking.metrics import Value
+from vae_dist.tracking.metrics import WANDB_STEP, Value
 from vae_dist.tracking.sinks import read_rows
 
-STEP_KEY = "trainer/step"  # the x axis; W&B's own step counts calls of log()
-_IMAGES_STEP_KEY = "trainer/images_step"  # images come later than the rows of their step
 _QUEUED_TASKS = 4096
-_LATE_IMAGES = 64
+_IMAGES_SENT_AGAIN = 32  # a killed uploader may have sent their records and not their files
 _PROBE_SECONDS = 3.0
 _INIT_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 10.0  # of close(): the scheduler kills the job soon
 _GIVE_UP = 0.8  # part of the time for close() after which wandb itself leaves the rest on disk
-_STOPPED = """
-query Stopped($entity: String, $project: String, $id: String!) {
-    project(name: $project, entityName: $entity) { run(name: $id) { stopped } }
-}
-"""
+_STOPPED = """query Stopped($entity: String, $project: String, $id: String!) {
+    project(name: $project, entityName: $entity) { run(name: $id) { stopped } } }"""
 
 
 class WandbSink:
@@ -69,9 +64,10 @@ class WandbSink:
         self._finish_seconds = float(config.wandb.finish_timeout_s)
         self._run: Any = None
         self._wandb: Any = None
-        self._stop_requested = self._is_broken = self._is_closed = self._is_complete = False
-        self._first_step = self._first_images_step = 0  # the server has all before
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_TASKS)
+        self._stop_requested = self._is_broken = self._is_complete = False
+        self._status = ""  # of close()
+        self._first_step = 0  # the server has the rows before
+        self._queue: queue.Queue[partial[None] | None] = queue.Queue(_QUEUED_TASKS)
         self.mode = "disabled"
         asked = os.environ.get("WANDB_MODE") or config.wandb.mode
         if asked not in ("auto", "online", "offline", "disabled"):
@@ -87,8 +83,8 @@ class WandbSink:
             say(f"W&B is off: {reason}. Training goes on; log.jsonl has every metric.")
             return
         if self.mode == "offline":
-            because = "" if asked == "offline" else f": {reason}"
-            say(f"W&B is offline{because}; upload this run with: {self._upload_command()}")
+            command = self._upload_command()
+            say(f"W&B is offline{reason and ': ' + reason}; upload this run with: {command}")
         self._queue.put(partial(self._send_recorded, up_to=resume_step))
         self._worker = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._worker.start()
@@ -98,36 +94,26 @@ class WandbSink:
             self._put(partial(self._send_row, step, row))
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        if step >= self._first_images_step:
-            self._put(partial(self._send_image, step, key, png_path, caption))
-
-    def artifacts(self, checkpoint: Path, images: Path, *, step: int) -> None:
-        """Upload the files of a checkpoint, and the images of its step, as W&B artifacts."""
-        for kind, name, paths in (
-            ("model", "checkpoint", sorted(checkpoint.iterdir())),
-            ("pictures", "pictures", sorted(images.glob(f"*_{step:08d}.png"))),
-        ):
-            self._put(partial(self._send_artifact, kind, name, paths))
+        self._put(partial(self._send_image, step, key, png_path, caption))
 
     def close(self, status: str) -> None:
         """End the W&B run in bounded time; what could not be sent stays on disk."""
-        if self._run is None or self._is_closed:
+        if self._run is None or self._status:
             return
-        self._is_closed = True
+        self._status = status
         seconds = self._finish_seconds
         if status == "interrupted":
             seconds = min(seconds, _INTERRUPTED_SECONDS)
-        closer = threading.Thread(target=self._finish, args=(status,), daemon=True)
-        closer.start()
-        closer.join(seconds)
-        if closer.is_alive() or self._is_broken:
-            self._kill_core()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._worker.join(seconds)
         if not self._is_complete:
-            command = self._upload_command()
-            self._say(f"W&B did not get everything; upload the rest with: {command}")
-        elif self.mode == "offline":
-            for part in self._earlier_parts("offline-run"):  # their points are in this one, too
-                shutil.rmtree(part, ignore_errors=True)
+            self._kill_core()
+            self._say(f"W&B did not get everything; upload the rest with: {self._upload_command()}")
+        elif self.mode == "offline":  # this part has the points of the earlier ones, too
+            for part in (self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"):
+                if part.name != self._part.name:
+                    shutil.rmtree(part, ignore_errors=True)
 
     # start
 
@@ -145,9 +131,11 @@ class WandbSink:
             import wandb
         except Exception as error:  # a broken installation raises almost anything
             return f"no W&B run can be kept in {self._folder} ({_first_line(error)})"
+        self._wandb = wandb
         reason = "" if asked == "offline" else _offline_reason(wandb, asked)
-        modes: list[Any] = [] if asked == "offline" or reason else ["online"]
-        for mode in modes if asked == "online" else [*modes, "offline"]:
+        is_online = asked != "offline" and not reason
+        modes: list[Any] = ["online"] * is_online + ["offline"] * (asked != "online")
+        for mode in modes:
             try:
                 self._run = wandb.init(
                     mode=mode,
@@ -160,23 +148,26 @@ class WandbSink:
                     tags=list(config.wandb.tags),
                     name=self._folder.resolve().name,
                     config=flatten(config) | {"environment": environment},
-                    settings=self._settings(wandb),
+                    settings=self._settings(),
                 )
-                self._define_axes(mode)
+                self._run.define_metric(WANDB_STEP, hidden=True)
+                self._run.define_metric("*", step_metric=WANDB_STEP)
+                if mode == "online" and self._run.resumed:
+                    # The summary may be a record ahead of the history: its step is sent again.
+                    self._first_step = int(dict(self._run.summary).get(WANDB_STEP, 0))
             except Exception as error:  # CommError, UsageError, ConnectionResetError, OSError, ...
                 self._run, reason = None, f"W&B could not start a run ({_first_line(error)})"
                 continue
-            self._wandb, self.mode = wandb, mode
-            self._part = Path(self._run.settings.sync_dir)
+            self.mode, self._part = mode, Path(self._run.settings.sync_dir)
             break
         return reason
 
-    def _settings(self, wandb: Any) -> Any:
+    def _settings(self) -> Any:
         def stop() -> None:
             self._stop_requested = True
             self._on_stop()
 
-        return wandb.Settings(
+        return self._wandb.Settings(
             silent=True,
             console="off",
             init_timeout=_INIT_SECONDS,
@@ -185,28 +176,13 @@ class WandbSink:
             stop_fn=stop,  # settings are deep-copied: a function is not, a bound method is
         )
 
-    def _define_axes(self, mode: str) -> None:
-        for key in (STEP_KEY, _IMAGES_STEP_KEY):
-            self._run.define_metric(key, hidden=True)
-        self._run.define_metric("*", step_metric=STEP_KEY)
-        if mode == "online" and self._run.resumed:
-            # The summary may be one record ahead of the history, so its own step is sent again.
-            summary = dict(self._run.summary)
-            self._first_step = int(summary.get(STEP_KEY, 0))
-            self._first_images_step = int(summary.get(_IMAGES_STEP_KEY, 0))
-
     def _upload_command(self) -> str:
         return f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
 
-    def _earlier_parts(self, kind: str) -> list[Path]:
-        """The folders of this W&B run's sessions before this one, the oldest first."""
-        found = sorted((self._folder / "wandb").glob(f"{kind}-*-{self._run.id}"))
-        return [part for part in found if part.resolve() != self._part.resolve()]
-
     # the worker
 
-    def _put(self, task: Callable[[], None]) -> None:
-        if self._run is None or self._is_broken or self._is_closed:
+    def _put(self, task: partial[None]) -> None:
+        if self._run is None or self._is_broken or self._status:
             return
         try:
             self._queue.put_nowait(task)
@@ -214,82 +190,64 @@ class WandbSink:
             self._break(error)
 
     def _work(self) -> None:
-        while (task := self._queue.get()) is not None:
-            if self._is_broken:
-                continue
-            try:
+        try:
+            while (task := self._queue.get()) is not None:
+                if self._is_broken:
+                    return
                 task()
-            except Exception as error:  # wandb raises builtin and own errors of many kinds
-                self._break(error)
+            self._finish()
+        except Exception as error:  # wandb raises builtin and own errors of many kinds
+            self._break(error)
 
     def _send_recorded(self, *, up_to: int) -> None:
-        """What log.jsonl and the images folder have and W&B has not.
-
-        A killed uploader may have sent the record of an image and not its file: the newest files
-        of the session before are sent again.
-        """
-        for part in self._earlier_parts("run")[-1:] if self.mode == "online" else []:
-            media = sorted((part / "files" / "media").rglob("*.png"), key=os.path.getmtime)
-            for path in media[-_LATE_IMAGES:]:
-                self._run.save(str(path), base_path=str(part / "files"), policy="now")
+        """What log.jsonl and the images folder have and W&B has not."""
         rows = dict(read_rows(self._folder / "log.jsonl"))
         for step, row in rows.items():
             if self._first_step <= step <= up_to:
                 self._send_row(step, row)
         found = find_images(self._folder / "images")
-        images = [(step, name) for name, paths in found.items() for step in paths]
-        for step, name in sorted(images):
-            if self._first_images_step <= step <= up_to:
+        images = sorted((step, name) for name, paths in found.items() for step in paths)
+        num_known = sum(step < self._first_step for step, _ in images)
+        for step, name in images[max(0, num_known - _IMAGES_SENT_AGAIN) :]:
+            if step <= up_to:
                 caption = image_caption(step, rows.get(step, {}))
                 self._send_image(step, f"images/{name}", found[name][step], caption)
 
     def _send_row(self, step: int, row: Mapping[str, Any]) -> None:
-        values = {key: self._value(value) for key, value in row.items()}
-        known = {key: value for key, value in values.items() if value is not None}
-        self._run.log({STEP_KEY: step} | known, commit=True)
+        values: dict[str, Any] = {WANDB_STEP: step}
+        for key, value in row.items():
+            if isinstance(value, list):  # of a distribution; wandb takes finite numbers alone
+                numbers = [item for item in value if item is not None and math.isfinite(item)]
+                if numbers:
+                    values[key] = self._wandb.Histogram(numbers)
+            elif value is not None:
+                values[key] = value
+        self._run.log(values)
 
     def _send_image(self, step: int, key: str, path: Path, caption: str) -> None:
-        image = self._wandb.Image(str(path), caption=caption)
-        self._run.log({STEP_KEY: step, _IMAGES_STEP_KEY: step, key: image}, commit=True)
-
-    def _send_artifact(self, kind: str, name: str, paths: list[Path]) -> None:
-        artifact = self._wandb.Artifact(f"{self._folder.resolve().name}-{name}", type=kind)
-        for path in paths:
-            artifact.add_file(str(path), name=path.name)
-        self._run.log_artifact(artifact)
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, list):  # of a distribution; wandb takes finite numbers alone
-            numbers = [item for item in value if item is not None and math.isfinite(item)]
-            return self._wandb.Histogram(numbers) if numbers else None
-        return value
+        self._run.log({WANDB_STEP: step, key: self._wandb.Image(str(path), caption=caption)})
 
     def _break(self, error: Exception) -> None:
-        self._is_broken = True
-        self._say(
-            f"W&B stopped working ({_first_line(error)}); training goes on without it and"
-            " log.jsonl has every metric."
-        )
+        if not self._is_broken:
+            self._is_broken = True
+            self._say(
+                f"W&B stopped working ({_first_line(error)}); training goes on without it and"
+                " log.jsonl has every metric."
+            )
 
     # end
 
-    def _finish(self, status: str) -> None:
-        exit_code = 0 if status == "finished" else 1
-        self._queue.put(None)
-        self._worker.join()
-        if self._is_broken:
-            return
+    def _finish(self) -> None:
+        if self._status == "interrupted" and self._is_preempted_trial():
+            self._run.mark_preempting()  # the sweep gives this trial to another agent
+        exit_code, is_in_time = int(self._status != "finished"), True
         try:
-            if status == "interrupted" and self._is_preempted_trial():
-                self._run.mark_preempting()  # the sweep gives this trial to another agent
-            with contextlib.suppress(TimeoutError):
-                self._run.finish(exit_code=exit_code)
-                self._is_complete = True
-            # finish() may return before wandb-core has written the last rows; teardown waits.
-            self._wandb.teardown(exit_code)
-        except Exception as error:  # as in _work
-            self._is_complete = False
-            self._break(error)
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            is_in_time = False
+        # finish() may return before wandb-core has written the last rows; teardown waits.
+        self._wandb.teardown(exit_code)
+        self._is_complete = is_in_time
 
     def _is_preempted_trial(self) -> bool:
         """Of a sweep; a trial that its sweep or the user has stopped is not to go on."""
@@ -307,7 +265,7 @@ class WandbSink:
         """Kill the wandb-core that this process started: wandb's exit hook would wait for it."""
         import psutil
 
-        self._is_broken, self._is_complete = True, False
+        self._is_broken = True
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if child.name().startswith("wandb-core"):

@@ -73,11 +73,6 @@ class ImageLogger:
     def close(self) -> None:
         self._writer.close()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether every image so far is written."""
-        return self._writer.is_idle
-
     @torch.inference_mode()
     def __call__(self, model: nn.Module, step: int, metrics: Mapping[str, Value]) -> None:
         assert isinstance(model, VAE)

@@ -28,7 +28,7 @@ from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_acceler
 from vae_dist.models.build import build_vae
 from vae_dist.models.networks import lpips_available
 from vae_dist.objectives.perceptual import folder_of
-from vae_dist.run.checkpoint import Checkpoint, Tensors, step_name
+from vae_dist.run.checkpoint import Checkpoint, Tensors
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import (
     as_in_run_folder,
@@ -39,7 +39,6 @@ from vae_dist.run.resume import (
 )
 from vae_dist.tracking.console import say
 from vae_dist.tracking.sinks import Sink
-from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import (
     build_trainer,
     check_image_sizes,
@@ -248,7 +247,8 @@ def _train(
         microbatch_size = trainer.training_step.microbatch_size
         lines = plan(config, data, runtime, first_step=start_step, microbatch_size=microbatch_size)
         lines += places
-        console.banner("vae_dist", [*lines, f"output {folder.path}"])
+        for line in [*lines, f"output {folder.path}"]:
+            console.say(line)
     startup.mark("model and trackers")
     return _fit(trainer, data, stop, startup, outcome)
 
@@ -288,7 +288,7 @@ def _fit(
     trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, outcome: Outcome
 ) -> int:
     """Run the loop; record in status.json how it ended."""
-    config, runtime, folder = trainer.config, trainer.runtime, trainer.folder
+    config, runtime = trainer.config, trainer.runtime
     outcome.record("running", step=trainer.step, reason="")
     outcome.is_training, outcome.settle = True, trainer.writer.wait
     status = "failed"
@@ -314,11 +314,6 @@ def _fit(
     finally:
         outcome.watch.end()  # what follows sends no message
         trainer.image_logger.close()
-        for sink in trainer.sinks:
-            if status == "finished" and config.wandb.artifacts and isinstance(sink, WandbSink):
-                checkpoint = folder.checkpoints.folder / step_name(trainer.step)
-                with contextlib.suppress(OSError):
-                    sink.artifacts(checkpoint, folder.images, step=trainer.step)
         _close(trainer.sinks, status)
     if runtime.is_main:
         for line in _farewell(trainer, status, stop.reason):
