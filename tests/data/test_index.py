@@ -291,3 +291,11 @@ def test_globs_and_the_home_folder(
         assert load_index(spec, key="data.train", create=False).paths == whole.paths
     with pytest.raises(ConfigError, match="file matches"):
         load_index(f"{shards}/other-*.tar", key="data.train", create=False)
+
+
+def test_compressed_shards_beside_plain_ones_are_named(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "set-10.tar.gz").touch()
+    load_index(str(copied), key="data.train", create=True)
+    assert "1 compressed shards are left out, the first is set-10.tar.gz" in capsys.readouterr().err

@@ -14,7 +14,13 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data import settings as sizes_module
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.settings import NativeSet, check_native_sizes, image_settings, sampled_sizes
+from vae_dist.data.settings import (
+    NativeSet,
+    check_native_sizes,
+    check_readable,
+    image_settings,
+    sampled_sizes,
+)
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings, Need
 from vae_dist.data.writer import write_shards
@@ -125,3 +131,11 @@ def test_what_is_looked_at_lies_evenly_and_is_bounded(
     assert widths() == in_order[::10]
     monkeypatch.setattr(sizes_module, "MAX_BYTES", 0)
     assert widths() == [in_order[0], in_order[-1]]
+
+
+def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    index = shards(tmp_path, *[(0, 0)] * 3, num_shards=1)
+    settings = image_settings(index, channels=3, resolution=8, max_pixels=10**6)
+    message = r"data\.validation: none of the first 3 samples can be read; .* sample 0: no readable"
+    with pytest.raises(ConfigError, match=message):
+        check_readable(index, settings, key="data.validation")

@@ -45,6 +45,7 @@ SUFFIXES = (*FORMATS, *ARRAYS)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with that many channels
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+NUM_NAMED = 5  # files of a sample that one message names
 GREY_PNG = 0  # colour type
 MAGIC = (  # first bytes of a file, and the suffix that they speak for
     (PNG_SIGNATURE, "png"),
@@ -183,7 +184,9 @@ def image_of(sample: Mapping[str, Any]) -> tuple[str, bytes]:
     """Suffix and bytes of the one image of a sample."""
     names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES and name != MASK_MEMBER]
     if len(names) != 1:
-        found = ", ".join(names) or "no ." + ", .".join(SUFFIXES)
+        found = ", ".join(names[:NUM_NAMED]) or "no ." + ", .".join(SUFFIXES)
+        if len(names) > NUM_NAMED:
+            found += f" and {len(names) - NUM_NAMED} more (a dot in a key joins samples)"
         raise DamagedSampleError(f"a sample has one image, this one has {found}")
     data = sample[names[0]]
     kind = kind_of(data)

@@ -23,6 +23,7 @@ from vae_dist.data.sources import START_RETRY_S, Range, read_ranges
 from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
 from vae_dist.data.transforms import (
     DRAWN,
+    NO_LABEL,
     ImageSettings,
     UnknownClassError,
     label_of,
@@ -208,10 +209,15 @@ class SampleReader:
         return image
 
     def label(self, sample: Mapping[str, Any], shard: int, index: int) -> int:
-        """-1 where there is none. Raises DamagedSampleError, and ShardError for no known class."""
+        """-1 where there is none. Raises DamagedSampleError, and ShardError for no known class;
+        without classes nothing asks for labels, and one that cannot be read is none."""
         key, num_classes = self.settings.label_key, self.settings.num_classes
         try:
             return label_of(sample, key=key, num_classes=num_classes)
+        except DamagedSampleError:
+            if num_classes:
+                raise
+            return NO_LABEL
         except UnknownClassError as error:
             raise ShardError(
                 f"{self.name(shard, index)} (key {sample['__key__']}): {error}; set "

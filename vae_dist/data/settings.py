@@ -92,6 +92,19 @@ def image_settings(
     raise ConfigError(f"data.resolution=native: none of the first images can be used; {reason}")
 
 
+def check_readable(index: ShardIndex, settings: ImageSettings, *, key: str) -> None:
+    """Raises ConfigError, which blames `key`, with the reason of the first sample when none of the
+    first ones can be read: that is not damage but the wrong kind of data."""
+    reader, reason, count = SampleReader(index, settings, seed=0), "", 0
+    for shard, number in first_samples(index, NUM_PROBED):
+        try:
+            reader.load(reader.read(shard, number, number + 1)[0], shard, number, epoch=0)
+            return
+        except DamagedSampleError as error:
+            reason, count = reason or f"{reader.name(shard, number)}: {error}", count + 1
+    raise ConfigError(f"{key}: none of the first {count} samples can be read; {reason}")
+
+
 def check_labels(index: ShardIndex, settings: ImageSettings, *, key: str) -> None:
     """Look at the labels of the first samples. Raises ConfigError, which blames `key`, when none of
     them has a label, and ShardError when one has a label that is no class."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +97,12 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
             raise ConfigError(
                 f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key)}"
             )
+        if compressed := sorted(place.glob("*.tar.*z*")):
+            print(
+                f"warning: {key}={text}: {len(compressed)} compressed shards are left out, the "
+                f"first is {compressed[0].name}; unpack them to .tar",
+                file=sys.stderr,
+            )
         return _local(shards, text, key)
     if glob.has_magic(text) and not os.path.exists(text):
         shards = sorted(path for path in glob.glob(text, recursive=True) if path.endswith(".tar"))
@@ -165,6 +172,10 @@ def _info(where: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | N
         if not error.is_missing:
             raise
         return {}
+    except ConfigError:
+        if needed:
+            raise
+        return {}  # a server that answers with a page for what it lacks
 
 
 def read_info(where: str, *, key: str) -> dict[str, tuple[int, int | None]]:

@@ -20,7 +20,13 @@ from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import make_order
-from vae_dist.data.settings import NativeSet, check_labels, check_native_sizes, image_settings
+from vae_dist.data.settings import (
+    NativeSet,
+    check_labels,
+    check_native_sizes,
+    check_readable,
+    image_settings,
+)
 from vae_dist.data.transforms import Need
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
@@ -89,6 +95,8 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
                 ],
                 max_skipped_fraction=config.data.max_skipped_fraction,
             )
+            check_readable(train, settings, key="data.train")
+            check_readable(validation, data.evaluation_settings, key="data.validation")
         if create and config.model.num_classes:
             check_labels(train, settings, key="data.train")
             check_labels(validation, settings, key="data.validation")
