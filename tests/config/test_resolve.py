@@ -112,7 +112,7 @@ def test_auto_is_decided_by_the_facts(asked: str, facts: Facts, decided: str) ->
     ("asked", "facts", "problem"),
     [
         ("training.precision=fp16", CPU, "training.precision=fp16 needs an accelerator"),
-        ("runtime.compile=blocks", BROKEN, "runtime.compile=blocks: no compiler; set runtime.comp"),
+        ("runtime.compile=blocks", BROKEN, "runtime.compile=blocks: no compiler; use false"),
         ("runtime.compile=true", replace(CPU, has_bf16=True), "gets gradients of bfloat16 wrong"),
     ],
 )

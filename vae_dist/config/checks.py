@@ -222,12 +222,9 @@ def _slots(c: Any) -> Iterator[tuple[str, str]]:
         sentence = "makes images of several sizes; use model.latent=spatial, or data.resolution=N"
         yield "data.resolution", sentence
     if has_buckets(c) and c.runtime.parallel == "fsdp" and microbatch != per_slot:
-        # it gathers weights in each forward
-        yield (
-            f"runtime.parallel training.microbatch_size {about}",
-            "needs equally many forwards on all processes; with aspect buckets set "
-            f"training.microbatch_size={per_slot}, the images of one slot, or runtime.parallel=ddp",
-        )
+        # FSDP gathers weights in each forward, so ranks need equally many
+        sentence = f"with aspect buckets needs training.microbatch_size={per_slot}, a slot's images"
+        yield f"runtime.parallel training.microbatch_size {about}", f"{sentence}; or use ddp"
 
 
 def _widths(c: Any) -> Iterator[tuple[str, str]]:

@@ -126,10 +126,8 @@ def _layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         raise ConfigError(f"{path}: base leads back to the file itself: {names}; remove one base")
     try:
         values = _parsed(path.read_text("utf-8-sig"), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     base = values.pop("base", None)
     own = (str(path), dict(_flat(values)))
     if base is None:

@@ -65,17 +65,15 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
         training.microbatch_size = images_per_slot(config)
     if training.precision == "fp16" and not facts.has_accelerator:
         raise ConfigError("training.precision=fp16 needs an accelerator; use bf16 or no")
-    if is_compiled and (problem := facts.compiler_problem or _wrong_gradients(config, facts)):
+    problem = facts.compiler_problem
+    if training.precision == "bf16" and not facts.has_accelerator:
+        problem = problem or "torch 2.13 gets gradients of bfloat16 wrong on CPU"
+    if is_compiled and problem:
         raise ConfigError(
-            f"runtime.compile={runtime.compile}: {problem}; set runtime.compile=false"
+            f"runtime.compile={runtime.compile}: {problem}; use runtime.compile=false"
         )
     freeze(config)
     return config
-
-
-def _wrong_gradients(config: TrainConfig, facts: Facts) -> str:
-    is_wrong = config.training.precision == "bf16" and not facts.has_accelerator
-    return "torch 2.13 gets gradients of bfloat16 wrong on CPU" if is_wrong else ""
 
 
 def divisors(number: int) -> list[int]:
