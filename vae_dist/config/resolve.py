@@ -69,9 +69,7 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
     if training.precision == "bf16" and not facts.has_accelerator:
         problem = problem or "torch 2.13 gets gradients of bfloat16 wrong on CPU"
     if is_compiled and problem:
-        raise ConfigError(
-            f"runtime.compile={runtime.compile}: {problem}; use runtime.compile=false"
-        )
+        raise ConfigError(f"runtime.compile={runtime.compile}: {problem}; use false")
     freeze(config)
     return config
 
