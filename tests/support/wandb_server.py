@@ -1,7 +1,7 @@
 """A stand-in for the W&B service on this machine's loopback, as wandb 0.31 speaks to it.
 
 In: what `wandb.init(mode="online")` and its uploader send: GraphQL operations, the file stream
-(history, summary, console), uploads of media, saved workspaces. Out: the same in memory, as `Run`s
+(history, summary, console), uploads of media. Out: the same in memory, as `Run`s
 to assert on. `stop()` and `start()` are an outage, `fail` answers with an HTTP error, `hang` takes
 connections and never answers. Artifacts are not answered. What the server had to guess at is in
 `unknown`.
@@ -123,7 +123,6 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
-        self.views: dict[str, dict[str, Any]] = {}  # saved workspaces
         self.unknown: list[str] = []  # operations and paths answered by guess
         self.stopped: set[str] = set()  # ids of runs whose stop button was pressed
         self.fail: dict[str, int] = {}  # part of a path -> HTTP status to answer with
@@ -142,8 +141,6 @@ class WandbServer:
             "Stopped": self._stopped_status,
             "CreateRunFiles": self._create_files,
             "MarkRunFilesUploaded": lambda variables: {"markRunFilesUploaded": {"success": True}},
-            "UpsertView2": self._upsert_view,
-            "OrganizationCoreWeaveOrganizationID": lambda variables: {},
         }
 
     def start(self) -> WandbServer:
@@ -287,10 +284,6 @@ class WandbServer:
         url = f"{self.url}/storage/{quote(variables['run'], safe='')}/"
         files = [{"name": name, "uploadUrl": url + quote(name)} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
-
-    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
-        self.views[variables["name"]] = variables
-        return {"upsertView": {"view": {"id": "Vmlldw==", "name": variables["name"]}}}
 
 
 def _project(name: str) -> dict[str, Any]:

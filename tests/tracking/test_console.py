@@ -71,23 +71,17 @@ def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
     assert re.search(r"\d\d step=200 loss=104.2 .* left=1m32s\n$", terminal.getvalue())
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [({}, True), ({"SLURM_JOB_ID": "7"}, False), ({"TERM": "dumb"}, False)],
-)
-def test_where_a_progress_bar_belongs(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+def test_where_a_progress_bar_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert is_terminal(Terminal()) is expected
-    assert not is_terminal(io.StringIO())
+    assert not is_terminal(stream)
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert is_terminal(stream)
+    for name, value in (("TERM", "dumb"), ("SLURM_JOB_ID", "7")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert not is_terminal(stream)
 
 
 def use(console: ConsoleSink) -> None:
@@ -100,14 +94,12 @@ def use(console: ConsoleSink) -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_full_disk_loses_lines_and_nothing_else(terminal: bool) -> None:
     """A job's stdout is a file, mostly on the disk that the run fills."""
-
-    class FullDisk(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    console = ConsoleSink(start_step=0, stop_step=9, stream=FullDisk(), terminal=terminal)
-    use(console)
-    console.close("finished")
+    with open("/dev/full", "w", buffering=1) as stream:
+        console = ConsoleSink(start_step=0, stop_step=9, stream=stream, terminal=terminal)
+        use(console)
+        console.close("finished")
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(

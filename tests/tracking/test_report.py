@@ -39,7 +39,10 @@ class Page(HTMLParser):
 
 
 def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_report_run(tmp_path / "a")
+    folder = write_report_run(tmp_path / "a")
+    with folder.log_path.open("a") as log:
+        log.write('{"step": 404, "eval/neg_elbo_nats": Infinity, "optim/grad_norm": 0.0}\n')
+    (tmp_path / "a" / "results_x.json").write_text('{"step": 4, "figures": {"x": NaN, "y": 1.0}}')
     assert main([f"run={tmp_path / 'a'}"]) == 0
     text = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
     assert str(tmp_path / "a" / "report.html") in capsys.readouterr().out
@@ -55,6 +58,7 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     assert "<title>a latent/kl_nats_per_unit, unit 3: 0.01</title>" in text
     assert "<td>optimizer.lr</td><td>0.001</td>" in text
     assert "<td>neg_elbo_nats</td><td>90</td>" in text
+    assert "<td>x</td><td>-</td>" in text and "eval/neg_elbo_nats, step 404" not in text
     titles = re.findall(r"<h3>(.*?) <small>", text)
     assert titles == ["-ELBO", "Bits/dim", "Rate per unit"]  # what is constant is left out
 
@@ -93,15 +97,6 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     assert {str(image["src"])[:10] for image in page.all("img")} == {"data:image"}
 
 
-def test_figures_that_are_no_numbers(tmp_path: Path) -> None:
-    folder = write_report_run(tmp_path / "a")
-    (tmp_path / "a" / "results.json").write_text('{"step": 4, "figures": {"x": NaN, "y": 1.0}}')
-    with folder.log_path.open("a") as log:
-        log.write('{"step": 404, "eval/neg_elbo_nats": Infinity, "optim/grad_norm": 0.0}\n')
-    text = write_report([tmp_path / "a"])
-    assert "<td>x</td><td>-</td>" in text and "eval/neg_elbo_nats, step 404" not in text
-
-
 @pytest.mark.parametrize("given", ["run=nothing", "run=,"])
 def test_what_is_no_run_is_refused(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -121,13 +116,10 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     Page(write_report([tmp_path / "a"]))
 
 
-def test_long_curves_are_thinned_to_means() -> None:
+def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown() -> None:
     points = thinned([(float(step), float(step % 2)) for step in range(1, 10 * MAX_POINTS + 1)])
     assert len(points) == MAX_POINTS and points[-1] == (10 * MAX_POINTS, 0.5)
     assert thinned(points) == points and thinned([]) == []
-
-
-def test_which_steps_of_many_are_shown() -> None:
     assert evenly([1, 2, 3, 4, 5], 9) == [1, 2, 3, 4, 5]
     assert evenly(list(range(1, 8)), 3) == [1, 4, 7]
 

@@ -117,7 +117,9 @@ def start(folder: Path, mode: str = "auto", **more: Any) -> tuple[WandbSink, lis
 
 def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path: Path) -> None:
     sink, said = start(tmp_path)
-    sink.log(50, {"train/loss": 1.5, "train/nll": math.nan})
+    nan, inf = math.nan, math.inf  # wandb.Histogram raises on them
+    kl: list[Any] = [[nan, inf], [None, 2.0, nan]]  # null stands for them in log.jsonl
+    sink.log(50, {"train/loss": 1.5, "train/nll": nan, "latent/kl": kl[0], "latent/b": kl[1]})
     sink.image(50, "images/samples", tmp_path / "s.png", "step 50")
     sink.close("finished")
     sink.close("finished")
@@ -125,7 +127,9 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
     assert (sink.mode, len(said)) == ("offline", 1)
     assert "there is no login: run `wandb login`" in said[0]
     assert said[0].endswith(f"wandb sync {run.settings.sync_dir}")
-    assert run.sent() == [(50, "train/loss"), (50, "train/nll"), (50, "images/samples")]
+    keys = ["train/loss", "train/nll", "latent/b", "images/samples"]
+    assert run.sent() == [(50, key) for key in keys]
+    assert run.rows[0]["latent/b"] == ("histogram", [2.0])
     assert run.rows[1]["images/samples"] == ("image", str(tmp_path / "s.png"), "step 50")
     assert (run.exit_code, fake.num_teardowns) == (0, 1)
     assert (run.asked["dir"], run.asked["resume"]) == (str(tmp_path), "allow")
@@ -179,6 +183,15 @@ def test_disabled_does_not_touch_wandb(
 
 def raise_(error: Exception) -> None:
     raise error
+
+
+def test_what_did_not_arrive_is_said(fake: FakeWandb, tmp_path: Path) -> None:
+    fake.logged_in = True
+    sink, said = start(tmp_path)
+    fake.runs[0].on_finish = lambda: raise_(TimeoutError("finish_timeout"))
+    sink.close("finished")
+    command = f"wandb sync --include-online {fake.runs[0].settings.sync_dir}"
+    assert said == [f"W&B did not get everything; upload the rest with: {command}"]
 
 
 def test_a_dead_core_ends_tracking_and_nothing_else(fake: FakeWandb, tmp_path: Path) -> None:
@@ -308,27 +321,3 @@ def test_a_preempted_trial_goes_back_to_its_sweep(
     assert pressed == ([1] if stopped == "button" else [])
     assert fake.runs[0].is_preempting == expected
     assert fake.runs[0].exit_code == (0 if status == "finished" else 1)
-
-
-def test_what_did_not_arrive_is_said(fake: FakeWandb, tmp_path: Path) -> None:
-    fake.logged_in = True
-    sink, said = start(tmp_path)
-    fake.runs[0].on_finish = lambda: raise_(TimeoutError("finish_timeout"))
-    sink.close("finished")
-    part = fake.runs[0].settings.sync_dir
-    command = f"wandb sync --include-online {part}"
-    assert said == [f"W&B did not get everything; upload the rest with: {command}"]
-
-
-def test_a_distribution_is_a_histogram_of_its_finite_values(
-    fake: FakeWandb, tmp_path: Path
-) -> None:
-    """wandb.Histogram raises on NaN, and on the null by which log.jsonl stands for it."""
-    sink, said = start(tmp_path)
-    values: list[Any] = [[math.nan, math.inf], [1.0, math.nan], [None, 2.0]]
-    for step, value in enumerate(values, start=1):
-        sink.log(step, {"train/loss": 1.0, "latent/kl": value})
-    sink.close("finished")
-    assert len(said) == 1  # that it is offline
-    kept = [row.get("latent/kl") for row in fake.runs[0].rows]
-    assert kept == [None, ("histogram", [1.0]), ("histogram", [2.0])]

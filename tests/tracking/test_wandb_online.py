@@ -205,16 +205,6 @@ def test_a_fault_that_stays(server, tmp_path, images, fault):
     assert_all_arrived(server, run)
 
 
-def test_a_service_that_hangs_at_the_start(server, tmp_path, images):
-    break_down(server, "hang")
-    said = Training(server, tmp_path / "run", images, "training.steps=20").finish()
-    assert max(dict(read_rows(tmp_path / "run" / "log.jsonl"))) == 20
-    assert f"W&B is offline: {server.url} does not answer; upload this run with" in said
-    recover(server, "hang")
-    sync(server, said, tmp_path)
-    assert_all_arrived(server, tmp_path / "run", once=True)
-
-
 def test_the_stop_button_is_a_clean_stop(server, tmp_path, images):
     run = tmp_path / "run"
     training = Training(server, run, images, "training.steps=1000000", "log.every=10")
