@@ -1,6 +1,5 @@
 """`vae_dist.train` as a user meets it: what it refuses, what it survives, what it leaves behind."""
 
-import itertools
 import json
 import os
 import resource
@@ -9,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.support.faults import Ranks, signal_oneself
 from tests.support.training import arguments, losses, rows, same_weights, status, train, weights
 from vae_dist import distributed
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.reader import SampleReader
+from vae_dist.data.loader import Batch
 from vae_dist.data.tar import ShardError
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
@@ -30,6 +30,7 @@ from vae_dist.models.conv import Decoder, Encoder
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
 from vae_dist.training.images import ImageLogger
+from vae_dist.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ("evaluation.every=0", "checkpoint.every=2")
@@ -239,14 +240,14 @@ def test_what_is_compiled_is_what_was_asked_for(tmp_path, digits, capfd, monkeyp
 
 
 def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path, digits, capfd, monkeypatch):
-    read, reads = SampleReader.read, itertools.count()
+    next_batch = Trainer._next
 
-    def vanishing(self: SampleReader, *run: int) -> list[bytes]:
-        if os.environ["RANK"] == "1" and next(reads) > 40:  # after the first windows
+    def vanishing(self: Trainer, stream: Iterator[Batch]) -> Batch:
+        if os.environ["RANK"] == "1" and self.step == 3:
             raise ShardError("train-000005.tar: cannot be read")
-        return read(self, *run)
+        return next_batch(self, stream)
 
-    monkeypatch.setattr(SampleReader, "read", vanishing)
+    monkeypatch.setattr(Trainer, "_next", vanishing)
     assert train(tmp_path / "run", digits, world=2) == [1, 2]
     assert "rank 1: train-000005.tar" in capfd.readouterr().err
     assert "train-000005.tar: cannot be read" in status(tmp_path / "run")["reason"]
