@@ -239,7 +239,7 @@ def test_what_is_compiled_is_what_was_asked_for(tmp_path, digits, capfd, monkeyp
     assert ("compiled block by block" in capfd.readouterr().out) == (value == "blocks")
 
 
-def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path, digits, capfd, monkeypatch):
+def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path, digits, monkeypatch):
     next_batch = Trainer._next
 
     def vanishing(self: Trainer, stream: Iterator[Batch]) -> Batch:
@@ -248,8 +248,10 @@ def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path, digits, capfd, 
         return next_batch(self, stream)
 
     monkeypatch.setattr(Trainer, "_next", vanishing)
-    assert train(tmp_path / "run", digits, world=2) == [1, 2]
-    assert "rank 1: train-000005.tar" in capfd.readouterr().err
+    argv = arguments(tmp_path / "run", digits)
+    with Ranks(2, argv, output=tmp_path / "output") as group:
+        assert group.wait() == [1, 2], group.text()
+        assert "rank 1: train-000005.tar" in group.text()
     assert "train-000005.tar: cannot be read" in status(tmp_path / "run")["reason"]
 
 
