@@ -20,8 +20,7 @@ def report(command: ReportCommand) -> None:
     from vae_dist.files import write_durably
     from vae_dist.tracking.report import write_report
 
-    given = command.run if isinstance(command.run, list) else str(command.run).split(",")
-    folders = [Path(str(name).strip()) for name in given if str(name).strip()]
+    folders = [Path(name.strip()) for name in str(command.run).split(",") if name.strip()]
     if not folders:
         raise ConfigError("run= names no folder; give one, for example run=runs/mnist")
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")

@@ -18,7 +18,10 @@ ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_second
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    return io.StringIO()
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    return stream
 
 
 def plain(stream: io.StringIO) -> str:
@@ -55,7 +58,7 @@ def test_rows_that_come_faster_than_a_person_reads_have_few_lines(
 
 
 def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
-    sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal, terminal=True)
+    sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal)
     sink.say("output runs/mnist")
     sink.log(200, ROW)
     sink.log(250, {"eval/neg_elbo_nats": 95.5})
@@ -71,17 +74,14 @@ def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
     assert re.search(r"\d\d step=200 loss=104.2 .* left=1m32s\n$", terminal.getvalue())
 
 
-def test_where_a_progress_bar_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert not is_terminal(stream)
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    assert is_terminal(stream)
+def test_where_a_progress_bar_belongs(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert is_terminal(terminal) and not is_terminal(io.StringIO())
     for name, value in (("TERM", "dumb"), ("SLURM_JOB_ID", "7")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert not is_terminal(stream)
+            assert not is_terminal(terminal)
 
 
 def use(console: ConsoleSink) -> None:
@@ -91,15 +91,14 @@ def use(console: ConsoleSink) -> None:
     console.say("warning: step 1: no log (No space left on device); training goes on")
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_full_disk_loses_lines_and_nothing_else(terminal: bool) -> None:
+def test_a_full_disk_loses_lines_and_nothing_else() -> None:
     """A job's stdout is a file, mostly on the disk that the run fills."""
-    with open("/dev/full", "w", buffering=1) as stream:
-        console = ConsoleSink(start_step=0, stop_step=9, stream=stream, terminal=terminal)
-        use(console)
-        console.close("finished")
-        with contextlib.suppress(OSError):
-            stream.close()
+    stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
+    use(console)
+    console.close("finished")
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(

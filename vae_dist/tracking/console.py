@@ -66,13 +66,12 @@ class ConsoleSink:
         start_step: int,
         stop_step: int,
         stream: TextIO | None = None,
-        terminal: bool | None = None,
     ) -> None:
         self._stream = stream or sys.stdout
         self._stop_step, self._images_step, self._next_line_s = stop_step, -1, 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if is_terminal(self._stream) if terminal is None else terminal:
+        if is_terminal(self._stream):
             file = cast(TextIO, _Lossy(self._stream))
             self._bar = Progress(
                 TextColumn("step"),

@@ -103,8 +103,8 @@ class RunSummary(NamedTuple):
     sessions: list[dict[str, Any]]
     results: list[dict[str, Any]]
 
-    def last(self, key: str) -> float:
-        return self.curves[key][-1][1] if key in self.curves else math.nan
+    def last(self, key: str, default: float = math.nan) -> float:
+        return self.curves[key][-1][1] if key in self.curves else default
 
 
 def write_report(folders: Sequence[Path]) -> str:
@@ -208,16 +208,15 @@ def _number(value: object) -> str:
 def _overview(runs: list[RunSummary]) -> Html:
     """One line for each run, the lowest -ELBO first."""
     lines = []
-    for index, run in enumerate(runs):
-        steps_logged = [step for step, _ in run.curves.get("train/loss", [])]
-        step = max([run.status.get("step") or 0, *steps_logged])
+    order = sorted(enumerate(runs), key=lambda pair: pair[1].last("eval/neg_elbo_nats", math.inf))
+    for index, run in order:
+        logged = run.curves.get("train/loss", [(0, 0.0)])[-1][0]
+        step = max(run.status.get("step") or 0, logged)
         figures = (_number(run.last(key)) for key in _FIGURES.values())
         state = run.status.get("status", "unknown")
-        line = [_name(index, run), state, f"{step:.0f} of {run.steps}", *figures]
-        elbo = run.last("eval/neg_elbo_nats")
-        lines.append((math.inf if math.isnan(elbo) else elbo, index, line))
+        lines.append([_name(index, run), state, f"{step:.0f} of {run.steps}", *figures])
     head = ["run", "status", "steps", *_FIGURES]
-    return Html(_tag("h1", "vae_dist report") + _table(head, (line for *_, line in sorted(lines))))
+    return Html(_tag("h1", "vae_dist report") + _table(head, lines))
 
 
 def _curves(runs: list[RunSummary]) -> Iterator[Html]:
