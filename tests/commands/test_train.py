@@ -31,6 +31,7 @@ from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.loop import Trainer
+from vae_dist.training.optimizer import Ema
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ("evaluation.every=0", "checkpoint.every=2")
@@ -252,7 +253,9 @@ def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path, digits, monkeyp
     with Ranks(2, argv, output=tmp_path / "output") as group:
         assert group.wait() == [1, 2], group.text()
         assert "rank 1: train-000005.tar" in group.text()
-    assert "train-000005.tar: cannot be read" in status(tmp_path / "run")["reason"]
+    found = status(tmp_path / "run")
+    assert "train-000005.tar: cannot be read" in found["reason"]
+    assert (found["step"], steps_of(tmp_path / "run")) == (3, [3])
 
 
 # the disk
@@ -278,22 +281,61 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_run_alive(begun, digits, cap
     assert status(begun)["step"] == 8 and "steps 8, going on at step 4" in capfd.readouterr().out
 
 
-def test_a_run_folder_that_vanishes_stops_nothing_but_the_record(tmp_path, digits):
+def test_a_run_folder_that_is_renamed_is_saved_under_its_new_name(tmp_path, digits):
     run, away = tmp_path / "run", tmp_path / "away"
     with Ranks(1, arguments(run, digits, *LONG), output=tmp_path / "output") as group:
         group.wait_for_step(4)
-        while not (run / "checkpoints" / "latest").exists():  # the writer gives way to training
-            assert group.wait(timeout_s=0.05) == [None], group.text()
         run.rename(away)
-        before = len((away / "log.jsonl").read_bytes())
-        while len((away / "log.jsonl").read_bytes()) < before + 5000:
-            assert group.wait(timeout_s=0.05) == [None], group.text()
-        group.signal(signal.SIGTERM)
         assert group.wait() == [75], group.text()
-        assert "warning: cannot write checkpoint" in group.text() and not run.exists()
-    away.rename(run)
-    options = (f"training.steps={max(steps_of(run)) + 1}", "optimizer.schedule=constant", *QUIET)
-    assert main(arguments(run, digits, *options)) == 0
+    found = status(away)
+    assert not run.exists() and found["status"] == "interrupted"
+    assert found["step"] == steps_of(away)[-1]
+    assert str(away) in found["reason"] and found["step"] == max(rows(away)) > 4
+    options = (f"training.steps={found['step'] + 1}", "optimizer.schedule=constant", *QUIET)
+    assert main(arguments(away, digits, *options)) == 0
+
+
+# runs that end by themselves
+
+
+@pytest.mark.parametrize("error", [ShardError("gone"), RuntimeError("odd"), MemoryError("no")])
+def test_what_is_done_is_saved_where_a_run_ends_by_itself(tmp_path, digits, monkeypatch, error):
+    run, options = tmp_path / "run", ("evaluation.every=0", "checkpoint.every=0")
+    next_batch = Trainer._next
+
+    def failing(self: Trainer, stream: Any) -> Any:
+        if self.step == 3:
+            raise error
+        return next_batch(self, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_next", failing)
+        assert main(arguments(run, digits, "training.steps=5", *options)) in (1, 2)
+    found = status(run)
+    assert (steps_of(run), found["status"], found["step"]) == ([3], "failed", 3)
+    assert str(error) in found["reason"]
+    assert main(arguments(run, digits, "training.steps=5", *options)) == 0
+    assert main(arguments(tmp_path / "whole", digits, "training.steps=5", *options)) == 0
+    assert same_weights(run, tmp_path / "whole", 5)
+
+
+def test_what_an_update_has_left_half_done_is_not_saved(tmp_path, digits, monkeypatch):
+    def fails(*arguments: object, **options: object) -> None:
+        raise RuntimeError("amid an update")
+
+    monkeypatch.setattr(Ema, "update", fails)
+    run = tmp_path / "run"
+    assert main(arguments(run, digits, "training.steps=5")) == 1
+    assert steps_of(run) == [] and "amid an update" in status(run)["reason"]
+
+
+def test_a_run_of_which_every_update_was_skipped_has_failed(tmp_path, digits):
+    run = tmp_path / "run"
+    nothing = ("training.steps=4", "likelihood.kind=gaussian", "likelihood.variance=fixed")
+    assert main(arguments(run, digits, *nothing, "likelihood.sigma=1e-40")) == 1
+    assert (
+        status(run)["status"] == "failed" and "all 4 updates were skipped" in status(run)["reason"]
+    )
 
 
 # kills and launchers

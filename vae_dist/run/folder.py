@@ -32,14 +32,19 @@ class RunFolder:
     """Paths and small files of a run folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.checkpoints = Checkpoints(Path(path) / "checkpoints")
+        self.move(Path(path))
+
+    def move(self, path: Path) -> None:
+        """The folder has this name now."""
+        self.path = path
         self.config_path = self.path / "config.yaml"
         self.log_path = self.path / "log.jsonl"
         self.status_path = self.path / "status.json"
         self.stop_path = self.path / "STOP"
         self.lock_path = self.path / "lock"
         self.images = self.path / "images"
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.checkpoints.folder = self.path / "checkpoints"
 
     def create(self) -> None:
         """Make the folders. Raises ConfigError when they cannot be written."""
@@ -182,6 +187,13 @@ class RunLock:
         os.fsync(descriptor)
         self._descriptor = descriptor
         return True
+
+    def place(self) -> Path:
+        """The folder that has the lock, under the name that it has now (on Linux)."""
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{self._descriptor}")).parent
+        except OSError:
+            return self.path.parent
 
     def release(self) -> None:
         if self._descriptor >= 0:

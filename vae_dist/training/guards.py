@@ -13,13 +13,14 @@ changes it, and one message of 8 bytes a tensor compares all ranks.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from vae_dist.config.errors import name_ranks
+from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime, is_sharded
 from vae_dist.training.stop import TrainingFailed
 
@@ -108,6 +109,15 @@ class SkipGuard:
             "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
         )
 
+    def check_all(self, num_steps: int) -> None:
+        """Raise TrainingFailed, on all ranks alike, where none of the run's steps was used."""
+        if int(self.skipped + self.spikes) >= num_steps:
+            raise TrainingFailed(
+                f"all {num_steps} updates were skipped, for no gradient was finite: the weights "
+                "are those of the start. Lower optimizer.lr, look at likelihood.* and the data, "
+                "or use training.precision=bf16 or no"
+            )
+
     def state(self) -> dict[str, int]:
         return {
             "skipped_steps": int(self.skipped),
@@ -120,6 +130,40 @@ class SkipGuard:
         self.spikes.fill_(state["spike_steps"])
         self.streak.fill_(state["skip_streak"])
         self._longest.copy_(self.streak)
+
+
+class DamageGuard:
+    """Counts samples that could not be read, and names each once."""
+
+    def __init__(self, *, limit: float, num_samples: int, warn: Callable[[str], None]) -> None:
+        self.limit, self.num_samples, self.warn = limit, num_samples, warn
+        self.before = 0  # over all ranks, before this process started
+        self.since = 0  # over all ranks since then, as far as they have summed
+        self.here = 0  # on this rank since then
+        self._named: set[tuple[str, int]] = set()
+
+    @property
+    def total(self) -> int:
+        return self.before + max(self.since, self.here)
+
+    def observe(self, batch: Batch) -> None:
+        self.here += len(batch.skipped)
+        for lost in batch.skipped:
+            if (lost.shard, lost.index) not in self._named:
+                self._named.add((lost.shard, lost.index))
+                self.warn(f"warning: step {batch.step}: cannot read {lost}")
+
+    def check(self, since: int, images_seen: int) -> None:
+        """Raise TrainingFailed where too many are lost; `since` is equal on all ranks."""
+        self.since = since
+        # of an epoch at least: one bad sample in the first batch is no reason to stop
+        seen = max(images_seen, self.num_samples)
+        if self.total > self.limit * seen:
+            raise TrainingFailed(
+                f"{self.total} of {seen} samples could not be read (data.max_skipped_fraction="
+                f"{self.limit}); the warnings above name them. Repair the shards, or raise the "
+                "limit"
+            )
 
 
 def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from vae_dist.tracking.console import ConsoleSink, say
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.sinks import Sink
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
-from vae_dist.training.guards import SkipGuard, check_equal_over_ranks
+from vae_dist.training.guards import DamageGuard, SkipGuard, check_equal_over_ranks
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.memory import keep_freed_memory
 from vae_dist.training.step import StepReport, TrainingStep
@@ -77,12 +78,13 @@ class Trainer:
             folder.checkpoints, keep_last=config.checkpoint.keep_last, warn=self.say
         )
         self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
+        self._ranks_agree = True  # on the weights, as far as they were compared
         self._evaluated_step = -1
         self._best: tuple[float, int] | None = None  # lowest eval/neg_elbo_nats, and its step
         self._warned = ""  # the last warning, which is not repeated
-        self._skipped_before = 0  # skipped samples over all ranks, before this process started
-        self._skipped_here = 0  # on this rank since
-        self._named_samples: set[tuple[str, int]] = set()
+        self.damage = DamageGuard(
+            limit=config.data.max_skipped_fraction, num_samples=num_samples, warn=self.say
+        )
         self._last_row: Row = {}
         self._pending_row: Row = {}  # of a step whose evaluation is not done
 
@@ -142,8 +144,9 @@ class Trainer:
         self._watch.at(self.step, "step", sizes)
         report = self.training_step(batch, self.step)
         self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
-        self._count_skipped(batch)
+        self.damage.observe(batch)
         self.step += 1
+        self.training_step.is_whole = True
         self._meter.step(batch.num_images)
         self._advance()
         self._watch.at(self.step, "log")
@@ -221,24 +224,27 @@ class Trainer:
         """What stops a run, looked at when it is due; the same answer on every rank."""
         if self.guard.is_due(self.step) or self._log_is_due() or self._checkpoint_is_due():
             self.guard.check(self.runtime, report.grad_norm)
+        if self.step == self.last_step:
+            self.guard.check_all(self.step)
         if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()
         self.writer.poll()
 
     def _check_weights(self) -> None:
-        weights = self.training_step.weights_of_every_rank()
+        weights, self._ranks_agree = self.training_step.weights_of_every_rank(), False
         check_equal_over_ranks(self.runtime, weights, step=self.step)
+        self._ranks_agree = True
 
     # rows
 
     def _training_row(self, report: StepReport, meter: Meter) -> Row:
         """The row of this step: means over the global batch, so a function of the step alone."""
         local = [*report[:5], *report.more_sums.values()]  # sums over this rank's images
-        *totals, skipped_everywhere = self.runtime.sum_numbers(local, self._skipped_here)
+        *totals, skipped_everywhere = self.runtime.sum_numbers(local, self.damage.here)
         batch_size = self.config.training.batch_size
         loss, distortion, rate, neg_bound = (total / batch_size for total in totals[:4])
-        num_dims, skipped = int(totals[4]), self._check_skipped(int(skipped_everywhere))
-        images_seen = self.step * batch_size
+        num_dims, images_seen = int(totals[4]), self.step * batch_size
+        self.damage.check(int(skipped_everywhere), images_seen)
         row: Row = {
             "train/loss": loss,
             "train/neg_elbo_nats": distortion + rate,
@@ -251,7 +257,7 @@ class Trainer:
             "optim/spike_steps": float(self.guard.spikes),
             "data/images_seen": float(images_seen),
             "data/epoch": images_seen / self.num_samples,
-            "data/skipped_samples": float(skipped),
+            "data/skipped_samples": float(self.damage.total),
         }
         # over the whole batch, whose images may differ in shape
         bits = self._bits_per_dim(totals[1] + totals[2], num_dims)
@@ -296,27 +302,6 @@ class Trainer:
         else:  # a rank other than the main one
             say(text, sys.stderr)
 
-    # damaged samples
-
-    def _count_skipped(self, batch: Batch) -> None:
-        self._skipped_here += len(batch.skipped)
-        for lost in batch.skipped:
-            if (lost.shard, lost.index) not in self._named_samples:
-                self._named_samples.add((lost.shard, lost.index))
-                self.say(f"warning: step {batch.step}: cannot read {lost}")
-
-    def _check_skipped(self, skipped_here: int) -> int:
-        skipped = self._skipped_before + skipped_here
-        # of an epoch at least: one bad sample in the first batch is no reason to stop
-        seen = max(self.step * self.config.training.batch_size, self.num_samples)
-        limit = self.config.data.max_skipped_fraction
-        if skipped > limit * seen:
-            raise TrainingFailed(
-                f"{skipped} of {seen} samples could not be read (data.max_skipped_fraction="
-                f"{limit}); the warnings above name them. Repair the shards, or raise the limit"
-            )
-        return skipped
-
     # checkpoints
 
     def _save_if_due(self) -> None:
@@ -330,13 +315,34 @@ class Trainer:
         rank takes part."""
         if self._saved == (self.step, self._evaluated_step):
             return
-        has_tensors = self._saved[0] == self.step
-        if self.config.training.checksum_every and not has_tensors:
+        if self.config.training.checksum_every and self._saved[0] != self.step:
             self._check_weights()  # what ranks differ in is not worth keeping
-        (skipped,) = self.runtime.sum_numbers([], self._skipped_here)
-        scalars = self.scalars(int(skipped))
+        (self.damage.since,) = map(int, self.runtime.sum_numbers([], self.damage.here))
+        self._save(urgent=urgent)
+
+    def save_what_is_whole(self, agreed: bool) -> None:
+        """Save the last step that is done, after whatever has ended the run. Not where its weights
+        may be ruined: amid an update, in a streak of skipped steps, where ranks differ.
+
+        A thread may call it, while the main one waits for a rank that is gone, so it sends no
+        message unless all ranks have `agreed` to end.
+        """
+        end = time.monotonic() + 5.0  # s, longer than an update takes
+        while not self.training_step.is_whole and time.monotonic() < end:
+            time.sleep(0.01)
+        is_sound = self.training_step.is_whole and self._ranks_agree and not self.guard.streak
+        can_save = self.runtime.strategy.forward_is_local or agreed
+        if self._saved[0] != self.step > 0 and is_sound and can_save:
+            self._save(urgent=True)
+            if self.runtime.is_main and self.writer.wait():
+                self.say(f"step {self.step} is saved; the same command goes on from there")
+        self.writer.wait()
+
+    def _save(self, *, urgent: bool) -> None:
+        scalars = self.scalars()
         state = {**self.identity, "scalars": scalars, "pending_row": self._pending_row}
         best_step = self._best[1] if self._best is not None else None
+        has_tensors = self._saved[0] == self.step
         self._saved = (self.step, self._evaluated_step)
         if has_tensors:
             if self.runtime.is_main:
@@ -353,14 +359,14 @@ class Trainer:
                 self.step, tensors, state, best_step=best_step, keep_all=keep_all, urgent=urgent
             )
 
-    def scalars(self, skipped_here: int) -> dict[str, Any]:
+    def scalars(self) -> dict[str, Any]:
         best, best_step = self._best or (None, None)
         return {
             **self.guard.state(),
             **self.training_step.scalars(),
             "best_neg_elbo_nats": best,
             "best_step": best_step,
-            "skipped_samples": self._skipped_before + skipped_here,
+            "skipped_samples": self.damage.total,
             "evaluated_step": self._evaluated_step,
         }
 
@@ -372,7 +378,7 @@ class Trainer:
         scalars = checkpoint.state["scalars"]
         self.training_step.load(checkpoint.tensors, scalars)
         self.guard.load_state(scalars)
-        self._skipped_before = scalars["skipped_samples"]
+        self.damage.before = scalars["skipped_samples"]
         self._evaluated_step = scalars["evaluated_step"]
         self._pending_row = checkpoint.state["pending_row"]
         self.step = checkpoint.step

@@ -191,7 +191,7 @@ def _locked(outcome: Outcome, stop: StopRequest) -> Iterator[bool]:
             )
         outcome.is_ours = True
         if runtime.is_main:
-            stop.watch_folder(folder, holder)
+            stop.watch_folder(folder, lock)
         yield True
 
 
@@ -290,7 +290,7 @@ def _fit(
     """Run the loop; record in status.json how it ended."""
     config, runtime = trainer.config, trainer.runtime
     outcome.record("running", step=trainer.step, reason="")
-    outcome.is_training, outcome.settle = True, trainer.writer.wait
+    outcome.is_training, outcome.save_first = True, trainer.save_what_is_whole
     status = "failed"
 
     def first_step_is_done() -> None:

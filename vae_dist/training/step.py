@@ -147,6 +147,7 @@ class TrainingStep:
         self.adversary: Adversary | None = losses.adversary if losses is not None else None
         self.loss_scale = LossScale(runtime.device, enabled=config.training.precision == "fp16")
         self.spikes = SpikeGuard(runtime.device, factor=config.training.spike_factor)
+        self.is_whole = True  # weights, moments and average are of one step
         self._transfer = Transfer(runtime.device)
         self._generator = torch.Generator()
         self._device_generator = torch.Generator(runtime.device)
@@ -164,6 +165,7 @@ class TrainingStep:
             sums, num_dims = sums + found[0], num_dims + found[1]
         if self.losses is not None:
             self.losses.discriminator_step(self._scale())
+        self.is_whole = False  # until the trainer has counted the step
         grad_norm, found_inf, shared = self._clip()
         spike = self.spikes(grad_norm) * (1 - found_inf)  # which may be the other network's
         self._update(step, lr, skip=found_inf + spike)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from vae_dist.distributed import Runtime
-    from vae_dist.run.folder import RunFolder
+    from vae_dist.run.folder import RunFolder, RunLock
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
@@ -124,14 +124,20 @@ class StopRequest:
         self._ended = threading.Event()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def watch_folder(self, folder: RunFolder, holder: str) -> None:
+    def watch_folder(self, folder: RunFolder, lock: RunLock) -> None:
         """From now on the STOP file of this folder is a request too, and so is the loss of its
-        lock. A thread looks: a network file system that hangs must not stop the ranks."""
+        lock, or another name: the checkpoint is written there. A thread looks: a network file
+        system that hangs must not stop the ranks."""
+        holder, place = lock.holder, lock.place()
 
         def look() -> None:
+            nonlocal place
             while not self._ended.wait(FOLDER_POLL_S):
                 with contextlib.suppress(OSError):  # one that is away for a while asks for nothing
-                    if folder.stop_path.exists():
+                    if place != (now := lock.place()) and (now / "checkpoints").is_dir():
+                        folder.move(now)
+                        self._folder_reason, place = f"the run folder is {now} now", now
+                    elif folder.stop_path.exists():
                         self._folder_reason = f"{folder.stop_path} exists"
                     elif folder.holder() not in (holder, ""):
                         self._folder_reason = "another trainer has taken the run folder"
@@ -314,7 +320,8 @@ class Outcome:
         self.watch = RankWatch(runtime, timeout_s=timeout_s, on_lost=self._on_lost)
         self.is_ours = False  # the folder: before, its status is that of another trainer
         self.is_training = False  # before, a ConfigError is raised by all ranks alike
-        self.settle: Callable[[], object] = lambda: None  # waits for the checkpoint under way
+        # saves what is whole; its argument: whether all ranks raise the same
+        self.save_first: Callable[[bool], object] = lambda agreed: None
         self._is_final = False
         self._reported: BaseException | None = None
 
@@ -345,7 +352,7 @@ class Outcome:
 
         agreed = isinstance(error, TrainingFailed | RankFailed)  # raised by all ranks
         if agreed or (isinstance(error, ConfigError) and not self.is_training):
-            self._settle()
+            self._save_first(agreed)
             if agreed:
                 self._failed(str(error), main_is_gone=False)
             return error
@@ -354,14 +361,14 @@ class Outcome:
             _say(f"{here}{traceback.format_exc()}")
         elif not self.runtime.is_main:  # whose own errors the command prints
             _say(f"{here}{error}")
+        self._save_first(agreed=False)  # before the launcher learns of it, and ends all ranks
         reason, main_is_gone = self.watch.explain(error)
-        self._settle()
         self._failed(reason, main_is_gone=main_is_gone)
         return error if isinstance(error, ConfigError) else TrainingFailed(reason)
 
     def _on_lost(self, report: str, main_is_gone: bool) -> None:
         _say(f"failed: {report}")  # first: it may be the disk that hangs
-        self._settle()
+        self._save_first(agreed=False)
         self._failed(report, main_is_gone=main_is_gone)
 
     def _failed(self, reason: str, *, main_is_gone: bool) -> None:
@@ -376,9 +383,11 @@ class Outcome:
         except OSError as error:
             _say(f"warning: cannot write {self.folder.status_path}: {error}")
 
-    def _settle(self) -> None:
-        with contextlib.suppress(Exception):
-            self.settle()
+    def _save_first(self, agreed: bool) -> None:
+        try:
+            self.save_first(agreed)
+        except Exception as error:  # a device that has failed may raise anything
+            _say(f"warning: the last step is not saved ({error})")
 
 
 def _say(text: str) -> None:
