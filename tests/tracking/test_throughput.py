@@ -17,7 +17,7 @@ class Clock:
 
 def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
     clock = Clock()
-    meter = Meter(total_steps=10, first_step=2, world=2, clock=clock)
+    meter = Meter(10, first_step=2, world=2, peak_images_per_second=16.0, clock=clock)
     assert meter.row() == {}  # without a step
     for _ in range(4):
         with meter.data_wait():
@@ -26,10 +26,10 @@ def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
         meter.step(8)
     assert meter.row() == {
         "time/images_per_second": pytest.approx(4 * 8 * 2 / 8.0),
-        "time/images_per_second_per_device": pytest.approx(4 * 8 / 8.0),
         "time/data_wait_fraction": pytest.approx(0.25),
         "time/step_seconds": pytest.approx(2.0),
         "time/left_seconds": pytest.approx(4 * 2.0),
+        "time/mfu": pytest.approx(0.25),  # 4 images per second on each of two devices
     }
     with meter.pause():
         clock.now += 1000.0

@@ -48,7 +48,6 @@ SECTIONS = {
     ),
     "Machine": (
         Panel("Throughput", "images/s", ("time/images_per_second",)),
-        Panel("Throughput of a device", "images/s", ("time/images_per_second_per_device",)),
         Panel("Waiting for data", "fraction of time", ("time/data_wait_fraction",)),
         Panel("Step time", "seconds", ("time/step_seconds",)),
         Panel("Model FLOPs utilisation", "of peak", ("time/mfu",)),
@@ -77,7 +76,6 @@ _HIDDEN = {
     "eval/num_images",
     "time/checkpoint_stall_seconds",
     "time/step_seconds",
-    "time/images_per_second_per_device",
     "data/images_seen",
     "system/memory_gib",
     "system/device_memory_reserved_gib",

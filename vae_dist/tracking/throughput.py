@@ -91,16 +91,15 @@ class Meter:
         step_seconds = seconds / self._num_steps
         earlier = self._smooth_step_seconds or step_seconds
         self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
-        per_device = self._num_images / seconds / self.world
         row = {
             "time/images_per_second": self._num_images / seconds,
-            "time/images_per_second_per_device": per_device,
             "time/data_wait_fraction": self._waited / seconds,
             "time/step_seconds": step_seconds,
             "time/left_seconds": self._smooth_step_seconds * (self.total_steps - self._step),
         }
         if self.peak_images_per_second:
-            row["time/mfu"] = per_device / self.peak_images_per_second
+            of_a_device = row["time/images_per_second"] / self.world
+            row["time/mfu"] = of_a_device / self.peak_images_per_second
         self._reset()
         return row
 
