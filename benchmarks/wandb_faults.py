@@ -13,7 +13,6 @@ the round's disabled run; every run must do all its steps. The last line is one 
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import statistics
@@ -28,11 +27,6 @@ from vae_dist.tracking.sinks import read_rows
 
 CASES = ("disabled", "online", "offline", "no network", "dead", "hung", "500")
 FINISH_S = 10
-
-
-def clean_environment(home: Path) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return clean | {"HOME": str(home), "NETRC": str(home / "none")}
 
 
 def break_down(server: WandbServer, case: str, process: subprocess.Popen[str]) -> None:
@@ -62,7 +56,7 @@ def train(case: str, folder: Path, steps: int, options: list[str]) -> dict[str, 
                 *(f"training.steps={steps}", f"evaluation.every={steps}", "log.every=1"),
                 *(f"wandb.mode={mode}", f"wandb.finish_timeout_s={FINISH_S}", *options),
             ],
-            env=clean_environment(folder) | server.environment(),
+            env=server.environment(folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

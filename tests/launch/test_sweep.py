@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.distributed import LAUNCHER_VARIABLES
 from tests.support.tiny_run import write_images
 from tests.support.training import rows, status
 from tests.support.wandb_server import ENTITY, WandbServer
@@ -40,23 +39,18 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
     write_images(
         tmp_path / "images", np.random.default_rng(0).integers(1, 256, (16, 8, 8), dtype=np.uint8)
     )
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in LAUNCHER_VARIABLES and not key.startswith("WANDB_")
-    }
-    clean |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    clean["PATH"] = f"{Path(sys.executable).parent}:{clean['PATH']}"
     trials = {
         "trial1": {"optimizer.lr": 0.001, "objective.beta": 0.5},
         "trial2": {"optimizer.lr": 0.002, "model.latent_channels": 4},
     }
     with WandbServer() as server:
+        environment = server.environment(tmp_path)
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         sweep = Sweep(server, "sweep1", sweep_yaml(), trials)
         agent = subprocess.Popen(
             [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep1"],
             cwd=tmp_path,
-            env=clean | server.environment(),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import gzip
 import json
+import os
 import re
 import socket
 import threading
@@ -20,9 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from tests.support.distributed import LAUNCHER_VARIABLES
+
+ROOT = Path(__file__).resolve().parents[2]
 ENTITY, KEY = "tester", "0123456789" * 4
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 
@@ -141,6 +146,7 @@ class WandbServer:
             "Stopped": self._stopped_status,
             "CreateRunFiles": self._create_files,
             "MarkRunFilesUploaded": lambda variables: {"markRunFilesUploaded": {"success": True}},
+            "OrganizationCoreWeaveOrganizationID": lambda variables: {},
         }
 
     def start(self) -> WandbServer:
@@ -172,20 +178,25 @@ class WandbServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    def environment(self) -> dict[str, str]:
-        """Variables that send a client here, with a client that sends and retries each second.
+    def environment(self, home: Path) -> dict[str, str]:
+        """No settings and no login but those that lead here, with a client that sends and retries
+        each second.
 
         Whole seconds: wandb-core reads a fraction as 0, which is its default of 15 s or more.
         """
-        return {
-            "WANDB_BASE_URL": self.url,
-            "WANDB_API_KEY": KEY,
-            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
-            "WANDB__FILE_STREAM_RETRY_WAIT_MIN_SECONDS": "1",
-            "WANDB__FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "1",
-            "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1",
-            "WANDB__FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS": "1",
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in LAUNCHER_VARIABLES and not key.startswith("WANDB_")
         }
+        each_second = (
+            *("FILE_STREAM_TRANSMIT_INTERVAL", "FILE_STREAM_RETRY_WAIT_MIN_SECONDS"),
+            *("FILE_STREAM_RETRY_WAIT_MAX_SECONDS", "GRAPHQL_RETRY_WAIT_MAX_SECONDS"),
+            "FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS",
+        )
+        clean |= {"HOME": str(home), "NETRC": str(home / "none"), "PYTHONPATH": str(ROOT)}
+        clean |= {f"WANDB__{name}": "1" for name in each_second}
+        return clean | {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
 
     def only_run(self) -> Run:
         (run,) = self.runs.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -165,6 +166,14 @@ def test_where_no_run_can_be_online(
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match="WANDB_MODE"):
         start(folder, "disabled")
+
+
+def test_a_service_that_hangs_or_is_not_there_does_not_answer(monkeypatch) -> None:
+    monkeypatch.setattr(sink_module, "_PROBE_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert not sink_module._answers(url)
+    assert not sink_module._answers(url)
 
 
 def test_disabled_does_not_touch_wandb(

@@ -3,7 +3,6 @@ ends in the same number of steps, and each point arrives, also after a kill."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.distributed import LAUNCHER_VARIABLES
 from tests.support.tiny_run import write_images
 from tests.support.training import arguments, status
 from tests.support.wandb_server import WandbServer
 from vae_dist.tracking.images import find_images
 from vae_dist.tracking.sinks import read_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 600
 EVERY = 5  # steps between rows
 FINISH_S = 8  # wandb.finish_timeout_s
@@ -36,23 +33,12 @@ def server() -> Iterator[WandbServer]:
         yield server
 
 
-def environment(home: Path, server: WandbServer) -> dict[str, str]:
-    """No settings and no login but those of the test."""
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in LAUNCHER_VARIABLES and not key.startswith("WANDB_")
-    }
-    clean |= {"HOME": str(home), "NETRC": str(home / "none"), "PYTHONPATH": str(ROOT)}
-    return clean | {"OMP_NUM_THREADS": "1"} | server.environment()
-
-
 def sync(server: WandbServer, said: str, home: Path) -> None:
     """Types the last `wandb sync` command that the trainer showed."""
     command = said.rpartition("with: wandb ")[2].splitlines()[0]
     answer = subprocess.run(
         [sys.executable, "-m", "wandb", *command.split()],
-        env=environment(home, server),
+        env=server.environment(home),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -119,7 +105,7 @@ class Training:
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vae_dist.train", *options, *given],
-            env=environment(run.parent, server),
+            env=server.environment(run.parent),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -248,7 +234,7 @@ wandb.close("finished")
 def live(server: WandbServer, folder: Path, mode: str, first: int, last: int, *, kill: bool) -> str:
     process = subprocess.run(
         [sys.executable, "-c", LIFE, str(folder), mode, str(first), str(last), str(int(kill))],
-        env=environment(folder, server),
+        env=server.environment(folder),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
