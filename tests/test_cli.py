@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from vae_dist.cli import set_environment
+from vae_dist.sample import main as sample
+from vae_dist.train import main as train
 
 ENDING = """
 import atexit, sys
@@ -68,3 +70,20 @@ def test_the_environment_is_set_before_torch_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["1000"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_a_rank_that_is_left_over_silences_nothing(monkeypatch, capsys, name):
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert train(["config=nope"]) == 2 and "config=nope" in capsys.readouterr().err
+    monkeypatch.setenv(name, "1")
+    assert sample(["run=nope"]) == 2 and "run=nope" in capsys.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    code = "from vae_dist.train import main; main(['config=ü'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert b"config=\\xfc" in done.stderr and b"Traceback" not in done.stderr

@@ -7,12 +7,9 @@ import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.launcher import launcher_problems, threads_of_user
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import (
-    RankFailed,
-    Runtime,
-    launcher_problems,
-)
+from vae_dist.distributed import RankFailed, Runtime
 
 
 @pytest.fixture(autouse=True)
@@ -27,21 +24,33 @@ def no_launcher(monkeypatch):
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.microbatch_size"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
         ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "runtime.compile"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, "MULTI_CPU"),
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not"),
     ],
 )
 def test_a_launcher_that_asks_for_something_else_is_refused(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (problem,) = launcher_problems(RuntimeConfig())
+    (problem,) = launcher_problems()
     assert message in problem
 
 
 def test_a_launcher_of_another_precision_is_refused(monkeypatch):
-    assert launcher_problems(RuntimeConfig()) == []
+    assert launcher_problems() == []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ConfigError, match="asks for mixed precision fp16 but"):
+    with pytest.raises(ConfigError, match=r"asks for mixed precision fp16 but.*precision=fp16"):
         Runtime.use_precision(None, "bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match=r"mixed precision fp8 but.*leave the launcher's out$"):
+        Runtime.use_precision(None, "bf16")
+
+
+def test_threads_that_the_user_names_count_and_those_of_a_launcher_do_not(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert threads_of_user() == 3
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert threads_of_user() == 0
 
 
 def collectives() -> tuple[int, float, list[bool], list[str], str, str]:

@@ -26,6 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from vae_dist.config.errors import ConfigError, merged_over_ranks
+from vae_dist.config.launcher import launcher_problems, precision_problem, threads_of_user
 from vae_dist.config.schema import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -53,37 +54,6 @@ def computes_bf16(config: RuntimeConfig) -> bool:
         getattr(torch.cpu, name, bool)()
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
-
-
-def launcher_problems(config: RuntimeConfig) -> list[str]:
-    """What launcher or machine offer and vae_dist does not use."""
-    problems = []
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", "auto"):
-        problems.append(
-            f"the launcher asks for gradient_accumulation_steps={accumulation}; "
-            "set training.microbatch_size instead"
-        )
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
-            problems.append(
-                f"the launcher sets ACCELERATE_USE_{name}; launch without it (vae_dist trains with "
-                "DDP; instead of --use_fsdp set runtime.parallel=fsdp)"
-            )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if world > 1 and missing:
-        problems.append(
-            f"WORLD_SIZE={world} is set but {', '.join(missing)} not, so each would train alone; "
-            f"start with `accelerate launch --multi_gpu --num_processes {world} -m vae_dist.train "
-            "...` or unset WORLD_SIZE"
-        )
-    if config.device == "auto" and torch.backends.mps.is_available():
-        problems.append(
-            "runtime.device=auto: Apple's MPS has no float64, which sums and evaluation use; "
-            "set runtime.device=cpu"
-        )
-    return problems
 
 
 class Runtime:
@@ -119,8 +89,13 @@ class Runtime:
     def join(cls, config: RuntimeConfig) -> Runtime:
         """Join the other ranks. Raises ConfigError where launcher and config disagree, RankFailed
         where not all ranks come within runtime.timeout_s."""
-        if problems := launcher_problems(config):
+        if problems := launcher_problems():
             raise ConfigError(problems)
+        if config.device == "auto" and torch.backends.mps.is_available():
+            raise ConfigError(
+                "runtime.device=auto: Apple's MPS has no float64, which sums and evaluation use; "
+                "set runtime.device=cpu"
+            )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         timeout = timedelta(seconds=config.timeout_s)
         try:
@@ -141,8 +116,8 @@ class Runtime:
         if state.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
             cores = len(os.sched_getaffinity(0))
-            # `accelerate launch` exports OMP_NUM_THREADS=1, which halves the speed of two cores
-            torch.set_num_threads(config.threads or max(1, cores // local))
+            asked = config.threads or threads_of_user()
+            torch.set_num_threads(asked or max(1, cores // local))
         elif config.threads:
             torch.set_num_threads(config.threads)
         return cls(config, state)
@@ -150,12 +125,8 @@ class Runtime:
     def use_precision(self, precision: str) -> None:
         """Choose how models are wrapped. Raises ConfigError where the launcher asks for another
         precision."""
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if asked not in ("no", precision):
-            raise ConfigError(
-                f"the launcher asks for mixed precision {asked} but training.precision={precision};"
-                f" leave the launcher's out, or set training.precision={asked}"
-            )
+        if problem := precision_problem(precision):
+            raise ConfigError(problem)
         accelerator = Accelerator(
             cpu=not has_accelerator(self.config),
             mixed_precision=precision,

@@ -49,6 +49,8 @@ def test_arguments_win_over_file_over_base_over_defaults() -> None:
         ("run=a: b #c", "a: b #c"),
         ("run='a b'", "a b"),
         ("run=a=b", "a=b"),
+        ("run=~/a", str(Path.home() / "a")),
+        ("run=~a", "~a"),
         ("seed=010", 10),
         ("seed=0o17", 15),
         ("seed=0x1F", 31),

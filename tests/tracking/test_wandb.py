@@ -330,3 +330,18 @@ def test_a_preempted_trial_goes_back_to_its_sweep(
     assert pressed == ([1] if stopped == "button" else [])
     assert fake.runs[0].is_preempting == expected
     assert fake.runs[0].exit_code == (0 if status == "finished" else 1)
+
+
+def test_the_environment_names_project_run_and_folder_where_the_config_does_not(
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PROJECT", "mine"), ("NAME", "first"), ("DIR", str(tmp_path / "w"))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    config = TrainConfig()
+    WandbSink(config, tmp_path, say=lambda text: None).close("finished")
+    config.wandb.project = "own"
+    WandbSink(config, tmp_path, say=lambda text: None).close("finished")
+    asked = [(run.asked["project"], run.asked["name"], run.asked["dir"]) for run in fake.runs]
+    assert asked == [(project, "first", str(tmp_path / "w")) for project in ("mine", "own")]
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert WandbSink(config, tmp_path).mode == "disabled"

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from vae_dist.training.stop import LAUNCHER_VARIABLES, SIGNALS, StopSignals
+from vae_dist.config.launcher import LAUNCHER_VARIABLES
+from vae_dist.training.stop import SIGNALS, StopSignals
 
 # prints the reason every 10 ms; BLOCKED waits in C, where no handler of Python's runs
 CHILD = """

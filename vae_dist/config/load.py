@@ -14,6 +14,7 @@ text take it as it stands. No torch is imported.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -184,6 +185,8 @@ def _value(key: Key, text: Any) -> Any:
         }
     if isinstance(text, list):
         return [_value(key, item) for item in text]
+    if text and re.match("~[^/]*/", text):  # what a shell leaves after the = of key=~/...
+        return os.path.expanduser(text)
     takes_text = key.is_text or key.type in (*TEXT, list[str])
     takes_text = takes_text or any(isinstance(choice, str) for choice in key.choices)
     is_null = text in ("null", "~") or (not text and key.type == str | None)

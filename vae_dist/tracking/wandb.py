@@ -61,6 +61,7 @@ class WandbSink:
         environment: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder, self._say, self._on_stop = folder, say, on_stop
+        self._dir = Path(os.environ.get("WANDB_DIR") or folder).expanduser()  # wandb/ lies in it
         self._finish_seconds = float(config.wandb.finish_timeout_s)
         self._run: Any = None
         self._wandb: Any = None
@@ -70,6 +71,8 @@ class WandbSink:
         self._queue: queue.Queue[partial[None] | None] = queue.Queue(_QUEUED_TASKS)
         self.mode = "disabled"
         asked = os.environ.get("WANDB_MODE") or config.wandb.mode
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            asked = "disabled"
         if asked not in ("auto", "online", "offline", "disabled"):
             raise ConfigError(f"WANDB_MODE={asked} is none of online, offline, disabled; unset it")
         if asked == "disabled":
@@ -111,7 +114,7 @@ class WandbSink:
             self._kill_core()
             self._say(f"W&B did not get everything; upload the rest with: {self._upload_command()}")
         elif self.mode == "offline":  # this part has the points of the earlier ones, too
-            for part in (self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"):
+            for part in (self._dir / "wandb").glob(f"offline-run-*-{self._run.id}"):
                 if part.name != self._part.name:
                     shutil.rmtree(part, ignore_errors=True)
 
@@ -126,7 +129,7 @@ class WandbSink:
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             # wandb writes to /tmp without a word where it cannot write here
-            (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
+            (self._dir / "wandb").mkdir(parents=True, exist_ok=True)
             run_id = _run_id(self._folder, resume_step)
             import wandb
         except Exception as error:  # a broken installation raises almost anything
@@ -141,12 +144,12 @@ class WandbSink:
                     mode=mode,
                     id=run_id,
                     resume="allow",
-                    dir=str(self._folder),
-                    project=config.wandb.project,
+                    dir=str(self._dir),
+                    project=_project(config),
                     entity=config.wandb.entity,
                     group=config.wandb.group,
-                    tags=list(config.wandb.tags),
-                    name=self._folder.resolve().name,
+                    tags=list(config.wandb.tags) or None,  # None: those of WANDB_TAGS
+                    name=os.environ.get("WANDB_NAME") or self._folder.resolve().name,
                     config=flatten(config) | {"environment": environment},
                     settings=self._settings(),
                 )
@@ -273,6 +276,13 @@ class WandbSink:
         # Takes the exit hook away, which would print a traceback, and then misses the dead core.
         with contextlib.suppress(Exception, SystemExit):
             self._wandb.teardown()
+
+
+def _project(config: TrainConfig) -> str:
+    """That of the config; WANDB_PROJECT where it names none."""
+    named = config.wandb.project
+    is_default = named == type(config.wandb)().project
+    return os.environ.get("WANDB_PROJECT") or named if is_default else named
 
 
 def _run_id(folder: Path, resume_step: int) -> str:

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vae_dist.config.errors import CommandFailed, ConfigError
+from vae_dist.config.launcher import LAUNCHER_VARIABLES
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate
 BURST_S = 2.0  # schedulers and agents deliver one request several times
 FOLDER_POLL_S = 0.25
 MAX_BEAT_S = 2.0
