@@ -32,6 +32,7 @@ INTRO = (
 
 def impute(command: ImputeCommand) -> None:
     from vae_dist.inference.load import open_run
+    from vae_dist.tracking.images import left_out
 
     out = Path(command.out)
     if out.is_dir() and any(out.iterdir()):
@@ -51,6 +52,7 @@ def impute(command: ImputeCommand) -> None:
     print(
         f"{len(filled)} images of which {missing:.0%} was missing, filled by method="
         f"{command.method} at step {loaded.step} ({command.weights} weights): {out}"
+        f"{left_out(loaded.config.data.channels, loaded.config.data.bits)}"
     )
     if command.method == "importance":
         effective = sorted(one.effective_samples for one in filled)

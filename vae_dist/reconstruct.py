@@ -17,7 +17,7 @@ INTRO = "Write a PNG grid of images, each above its reconstruction by a trained 
 def reconstruct(command: ReconstructCommand) -> None:
     from vae_dist.inference import sampling
     from vae_dist.inference.load import first_examples_by_shape, images_to_show, open_run
-    from vae_dist.tracking.images import save_png, side_by_side, with_holes
+    from vae_dist.tracking.images import left_out, save_png, side_by_side, with_holes
 
     inputs, outputs = [], []
     with open_run(command) as loaded:
@@ -39,6 +39,7 @@ def reconstruct(command: ReconstructCommand) -> None:
     print(
         f"{len(inputs)} images above their reconstructions at step {loaded.step} "
         f"({command.weights} weights): {command.out}"
+        f"{left_out(loaded.config.data.channels, loaded.config.data.bits)}"
     )
 
 

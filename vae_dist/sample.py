@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from vae_dist.models.latent import LatentPrior
 
 USAGE = "python -m vae_dist.sample run=FOLDER [key=value ...]"
-INTRO = "Draw images from the prior of a trained model, as one PNG grid or as single PNGs."
+INTRO = "Draw images from the prior of a trained model, as one PNG grid or as single images."
 
 
 def sample(command: SampleCommand) -> None:
     from vae_dist.inference.load import open_run
     from vae_dist.inference.mixture import fitted_prior
-    from vae_dist.tracking.images import beside, grid, save_png, single
+    from vae_dist.tracking.images import beside, grid, left_out, save_image, save_png
 
     out = Path(command.out)
     is_grid = out.suffix.lower() == ".png"
     if out.suffix and not is_grid:
-        raise ConfigError(f"out={out}: give a name that ends in .png, or a folder for single PNGs")
+        raise ConfigError(f"out={out}: give a name that ends in .png, or a folder for images")
     if command.compare and not is_grid:
         raise ConfigError(f"compare=true writes one picture; out={out} must end in .png")
     with open_run(command) as loaded:
@@ -41,6 +41,8 @@ def sample(command: SampleCommand) -> None:
         fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
         images, columns = _draw(command, loaded, size, fitted.mixture if fitted else None)
         others = _draw(command, loaded, size, None)[0] if command.compare else None
+    data = loaded.config.data
+    note = left_out(data.channels, data.bits) if is_grid else ""
     with writing(out):
         if others is not None:
             save_png(beside(grid(others, columns=columns), grid(images, columns=columns)), out)
@@ -48,13 +50,14 @@ def sample(command: SampleCommand) -> None:
             save_png(grid(images, columns=columns), out)
         else:
             for index, image in enumerate(images):
-                save_png(single(image), out / f"{index:06d}.png")
+                save_image(image, out / f"{index:06d}", bits=data.bits)
     if fitted:
         print(fitted.description)
     if command.compare:
         print(f"left: draws of N(0, I); right: of {command.prior}, from the same noise")
     label = f"label={command.label}, " if loaded.model.num_classes else ""
-    print(f"{len(images)} samples, {label}step {loaded.step} ({command.weights} weights): {out}")
+    step = f"step {loaded.step} ({command.weights} weights)"
+    print(f"{len(images)} samples, {label}{step}: {out}{note}")
 
 
 def _size(command: SampleCommand, loaded: LoadedModel) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.tiny_run import random_pixels
+from tests.support.tiny_run import random_pixels, tiny_config, write_run
 from vae_dist import evaluate, reconstruct, sample
 
 
@@ -126,3 +126,19 @@ def test_refusals(
     ):
         assert command.main([f"run={run}", "device=cpu", key]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_single_images_hold_every_channel_and_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(latent="spatial", kind="gaussian", channels=7)
+    config.data.bits = 16
+    write_run(tmp_path / "run", config, (32, 32))
+    keys = [f"run={tmp_path / 'run'}", "num_images=2", "device=cpu"]
+    assert sample.main([*keys, f"out={tmp_path / 'single'}"]) == 0
+    files = sorted((tmp_path / "single").iterdir())
+    images = [np.load(path) for path in files]
+    assert [path.name for path in files] == ["000000.npy", "000001.npy"]
+    assert [(one.shape, one.dtype) for one in images] == [((7, 32, 32), np.uint16)] * 2
+    assert sample.main([*keys, f"out={tmp_path / 'grid.png'}"]) == 0
+    assert "pictures show channels 1 to 3 of 7 and 8 of 16 bits" in capsys.readouterr().out

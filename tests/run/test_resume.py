@@ -75,3 +75,14 @@ def test_a_folder_of_weights_without_any_leaves_a_run_that_is_read_again(tmp_pat
     again = made("auto")
     again.perceptual.weights = "weights"
     assert as_in_run_folder(again, folder) == config
+
+
+def test_a_config_that_is_lost_is_named(tmp_path: Path) -> None:
+    folder, config = folder_of(tmp_path, made("structure")), made("structure")
+    folder.config_path.unlink()
+    with pytest.raises(ConfigError, match=r"config.yaml is lost, and 1 checkpoints are there"):
+        folder.config()
+    with pytest.raises(ConfigError, match=r"resume.allow_changes=true"):
+        as_in_run_folder(config, folder)
+    config.resume.allow_changes = True
+    assert as_in_run_folder(config, folder) is config

@@ -53,7 +53,7 @@ class SampleCommand(PriorCommand):
         "a class; all: a row for each; none: without; auto: drawn",
         form="auto all none CLASS",
     )
-    out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of PNGs")
+    out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of images")
     temperature: float = knob(1.0, "standard deviation of the prior draws", ge=0)
     compare: bool = knob(False, "draws of N(0, I) left, of the mixture right", when="prior!=normal")
     resolution: Any = knob("trained", "trained, N or [H, W], pixels", form="trained SIZE")
@@ -137,7 +137,7 @@ class EncodeCommand(TiledCommand):
 class DecodeCommand(TiledCommand):
     data: Any = knob("???", "shards of latents that vae_dist.encode wrote", is_text=True)
     num_images: int = knob(64, "images to decode, from the first on", ge=1)
-    out: str = knob("decoded.png", "PNG grid to write; a name without .png: a folder of PNGs")
+    out: str = knob("decoded.png", "PNG grid to write; a name without .png: a folder of images")
     batch_size: int = knob(32, "images per forward", ge=1)
 
 

@@ -89,10 +89,21 @@ class RunFolder:
             text = self.config_path.read_text()
         except OSError:
             raise ConfigError(
-                f"run={self.path}: no run folder (it has no config.yaml); "
+                self.lost_config()
+                or f"run={self.path}: no run folder (it has no config.yaml); "
                 "give the folder that vae_dist.train wrote, for example runs/mnist"
             ) from None
         return from_yaml(text)
+
+    def lost_config(self) -> str:
+        """That checkpoints are there without their config; empty where it is not so."""
+        steps = self.checkpoints.steps()
+        if self.has_config() or not steps:
+            return ""
+        return (
+            f"run={self.path}: its config.yaml is lost, and {len(steps)} checkpoints are there; "
+            "put it back from a copy"
+        )
 
     def write_config(self, config: TrainConfig) -> None:
         write_durably(self.config_path, to_yaml(config).encode())

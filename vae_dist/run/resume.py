@@ -38,8 +38,11 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
     Raises ConfigError with the differences that would change the run's numbers.
     """
-    if not folder.has_config() or not folder.checkpoints.steps():
-        return config  # nothing is there that could be lost
+    lost = folder.lost_config()
+    if lost and not config.resume.allow_changes:
+        raise ConfigError(f"{lost}, or {WAYS_OUT}")
+    if lost or not folder.checkpoints.steps():
+        return config  # nothing is there that could differ
     previous = folder.config()
     config = copy.deepcopy(config)
     if config.training.batch_size % previous.data.slots == 0:  # else its batch is another one

@@ -107,6 +107,28 @@ def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def save_image(image: torch.Tensor, path: Path, *, bits: int) -> None:
+    """Write one image (C, H, W), float in [-1, 1], to `path` with the suffix that fits: a PNG where
+    that holds all of it, else .npy (C, H, W) of the values that shards of `bits` store."""
+    if bits == 8 and image.shape[0] in (1, 3):
+        save_png(single(image), f"{path}.png")
+        return
+    values = image.float().clamp(-1, 1).numpy()
+    if bits < 32:
+        kind = np.uint8 if bits == 8 else np.uint16
+        values = ((values + 1) * (np.iinfo(kind).max / 2)).round().astype(kind)
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path.with_name(f"{path.name}.npy"), buffer.getvalue())
+
+
+def left_out(channels: int, bits: int) -> str:
+    """What a picture shows of such images, as a clause; empty where it is all."""
+    parts = [f"channels 1 to 3 of {channels}"] * (channels > 3) + [f"8 of {bits} bits"] * (bits > 8)
+    return f"; pictures show {' and '.join(parts)}" * bool(parts)
+
+
 class ImageWriter:
     """Writes grids beside training, on one thread: encoded, saved, handed to the sinks.
 
