@@ -99,7 +99,7 @@ class Runtime:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         timeout = timedelta(seconds=config.timeout_s)
         try:
-            # without a GPU Accelerate stays single-process unless it is told cpu=True
+            # without a GPU Accelerate stays single-process unless cpu=True is passed
             state = PartialState(cpu=not has_accelerator(config), timeout=timeout)
         except dist.DistError as error:
             raise RankFailed(

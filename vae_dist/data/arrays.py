@@ -22,7 +22,9 @@ ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
 MAX_NPY_HEADER = 10_000  # bytes
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
 TIFF_JPEG = 7  # Compression
-VALUES_PER_PIXEL = 4  # of a TIFF, times max_pixels, where nobody says how many channels it has
+VALUES_PER_PIXEL = (
+    4  # of a TIFF, times max_pixels, where its header does not say how many channels it has
+)
 
 
 def decode_array(

@@ -322,7 +322,7 @@ def _describe(
         raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
     moments = LatentMoments(loaded.model.latent_channels)
     sizes: Counter[str] = Counter()
-    for report in reports:  # in the order of the shards, whoever wrote them
+    for report in reports:  # in the order of the shards
         moments.add_sums(report["sums"])
         sizes.update(report["sizes"])
     facts = {

@@ -8,7 +8,7 @@ their offsets `.tar.idx`, and a summary. The state of a job is its files alone:
     OUT/SHARD                     a shard; written as a partial file and renamed: it is there or not
     OUT/SUMMARY                   written last; then .job is removed
 
-Who writes a shard is nobody's claim: processes take the shards k with k mod n = i, and two that
+Shards are not claimed: processes take the shards k with k mod n = i, and two that
 write the same one write the same bytes. The process that finds all shards there writes the summary.
 """
 

@@ -160,10 +160,10 @@ class Checkpoints:
         for old in older[:-keep_last]:
             if old != self.best_step():
                 # renamed first: a kill in between leaves no checkpoint without its files
-                doomed = self.folder / f".{step_name(old)}.old.tmp"
+                leftover = self.folder / f".{step_name(old)}.old.tmp"
                 with contextlib.suppress(OSError):  # one that stays is tried again
-                    os.replace(self.folder / step_name(old), doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                    os.replace(self.folder / step_name(old), leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> int:

@@ -101,8 +101,8 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
             return _dry_run(config, facts, runtime)
         code = _supervised(config, facts, runtime, folder, signals, startup)
         if code != 1:
-            # Nobody leaves before the main process has written all: srun and elastic agents end
-            # the ranks that are left. After a failure there may be nobody to wait for.
+            # Ranks leave after the main process has written all: srun and elastic agents end
+            # those that are left. After a failure a rank may be gone, so there is no barrier.
             with contextlib.suppress(RuntimeError):  # status.json says already how it ended
                 runtime.barrier()
         return code

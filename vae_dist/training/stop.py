@@ -236,7 +236,7 @@ class RankWatch:
 
     def explain(self, error: BaseException) -> tuple[str, bool]:
         """Why the run fails, given the error of this rank, and whether the main process is gone.
-        The other ranks are told. What a collective raises is the fault of a rank that is gone."""
+        The error is broadcast. What a collective raises is the fault of a rank that is gone."""
         reason = f"{type(error).__name__}: {error}"
         if self._world == 1:
             return reason, False
