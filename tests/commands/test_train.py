@@ -465,12 +465,13 @@ def test_a_checkpoint_is_written_before_its_evaluation(tmp_path, digits, monkeyp
     options = ("training.steps=4", "evaluation.every=2", "checkpoint.every=2")
 
     def fails(*arguments: object, **options: object) -> None:
-        raise RuntimeError("no evaluation")
+        raise RuntimeError("not enough memory: no evaluation")
 
     with monkeypatch.context() as patch:
         patch.setattr("vae_dist.training.build.evaluate", fails)
         assert main(arguments(run, digits, *options)) == 1
     assert steps_of(run) == [2] and "no evaluation" in status(run)["reason"]
+    assert "lower evaluation.batch_size" in status(run)["reason"]
     assert main(arguments(run, digits, *options)) == 0
     assert "train/loss" in rows(run)[2] and "eval/neg_elbo_nats" in rows(run)[2]
 

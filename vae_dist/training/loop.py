@@ -29,7 +29,7 @@ from vae_dist.tracking.sinks import Sink
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
 from vae_dist.training.guards import DamageGuard, SkipGuard, check_equal_over_ranks
 from vae_dist.training.images import ImageLogger
-from vae_dist.training.memory import keep_freed_memory
+from vae_dist.training.memory import keep_freed_memory, memory_explained
 from vae_dist.training.step import StepReport, TrainingStep
 from vae_dist.training.stop import RankWatch, StopRequest, TrainingFailed
 
@@ -140,9 +140,9 @@ class Trainer:
     def _train_step(self, batch: Batch) -> StepReport:
         if is_due(self.step + 1, self._update_ratio.every, self.last_step):
             self._update_ratio.arm()
-        sizes = frozenset(group.images.shape[-2:] for group in batch.groups)
-        self._watch.at(self.step, "step", sizes)
-        report = self.training_step(batch, self.step)
+        self._watch.at(self.step, "step", frozenset(g.images.shape[-2:] for g in batch.groups))
+        with memory_explained("training.microbatch_size"):
+            report = self.training_step(batch, self.step)
         self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
         self.damage.observe(batch)
         self.step += 1
@@ -156,7 +156,7 @@ class Trainer:
         """Evaluate and log, beside what `row` has; False when a stop was agreed on meanwhile."""
         self._pending_row = row
         self._save_if_due()  # before an evaluation, which may fail
-        with self._meter.pause():
+        with self._meter.pause(), memory_explained("evaluation.batch_size"):
             model = self.training_step.ema.module
             metrics = self.evaluator(model, self._evaluation_must_stop)
             if metrics is None:

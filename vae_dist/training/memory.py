@@ -13,12 +13,13 @@ Microbatches change memory and time, not results.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vae_dist.config.errors import ConfigError
+from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.resolve import COMPILED, has_buckets
 from vae_dist.config.schema import PerceptualConfig, TrainConfig
 from vae_dist.data.loader import Group
@@ -267,6 +268,21 @@ def _fits(step: TrainingStep, num_images: int, image_size: tuple[int, int]) -> b
         step.forget()
         if step.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def memory_explained(knob: str) -> Iterator[None]:
+    """Raises CommandFailed, which names the knob, where memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).partition("\n")[0]
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_memory and "not enough memory" not in words:  # as torch says of a CPU
+            raise
+        raise CommandFailed(
+            f"memory ran out ({words or 'MemoryError'}); lower {knob}, then give the same command"
+        ) from None
 
 
 def keep_freed_memory() -> None:
