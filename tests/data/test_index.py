@@ -175,6 +175,16 @@ def test_an_info_file_that_says_otherwise_is_named(
     assert not capsys.readouterr().err
 
 
+def test_a_shard_that_the_folder_lists_is_not_left_out_in_silence(copied: Path) -> None:
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    (copied / "set-03.tar").unlink()
+    with pytest.raises(ConfigError, match=r"1 of the 10 shards .* are missing: set-03\.tar; copy"):
+        resolve_shards(str(copied), key="data.train")
+    rest = resolve_shards(f"{copied}/*.tar", key="data.train")
+    write_index(rest, overwrite=True)
+    assert resolve_shards(str(copied), key="data.train") == rest
+
+
 def test_fingerprint_tells_data_sets_apart(copied: Path) -> None:
     whole = load_index(str(copied), key="data.train", create=False)
     (copied / "set-09.tar").unlink()

@@ -103,6 +103,7 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
                 f"first is {compressed[0].name}; unpack them to .tar",
                 file=sys.stderr,
             )
+        _check_listed(place, key, text)
         return _local(shards, text, key)
     if glob.has_magic(text) and not os.path.exists(text):
         shards = sorted(path for path in glob.glob(text, recursive=True) if path.endswith(".tar"))
@@ -113,6 +114,22 @@ def _locate_one(part: Any, key: str) -> list[Shard]:
         return _local(_expanded(text, key), text, key)
     kind = "a file, but no .tar shard" if os.path.exists(text) else "no such folder"
     raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key)}")
+
+
+def _check_listed(folder: Path, key: str, text: str) -> None:
+    """Raises ConfigError when the folder lacks shards that its `_info.json` lists; one of others,
+    in another form, says nothing."""
+    try:
+        listed = read_info(str(folder / "_info.json"), key=key)
+    except ConfigError:
+        return
+    if missing := [name for name in listed if not (folder / name).exists()]:
+        more = f" and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""
+        raise ConfigError(
+            f"{key}={text}: {len(missing)} of the {len(listed)} shards that its _info.json lists "
+            f"are missing: {', '.join(missing[:NUM_NAMED])}{more}; copy them there, or if they "
+            f"were taken out, run `python -m vae_dist.index data='{text}/*.tar' overwrite=true`"
+        )
 
 
 def _local(paths: list[str], text: str, key: str) -> list[Shard]:
