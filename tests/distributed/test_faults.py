@@ -1,6 +1,7 @@
 """What ranks do to each other: one is signalled, killed, frozen or starved; the others know it."""
 
 import functools
+import re
 import signal
 import time
 
@@ -68,7 +69,8 @@ def test_a_frozen_rank_is_named_by_the_others_in_time(tmp_path, digits, place, l
         assert found["status"] == "failed" and f"rank {lost}" in found["reason"]
         assert "frozen or gone" in found["reason"]
         if lost == 1 and place == "step":  # a frozen rank 0 cannot say where it is
-            assert "frozen or gone, last at step 1 in" in found["reason"]
+            # of its last record, which is some seconds old at most
+            assert re.search(r"frozen or gone, last at step [01] in", found["reason"])
 
 
 @pytest.mark.parametrize("lost", [0, 1])
