@@ -409,6 +409,17 @@ def test_a_shard_that_is_gone_stops_the_run(copied: Path, marked: ImageSettings)
         list(open_stream(index, marked, start_step=0, stop_step=STEPS))
 
 
+def test_any_error_of_the_reading_thread_reaches_who_waits(
+    index: ShardIndex, marked: ImageSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: SampleReader, parts: Any) -> Any:
+        raise MemoryError("no memory for a window")
+
+    monkeypatch.setattr(SampleReader, "read_many", fail)
+    with pytest.raises(MemoryError, match="no memory for a window"):
+        next(iter(open_stream(index, marked, start_step=0, stop_step=1)))
+
+
 def test_data_of_the_wrong_kind_stops_the_run(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,9 +59,13 @@ class ReadAhead:
             while not self._waiting.empty():
                 wanted.append(self._waiting.get())
             requests = [request for request in wanted if request is not None]
-            found = self._reader.read_many([runs for runs, _ in requests])
+            found: Sequence[Samples | Exception]
+            try:
+                found = self._reader.read_many([runs for runs, _ in requests])
+            except Exception as error:  # whoever waits must not wait for ever
+                found = [error] * len(requests)
             for (_, future), samples in zip(requests, found, strict=True):
-                if isinstance(samples, ShardError):
+                if isinstance(samples, Exception):
                     future.set_exception(samples)
                 else:
                     future.set_result(samples)
