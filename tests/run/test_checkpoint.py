@@ -172,6 +172,17 @@ def test_a_folder_that_is_gone_is_not_made_again_elsewhere(checkpoints, tmp_path
     assert not one.wait() and "No such file" in warnings[0] and not checkpoints.folder.exists()
 
 
+def test_one_to_amend_that_is_gone_costs_a_warning(checkpoints):
+    one, warnings = writer(checkpoints)
+    submit(one, 40)
+    assert one.wait()
+    shutil.rmtree(checkpoints.folder / "step_00000040")
+    one.amend(40, {"scalars": {}}, best_step=40)
+    assert not one.wait() and "step_00000040 has no manifest.json" in warnings[0]
+    submit(one, 40)
+    assert one.wait() and checkpoints.load_newest().step == 40
+
+
 def test_what_is_no_disk_problem_is_an_error(checkpoints):
     one, _ = writer(checkpoints)
     one.submit(40, {}, {"scalars": object()}, best_step=None)

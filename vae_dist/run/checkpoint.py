@@ -285,8 +285,9 @@ class CheckpointWriter:
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
             try:
                 write()
-            except OSError as error:
-                self.problem = f"checkpoint {step_name(step)}: {error.strerror or error}"
+            except (OSError, TornCheckpoint) as error:  # the latter: one to amend that is gone
+                reason = getattr(error, "strerror", None) or error
+                self.problem = f"checkpoint {step_name(step)}: {reason}"
             except BaseException as error:
                 self._unexpected = error
             else:
