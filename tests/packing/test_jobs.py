@@ -14,7 +14,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import load_index
 from vae_dist.data.indexing import write_info
 from vae_dist.packing import jobs
-from vae_dist.packing.jobs import Count, ShardJob, in_threads, part_of, run
+from vae_dist.packing.jobs import Count, FinishedElsewhere, ShardJob, in_threads, part_of, run
 
 PLAN = {"seed": 0, "pictures": "a digest"}
 SHARDS = [f"s-{k:06d}.tar" for k in range(6)]
@@ -102,13 +102,16 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_who_comes_late_finds_the_job_finished(tmp_path: Path) -> None:
-    """Two write the last shard and describe the folder: the one that is quicker removes .job."""
+    """Two write the same shards and describe the folder: the one that is quicker removes .job."""
     job = begun(tmp_path / "out")
     for name in SHARDS:
         write(job, name)
-    with job.shard(SHARDS[5]) as (writer, _):
+    with pytest.raises(FinishedElsewhere), job.shard(SHARDS[4]) as (writer, _):
         writer.write({"__key__": "0", "txt": b"x"})
         finished = complete(job)
+    for workers in (1, 2):
+        with pytest.raises(FinishedElsewhere):
+            run(partial(write, job), SHARDS[4:], workers=workers, progress=lambda done: None)
     assert complete(job) == finished
 
 

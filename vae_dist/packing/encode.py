@@ -10,6 +10,7 @@ keys decide, so that the values do not depend on who writes what.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -46,7 +47,14 @@ from vae_dist.inference.load import (
 )
 from vae_dist.models.latent import STATISTICS_FILE, LatentMoments, write_statistics
 from vae_dist.models.vae import VAE
-from vae_dist.packing.jobs import Report, ShardJob, check_lost, in_threads, print_left_out
+from vae_dist.packing.jobs import (
+    FinishedElsewhere,
+    Report,
+    ShardJob,
+    check_lost,
+    in_threads,
+    print_left_out,
+)
 from vae_dist.packing.latents import Encoder, Piece, Sample, carried, read_piece, samples_in_order
 
 NAME = "latents"
@@ -130,7 +138,10 @@ def _encode(
             writer.skipped += job.report(shard.name)["skipped"]
     mine = missing[runtime.rank :: runtime.world]
     total = sum(shard.stop - shard.first for shard in mine)
-    with ProgressBar("encoded", total, unit="images") as progress:
+    with (
+        ProgressBar("encoded", total, unit="images") as progress,
+        contextlib.suppress(FinishedElsewhere),
+    ):
         writer.write(mine, progress if runtime.is_main else lambda done: None)
     if not all(job.is_done(shard.name) for shard in plan):
         return

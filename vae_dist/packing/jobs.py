@@ -62,6 +62,10 @@ def part_of(text: str, *, key: str) -> Part:
     return int(found[1]), int(found[2])
 
 
+class FinishedElsewhere(Exception):
+    """Another process has written all shards and the summary; nothing is left to do."""
+
+
 @dataclass(frozen=True)
 class ShardJob:
     """The folder that a command writes, and the name of its summary there."""
@@ -117,7 +121,8 @@ class ShardJob:
 
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[ShardWriter, Report]]:
-        """A shard to write and a report to fill; it bears its name when the block ends well."""
+        """A shard to write and a report to fill; it bears its name when the block ends well. Raises
+        FinishedElsewhere, and ConfigError for what the disk refuses."""
         target, host = self.out / name, os.uname().nodename
         partial = self.work / "partial" / f"{target.name}.{host}.{os.getpid()}"
         report: Report = {}
@@ -160,12 +165,13 @@ class ShardJob:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Raises ConfigError for what the disk refuses."""
+        """Raises ConfigError for what the disk refuses, FinishedElsewhere where .job is gone."""
         try:
             yield
         except FileNotFoundError:
-            if not (self.out / self.summary).exists():  # else another process has finished
+            if not (self.out / self.summary).exists():
                 raise
+            raise FinishedElsewhere from None
         except OSError as error:
             raise ConfigError(
                 f"out={self.out}: cannot be written ({error}); the same command goes on from the "

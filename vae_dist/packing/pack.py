@@ -7,6 +7,7 @@ stopped and the jobs of an array agree. Raises ConfigError with a remedy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -79,8 +80,9 @@ def pack(command: PackCommand) -> None:
     check_splits(items)
     _check_losses(command, listing.lost, len(items), left_out=listing.left_out)
     plan = make_plan(items, command, bytes_factor=_bytes_factor(items, settings))
-    job.begin({**identity, "pictures": _digest(items), "shards": len(plan)})
-    _write_missing(job, plan[part[0] :: part[1]], settings, command.workers)
+    with contextlib.suppress(jobs.FinishedElsewhere):
+        job.begin({**identity, "pictures": _digest(items), "shards": len(plan)})
+        _write_missing(job, plan[part[0] :: part[1]], settings, command.workers)
     if num_missing := sum(not job.is_done(shard.name) for shard in plan):
         print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
         return
