@@ -84,6 +84,20 @@ def test_a_run_folder_that_is_another_one_on_another_node_is_refused(tmp_path):
         assert "is not the same folder on all nodes" in message
 
 
+def fail_without_the_main_process(path: os.PathLike) -> bool:
+    runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
+    runtime.is_main = False
+    folder = RunFolder(path)
+    outcome = Outcome(runtime, folder, timeout_s=60)
+    outcome.is_ours = True
+    outcome._on_lost("rank 0 is gone", True)
+    return folder.status().get("status") == "failed"
+
+
+def test_a_main_process_that_is_gone_before_it_wrote_a_status_leaves_one(folder):
+    assert run_ranks(1, fail_without_the_main_process, folder.path) == [True]
+
+
 def choose(path: os.PathLike) -> tuple[int, float]:
     runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
     checkpoint = newest_checkpoint(runtime, RunFolder(path))

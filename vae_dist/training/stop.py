@@ -374,7 +374,9 @@ class Outcome:
     def _failed(self, reason: str, *, main_is_gone: bool) -> None:
         if self._is_final or not self.is_ours:
             return  # what fails after the end costs no step and no checkpoint
-        if self.runtime.is_main or (main_is_gone and self.folder.status()["status"] == "running"):
+        if self.runtime.is_main or (
+            main_is_gone and self.folder.status().get("status", "running") == "running"
+        ):
             self._write("failed", self.folder.newest_step(), reason)
 
     def _write(self, status: str, step: int, reason: str) -> None:
