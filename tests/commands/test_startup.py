@@ -61,6 +61,7 @@ def test_training_says_what_it_waits_for(overrides, rank, loaded, said, monkeypa
     session.run_session = lambda *_: heard.append(capsys.readouterr()) or 0
     monkeypatch.setitem(sys.modules, "vae_dist.training.setup", session)
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     if not loaded:
         monkeypatch.delitem(sys.modules, "torch", raising=False)
     code = train.main(["config=debug", *overrides])
