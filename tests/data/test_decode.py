@@ -359,6 +359,17 @@ def test_four_channels_keep_alpha() -> None:
     assert decode(encode(Image.fromarray(GREY).convert("LA")), channels=2).shape == (2, 5, 7)
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_no_channel_is_made_up(mode: str, image_format: str, channels: int) -> None:
+    image = Image.fromarray(COLOUR).convert(mode)
+    if mode == "CMYK" and image_format != "JPEG":
+        image = image.convert("P")
+    with pytest.raises(DamagedSampleError, match="no alpha channel, which"):
+        decode(encode(image, image_format), image_format.lower(), channels=channels)
+
+
 CLEAR = Image.fromarray(np.dstack([COLOUR, GREY % 250]))  # no pixel is opaque
 OPAQUE = Image.fromarray(COLOUR).convert("RGBA")
 

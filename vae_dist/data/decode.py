@@ -6,8 +6,8 @@ In: a webdataset sample, `{"__key__": ..., "png": bytes, ...}`. Out: image (C, H
 JPEG is decoded by simplejpeg, everything else and what simplejpeg does not take by Pillow; TIFF by
 tifffile, 16-bit colour PNG by imagecodecs (extra `science`: Pillow would narrow it to 8 bits);
 `.npy` by numpy, arrays (H, W) or (C, H, W) without objects.
-Grey becomes colour and colour grey; an alpha channel without transparent pixels is dropped, a
-fourth channel is kept where `channels` is 4. What would lose something is refused by name.
+Grey becomes colour and colour grey; an alpha channel without transparent pixels is dropped, and is
+kept where `channels` is 2 or 4, which needs one. What would lose something is refused by name.
 
 Which pixels are observed may be said by the sample: by its `.mask.png` (white: observed; none: all
 are), by its alpha channel (from half opaque on) or by floats that are NaN where nothing was seen.
@@ -143,7 +143,9 @@ def _with_mask(
         observed = ~np.isnan(pixels).any(0)
         pixels = np.where(observed, pixels, 0.0)
     elif kind == "alpha" and suffix not in JPEG:
-        pixels = decode_image(suffix, data, channels=channels + 1, max_pixels=max_pixels, bits=bits)
+        pixels = decode_image(
+            suffix, data, channels=channels + 1, max_pixels=max_pixels, bits=bits, opaque=True
+        )
         observed = pixels[-1] > np.iinfo(pixels.dtype).max // 2
         pixels = pixels[:-1]
     else:
@@ -217,9 +219,11 @@ def decode_image(
     max_pixels: int,
     bits: int = 8,
     at_least: tuple[int, int] | None = None,
+    opaque: bool = False,
 ) -> np.ndarray:
     """One file of an allowed suffix as (channels, H, W) of the type of `bits`.
 
+    opaque: 8-bit files without the alpha channel that `channels` asks for count as opaque.
     Raises DamagedSampleError.
     """
     if suffix in ARRAYS:
@@ -236,7 +240,7 @@ def decode_image(
         header = jpeg_header(data, max_pixels=max_pixels)
         if header is not None:
             return _read_jpeg(data, header, channels, max_pixels, at_least, None)
-    return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least)
+    return _decode_by_pillow(data, FORMATS[suffix], channels, max_pixels, at_least, opaque)
 
 
 def decode_own(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
@@ -303,10 +307,13 @@ def _decode_by_pillow(
     channels: int,
     max_pixels: int,
     at_least: tuple[int, int] | None,
+    opaque: bool = False,
 ) -> np.ndarray:
     image = open_by_pillow(data, image_format, max_pixels)
     if channels not in MODES:
         raise DamagedSampleError(f"a {image_format} has no {channels} channels; use .npy or .tif")
+    if MODES[channels].endswith("A") and not (opaque or has_alpha(image)):
+        raise DamagedSampleError(f"no alpha channel, which data.channels={channels} asks for")
     turn = orientation(data) if image_format == "JPEG" else _orientation_of(image)
     try:
         if at_least is not None:
