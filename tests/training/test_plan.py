@@ -10,7 +10,7 @@ import torch
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.training import plan
-from vae_dist.training.plan import _arithmetic, _unusual_epochs
+from vae_dist.training.plan import _arithmetic, _rounded_weights, _unusual_epochs
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,19 @@ def test_thousands_of_epochs_and_less_than_one_are_noted(
     config = TrainConfig()
     config.training.batch_size, config.training.steps = 128, steps
     assert _unusual_epochs(config, num_samples) == ([f"note: {note}"] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("weights", "gets"), [([1000, 1], "7:1"), ([3, 1], ""), ([], ""), ([1.0, 1.0, 1.5], "2:2:4")]
+)
+def test_weights_that_a_batch_cannot_give_are_noted(weights: list[float], gets: str) -> None:
+    config = TrainConfig()
+    config.training.batch_size = 8
+    train = SimpleNamespace(parts=[(1, weight) for weight in weights])
+    data: Any = SimpleNamespace(train=train, settings=SimpleNamespace(buckets=()))
+    notes = _rounded_weights(config, data)
+    assert len(notes) == bool(gets)
+    assert all(f"8 images of a batch; the data sets get {gets} of them" in note for note in notes)
 
 
 def test_what_keeps_a_gpu_run_from_being_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ FORMS = {
     "BUCKETS": "aspect buckets {area: 65536, multiple: 16, max_aspect: 2.0} with "
     "area >= multiple^2 and max_aspect >= 1",
     "SHARDS": "a folder of *.tar, brace pattern, URL, list of these",
-    "MIXTURE": "[{path: SHARDS, weight: NUMBER}, ...]",
+    "MIXTURE": "[{path: SHARDS, weight: NUMBER}, ...] with weights above 0",
     "PRIOR": "normal, gmm:K, gmm:K:full, gmm:K:diagonal; try prior=gmm:10",
     "METRICS": f"one or several of {','.join(METRICS)}",
 }

@@ -13,6 +13,7 @@ from vae_dist.config.resolve import COMPILED, divisors
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.cache import bytes_cached
 from vae_dist.data.index import ShardIndex
+from vae_dist.data.order import quotas
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.models.build import build_vae
@@ -24,6 +25,7 @@ from vae_dist.training.memory import StepCost, estimated_microbatch, step_cost
 
 # the shipped configs take 10 to 135 epochs of their data
 MANY_EPOCHS = 1000
+ROUNDING = 0.05  # of a data set's share in a batch, that is not worth a note
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def plan(
         *describe_added_terms(config),
         *_unfinished_warmups(config),
         *_unusual_epochs(config, data.train.num_samples),
+        *_rounded_weights(config, data),
     ]
 
 
@@ -129,6 +132,23 @@ def _unusual_epochs(config: TrainConfig, num_samples: int) -> list[str]:
             f"from; training.steps={enough} makes {MANY_EPOCHS:,}"
         ]
     return []
+
+
+def _rounded_weights(config: TrainConfig, data: Data) -> list[str]:
+    """Of a mixture of which a batch holds clearly other shares than the weights say."""
+    is_bucketed = bool(data.settings.buckets)
+    key = "data.slots" if is_bucketed else "training.batch_size"
+    lanes, weights = value_of(config, key), [weight for _, weight in data.train.parts]
+    given = quotas(weights, lanes, key=key) if weights else []
+    shares = [weight / sum(weights) * lanes for weight in weights]
+    if all(abs(n - m) <= ROUNDING * m for n, m in zip(given, shares, strict=True)):
+        return []
+    asked, gets = (":".join(f"{number:g}" for number in numbers) for numbers in (weights, given))
+    return [
+        f"note: the weights {asked} of data.train cannot divide the {lanes} "
+        f"{'slots' if is_bucketed else 'images'} of a batch; the data sets get {gets} of them "
+        f"instead; raise {key}, or weigh them so"
+    ]
 
 
 def _arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> str:
