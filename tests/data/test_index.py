@@ -16,7 +16,14 @@ from webdataset.tariterators import base_plus_ext
 from tests.data.conftest import LENGTHS
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import ShardError, load_index, resolve_shards
-from vae_dist.data.indexing import index_shard, write_index, write_info
+from vae_dist.data.indexing import (
+    NUM_PIECES,
+    PIECE_BYTES,
+    digest_of,
+    index_shard,
+    write_index,
+    write_info,
+)
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, key_and_suffix, sample_starts
 from vae_dist.data.transforms import ImageSettings
@@ -141,7 +148,8 @@ def test_loading_makes_what_is_missing_and_then_reads_it(copied: Path) -> None:
         load_index(str(copied), key="data.train", create=False)
     after = load_index(str(copied), key="data.train", create=True)
     assert after.lengths.tolist() == list(LENGTHS) == before.lengths.tolist()
-    assert after.fingerprint == before.fingerprint
+    again = load_index(str(copied), key="data.train", create=False)
+    assert after.fingerprint == again.fingerprint
     assert after.num_samples == sum(LENGTHS)
     sizes = sum(path.stat().st_size for path in copied.glob("*.tar"))
     assert after.mean_sample_bytes == pytest.approx(sizes / sum(LENGTHS))
@@ -190,6 +198,37 @@ def test_fingerprint_tells_data_sets_apart(copied: Path) -> None:
     (copied / "set-09.tar").unlink()
     fewer = load_index(str(copied), key="data.train", create=False)
     assert whole.fingerprint != fewer.fingerprint
+
+
+def test_a_data_set_is_its_bytes(copied: Path) -> None:
+    def fingerprint(folder: Path = copied) -> str:
+        return load_index(str(folder), key="data.train", create=False).fingerprint
+
+    before = fingerprint()
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    whole, shard = fingerprint(), copied / "set-05.tar"
+    assert whole != before
+    shard.write_bytes(shard.read_bytes())  # younger than the index, but the same
+    assert fingerprint() == whole
+    data = bytearray(shard.read_bytes())
+    data[int(index_shard(shard)[3]) + 600] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, (4e9, 4e9))
+    assert fingerprint() != whole
+    info = json.loads((copied / "_info.json").read_text())
+    del info["splits"]["train"]["shard_digests"]  # of an earlier version
+    (copied / "_info.json").write_text(json.dumps(info))
+    assert fingerprint() == before
+
+
+def test_the_digest_of_a_large_shard_is_of_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "large.tar"
+    size = 2 * NUM_PIECES * PIECE_BYTES
+    path.write_bytes(bytes(size))
+    before = digest_of(str(path), size)
+    for at in (0, size - 1):
+        path.write_bytes(bytes(at) + b"1" + bytes(size - at - 1))
+        assert digest_of(str(path), size) != before
 
 
 def test_parts_of_the_offsets(shards: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.indexing import NUM_THREADS, Progress, write_index
+from vae_dist.data.indexing import NUM_THREADS, Progress, digests_of, write_index
 from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_info, shown
 from vae_dist.data.sources import (
     START_RETRY_S,
@@ -55,6 +55,7 @@ class ShardIndex:
     bytes: np.ndarray
     sidecars: tuple[str, ...] = ()  # where the offsets are; none: `PATH.idx` for each
     parts: tuple[tuple[int, float], ...] = ()  # of a mixture: number of shards and weight of each
+    digests: tuple[str, ...] = ()  # of the bytes of each shard; empty: not known
 
     @property
     def num_samples(self) -> int:
@@ -67,10 +68,15 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Names, lengths and sizes in one word: another data set, or another order, differs."""
+        """Names, lengths, sizes and, where the index has digests, bytes in one word: another data
+        set, or another order, differs."""
         digest = hashlib.blake2b(digest_size=16)
-        for path, length, size in zip(self.paths, self.lengths, self.bytes, strict=True):
-            digest.update(f"{name_of(path)}\0{length}\0{size}\n".encode())
+        digests = self.digests or ("",) * len(self.paths)
+        for path, length, size, of_bytes in zip(
+            self.paths, self.lengths, self.bytes, digests, strict=True
+        ):
+            content = f"\0{of_bytes}" if of_bytes else ""
+            digest.update(f"{name_of(path)}\0{length}\0{size}{content}\n".encode())
         digest.update(repr(self.parts).encode() if self.parts else b"")
         return digest.hexdigest()
 
@@ -156,6 +162,7 @@ def load_index(
         np.array([length for length, _ in known], np.int64),
         np.array([num_bytes for _, num_bytes in known], np.int64),
         tuple(shard.sidecar for shard in shards),
+        digests=tuple(_digests(shards)),
     )
     if index.num_samples == 0:
         raise ConfigError(f"{key}={shown(spec)}: the shards hold no sample")
@@ -189,6 +196,29 @@ def _problems_of_info(index: ShardIndex) -> list[str]:
     return problems
 
 
+def _digests(shards: Sequence[Shard]) -> list[str]:
+    """Of the shards' bytes, after their index. Of a local shard that is younger than `_info.json`,
+    or has another size, it is taken anew."""
+    digests = {shard.path: shard.digest for shard in shards}
+    stale: list[str] = []
+    here = [shard.path for shard in shards if not is_remote(shard.path)]
+    for folder in {os.path.dirname(path) for path in here}:
+        info = os.path.join(folder, "_info.json")
+        try:
+            known, written = read_info(info, key=info), os.stat(info).st_mtime_ns
+        except (OSError, ConfigError):
+            continue
+        for path in here:
+            facts = known.get(os.path.basename(path))
+            if os.path.dirname(path) != folder or facts is None or not facts[2]:
+                continue
+            status, digests[path] = os.stat(path), facts[2]
+            if status.st_mtime_ns > written or status.st_size != facts[1]:
+                stale.append(path)
+    digests |= dict(zip(stale, digests_of(stale), strict=True))
+    return [digests[shard.path] for shard in shards]
+
+
 def is_mixture(spec: Any) -> bool:
     """Whether several data sets are mixed: [{path: SHARDS, weight: NUMBER}, ...]."""
     return isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec)
@@ -201,6 +231,7 @@ def _joined(indexes: Sequence[ShardIndex], weights: Sequence[float]) -> ShardInd
         np.concatenate([index.bytes for index in indexes]),
         tuple(sidecar for index in indexes for sidecar in index.sidecars),
         tuple((len(i.paths), weight) for i, weight in zip(indexes, weights, strict=True)),
+        tuple(digest for index in indexes for digest in index.digests),
     )
 
 

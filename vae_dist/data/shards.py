@@ -37,11 +37,15 @@ NUM_NAMED = 5  # shards that one message names
 WORK = ".job"  # folder in the `out=` of pack and encode, until all their shards are there
 
 
+Known = tuple[int, int | None, str]  # samples, bytes and digest of a shard, after an index
+
+
 class Shard(NamedTuple):
     path: str  # or URL
     sidecar: str  # where its offsets are
     length: int | None = None  # samples
     num_bytes: int | None = None
+    digest: str = ""  # of its bytes; empty: not known
 
 
 def locate(spec: Any, *, key: str, pipes: bool = True) -> list[Shard]:
@@ -175,7 +179,7 @@ def sidecar_of(url: str) -> str:
     return f"{path}.idx{query}"
 
 
-def _info(where: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | None]]:
+def _info(where: str, key: str, *, needed: bool) -> dict[str, Known]:
     """`read_info`; where nothing is there and it is not needed, nothing is known."""
     try:
         return read_info(where, key=key)
@@ -195,18 +199,19 @@ def _info(where: str, key: str, *, needed: bool) -> dict[str, tuple[int, int | N
         return {}  # a server that answers with a page for what it lacks
 
 
-def read_info(where: str, *, key: str) -> dict[str, tuple[int, int | None]]:
-    """(samples, bytes) of each shard after a folder's `_info.json`. Raises ConfigError, and what
-    `read_all` raises."""
+def read_info(where: str, *, key: str) -> dict[str, Known]:
+    """(samples, bytes, digest) of each shard after a folder's `_info.json`. Raises ConfigError, and
+    what `read_all` raises."""
     data = read_all(where)
     try:
-        found: dict[str, tuple[int, int | None]] = {}
+        found: dict[str, Known] = {}
         for split in json.loads(data)["splits"].values():
             names, lengths = split["filenames"], split["shard_lengths"]
             sizes = split.get("shard_bytes", [None] * len(names))
+            digests = split.get("shard_digests", [""] * len(names))
             found |= {
-                os.path.basename(name): (int(length), size)
-                for name, length, size in zip(names, lengths, sizes, strict=True)
+                os.path.basename(name): (int(length), size, str(digest))
+                for name, length, size, digest in zip(names, lengths, sizes, digests, strict=True)
             }
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -235,10 +240,10 @@ def _wids_shard(entry: dict[str, Any], folder: str, source: str, key: str) -> Sh
     return Shard(url, sidecar, *_known(entry))
 
 
-def _known(entry: dict[str, Any]) -> tuple[int, int | None]:
-    """(samples, bytes) of a shard after its entry in a wids file."""
-    num_bytes = entry.get("filesize")
-    return int(entry["nsamples"]), None if num_bytes is None else int(num_bytes)
+def _known(entry: dict[str, Any]) -> Known:
+    """(samples, bytes, digest) of a shard after its entry in a wids file."""
+    size = entry.get("filesize")
+    return int(entry["nsamples"]), None if size is None else int(size), entry.get("digest", "")
 
 
 def _with_index(shards: list[Shard], folder: str, key: str) -> list[Shard]:
