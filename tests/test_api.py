@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -189,8 +190,12 @@ def test_a_folder_of_diffusers(spatial_run: Path, spatial: TrainedVAE, tmp_path:
         vae_dist.load(out)
 
 
-def test_training_in_this_process_twice(tmp_path: Path, digits: Path) -> None:
-    """The second call finds the run finished; global state is as it was."""
+def test_training_in_this_process_twice(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call finds the run finished; global state is as it was. As in a notebook, stderr
+    is no file."""
+    monkeypatch.setattr("sys.stderr", io.StringIO())
     config = vae_dist.config(
         "config=debug",
         f"run={tmp_path / 'run'}",

@@ -82,7 +82,8 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
     startup = Startup()
     startup.mark("imports")
-    faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
+    with contextlib.suppress(OSError):  # a notebook's stderr may be no file
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
     try:
         signals.exits_at_once = True
