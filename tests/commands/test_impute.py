@@ -116,6 +116,19 @@ def test_a_folder_of_pictures_with_masks_or_alpha(run: Path, tmp_path: Path) -> 
     assert (whole == second).all()
 
 
+def test_a_picture_that_cannot_be_read_is_called_by_its_name(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "holes"
+    folder.mkdir()
+    for name in ("a", "c"):
+        Image.fromarray(pictures()[0]).save(folder / f"{name}.png")
+    Image.fromarray(np.eye(*SIZE, dtype=np.uint8) * 255).save(folder / "a.mask.png")
+    (folder / "b.png").write_bytes(b"")
+    impute(run, tmp_path / "out", f"data={folder}")
+    assert "1 images are left out; the first: b: " in capsys.readouterr().err
+
+
 def test_a_run_on_complete_images_needs_a_mask(
     spatial_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

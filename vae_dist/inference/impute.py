@@ -288,7 +288,7 @@ def fill(
     scale = {16: 65535 / 2, 32: 1.0}.get(bits, 255 / 2)
     shift = 0.0 if bits == 32 else 1.0
     filled: dict[int, FilledImage] = {}
-    for examples in first_examples_by_shape(images, command.num_images):
+    for examples in first_examples_by_shape(images, command.num_images, names=names):
         numbers = examples.samples.tolist()
         assert examples.masks is not None
         imputed = impute(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,9 +202,11 @@ def first_examples(images: Images, num_images: int) -> Examples:
     return first_examples_by_shape(at_one_size, num_images)[0]
 
 
-def first_examples_by_shape(images: Images, num_images: int) -> list[Examples]:
-    """The readable ones among the first `num_images` at their own sizes, by shape. Raises
-    ConfigError when there is none."""
+def first_examples_by_shape(
+    images: Images, num_images: int, *, names: Sequence[str] | None = None
+) -> list[Examples]:
+    """The readable ones among the first `num_images` at their own sizes, by shape. `names`: what
+    messages call the samples of the one shard. Raises ConfigError when no image can be read."""
     batch_size = min(num_images, images.index.num_samples)
     stream = EvaluationStream(
         images.index, images.settings, batch_size=batch_size, max_images=num_images
@@ -219,7 +221,11 @@ def first_examples_by_shape(images: Images, num_images: int) -> list[Examples]:
             found.append(
                 Examples(batch.images[counts], batch.labels[counts], masks, batch.samples[counts])
             )
-    reason = f"the first: {skipped[0]}" if skipped else ""
+    reason = ""
+    if skipped:
+        first = skipped[0]
+        named = first if names is None else f"{names[first.index]}: {first.reason}"
+        reason = f"the first: {named}"
     if not found:
         raise ConfigError(
             f"none of the first {batch_size} images of {images.index.paths[0]} can be read "
