@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from vae_dist.training.stop import StopSignals
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
 INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."
+REFUSAL_PAUSE_S = 3.0  # for the rank that prints the reason
 
 
 def checked_config(argv: list[str]) -> TrainConfig:
@@ -169,6 +171,8 @@ def _say_what_takes_time(config: TrainConfig) -> None:
 def _refused(error: ConfigError, *, speaker: str) -> int:
     if os.environ.get(speaker, "0") == "0":
         print(error, file=sys.stderr)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(REFUSAL_PAUSE_S)  # the launcher ends the other ranks once one has ended
     return 2
 
 

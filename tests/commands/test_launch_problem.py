@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.training import arguments
+from vae_dist import train
 from vae_dist.train import launch_problem, main
 
 BATCH = {"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}
@@ -54,3 +55,17 @@ def test_train_refuses_before_it_makes_a_folder(tmp_path, capfd, monkeypatch):
     assert main(arguments(tmp_path / "run", tmp_path)) == 2
     assert "WORLD_SIZE=1" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "pauses"), [("0", []), ("1", [train.REFUSAL_PAUSE_S])])
+def test_other_ranks_leave_after_the_one_that_prints_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, pauses: list
+) -> None:
+    found: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", found.append)
+    variables = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["config=debug", "optimizer.lrr=1"]) == 2
+    assert found == pauses
+    assert ("did you mean" in capsys.readouterr().err) == (rank == "0")
