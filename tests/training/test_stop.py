@@ -55,6 +55,17 @@ def test_nohup_keeps_a_closed_terminal_from_stopping_a_run():
         signal.signal(signal.SIGHUP, previous)
 
 
+def test_a_batch_script_that_ignores_the_warning_hands_it_on():
+    """`trap "" USR1` of launch/sweep.sbatch is inherited by the trainer."""
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        process = child()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=20)[0] == "signal SIGUSR1\n"
+
+
 def test_one_request_may_be_delivered_several_times():
     process = child()
     for _ in range(5):

@@ -79,7 +79,8 @@ class StopSignals:
         threading.Thread(target=self._count, name="stop-signals", daemon=True).start()
         self._previous_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            # nohup has SIGHUP ignored; launch/sweep.sbatch has SIGUSR1 ignored on its way here
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
