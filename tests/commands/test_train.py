@@ -124,7 +124,8 @@ def test_other_shards_of_the_same_name_are_refused(tmp_path, digits, capfd):
     run, copy = tmp_path / "run", tmp_path / "digits"
     shutil.copytree(digits, copy)
     assert main(arguments(run, copy, "training.steps=2", *QUIET)) == 0
-    (copy / "train" / "train-000003.tar").unlink()
+    for name in ("train-000003.tar", "_info.json"):
+        (copy / "train" / name).unlink()
     assert main(arguments(run, copy, "training.steps=4", *QUIET)) == 2
     assert "not those that the run began with" in capfd.readouterr().err
 
