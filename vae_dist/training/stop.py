@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Hashable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.launcher import LAUNCHER_VARIABLES
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+T = TypeVar("T")
+
 BURST_S = 2.0  # schedulers and agents deliver one request several times
 FOLDER_POLL_S = 0.25
 MAX_BEAT_S = 2.0
@@ -200,6 +202,7 @@ class RankWatch:
         self._rank, self._world = runtime.rank, runtime.world
         self._timeout_s, self._on_lost = timeout_s, on_lost
         self._beat_s = min(MAX_BEAT_S, timeout_s / 20)
+        self._answer_s = max(2.0, SILENT_BEATS * self._beat_s)  # longest wait for the store
         process = f"process {os.getpid()} on {socket.gethostname()}"
         self._state: dict[str, Any] = {"beat": 0, "process": process}
         self._seen: set[tuple[str, Hashable]] = set()
@@ -214,7 +217,7 @@ class RankWatch:
             # a client of its own: a thread must not wait behind an operation of another
             store: Any = _get_default_store()
             self._store = store.clone()
-            self._store.set_timeout(timedelta(seconds=max(2.0, SILENT_BEATS * self._beat_s)))
+            self._store.set_timeout(timedelta(seconds=self._answer_s))
             self._publish()
             threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
         return self
@@ -243,7 +246,9 @@ class RankWatch:
             return reason, False
         reason = f"rank {self._rank}: {reason}"
         with contextlib.suppress(RuntimeError):  # the store's host may be what is gone
-            if not isinstance(error, RuntimeError | OSError) or self._store.check([FAILURE]):
+            if not isinstance(error, RuntimeError | OSError) or self._ask(
+                self._store.check, [FAILURE]
+            ):
                 return self._tell(reason), False
         table, silent = self._table()
         if silent:
@@ -255,14 +260,14 @@ class RankWatch:
     def _tell(self, reason: str) -> str:
         """The reason of the rank that was the first to fail."""
         self._ended.set()
-        return str(self._store.compare_set(FAILURE, "", reason).decode())
+        return str(self._ask(self._store.compare_set, FAILURE, "", reason).decode())
 
     def _run(self) -> None:
         while not self._ended.wait(self._beat_s):
             with contextlib.suppress(RuntimeError):
                 self._publish()
-                if self._store.check([FAILURE]):
-                    self._end(self._store.get(FAILURE).decode(), main_is_gone=False)
+                if self._ask(self._store.check, [FAILURE]):
+                    self._end(self._ask(self._store.get, FAILURE).decode(), main_is_gone=False)
             moved_at = self._moved_at
             if time.monotonic() - moved_at > self._timeout_s:
                 table, silent = self._table()
@@ -278,9 +283,20 @@ class RankWatch:
         last_word.join(LAST_WORD_S)
         os._exit(1)
 
+    def _ask(self, operation: Callable[..., T], *args: object) -> T:
+        """What an operation of the store gives, from a thread: on a frozen host it does not return.
+        Raises RuntimeError then."""
+        answers: list[T] = []
+        thread = threading.Thread(target=lambda: answers.append(operation(*args)), daemon=True)
+        thread.start()
+        thread.join(self._answer_s)
+        if not answers:
+            raise RuntimeError("the key-value store of the ranks does not answer")
+        return answers[0]
+
     def _publish(self) -> None:
         self._state["beat"] += 1
-        self._store.set(f"watch/{self._rank}", json.dumps(self._state))
+        self._ask(self._store.set, f"watch/{self._rank}", json.dumps(self._state))
 
     def _table(self) -> tuple[str, list[int]]:
         """What each rank is doing, and the ranks without a sign of life; takes a few beats."""
@@ -307,7 +323,7 @@ class RankWatch:
 
     def _read(self) -> list[dict[str, Any]]:
         keys = [f"watch/{rank}" for rank in range(self._world)]
-        return [json.loads(value) for value in self._store.multi_get(keys)]
+        return [json.loads(value) for value in self._ask(self._store.multi_get, keys)]
 
 
 class Outcome:
