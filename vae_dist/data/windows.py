@@ -62,7 +62,7 @@ class ReadAhead:
             found: Sequence[Samples | Exception]
             try:
                 found = self._reader.read_many([runs for runs, _ in requests])
-            except Exception as error:  # whoever waits must not wait for ever
+            except Exception as error:  # else what waits for this read would hang
                 found = [error] * len(requests)
             for (_, future), samples in zip(requests, found, strict=True):
                 if isinstance(samples, Exception):
