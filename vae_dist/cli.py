@@ -18,6 +18,7 @@ from typing import NoReturn, TypeVar
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.keys import help_text, wants_help
+from vae_dist.files import printable, redacted
 
 T = TypeVar("T")
 
@@ -64,12 +65,19 @@ def run_command(
         work(load_command(cls, argv))
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+            print_error(error)
         return 2
     except CommandFailed as failure:
-        print(f"failed: {failure}", file=sys.stderr)
+        print_error(failure)
         return 1
     return 0
+
+
+def print_error(error: ConfigError | CommandFailed) -> None:
+    """Say on stderr what is wrong: a line for each problem, printable and without secrets."""
+    lines = error.problems if isinstance(error, ConfigError) else [f"failed: {error}"]
+    for line in lines:
+        print(printable(redacted(line)), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -1,19 +1,104 @@
-"""Files that a kill cannot tear (temporary name, fsync, rename), and how far a command is."""
+"""Files and texts at the border of this process.
+
+Written so that a kill cannot tear them (temporary name, fsync, rename), read with a bound where
+others may have written them; texts that are safe to print and to keep; how far a command is.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
+import stat
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+MAX_JSON_DEPTH = 64
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
+
+_SECRET = "sig|sign|token|secret|passw|cred|key|auth|jwt|session|policy"
+_USER = re.compile(r"""([a-z][a-z0-9+.-]*://)[^/\s'"]*@""", re.I)
+_QUERY = re.compile(r"""(://[^\s'"?#]*[?#])([^\s'"]+)""")
+_SIGNED = re.compile(rf"(^|[?&#;])[^=&]*({_SECRET})[^=&]*=|=[^&]{{24}}", re.I)
+_SETTING = re.compile(r"""([\w.-]*(?:api_?key|token|password|secret)[\w.-]*=)[^\s'"&]+""", re.I)
+_COMMAND = re.compile(r"""(?<!\w)(['"])?pipe:(?!\.\.\.|\s)(?(1)(?:(?!\1).)*|.*)""")
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a plain file of at most `limit` bytes.
+
+    Raises OSError where it cannot be opened, and ValueError, which names it, where it is larger or
+    no plain file: a FIFO or a device is not waited for.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{printable(path)}: no plain file")
+        if status.st_size > limit:
+            raise ValueError(f"{printable(path)}: larger than the {limit} bytes that it may have")
+        return file.read(status.st_size)
+
+
+def read_json(
+    source: str | os.PathLike[str] | bytes, limit: int, *, name: str = "", kind: type = dict
+) -> Any:
+    """What a small JSON file, or its bytes, called `name` in messages, hold: a `kind`.
+
+    Raises OSError where the file cannot be opened, and ValueError, which names it, for all else.
+    """
+    where = printable(name or ("JSON" if isinstance(source, bytes) else source))
+    data = source if isinstance(source, bytes) else read_bounded(source, limit)
+    if len(data) > limit:
+        raise ValueError(f"{where}: larger than the {limit} bytes that it may have")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON ({printable(error)})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: holds a {type(value).__name__}, not a {kind.__name__}")
+    level = [[value]]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        inner = [item for items in level for item in items if isinstance(item, dict | list)]
+        if not inner:
+            return value
+        level = [list(item.values()) if isinstance(item, dict) else item for item in inner]
+    raise ValueError(f"{where}: deeper than {MAX_JSON_DEPTH} levels")
+
+
+def printable(text: object) -> str:
+    """One line for a terminal or a file: what does not show is escaped.
+
+    Control characters, line ends, escape sequences, marks of direction, and the surrogates that
+    stand for the bytes of a name that is not UTF-8.
+    """
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text)
+    )
+
+
+def redacted(value: Any) -> Any:
+    """A text, or a list or dict of texts, without the secrets of the addresses in it.
+
+    `...` stands for user and password, for a query that is signed or carries a token, for the
+    command after `pipe:` (to the quote or the line end), and for the value of `token=` and such.
+    """
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = _COMMAND.sub(r"\1pipe:...", value)
+    text = _USER.sub(r"\1...@", text)
+    text = _QUERY.sub(lambda m: m[1] + ("..." if _SIGNED.search(m[2]) else m[2]), text)
+    return _SETTING.sub(r"\1...", text)
 
 
 def write_durably(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 
-from vae_dist.cli import exit_process, set_environment
+from vae_dist.cli import exit_process, print_error, set_environment
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import help_text, wants_help
 from vae_dist.config.resolve import world_size_problem
@@ -170,7 +170,7 @@ def _say_what_takes_time(config: TrainConfig) -> None:
 
 def _refused(error: ConfigError, *, speaker: str) -> int:
     if os.environ.get(speaker, "0") == "0":
-        print(error, file=sys.stderr)
+        print_error(error)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         time.sleep(REFUSAL_PAUSE_S)  # the launcher ends the other ranks once one has ended
     return 2

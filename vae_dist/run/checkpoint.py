@@ -28,10 +28,11 @@ import safetensors.torch
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.files import sync_folder, write_durably
+from vae_dist.files import read_json, sync_folder, write_durably
 
 Tensors = dict[str, torch.Tensor]
 
+MAX_MANIFEST_BYTES = 16 * 2**20
 WRITER_NICE = 10  # the writing thread takes a tenth of a core where training wants all of them
 PATIENCE_S = 120.0  # that training waits for the write before
 
@@ -187,7 +188,7 @@ def _write_manifest(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
         int(manifest["step"]), manifest["files"].items()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise TornCheckpoint(f"{folder} has no manifest.json ({error})") from None

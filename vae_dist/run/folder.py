@@ -21,9 +21,10 @@ from typing import Any
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import from_yaml, to_yaml
 from vae_dist.config.schema import TrainConfig
-from vae_dist.files import write_durably
+from vae_dist.files import read_json, write_durably
 from vae_dist.run.checkpoint import Checkpoints
 
+MAX_STATUS_BYTES = 2**20
 WAIT_S = 5.0  # for a lock: loader processes of a killed trainer hold it until they end
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of this file system
 
@@ -110,7 +111,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.status_path.read_bytes()))
+            return dict(read_json(self.status_path, MAX_STATUS_BYTES))
         except (OSError, ValueError):
             return {}
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
@@ -24,12 +23,11 @@ from typing import Any
 import psutil
 import torch
 
-from vae_dist.files import write_durably
+from vae_dist.files import redacted, write_durably
 
 PACKAGES = ("vae_dist", "torch", "accelerate", "webdataset", "wandb", "numpy", "omegaconf")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 SLURM_VARIABLES = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "NODELIST", "RESTART_COUNT")
-_SECRET = re.compile(r"^([^=]*(?:api_?key|token|password|secret)[^=]*)=.*", re.I | re.S)
 
 
 def describe_environment(*, first_step: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def launch_command() -> str:
             if Path(word).name in ("accelerate", "torchrun"):
                 words = [Path(word).name, *above[place + 1 :]]
                 break
-    return shlex.join(re.sub(_SECRET, r"\1=...", word) for word in words)
+    return shlex.join(map(redacted, words))
 
 
 def _git(checkout: Path) -> str:

@@ -1,0 +1,101 @@
+"""Readers of small files that others may have written, and texts that are safe to print or keep."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vae_dist.files import printable, read_bounded, read_json, redacted
+
+
+def test_bounded_read_takes_plain_files_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(path)
+    assert read_bounded(tmp_path / "link", 5) == b"12345"
+    for name, limit, reason in (("file", 4, "larger than the 4"), ("fifo", 9, "no plain file")):
+        with pytest.raises(ValueError, match=f"{name}: {reason}"):
+            read_bounded(tmp_path / name, limit)
+    with pytest.raises(ValueError, match="zero: no plain file"):
+        read_bounded("/dev/zero", 9)
+    with pytest.raises(OSError, match="absent"):
+        read_bounded(tmp_path / "absent", 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no JSON"),
+        (b"\xff\xfe\xfa{}", "no JSON"),
+        (b'{"a": 1', "no JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b"[" * 50_000, "no JSON"),
+        (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "deeper than 64 levels"),
+        (b"[1]", "holds a list, not a dict"),
+        (b"null", "holds a NoneType, not a dict"),
+        (b'{"a": "' + b"x" * 100_000 + b'"}', "larger than the 100000 bytes"),
+    ],
+)
+def test_json_that_is_not_as_expected_is_one_kind_of_error(
+    data: bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "some.json"
+    path.write_bytes(data)
+    for source in (path, data):
+        with pytest.raises(ValueError, match=f"some.json: {reason}"):
+            read_json(source, 100_000, name="some.json")
+
+
+def test_json_of_a_file_or_bytes(tmp_path: Path) -> None:
+    value = {"a": [1, None, {"b": "\u00e9"}], "c": {}}
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(value), "utf-8")
+    assert read_json(path, 1000) == read_json(path.read_bytes(), 1000) == value
+    assert read_json(b"[1]", 10, kind=list) == [1]
+    assert read_json(b"3", 10, kind=object) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a name with \u00e9, \u6f22 and 'quotes'", "a name with \u00e9, \u6f22 and 'quotes'"),
+        ("two\nlines\r\tand\x00", r"two\nlines\r\tand\x00"),
+        ("\x1b[31mred\x9b0m", r"\x1b[31mred\x9b0m"),
+        ("a\u202egnp.exe\u2066\u200b\u2028", r"a\u202egnp.exe\u2066\u200b\u2028"),
+        (os.fsdecode(b"caf\xe9.png"), r"caf\udce9.png"),
+        (Path("a/b"), "a/b"),
+    ],
+)
+def test_printable_escapes_what_does_not_show(text: object, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(text).encode()  # no surrogate is left
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pa@ss@host:80/a.tar", "https://...@host:80/a.tar"),
+        ("read s3://token@bucket/a, then b", "read s3://...@bucket/a, then b"),
+        ("s3://bucket/a@2.tar", "s3://bucket/a@2.tar"),
+        ("http://host/a.tar?download=true", "http://host/a.tar?download=true"),
+        ("http://h/{0..9}.tar?sv=1&sig=ab%2B; gone", "http://h/{0..9}.tar?... gone"),
+        ("'https://h/a?X-Amz-Signature=1' is", "'https://h/a?...' is"),
+        ("https://h/a?x=" + "0123456789abcdef" * 2, "https://h/a?..."),
+        ("https://h/a#access_token=1", "https://h/a#..."),
+        ("data.train=pipe:ssh host cat a.tar", "data.train=pipe:..."),
+        ("pipe:curl -u me:pw x\nnext line", "pipe:...\nnext line"),
+        ("data='pipe:curl \"x\"' ended early", "data='pipe:...' ended early"),
+        ('["pipe:cat a", "b"]', '["pipe:...", "b"]'),
+        ("'pipe:cat a b': no file; pipe:... is gone", "'pipe:...': no file; pipe:... is gone"),
+        ("bagpipe:tune and pipe: prose", "bagpipe:tune and pipe: prose"),
+        ("WANDB_API_KEY=12 hf_token=ab cd", "WANDB_API_KEY=... hf_token=... cd"),
+        ("label_key=cls training.steps=3", "label_key=cls training.steps=3"),
+        ({"a": ["ftp://u:p@h", 1, None]}, {"a": ["ftp://...@h", 1, None]}),
+    ],
+)
+def test_redacted_takes_secrets_out_of_addresses(text: object, shown: object) -> None:
+    assert redacted(text) == shown
+    assert redacted(redacted(text)) == shown
