@@ -14,8 +14,6 @@ from vae_dist.training.step import TrainingStep
 
 BATCH_SIZE, SLOTS = 8, 4
 SIZE = (24, 32)
-# so that Adam does not divide by the root of rounding errors
-EPS = 1e-3
 
 
 def adversarial_config() -> TrainConfig:
@@ -26,7 +24,7 @@ def adversarial_config() -> TrainConfig:
     config.model.channels, config.model.blocks = [8, 16], 1
     config.model.norm_groups, config.model.attention = 4, False
     config.likelihood.kind = "gaussian"  # smooth: a rounding turns no sign of an absolute error
-    config.optimizer.warmup_steps, config.optimizer.eps = 0, EPS
+    config.optimizer.warmup_steps = 0
     config.perceptual.kind = "structure"
     adversarial = config.adversarial
     adversarial.weight, adversarial.warmup_steps, adversarial.ramp_steps = 0.5, 1, 2

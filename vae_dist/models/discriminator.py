@@ -45,6 +45,11 @@ class PatchDiscriminator(nn.Module):
         )
         self.norms = nn.ModuleList(group_norm(math.gcd(MAX_GROUPS, w), w) for w in widths[1:])
         self.conv_out = nn.Conv2d(widths[-1], 1, 4, padding=1)
+        # Not trained: while logits are within the margins of the hinge, those of real and of
+        # reconstructed patches cancel in its gradient but for rounding, which Adam makes whole
+        # steps of: other ones for another number of ranks. The norms have shifts.
+        assert self.conv_out.bias is not None
+        self.conv_out.bias.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, 0.0, INITIAL_STD)
