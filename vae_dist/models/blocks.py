@@ -7,17 +7,15 @@ In and out: feature maps (B, C, H, W). Names and shapes of the parameters are th
                 with a condition, norm2 is followed by its scale and shift (`Film`)
     attention:  h = x + to_out(softmax(q k^T / sqrt(C)) v)             one head over all positions
 
-The last layer of each sum starts at zero: a block is x' before training, and a deep tower of them
-takes a higher learning rate (Zhang et al. 2019, "Fixup Initialization").
-
-Changes of resolution may have a shortcut without parameters beside their convolution (DC-AE, Chen
-et al. 2024, arXiv 2410.10733); their convolution starts at zero then:
+The last layer of each sum starts at zero (Zhang et al. 2019, "Fixup Initialization"). Changes of
+resolution may have a shortcut without parameters beside their convolution, which then starts at
+zero too (DC-AE, Chen et al. 2024, arXiv 2410.10733):
 
     down:  2x2 positions to channels, means of neighbouring channels     (C, H, W) -> (D, H/2, W/2)
     up:    copies of channels, channels to 2x2 positions                 (D, H, W) -> (C, 2H, 2W)
 
 Every block can give up its inner activations and compute them again in the backward (gradient
-checkpointing): half a forward more time, the same numbers.
+checkpointing): the same numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
+SMALLEST_MAP = 64  # pixels; of fewer, `convolution_of_doubled` costs more than it saves
 
 
 def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
@@ -45,7 +44,6 @@ def group_norm(num_groups: int, channels: int) -> nn.GroupNorm:
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x) in float32, whatever autocast says around it."""
-    # asked of torch.amp, torch 2.11 ends a compiled graph here
     if x.device.type == "meta":  # which has no autocast
         return layer(x.float())
     with torch.autocast(device_type=x.device.type, enabled=False):
@@ -64,11 +62,10 @@ def repeated(x: Tensor, channels: int) -> Tensor:
 
 
 class Film(nn.Module):
-    """Scale and shift of features (B, C, ...) by a condition (B, E) (FiLM, Perez et al. 2018):
+    """(1 + scale) * x + shift of features (B, C, ...) by a condition (B, E), with [scale, shift]
+    linear in it, per channel (FiLM, Perez et al. 2018).
 
-        out = (1 + scale) * x + shift,   [scale, shift] = condition W' + b     per channel
-
-    W and b start at zero and nothing is drawn: before training it is the identity, and a
+    Weights start at zero and nothing is drawn: before training it is the identity, and a
     conditional model begins with the weights of the unconditional one of its seed.
     """
 
@@ -149,13 +146,11 @@ class AttentionBlock(Block):
         self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
 
     def compute(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        batch, channels, height, width = x.shape
         h: Tensor = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
-        # The head axis of size one lets PyTorch choose its fused kernels.
+        # the head axis of size one lets PyTorch choose its fused kernels
         q, k, v = (layer(h).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        h = self.to_out[0](h)
-        return x + h.transpose(1, 2).reshape(batch, channels, height, width)
+        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class Downsample(Block):
@@ -169,12 +164,9 @@ class Downsample(Block):
             zeroed(self.conv)
 
     def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        # Padding on the right and bottom only, as the exported format has it.
+        # padding on the right and bottom only, as the exported format has it
         h: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return h + averaged(F.pixel_unshuffle(x, 2), h.shape[1]) if self.shortcut else h
-
-
-SMALLEST_MAP = 64  # pixels
 
 
 class Upsample(Block):
@@ -190,7 +182,6 @@ class Upsample(Block):
 
     def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
         h: Tensor
-        # 4 to 8% of a step of celeba64 on a CPU; of a few pixels the calls cost more than they save
         if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= SMALLEST_MAP:
             h = convolution_of_doubled(x, self.conv.weight, self.conv.bias)
         else:
@@ -200,11 +191,11 @@ class Upsample(Block):
 
 def convolution_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1) of a 3x3
-    weight, without the enlarged `x`: 4/9 of the products, and a quarter of what backward keeps.
+    weight, without the enlarged `x`: 4/9 of the products. In float32 they agree to rounding.
 
     An output row 2i sees rows i - 1, i, i of `x`, an output row 2i + 1 rows i, i, i + 1: two rows,
     with weights (w0, w1 + w2) or (w0 + w1, w2). Columns likewise, so each of the four places of an
-    output in its 2x2 has a 2x2 kernel. In float32 the results agree to rounding.
+    output in its 2x2 has a 2x2 kernel.
     """
     batch, _, height, width = x.shape
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

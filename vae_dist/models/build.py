@@ -8,6 +8,8 @@ has shapes and no memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,15 +22,22 @@ from vae_dist.models.vae import LABEL_DIMS, VAE
 from vae_dist.randomness import derive_seed
 
 
-def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
-    """The model for images of (H, W) pixels, float32, on the CPU (or meta, if that is the default
-    device). With a spatial latent the size binds nothing."""
-    model, data = config.model, config.data
-    is_spatial = model.latent == "spatial"
-    sees_mask = data.mask != "none"
+@contextmanager
+def initialised(seed: int, purpose: str) -> Iterator[None]:
+    """Modules made inside are float32 on the CPU (or meta, if that is the default device), with
+    weights that are a function of (seed, purpose)."""
     device = "meta" if torch.get_default_device().type == "meta" else "cpu"
     with torch.device(device), torch.random.fork_rng(devices=()):
-        torch.random.default_generator.manual_seed(derive_seed(config.seed, "init"))
+        torch.random.default_generator.manual_seed(derive_seed(seed, purpose))
+        yield
+
+
+def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
+    """The model for images of (H, W) pixels, as `initialised`. With a spatial latent the size binds
+    nothing."""
+    model, data = config.model, config.data
+    sees_mask = data.mask != "none"
+    with initialised(config.seed, "init"):
         likelihood = build_likelihood(config.likelihood, data)
         num_params = likelihood.num_params(data.channels)
         encoder, decoder = _towers(model, data.channels + sees_mask, num_params, image_size)
@@ -38,7 +47,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
             likelihood,
             latent_channels=model.latent_channels,
             stride=stride_of(model),
-            image_size=None if is_spatial else image_size,
+            image_size=None if model.latent == "spatial" else image_size,
             num_classes=model.num_classes,
             sees_mask=sees_mask,
             shortcuts=model.dc_shortcuts,
@@ -72,24 +81,24 @@ def blocks_of_levels(model: ModelConfig) -> list[int]:
 def _towers(
     model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
 ) -> tuple[Encoder | DenseEncoder, Decoder | DenseDecoder]:
-    latent, (height, width) = model.latent_channels, image_size
+    latent, widths, (height, width) = model.latent_channels, model.channels, image_size
     condition_dims = LABEL_DIMS if model.num_classes else 0
     if model.arch == "dense":
-        widths = model.channels
         return (
             DenseEncoder((channels, height, width), 2 * latent, widths, condition_dims),
             DenseDecoder(latent, (num_params, height, width), widths, condition_dims),
         )
     stride = stride_of(model)
-    is_spatial = model.latent == "spatial"
     options = TowerOptions(
-        channels=model.channels,
+        channels=widths,
         blocks=blocks_of_levels(model),
         norm_groups=model.norm_groups,
         attention=model.attention,
         patch=model.patch,
         shortcuts=model.dc_shortcuts,
-        feature_size=None if is_spatial else (-(-height // stride), -(-width // stride)),
+        feature_size=None
+        if model.latent == "spatial"
+        else (-(-height // stride), -(-width // stride)),
         condition_dims=condition_dims,
     )
     return Encoder(channels, 2 * latent, options), Decoder(latent, num_params, options)

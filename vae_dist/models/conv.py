@@ -10,14 +10,11 @@ with n levels the stride is f = patch * 2^(n-1). Two forms of the latent:
     spatial (feature_size=None): last and first layer are 3x3 convolutions, any H and W
     vector  (feature_size=(h, w)): linear layers on the whole last feature map of h x w positions
 
-With shortcuts (DC-AE), the changes of resolution change the width as well and have a shortcut
-without parameters, as the layers around a spatial latent do: means of neighbouring channels are
-added to the means of z, copies of z's channels to what the decoder makes of it. Before training, an
-image can pass such towers by its shortcuts alone.
-
-With condition_dims, a condition (B, E) scales and shifts (FiLM) each channel of a residual block,
-and each feature at a linear layer of a vector latent: with those of channels alone, which are the
-same at all positions, classes stay in z, and samples miss the class asked for.
+With shortcuts (DC-AE), the changes of resolution change the width as well, and the layers around a
+spatial latent have one too: means of neighbouring channels are added to the means of z, copies of
+z's channels to what the decoder makes of it. With condition_dims, a condition (B, E) scales and
+shifts (FiLM) each channel of a residual block, and each feature at a linear layer of a vector
+latent: with channels alone, the same at all positions, samples miss the class that is asked for.
 
 The last layer of each tower is float32 outside autocast: one bfloat16 step of a decoder output near
 1 is half an 8-bit level, and the moments feed an exponential.
@@ -60,37 +57,48 @@ class TowerOptions:
     feature_size: tuple[int, int] | None = None
     condition_dims: int = 0
 
+    @property
+    def num_features(self) -> int:
+        """Values of the last feature map that a vector latent is linear in."""
+        height, width = self.feature_size or (0, 0)
+        return self.channels[-1] * height * width
+
     def resnets(self, widths: Sequence[int]) -> nn.ModuleList:
         return nn.ModuleList(
             ResidualBlock(a, b, norm_groups=self.norm_groups, condition_dims=self.condition_dims)
             for a, b in pairwise(widths)
         )
 
-    def film(self) -> Film:
-        """Of the features of the last feature map."""
-        assert self.feature_size is not None
-        height, width = self.feature_size
-        return Film(self.condition_dims, self.channels[-1] * height * width)
+    def widths(self, *, upwards: bool) -> Iterator[tuple[int, int, int | None]]:
+        """(in, out, next) channels of each level in the order of a tower; next is None for the
+        last. The first residual block of a level changes the width, or, with shortcuts, the change
+        of resolution before it."""
+        channels = list(reversed(self.channels)) if upwards else self.channels
+        for i, width in enumerate(channels):
+            following = channels[i + 1] if i + 1 < len(channels) else None
+            if self.shortcuts:
+                yield width, width, following
+            else:
+                yield channels[max(0, i - 1)], width, None if following is None else width
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, then `change` of it to `next_channels` (None: the last
-    level). Its name `samplers` is that of the format that models are exported to."""
+    """Residual blocks of one resolution, then `change` of it unless it is the last level. Its name
+    `samplers` is that of the format that models are exported to."""
 
     def __init__(
         self,
         widths: tuple[int, int, int | None],
         blocks: int,
         options: TowerOptions,
-        *,
         change: type[Downsample] | type[Upsample],
     ) -> None:
         super().__init__()
-        in_channels, out_channels, next_channels = widths
-        self.resnets = options.resnets([in_channels] + [out_channels] * blocks)
+        first, width, following = widths
+        self.resnets = options.resnets([first] + [width] * blocks)
         layers = nn.ModuleList()
-        if next_channels is not None:
-            layers.append(change(out_channels, next_channels, shortcut=options.shortcuts))
+        if following is not None:
+            layers.append(change(width, following, shortcut=options.shortcuts))
         self._samplers = "downsamplers" if change is Downsample else "upsamplers"
         self.add_module(self._samplers, layers)
 
@@ -102,32 +110,16 @@ class Level(nn.Module):
         return x
 
 
-def level_widths(
-    channels: Sequence[int], *, shortcuts: bool
-) -> Iterator[tuple[int, int, int | None]]:
-    """(in, out, next) channels of each level, in the order in which a tower goes through them.
-
-    What changes the width is the first residual block of a level, or, with shortcuts, the change of
-    resolution before it.
-    """
-    for i, width in enumerate(channels):
-        following = channels[i + 1] if i + 1 < len(channels) else None
-        if shortcuts:
-            yield width, width, following
-        else:
-            yield channels[max(0, i - 1)], width, None if following is None else width
-
-
 class Middle(nn.Module):
     """Residual block, attention (optional), residual block at the lowest resolution."""
 
     def __init__(self, options: TowerOptions) -> None:
         super().__init__()
-        channels = options.channels[-1]
+        width = options.channels[-1]
         self.attentions = nn.ModuleList(
-            [AttentionBlock(channels, norm_groups=options.norm_groups)] if options.attention else []
+            [AttentionBlock(width, norm_groups=options.norm_groups)] if options.attention else []
         )
-        self.resnets = options.resnets([channels] * 3)
+        self.resnets = options.resnets([width] * 3)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, condition)
@@ -146,20 +138,18 @@ class Encoder(nn.Module):
         self.options = options
         channels, last = options.channels, options.channels[-1]
         self.conv_in = nn.Conv2d(in_channels * options.patch**2, channels[0], 3, padding=1)
-        levels = level_widths(channels, shortcuts=options.shortcuts)
         self.down_blocks = nn.ModuleList(
-            Level(widths, count, options, change=Downsample)
-            for count, widths in zip(options.blocks, levels, strict=True)
+            Level(widths, count, options, Downsample)
+            for count, widths in zip(options.blocks, options.widths(upwards=False), strict=True)
         )
         self.mid_block = Middle(options)
         self.conv_norm_out = group_norm(options.norm_groups, last)
         if options.feature_size is None:
             self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
         else:
-            height, width = options.feature_size
-            self.linear_out = nn.Linear(last * height * width, out_channels)
+            self.linear_out = nn.Linear(options.num_features, out_channels)
             if options.condition_dims:
-                self.film_out = options.film()
+                self.film_out = Film(options.condition_dims, options.num_features)
 
     @property
     def last_layer(self) -> nn.Conv2d | nn.Linear:
@@ -171,15 +161,14 @@ class Encoder(nn.Module):
             h = level(h, condition)
         last = self.mid_block(h, condition)
         h = F.silu(self.conv_norm_out(last))
-        if self.options.feature_size is None:
-            moments = in_float32(self.conv_out, h)
-            return self._with_shortcut(moments, last) if self.options.shortcuts else moments
-        h = h.flatten(1)
-        if self.options.condition_dims:
-            h = self.film_out(h, condition)
-        return in_float32(self.linear_out, h)
-
-    def _with_shortcut(self, moments: Tensor, last: Tensor) -> Tensor:
+        if self.options.feature_size is not None:
+            h = h.flatten(1)
+            if self.options.condition_dims:
+                h = self.film_out(h, condition)
+            return in_float32(self.linear_out, h)
+        moments = in_float32(self.conv_out, h)
+        if not self.options.shortcuts:
+            return moments
         mean, log_variance = moments.chunk(2, dim=1)
         return torch.cat([mean + averaged(last.float(), mean.shape[1]), log_variance], 1)
 
@@ -195,15 +184,13 @@ class Decoder(Recomputable):
         if options.feature_size is None:
             self.conv_in = nn.Conv2d(in_channels, last, 3, padding=1)
         else:
-            height, width = options.feature_size
-            self.linear_in = nn.Linear(in_channels, last * height * width)
+            self.linear_in = nn.Linear(in_channels, options.num_features)
             if options.condition_dims:
-                self.film_in = options.film()
+                self.film_in = Film(options.condition_dims, options.num_features)
         self.mid_block = Middle(options)
-        levels = level_widths(list(reversed(channels)), shortcuts=options.shortcuts)
+        levels = zip(reversed(options.blocks), options.widths(upwards=True), strict=True)
         self.up_blocks = nn.ModuleList(
-            Level(widths, count + 1, options, change=Upsample)
-            for count, widths in zip(reversed(options.blocks), levels, strict=True)
+            Level(widths, count + 1, options, Upsample) for count, widths in levels
         )
         self.conv_norm_out = group_norm(options.norm_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], out_channels * options.patch**2, 3, padding=1)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from vae_dist.models.blocks import Film, in_float32
 
+Shape = tuple[int, int, int]
+
 
 class _Layers(nn.Module):
     """Hidden layers of the given widths, the first of which is the input's."""
 
-    def __init__(self, widths: Sequence[int], *, condition_dims: int) -> None:
+    def __init__(self, widths: Sequence[int], condition_dims: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.films = nn.ModuleList(
@@ -42,15 +44,10 @@ class DenseEncoder(nn.Module):
     """Images (B, C, H, W) of `image_shape` -> float32 moments (B, out_channels)."""
 
     def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        out_channels: int,
-        channels: Sequence[int],
-        condition_dims: int = 0,
+        self, image_shape: Shape, out_channels: int, channels: Sequence[int], condition_dims: int
     ) -> None:
         super().__init__()
-        widths = [math.prod(image_shape), *channels]
-        self.hidden = _Layers(widths, condition_dims=condition_dims)
+        self.hidden = _Layers([math.prod(image_shape), *channels], condition_dims)
         self.linear_out = nn.Linear(channels[-1], out_channels)
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -65,15 +62,11 @@ class DenseDecoder(nn.Module):
     """z (B, in_channels) -> float32 parameters of the likelihood, (B, *params_shape)."""
 
     def __init__(
-        self,
-        in_channels: int,
-        params_shape: tuple[int, int, int],
-        channels: Sequence[int],
-        condition_dims: int = 0,
+        self, in_channels: int, params_shape: Shape, channels: Sequence[int], condition_dims: int
     ) -> None:
         super().__init__()
         self.params_shape = params_shape
-        self.hidden = _Layers([in_channels, *reversed(channels)], condition_dims=condition_dims)
+        self.hidden = _Layers([in_channels, *reversed(channels)], condition_dims)
         self.linear_out = nn.Linear(channels[0], math.prod(params_shape))
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:

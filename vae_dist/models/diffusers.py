@@ -50,36 +50,23 @@ def export_problems(config: TrainConfig) -> list[str]:
     """What of this config has no place in an AutoencoderKL, a sentence each; empty: nothing."""
     model, likelihood, mask = config.model, config.likelihood.kind, config.data.mask
     uneven = isinstance(model.blocks, list) and len(set(model.blocks)) > 1
-    checks = [
-        (model.latent != "spatial", f"model.latent={model.latent}: the format has spatial latents"),
-        (model.patch != 1, f"model.patch={model.patch}: the format begins with single pixels"),
-        (
-            model.dc_shortcuts,
-            "model.dc_shortcuts=true: the format has no space-to-channel shortcuts",
-        ),
-        (
-            model.num_classes > 0,
-            f"model.num_classes={model.num_classes}: the format knows no labels",
-        ),
-        (uneven, f"model.blocks={model.blocks}: the format has equally many in each level"),
-        (mask != "none", f"data.mask={mask}: the format's encoder sees no mask"),
-        (
-            likelihood not in KINDS_OF_MEANS,
-            f"likelihood.kind={likelihood}: its decoder outputs are not an image; "
-            f"{', '.join(KINDS_OF_MEANS)} have one",
-        ),
-    ]
-    return [sentence for is_so, sentence in checks if is_so]
+    checks = {
+        f"model.latent={model.latent}: the format has spatial latents": model.latent != "spatial",
+        f"model.patch={model.patch}: the format begins with single pixels": model.patch != 1,
+        "model.dc_shortcuts=true: the format has no space-to-channel shortcuts": model.dc_shortcuts,
+        f"model.num_classes={model.num_classes}: the format knows no labels": model.num_classes > 0,
+        f"model.blocks={model.blocks}: the format has equally many in each level": uneven,
+        f"data.mask={mask}: the format's encoder sees no mask": mask != "none",
+        f"likelihood.kind={likelihood}: its decoder outputs are not an image; "
+        f"{', '.join(KINDS_OF_MEANS)} have one": likelihood not in KINDS_OF_MEANS,
+    }
+    return [sentence for sentence, is_so in checks.items() if is_so]
 
 
 def diffusers_config(
-    config: TrainConfig,
-    image_size: tuple[int, int],
-    *,
-    scaling_factor: float,
-    shift_factor: float,
+    config: TrainConfig, image_size: tuple[int, int], **factors: float
 ) -> dict[str, Any]:
-    """`config.json` of a model without `export_problems`."""
+    """`config.json` of a model without `export_problems`; factors: scaling_factor, shift_factor."""
     model, levels = config.model, len(config.model.channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -96,8 +83,8 @@ def diffusers_config(
         "norm_num_groups": model.norm_groups,
         "out_channels": config.data.channels,
         "sample_size": max(image_size),
-        "scaling_factor": scaling_factor,
-        "shift_factor": shift_factor,
+        "scaling_factor": factors["scaling_factor"],
+        "shift_factor": factors["shift_factor"],
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": True,
         "use_quant_conv": True,
@@ -107,13 +94,11 @@ def diffusers_config(
 def to_diffusers(weights: Tensors, *, channels: int) -> Tensors:
     """The tensors of an AutoencoderKL of images of `channels` channels: decoder outputs other than
     the mean are cut off, parameters of the likelihood left out."""
-    tensors = {}
-    for name, tensor in weights.items():
-        if name.startswith("decoder.conv_out."):
-            tensor = tensor[:channels]
-        if not name.startswith("likelihood."):
-            tensors[name] = tensor.contiguous()
-    return tensors
+    return {
+        name: (tensor[:channels] if name.startswith("decoder.conv_out.") else tensor).contiguous()
+        for name, tensor in weights.items()
+        if not name.startswith("likelihood.")
+    }
 
 
 # diffusers -> ours
@@ -160,18 +145,16 @@ def _foreign(config: dict[str, Any]) -> list[str]:
     if kind != "AutoencoderKL":
         return [f"a diffusers {kind}; only AutoencoderKL has towers as ours"]
     wanted = {
-        "act_fn": {"silu"},
-        "down_block_types": {"DownEncoderBlock2D"},
-        "up_block_types": {"UpDecoderBlock2D"},
+        "act_fn": "silu",
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
     }
     problems = []
     for key, known in wanted.items():
         value = config.get(key, [])
-        others = set(value if isinstance(value, list) else [value]) - known
+        others = {str(item) for item in (value if isinstance(value, list) else [value])} - {known}
         if others:
-            problems.append(
-                f"its {key} has {', '.join(sorted(map(str, others)))}, which our towers lack"
-            )
+            problems.append(f"its {key} has {', '.join(sorted(others))}, which our towers lack")
     return problems
 
 

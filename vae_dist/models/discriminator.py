@@ -15,13 +15,12 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.config.schema import AdversarialConfig
 from vae_dist.models.blocks import group_norm, in_float32
-from vae_dist.randomness import derive_seed
+from vae_dist.models.build import initialised
 
 MAX_GROUPS = 32
 MAX_WIDENING = 8  # of the first width
@@ -75,9 +74,6 @@ def smallest_side(layers: int) -> int:
 def build_discriminator(
     config: AdversarialConfig, *, image_channels: int, seed: int
 ) -> PatchDiscriminator:
-    """With weights that depend on the seed alone, float32, on the CPU (or meta, if that is the
-    default device)."""
-    device = "meta" if torch.get_default_device().type == "meta" else "cpu"
-    with torch.device(device), torch.random.fork_rng(devices=()):
-        torch.random.default_generator.manual_seed(derive_seed(seed, "discriminator"))
+    """As `initialised`."""
+    with initialised(seed, "discriminator"):
         return PatchDiscriminator(image_channels, channels=config.channels, layers=config.layers)

@@ -3,12 +3,10 @@
     q(z|x) = N(mean, diag(exp(log_variance))),   z = mean + exp(log_variance / 2) * noise
     KL(q(z|x) || N(0, I)) = 1/2 sum(mean^2 + exp(log_variance) - 1 - log_variance)
     p(z): z = temperature * e, e ~ N(0, I), or z of a mixture that was fitted to the latents
-    shift_factor = E[z],   scaling_factor = 1 / sqrt(Var[z])
+    (z - shift_factor) * scaling_factor has mean 0 and variance 1 (diffusers' convention)
 
 The posterior is float32, outside autocast: bfloat16 has three digits, and the KL is a difference.
-Draw i of the prior is a function of (seed, i) alone, so an image depends neither on the number of
-images nor on the batch. (z - shift_factor) * scaling_factor has mean 0 and variance 1: diffusers'
-convention, for models of latents.
+Draw i of the prior is a function of (seed, i) alone, whatever the batch.
 
 Legend: B images, U channels of a spatial latent (dimensions of a vector one), P positions, K draws.
 """
@@ -28,8 +26,7 @@ from torch import Tensor
 from vae_dist.files import write_durably
 from vae_dist.randomness import draws, torch_generator
 
-# exp(20) and exp(-30), and their squares, are finite and normal in float32. The bounds lie 10 past
-# the range in which `bounded` is the identity, because softplus needs that margin: e^-10 < 1e-4.
+# exp(20) and exp(-30), and their squares, are finite and normal in float32
 MIN_LOG_VARIANCE = -30.0
 MAX_LOG_VARIANCE = 20.0
 STATISTICS_FILE = "latents.json"  # in a run folder, and beside shards of latents
@@ -126,12 +123,9 @@ class LatentStatistics:
 
     def record(self) -> dict[str, Any]:
         """As `latents.json` holds it."""
-        return {
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
-            "per_channel": {"mean": self.mean, "std": self.std},
-            "num_images": self.num_images,
-        }
+        values = {**vars(self), "per_channel": {"mean": self.mean, "std": self.std}}
+        names = ("scaling_factor", "shift_factor", "per_channel", "num_images")
+        return {name: values[name] for name in names}
 
 
 class LatentMoments:
@@ -175,5 +169,5 @@ class LatentMoments:
 
 def write_statistics(path: Path, statistics: LatentStatistics, facts: dict[str, Any]) -> None:
     """Write `latents.json`; facts: of which weights and data. Raises OSError."""
-    text = json.dumps({**statistics.record(), **facts}, indent=1)
+    text = json.dumps(statistics.record() | facts, indent=1)
     write_durably(path, (text + "\n").encode())

@@ -13,15 +13,13 @@ Where the `mask` (B, 1, H, W) of incomplete images is not 1, a pixel is missing:
 only, which makes the ELBO a bound of log p(x_observed) (MIWAE, Mattei and Frellsen 2019).
 
 Noise (B, K, *latent_shape) asks for K draws of z per image: the encoder runs once for each image,
-the decoder for each draw.
+the decoder for each draw. Noise is an argument, so that draws are functions of (seed, step, slot)
+and a compiled graph stays pure.
 
 `latent_noise` is added to z before it is decoded; `half_size` asks for log p(x'|z') of image and
 latent averaged over squares of 2x2 (Kouzelis et al. 2025, EQ-VAE), (B,), nats, as a second output.
-Both are for one draw of z.
-
-Noise is an argument, so that a run's draws are a function of (seed, step, slot) and a compiled
-graph stays pure. Sizes that the stride f does not divide are padded by replication on the right and
-bottom; the decoder's outputs are cropped back before the likelihood sees them.
+Both are for one draw of z. Sizes that the stride f does not divide are padded by replication on the
+right and bottom; the decoder's outputs are cropped before the likelihood sees them.
 """
 
 from __future__ import annotations
@@ -74,21 +72,14 @@ class VAE(nn.Module):
         shortcuts: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.likelihood = likelihood
-        self.latent_channels = latent_channels
-        self.stride = stride
-        self.image_size = image_size
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.latent_channels, self.stride, self.image_size = latent_channels, stride, image_size
         self.num_classes = num_classes  # 0: labels are ignored
         self.sees_mask = sees_mask
-        has_quant_convs = image_size is None and not shortcuts
-        self.quant_conv = (
-            nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if has_quant_convs else None
-        )
-        self.post_quant_conv = (
-            nn.Conv2d(latent_channels, latent_channels, 1) if has_quant_convs else None
-        )
+        self.quant_conv = self.post_quant_conv = None
+        if image_size is None and not shortcuts:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         # the last row is "no label"; drawn last, so that the other weights are those of a model
         # without labels
         self.label_embedding = nn.Embedding(num_classes + 1, LABEL_DIMS) if num_classes else None
@@ -109,20 +100,14 @@ class VAE(nn.Module):
             params = self.decode(z if latent_noise is None else z + latent_noise, size, labels)
             log_likelihood = self.likelihood.log_prob(params, images, mask)
         else:
-            batch, draws = z.shape[:2]
-            flat = self.decode(z.flatten(0, 1), size, _each(labels, draws))  # (B K, ...)
+            draws = z.shape[1]
+            flat = self.decode(z.flatten(0, 1), size, each(labels, draws))  # (B K, ...)
             log_likelihood = self.likelihood.log_prob(
-                flat, images.repeat_interleave(draws, 0), _each(mask, draws)
-            ).unflatten(0, (batch, draws))
-            params = flat.unflatten(0, (batch, draws))
-        output = VAEOutput(
-            log_likelihood=log_likelihood,
-            kl=kl_to_standard_normal(mean, log_variance),
-            mean=mean,
-            log_variance=log_variance,
-            z=z,
-            params=params,
-        )
+                flat, images.repeat_interleave(draws, 0), each(mask, draws)
+            ).unflatten(0, (-1, draws))
+            params = flat.unflatten(0, (-1, draws))
+        kl = kl_to_standard_normal(mean, log_variance)
+        output = VAEOutput(log_likelihood, kl, mean, log_variance, z, params)
         return (output, self._at_half_size(images, z, labels)) if half_size else output
 
     def _at_half_size(self, images: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
@@ -150,10 +135,8 @@ class VAE(nn.Module):
         if self.sees_mask:
             seen = torch.ones_like(images[:, :1]) if mask is None else mask.to(images.dtype)
             images = torch.cat([images, seen], 1)
-        bottom, right = -height % self.stride, -width % self.stride
-        if bottom or right:  # what is replicated is as observed as the pixel that it repeats
-            images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-        moments = self.encoder(images, self._condition(labels, len(images)))
+        # what is replicated is as observed as the pixel that it repeats
+        moments = self.encoder(padded(images, self.stride), self._condition(labels, len(images)))
         if self.quant_conv is not None:
             moments = in_float32(self.quant_conv, moments)
         return diagonal_gaussian(moments)
@@ -177,8 +160,7 @@ class VAE(nn.Module):
             return None
         if labels is None:
             labels = torch.full((batch,), NO_LABEL, device=table.weight.device)
-        rows = torch.where(labels == NO_LABEL, self.num_classes, labels)
-        embedded: Tensor = table(rows)
+        embedded: Tensor = table(torch.where(labels == NO_LABEL, self.num_classes, labels))
         return embedded
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -186,11 +168,8 @@ class VAE(nn.Module):
         self._check_size(height, width)
         if self.image_size is not None:
             return (self.latent_channels,)
-        return (
-            self.latent_channels,
-            math.ceil(height / self.stride),
-            math.ceil(width / self.stride),
-        )
+        rows, columns = math.ceil(height / self.stride), math.ceil(width / self.stride)
+        return (self.latent_channels, rows, columns)
 
     def _check_size(self, height: int, width: int) -> None:
         if self.image_size is not None and (height, width) != self.image_size:
@@ -201,6 +180,14 @@ class VAE(nn.Module):
             )
 
 
-def _each(tensor: Tensor | None, draws: int) -> Tensor | None:
+def padded(images: Tensor, stride: int) -> Tensor:
+    """Replicated on the right and bottom to multiples of `stride`."""
+    bottom, right = -images.shape[-2] % stride, -images.shape[-1] % stride
+    if not (bottom or right):
+        return images
+    return F.pad(images, (0, right, 0, bottom), mode="replicate")
+
+
+def each(tensor: Tensor | None, draws: int) -> Tensor | None:
     """(B, ...) -> (B K, ...): once for each draw of an image."""
     return None if tensor is None else tensor.repeat_interleave(draws, 0)

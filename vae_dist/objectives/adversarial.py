@@ -8,11 +8,7 @@
 per image, with x^ the mean of p(x|z). G_main and G_adv are the gradients of distortion and
 perceptual term, and of the generator's term at w = 1, at the weights of the decoder's last layer
 (Esser et al. 2021), each summed over all images of step k and all ranks. The ratio is used from the
-next step on, so that the gradient of a microbatch does not wait for the others: microbatches and
-ranks do not change it.
-
-A logit sees one patch, and gradients of logits far apart do not overlap: the squared gradient of
-the sum over the number of logits is about the mean squared gradient of one.
+next step on, so that microbatches and ranks do not change it.
 """
 
 from __future__ import annotations

@@ -5,12 +5,10 @@
 
 or, with several draws of z, the importance-weighted bound. Free bits (Kingma et al. 2016): the
 first `free` nats of each unit u of the latent (a dimension of a vector, a channel of a spatial
-latent with all its positions) cost nothing, in each image. The paper clamps the mean over a
-minibatch; here it is each image's own KL, so that the loss of an image does not depend on which
-others it is processed with.
+latent with all its positions) cost nothing. The paper clamps the mean over a minibatch; here it is
+each image's own KL, which does not depend on the other images.
 
-Nats, summed and not averaged: the caller divides by the batch size of the whole step, so that
-microbatches and ranks add up to the same gradient however the batch is split.
+Nats, summed and not averaged: the caller divides by the batch size of the whole step.
 """
 
 from __future__ import annotations
@@ -51,12 +49,9 @@ def loss_terms(
 ) -> LossTerms:
     """Of a forward on noise of `noise_shape`; `half_size` is its second output, log p (B,)."""
     if config.importance_samples > 1:
-        return importance_terms(
-            output,
-            beta=beta,
-            free_bits=config.free_bits,
-            doubly_reparameterized=config.gradient == "doubly_reparameterized",
-        )
+        doubly = config.gradient == "doubly_reparameterized"
+        free = config.free_bits
+        return importance_terms(output, beta=beta, free_bits=free, doubly_reparameterized=doubly)
     terms = elbo_terms(output, beta=beta, free_bits=config.free_bits)
     if half_size is None:
         return terms
@@ -81,8 +76,7 @@ def importance_terms(
     free_bits: float = 0.0,
     doubly_reparameterized: bool = False,
 ) -> LossTerms:
-    """`output` of K draws of z per image; free bits are charged on the closed-form KL. See
-    `importance_bound` for the rest."""
+    """`output` of K draws of z per image; free bits are charged on the closed-form KL."""
     bound, reported = importance_bound(
         output, beta=beta, doubly_reparameterized=doubly_reparameterized
     )

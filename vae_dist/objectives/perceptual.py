@@ -2,21 +2,16 @@
 
     term = weight * C*H*W * d(reconstruction, image)         d: structure, or LPIPS
 
-so that `weight` is nats of each value for a distance of 1, whatever the size of the image: the
-distortion of a likelihood with learned sigma is about half a nat (gaussian) or one (laplace) of
-each value too, wherever sigma stands. `structure` has no weights:
+so that `weight` is nats of each value for a distance of 1, whatever the size of the image.
+`structure` has no weights:
 
     d = 1/S sum over scales s of [ 1 - SSIM_s + mean |dx (x_s - y_s)| + mean |dy (x_s - y_s)| ]
 
 x_0 = x, and x_s+1 is x_s averaged over squares of 2x2 pixels. SSIM (Wang et al. 2004) has a
 Gaussian window of 11 pixels, sigma 1.5, inside the image only, and is the mean over pixels and
-channels; dx, dy are differences of neighbours. SSIM asks that local structure has the right
-contrast, where squared errors forgive blur; the gradients place the edges. A scale is used as long
-as the window fits, three of them at most: 44 pixels on the shorter side have all.
-
-The distance is computed in float32 outside autocast: both kinds subtract features of two pictures
-that are nearly equal, and bfloat16 would leave eight bits of what is compared. On CUDA, cuDNN may
-round the inputs of LPIPS' convolutions to TF32.
+channels; dx, dy are differences of neighbours. A scale is used as long as the window fits, three
+of them at most: 44 pixels on the shorter side have all. Distances are float32 outside autocast:
+both kinds subtract what is nearly equal.
 """
 
 from __future__ import annotations
@@ -73,8 +68,6 @@ class StructureDistance(nn.Module):
         """Structural similarity of each pair at this resolution, (B,)."""
         parts = torch.cat([x, y, x * x, y * y, x * y], 1)
         mean_x, mean_y, xx, yy, xy = self._blurred(parts).chunk(5, 1)
-        # variances are differences of means that nearly cancel where an image is flat: the caller
-        # keeps this float32
         var_x, var_y = xx - mean_x.square(), yy - mean_y.square()
         covariance = xy - mean_x * mean_y
         luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
@@ -82,8 +75,7 @@ class StructureDistance(nn.Module):
         return (luminance * structure).flatten(1).mean(1)
 
     def _blurred(self, x: Tensor) -> Tensor:
-        # as channels of a grouped convolution: as images of one channel each, which CPU kernels
-        # pad to 16, it took 20 to 50 times as long, and most of a step's memory
+        # channels of a grouped convolution: as images of one channel it took 20 times as long
         channels = x.shape[1]
         down = self.window.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
         across = self.window.view(1, 1, 1, -1).expand(channels, 1, 1, -1)

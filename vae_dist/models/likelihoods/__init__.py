@@ -5,8 +5,7 @@ from __future__ import annotations
 from vae_dist.config.schema import DataConfig, LikelihoodConfig
 from vae_dist.models.likelihoods.base import Levels, Likelihood, bits_per_dim
 from vae_dist.models.likelihoods.bernoulli import Bernoulli
-from vae_dist.models.likelihoods.gaussian import DiscretizedGaussian, Gaussian
-from vae_dist.models.likelihoods.laplace import Laplace
+from vae_dist.models.likelihoods.gaussian import DiscretizedGaussian, Gaussian, Laplace
 from vae_dist.models.likelihoods.logistic import DiscretizedLogisticMixture
 
 __all__ = [

@@ -2,17 +2,13 @@
 
 In: `params` (B, num_params, H, W), decoder outputs; images (B, C, H, W), float32 in [-1, 1] as
 `prepare` made them. Out: log p(x|z) in nats per image, float32 (B,) (float64 for float64 params).
-
-The arithmetic is float32 whatever autocast says around it: no layer, matrix product or convolution
-is used, and the params are widened first.
+The arithmetic is float32 under autocast too: params are widened, and no layer is used.
 
     bits 5, 8, 16   2^bits levels; 5: files of 8 bits, whose three lowest bits are dropped
     bits 32         float in [-1, 1], as they are: no levels, so a density stays a density
 
     centers         x = 2 level / (n - 1) - 1     black is -1, white is 1, n levels
     dequantized     x = 2 (level + u) / n - 1     u uniform in [0, 1): a level is a bin of width 2/n
-
-This is the only place that knows how wide a level is, and that changes nats into bits.
 """
 
 from __future__ import annotations
@@ -46,11 +42,13 @@ class Levels:
         """Half the distance between two centers."""
         return 1.0 / (self.num - 1)
 
+    def per_unit(self, *, is_dequantized: bool) -> float:
+        """Levels that a density on [-1, 1] has in an interval of length 1."""
+        return self.num / 2 if is_dequantized else (self.num - 1) / 2
+
     def index(self, stored: Tensor) -> Tensor:
         """Level numbers 0 ... num - 1, float32."""
-        if self.bits == 5:
-            stored = stored >> 3
-        return stored.float()
+        return (stored >> 3 if self.bits == 5 else stored).float()
 
     def centers(self, stored: Tensor) -> Tensor:
         if not self.are_discrete:
@@ -77,22 +75,11 @@ class Levels:
     def at_highest(self, centers: Tensor) -> Tensor:
         return centers > 1.0 - self.half_width
 
-    def nll_of_levels(self, nll_nats: float, num_dims: int, *, is_dequantized: bool) -> float:
-        """-log density on [-1, 1] -> -log probability of levels, by the width of a level."""
-        levels_per_unit = self.num / 2 if is_dequantized else (self.num - 1) / 2
-        return nll_nats + num_dims * math.log(levels_per_unit)
-
 
 class Likelihood(nn.Module, ABC):
     levels: Levels
-    """What stored values stand for."""
-
-    needs_uniform: bool = False
-    """Whether `prepare` draws: it then needs uniform noise of the shape of the images."""
-
-    has_levels: bool = True
-    """Whether `log_prob` is, or stands for, that of discrete data, so that bits/dim mean
-    something."""
+    needs_uniform = False  # `prepare` draws: it needs uniform noise of the shape of the images
+    has_levels = True  # `log_prob` is, or stands for, that of discrete data: bits/dim are defined
 
     @abstractmethod
     def num_params(self, channels: int) -> int:
@@ -104,13 +91,13 @@ class Likelihood(nn.Module, ABC):
         return self.levels.centers(stored)
 
     def without_noise(self, stored: Tensor, prepared: Tensor) -> Tensor:
-        """The images of `prepare` as a network that compares pictures should see them: without
-        the noise of dequantisation, by which it would tell images from means."""
+        """The images of `prepare` without the noise of dequantisation, by which a network that
+        compares pictures would tell images from means."""
         return prepared
 
     def noise_free(self, stored: Tensor) -> Tensor:
-        """The very images, float32 in [-1, 1]: not dequantised, grey levels binarised at one half.
-        An encoder is shown these where its posterior is the result."""
+        """The very images, float32 in [-1, 1], for an encoder whose posterior is the result: not
+        dequantised, grey levels binarised at one half."""
         half = torch.full(stored.shape, 0.5, device=stored.device)
         return self.without_noise(stored, self.prepare(stored, half))
 

@@ -4,13 +4,11 @@ How a grey level becomes black or white is `likelihood.binarization`:
 
     dynamic     white with probability level/255, drawn anew at each use (Salakhutdinov & Murray
                 2008; Burda et al. 2016)
-    static      the same draw, made once for each image (as Larochelle & Murray 2011 fixed one in a
-                file): its noise is a hash of the image, so every use of an image gets the same.
-                A flipped or moved image is another image
+    static      the same draw, once for each image (as Larochelle & Murray 2011 fixed one in a
+                file): its noise is a hash of the image; a flipped image is another image
     threshold   white from half intensity on
-    soft        not at all: the intensity t stays a target, sum t log p + (1 - t) log (1 - p). A
-                cross-entropy, common in code, but the log-probability of no data: nats of it are no
-                bound on a likelihood, and bits/dim are not defined
+    soft        not at all: the intensity t stays a target, sum t log p + (1 - t) log (1 - p): a
+                cross-entropy, the log-probability of no data, without bits/dim
 """
 
 from __future__ import annotations

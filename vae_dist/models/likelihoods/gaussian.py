@@ -1,12 +1,12 @@
-"""Independent normal values, as a density or as probabilities of levels.
+"""Independent values with a mean and a variance: two densities, and probabilities of levels.
 
     gaussian               log p = -1/2 sum((x - mean)^2 / v + log v + log 2 pi),     v = sigma^2
+    laplace                log p = -sum(|x - mean| / b + log 2b),     b = sigma / sqrt(2)
     discretized_gaussian   log p = sum log(Phi((x + h - mean)/sigma) - Phi((x - h - mean)/sigma))
 
 with h half a level, and the bins of the lowest and the highest level open to infinity. The variance
 is `fixed`, or v = min_sigma^2 + exp(raw) with one learned `raw` (`shared`), one for each channel
-(`per_channel`) or one decoder output per value (`per_pixel`): a smooth floor, as if noise of
-min_sigma were added.
+(`per_channel`) or one decoder output per value (`per_pixel`): a smooth floor.
 
 A difference of two CDFs Phi loses all digits in the tails, where both are 0 or 1, and in bins that
 are narrow against sigma (16 bits), where they are equal. torch.special.log_ndtr has values for the
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from vae_dist.config.schema import LikelihoodConfig
 from vae_dist.models.likelihoods.base import Levels, Likelihood, above_floor, widened
 
+Moments = tuple[Tensor, Tensor]
+
 SQRT2 = math.sqrt(2.0)
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
-# Log-variance that a decoder output of 0 stands for: sigma = 1/2 fits images before training.
-INITIAL_LOG_VARIANCE = 2 * math.log(0.5)
-# Adam moves every parameter by about lr per step, whatever its gradient; log-variance has several
-# nats to go, which would take a single scalar 10,000 steps and more.
+INITIAL_LOG_VARIANCE = 2 * math.log(0.5)  # of a decoder output of 0: fits untrained means
+# Adam moves a parameter by about lr per step; log-variance has several nats to go
 LOG_VARIANCE_GAIN = 10.0
 
 
@@ -51,12 +51,12 @@ class NormalMoments(nn.Module):
         """Means, then raw log-variances if per_pixel."""
         return 2 * channels if self.variance == "per_pixel" else channels
 
-    def forward(self, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, params: Tensor) -> Moments:
         params = widened(params)
         mean = params.chunk(2, dim=1)[0] if self.variance == "per_pixel" else params
         raw = self._raw(params)
         if raw is None:
-            return mean, mean.new_full((), self.fixed_log_variance)  # a copy would be waited for
+            return mean, mean.new_full((), self.fixed_log_variance)
         return mean, above_floor(raw, self.floor_log_variance)
 
     def at_floor_fraction(self, params: Tensor) -> Tensor | None:
@@ -75,9 +75,7 @@ class NormalMoments(nn.Module):
         return raw.view(1, -1, 1, 1)
 
 
-class NormalLikelihood(Likelihood):
-    """Independent values, each with a mean and a variance."""
-
+class _OfMoments(Likelihood):
     def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
         super().__init__()
         self.moments = NormalMoments(config, channels=channels)
@@ -95,9 +93,8 @@ class NormalLikelihood(Likelihood):
         return mean + torch.exp(0.5 * log_variance) * noise
 
 
-class Density(NormalLikelihood):
-    """A density on [-1, 1]: of dequantised levels, of their centers, or of float images.
-    Subclasses set its shape."""
+class _Density(_OfMoments):
+    """A density on [-1, 1]: of dequantised levels, of their centers, or of float images."""
 
     def __init__(
         self, config: LikelihoodConfig, *, channels: int, levels: Levels, dequantize: bool
@@ -122,10 +119,11 @@ class Density(NormalLikelihood):
 
     def discrete_nll_nats(self, nll_nats: float, num_dims: int) -> float:
         nll_nats = super().discrete_nll_nats(nll_nats, num_dims)
-        return self.levels.nll_of_levels(nll_nats, num_dims, is_dequantized=self.needs_uniform)
+        per_unit = self.levels.per_unit(is_dequantized=self.needs_uniform)
+        return nll_nats + num_dims * math.log(per_unit)
 
 
-class Gaussian(Density):
+class Gaussian(_Density):
     def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
         mean, log_variance = self.moments(params)
         squares = (images - mean).square() * torch.exp(-log_variance)
@@ -135,12 +133,28 @@ class Gaussian(Density):
         return self._normal_draw(params, generator).clamp(-1.0, 1.0)
 
 
-class DiscretizedGaussian(NormalLikelihood):
-    """Probabilities of levels; images are centers of levels.
+class Laplace(_Density):
+    """`sigma` is the standard deviation here too."""
 
-    `mean` is that of the normal variable clipped to [-1, 1], which differs from the mean of the
-    levels by less than rounding to levels does.
-    """
+    def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
+        mean, log_scale = self._mean_and_log_scale(params)
+        return -((images - mean).abs() * torch.exp(-log_scale) + log_scale + math.log(2.0))
+
+    def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
+        mean, log_scale = self._mean_and_log_scale(params)
+        # the quantile function of u in (-1/2, 1/2); float32 draws come in steps of 2^-24
+        u = torch.rand(mean.shape, generator=generator, device=params.device) - 0.5
+        draw = -torch.sign(u) * torch.log1p(-2.0 * u.abs().clamp(max=0.5 - 2.0**-25))
+        return (mean + torch.exp(log_scale) * draw).clamp(-1.0, 1.0)
+
+    def _mean_and_log_scale(self, params: Tensor) -> Moments:
+        mean, log_variance = self.moments(params)
+        return mean, 0.5 * (log_variance - math.log(2.0))
+
+
+class DiscretizedGaussian(_OfMoments):
+    """Images are centers of levels; `mean` is that of the normal variable clipped to [-1, 1], that
+    of the levels to less than a level."""
 
     def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
         mean, log_variance = self.moments(params)

@@ -30,14 +30,10 @@ INITIAL_LOG_SCALE = math.log(0.25)
 
 
 class DiscretizedLogisticMixture(Likelihood):
-    """Images are centers of levels.
-
-    `mean` is the mean over components of their means, a component's being that of its logistic
-    variables clipped to [-1, 1], channel after channel, each given the means of those before it. It
-    is the mean of x but for rounding to levels and, where an earlier channel is clipped often and
-    the coupling is strong, for the bend of the clipping. `sample` is exact: channel after channel,
-    each rounded to a level before the next one sees it.
-    """
+    """Images are centers of levels. `mean` is the mean over components of logistic variables
+    clipped to [-1, 1], channel after channel, each given the means of those before it: that of x
+    but for rounding and for clipping that couples. `sample` is exact: each channel is rounded to a
+    level before the next one sees it."""
 
     def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
         super().__init__()
