@@ -5,7 +5,7 @@ code 1 if there is one. Every import statement counts, also those inside functio
 modules may import each other as long as no circle arises.
 
     verbs > training | evaluation | inference | packing > objectives | tracking
-          > models | data | run > distributed | randomness | files > config
+          > models | data | run > distributed | randomness > config | files
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
     frozenset({"training", "evaluation", "inference", "packing"}),
     frozenset({"objectives", "tracking"}),
     frozenset({"models", "data", "run"}),
-    frozenset({"distributed", "randomness", "files"}),
-    frozenset({"config"}),
+    frozenset({"distributed", "randomness"}),
+    frozenset({"config", "files"}),
 )
 
 

@@ -32,7 +32,7 @@ def checked_config(argv: list[str]) -> TrainConfig:
     """
     if problem := launch_problem(os.environ):
         raise ConfigError(problem)
-    from vae_dist.config.load import load_train_config  # OmegaConf takes longer than --help
+    from vae_dist.config.load import load_train_config
 
     config = load_train_config(argv)
     if problem := world_size_problem(config, int(os.environ.get("WORLD_SIZE", "1"))):

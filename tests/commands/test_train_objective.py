@@ -27,7 +27,7 @@ def test_auto_is_structure_where_no_weights_are_and_is_stored(
     options = (*OPTIONS, "perceptual.kind=auto", f"perceptual.weights={tmp_path}")
     assert train(run, digits, *options) == [0]
     assert "beside the bound: perceptual structure x 1" in capfd.readouterr().out
-    assert from_yaml((run / "config.yaml").read_text()).perceptual.kind == "structure"
+    assert from_yaml((run / "config.yaml").read_bytes()).perceptual.kind == "structure"
     assert rows(run)[4]["train/perceptual"] > 0
     assert train(run, digits, *options, "training.steps=6") == [0]  # it goes on with what it chose
     assert sorted(rows(run)) == [1, 2, 3, 4, 5, 6]

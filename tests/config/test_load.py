@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from vae_dist.config.keys import changed_numbers, flatten, help_text, keys, want
 from vae_dist.config.load import from_yaml, load_command, load_train_config, to_yaml
 from vae_dist.config.schema import TrainConfig
 
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(9 * ['*' + a])}]\n" for a, b in pairwise("abcdefghijkl")
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -169,6 +173,10 @@ def test_all_problems_come_at_once() -> None:
         ("data: 3\n", "configs/odd.yaml: data is a section"),
         ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
         ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
+        ("seed: " + "[" * 20 + "]" * 20, "odd.yaml: not readable as YAML: more than"),
+        ("a: &a [*a]\n", "odd.yaml: not readable as YAML: found unconstructable recursive"),
+        (LAUGHS, "odd.yaml: not readable as YAML: more than 100000 values or 16 levels"),
+        pytest.param("#" * 2**20 + "\n", "odd.yaml: larger than the 1048576 bytes", id="large"),
         ("seed: !!python/object/apply:os.getcwd []\n", "odd.yaml: seed=[] is not a whole number"),
         ("run: gr\udcf6\udcdfe\n", "configs/odd.yaml: cannot be read as UTF-8 text"),
     ],
@@ -191,9 +199,9 @@ def test_yaml_gives_back_the_same_config() -> None:
 
 def test_a_run_folders_yaml_is_checked() -> None:
     with pytest.raises(ConfigError) as caught:
-        from_yaml("config: a\ncolour: blue\nmodel: {towers: conv}\n", origin="old")
-    starts = "colour: there is no such key", "model.towers: there is", "data.train is missing"
-    for problem, start in zip(caught.value.problems, starts, strict=False):
+        from_yaml(b"config: a\ncolour: blue\nmodel: {towers: conv}\n", origin="old")
+    starts = "data.train is missing", "data.validation is", "colour: there is no such key", "model."
+    for problem, start in zip(caught.value.problems, starts, strict=True):
         assert problem.startswith(f"old: {start}")
 
 
@@ -214,9 +222,9 @@ def test_commands_load_and_refuse_alike() -> None:
     with pytest.raises(ConfigError) as caught:
         load_command(SampleCommand, ["checkpoint=newest", "num_image=3", "batch_size=0"])
     assert caught.value.problems == (
-        "num_image: there is no such key; did you mean num_images? (--help lists all)",
         "run is missing: run folder, for example runs/mnist; give run=...",
         "checkpoint=newest is none of latest, best, a step number",
+        "num_image: there is no such key; did you mean num_images? (--help lists all)",
         "batch_size=0 must be at least 1",
     )
 

@@ -1,14 +1,14 @@
-"""What a config must be: each knob by itself, and the rules between keys.
+"""What a config must be: each value by itself, and the rules between keys.
 
-In: a filled config dataclass. Out: one sentence for each broken rule (key, value, rule, remedy),
-found before any data is read or any device touched. With ips = training.batch_size / data.slots:
+In: values, or a filled config dataclass. Out: one sentence for each broken rule (key, value, rule,
+remedy), found before any data is read or any device touched. With the images of a slot
+ips = training.batch_size / data.slots:
 
     data.slots divides training.batch_size, ips divides training.microbatch_size
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 import re
@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
-from vae_dist.config.keys import Key, conditions, keys, set_default, shown, value_of
+from vae_dist.config.keys import Key, conditions, keys, shown, value_of
 from vae_dist.config.resolve import default_slots, has_buckets, images_per_slot, slots_of
 
 METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "rfid", "fid")
@@ -28,19 +28,24 @@ BOUNDS = {
     "le": (operator.le, "at most"),
     "lt": (operator.lt, "less than"),
 }
-# What stands in a knob's `form` beside plain words; `_is_a` is the grammar.
+COUNT = "[1-9][0-9]*"
+# What stands in a knob's `form` beside plain words: (what matches its text, words for it). Empty
+# expressions are decided by `_is_a`.
 FORMS = {
-    "COUNT": "a count 1, 2, ...",
-    "COUNTS": "a list of counts",
-    "CLASS": "a class 0, 1, ...",
-    "STEP": "a step number",
-    "SIZE": "N or [H, W] in pixels",
-    "BUCKETS": "aspect buckets {area: 65536, multiple: 16, max_aspect: 2.0} with "
-    "area >= multiple^2 and max_aspect >= 1",
-    "SHARDS": "a folder of *.tar, brace pattern, URL, list of these",
-    "MIXTURE": "[{path: SHARDS, weight: NUMBER}, ...] with weights above 0",
-    "PRIOR": "normal, gmm:K, gmm:K:full, gmm:K:diagonal; try prior=gmm:10",
-    "METRICS": f"one or several of {','.join(METRICS)}",
+    "COUNT": (COUNT, "a count 1, 2, ..."),
+    "COUNTS": (rf"\[{COUNT}(, {COUNT})*\]", "a list of counts"),
+    "CLASS": ("[0-9]+", "a class 0, 1, ..."),
+    "STEP": ("[0-9]+", "a step number"),
+    "SIZE": (rf"{COUNT}|\[{COUNT}, {COUNT}\]", "N or [H, W] in pixels"),
+    "PRIOR": (PRIOR, "normal, gmm:K, gmm:K:full, gmm:K:diagonal; try prior=gmm:10"),
+    "METRICS": ("", f"one or several of {','.join(METRICS)}"),
+    "SHARDS": ("", "a folder of *.tar, brace pattern, URL, list of these"),
+    "MIXTURE": ("", "[{path: SHARDS, weight: NUMBER}, ...] with weights above 0"),
+    "BUCKETS": (
+        "",
+        "aspect buckets {area: 65536, multiple: 16, max_aspect: 2.0} with area >= multiple^2 and "
+        "max_aspect >= 1",
+    ),
 }
 _PICTURES = "compares whole pictures, and data.mask={data.mask} says that pixels are missing"
 _ONE_DRAW = "is for one draw of z: objective.importance_samples={objective.importance_samples} not"
@@ -77,59 +82,20 @@ CONFLICTS = {
 }
 
 
-def problems(config: Any, wrong: Collection[str] = ()) -> list[str]:
-    """What is wrong with a config or a command, a sentence each; empty when nothing is.
-
-    A rule is left out where one of its keys is wrong by itself, as those in `wrong` are.
-    """
-    found: dict[str, str] = {}
-    for key in keys(type(config)).values():
-        if key.name not in wrong and (sentence := _problem(key, value_of(config, key.name))):
-            found[key.name] = sentence
-    sound, wrong = copy.deepcopy(config), {*wrong, *found}
-    for name in wrong & keys(type(config)).keys():
-        set_default(sound, name)  # rules need not guard against it
-    for about, sentence in _between(sound):
-        names = about.split()
-        if not wrong & set(names):
-            found.setdefault(names[0], sentence)
-    return [f"{_given(config, name)} {sentence}" for name, sentence in found.items()]
+# ---- one value ----
 
 
-def without_effect(config: Any) -> list[tuple[str, str]]:
-    """(key that is not at its default and does nothing, key that takes its effect)."""
-    return [
-        (name, other)
-        for name, key in keys(type(config)).items()
-        if value_of(config, name) != key.default and (other := failing(key.when, config))
-    ]
-
-
-def failing(rule: str, config: Any) -> str:
-    """The key of the first condition that does not hold; empty where all do."""
-    for name, is_not, values in conditions(rule):
-        if (shown(value_of(config, name)) in values) == is_not:
-            return name
-    return ""
-
-
-def _given(config: Any, name: str) -> str:
-    return f"{name}={shown(value_of(config, name))}"
-
-
-# ---- one key ----
-
-
-def _problem(key: Key, value: Any) -> str:
-    """What is wrong with the value by itself; empty when nothing is."""
+def problem_of(key: Key, value: Any) -> str:
+    """What is wrong with the value by itself, without the key; empty when nothing is."""
     if key.form:
-        parts = key.form.split()
-        if any(_is_a(part, value) if part in FORMS else part == shown(value) for part in parts):
-            return ""
-        return f"is none of {', '.join(FORMS.get(part, part) for part in parts)}"
-    for number in value if isinstance(value, list) else [value]:
-        for name, (is_inside, words) in BOUNDS.items():
-            bound = getattr(key, name)
+        forms = {form: FORMS.get(form, (form, form)) for form in key.form.split()}
+        for form, (expression, _) in forms.items():
+            if re.fullmatch(expression, str(value)) if expression else _is_a(form, value):
+                return ""
+        return f"is none of {', '.join(words for _, words in forms.values())}"
+    for name, (is_inside, words) in BOUNDS.items():
+        bound = getattr(key, name)
+        for number in value if isinstance(value, list) else [value]:
             if bound is not None and not is_inside(number, bound):
                 return f"must be {words} {shown(bound)}"
     return ""
@@ -137,18 +103,14 @@ def _problem(key: Key, value: Any) -> str:
 
 def _is_a(form: str, value: Any) -> bool:
     match form, value:
-        case (("COUNT" | "CLASS" | "SIZE"), int()):  # true is no count
-            return type(value) is int and value >= (form != "CLASS")
-        case "SIZE", [height, width]:
-            return _is_a("COUNT", height) and _is_a("COUNT", width)
-        case "COUNTS", [_, *_]:
-            return all(_is_a("COUNT", item) for item in value)
-        case "STEP", str():
-            return value.isascii() and value.isdigit()
-        case "BUCKETS", {"area": area, "multiple": multiple, "max_aspect": aspect, **rest}:
-            is_whole = _is_a("COUNT", area) and _is_a("COUNT", multiple) and not rest
-            is_ratio = isinstance(aspect, int | float) and 1 <= aspect < math.inf
-            return is_whole and area >= multiple**2 and is_ratio
+        case "BUCKETS", {
+            "area": int(area),
+            "multiple": int(multiple),
+            "max_aspect": aspect,
+            **rest,
+        }:
+            is_whole = not rest and area >= multiple**2 and multiple > 0
+            return is_whole and _is_number(aspect) and aspect >= 1
         case "SHARDS", str():
             return bool(value.strip())
         case "SHARDS", [_, *_]:
@@ -159,14 +121,15 @@ def _is_a(form: str, value: Any) -> bool:
             return all(_is_a("PART", part) for part in value)
         case "PART", {"path": path, **rest}:
             weight: Any = rest.pop("weight", 1)
-            is_weight = isinstance(weight, int | float) and 0 < weight < math.inf
-            is_index = isinstance(rest.pop("index", ""), str)
-            return is_weight and is_index and not rest and _is_a("SHARDS", path)
-        case "PRIOR", str():
-            return re.fullmatch(PRIOR, value) is not None
+            is_part = isinstance(rest.pop("index", ""), str) and not rest
+            return is_part and _is_a("SHARDS", path) and _is_number(weight) and weight > 0
         case "METRICS", _:
             return set(metric_names(value)) <= set(METRICS)
     return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def mixture_prior(prior: str) -> tuple[int, str]:
@@ -184,33 +147,74 @@ def metric_names(value: Any) -> list[str]:
 # ---- several keys ----
 
 
-def _between(config: Any) -> Iterator[tuple[str, str]]:
-    """(keys, what is said of the first one) for each broken rule between keys."""
-    known = keys(type(config))
-    is_training = "training.batch_size" in known
-    for rule, sentence in CONFLICTS.items() if is_training else ():
-        if not failing(rule, config):
-            values = re.sub(r"{([a-z_.]+)}", lambda m: shown(value_of(config, m[1])), sentence)
-            yield " ".join(name for name, *_ in conditions(rule)), values
-    rules = (_slots, _widths, _steps) if is_training else (_of_command,)
-    for broken in rules:
-        yield from broken(config)
-    for name, other in without_effect(config):
+def broken_rules(config: Any, wrong: Collection[str] = ()) -> list[str]:
+    """What is wrong between keys, a sentence for each first key.
+
+    A rule is left out where one of its keys is in `wrong`: these have another value in `config`
+    than was asked for.
+    """
+    found: dict[str, str] = {}
+    for about, sentence in _broken(config):
+        names = about.split()
+        if not set(wrong).intersection(names):
+            found.setdefault(names[0], f"{_given(config, names[0])} {sentence}")
+    return list(found.values())
+
+
+def without_effect(config: Any) -> list[tuple[Key, str]]:
+    """(key that is not at its default and does nothing, key that takes its effect)."""
+    return [
+        (key, other)
+        for name, key in keys(type(config)).items()
+        if value_of(config, name) != key.default and (other := _failing(key.when, config))
+    ]
+
+
+def _failing(rule: str, config: Any) -> str:
+    """The key of the first condition that does not hold; empty where all do."""
+    for name, is_not, values in conditions(rule):
+        if (shown(value_of(config, name)) in values) == is_not:
+            return name
+    return ""
+
+
+def _given(config: Any, name: str) -> str:
+    return f"{name}={shown(value_of(config, name))}"
+
+
+def _broken(config: Any) -> Iterator[tuple[str, str]]:
+    """(keys, what is said of the first one) for each broken rule."""
+    if hasattr(config, "training"):
+        for rule, sentence in CONFLICTS.items():
+            if not _failing(rule, config):
+                text = re.sub(r"{([a-z_.]+)}", lambda m: shown(value_of(config, m[1])), sentence)
+                yield " ".join(name for name, *_ in conditions(rule)), text
+        for rules in (_slots, _widths, _steps):
+            yield from rules(config)
+    metrics = {name[:3] for name in metric_names(getattr(config, "metrics", ""))}
+    if getattr(config, "metric_weights", "") and not metrics & {"lpi", "rfi", "fid"}:
+        yield "metric_weights metrics", "has no effect without lpips, lpips_alex, rfid or fid"
+    for key, other in without_effect(config):
         sentence = f"has no effect with {_given(config, other)}; remove it"
-        yield f"{name} {other}", f"{sentence} (default {shown(known[name].default)})"
+        yield f"{key.name} {other}", f"{sentence} (default {shown(key.default)})"
 
 
 def _slots(c: Any) -> Iterator[tuple[str, str]]:
     """The slots of a batch, and what holds whole ones."""
-    size, slots, per_slot = c.training.batch_size, slots_of(c), images_per_slot(c)
-    microbatch, about = c.training.microbatch_size, "training.batch_size data.slots data.resolution"
+    size, microbatch, buckets = c.training.batch_size, c.training.microbatch_size, has_buckets(c)
+    slots, per_slot = slots_of(c), images_per_slot(c)
+    about = "training.batch_size data.slots data.resolution"
     if size % slots:
         near = " or ".join(str(n) for n in (size - size % slots, size - size % slots + slots) if n)
-        default = default_slots(size, buckets=has_buckets(c))
-        sentence = f"is not a multiple of data.slots={slots}"
-        yield about, f"{sentence}; try training.batch_size={near}, or data.slots={default}"
+        yield (
+            about,
+            (
+                f"is not a multiple of data.slots={slots}; try training.batch_size={near}, "
+                f"or data.slots={default_slots(size, buckets=buckets)}"
+            ),
+        )
         return
-    for name in ("training.microbatch_size", "data.window")[: 1 + has_buckets(c)]:
+    for name in ("training.microbatch_size", "data.window")[: 1 + buckets]:
         count = value_of(c, name)
         if isinstance(count, int) and count % per_slot:
             fitting = max(per_slot, count - count % per_slot)
@@ -218,10 +222,10 @@ def _slots(c: Any) -> Iterator[tuple[str, str]]:
             yield f"{name} {about}", sentence
     if microbatch != "auto" and microbatch > size:
         yield f"training.microbatch_size {about}", f"is more than training.batch_size={size}; use 0"
-    if has_buckets(c) and c.model.latent == "vector":
+    if buckets and c.model.latent == "vector":
         sentence = "makes images of several sizes; use model.latent=spatial, or data.resolution=N"
         yield "data.resolution", sentence
-    if has_buckets(c) and c.runtime.parallel == "fsdp" and microbatch != per_slot:
+    if buckets and c.runtime.parallel == "fsdp" and microbatch != per_slot:
         # FSDP gathers weights in each forward, so ranks need equally many
         sentence = f"with aspect buckets needs training.microbatch_size={per_slot}, a slot's images"
         yield f"runtime.parallel training.microbatch_size {about}", f"{sentence}; or use ddp"
@@ -230,10 +234,9 @@ def _slots(c: Any) -> Iterator[tuple[str, str]]:
 def _widths(c: Any) -> Iterator[tuple[str, str]]:
     """The channels of a convolutional model."""
     widths, blocks = c.model.channels, c.model.blocks
-    common, last = math.gcd(*widths), widths[-1]
     if c.model.arch == "dense":
         return
-    if common % c.model.norm_groups:
+    if (common := math.gcd(*widths)) % c.model.norm_groups:
         sentence = f"does not divide every width of model.channels={shown(widths)}; {common} does"
         yield "model.norm_groups model.channels", sentence
     if isinstance(blocks, list) and len(blocks) != len(widths):
@@ -245,20 +248,20 @@ def _widths(c: Any) -> Iterator[tuple[str, str]]:
         if 4 * above % below:
             sentence = "each width must divide four times the one before it"
             yield "model.channels", f"has no shortcut from {above} to {below} channels: {sentence}"
-    if c.model.latent == "spatial" and last % c.model.latent_channels:
-        sentence = f"does not divide the last width, {last}, as model.dc_shortcuts=true needs"
+    if c.model.latent == "spatial" and widths[-1] % c.model.latent_channels:
+        sentence = f"does not divide the last width, {widths[-1]}, as model.dc_shortcuts=true needs"
         yield "model.latent_channels model.channels", sentence
 
 
 def _steps(c: Any) -> Iterator[tuple[str, str]]:
     """What needs steps of a run, and the rest."""
-    objective, start, steps = c.objective, c.adversarial.start_step, c.training.steps
-    cycles, warmup = objective.beta_cycles, c.adversarial.warmup_steps
-    needed = (2 * cycles - 1) * objective.beta_warmup_steps
+    cycles, steps = c.objective.beta_cycles, c.training.steps
+    needed = (2 * cycles - 1) * c.objective.beta_warmup_steps
     if cycles > 1 and needed > steps:
         most = f"try objective.beta_warmup_steps={steps // (2 * cycles)}"
         sentence = f"rises take {needed} steps, more than training.steps={steps}; {most}"
         yield "objective.beta_cycles objective.beta_warmup_steps training.steps", sentence
+    start, warmup = c.adversarial.start_step, c.adversarial.warmup_steps
     if c.adversarial.weight and start + warmup >= steps:
         sentence = f"and adversarial.warmup_steps={warmup} leave no step of training.steps={steps}"
         yield "adversarial.start_step adversarial.warmup_steps", f"{sentence}; lower them"
@@ -271,9 +274,3 @@ def _steps(c: Any) -> Iterator[tuple[str, str]]:
         given = f"{_given(c, 'data.train')} and {_given(c, 'data.validation')}"
         sentence = f"writes FOLDER/train and FOLDER/validation, but {given}; give these two"
         yield "data.bundled data.train data.validation", sentence
-
-
-def _of_command(c: Any) -> Iterator[tuple[str, str]]:
-    metrics = {name[:3] for name in metric_names(getattr(c, "metrics", ""))}
-    if getattr(c, "metric_weights", "") and not metrics & {"lpi", "rfi", "fid"}:
-        yield "metric_weights metrics", "has no effect without lpips, lpips_alex, rfid or fid"

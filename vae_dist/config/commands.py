@@ -1,6 +1,6 @@
 """Every key of the other commands: `evaluate`, `sample`, `pack` and the rest.
 
-Structured configs as in `vae_dist.config.schema`, filled by `vae_dist.config.load`; the rules
+Dataclasses as in `vae_dist.config.schema`, filled by `vae_dist.config.load`; the rules
 between their keys are in `vae_dist.config.checks`. No torch is imported.
 """
 

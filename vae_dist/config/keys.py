@@ -1,8 +1,7 @@
 """What a knob is: default, description, range and form, and the flat view of a config.
 
 A config class is a dataclass whose fields come from `knob` and `section`. In: such a class, or a
-filled instance. Out: one `Key` for each knob, by dotted name, and what is made of these: the text
-of `--help`, values as one types them, the differences of two configs.
+filled instance. Out: one `Key` for each knob, by dotted name, and what is made of these.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-MISSING = "???"  # OmegaConf's mark of a value that must be given
+MISSING = "???"  # the default of a knob whose value must be given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +51,21 @@ def section(cls: type, **rules: Any) -> Any:
 
 
 class Section:
-    """Base of the config classes: `freeze` makes an instance read-only; copies are not."""
+    """Base of the config classes. A frozen one is read-only, its copies are not."""
+
+    def freeze(self) -> None:
+        for value in [*vars(self).values()]:
+            if isinstance(value, Section):
+                value.freeze()
+        vars(self)["is_frozen"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_is_frozen"):
+        if "is_frozen" in vars(self):
             raise AttributeError(f"{name}: the config is read-only once it is resolved")
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_is_frozen"}
-
-
-def freeze(config: Section) -> None:
-    for value in vars(config).copy().values():
-        if isinstance(value, Section):
-            freeze(value)
-    vars(config)["_is_frozen"] = True
+        return {name: value for name, value in vars(self).items() if name != "is_frozen"}
 
 
 _KNOWN: dict[type, dict[str, Key]] = {}
@@ -83,18 +81,19 @@ def keys(cls: type) -> dict[str, Key]:
 def _walk(cls: type, prefix: str, outer: Mapping[str, Any]) -> Iterator[Key]:
     types = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        name, kind = prefix + field.name, types[field.name]
+        name, kind, rules = prefix + field.name, types[field.name], field.metadata
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
-            yield from _walk(kind, name + ".", field.metadata)
+            yield from _walk(kind, name + ".", rules)
             continue
-        rules = {**outer, **field.metadata}
-        inherited, own = outer.get("when", "").split(), field.metadata.get("when", "").split()
-        here = [c for c in inherited if c.partition("=")[0].rstrip("!") != name]
-        here += [c if "." in c.partition("=")[0] else prefix + c for c in own]
+        when = [text for text in outer.get("when", "").split() if not text.startswith(name)]
+        when += [
+            text if "." in text.partition("=")[0] else prefix + text
+            for text in rules.get("when", "").split()
+        ]
         make = field.default_factory
         default = field.default if make is dataclasses.MISSING else make()
-        yield Key(name, kind, default, **{**rules, "when": " ".join(here)})
+        yield Key(name, kind, default, **{**outer, **rules, "when": " ".join(when)})
 
 
 def conditions(text: str) -> list[tuple[str, bool, list[str]]]:
@@ -107,11 +106,9 @@ def value_of(config: Any, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
 
 
-def set_default(config: Any, name: str) -> None:
-    """Give the key its default again."""
+def set_value(config: Any, name: str, value: Any) -> None:
     section, _, leaf = name.rpartition(".")
-    holder = value_of(config, section) if section else config
-    setattr(holder, leaf, getattr(type(holder)(), leaf))
+    setattr(value_of(config, section) if section else config, leaf, value)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -131,17 +128,17 @@ def changed_numbers(old: Any, new: Any) -> list[str]:
 
 def shown(value: Any) -> str:
     """A value as one would type it on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        case list() | tuple():
+            return f"[{', '.join(map(shown, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
     return str(value)
 
 

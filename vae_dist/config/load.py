@@ -8,31 +8,34 @@ A key that a later one leaves without effect goes back to its default: adversari
 command line is enough over a file with an adversarial recipe. Out: an instance of the schema's
 dataclass, or one ConfigError that lists every problem found. Values follow YAML 1.2: `[1, 2]` is a
 list, `3e-4` and `010` are numbers, `null` is nothing, `on` and `1_000` are words; keys that take
-text take it as it stands. No torch is imported.
+text take it as it stands. Files are read with bounds: a run folder may come from somebody else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from vae_dist.config import checks
+from vae_dist.config.checks import broken_rules, problem_of, without_effect
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import MISSING, Key, keys, set_default, shown
+from vae_dist.config.keys import MISSING, Key, keys, set_value, shown
 from vae_dist.config.schema import TrainConfig
+from vae_dist.files import read_bounded
 
 T = TypeVar("T")
 Layer = tuple[str, dict[str, Any]]  # a file's path (empty: command line); its settings, as text
-TEXT = (str, str | None)
 EXPECTED: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -41,6 +44,8 @@ EXPECTED: dict[Any, str] = {
     list[float]: "a list of numbers, as in [0.5, 1]",
     list[str]: "a list of words, as in [a, b]",
 }
+WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+MAX_FILE_BYTES, MAX_DEPTH, MAX_VALUES = 2**20, 16, 100_000  # of a YAML file, aliases written out
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -48,10 +53,11 @@ class _Yaml(yaml.BaseLoader):
     """Every scalar as text; each key once."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        if twice := {str(name) for name in names if names.count(name) > 1}:
-            raise yaml.YAMLError(f"found {', '.join(twice)} twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            names = Counter(str(key.value) for key, _ in node.value)
+            raise yaml.YAMLError(f"found {names.most_common(1)[0][0]} twice{node.start_mark}")
+        return mapping
 
 
 def load_train_config(argv: list[str]) -> TrainConfig:
@@ -79,15 +85,15 @@ def load_command(cls: type[T], argv: list[str]) -> T:
     return _checked(cls, [("", _arguments(argv, problems))], problems)
 
 
-def to_yaml(config: TrainConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: TrainConfig) -> bytes:
+    values = dataclasses.asdict(config)
+    return bytes(yaml.safe_dump(values, encoding="utf-8", sort_keys=False, allow_unicode=True))
 
 
-def from_yaml(text: str, *, origin: str = "config.yaml") -> TrainConfig:
-    """The config that `to_yaml` wrote. Keys and types are checked, rules between keys are not."""
+def from_yaml(data: bytes, *, origin: str = "config.yaml") -> TrainConfig:
+    """The config that `to_yaml` wrote. Each value is checked, rules between keys are not."""
     problems: list[str] = []
-    layer = (origin, dict(_flat(_parsed(text, origin))))
-    config, _ = _fill(TrainConfig, [layer], problems)
+    config, _ = _fill(TrainConfig, [(origin, dict(_flat(_parsed(data, origin))))], problems)
     if problems:
         raise ConfigError(problems)
     return config
@@ -126,9 +132,12 @@ def _layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         names = " -> ".join(link.name for link in chain)
         raise ConfigError(f"{path}: base leads back to the file itself: {names}; remove one base")
     try:
-        values = _parsed(path.read_text("utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        data = read_bounded(path, MAX_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    values = _parsed(data, str(path))
     base = values.pop("base", None)
     own = (str(path), dict(_flat(values)))
     if base is None:
@@ -141,15 +150,32 @@ def _layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
 # ---- reading ----
 
 
-def _parsed(text: str, origin: str) -> dict[str, Any]:
+def _parsed(data: bytes, origin: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, _Yaml) or {}
+        values = yaml.load(data.decode("utf-8-sig"), _Yaml) or {}
+        _check_extent(values)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{origin}: cannot be read as UTF-8 text ({error})") from None
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise ConfigError(f"{origin}: not readable as YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: holds no keys; write one `key: value` per line")
     return values
+
+
+def _check_extent(values: Any) -> None:
+    """Aliases that repeat each other make a small file large. Raises YAMLError."""
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        parts = (one.values() if isinstance(one, dict) else one for one in level)
+        level = list(islice((item for part in parts for item in part), MAX_VALUES))
+        if len(level) == MAX_VALUES:
+            break
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise yaml.YAMLError(f"more than {MAX_VALUES} values or {MAX_DEPTH} levels")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -177,33 +203,38 @@ def _arguments(argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _value(key: Key, text: Any) -> Any:
-    """What the text says to the key: numbers where it takes them, otherwise text as it stands."""
-    if isinstance(text, dict):  # the weight of a data set in a mixture is a number
-        return {
-            name: _scalar(t) if name == "weight" else _value(key, t) for name, t in text.items()
-        }
-    if isinstance(text, list):
-        return [_value(key, item) for item in text]
-    if text and re.match("~[^/]*/", text):  # what a shell leaves after the = of key=~/...
-        return os.path.expanduser(text)
-    takes_text = key.is_text or key.type in (*TEXT, list[str])
-    takes_text = takes_text or any(isinstance(choice, str) for choice in key.choices)
-    is_null = text in ("null", "~") or (not text and key.type == str | None)
-    return text if takes_text and not is_null else _scalar(text)
-
-
-def _scalar(text: Any) -> Any:
-    """YAML 1.2's reading (its core schema, but for infinity and NaN)."""
+def _typed(kind: Any, text: Any, *, is_text: bool) -> Any:
+    """What the text says to a key of this type. Raises ValueError where that is nothing."""
+    if isinstance(text, list) and (kind is Any or get_origin(kind) is list):
+        kinds = get_args(kind) or [Any]
+        return [_typed(kinds[0], item, is_text=is_text) for item in text]
+    if isinstance(text, dict) and kind is Any:  # the weight of a data set is a number
+        return {n: _typed(Any, t, is_text=is_text and n != "weight") for n, t in text.items()}
     if not isinstance(text, str):
-        return text
-    words = {"": None, "~": None, "null": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
+        raise ValueError
+    if re.match("~[^/]*/", text):  # what a shell leaves after the = of key=~/...
+        text = os.path.expanduser(text)
+    if get_origin(kind) is Literal:
+        return {str(choice): choice for choice in get_args(kind)}[text]
+    if kind == str | None and not text:
+        return None
+    is_text = is_text or kind in (str, str | None)
+    value = text if is_text and text not in ("null", "~") else _scalar(text)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+        return value
+    raise ValueError
+
+
+def _scalar(text: str) -> Any:
+    """YAML 1.2's reading (its core schema, but for infinity and NaN)."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
     if re.fullmatch("[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40}", text):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
-        return float(text)
+        return float(text) if math.isfinite(float(text)) else text
     return text
 
 
@@ -215,49 +246,43 @@ def _fill(cls: type[T], layers: list[Layer], problems: list[str]) -> tuple[T, se
 
     Appends what is wrong or missing to `problems`.
     """
-    tree, known = OmegaConf.structured(cls), keys(cls)
+    config, known = cls(), keys(cls)
+    required = {name: MISSING for name, key in known.items() if key.default == MISSING}
+    layers = [(layers[-1][0], required), *layers]
     given = {name: (origin, text) for origin, values in layers for name, text in values.items()}
     wrong: set[str] = set()
     for name, (origin, text) in given.items():
-        sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
+        sentence = _set(config, known[name], text) if name in known else _unknown(cls, name)
         if sentence:
-            problems.append(_from(origin, sentence))
+            problems.append(f"{origin}: {sentence}" if origin else sentence)
             wrong.add(name)
-    for name, key in known.items():
-        if key.default == MISSING and (name not in given or name in wrong):
-            OmegaConf.update(tree, name, "")  # lets the other keys be checked
-            sentence = f"{name} is missing: {key.help}; give {name}=..."
-            problems += [] if name in wrong else [_from(layers[-1][0], sentence)]
-            wrong.add(name)
-    config: Any = OmegaConf.to_object(tree)
     return config, wrong
 
 
-def _from(origin: str, sentence: str) -> str:
-    return f"{origin}: {sentence}" if origin else sentence
-
-
-def _set(tree: Any, key: Key, text: Any) -> str:
+def _set(config: Any, key: Key, text: Any) -> str:
     """Set the value; what is wrong with it otherwise."""
-    value = _value(key, text)
-    if "${" in str(value):  # OmegaConf would evaluate it: environment, other keys, resolvers
+    if text == MISSING:
+        return f"{key.name} is missing: {key.help}; give {key.name}=..."
+    if "${" in str(text):  # other programs put the environment or other keys there
         return f"{key.name}: ${{...}} is not evaluated; write the value"
     try:
-        OmegaConf.update(tree, key.name, value, merge=False)
-        is_kept = OmegaConf.select(tree, key.name) == value  # not converted, as "on" would be
-    except OmegaConfBaseException:
-        is_kept = False
-    return "" if is_kept else _wrong_value(key, text)
+        value = _typed(key.type, text, is_text=key.is_text)
+    except (ValueError, KeyError):
+        return _wrong_type(key, text)
+    if sentence := problem_of(key, value):
+        return f"{key.name}={shown(value)} {sentence}"
+    set_value(config, key.name, value)
+    return ""
 
 
 def _checked(cls: type[T], layers: list[Layer], problems: list[str]) -> T:
     """The filled config. Raises ConfigError with `problems`, its own and the rules it breaks."""
     config, wrong = _fill(cls, layers, problems)
     level = {name: number for number, (_, values) in enumerate(layers) for name in values}
-    for name, other in list(checks.without_effect(config)):
-        if level.get(name, 0) < level.get(other, 0):  # what came later switched it off
-            set_default(config, name)
-    problems += checks.problems(config, wrong)
+    for key, other in without_effect(config):
+        if level.get(key.name, 0) < level.get(other, 0):  # what came later switched it off
+            set_value(config, key.name, copy.copy(key.default))
+    problems += broken_rules(config, wrong)
     if problems:
         raise ConfigError(problems)
     return config
@@ -279,13 +304,13 @@ def _unknown(cls: type, name: str) -> str:
     return f"{name}: there is no such key{_did_you_mean(*guesses)} (--help lists all)"
 
 
-def _wrong_value(key: Key, text: Any) -> str:
-    value, choices = _value(key, text), [str(choice) for choice in key.choices]
+def _wrong_type(key: Key, text: Any) -> str:
+    choices = [str(choice) for choice in key.choices]
     words = f"one of {', '.join(choices)}" if choices else EXPECTED.get(key.type, "text")
-    sentence = f"{key.name}={shown(text)} is not {words}"
+    sentence, value = f"{key.name}={shown(text)} is not {words}", _scalar(str(text))
     if key.type is int and isinstance(value, float) and value.is_integer():  # 1e5
         return f"{sentence}; write {key.name}={int(value)}"
-    return sentence + _did_you_mean(*get_close_matches(str(value), choices, n=1))
+    return sentence + _did_you_mean(*get_close_matches(str(text), choices, n=1))
 
 
 def _did_you_mean(*guesses: str) -> str:

@@ -14,13 +14,13 @@ import math
 from dataclasses import dataclass
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import freeze
 from vae_dist.config.schema import TrainConfig
 
 MAX_AUTOMATIC_SLOTS = 64
 MAX_AUTOMATIC_WINDOW = 32  # samples of a lane; with aspect buckets slots of a lane
 MIN_IMAGES_OF_BUCKET = 4  # of a slot, which goes through the model as one shape
 MIN_SLOTS_OF_WINDOW = 4  # with aspect buckets: enough to sort by aspect
+EVALUATION_BATCH = 32  # images at most, where the microbatch is found while training
 COMPILED = ("true", "blocks")  # values of runtime.compile
 SIXTEEN_BITS = ("bf16", "fp16")  # of training.precision
 
@@ -34,6 +34,7 @@ class Facts:
     has_lpips: bool = False  # every rank finds the weights of LPIPS without a network
     compiler_problem: str | None = None  # what some rank lacks for torch.compile
     mean_sample_bytes: float | None = None  # of the training shards; None until they are known
+    world: int = 1  # processes
 
 
 def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
@@ -51,6 +52,7 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
         config.perceptual.kind = "lpips" if facts.has_lpips else "structure"
     if training.precision == "auto":
         training.precision = "bf16" if facts.has_bf16 else "no"
+    is_on_16_bits = facts.has_accelerator and training.precision in SIXTEEN_BITS
     if runtime.compile == "auto":
         is_fixed = runtime.parallel == "ddp" and not has_any_size(config)
         can_compile = facts.has_accelerator and facts.compiler_problem is None
@@ -58,11 +60,15 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
     is_compiled = runtime.compile in COMPILED
     if runtime.channels_last == "auto":
         # in eager mode GroupNorm goes back to the other layout, and back again
-        is_fast = facts.has_accelerator and training.precision in SIXTEEN_BITS
-        runtime.channels_last = "true" if is_fast and is_compiled else "false"
+        runtime.channels_last = "true" if is_on_16_bits and is_compiled else "false"
     if is_compiled and has_buckets(config) and training.microbatch_size == 0:
         # how many slots of a step share a bucket varies: each number would be a shape of its own
         training.microbatch_size = images_per_slot(config)
+    if config.evaluation.batch_size == "auto":
+        share = max(1, training.batch_size // facts.world)
+        fitting = min(share, EVALUATION_BATCH)
+        microbatch = training.microbatch_size
+        config.evaluation.batch_size = fitting if microbatch == "auto" else microbatch or share
     if training.precision == "fp16" and not facts.has_accelerator:
         raise ConfigError("training.precision=fp16 needs an accelerator; use bf16 or no")
     problem = facts.compiler_problem
@@ -70,7 +76,7 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
         problem = problem or "torch 2.13 gets gradients of bfloat16 wrong on CPU"
     if is_compiled and problem:
         raise ConfigError(f"runtime.compile={runtime.compile}: {problem}; use false")
-    freeze(config)
+    config.freeze()
     return config
 
 
@@ -92,10 +98,9 @@ def has_any_size(config: TrainConfig) -> bool:
 
 def default_slots(batch_size: int, *, buckets: bool = False) -> int:
     """What data.slots=0 stands for: the most slots that divide the batch, with limits."""
-    largest = min(MAX_AUTOMATIC_SLOTS, batch_size)
-    if buckets:
-        largest = max(1, min(largest, batch_size // MIN_IMAGES_OF_BUCKET))
-    return max(part for part in divisors(batch_size) if part <= largest)
+    largest = max(1, batch_size // MIN_IMAGES_OF_BUCKET) if buckets else batch_size
+    fitting = range(1, min(largest, MAX_AUTOMATIC_SLOTS) + 1)
+    return max(part for part in fitting if batch_size % part == 0)
 
 
 def slots_of(config: TrainConfig) -> int:
@@ -113,11 +118,10 @@ def world_size_problem(config: TrainConfig, world: int) -> str | None:
     slots = slots_of(config)
     if slots % world == 0:
         return None
-    fitting = ", ".join(str(part) for part in divisors(slots))
     return (
         f"{world} processes cannot share data.slots={slots} evenly; the numbers of processes that "
-        f"work are {fitting}. Start one of these, or begin a run with data.slots set to a multiple "
-        f"of {world} that divides training.batch_size"
+        f"work are {', '.join(map(str, divisors(slots)))}. Start one of these, or begin a run with "
+        f"data.slots set to a multiple of {world} that divides training.batch_size"
     )
 
 

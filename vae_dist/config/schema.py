@@ -1,6 +1,6 @@
 """Every knob of a training run: default, unit, range, choices, effect on the numbers.
 
-The classes below are OmegaConf structured configs; `vae_dist.config.load` fills them from YAML and
+The classes below are dataclasses; `vae_dist.config.load` fills them from YAML and
 the command line, `vae_dist.config.checks` holds the rules between keys. Defaults live here alone.
 No torch is imported, so that `--help` and config errors come at once.
 
@@ -225,7 +225,9 @@ class TrainingConfig(Section):
 @dataclass
 class EvaluationConfig(Section):
     every: int = knob(1000, "steps between evaluations (0: only at the end)", ge=0)
-    batch_size: int = knob(256, "images per forward of one process", ge=1)
+    batch_size: Any = knob(
+        "auto", "images per forward of one process (auto: the microbatch)", form="auto COUNT"
+    )
 
 
 @dataclass

@@ -87,14 +87,14 @@ class RunFolder:
     def config(self) -> TrainConfig:
         """The resolved config of the run. Raises ConfigError when this is no run folder."""
         try:
-            text = self.config_path.read_text()
+            data = self.config_path.read_bytes()
         except OSError:
             raise ConfigError(
                 self.lost_config()
                 or f"run={self.path}: no run folder (it has no config.yaml); "
                 "give the folder that vae_dist.train wrote, for example runs/mnist"
             ) from None
-        return from_yaml(text)
+        return from_yaml(data)
 
     def lost_config(self) -> str:
         """That checkpoints are there without their config; empty where it is not so."""
@@ -107,7 +107,7 @@ class RunFolder:
         )
 
     def write_config(self, config: TrainConfig) -> None:
-        write_durably(self.config_path, to_yaml(config).encode())
+        write_durably(self.config_path, to_yaml(config))
 
     def status(self) -> dict[str, Any]:
         try:

@@ -25,7 +25,7 @@ import torch
 
 from vae_dist.files import redacted, write_durably
 
-PACKAGES = ("vae_dist", "torch", "accelerate", "webdataset", "wandb", "numpy", "omegaconf")
+PACKAGES = ("vae_dist", "torch", "accelerate", "webdataset", "wandb", "numpy")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 SLURM_VARIABLES = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "NODELIST", "RESTART_COUNT")
 

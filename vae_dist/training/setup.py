@@ -135,7 +135,13 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
     )
     bf16, lpips, problems = zip(*of_ranks, strict=True)
     problem = next((problem for problem in problems if problem is not None), None)
-    return Facts(on_gpu, has_bf16=all(bf16), has_lpips=all(lpips), compiler_problem=problem)
+    return Facts(
+        on_gpu,
+        has_bf16=all(bf16),
+        has_lpips=all(lpips),
+        compiler_problem=problem,
+        world=runtime.world,
+    )
 
 
 def _supervised(
