@@ -63,7 +63,7 @@ def test_the_column_of_the_class_may_be_named(
     assert labelled(tmp_path, text, ["0.png"]).items[0].category is None
     assert "hold no label or class or category: no classes" in capsys.readouterr().err
     (item,) = labelled(tmp_path, text, ["0.png"], label_column="species").items
-    assert item.category == 4 and item.extra is None
+    assert item.category == 4 and not item.extra
 
 
 @pytest.mark.parametrize(

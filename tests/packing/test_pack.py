@@ -19,7 +19,7 @@ from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.settings import image_settings
 from vae_dist.pack import main
-from vae_dist.packing.items import InFile, Item
+from vae_dist.packing.items import Item, Place
 
 COUNT = 60
 
@@ -173,7 +173,7 @@ def test_wrong_keys(
     assert message in capsys.readouterr().err
 
 
-ITEM = Item("a.png", InFile("x"), 10, None, 3, {"age": 4})
+ITEM = Item("a.png", Place("x"), 10, None, 3, {"age": 4})
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,13 @@ ITEM = Item("a.png", InFile("x"), 10, None, 3, {"age": 4})
     ],
 )
 def test_what_a_sample_says_is_part_of_the_plan(other: Item) -> None:
-    same = ITEM._replace(place=InFile("y"))
+    same = ITEM._replace(place=Place("y"))
     assert packing._digest([ITEM]) == packing._digest([same]) != packing._digest([other])
 
 
 def test_a_source_without_training_pictures_is_refused() -> None:
     with pytest.raises(ConfigError, match="all 1 pictures are of test; add some to train on"):
-        packing.make_plan([ITEM._replace(split="test")], PackCommand(), bytes_factor=1.0)
+        packing.make_plan([ITEM._replace(split="test")], PackCommand())
 
 
 # what lies beside the pictures

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from vae_dist.config.commands import PackCommand
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.packing.picture import PictureSettings, _resized, _target, prepare, thumbnail
+from vae_dist.packing.picture import _resized, _target, prepare, thumbnail
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
@@ -48,12 +49,12 @@ def decoded(data: bytes) -> np.ndarray:
 def test_what_needs_no_change_is_kept_byte_for_byte(
     suffix: str, data: bytes, channels: int
 ) -> None:
-    picture = prepare(suffix, data, PictureSettings())
+    picture = prepare(suffix, data, PackCommand())
     assert picture == (suffix, data, (channels, 12, 20), True, None, "")
 
 
 def test_a_suffix_that_lies_is_put_right() -> None:
-    assert prepare("jpg", encode(COLOUR), PictureSettings()).suffix == "png"
+    assert prepare("jpg", encode(COLOUR), PackCommand()).suffix == "png"
 
 
 @pytest.mark.parametrize(
@@ -61,35 +62,35 @@ def test_a_suffix_that_lies_is_put_right() -> None:
     [(6, (3, 6, 10)), (12, (3, 12, 20)), (99, (3, 12, 20)), ((8, 8), (3, 8, 8))],
 )
 def test_size(size: int | tuple[int, int], shape: tuple[int, int, int]) -> None:
-    picture = prepare("png", encode(COLOUR), PictureSettings(size=size))
+    picture = prepare("png", encode(COLOUR), PackCommand(size=size))
     assert picture.shape == shape and picture.kept == (shape == (3, 12, 20))
     assert decoded(picture.data).shape == (*shape[1:], 3)
 
 
 def test_formats() -> None:
-    lossless = prepare("bmp", encode(COLOUR, "BMP"), PictureSettings())
+    lossless = prepare("bmp", encode(COLOUR, "BMP"), PackCommand())
     assert lossless.suffix == "png"
     np.testing.assert_array_equal(decoded(lossless.data), COLOUR)
-    assert prepare("png", encode(COLOUR), PictureSettings(format="jpg")).suffix == "jpg"
-    assert prepare("jpg", encode(COLOUR, "JPEG"), PictureSettings(size=6)).suffix == "jpg"
+    assert prepare("png", encode(COLOUR), PackCommand(format="jpg")).suffix == "jpg"
+    assert prepare("jpg", encode(COLOUR, "JPEG"), PackCommand(size=6)).suffix == "jpg"
 
 
 def test_a_resized_picture_is_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(COLOUR, "JPEG", exif=exif)
-    assert prepare("jpg", data, PictureSettings()).shape == (3, 20, 12)
-    small = prepare("jpg", data, PictureSettings(size=6))
+    assert prepare("jpg", data, PackCommand()).shape == (3, 20, 12)
+    small = prepare("jpg", data, PackCommand(size=6))
     assert small.shape == (3, 10, 6) and Image.open(io.BytesIO(small.data)).size == (6, 10)
 
 
 def test_transparent_pixels_get_the_background() -> None:
     image = Image.fromarray(np.zeros((4, 4, 4), np.uint8))
-    white = prepare("png", encode(image), PictureSettings(background="white"))
+    white = prepare("png", encode(image), PackCommand(background="white"))
     assert (decoded(white.data) == 255).all() and white.shape == (3, 4, 4)
-    assert prepare("png", encode(image), PictureSettings()).shape == (4, 4, 4)
+    assert prepare("png", encode(image), PackCommand()).shape == (4, 4, 4)
     with pytest.raises(DamagedSampleError, match="set background=white"):
-        prepare("png", encode(image), PictureSettings(format="jpg"))
+        prepare("png", encode(image), PackCommand(format="jpg"))
 
 
 @pytest.mark.parametrize(
@@ -108,14 +109,14 @@ def test_transparent_pixels_get_the_background() -> None:
 )
 def test_what_cannot_be_read_is_refused(suffix: str, data: bytes, reason: str) -> None:
     with pytest.raises(DamagedSampleError, match=reason):
-        prepare(suffix, data, PictureSettings(max_pixels=1000))
+        prepare(suffix, data, PackCommand(max_pixels=1000))
 
 
 def test_16_bit_pictures_are_not_resized_and_have_thumbnails() -> None:
     levels = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
     data = encode(Image.fromarray(levels))
     with pytest.raises(DamagedSampleError, match="16-bit PNG is kept as it is; leave size"):
-        prepare("png", data, PictureSettings(size=8))
+        prepare("png", data, PackCommand(size=8))
     sheet = thumbnail("png", data, 8)
     assert sheet.shape == (8, 8, 3) and sheet[0].mean() < 40 and sheet[-1].mean() > 215
 
@@ -124,7 +125,7 @@ def test_missing_pixels_of_float_arrays_are_kept_and_drawn_black() -> None:
     pixels = np.linspace(-1, 1, 240, dtype=np.float32).reshape(12, 20)
     pixels[:6] = np.nan
     data = npy(pixels)
-    assert prepare("npy", data, PictureSettings()).data == data
+    assert prepare("npy", data, PackCommand()).data == data
     sheet = thumbnail("npy", data, 8)
     assert (sheet[:3] == 0).all() and sheet[-1].mean() > 215
     assert (thumbnail("npy", npy(np.full_like(pixels, np.nan)), 8) == 128).all()
@@ -133,16 +134,16 @@ def test_missing_pixels_of_float_arrays_are_kept_and_drawn_black() -> None:
 MASK = np.pad(np.zeros((3, 4), np.uint8), ((5, 4), (9, 7)), constant_values=255)
 
 
-@pytest.mark.parametrize("size", [None, 12, (12, 20)])
+@pytest.mark.parametrize("size", [0, 12, (12, 20)])
 def test_the_mask_of_a_picture_that_keeps_its_size_is_kept_byte_for_byte(size: Any) -> None:
-    settings = PictureSettings(size=size, format="webp")
+    settings = PackCommand(size=size, format="webp")
     picture = prepare("png", encode(COLOUR), settings, mask=encode(MASK))
     assert not picture.kept and picture.mask == encode(MASK)
 
 
 @pytest.mark.parametrize("size", [7, (8, 8), (5, 16), (12, 13), (24, 20), (9, 31)])
 def test_no_missing_pixel_leaks_through_resizing_and_crop(size: Any) -> None:
-    picture = prepare("png", encode(COLOUR), PictureSettings(size=size), mask=encode(MASK))
+    picture = prepare("png", encode(COLOUR), PackCommand(size=size), mask=encode(MASK))
     assert picture.mask is not None
     observed = decoded(picture.mask)
     touched = np.zeros(picture.shape[1:], bool)
@@ -171,7 +172,7 @@ def test_a_jpeg_with_a_mask_is_decoded_in_full_before_it_is_resized() -> None:
     """At a quarter of its size, as the decoder offers, blocks of 8 pixels would leak."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     data, mask = encode(pixels, "JPEG"), encode(np.full((64, 64), 255, np.uint8))
-    picture = prepare("jpg", data, PictureSettings(size=8, format="png"), mask=mask)
+    picture = prepare("jpg", data, PackCommand(size=8, format="png"), mask=mask)
     want = Image.open(io.BytesIO(data)).resize((8, 8), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(decoded(picture.data), np.asarray(want))
 
@@ -181,7 +182,7 @@ def test_a_mask_is_as_upright_as_its_picture() -> None:
     exif[0x0112] = 6
     data, mask = encode(COLOUR, "JPEG", exif=exif), np.full((20, 12), 255, np.uint8)
     mask[:10] = 0
-    picture = prepare("jpg", data, PictureSettings(size=6), mask=encode(mask))
+    picture = prepare("jpg", data, PackCommand(size=6), mask=encode(mask))
     assert picture.mask is not None and picture.shape == (3, 10, 6)
     assert (decoded(picture.mask)[:5] == 0).all() and (decoded(picture.mask)[7:] == 255).all()
 
@@ -195,18 +196,18 @@ def test_a_mask_is_as_upright_as_its_picture() -> None:
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: bytes, reason: str) -> None:
-    for settings in (PictureSettings(), PictureSettings(size=6)):
+    for settings in (PackCommand(), PackCommand(size=6)):
         with pytest.raises(DamagedSampleError, match=reason):
             prepare("png", encode(COLOUR), settings, mask=mask)
 
 
 def test_colours_of_another_profile_become_those_of_srgb() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    kept = prepare("png", encode(COLOUR, icc_profile=srgb), PictureSettings())
+    kept = prepare("png", encode(COLOUR, icc_profile=srgb), PackCommand())
     assert kept.kept and not kept.note
     swapped = srgb.replace("sRGB".encode("utf-16-be"), "rgbS".encode("utf-16-be"))
     swapped = swapped.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
-    changed = prepare("png", encode(COLOUR, icc_profile=swapped), PictureSettings())
+    changed = prepare("png", encode(COLOUR, icc_profile=swapped), PackCommand())
     assert not changed.kept and "converted to sRGB" in changed.note
     assert "icc_profile" not in Image.open(io.BytesIO(changed.data)).info
     assert abs(decoded(changed.data).astype(int) - COLOUR[:, :, ::-1]).max() < 8
@@ -216,7 +217,7 @@ def test_colours_of_another_profile_become_those_of_srgb() -> None:
 def test_of_animated_files_the_first_frame_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-    picture = prepare(kind.lower(), data, PictureSettings(format="png"))
+    picture = prepare(kind.lower(), data, PackCommand(format="png"))
     assert "first frame" in picture.note and (decoded(picture.data)[0, 0] == [255, 0, 0]).all()
 
 
@@ -224,7 +225,7 @@ def test_what_is_damaged_does_not_depend_on_what_is_asked_for() -> None:
     whole = encode(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
     hole = whole[:2000] + bytes(512) + whole[2512:]
     for data in (whole[: len(whole) // 2] + b"\xff\xd9", hole):
-        for settings in (PictureSettings(), PictureSettings(size=8), PictureSettings(format="png")):
+        for settings in (PackCommand(), PackCommand(size=8), PackCommand(format="png")):
             with pytest.raises(DamagedSampleError):
                 prepare("jpg", data, settings)
 
@@ -234,4 +235,4 @@ def test_what_is_damaged_does_not_depend_on_what_is_asked_for() -> None:
 )
 def test_formats_that_are_not_decoded_are_named(suffix: str, data: bytes) -> None:
     with pytest.raises(DamagedSampleError, match="which is not decoded; convert it to"):
-        prepare(suffix, data, PictureSettings())
+        prepare(suffix, data, PackCommand())

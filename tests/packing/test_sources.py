@@ -13,8 +13,9 @@ from PIL import Image
 
 from tests.support.picture_sources import listed, opened, png, summary, write_files, write_tar
 from vae_dist.config.errors import ConfigError
-from vae_dist.packing.items import InFile, Item, Listing, read, split_of
-from vae_dist.packing.sources import check_splits, numbered, with_splits_and_categories
+from vae_dist.packing.items import Item, Listing, Place, read, split_of
+from vae_dist.packing.pack import _check_splits
+from vae_dist.packing.sources import numbered, with_splits_and_categories
 
 HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
 EVIL = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"]
@@ -32,7 +33,7 @@ def write(kind: str, files: dict[str, bytes], folder: Path) -> Path:
 
 
 def item(name: str, category: str | int | None = None) -> Item:
-    return Item(name, InFile("x"), 1, category=category)
+    return Item(name, Place("x"), 1, category=category)
 
 
 # splits and classes
@@ -53,7 +54,7 @@ def item(name: str, category: str | int | None = None) -> Item:
 def test_splits_and_categories_are_read_off_the_paths(
     paths: list[str], want: list[tuple[str | None, str | None]]
 ) -> None:
-    found = with_splits_and_categories(item(path) for path in paths)
+    found = with_splits_and_categories([item(path) for path in paths], ())
     assert [(i.split, i.category) for i in found] == want
 
 
@@ -88,7 +89,7 @@ def test_names_of_classes_become_numbers_in_alphabetical_order() -> None:
 def test_a_split_between_classes_is_refused() -> None:
     names = ["train/a.png", "bus/b.png"]
     with pytest.raises(ConfigError, match=r"1 pictures belong to a split .* and 1 to none"):
-        check_splits(with_splits_and_categories(map(item, names)))
+        _check_splits(with_splits_and_categories(list(map(item, names)), ()))
 
 
 # the same rules for folders, zip files and tars
@@ -117,10 +118,10 @@ def test_pictures_masks_and_what_is_neither(tmp_path: Path, kind: str) -> None:
         ("files without suffix", text),
         ("*.psd", text),
     ]  # fmt: skip
-    assert listing.notes == (
+    assert listing.notes == [
         "files without suffix: 1 files are decoded by their content",
         "*.heic: 1 files are decoded by their content",
-    )
+    ]
 
 
 @pytest.mark.parametrize("kind", [".zip", ".tar"])
@@ -294,6 +295,6 @@ def test_damaged_archives_are_named(tmp_path: Path, name: str, data: bytes, mess
 def test_raw_pixels_become_png(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(bytes(range(24)))
     for shape, size, mode in (((4, 3), (3, 4), "L"), ((3, 2, 2), (2, 2), "RGB")):
-        image = Image.open(io.BytesIO(read(InFile(str(tmp_path / "raw"), 2, 12, shape))))
+        image = Image.open(io.BytesIO(read(Place(str(tmp_path / "raw"), 2, 12, shape))))
         assert image.size == size and image.mode == mode
     assert image.getpixel((1, 0)) == (3, 7, 11)

@@ -162,6 +162,7 @@ class PackCommand:
     labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
     label_column: str = knob("", "column of labels= or of parquet files that is the class")
     image_column: str = knob("", "column of parquet files that holds the pictures")
+    image_key: str = knob("", "which of several images of a sample: jpg, depth.png, npy")
     validation: float = knob(0.05, "part (below 1) or number set aside, if there is none", ge=0)
     size: Any = knob(0, "0: as they are; N: shorter side, pixels; [H, W]: cropped from the centre")
     format: Literal["keep", "png", "jpg", "webp"] = knob("keep", "keep: byte for byte if unchanged")

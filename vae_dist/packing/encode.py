@@ -10,34 +10,35 @@ keys decide, so that the values do not depend on who writes what.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.buckets import Size, aspect, nearest
-from vae_dist.data.decode import size_of_sample
+from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.indexing import write_info
-from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.loader import split_mask
+from vae_dist.data.reader import SampleReader, SkippedSample
 from vae_dist.data.sources import is_pipe
-from vae_dist.data.tar import BLOCK, DamagedSampleError
+from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
 from vae_dist.data.writer import ShardWriter
 from vae_dist.distributed import Runtime
-from vae_dist.files import ProgressBar
+from vae_dist.files import ProgressBar, printable, redacted
 from vae_dist.inference import tiles
-from vae_dist.inference.latents import MEMBER, num_bytes, to_bytes
+from vae_dist.inference.latents import MEMBER, MIRRORED, TYPES, num_bytes, to_bytes
 from vae_dist.inference.load import (
     Images,
     LoadedModel,
@@ -45,17 +46,15 @@ from vae_dist.inference.load import (
     open_run_on_ranks,
     weights_digest,
 )
-from vae_dist.models.latent import STATISTICS_FILE, LatentMoments, write_statistics
-from vae_dist.models.vae import VAE
-from vae_dist.packing.jobs import (
-    FinishedElsewhere,
-    Report,
-    ShardJob,
-    check_lost,
-    in_threads,
-    print_left_out,
+from vae_dist.models.latent import (
+    STATISTICS_FILE,
+    LatentMoments,
+    sample_posterior,
+    write_statistics,
 )
-from vae_dist.packing.latents import Encoder, Piece, Sample, carried, read_piece, samples_in_order
+from vae_dist.packing.items import why_unsafe
+from vae_dist.packing.jobs import FinishedElsewhere, Report, ShardJob, check_lost, print_left_out
+from vae_dist.randomness import draws
 
 NAME = "latents"
 MIN_SHARDS = 32  # where each has MIN_PER_SHARD images: so that many processes have work
@@ -71,8 +70,6 @@ DECIDE_BYTES = (
     "seed",
     "batch_size",
     "tile",
-    "weights",
-    "shard_mb",
 )
 
 S = TypeVar("S")
@@ -80,13 +77,17 @@ T = TypeVar("T")
 
 
 class PlannedShard(NamedTuple):
-    number: int
+    name: str
     first: int  # number of its first sample in index order
     stop: int
 
-    @property
-    def name(self) -> str:
-        return f"{NAME}-{self.number:06d}.tar"
+
+class Sample(NamedTuple):
+    number: int  # in index order
+    key: str
+    members: dict[str, bytes]  # that the output has beside the latents
+    label: int
+    planes: np.ndarray  # the image (C, H, W), with a mask as its last plane
 
 
 def encode(command: EncodeCommand) -> None:
@@ -103,122 +104,40 @@ def encode(command: EncodeCommand) -> None:
         if command.resolution != "trained":
             loaded.config.data.resolution = command.resolution
         images = images_to_show(loaded, command.data, runtime=runtime)
-        job = ShardJob(Path(command.out), "encode.json")
-        same = identity(images, loaded, command)
-        if summary := runtime.on_main(lambda: job.finished(same)):
+        job = ShardJob(Path(command.out), "encode.json", identity(images, loaded, command))
+        if summary := runtime.on_main(job.finished):
             if runtime.is_main:
                 _print(command, summary)
                 print("finished already; nothing is left to do")
             return
-        runtime.on_main(lambda: job.begin(same))
+        runtime.on_main(job.begin)
         runtime.on_all_ranks(job.check_visible)
         try:
-            _encode(job, loaded, images, command, runtime, same)
+            _Encoder(job, loaded, images, command, runtime).encode()
+        except FinishedElsewhere:
+            return
         except ConfigError as error:
             if not runtime.is_main:  # the command line shows those of rank 0 alone
-                print(f"rank {runtime.rank}: {error}", file=sys.stderr)
+                print(f"rank {runtime.rank}: {printable(error)}", file=sys.stderr)
             raise
-
-
-def _encode(
-    job: ShardJob,
-    loaded: LoadedModel,
-    images: Images,
-    command: EncodeCommand,
-    runtime: Runtime,
-    same: dict[str, Any],
-) -> None:
-    started = time.monotonic()
-    plan = plan_shards(images, loaded.model, command)
-    missing = [shard for shard in plan if not job.is_done(shard.name)]
-    num_before = plan[-1].stop - sum(shard.stop - shard.first for shard in missing)
-    writer = Writer(job, loaded, images, command, runtime.device)
-    for shard in plan:
-        if shard not in missing:
-            writer.skipped += job.report(shard.name)["skipped"]
-    mine = missing[runtime.rank :: runtime.world]
-    total = sum(shard.stop - shard.first for shard in mine)
-    with (
-        ProgressBar("encoded", total, unit="images") as progress,
-        contextlib.suppress(FinishedElsewhere),
-    ):
-        writer.write(mine, progress if runtime.is_main else lambda done: None)
-    if not all(job.is_done(shard.name) for shard in plan):
-        return
-    summary = job.finish(same, lambda: _describe(job, plan, loaded, command))
-    _print(command, summary)
-    speed = (plan[-1].stop - num_before) / max(time.monotonic() - started, 1e-9)
-    print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
-
-
-# the plan
-
-
-def plan_shards(images: Images, model: VAE, command: EncodeCommand) -> list[PlannedShard]:
-    """Shards of equal numbers of samples, give or take one, of about `shard_mb` each."""
-    num_samples = images.index.num_samples
-    total = _bytes_per_sample(images, model, command) * num_samples
-    count = max(
-        math.ceil(total / (command.shard_mb * 1e6)), min(MIN_SHARDS, num_samples // MIN_PER_SHARD)
-    )
-    count = min(max(1, count), num_samples)
-    borders = [num_samples * k // count for k in range(count + 1)]
-    return [PlannedShard(k, low, high) for k, (low, high) in enumerate(pairwise(borders))]
 
 
 def identity(images: Images, loaded: LoadedModel, command: EncodeCommand) -> dict[str, Any]:
     """All that decides the bytes of the shards, by name; JSON."""
-    settings = images.settings.without_augmentation()
     model = loaded.config
     return {
-        **{key: getattr(command, key) for key in DECIDE_BYTES},
+        **{key: getattr(command, key) for key in (*DECIDE_BYTES, "weights", "shard_mb")},
         "step": loaded.step,
         "model": weights_digest(loaded.model),
         "data": images.index.fingerprint,
         "resolution": str(model.data.resolution),
-        "images": repr(dataclasses.astuple(settings)),
+        "images": repr(dataclasses.astuple(images.settings.without_augmentation())),
         "likelihood": repr((*dataclasses.astuple(model.likelihood), model.data.dequantize)),
     }
 
 
-def _bytes_per_sample(images: Images, model: VAE, command: EncodeCommand) -> float:
-    """Of a shard of latents, measured on some samples."""
-    reader = SampleReader(images.index, images.settings, seed=0)
-    num_samples = images.index.num_samples
-    found = []
-    for number in range(0, num_samples, max(1, num_samples // NUM_PROBED)):
-        for shard, _, data in samples_in_order(reader, number, number + 1):
-            try:
-                size = _size(reader, data, shard)
-                _, others = carried(data, keep_images=command.keep_images)
-            except DamagedSampleError:
-                continue
-            latent = num_bytes(
-                math.prod(model.latent_shape(*size)),
-                content=command.content,
-                dtype=command.dtype,
-                flip=command.flip,
-            )
-            lengths = [latent, *map(len, others.values())]
-            found.append(sum(BLOCK + -(-length // BLOCK) * BLOCK for length in lengths))
-    return sum(found) / len(found) if found else 1.0
-
-
-def _size(reader: SampleReader, data: bytes | memoryview, shard: int) -> Size:
-    """(H, W) that the image will have. Raises DamagedSampleError."""
-    settings = reader.settings
-    if not settings.sizes_differ:
-        return settings.size
-    sample = single_sample(data, reader.index.paths[shard])
-    own = size_of_sample(sample, max_pixels=settings.max_pixels)
-    return nearest(settings.buckets, aspect(own)) if settings.buckets else own
-
-
-# the shards
-
-
-class Writer:
-    """Writes shards one after the other."""
+class _Encoder:
+    """Reads samples, encodes their images, and writes the shards of one rank."""
 
     def __init__(
         self,
@@ -226,85 +145,251 @@ class Writer:
         loaded: LoadedModel,
         images: Images,
         command: EncodeCommand,
-        device: torch.device,
+        runtime: Runtime,
     ) -> None:
-        self.job, self.images, self.command, self.device = job, images, command, device
+        self.job, self.loaded, self.command, self.runtime = job, loaded, command, runtime
+        self.model, self.settings = loaded.model, images.settings.without_augmentation()
+        self.num_samples = images.index.num_samples
+        self.reader = SampleReader(images.index, self.settings, seed=0)
         is_in_order = any(map(is_pipe, images.index.paths))  # a command gives its bytes once
         self.threads = 1 if is_in_order else max(1, loaded.config.data.workers)
-        self.encoder = Encoder(loaded.model, command, device, images.settings.has_mask)
-        self.num_channels = loaded.model.latent_channels
         self.skipped: list[str] = []  # of all shards that this process knows of
 
-    def write(self, shards: Sequence[PlannedShard], progress: Callable[[int], None]) -> None:
+    def encode(self) -> None:
+        started, runtime = time.monotonic(), self.runtime
+        plan = self._plan()
+        missing = [shard for shard in plan if not self.job.is_done(shard.name)]
+        for shard in plan:
+            if shard not in missing:
+                self.skipped += self.job.report(shard.name)["skipped"]
+        mine = missing[runtime.rank :: runtime.world]
+        total = sum(shard.stop - shard.first for shard in mine)
+        with ProgressBar("encoded", total, unit="images") as progress:
+            self._write(mine, progress if runtime.is_main else lambda done: None)
+        if not all(self.job.is_done(shard.name) for shard in plan):
+            return
+        _print(self.command, self.job.finish(lambda: self._describe(plan)))
+        num_images = sum(shard.stop - shard.first for shard in missing)
+        speed = num_images / max(time.monotonic() - started, 1e-9)
+        print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
+
+    def _plan(self) -> list[PlannedShard]:
+        """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
+        bytes of some samples."""
+        sizes, command, num_samples = [], self.command, self.num_samples
+        for number in range(0, num_samples, max(1, num_samples // NUM_PROBED)):
+            for sample in self._read((number, number + 1)):
+                if isinstance(sample, Sample):
+                    latent = num_bytes(
+                        math.prod(self.model.latent_shape(*sample.planes.shape[1:])),
+                        content=command.content,
+                        dtype=command.dtype,
+                        flip=command.flip,
+                    )
+                    lengths = [latent, *map(len, sample.members.values())]
+                    sizes.append(sum(BLOCK + -(-length // BLOCK) * BLOCK for length in lengths))
+        total = sum(sizes) / max(1, len(sizes)) * num_samples
+        count = math.ceil(total / (command.shard_mb * 1e6))
+        count = max(count, min(MIN_SHARDS, num_samples // MIN_PER_SHARD), 1)
+        count = min(count, num_samples)
+        borders = [num_samples * k // count for k in range(count + 1)]
+        return [
+            PlannedShard(f"{NAME}-{k:06d}.tar", low, high)
+            for k, (low, high) in enumerate(pairwise(borders))
+        ]
+
+    # reading
+
+    def _read(self, piece: tuple[int, int]) -> list[Sample | str]:
+        """Samples by their numbers in the index; of unreadable ones the text. Raises ShardError."""
+        found: list[Sample | str] = []
+        runs = self.reader.in_order(*piece)
+        places = [(run.shard, place) for run in runs for place in range(run.start, run.stop)]
+        samples = zip(places, self.reader.read_runs(runs), strict=True)
+        for number, ((shard, place), data) in enumerate(samples, piece[0]):
+            try:
+                image, label = self.reader.load(data, shard, place, epoch=0)
+                key, others = carried(data, keep_images=self.command.keep_images)
+            except DamagedSampleError as error:
+                path = self.reader.index.paths[shard]
+                found.append(str(SkippedSample(path, place, str(error), None)))
+            else:
+                found.append(Sample(number, key, others, label, image))
+        return found
+
+    # writing
+
+    def _write(self, shards: Sequence[PlannedShard], progress: Callable[[int], None]) -> None:
         """Raises ConfigError for what the disk refuses and when too much cannot be read."""
-        settings, count = self.images.settings.without_augmentation(), self.command.batch_size
-        reader = SampleReader(self.images.index, settings, seed=0)
+        count = self.command.batch_size
+        at_once = WINDOW_BATCHES if self.settings.sizes_differ else 1  # so few batches are small
+        starts = {s: range(s.first, s.stop, count) for s in shards}
         pieces = in_threads(
-            lambda piece: read_piece(reader, *piece, keep_images=self.command.keep_images),
-            (
-                (first, min(first + count, shard.stop))
-                for shard in shards
-                for first in range(shard.first, shard.stop, count)
-            ),
+            self._read,
+            ((at, min(at + count, s.stop)) for s in shards for at in starts[s]),
             threads=self.threads,
         )
-        self._progress, self._num_done = progress, 0
+        num_done = 0
         for shard in shards:
+            moments = LatentMoments(self.model.latent_channels, self.runtime.device)
+            sizes: Counter[str] = Counter()
+            skipped: list[str] = []
             with self.job.shard(shard.name) as (writer, report):
-                report |= self._write_shard(writer, shard, pieces)
-
-    def _write_shard(
-        self, writer: ShardWriter, shard: PlannedShard, pieces: Iterator[Piece]
-    ) -> Report:
-        moments = LatentMoments(self.num_channels, self.device)
-        sizes: Counter[str] = Counter()
-        skipped: list[str] = []
-        for window in self._windows(shard, pieces):
-            for sample, size, tensors in self._encoded(window, moments):
-                sizes[f"{size[0]}x{size[1]}"] += 1
-                write_sample(writer, sample, {MEMBER: to_bytes(tensors, size)})
-            lost = [str(sample) for piece in window for sample in piece.skipped]
-            skipped += lost
-            self.skipped += lost
-            _check_lost(self.command, self.skipped, self.images.index.num_samples)
-            self._num_done += sum(len(piece.samples) + len(piece.skipped) for piece in window)
-            self._progress(self._num_done)
-        return {
-            "samples": sizes.total(),
-            "skipped": skipped,
-            "sizes": sizes,
-            "sums": moments.sums.tolist(),
-        }
-
-    def _windows(self, shard: PlannedShard, pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-        """The pieces of a shard, so many at a time that few batches are small."""
-        at_once = WINDOW_BATCHES if self.images.settings.sizes_differ else 1
-        num_pieces = -(-(shard.stop - shard.first) // self.command.batch_size)
-        for start in range(0, num_pieces, at_once):
-            yield [next(pieces) for _ in range(min(at_once, num_pieces - start))]
+                for start in range(0, len(starts[shard]), at_once):
+                    num_pieces = len(starts[shard][start : start + at_once])
+                    window = [found for piece in islice(pieces, num_pieces) for found in piece]
+                    lost = [found for found in window if isinstance(found, str)]
+                    samples = [found for found in window if isinstance(found, Sample)]
+                    for sample, tensors in zip(
+                        samples, self._encoded(samples, moments), strict=True
+                    ):
+                        height, width = sample.planes.shape[1:]
+                        sizes[f"{height}x{width}"] += 1
+                        write_sample(writer, sample, to_bytes(tensors, (height, width)))
+                    skipped += lost
+                    self.skipped += lost
+                    self._check_lost(self.skipped)
+                    num_done += len(window)
+                    progress(num_done)
+                report |= {"samples": sizes.total(), "skipped": skipped, "sizes": sizes}
+                report["sums"] = moments.sums.tolist()
 
     def _encoded(
-        self, window: Sequence[Piece], moments: LatentMoments
-    ) -> list[tuple[Sample, Size, dict[str, Tensor]]]:
-        """The samples of the window in order, each with the (H, W) of its image and its latents."""
-        samples = [sample for piece in window for sample in piece.samples]
+        self, samples: Sequence[Sample], moments: LatentMoments
+    ) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each sample, in order; images of one shape are encoded together."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for place, sample in enumerate(samples):
             by_shape.setdefault(sample.planes.shape, []).append(place)
         found: dict[int, dict[str, Tensor]] = {}
+        count = self.command.batch_size
         for places in by_shape.values():
-            for start in range(0, len(places), self.command.batch_size):
-                rows = places[start : start + self.command.batch_size]
-                encoded = self.encoder([samples[row] for row in rows], moments)
-                found |= dict(zip(rows, encoded, strict=True))
-        return [
-            (sample, sample.planes.shape[1:], found[place]) for place, sample in enumerate(samples)
-        ]
+            for start in range(0, len(places), count):
+                rows = places[start : start + count]
+                tensors = self._encode_batch([samples[row] for row in rows], moments)
+                for i, row in enumerate(rows):
+                    found[row] = {name: tensor[i] for name, tensor in tensors.items()}
+        return (found[place] for place in range(len(samples)))
+
+    @torch.inference_mode()
+    def _encode_batch(self, samples: Sequence[Sample], moments: LatentMoments) -> dict[str, Tensor]:
+        """The stored tensors of images of one shape, on the CPU."""
+        command, device = self.command, self.runtime.device
+        planes = torch.from_numpy(np.stack([sample.planes for sample in samples])).to(device)
+        levels, mask = split_mask(planes, has_mask=self.settings.has_mask)
+        images = self.model.likelihood.noise_free(levels)
+        labels = torch.tensor([sample.label for sample in samples], device=device)
+        mean, log_variance = self._posterior(images, labels, mask)
+        moments.add(mean, None if command.content == "mean" else log_variance)
+        stored = self._stored(samples, mean, log_variance, "encode-posterior")
+        if command.flip:
+            mirrored = None if mask is None else mask.flip(3)
+            of_mirrored = self._posterior(images.flip(3), labels, mirrored)
+            others = self._stored(samples, *of_mirrored, "encode-posterior-flip")
+            stored |= {f"{name}{MIRRORED}": tensor for name, tensor in others.items()}
+        return stored
+
+    def _posterior(
+        self, images: Tensor, labels: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, float32."""
+        is_narrow, tile = self.command.precision == "bf16", self.command.tile
+        with torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=is_narrow):
+            if tile:
+                return tiles.encode(self.model, images, tile=tile, labels=labels, mask=mask)
+            return self.model.encode(images, labels, mask)
+
+    def _stored(
+        self, samples: Sequence[Sample], mean: Tensor, log_variance: Tensor, purpose: str
+    ) -> dict[str, Tensor]:
+        command, stored = self.command, {"mean": mean}
+        if command.content == "moments":
+            stored["log_variance"] = log_variance
+        elif command.content == "sample":
+            numbers = [sample.number for sample in samples]
+            noise = draws(torch.randn, command.seed, purpose, numbers, tuple(mean.shape[1:]))
+            stored = {"sample": sample_posterior(mean, log_variance, noise.to(mean.device))}
+        for name, values in stored.items():
+            stored[name] = values = values.to(TYPES[command.dtype]).cpu()
+            for sample, is_finite in zip(samples, values.flatten(1).isfinite().all(1), strict=True):
+                if not is_finite:
+                    raise ConfigError(
+                        f"dtype={command.dtype} does not hold the latents of sample {sample.key}; "
+                        "give dtype=bf16, or another checkpoint if its weights are not finite"
+                    )
+        return stored
+
+    # the end
+
+    def _check_lost(self, lost: Sequence[str]) -> None:
+        of, limit = f"data={shown(self.command.data)}", self.command.max_skipped_fraction
+        check_lost(lost, of=of, total=self.num_samples, max_skipped_fraction=limit)
+
+    def _describe(self, plan: Sequence[PlannedShard]) -> Report:
+        """Write index and statistics; the summary."""
+        out, command, loaded = self.job.out, self.command, self.loaded
+        reports = [self.job.report(shard.name) for shard in plan]
+        skipped = [name for report in reports for name in report["skipped"]]
+        self._check_lost(skipped)
+        num_samples = sum(report["samples"] for report in reports)
+        if not num_samples:
+            raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
+        moments = LatentMoments(self.model.latent_channels)
+        sizes: Counter[str] = Counter()
+        for report in reports:  # in the order of the shards
+            moments.add_sums(report["sums"])
+            sizes.update(report["sizes"])
+        facts = {
+            "run": str(Path(command.run).resolve()),
+            "step": loaded.step,
+            "weights": command.weights,
+            "of": "means" if command.content == "mean" else "samples",
+        }
+        write_statistics(out / STATISTICS_FILE, moments.statistics(), facts)
+        write_info([out / shard.name for shard in plan], split=NAME)
+        return {
+            **facts,
+            "data": redacted(command.data),
+            "content": command.content,
+            "dtype": command.dtype,
+            "samples": num_samples,
+            "skipped": skipped,
+            "shards": len(plan),
+            "bytes": sum((out / shard.name).stat().st_size for shard in plan),
+            "image_sizes": dict(sizes.most_common(20)),
+            "latent_channels": self.model.latent_channels,
+            "stride": self.model.stride,
+            "statistics": moments.statistics().record(),
+        }
 
 
-def write_sample(writer: ShardWriter, sample: Sample, latent: dict[str, bytes]) -> None:
+def carried(data: bytes | memoryview, *, keep_images: bool) -> tuple[str, dict[str, bytes]]:
+    """Key and members of a sample, by their suffixes as they are written, without its image.
+
+    Raises DamagedSampleError, also for a key that would leave the folder that the latents are
+    unpacked to.
+    """
+    found: dict[str, bytes] = {}
+    sample_key = ""
+    for name, content in members(data):
+        key, suffix = key_and_suffix(name)
+        if key is None or is_metadata(name):
+            continue
+        last = suffix.lower().rpartition(".")[2]
+        is_image = last in SUFFIXES and suffix.lower() != MASK_MEMBER
+        if keep_images or not is_image:
+            found[suffix] = bytes(content)
+        sample_key = key
+    if reason := why_unsafe(sample_key):
+        raise DamagedSampleError(f"its key {printable(sample_key)} is {reason}")
+    if MEMBER in found:
+        raise DamagedSampleError(f"it has a .{MEMBER} already")
+    return sample_key, found
+
+
+def write_sample(writer: ShardWriter, sample: Sample, latent: bytes) -> None:
     try:
-        writer.write({"__key__": sample.key, **sample.members, **latent})
+        writer.write({"__key__": sample.key, **sample.members, MEMBER: latent})
     except ConfigError:
         raise
     except ValueError as error:  # as tarfile refuses a long name
@@ -313,62 +398,30 @@ def write_sample(writer: ShardWriter, sample: Sample, latent: dict[str, bytes]) 
         ) from None
 
 
-# the end
-
-
-def _check_lost(command: EncodeCommand, lost: Sequence[str], total: int) -> None:
-    limit = command.max_skipped_fraction
-    check_lost(lost, of=f"data={shown(command.data)}", total=total, max_skipped_fraction=limit)
-
-
-def _describe(
-    job: ShardJob, plan: Sequence[PlannedShard], loaded: LoadedModel, command: EncodeCommand
-) -> dict[str, Any]:
-    """Write index and statistics; the summary."""
-    reports = [job.report(shard.name) for shard in plan]
-    skipped = [name for report in reports for name in report["skipped"]]
-    _check_lost(command, skipped, plan[-1].stop)
-    num_samples = sum(report["samples"] for report in reports)
-    if not num_samples:
-        raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
-    moments = LatentMoments(loaded.model.latent_channels)
-    sizes: Counter[str] = Counter()
-    for report in reports:  # in the order of the shards
-        moments.add_sums(report["sums"])
-        sizes.update(report["sizes"])
-    facts = {
-        "run": str(Path(command.run).resolve()),
-        "step": loaded.step,
-        "weights": command.weights,
-        "of": "means" if command.content == "mean" else "samples",
-    }
-    write_statistics(job.out / STATISTICS_FILE, moments.statistics(), facts)
-    write_info([job.out / shard.name for shard in plan], split=NAME)
-    return {
-        **facts,
-        "data": command.data,
-        "content": command.content,
-        "dtype": command.dtype,
-        "samples": num_samples,
-        "skipped": skipped,
-        "shards": len(plan),
-        "bytes": sum((job.out / shard.name).stat().st_size for shard in plan),
-        "image_sizes": dict(sizes.most_common(20)),
-        "latent_channels": loaded.model.latent_channels,
-        "stride": loaded.model.stride,
-        "statistics": moments.statistics().record(),
-    }
+def in_threads(function: Callable[[S], T], items: Iterable[S], *, threads: int) -> Iterator[T]:
+    """What `function` makes of the items, in their order, some ahead of who takes them."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _print(command: EncodeCommand, summary: Report) -> None:
-    skipped = summary["skipped"]
+    skipped, statistics = summary["skipped"], summary["statistics"]
     print_left_out(skipped, summary=Path(command.out) / "encode.json")
     print(
         f"{command.out}: latents of {summary['samples']:,} images ({len(skipped)} left out) in "
         f"{summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB, at step {summary['step']} "
         f"({summary['weights']} weights)"
     )
-    statistics = summary["statistics"]
     print(
         f"scaling_factor={statistics['scaling_factor']:.5f} "
         f"shift_factor={statistics['shift_factor']:.5f} (latents.json)"

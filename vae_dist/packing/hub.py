@@ -60,14 +60,14 @@ def download(spec: str) -> list[tuple[str, str]]:
 
 def _check_one_set(spec: str, files: list[str]) -> None:
     """Raises ConfigError where there is no parquet file, or those of several data sets."""
-    sets = {
-        "/".join(part for part in file.split("/")[:-1] if part.lower() not in SPLITS)
-        for file in files
-    }
     if not files:
         raise ConfigError(
             f"source={spec}: no parquet file is there; download the data set and give its folder"
         )
+    sets = {
+        "/".join(part for part in file.split("/")[:-1] if part.lower() not in SPLITS)
+        for file in files
+    }
     if len(sets) > 1:
         shown = ", ".join(sorted(sets)[:MAX_SHOWN]) + (" ..." if len(sets) > MAX_SHOWN else "")
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Pictures of a source: what they are called, and how their bytes are read.
+"""Files of a source: what their names say, where their bytes lie, and how these are read.
 
-In: names and places. Out: `Item`s, `Listing`s, bytes. A place is small, since plans hold one for
-each picture, and holds no open file, since processes share it.
+A place is small, since plans hold one for each picture, and holds no open file, since processes
+share it. What is compressed may unpack to `most_bytes`, so that no small file fills a disk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import re
 import zipfile
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,87 +21,79 @@ from PIL import Image
 from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.tar import DamagedSampleError
 
-READABLE = ("png", "jpg", "jpeg", "webp", "npy", "tif", "tiff")  # as the trainer reads them
-CONVERTED = ("bmp", "gif", "ppm", "pgm")  # become PNG
-BY_CONTENT = ("jfif", "jpe", "avif", "heic", "heif", "jxl", "jp2")  # decoded where Pillow can
-PICTURES = (*READABLE, *CONVERTED, *BY_CONTENT)
+# Suffixes of pictures: those that the trainer reads, those that become PNG, and those that are
+# decoded where Pillow can. Of several pictures of one sample the first in this order is packed.
+READABLE = ("png", "jpg", "jpeg", "webp", "npy", "tif", "tiff")
+BY_CONTENT = ("jfif", "jpe", "avif", "heic", "heif", "jxl", "jp2")
+PICTURES = (*READABLE, "bmp", "gif", "ppm", "pgm", *BY_CONTENT)
 SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
-METADATA = ("_info.json", "shards.json", "thumbs.db", "desktop.ini")
+# What systems and tools leave beside pictures: .DS_Store, __MACOSX/._1.jpg, 00000_stats.json, and
+# what belongs to shards, to `pack` and to CelebA
+LEFT_BEHIND = re.compile(
+    r"(^|/)(\.(?!/|$)|__MACOSX|(thumbs\.db|desktop\.ini|(_info|shards|pack)\.json|names\.txt|"
+    r"contact-sheet\.png|list_(eval_partition|attr_celeba)\.(txt|csv))$)|(_stats\.json|\.tar\.idx)$",
+    re.IGNORECASE,
+)
 MAX_FILE_BYTES = 1 << 30  # one picture; a larger one is refused before it is read
+NUM_OPEN_ZIPS = 64
 
 Named = tuple[str, str]  # (name, reason)
 
 
-class InFile(NamedTuple):
-    """Bytes of a file, all of them by default; with `pixels`, raw ones of that shape."""
-
+class Place(NamedTuple):
     path: str
-    at: int = 0
-    size: int = -1
-    pixels: tuple[int, ...] = ()  # (H, W) or (C, H, W), uint8
-
-
-class InZip(NamedTuple):
-    path: str
-    number: int  # of the member: a name may be there twice
+    at: int = 0  # first byte, or the number of a member of a zip: a name may be there twice
+    size: int = -1  # bytes; -1: to the end of the file
+    pixels: tuple[int, ...] = ()  # raw uint8 of this shape, (H, W) or (C, H, W): they become PNG
+    is_zipped: bool = False
 
 
 class Item(NamedTuple):
     """One picture of a source, or another file of it."""
 
     name: str  # as the source calls it, for messages and for the list of names
-    place: InFile | InZip
-    num_bytes: int  # roughly
+    place: Place
+    num_bytes: int
     split: str | None = None  # train, validation, test; None: the source has no splits
     category: str | int | None = None  # name or number of its class
     extra: dict[str, Any] | None = None  # kept as .json
     companions: tuple[tuple[str, Item], ...] = ()  # (member of the sample, as mask.png; its file)
 
 
-class Listing(NamedTuple):
-    items: list[Item]
-    lost: list[Named]  # pictures that cannot be read: they count as damaged ones do
-    left_out: list[Named]  # what is no picture, or is not asked for
+@dataclass
+class Listing:
+    """All that lies in a source."""
+
+    items: list[Item] = field(default_factory=list)
+    lost: list[Named] = field(default_factory=list)  # unreadable pictures: they count as damaged
+    left_out: list[Named] = field(default_factory=list)  # no picture, or not asked for
     classes: tuple[str, ...] = ()  # names of the classes that are given as numbers
-    notes: tuple[str, ...] = ()  # what a user wants to know of what is packed
+    notes: list[str] = field(default_factory=list)  # what a user wants to know of what is packed
 
 
-# reading
-
-
-def read(place: InFile | InZip) -> bytes:
+def read(place: Place) -> bytes:
     """The bytes of a file; raw pixels become PNG. Raises DamagedSampleError."""
-    if isinstance(place, InZip):
-        return _read_member(place)
     try:
+        if place.is_zipped:
+            archive = _opened_zip(place.path, os.getpid())
+            with archive.open(archive.infolist()[place.at]) as member:
+                return member.read(place.size)
         with open(place.path, "rb") as file:
             file.seek(place.at)
             data = file.read(place.size)
-    except OSError as error:
-        raise DamagedSampleError(f"cannot be read ({error.strerror})") from None
+    except Exception as error:  # zipfile raises many kinds on damaged bytes
+        where = "damaged in the zip file" if place.is_zipped else "cannot be read"
+        raise DamagedSampleError(f"{where} ({getattr(error, 'strerror', error)})") from None
     if len(data) < place.size:
         raise DamagedSampleError("its archive ends inside this file")
     return _png(data, place.pixels) if place.pixels else data
 
 
-def _read_member(place: InZip) -> bytes:
-    try:
-        archive = _opened_zip(place.path, os.getpid())
-        with archive.open(archive.infolist()[place.number]) as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except Exception as error:  # BadZipFile, OSError, zlib.error and others
-        raise DamagedSampleError(f"damaged in the zip file ({error})") from None
-
-
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=NUM_OPEN_ZIPS)
 def _opened_zip(path: str, pid: int) -> zipfile.ZipFile:
     """By process: a file that is shared by a fork shares its position."""
     return zipfile.ZipFile(path)
@@ -113,17 +106,13 @@ def _png(data: bytes, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+def most_bytes(packed: int) -> int:
+    """What so many bytes may unpack to: pictures hardly shrink, arrays and tables to a hundredth
+    at most."""
+    return max(1 << 26, 100 * packed)
+
+
 # names
-
-
-def one_line(name: str) -> str:
-    """A name without the characters that end a line or a column."""
-    return name.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-
-
-def shown_name(name: str) -> str:
-    """A name as every terminal can show it: names of files need not be UTF-8."""
-    return one_line(name).encode("utf-8", "backslashreplace").decode()
 
 
 def suffix_of(name: str) -> str:
@@ -131,11 +120,11 @@ def suffix_of(name: str) -> str:
     return last.rpartition(".")[2].lower() if "." in last else ""
 
 
-def stem_and_member(name: str) -> tuple[str, str]:
+def stem_and_member(name: str, image_key: str = "") -> tuple[str, str]:
     """What pictures and companions of one sample share, and which member of it this file is."""
-    mask = f".{MASK_MEMBER}"
-    if name.lower().endswith(mask):
-        return name[: -len(mask)], MASK_MEMBER
+    for member in (MASK_MEMBER, image_key):
+        if member and name.lower().endswith(f".{member}"):
+            return name[: -len(member) - 1], member
     suffix = suffix_of(name)
     return name[: len(name) - len(suffix) - 1] if suffix else name, suffix
 
@@ -146,21 +135,6 @@ def why_unsafe(name: str) -> str | None:
     if name.startswith("/") or parts[0].endswith(":"):
         return "an absolute path"
     return "a path with .." if ".." in parts else None
-
-
-def why_wrong_size(file: Item) -> str | None:
-    """Why a picture is refused by its size, or None."""
-    if 0 < file.num_bytes <= MAX_FILE_BYTES:
-        return None
-    return "an empty file" if file.num_bytes == 0 else "too large"
-
-
-def is_hidden(name: str) -> bool:
-    """Files that systems and tools leave behind: .DS_Store, __MACOSX/._1.jpg, 00000_stats.json."""
-    parts = [part for part in name.split("/") if part != "."]
-    return any(part.startswith((".", "__MACOSX")) for part in parts) or (
-        parts[-1].lower() in METADATA or parts[-1].endswith(("_stats.json", ".tar.idx"))
-    )
 
 
 def split_of(name: str) -> str | None:

@@ -11,32 +11,48 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.packing.items import SPLITS, Item, Listing, Named, shown_name
+from vae_dist.files import printable, read_bounded
+from vae_dist.packing.items import SPLITS, Item, Listing
 
 Table = dict[str, dict[str, Any]]  # by path or name: fields of `Item`
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_id", "name")
 LABEL_COLUMNS = ("label", "class", "category")
 NUMBER = re.compile(r"(-?\d+)(\.0+)?")  # pandas writes 3.0 where a column has empty fields
-CELEBA_LISTS = ("list_eval_partition", "list_attr_celeba")  # .txt, or .csv
 PARTITIONS = {"0": "train", "1": "validation", "2": "test"}
+MAX_BYTES = 1 << 32  # of a table
 
 
-def apply(table: Table, listing: Listing, *, name: str) -> Listing:
-    """The pictures that the table names, with what it says. Raises ConfigError."""
+def digest(command: PackCommand) -> str:
+    """Of the files that label the pictures: the CSV file, or CelebA's lists; empty where none does.
+    Raises ConfigError."""
+    files = _files(command)
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        found.update(_text(file).encode())
+    return found.hexdigest() if files else ""
+
+
+def apply_tables(command: PackCommand, listing: Listing) -> None:
+    """Leave the pictures that a table names, with what it says. Raises ConfigError."""
+    if not (files := _files(command)):
+        return
+    table = _read_csv(files[0], command.label_column) if command.labels else _read_celeba(*files)
+    name = f"labels={command.labels}" if command.labels else str(files[0].with_suffix(""))
     items: list[Item] = []
-    left_out: list[Named] = list(listing.left_out)
     named: dict[str, str] = {}  # picture of each row
     for item in listing.items:
         path = next((p for p in (item.name, item.name.rpartition("/")[2]) if p in table), None)
         if path is None:
-            left_out.append((item.name, f"not in {name}"))
+            listing.left_out.append((item.name, f"not in {name}"))
             continue
         if path in named:
             raise ConfigError(
@@ -48,113 +64,101 @@ def apply(table: Table, listing: Listing, *, name: str) -> Listing:
     if listing.items and not items:
         row = next(iter(table), "no row")
         raise ConfigError(
-            f"{name} names none of the {len(listing.items)} pictures: it has {shown_name(row)}, "
-            f"the source {shown_name(listing.items[0].name)}"
+            f"{name} names none of the {len(listing.items)} pictures: it has {printable(row)}, "
+            f"the source {printable(listing.items[0].name)}"
         )
-    return listing._replace(items=items, left_out=left_out)
+    listing.items = items
 
 
-def digest(csv_file: str, source: Any) -> str:
-    """Of the files that label the pictures: the CSV file, or CelebA's lists; empty where none does.
-    Raises ConfigError."""
-    files = [Path(csv_file)] if csv_file else celeba_lists(source)
-    found = hashlib.blake2b(digest_size=16)
-    for file in files:
-        try:
-            found.update(file.read_bytes())
-        except OSError as error:
-            where = f"labels={file}" if csv_file else str(file)
-            raise ConfigError(f"{where}: cannot be read ({error})") from error
-    return found.hexdigest() if files else ""
+def _files(command: PackCommand) -> list[Path]:
+    """The CSV file; else CelebA's partition, in the source or beside its archive, and where they
+    are there its attributes."""
+    if command.labels:
+        return [Path(command.labels)]
+    spec = command.source
+    first = Path(str([*spec, ""][0] if isinstance(spec, list) else spec)).expanduser()
+    folder = first if first.is_dir() else first.parent
+    partition, *attributes = (
+        next((path for end in ("txt", "csv") if (path := folder / f"{name}.{end}").is_file()), None)
+        for name in ("list_eval_partition", "list_attr_celeba")
+    )
+    return [path for path in (partition, *attributes) if path and partition and first.exists()]
 
 
-def read_csv(path: Path, *, label_column: str = "") -> Table:
-    """Raises ConfigError."""
+def _text(path: Path) -> str:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return read_bounded(path, MAX_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"labels={path}: cannot be read ({error})") from error
+
+
+def _read_csv(path: Path, label_column: str) -> Table:
+    where = f"labels={path}"
+    try:
+        rows = list(csv.DictReader(io.StringIO(_text(path).removeprefix("\ufeff"), newline="")))
+    except csv.Error as error:
+        raise ConfigError(f"{where}: cannot be read ({error})") from error
     columns = list(rows[0]) if rows else []
     path_column = next((c for c in PATH_COLUMNS if c in columns), None)
     if path_column is None:
         raise ConfigError(
-            f"labels={path}: the columns {columns} hold none of {', '.join(PATH_COLUMNS)}; name "
+            f"{where}: the columns {columns} hold none of {', '.join(PATH_COLUMNS)}; name "
             "the pictures' column path, in the first line of the file"
         )
     wanted = (label_column,) if label_column else LABEL_COLUMNS
     label = next((c for c in wanted if c in columns), None)
     if label is None:
-        problem = f"labels={path}: the columns {columns} hold no {' or '.join(wanted)}"
+        problem = f"{where}: the columns {columns} hold no {' or '.join(wanted)}"
         if label_column:
             raise ConfigError(f"{problem}; correct label_column={label_column}")
         print(f"{problem}: no classes; label_column= names another one", file=sys.stderr)
-    numbers = [NUMBER.fullmatch(row[label]) for row in rows if label and (row[label] or "").strip()]
-    used = {path_column, label, "split"}
+    texts = [(row[label] or "").strip() if label else "" for row in rows]
+    are_numbers = all(NUMBER.fullmatch(text) for text in texts if text)
     table: Table = {}
-    for line, row in enumerate(rows, 2):
+    for line, (row, text) in enumerate(zip(rows, texts, strict=True), 2):
         if None in row or None in row.values():
-            raise ConfigError(f"labels={path}: line {line} has another number of columns")
-        entry: dict[str, Any] = {"extra": {n: v for n, v in row.items() if n not in used} or None}
+            raise ConfigError(f"{where}: line {line} has another number of columns")
+        others = row.keys() - {path_column, label, "split"}
+        entry: dict[str, Any] = {"extra": {name: row[name] for name in row if name in others}}
         if label is not None:
-            entry["category"] = _category(row[label].strip(), as_number=None not in numbers)
+            number = NUMBER.fullmatch(text) if are_numbers else None
+            entry["category"] = int(number[1]) if number else text or None
         if "split" in row:
             entry["split"] = SPLITS.get(row["split"].lower())
             if entry["split"] is None:
-                raise ConfigError(f"labels={path}: line {line}: split {row['split']!r} is unknown")
+                raise ConfigError(f"{where}: line {line}: split {row['split']!r} is unknown")
         if table.setdefault(row[path_column], entry) != entry:
             raise ConfigError(
-                f"labels={path}: line {line}: {row[path_column]} is there twice, and the lines "
-                "differ; keep one"
+                f"{where}: line {line}: {row[path_column]} is there twice, and the lines differ; "
+                "keep one"
             )
     return table
 
 
-def _category(text: str, *, as_number: bool) -> int | str | None:
-    found = NUMBER.fullmatch(text) if as_number else None
-    return int(found[1]) if found else text or None
-
-
-# CelebA
-
-
-def celeba_lists(source: Any) -> list[Path]:
-    """The lists in the folder of a source, or beside its archive: the partition and, where they are
-    there, the attributes."""
-    first = Path(str([*source, ""][0] if isinstance(source, list) else source)).expanduser()
-    if not first.exists():
-        return []
-    folder = first if first.is_dir() else first.parent
-    partition, *attributes = (
-        next((path for end in ("txt", "csv") if (path := folder / f"{name}.{end}").is_file()), None)
-        for name in CELEBA_LISTS
-    )
-    return [path for path in (partition, *attributes) if path] if partition else []
-
-
-def read_celeba_lists(partition: Path, attributes: Path | None = None) -> Table:
-    """Split and attributes of each picture. Raises ConfigError."""
+def _read_celeba(partition: Path, attributes: Path | None = None) -> Table:
+    """Split and attributes of each picture."""
     table: Table = {}
-    for line in partition.read_text().splitlines():
-        words = line.replace(",", " ").split()
+    for words in _words(partition):
         if len(words) == 2 and words[1] in PARTITIONS:
             table[words[0]] = {"split": PARTITIONS[words[1]]}
-        elif words and words[0] != "image_id":
-            raise ConfigError(f"{partition}: cannot read the line {line[:60]!r}; copy it again")
-    if attributes is not None:
-        _add_attributes(table, attributes)
-    return table
-
-
-def _add_attributes(table: Table, path: Path) -> None:
-    lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
-    lines = [words for words in lines if words]
-    if lines and len(lines[0]) == 1 and lines[0][0].isdigit():
-        del lines[0]  # the number of pictures
+        elif words[0] != "image_id":
+            raise _no_line(partition, words)
+    lines = _words(attributes) if attributes else []
+    del lines[: bool(lines) and len(lines[0]) == 1 and lines[0][0].isdigit()]  # their number
     names = [name for name in lines[0] if name != "image_id"] if lines else []
     for words in lines[1:]:
         if len(words) != len(names) + 1 or not set(words[1:]) <= {"1", "-1", "0"}:
-            raise ConfigError(f"{path}: cannot read the line {' '.join(words)[:60]!r}")
+            raise _no_line(attributes, words)
         if words[0] in table:
             values = {n: int(v) for n, v in zip(names, words[1:], strict=True)}
             table[words[0]]["extra"] = {"attributes": values}
+    return table
+
+
+def _words(path: Path) -> list[list[str]]:
+    lines = (line.replace(",", " ").split() for line in _text(path).splitlines())
+    return [words for words in lines if words]
+
+
+def _no_line(path: Path | None, words: list[str]) -> ConfigError:
+    return ConfigError(f"{path}: cannot read the line {' '.join(words)[:60]!r}; copy it again")

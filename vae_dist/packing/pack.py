@@ -7,19 +7,18 @@ stopped and the jobs of an array agree. Raises ConfigError with a remedy.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
@@ -27,21 +26,12 @@ from vae_dist.config.keys import shown
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.indexing import write_info
 from vae_dist.data.tar import DamagedSampleError, files_of_tar
-from vae_dist.files import ProgressBar, write_durably
+from vae_dist.files import ProgressBar, printable, read_json, write_durably
 from vae_dist.packing import jobs, labels
-from vae_dist.packing.items import (
-    MAX_FILE_BYTES,
-    Item,
-    Listing,
-    Named,
-    one_line,
-    read,
-    shown_name,
-    suffix_of,
-)
+from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, Named, Place, read, suffix_of
 from vae_dist.packing.jobs import Count, Report, ShardJob
-from vae_dist.packing.picture import Picture, PictureSettings, prepare, thumbnail
-from vae_dist.packing.sources import check_splits, list_source, numbered
+from vae_dist.packing.picture import prepare, thumbnail
+from vae_dist.packing.sources import list_source, numbered
 from vae_dist.randomness import numpy_generator
 from vae_dist.tracking.images import grid, save_png
 
@@ -67,27 +57,65 @@ class PlannedShard(NamedTuple):
 
 
 def pack(command: PackCommand) -> None:
-    settings = _picture_settings(command)
-    part = jobs.part_of(command.shard_range, key="shard_range")
-    job = ShardJob(Path(command.out), "pack.json")
-    identity = _identity(command)
-    if summary := job.finished(identity):
+    sides = command.size if isinstance(command.size, list) else [command.size] * 2
+    least = 1 if isinstance(command.size, list) else 0
+    if len(sides) != 2 or any(type(side) is not int or side < least for side in sides):
+        raise ConfigError(f"size={command.size} is none of 0 (as they are), N and [H, W] in pixels")
+    part = re.fullmatch(r"(\d+)/(\d+)", command.shard_range)
+    if not part or int(part[1]) >= int(part[2]):
+        raise ConfigError(f"shard_range={command.shard_range} is not i/n with 0 <= i < n, like 0/8")
+    job = ShardJob(Path(command.out), "pack.json", _identity(command))
+    if summary := job.finished():
         _print(job.out, summary)
         print("finished already; nothing is left to do")
         return
     listing = list_source(command, work=job.work / "source")
     items, classes = numbered(listing)
-    check_splits(items)
+    _check_splits(items)
     _check_losses(command, listing.lost, len(items), left_out=listing.left_out)
-    plan = make_plan(items, command, bytes_factor=_bytes_factor(items, settings))
-    with contextlib.suppress(jobs.FinishedElsewhere):
-        job.begin({**identity, "pictures": _digest(items), "shards": len(plan)})
-        _write_missing(job, plan[part[0] :: part[1]], settings, command.workers)
-    if num_missing := sum(not job.is_done(shard.name) for shard in plan):
-        print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
-        return
-    summary = job.finish(identity, lambda: _describe(job, command, plan, listing, classes))
-    _print(job.out, summary)
+    plan = make_plan(items, command)
+    try:
+        job.begin(pictures=_digest(items), shards=len(plan))
+        _write_missing(job, plan[int(part[1]) :: int(part[2])], command)
+        if num_missing := sum(not job.is_done(shard.name) for shard in plan):
+            print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
+            return
+        _print(job.out, job.finish(lambda: _describe(job, command, plan, listing, classes)))
+    except jobs.FinishedElsewhere:
+        _print(job.out, job.finished() or {})
+
+
+def _identity(command: PackCommand) -> dict[str, Any]:
+    """What decides the bytes of the shards, beside the pictures."""
+    source = shown(command.source) if isinstance(command.source, list) else str(command.source)
+    skipped = (*NOT_OF_SHARDS, *(() if command.image_key else ("image_key",)))
+    identity = {"source": source, **{k: v for k, v in vars(command).items() if k not in skipped}}
+    if not command.labels and not Path(source).exists():
+        return identity  # CelebA's lists are gone with the source
+    return {**identity, "labels": labels.digest(command)}
+
+
+def _digest(items: Sequence[Item]) -> str:
+    """Of the names, sizes, splits, classes and companions: another source has another one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        companions = [(member, file.name, file.num_bytes) for member, file in item.companions]
+        digest.update(repr((item.name, *item[2:-1], companions)).encode())
+    return digest.hexdigest()
+
+
+def _check_splits(items: Sequence[Item]) -> None:
+    """Raises ConfigError when some pictures have a split and others have none: which one is meant
+    by a folder `train` between folders of classes?"""
+    inside = [item for item in items if item.split is not None]
+    outside = [item for item in items if item.split is None]
+    if inside and outside:
+        raise ConfigError(
+            f"source: {len(inside)} pictures belong to a split ({printable(inside[0].name)}: "
+            f"{inside[0].split}) and {len(outside)} to none ({printable(outside[0].name)}); put "
+            "all of them below folders train, validation and test (a class of such a name below "
+            "them too), or none, or say it in a column split of labels="
+        )
 
 
 def _check_losses(
@@ -106,40 +134,14 @@ def _check_losses(
 
 
 def _texts(named: Sequence[Named]) -> list[str]:
-    return [f"{shown_name(name)}: {reason}" for name, reason in named]
-
-
-def _picture_settings(command: PackCommand) -> PictureSettings:
-    size = tuple(command.size) if isinstance(command.size, list) else command.size
-    sides = size if isinstance(size, tuple) else (size, size)
-    least = 1 if isinstance(size, tuple) else 0
-    if len(sides) != 2 or any(type(n) is not int or n < least for n in sides):
-        raise ConfigError(f"size={command.size} is none of 0 (as they are), N and [H, W] in pixels")
-    return PictureSettings(
-        size or None, command.format, command.quality, command.background, command.max_pixels
-    )
-
-
-def _identity(command: PackCommand) -> dict[str, Any]:
-    """What decides the bytes of the shards, beside the pictures."""
-    source = shown(command.source) if isinstance(command.source, list) else str(command.source)
-    keys = {k: v for k, v in vars(command).items() if k not in NOT_OF_SHARDS}
-    identity = {"source": source, **keys}
-    if not command.labels and not Path(source).exists():
-        return identity  # CelebA's lists are gone with the source
-    return {**identity, "labels": labels.digest(command.labels, command.source)}
+    return [f"{printable(name)}: {reason}" for name, reason in named]
 
 
 # the plan
 
 
-def make_plan(
-    items: Sequence[Item], command: PackCommand, *, bytes_factor: float
-) -> list[PlannedShard]:
-    """Deal the items. bytes_factor: bytes of a picture in a shard over its bytes in the source.
-
-    Raises ConfigError when nothing is left to train on.
-    """
+def make_plan(items: Sequence[Item], command: PackCommand) -> list[PlannedShard]:
+    """Deal the items. Raises ConfigError when nothing is left to train on."""
     splits: dict[str, list[Item]] = {}
     for item in items:
         splits.setdefault(item.split or "train", []).append(item)
@@ -149,21 +151,30 @@ def make_plan(
             "train on, or give the folder of that name itself as source="
         )
     if "validation" not in splits and command.validation:
-        splits["train"], splits["validation"] = _held_out(
-            splits["train"], command.validation, command.seed
-        )
+        _hold_out(splits, command.validation, command.seed)
+    bytes_factor = _bytes_factor(items, command)
     shards: list[PlannedShard] = []
     for number, split in enumerate(SPLITS):
-        members = splits.get(split, [])
+        if not (members := splits.get(split, [])):
+            continue
         if command.shuffle:
             order = numpy_generator(command.seed, "pack", number).permutation(len(members))
             members = [members[i] for i in order.tolist()]
-        shards += _cut(split, members, command.shard_mb * 1e6, bytes_factor)
+        total = sum(item.num_bytes for item in members) * bytes_factor + 2048 * len(members)
+        total += sum(file.num_bytes for item in members for _, file in item.companions)
+        count = -(-int(total) // int(command.shard_mb * 1e6))
+        count = max(count, min(MIN_SHARDS, len(members) // MIN_PER_SHARD), 1)
+        count = min(count, len(members))
+        borders = [len(members) * k // count for k in range(count + 1)]
+        shards += [
+            PlannedShard(split, k, low, members[low:high])
+            for k, (low, high) in enumerate(pairwise(borders))
+        ]
     return shards
 
 
-def _held_out(items: list[Item], validation: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """What is left, and what is set aside."""
+def _hold_out(splits: dict[str, list[Item]], validation: float, seed: int) -> None:
+    items = splits["train"]
     count = round(validation * len(items)) if validation < 1 else int(validation)
     if not 0 < count < len(items):
         raise ConfigError(
@@ -172,85 +183,53 @@ def _held_out(items: list[Item], validation: float, seed: int) -> tuple[list[Ite
         )
     generator = numpy_generator(seed, "pack-validation")
     chosen = set(generator.choice(len(items), count, replace=False).tolist())
-    return (
-        [item for i, item in enumerate(items) if i not in chosen],
-        [item for i, item in enumerate(items) if i in chosen],
-    )
+    splits["train"] = [item for i, item in enumerate(items) if i not in chosen]
+    splits["validation"] = [item for i, item in enumerate(items) if i in chosen]
 
 
-def _cut(
-    split: str, items: list[Item], shard_bytes: float, bytes_factor: float
-) -> list[PlannedShard]:
-    """Shards of equal numbers of pictures, give or take one."""
-    if not items:
-        return []
-    total = sum(item.num_bytes for item in items) * bytes_factor + 2048 * len(items)
-    total += sum(file.num_bytes for item in items for _, file in item.companions)
-    count = max(-(-int(total) // int(shard_bytes)), min(MIN_SHARDS, len(items) // MIN_PER_SHARD))
-    count = min(max(1, count), len(items))
-    borders = [len(items) * k // count for k in range(count + 1)]
-    return [
-        PlannedShard(split, k, low, items[low:high])
-        for k, (low, high) in enumerate(pairwise(borders))
-    ]
-
-
-def _bytes_factor(items: list[Item], settings: PictureSettings) -> float:
+def _bytes_factor(items: Sequence[Item], command: PackCommand) -> float:
     """Bytes in a shard over bytes in the source, measured on some pictures."""
     before = after = 0
     for item in items[:: max(1, len(items) // NUM_PROBED)]:
         try:
-            picture = prepare(suffix_of(item.name), read(item.place), settings)
+            picture = prepare(suffix_of(item.name), read(item.place), command)
         except DamagedSampleError:
             continue
         before, after = before + item.num_bytes, after + len(picture.data)
     return after / before if before else 1.0
 
 
-def _digest(items: Sequence[Item]) -> str:
-    """Of the names, sizes, splits, classes and companions: another source has another one."""
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        companions = [(member, file.name, file.num_bytes) for member, file in item.companions]
-        digest.update(repr((item.name, *item[2:-1], companions)).encode())
-    return digest.hexdigest()
-
-
 # the shards
 
 
-def _write_missing(
-    job: ShardJob,
-    shards: Sequence[PlannedShard],
-    settings: PictureSettings,
-    workers: int,
-) -> None:
+def _write_missing(job: ShardJob, shards: Sequence[PlannedShard], command: PackCommand) -> None:
     missing = {shard.name: shard for shard in shards if not job.is_done(shard.name)}
     total = sum(len(shard.items) for shard in shards)
     before = total - sum(len(shard.items) for shard in missing.values())
     with ProgressBar("packed", total, unit="pictures") as progress:
         jobs.run(
-            lambda name, count: _write_shard(job, missing[name], settings, count),
+            lambda name, count: _write_shard(job, missing[name], command, count),
             list(missing),
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=command.workers or len(os.sched_getaffinity(0)),
             progress=lambda done: progress(before + done),
         )
 
 
-def _write_shard(
-    job: ShardJob, shard: PlannedShard, settings: PictureSettings, count: Count
-) -> None:
+def _write_shard(job: ShardJob, shard: PlannedShard, command: PackCommand, count: Count) -> None:
     counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
     with job.shard(shard.name) as (writer, report):
         report |= {"samples": 0, "kept": 0, "skipped": [], "names": []}
-        for i, item in enumerate(shard.items):
+        for i, item in enumerate(shard.items, shard.first):
             try:
-                picture, members = _packed(item, settings)
+                data, members = read(item.place), _members(item)
+                mask = members.get(MASK_MEMBER)
+                picture = prepare(suffix_of(item.name), data, command, mask=mask)
             except DamagedSampleError as error:
                 report["skipped"].append([item.name, str(error)])
             else:
-                key = f"{shard.first + i:09d}"
-                writer.write({"__key__": key, picture.suffix: picture.data, **members})
+                if picture.mask is not None:
+                    members[MASK_MEMBER] = picture.mask
+                writer.write({"__key__": f"{i:09d}", picture.suffix: picture.data, **members})
                 report["names"].append(item.name)
                 report["samples"] += 1
                 report["kept"] += picture.kept
@@ -264,38 +243,25 @@ def _write_shard(
         report |= {key: dict(found) for key, found in counts.items()}
 
 
-def _packed(item: Item, settings: PictureSettings) -> tuple[Picture, dict[str, bytes]]:
-    """The picture of a sample and its other members. Raises DamagedSampleError."""
-    data = read(item.place)
-    members = {member: _companion(member, file) for member, file in item.companions}
-    picture = prepare(suffix_of(item.name), data, settings, mask=members.get(MASK_MEMBER))
-    if picture.mask is not None:
-        members[MASK_MEMBER] = picture.mask
+def _members(item: Item) -> dict[str, bytes]:
+    """The members of a sample beside its picture. Raises DamagedSampleError."""
+    members: dict[str, bytes] = {}
+    for member, file in item.companions:
+        try:
+            if file.num_bytes > MAX_FILE_BYTES:
+                raise DamagedSampleError("too large")
+            members[member] = read(file.place)
+        except DamagedSampleError as error:
+            raise DamagedSampleError(f"its .{member}: {error}") from None
     if item.category is not None:
         members["cls"] = str(item.category).encode()
     if item.extra:
-        members["json"] = _with_extra(members.get("json"), item.extra)
-    return picture, members
-
-
-def _companion(member: str, file: Item) -> bytes:
-    if file.num_bytes > MAX_FILE_BYTES:
-        raise DamagedSampleError(f"its .{member} is too large")
-    try:
-        return read(file.place)
-    except DamagedSampleError as error:
-        raise DamagedSampleError(f"its .{member}: {error}") from None
-
-
-def _with_extra(text: bytes | None, extra: Mapping[str, Any]) -> bytes:
-    """The .json of a sample with what a table says of it."""
-    try:
-        fields = json.loads(text or b"{}")
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise DamagedSampleError("its .json has no fields; labels= could not add its own")
-    return json.dumps({**fields, **extra}, sort_keys=True).encode()
+        try:
+            fields = read_json(members.get("json", b"{}"), MAX_FILE_BYTES, name="its .json")
+        except ValueError as error:
+            raise DamagedSampleError(f"{error}; labels= could not add to it") from None
+        members["json"] = json.dumps({**fields, **item.extra}, sort_keys=True).encode()
+    return members
 
 
 # the end
@@ -307,20 +273,31 @@ def _describe(
     plan: Sequence[PlannedShard],
     listing: Listing,
     classes: tuple[str, ...],
-) -> dict[str, Any]:
+) -> Report:
     """Index, names and contact sheet; the summary. Raises ConfigError when too many are lost."""
     reports = [job.report(shard.name) for shard in plan]
     skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
-    num_items = sum(report["samples"] for report in reports)
-    _check_losses(command, [*skipped, *listing.lost], num_items)
-    splits = {}
-    for split in SPLITS:
-        shards = [(s, r) for s, r in zip(plan, reports, strict=True) if s.split == split]
-        if shards:
-            splits[split] = _describe_split(job, split, shards)
-    names = "".join(_name_lines(zip(plan, reports, strict=True)))
-    write_durably(job.out / "names.txt", names.encode("utf-8", "surrogateescape"))
-    save_png(_contact_sheet(job, [s for s in plan if s.split == "train"]), job.out / SHEET)
+    _check_losses(command, [*skipped, *listing.lost], sum(report["samples"] for report in reports))
+    splits: dict[str, Report] = {}
+    for split in dict.fromkeys(shard.split for shard in plan):
+        mine = [report for shard, report in zip(plan, reports, strict=True) if shard.split == split]
+        paths = [job.out / shard.name for shard in plan if shard.split == split]
+        write_info(paths, split=split)
+        splits[split] = {
+            "samples": sum(report["samples"] for report in mine),
+            "kept_byte_for_byte": sum(report["kept"] for report in mine),
+            "shards": len(paths),
+            "bytes": sum(path.stat().st_size for path in paths),
+            "labels": dict(sorted(_sum(mine, "labels").items(), key=lambda kv: int(kv[0]))),
+        }
+    names = "".join(
+        f"{Path(shard.name).name}\t{i}\t{printable(name)}\n"
+        for shard, report in zip(plan, reports, strict=True)
+        for i, name in enumerate(report["names"])
+    )
+    write_durably(job.out / "names.txt", names.encode())
+    _save_contact_sheet(job.out, [shard.name for shard in plan if shard.split == "train"])
+    notes = [f"{text} ({count})" for text, count in _sum(reports, "notes").items()]
     return {
         "splits": splits,
         "classes": list(classes),
@@ -328,23 +305,7 @@ def _describe(
         "sizes": dict(_sum(reports, "sizes").most_common(20)),
         "members": dict(_sum(reports, "members")),
         "skipped": [*skipped, *listing.lost, *listing.left_out],
-        "notes": [*listing.notes, *(f"{text} ({n})" for text, n in _sum(reports, "notes").items())],
-    }
-
-
-def _describe_split(
-    job: ShardJob, split: str, shards: Sequence[tuple[PlannedShard, Report]]
-) -> dict[str, Any]:
-    paths = [job.out / shard.name for shard, _ in shards]
-    reports = [report for _, report in shards]
-    write_info(paths, split=split)
-    labels = _sum(reports, "labels")
-    return {
-        "samples": sum(report["samples"] for report in reports),
-        "kept_byte_for_byte": sum(report["kept"] for report in reports),
-        "shards": len(paths),
-        "bytes": sum(path.stat().st_size for path in paths),
-        "labels": dict(sorted(labels.items(), key=lambda kv: int(kv[0]))),
+        "notes": [*listing.notes, *notes],
     }
 
 
@@ -355,32 +316,22 @@ def _sum(reports: Sequence[Report], key: str) -> Counter[str]:
     return total
 
 
-def _name_lines(shards: Iterator[tuple[PlannedShard, Report]]) -> Iterator[str]:
-    for shard, report in shards:
-        for i, name in enumerate(report["names"]):
-            yield f"{Path(shard.name).name}\t{i}\t{one_line(name)}\n"
-
-
-def _contact_sheet(job: ShardJob, shards: Sequence[PlannedShard]) -> Image.Image:
+def _save_contact_sheet(out: Path, shards: Sequence[str]) -> None:
     """Pictures from the beginning of each shard, cropped to squares."""
     each = -(-SHEET_PICTURES // len(shards))
     cells: list[np.ndarray] = []
     for shard in shards[:SHEET_PICTURES]:
-        path = job.out / shard.name
         files = (
-            (suffix_of(name), at, size)
-            for name, at, size in files_of_tar(str(path))
+            (suffix_of(name), Place(str(out / shard), at, size))
+            for name, at, size in files_of_tar(str(out / shard))
             if suffix_of(name) in SUFFIXES and not name.endswith(f".{MASK_MEMBER}")
         )
-        with open(path, "rb") as tar:
-            for suffix, at, size in islice(files, each):
-                tar.seek(at)
-                cells.append(thumbnail(suffix, tar.read(size), SHEET_PIXELS))
+        cells += [thumbnail(s, read(place), SHEET_PIXELS) for s, place in islice(files, each)]
     pictures = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
-    return grid(torch.from_numpy(np.ascontiguousarray(pictures)))
+    save_png(grid(torch.from_numpy(np.ascontiguousarray(pictures))), out / SHEET)
 
 
-def _print(out: Path, summary: dict[str, Any]) -> None:
+def _print(out: Path, summary: Report) -> None:
     for split, facts in summary["splits"].items():
         classes = f" classes={len(facts['labels'])}" if facts["labels"] else ""
         print(

@@ -9,12 +9,12 @@ NaN where a pixel is missing; a mask goes through the same resizing and crop as 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import (
     ARRAYS,
     decode_image,
@@ -27,32 +27,10 @@ from vae_dist.data.decode import (
 )
 from vae_dist.data.tar import DamagedSampleError
 
-FORMAT_OF = {
-    "png": "PNG",
-    "jpg": "JPEG",
-    "jpeg": "JPEG",
-    "webp": "WEBP",
-    "bmp": "BMP",
-    "gif": "GIF",
-    "ppm": "PPM",
-    "pgm": "PPM",
-    "avif": "AVIF",
-    "jp2": "JPEG2000",
-}
-SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
-Box = tuple[float, float, float, float]  # left, upper, right, lower, as Pillow has them
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")  # of Pillow
+SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # of what a shard holds
 LOSSY = ("JPEG", "WEBP")
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """What `pack` does to pictures."""
-
-    size: int | tuple[int, int] | None = None  # shorter side, or (H, W) cropped from the centre
-    format: Literal["keep", "png", "jpg", "webp"] = "keep"
-    quality: int = 95
-    background: Literal["none", "white", "black"] = "none"
-    max_pixels: int = 2**26
+Box = tuple[float, float, float, float]  # left, upper, right, lower, as Pillow has them
 
 
 class Picture(NamedTuple):
@@ -65,59 +43,96 @@ class Picture(NamedTuple):
 
 
 def prepare(
-    suffix: str, data: bytes, settings: PictureSettings, *, mask: bytes | None = None
+    suffix: str, data: bytes, command: PackCommand, *, mask: bytes | None = None
 ) -> Picture:
     """The picture as it goes into the shard, and the .mask.png that came with it.
 
-    Raises DamagedSampleError, with the reason.
+    Of the keys of `pack`, size, format, quality, background and max_pixels are followed. Raises
+    DamagedSampleError, with the reason.
     """
     if not data:
         raise DamagedSampleError("an empty file")
-    picture, have = _prepared(suffix, data, settings, exact=mask is not None)
-    if mask is None:
-        return picture
-    box = _box(*have, settings.size)
-    max_pixels = settings.max_pixels
-    mask = prepare_mask(mask, have, picture.shape[1:], box, max_pixels=max_pixels)
-    return picture._replace(mask=mask)
+    kind = kind_of(data) or suffix
+    if kind in ARRAYS or is_png16(data):
+        if command.size or command.format not in ("keep", kind):
+            name = "16-bit PNG" if kind == "png" else f".{kind}"
+            raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
+        shape = _shape(kind, data, command.max_pixels)
+        picture, have = Picture(kind, data, shape, True), shape[1:]
+    else:
+        # with a mask it is decoded in full, then resized: blocks of a reduced JPEG would leak
+        picture, have = _prepared(kind, data, command, exact=mask is not None)
+    if mask is not None:
+        picture = picture._replace(mask=_prepare_mask(mask, have, picture.shape[1:], command))
+    return picture
 
 
 def _prepared(
-    suffix: str, data: bytes, settings: PictureSettings, *, exact: bool
+    kind: str, data: bytes, command: PackCommand, *, exact: bool
 ) -> tuple[Picture, tuple[int, int]]:
-    """The picture, and its (H, W) in the source, upright. exact: decoded in full, then resized."""
-    kind = kind_of(data) or suffix
-    if kind in ARRAYS or is_png16(data):
-        picture = _raw(kind, data, settings)
-        return picture, picture.shape[1:]
-    image_format = FORMAT_OF.get(kind, "")
-    if not image_format:
+    """The picture, and its (H, W) in the source, upright."""
+    image_format = Image.registered_extensions().get(f".{kind}", "")
+    if image_format not in FORMATS:
         raise DamagedSampleError(foreign(data) or f"a .{kind} is not decoded; convert it to PNG")
-    image = open_by_pillow(data, image_format, settings.max_pixels)
-    transparent = has_alpha(image)
-    stored = SUFFIX_OF.get(image_format)
-    profile = other_profile(image)
+    image = open_by_pillow(data, image_format, command.max_pixels)
+    stored, profile = SUFFIX_OF.get(image_format), _other_profile(image)
+    background = command.background if has_alpha(image) else "none"
     note = "the colours are converted to sRGB" if profile else ""
     if getattr(image, "is_animated", False):
         note = "animated; its first frame is taken"
-    channels, height, width = 3, image.height, image.width
+    shape = (3, image.height, image.width)
     if stored is not None:  # whatever becomes of it: what is damaged is decided in one place
-        channels, height, width = decode_own(stored, data, max_pixels=settings.max_pixels).shape
-    keep = (
-        settings.format in ("keep", stored)
-        and stored is not None
-        and _target(height, width, settings.size) == (height, width)
-        and not (transparent and settings.background != "none")
+        shape = _shape(stored, data, command.max_pixels)
+    have = shape[1:]
+    is_kept = (
+        stored is not None
+        and command.format in ("keep", stored)
+        and _target(*have, command.size) == have
+        and background == "none"
         and profile is None
     )
-    if keep:
-        assert stored is not None
-        return Picture(stored, data, (channels, height, width), True, note=note), (height, width)
-    changed = _changed(image, image_format, settings, transparent, profile, exact=exact)
-    return changed._replace(note=note), (height, width)
+    if stored is not None and is_kept:
+        return Picture(stored, data, shape, True, note=note), have
+    target = Image.registered_extensions().get(f".{command.format}")
+    target = target or ("JPEG" if image_format in LOSSY else "PNG")
+    try:
+        if command.size and image_format == "JPEG" and not exact:
+            size = command.size
+            shorter = size if isinstance(size, int) else max(size)
+            image.draft(None, (2 * shorter, 2 * shorter))
+        image = _converted(ImageOps.exif_transpose(image), background, profile, target)
+        image = _resized(image, command.size)
+        file = io.BytesIO()
+        options: dict[str, Any] = {"quality": command.quality} if target in LOSSY else {}
+        image.save(file, target, **options)
+    except DamagedSampleError:
+        raise
+    except Exception as error:  # Pillow raises many kinds on damaged bytes
+        text = (str(error) or type(error).__name__).split("\n")[0][:100]
+        raise DamagedSampleError(f"damaged {image_format} ({text})") from None
+    shape = (len(image.getbands()), image.height, image.width)
+    return Picture(SUFFIX_OF[target], file.getvalue(), shape, False, note=note), have
 
 
-def other_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+def _converted(
+    image: Image.Image, background: str, profile: ImageCms.ImageCmsProfile | None, target: str
+) -> Image.Image:
+    """Upright image as L, RGB or RGBA, in sRGB and on the background."""
+    if profile is not None:
+        srgb = ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, profile, srgb) or image
+        image.info.pop("icc_profile", None)
+    if not has_alpha(image):
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    if background != "none":
+        ground = Image.new("RGBA", image.size, background)
+        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    if target == "JPEG":
+        raise DamagedSampleError("transparent pixels; set background=white or black")
+    return image.convert("RGBA")
+
+
+def _other_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
     """The profile of colours that are none of sRGB."""
     data = image.info.get("icc_profile")
     if not data or image.mode not in ("RGB", "RGBA"):
@@ -131,68 +146,23 @@ def other_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
     return profile if is_rgb and not is_srgb else None
 
 
-def _raw(suffix: str, data: bytes, settings: PictureSettings) -> Picture:
-    if settings.size is not None or settings.format not in ("keep", suffix):
-        name = "16-bit PNG" if suffix == "png" else f".{suffix}"
-        raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
-    channels, height, width = decode_own(suffix, data, max_pixels=settings.max_pixels).shape
-    return Picture(suffix, data, (channels, height, width), True)
+def _shape(suffix: str, data: bytes, max_pixels: int) -> tuple[int, int, int]:
+    """C, H, W of a picture that is decoded in full. Raises DamagedSampleError."""
+    channels, height, width = decode_own(suffix, data, max_pixels=max_pixels).shape
+    return channels, height, width
 
 
 def _target(height: int, width: int, size: Any) -> tuple[int, int]:
     """(H, W) of the picture in the shard; a shorter side is never enlarged."""
-    if size is None:
-        return height, width
     if not isinstance(size, int):
-        return size
+        return size[0], size[1]
     scale = size / min(height, width)
-    if scale >= 1:
+    if not 0 < scale < 1:
         return height, width
     return max(size, round(height * scale)), max(size, round(width * scale))
 
 
-def _changed(
-    image: Image.Image,
-    image_format: str,
-    settings: PictureSettings,
-    transparent: bool,
-    profile: ImageCms.ImageCmsProfile | None,
-    *,
-    exact: bool,
-) -> Picture:
-    target_format = FORMAT_OF.get(settings.format, "JPEG" if image_format in LOSSY else "PNG")
-    try:
-        if settings.size is not None and image_format == "JPEG" and not exact:
-            shorter = settings.size if isinstance(settings.size, int) else max(settings.size)
-            image.draft(None, (2 * shorter, 2 * shorter))
-        image = ImageOps.exif_transpose(image)
-        if profile is not None:
-            srgb = ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, profile, srgb) or image
-            image.info.pop("icc_profile", None)
-        if transparent and settings.background != "none":
-            ground = Image.new("RGBA", image.size, settings.background)
-            image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-        elif transparent:
-            if target_format == "JPEG":
-                raise DamagedSampleError("transparent pixels; set background=white or black")
-            image = image.convert("RGBA")
-        else:
-            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        image = _resized(image, settings.size)
-        file = io.BytesIO()
-        options: dict[str, Any] = {"quality": settings.quality} if target_format in LOSSY else {}
-        image.save(file, target_format, **options)
-    except DamagedSampleError:
-        raise
-    except Exception as error:  # Pillow raises many kinds on damaged bytes
-        text = (str(error) or type(error).__name__).split("\n")[0][:100]
-        raise DamagedSampleError(f"damaged {image_format} ({text})") from None
-    shape = (len(image.getbands()), image.height, image.width)
-    return Picture(SUFFIX_OF[target_format], file.getvalue(), shape, False)
-
-
-def _resized(image: Image.Image, size: int | tuple[int, int] | None) -> Image.Image:
+def _resized(image: Image.Image, size: Any) -> Image.Image:
     height, width = _target(image.height, image.width, size)
     if (height, width) == (image.height, image.width):
         return image
@@ -200,13 +170,12 @@ def _resized(image: Image.Image, size: int | tuple[int, int] | None) -> Image.Im
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
-def _box(height: int, width: int, size: int | tuple[int, int] | None) -> Box:
+def _box(height: int, width: int, size: Any) -> Box:
     """What of a picture is resized: all of it, or the middle of the shape of [H, W]."""
-    if not isinstance(size, tuple):
+    if isinstance(size, int):
         return (0, 0, width, height)
     wanted = size[1] / size[0]
-    crop_width: float = width
-    crop_height: float = height
+    crop_width, crop_height = float(width), float(height)
     if width / height > wanted:
         crop_width = wanted * height
     elif width / height < wanted:
@@ -218,15 +187,13 @@ def _box(height: int, width: int, size: int | tuple[int, int] | None) -> Box:
 # which pixels are observed, after the resizing
 
 
-def prepare_mask(
-    data: bytes, have: tuple[int, int], want: tuple[int, int], box: Box, *, max_pixels: int
+def _prepare_mask(
+    data: bytes, have: tuple[int, int], want: tuple[int, int], command: PackCommand
 ) -> bytes:
-    """have, want: (H, W) of the picture in source and shard; box: what of it was resized.
-
-    Kept byte for byte where the picture's size is. Raises DamagedSampleError.
-    """
+    """have, want: (H, W) of the picture in source and shard. Kept byte for byte where they are the
+    same. Raises DamagedSampleError."""
     try:
-        shades = decode_image("png", data, channels=1, max_pixels=max_pixels)[0]  # (H, W)
+        shades = decode_image("png", data, channels=1, max_pixels=command.max_pixels)[0]  # (H, W)
     except DamagedSampleError as error:
         raise DamagedSampleError(f"its mask: {error}") from None
     if shades.shape != have:
@@ -236,19 +203,15 @@ def prepare_mask(
         )
     if have == want:
         return data
+    left, top, right, bottom = _box(*have, command.size)
+    missing = np.pad(np.cumsum(np.cumsum(shades <= 127, 0), 1), ((1, 0), (1, 0)))
+    first, last = _sources(have[0], top, bottom, want[0])
+    rows = missing[last] - missing[first]
+    first, last = _sources(have[1], left, right, want[1])
+    observed = rows[:, last] == rows[:, first]
     file = io.BytesIO()
-    Image.fromarray(255 * resized(shades > 127, want, box).astype(np.uint8)).save(file, "PNG")
+    Image.fromarray(255 * observed.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
-
-
-def resized(observed: np.ndarray, size: tuple[int, int], box: Box) -> np.ndarray:
-    """bool (H, W) of `size`, from bool (H, W) of the picture that was resized from `box`."""
-    height, width = observed.shape
-    missing = np.pad(np.cumsum(np.cumsum(~observed, 0), 1), ((1, 0), (1, 0)))
-    top, bottom = _sources(height, box[1], box[3], size[0])
-    left, right = _sources(width, box[0], box[2], size[1])
-    rows = missing[bottom] - missing[top]
-    return rows[:, right] == rows[:, left]
 
 
 def _sources(have: int, low: float, high: float, want: int) -> tuple[np.ndarray, np.ndarray]:
@@ -261,9 +224,6 @@ def _sources(have: int, low: float, high: float, want: int) -> tuple[np.ndarray,
     center = float(start) + (np.arange(want) + 0.5) * scale
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     return first, np.minimum((center + support + 0.5).astype(np.int64), have)
-
-
-# contact sheets
 
 
 def thumbnail(suffix: str, data: bytes, pixels: int) -> np.ndarray:

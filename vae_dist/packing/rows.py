@@ -10,8 +10,8 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import json
 import lzma
+import math
 import os
 import re
 import zlib
@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.digits import idx_shape
-from vae_dist.files import write_durably
-from vae_dist.packing.items import InFile, Item, Listing, read
+from vae_dist.files import read_json, write_durably
+from vae_dist.packing.items import Item, Listing, Place, most_bytes, read
 
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -32,70 +31,85 @@ COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7zXZ": lzma.open,
 }
 COPY_BYTES = 1 << 20
-MNIST_FILE = re.compile(r"(train|t10k)-(images-idx3|labels-idx1)-ubyte(\.gz)?")
-MNIST_SPLITS = {"train": "train", "t10k": "test"}  # by the first word of the files
-CIFAR_FILE = re.compile(r"(data_batch_\d+|test_batch)(\.bin)?|batches\.meta(\.txt)?")
-CIFAR_SHAPE = (3, 32, 32)
-CIFAR_RECORD = 1 + 3 * 32 * 32  # label, then the planes R, G, B
+MNIST_FILE = re.compile(r"(?:.*/)?((?:train|t10k)-(?:images-idx3|labels-idx1)-ubyte)(?:\.gz)?")
+CIFAR_FILE = re.compile(r"(?:.*/)?((?:data_batch_\d+|test_batch|batches\.meta)(?:\.bin|\.txt)?)")
+CIFAR_SHAPE = (3, 32, 32)  # planes R, G, B, behind a byte that is the label
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "jpeg")  # of parquet
 LABEL_COLUMNS = ("label", "labels", "class", "category", "fine_label")
+ROWS_AT_ONCE = 4  # of parquet
+MAX_FEATURES = 1 << 24  # bytes of what the datasets library says of the columns
 
 
 def plain_copy(path: str, work: Path) -> str:
-    """The file itself, or where it lies uncompressed. Raises ConfigError."""
+    """The file itself, or where it lies unpacked. Raises ConfigError."""
     with open(path, "rb") as file:
-        magic = file.read(6)
+        magic, facts = file.read(6), os.fstat(file.fileno())
     opened = next((way for mark, way in COMPRESSIONS.items() if magic.startswith(mark)), None)
     if opened is None:
         return path
-    facts = os.stat(path)
     plain = work / f"{Path(path).name}-{facts.st_size}-{facts.st_mtime_ns}"
+    most = most_bytes(facts.st_size)
+
+    def pieces() -> Iterator[bytes]:
+        with opened(path, "rb") as source:
+            for _ in range(0, most, COPY_BYTES):
+                if not (piece := source.read(COPY_BYTES)):
+                    return
+                yield piece
+        raise OSError(f"its {facts.st_size} bytes hold more than {most}; unpack it by hand")
+
     if not plain.exists():
         try:
             work.mkdir(parents=True, exist_ok=True)
-            with opened(path, "rb") as source:
-                write_durably(plain, iter(lambda: source.read(COPY_BYTES), b""))
+            write_durably(plain, pieces())
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ConfigError(f"source={path}: cannot be unpacked ({error})") from error
     return str(plain)
 
 
-# MNIST
-
-
 def mnist_items(files: list[Item], work: Path) -> tuple[list[Item], list[Item]]:
     """The digits of the idx files among the files of a folder, and the other files. Raises
     ConfigError for a missing or damaged one."""
-    found = {f.name: f for f in files if MNIST_FILE.fullmatch(f.name.rpartition("/")[2])}
-    folders = sorted({name.rpartition("/")[0] for name in found})
+    folders: dict[str, dict[str, str]] = {}  # paths by folder, by name
+    rest = []
+    for file in files:
+        if found := MNIST_FILE.fullmatch(file.name):
+            paths = folders.setdefault(os.path.dirname(file.name), {})
+            paths[found[1]] = plain_copy(file.place.path, work)
+        else:
+            rest.append(file)
     items: list[Item] = []
-    for folder in folders:
-        paths = {
-            name.rpartition("/")[2].removesuffix(".gz"): plain_copy(file.place.path, work)
-            for name, file in found.items()
-            if name.rpartition("/")[0] == folder
-        }
-        for word, split in MNIST_SPLITS.items():
-            items += _digits(paths, word, split)
-    return items, [file for file in files if file.name not in found]
+    for folder, paths in sorted(folders.items()):
+        for word, split in (("train", "train"), ("t10k", "test")):
+            names = f"{word}-images-idx3-ubyte", f"{word}-labels-idx1-ubyte"
+            if missing := [name for name in names if name not in paths]:
+                raise ConfigError(
+                    f"source: {folder or '.'}/{missing[0]}[.gz] is missing; copy it there"
+                )
+            (images, at), (labels, labels_at) = (_idx(paths[name]) for name in names)
+            if len(images) != 3 or labels != images[:1]:
+                raise ConfigError(
+                    f"source: {word} images {images} and labels {labels} of MNIST do not belong "
+                    "together"
+                )
+            numbers = read(Place(paths[names[1]], labels_at))
+            items += _records(Place(paths[names[0]], at), split, numbers, images[1:])
+    return items, rest
 
 
-def _digits(paths: dict[str, str], word: str, split: str) -> Iterator[Item]:
-    names = f"{word}-images-idx3-ubyte", f"{word}-labels-idx1-ubyte"
-    for name in names:
-        if name not in paths:
-            where = os.path.dirname(next(iter(paths.values())))
-            raise ConfigError(f"source={where}: {name}[.gz] is missing; copy it there")
-    (images, pixels_at), (labels, labels_at) = (_idx(paths[name]) for name in names)
-    if len(images) != 3 or labels != images[:1]:
-        raise ConfigError(
-            f"source: {word} images {images} and labels {labels} of MNIST do not belong together"
-        )
-    size = images[1] * images[2]
-    numbers = read(InFile(paths[names[1]], labels_at))
-    for i, label in enumerate(numbers):
-        place = InFile(paths[names[0]], pixels_at + i * size, size, images[1:])
-        yield Item(f"{split} {i}", place, size, split, label)
+def _records(
+    first: Place,
+    split: str,
+    labels: bytes,
+    shape: tuple[int, ...],
+    *,
+    skip: int = 0,
+    number: int = 0,
+) -> Iterator[Item]:
+    size = math.prod(shape)
+    for i, label in enumerate(labels):
+        at = first.at + skip + i * (size + skip)
+        yield Item(f"{split} {number + i}", Place(first.path, at, size, shape), size, split, label)
 
 
 def _idx(path: str) -> tuple[tuple[int, ...], int]:
@@ -106,25 +120,26 @@ def _idx(path: str) -> tuple[tuple[int, ...], int]:
         shape, at = idx_shape(head)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    size, wanted = os.path.getsize(path) - at, int(np.prod(shape, dtype=object))
-    if size != wanted:
+    size, wanted = os.path.getsize(path) - at, math.prod(shape)
+    if size != wanted or not wanted:
         raise ConfigError(
             f"{path}: {size} bytes of pixels, but its header {shape} means {wanted}; copy it again"
         )
     return shape, at
 
 
-# CIFAR-10
-
-
 def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
-    """The pictures of the binary batches among the files of a folder or archive, the other files,
-    and the names of the classes. Raises ConfigError."""
-    batches = {f.name.rpartition("/")[2]: f for f in files if _is_of_cifar(f)}
-    found: dict[str, list[Item]] = {"train": [], "test": []}
+    """The pictures of CIFAR-10's binary batches among the files of a folder or archive, the other
+    files, and the names of the classes. Raises ConfigError."""
+    batches = {
+        found[1]: file
+        for file in files
+        if (found := CIFAR_FILE.fullmatch(file.name)) and not file.place.is_zipped
+    }
+    items: list[Item] = []
     classes: tuple[str, ...] = ()
-    for name in sorted(batches):
-        file = batches[name]
+    record = 1 + math.prod(CIFAR_SHAPE)
+    for name, file in sorted(batches.items()):
         if name == "batches.meta.txt":
             classes = tuple(read(file.place).decode("utf-8", "replace").split())
             continue
@@ -134,75 +149,59 @@ def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, .
                 "give the binary archive (cifar-10-binary.tar.gz, from the same page), or "
                 "source=cifar10, which gets parquet files from the hub"
             )
-        split = "train" if name.startswith("data_batch") else "test"
-        found[split] += _records(file, split, len(found[split]))
-    if batches and not (found["train"] and found["test"]):
+        if not file.num_bytes or file.num_bytes % record:
+            raise ConfigError(
+                f"source: {file.name}: {file.num_bytes} bytes are no multiple of {record}; copy it "
+                "again"
+            )
+        split = "train" if name.startswith("data") else "test"
+        labels = read(file.place)[::record]
+        number = sum(item.split == split for item in items)
+        items += _records(file.place, split, labels, CIFAR_SHAPE, skip=1, number=number)
+    if batches and len({item.split for item in items}) < 2:
         raise ConfigError("source: batches of CIFAR-10 are missing; copy it again")
-    rest = [file for file in files if not _is_of_cifar(file)]
-    return [*found["train"], *found["test"]], rest, classes
+    names = {file.name for file in batches.values()}
+    return items, [file for file in files if file.name not in names], classes
 
 
-def _is_of_cifar(file: Item) -> bool:
-    name = file.name.rpartition("/")[2]
-    return isinstance(file.place, InFile) and CIFAR_FILE.fullmatch(name) is not None
-
-
-def _records(file: Item, split: str, first: int) -> Iterator[Item]:
-    assert isinstance(file.place, InFile)
-    data = read(file.place)
-    if not data or len(data) % CIFAR_RECORD:
-        raise ConfigError(
-            f"source: {file.name}: {len(data)} bytes are no multiple of {CIFAR_RECORD}; copy it "
-            "again"
-        )
-    size = CIFAR_RECORD - 1
-    for i, label in enumerate(data[::CIFAR_RECORD]):
-        place = InFile(file.place.path, file.place.at + i * CIFAR_RECORD + 1, size, CIFAR_SHAPE)
-        yield Item(f"{split} {first + i}", place, size, split, label)
-
-
-# parquet
-
-
-def parquet_items(
-    path: str, split: str | None, work: Path, *, image_column: str = "", label_column: str = ""
-) -> Listing:
-    """Pictures in a column of {bytes, path} or of bytes; their bytes are copied once into one plain
-    file. Where no column holds pictures, the file is left out. Raises ConfigError."""
-    file = _open_parquet(path)
-    name = os.path.basename(path)
-    image = _column(file, path, image_column, IMAGE_COLUMNS, key="image_column")
+def add_parquet(
+    listing: Listing, path: str, split: str | None, work: Path, command: PackCommand
+) -> None:
+    """List the pictures in a column of {bytes, path} or of bytes; their bytes are copied once into
+    one plain file. Where no column holds pictures, the file is left out. Raises ConfigError."""
+    file, name = _open_parquet(path), os.path.basename(path)
+    image = _column(file, path, "image_column", command.image_column, IMAGE_COLUMNS)
     if image is None:
         columns = ", ".join(file.schema_arrow.names)
-        return Listing([], [], [(name, f"no column of pictures among {columns}")])
-    label = _column(file, path, label_column, LABEL_COLUMNS, key="label_column")
+        listing.left_out.append((name, f"no column of pictures among {columns}"))
+        return
+    label = _column(file, path, "label_column", command.label_column, LABEL_COLUMNS)
+    listing.classes = listing.classes or _class_names(file.schema_arrow.metadata, label)
     facts = os.stat(path)
     digest = hashlib.blake2b(repr((path, facts.st_size, facts.st_mtime_ns, image)).encode())
     plain = work / f"parquet-{digest.hexdigest()[:16]}.bin"
-    listing = Listing([], [], [], _class_names(file.schema_arrow.metadata, label))
 
     def pictures() -> Iterator[bytes]:
         at = 0
         for number, (data, category) in enumerate(_rows(file, path, image, label)):
             row = f"{name} row {number}"
-            if not data:
+            if data and isinstance(data, bytes):
+                place = Place(str(plain), at, len(data))
+                listing.items.append(Item(row, place, len(data), split, category))
+                at += len(data)
+                yield data
+            else:
                 listing.lost.append((row, "no bytes of a picture"))
-                continue
-            place = InFile(str(plain), at, len(data))
-            listing.items.append(Item(row, place, len(data), split, category))
-            at += len(data)
-            yield data
 
-    if plain.exists():
-        for _ in pictures():
-            pass
-        return listing
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        write_durably(plain, pictures())
+        if plain.exists():
+            for _ in pictures():
+                pass
+        else:
+            work.mkdir(parents=True, exist_ok=True)
+            write_durably(plain, pictures())
     except OSError as error:
         raise ConfigError(f"out={plain}: cannot be written ({error})") from error
-    return listing
 
 
 def _open_parquet(path: str) -> Any:
@@ -213,35 +212,34 @@ def _open_parquet(path: str) -> Any:
             "source: parquet files need pyarrow: pip install 'vae_dist[parquet]'"
         ) from error
     try:
-        return parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"source={path}: cannot be read ({error})") from error
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    if sum(group.total_byte_size for group in groups) > most_bytes(os.path.getsize(path)):
+        raise ConfigError(f"source={path}: its rows claim to be larger than it can hold")
+    return file
 
 
-def _column(file: Any, path: str, asked: str, known: tuple[str, ...], *, key: str) -> str | None:
+def _column(file: Any, path: str, key: str, asked: str, known: tuple[str, ...]) -> str | None:
     columns = file.schema_arrow.names
     if asked and asked not in columns:
         raise ConfigError(f"{key}={asked}: {path} has the columns {', '.join(columns)}")
     return asked or next((name for name in known if name in columns), None)
 
 
-def _rows(
-    file: Any, path: str, image: str, label: str | None
-) -> Iterator[tuple[bytes, int | str | None]]:
+def _rows(file: Any, path: str, image: str, label: str | None) -> Iterator[tuple[Any, Any]]:
+    """Picture and class of each row. Raises ConfigError."""
     wanted = [name for name in (image, label) if name]
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=64, columns=wanted):
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
             for row in batch.to_pylist():
-                yield _image_bytes(row[image]), _category(row[label]) if label else None
+                data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
+                yield data, _category(row[label]) if label else None
                 number += 1
     except (OSError, ValueError) as error:
         raise ConfigError(f"source={path}: row {number}: {error}") from error
-
-
-def _image_bytes(image: Any) -> bytes:
-    data = image.get("bytes") if isinstance(image, dict) else image
-    return data if isinstance(data, bytes) else b""
 
 
 def _category(label: Any) -> int | str | None:
@@ -258,7 +256,7 @@ def _category(label: Any) -> int | str | None:
 def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...]:
     """Names of a ClassLabel column, as the datasets library leaves them in the schema."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(features[label]["names"])
+        features = read_json((metadata or {})[b"huggingface"], MAX_FEATURES)["info"]["features"]
+        return tuple(map(str, features[label]["names"]))
     except (KeyError, ValueError, TypeError):
         return ()

@@ -6,8 +6,8 @@ split and category, and every file that becomes no sample: lost (counted) or lef
 
 A path is read as `[SPLIT/][CATEGORY/]...NAME.suffix`: SPLIT is train, val, valid, validation, test;
 CATEGORY is the first folder that is left. `NAME.mask.png` says which pixels of NAME are missing; of
-a tar NAME.cls, NAME.json and NAME.txt are taken along too. Members of archives are never written by
-their names. A compressed tar is unpacked once into the work folder, to be read in any order.
+a tar, whose samples are those of WebDataset, NAME.cls, NAME.json and NAME.txt are taken along too.
+Members of archives are never written by their names.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
@@ -27,27 +28,24 @@ from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar
 from vae_dist.packing import hub, labels, rows
 from vae_dist.packing.items import (
     BY_CONTENT,
+    LEFT_BEHIND,
+    MAX_FILE_BYTES,
     PICTURES,
     SPLITS,
-    InFile,
-    InZip,
     Item,
     Listing,
-    Named,
-    is_hidden,
+    Place,
+    most_bytes,
     read,
-    shown_name,
     split_of,
     stem_and_member,
     suffix_of,
     why_unsafe,
-    why_wrong_size,
 )
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-ARCHIVES = (*TARS, ".zip", ".parquet")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet")
 TAR_MEMBERS = ("cls", "json", MASK_MEMBER, "txt")  # of a sample, taken along with its picture
-OF_PACK = ("pack.json", "names.txt", "contact-sheet.png")  # that `pack` writes beside its shards
+STATS = "_stats.json"  # of img2dataset, beside the folder or tar that it is of
 MAX_LABEL_BYTES = 32  # of a .cls
 KINDS = (
     "a folder of pictures or archives, a .zip, a .tar (also .gz, .bz2, .xz), MNIST idx files, the "
@@ -57,19 +55,16 @@ KINDS = (
 
 
 def list_source(command: PackCommand, *, work: Path) -> Listing:
-    """What `command.source` names, with the labels that go with it. Raises ConfigError."""
+    """What `command.source` names, with the labels that go with it. What is compressed is unpacked
+    once into `work`. Raises ConfigError."""
     lister = _Lister(command, work)
     spec = command.source
     for part in spec if isinstance(spec, list | tuple) else [spec]:
         lister.add(str(part))
-    listing = lister.listing()
-    if command.labels:
-        table = labels.read_csv(Path(command.labels), label_column=command.label_column)
-        return labels.apply(table, listing, name=f"labels={command.labels}")
-    if lists := labels.celeba_lists(spec):
-        table = labels.read_celeba_lists(*lists)
-        return labels.apply(table, listing, name=str(lists[0].with_suffix("")))
-    return listing
+    found = lister.found
+    found.items = [*with_splits_and_categories(lister.pictures, lister.parts), *found.items]
+    labels.apply_tables(command, found)
+    return found
 
 
 class _Lister:
@@ -77,19 +72,10 @@ class _Lister:
 
     def __init__(self, command: PackCommand, work: Path) -> None:
         self.command, self.work = command, work
-        self.with_path: list[Item] = []  # their paths say split and category
-        self.others: list[Item] = []
-        self.lost: list[Named] = []
-        self.left_out: list[Named] = []
-        self.notes: list[str] = []
-        self.classes: tuple[str, ...] = ()
-        self._parts: set[str] = set()  # folders that are parts of a download, and no classes
+        self.found = Listing()  # its items are rows, which know their splits and classes
+        self.pictures: list[Item] = []  # whose paths say split and category
+        self.parts: set[str] = set()  # folders that are parts of a download, and no classes
         self._seen: set[str] = set()  # folders
-
-    def listing(self) -> Listing:
-        items = with_splits_and_categories(self.with_path, no_classes=self._parts)
-        found = [*items, *self.others]
-        return Listing(found, self.lost, self.left_out, self.classes, tuple(self.notes))
 
     def add(self, spec: str) -> None:
         """A path, a pattern, or a data set of the hub."""
@@ -99,199 +85,189 @@ class _Lister:
                 self._add_archive(file, split_of(name))
             return
         paths = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if not paths:
-            raise ConfigError(f"source={spec}: no such file; give {KINDS}")
+        is_alone = len(paths) == 1 and isinstance(self.command.source, str)
+        problem: str | None = None if paths else "no such file"
         for path in paths:
             name = os.path.basename(path)
             if os.path.isdir(path):
                 self._add_folder(path)
+            elif (problem := _why_no_file(path)) is not None:
+                break
             elif name.lower().endswith(ARCHIVES):
-                several = len(paths) > 1 or not isinstance(self.command.source, str)
-                self._add_archive(path, split_of(name) if several else None)
+                self._add_archive(path, None if is_alone else split_of(name))
             elif len(paths) > 1:  # of a pattern
-                self._add_files([Item(name, InFile(path), os.stat(path).st_size)], (MASK_MEMBER,))
+                self._add_files([Item(name, Place(path), os.path.getsize(path))])
             else:
-                raise ConfigError(f"source={spec}: is nothing that can be packed; give {KINDS}")
+                problem = "is nothing that can be packed"
+        if problem:
+            raise ConfigError(f"source={spec}: {problem}; give {KINDS}")
 
     def _add_folder(self, folder: str) -> None:
-        files = list(self._walk(folder, ""))
-        digits, files = rows.mnist_items(files, self.work)
-        self.others += digits
-        archives = [file for file in files if file.name.lower().endswith(ARCHIVES)]
-        self._add_files([file for file in files if file not in archives], (MASK_MEMBER,))
-        for archive in archives:
-            self._add_archive(archive.place.path, split_of(archive.name))
+        digits, files = rows.mnist_items(list(self._walk(folder, "")), self.work)
+        self.found.items += digits
+        self._add_files([file for file in files if not file.name.lower().endswith(ARCHIVES)])
+        for file in files:
+            if file.name.lower().endswith(ARCHIVES):
+                self._add_archive(file.place.path, split_of(file.name))
 
     def _walk(self, folder: str, prefix: str) -> Iterator[Item]:
         """Files first, then folders, each by name; a folder that is linked to is listed once."""
         real = os.path.realpath(folder)
         if real in self._seen:
-            self.left_out.append((prefix, "a link to a folder that is listed already"))
+            self.found.left_out.append((prefix, "a link to a folder that is listed already"))
             return
         self._seen.add(real)
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
-            self.lost.append((prefix or folder, f"a folder, cannot be read ({error.strerror})"))
+            reason = f"a folder, cannot be read ({error.strerror})"
+            self.found.lost.append((prefix or folder, reason))
             return
-        ends = "_stats.json"  # of img2dataset, beside the folder or tar that it is of
-        self._parts |= {f"{prefix}{n.removesuffix(ends)}" for n in names if n.endswith(ends)}
-        own = OF_PACK if "pack.json" in names else ()
-        folders = []
+        self.parts |= {name.removesuffix(STATS) for name in names if name.endswith(STATS)}
+        names = [name for name in names if not LEFT_BEHIND.search(name)]
+        folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
         for name in names:
             path = os.path.join(folder, name)
-            if is_hidden(name) or name in own or name[:-4] in labels.CELEBA_LISTS:
+            if name in folders:
                 continue
-            if os.path.isdir(path):
-                folders.append((path, f"{prefix}{name}/"))
-                continue
-            size, reason = _size_of(path)
-            if reason is None:
-                yield Item(prefix + name, InFile(path), size)
+            if (problem := _why_no_file(path)) is not None:
+                self._refuse(prefix + name, problem)
             else:
-                self._refuse(prefix + name, reason)
-        for path, name in folders:
-            yield from self._walk(path, name)
+                yield Item(prefix + name, Place(path), os.path.getsize(path))
+        for name in folders:
+            yield from self._walk(os.path.join(folder, name), f"{prefix}{name}/")
 
     def _refuse(self, name: str, reason: str) -> None:
         """Lost where it is a picture by its name, else left out."""
         is_picture = suffix_of(name) in PICTURES
-        (self.lost if is_picture else self.left_out).append((name, reason))
+        (self.found.lost if is_picture else self.found.left_out).append((name, reason))
 
     # archives
 
     def _add_archive(self, path: str, split: str | None) -> None:
-        if path.lower().endswith(".zip"):
-            self._add_zip(path, split)
-        elif path.lower().endswith(".parquet"):
-            found = rows.parquet_items(
-                path,
-                split,
-                self.work,
-                image_column=self.command.image_column,
-                label_column=self.command.label_column,
-            )
-            self.others += found.items
-            self.lost += found.lost
-            self.left_out += found.left_out
-            self.classes = self.classes or found.classes
-        else:
-            self._add_tar(path, split)
+        if path.lower().endswith(".parquet"):
+            rows.add_parquet(self.found, path, split, self.work, self.command)
+            return
+        is_zip = path.lower().endswith(".zip")
+        files = []
+        for file in self._of_zip(path) if is_zip else self._of_tar(path):
+            if reason := why_unsafe(file.name):
+                self._refuse(file.name, reason)
+            elif not LEFT_BEHIND.search(file.name):
+                files.append(file._replace(split=split))
+        self._add_files(files, is_shard=not is_zip)
 
-    def _add_zip(self, path: str, split: str | None) -> None:
+    def _of_zip(self, path: str) -> Iterator[Item]:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ConfigError(f"source={path}: no readable zip file ({error})") from error
-        files = []
         for number, member in enumerate(members):
-            name = member.filename.replace("\\", "/")
-            if member.is_dir() or name.endswith("/"):
-                continue
-            reason = "encrypted" if member.flag_bits & 1 else why_unsafe(name)
-            if reason is not None:
-                self._refuse(name, reason)
-            elif not is_hidden(name):
-                files.append(Item(name, InZip(path, number), member.file_size, split))
-        self._add_files(files, (MASK_MEMBER,))
+            name, size = member.filename.replace("\\", "/"), member.file_size
+            if member.flag_bits & 1:
+                self._refuse(name, "encrypted")
+            elif size > most_bytes(member.compress_size):
+                self._refuse(name, f"{member.compress_size} bytes that claim to be {size}")
+            elif not name.endswith("/"):
+                yield Item(name, Place(path, number, size, is_zipped=True), size)
 
-    def _add_tar(self, path: str, split: str | None) -> None:
+    def _of_tar(self, path: str) -> Iterator[Item]:
         plain = rows.plain_copy(path, self.work)
         passed: list[PassedOver] = []
-        places: dict[str, InFile] = {}
-        files = []
+        places: dict[str, Place] = {}
         for name, at, size in files_of_tar(plain, passed):
-            places[name] = InFile(plain, at, size)
-            files.append(Item(name, places[name], size, split))
+            places[name] = Place(plain, at, size)
+            yield Item(name, places[name], size)
         for name, target, reason in passed:
             if place := places.get(target):
-                files.append(Item(name, place, place.size, split))
+                yield Item(name, place, place.size)
             else:
                 self._refuse(name or os.path.basename(path), reason)
-        safe = []
-        for file in files:
-            if problem := why_unsafe(file.name):
-                self._refuse(file.name, problem)
-            elif not is_hidden(file.name):
-                safe.append(file)
-        self._add_files(safe, TAR_MEMBERS, is_shard=True)
 
     # samples
 
-    def _add_files(
-        self, files: list[Item], members: Sequence[str], *, is_shard: bool = False
-    ) -> None:
-        """The files of one folder or archive. members: kinds of companions that are taken along."""
-        cifar, files, classes = rows.cifar_items(files)
-        self.others += cifar
-        self.classes = self.classes or classes
+    def _add_files(self, files: list[Item], *, is_shard: bool = False) -> None:
+        """Group the files of one folder or archive into samples, after WebDataset's rule where it
+        is a shard: there NAME.depth.png and NAME.png are no pictures beside NAME.jpg."""
+        records, files, classes = rows.cifar_items(files)
+        self.found.items += records
+        self.found.classes = self.found.classes or classes
+        image_key = self.command.image_key.lower()
+        taken = TAR_MEMBERS if is_shard else (MASK_MEMBER,)
         companions: dict[str, dict[str, Item]] = {}  # by stem, by member
-        num_others: Counter[str] = Counter()
-        by_content: Counter[str] = Counter()
-        candidates = []
+        candidates: list[tuple[Item, str, str]] = []  # file, stem, member
+        others: Counter[str] = Counter()
         for file in files:
-            stem, member = stem_and_member(file.name)
-            if member in members:
+            stem, member = stem_and_member(file.name, image_key)
+            if member in taken and member != image_key:
                 companions.setdefault(stem, {})[member] = file
-            elif member in PICTURES or (member == "" and _is_picture(file)):
-                candidates.append(file)
+            elif member == image_key if image_key else _is_picture(file, member):
+                candidates.append((file, stem, member))
+            else:
+                others[member] += 1
+        first: dict[str, str] = {}  # by stem: the member that is the picture, in a shard
+        for _, stem, member in candidates:
+            first[stem] = min(first.get(stem, member), member, key=(*PICTURES, "", image_key).index)
+        by_content: Counter[str] = Counter()
+        num_of_key: Counter[str] = Counter()
+        for file, stem, member in candidates:
+            key, kind = _key_and_kind(stem)
+            if is_shard and ((kind and key in first) or member != first[stem]):
+                others[f"{kind}.{suffix_of(file.name)}".lstrip(".")] += 1
+            elif not 0 < file.num_bytes <= MAX_FILE_BYTES:
+                reason = "too large" if file.num_bytes else "an empty file"
+                self.found.lost.append((file.name, reason))
+            else:
+                num_of_key[key] += 1
                 by_content.update([member] if member in ("", *BY_CONTENT) else [])
-            else:
-                num_others[member] += 1
-        stems = {stem_and_member(file.name)[0] for file in candidates}
-        items = []
-        for file in candidates:
-            stem, _ = stem_and_member(file.name)
-            if is_shard and (kind := _kind_within_sample(stem, stems)):
-                num_others[f"{kind}.{suffix_of(file.name)}"] += 1
-            elif problem := why_wrong_size(file):
-                self.lost.append((file.name, problem))
-            else:
-                found = tuple(sorted(companions.get(stem, {}).items()))
-                items.append(_labelled(file._replace(companions=found)))
-        for stem in sorted(companions.keys() - stems):
+                members = tuple(sorted(companions.get(stem, {}).items()))
+                self.pictures.append(_labelled(file._replace(companions=members)))
+        for stem in sorted(companions.keys() - first.keys()):
             if mask := companions[stem].pop(MASK_MEMBER, None):
-                self.left_out.append((mask.name, "the mask of no picture"))
-            num_others.update(companions[stem].keys())
-        self.with_path += items
-        only = f"files; only .{', .'.join(members)} of a picture's name are taken along"
-        self.left_out += _counted(num_others, only if is_shard else "files that are no pictures")
+                self.found.left_out.append((mask.name, "the mask of no picture"))
+            others.update(companions[stem].keys())
+        only = f"files; only .{', .'.join(taken)} of a picture's name are taken along"
+        self.found.left_out += _counted(others, only if is_shard else "files that are no pictures")
         decoded = _counted(by_content, "files are decoded by their content")
-        self.notes += [f"{kind}: {text}" for kind, text in decoded]
+        self.found.notes += [f"{kind}: {text}" for kind, text in decoded]
+        if is_shard and (several := sum(num > 1 for num in num_of_key.values())):
+            one_by_one = "samples hold several pictures, packed one by one; image_key= chooses one"
+            self.found.notes.append(f"{several} {one_by_one}")
 
 
-def _size_of(path: str) -> tuple[int, str | None]:
-    """Bytes of a file, or why they are not known."""
+def _why_no_file(path: str) -> str | None:
+    """Why a path is no plain file, or None. What a FIFO or a device gives has no end."""
     try:
-        found = os.stat(path)
+        return None if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
     except OSError as error:
-        return 0, f"cannot be read ({error.strerror})"
-    return found.st_size, None if stat.S_ISREG(found.st_mode) else "no regular file"
+        return f"cannot be read ({error.strerror})"
 
 
-def _is_picture(file: Item) -> bool:
+def _is_picture(file: Item, suffix: str) -> bool:
+    """By its suffix, or where it has none by its first bytes."""
+    if suffix or not 0 < file.num_bytes <= MAX_FILE_BYTES:
+        return suffix in PICTURES
     try:
-        return kind_of(read(file.place)) is not None
+        return kind_of(read(file.place._replace(size=min(file.num_bytes, 16)))) is not None
     except DamagedSampleError:
         return False
 
 
-def _kind_within_sample(stem: str, stems: set[str]) -> str:
-    """`depth` of NAME.depth.png in a shard where NAME.jpg is the picture of the sample; else
-    nothing."""
+def _key_and_kind(stem: str) -> tuple[str, str]:
+    """Folder/NAME and `depth` of folder/NAME.depth."""
     folder, slash, last = stem.rpartition("/")
     key, _, kind = last.partition(".")
-    return kind if f"{folder}{slash}{key}" in stems else ""
+    return f"{folder}{slash}{key}", kind
 
 
 def _labelled(item: Item) -> Item:
     """The item with its .cls for a category."""
     files = dict(item.companions)
-    found = files.pop("cls", None)
-    if found is None:
+    if "cls" not in files:
         return item
-    text = read(found.place)[:MAX_LABEL_BYTES]
+    found = files.pop("cls")
+    text = read(found.place._replace(size=min(found.num_bytes, MAX_LABEL_BYTES)))
     try:
         category: int | str = int(text)
     except ValueError:
@@ -299,7 +275,7 @@ def _labelled(item: Item) -> Item:
     return item._replace(category=category, companions=tuple(files.items()))
 
 
-def _counted(num_files: Counter[str], text: str) -> list[Named]:
+def _counted(num_files: Counter[str], text: str) -> list[tuple[str, str]]:
     return [
         (f"*.{kind}" if kind else "files without suffix", f"{count} {text}")
         for kind, count in sorted(num_files.items())
@@ -309,25 +285,17 @@ def _counted(num_files: Counter[str], text: str) -> list[Named]:
 # splits and categories
 
 
-def with_splits_and_categories(
-    files: Iterable[Item], *, no_classes: Container[str] = ()
-) -> list[Item]:
+def with_splits_and_categories(files: Sequence[Item], no_classes: Collection[str]) -> list[Item]:
     """After the folders of their paths; a folder that all pictures share says nothing.
 
     The split is the first folder, or, where every picture lies below one of such a name, any. A
     category that a picture has stays. no_classes: folders that are none.
     """
-    files = list(files)
-    paths = [PurePosixPath(file.name).parts for file in files]
-    shared = 0
-    while paths and all(
-        len(parts) > shared + 1
-        and parts[shared] == paths[0][shared]
-        and parts[shared].lower() not in SPLITS
-        for parts in paths
+    folders = [list(PurePosixPath(file.name).parts[:-1]) for file in files]
+    while folders and all(
+        parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLITS for parts in folders
     ):
-        shared += 1
-    folders = [list(parts[shared:-1]) for parts in paths]
+        folders = [parts[1:] for parts in folders]
     places = [
         next((i for i, part in enumerate(parts) if part.lower() in SPLITS), None)
         for parts in folders
@@ -335,10 +303,9 @@ def with_splits_and_categories(
     is_everywhere = None not in places
     items = []
     for file, parts, place in zip(files, folders, places, strict=True):
-        split = file.split
+        split, category = file.split, file.category
         if place is not None and (place == 0 or is_everywhere):
             split = SPLITS[parts.pop(place).lower()]
-        category = file.category
         if category is None and parts and parts[0] not in no_classes:
             category = parts[0]
         items.append(file._replace(split=split, category=category))
@@ -353,29 +320,12 @@ def numbered(listing: Listing) -> tuple[list[Item], tuple[str, ...]]:
     """
     categories = {item.category for item in listing.items if item.category is not None}
     names = sorted(category for category in categories if isinstance(category, str))
-    if all(name.isdecimal() for name in names):
-        names.sort(key=int)
     if not names:
         return listing.items, listing.classes
     if len(names) < len(categories):
         raise ConfigError("source: some classes are named and some are numbers; use one kind")
-    number = {name: i for i, name in enumerate(names)}
-    items = [
-        item if item.category is None else item._replace(category=number[str(item.category)])
-        for item in listing.items
-    ]
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    number: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    items = [item._replace(category=number.get(item.category)) for item in listing.items]
     return items, tuple(names)
-
-
-def check_splits(items: Sequence[Item]) -> None:
-    """Raises ConfigError when some pictures have a split and others have none: which one is meant
-    by a folder `train` between folders of classes?"""
-    inside = [item for item in items if item.split is not None]
-    outside = [item for item in items if item.split is None]
-    if inside and outside:
-        raise ConfigError(
-            f"source: {len(inside)} pictures belong to a split ({shown_name(inside[0].name)}: "
-            f"{inside[0].split}) and {len(outside)} to none ({shown_name(outside[0].name)}); put "
-            "all of them below folders train, validation and test (a class of such a name below "
-            "them too), or none, or say it in a column split of labels="
-        )
