@@ -71,12 +71,9 @@ def _batches(
     command: EvaluateCommand, loaded: LoadedModel, images: Images, runtime: Runtime
 ) -> Iterator[EvaluationBatch]:
     """This rank's batches; the main process shows how far it is."""
-    from vae_dist.data.evaluation import EvaluationStream
     from vae_dist.files import ProgressBar
 
-    stream = EvaluationStream(
-        images.index,
-        images.settings,
+    stream = images.stream(
         batch_size=command.batch_size,
         rank=runtime.rank,
         world=runtime.world,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from vae_dist.cli import run_command, writing
-from vae_dist.config.commands import ExportCommand, RunCommand
+from vae_dist.config.commands import ExportCommand
 from vae_dist.config.errors import ConfigError
 
 USAGE = "python -m vae_dist.export run=FOLDER out=FOLDER [key=value ...]"
@@ -29,11 +29,8 @@ def export(command: ExportCommand) -> None:
     if (run / "checkpoints").resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"out={out} is among the checkpoints of the run; give another folder")
     token = _token(command.push) if command.push else ""
-    opened = RunCommand(
-        run=command.run, checkpoint=command.checkpoint, weights=command.weights, device="cpu"
-    )
     write = export_diffusers if command.format == "diffusers" else export_safetensors
-    with open_run(opened) as loaded, writing(out):
+    with open_run(command, device="cpu") as loaded, writing(out):
         lines = write(loaded, run, out)
     print("\n".join([*lines, f"step {loaded.step}, {command.weights} weights: {out}"]))
     if command.push:

@@ -10,8 +10,8 @@ draws and standard deviation as PNG and .npy. Observed pixels are those of the i
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -31,31 +31,47 @@ INTRO = (
 
 
 def impute(command: ImputeCommand) -> None:
+    from vae_dist.files import write_durably
     from vae_dist.inference.load import open_run
-    from vae_dist.tracking.images import left_out
+    from vae_dist.tracking.images import grid, left_out, save_png
 
     out = Path(command.out)
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"out={out} exists already: remove it, or choose another folder")
-    with open_run(command) as loaded, TemporaryDirectory() as scratch:
+    with open_run(command, device=command.device) as loaded, TemporaryDirectory() as scratch:
         filled = _filled(command, loaded, Path(scratch))
-    if not any(one.missing_fraction for one in filled):
+    records = [one.record() for one in filled]
+    missing = [record["missing_fraction"] for record in records]
+    if not any(missing):
         raise ConfigError(
             f"no pixel of the {len(filled)} images of {command.data or 'the validation shards'} is "
             "missing: pictures need a NAME.mask.png beside them, black where a pixel is missing, "
             "or an alpha channel; samples of shards a .mask.png, alpha or NaN, as mask= says; or "
             "try with mask=half, rectangle or random"
         )
+    facts = {
+        "run": str(Path(command.run).resolve()),
+        "step": loaded.step,
+        "weights": command.weights,
+        "method": command.method,
+        "samples": 1 if command.method == "single" else command.samples,
+        "seed": command.seed,
+        "images": records,
+    }
     with writing(out):
-        _write(out, command, loaded, filled)
-    missing = sum(one.missing_fraction for one in filled) / len(filled)
+        for one in filled:
+            one.write(out)
+        rows = [one.row() for one in filled]
+        overview = grid([cell for row in rows for cell in row], columns=len(rows[0]))
+        save_png(overview, out / "overview.png")
+        write_durably(out / "imputed.json", (json.dumps(facts, indent=1) + "\n").encode())
     print(
-        f"{len(filled)} images of which {missing:.0%} was missing, filled by method="
-        f"{command.method} at step {loaded.step} ({command.weights} weights): {out}"
+        f"{len(filled)} images of which {sum(missing) / len(missing):.0%} was missing, filled by "
+        f"method={command.method} at step {loaded.step} ({command.weights} weights): {out}"
         f"{left_out(loaded.config.data.channels, loaded.config.data.bits)}"
     )
     if command.method == "importance":
-        effective = sorted(one.effective_samples for one in filled)
+        effective = sorted(record["effective_samples"] for record in records)
         print(
             f"effective draws of z, of {command.samples}: {effective[0]:.1f} in the worst image, "
             f"{effective[len(effective) // 2]:.1f} in the median"
@@ -68,14 +84,14 @@ def impute(command: ImputeCommand) -> None:
 
 
 def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[FilledImage]:
-    from vae_dist.inference.impute import fill, is_folder_of_pictures, shards_of_pictures
+    from vae_dist.inference.impute import fill, pictures_of, write_pictures
     from vae_dist.inference.load import check_image_size, open_images
 
     config, data, names = loaded.config, command.data, None
-    if isinstance(data, str) and data and is_folder_of_pictures(data):
-        data, names, config.data.mask = shards_of_pictures(
-            Path(data), scratch / "shards", command.num_images
-        )
+    pictures = pictures_of(data)[: command.num_images] if data and isinstance(data, str) else []
+    if pictures:
+        data, names = str(scratch / "shards"), [path.stem for path in pictures]
+        config.data.mask = write_pictures(pictures, Path(data))
     if command.mask != "auto":
         config.data.mask = command.mask
         config.data.mask_fraction = command.mask_fraction
@@ -86,40 +102,9 @@ def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[
         )
     images = open_images(config, data, create=True)
     if names is not None and loaded.model.image_size is not None:
-        images = replace(images, settings=images.settings.at_one_size(loaded.model.image_size))
+        images = images.at_one_size(loaded.model.image_size)
     check_image_size(loaded.model, images.settings.size, key=f"data={command.data or 'validation'}")
-    return fill(loaded.model, images, command, bits=config.data.bits, names=names)
-
-
-def _write(
-    out: Path, command: ImputeCommand, loaded: LoadedModel, filled: list[FilledImage]
-) -> None:
-    import json
-
-    import numpy as np
-
-    from vae_dist.files import write_durably
-    from vae_dist.tracking.images import grid, save_png, single
-
-    for one in filled:
-        folder = out / one.name
-        for name, picture in one.pictures().items():
-            save_png(single(picture), folder / f"{name}.png")
-        for name, values in (("mean", one.mean), ("std", one.deviation), ("draws", one.draws)):
-            np.save(folder / f"{name}.npy", values)
-    rows = [one.row() for one in filled]
-    overview = grid([cell for row in rows for cell in row], columns=len(rows[0]))
-    save_png(overview, out / "overview.png")
-    facts = {
-        "run": str(Path(command.run).resolve()),
-        "step": loaded.step,
-        "weights": command.weights,
-        "method": command.method,
-        "samples": 1 if command.method == "single" else command.samples,
-        "seed": command.seed,
-        "images": [one.record() for one in filled],
-    }
-    write_durably(out / "imputed.json", (json.dumps(facts, indent=1) + "\n").encode())
+    return fill(loaded.model, images, command, names=names)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,19 +20,13 @@ def reconstruct(command: ReconstructCommand) -> None:
     from vae_dist.tracking.images import left_out, save_png, side_by_side, with_holes
 
     inputs, outputs = [], []
-    with open_run(command) as loaded:
+    with open_run(command, device=command.device) as loaded:
         images = images_to_show(loaded, command.data)
-        for same_shape in first_examples_by_shape(images, command.num_images):
-            inputs += list(with_holes(same_shape.images, same_shape.masks))
+        for pixels, labels, masks, _ in first_examples_by_shape(images, command.num_images):
+            inputs += list(with_holes(pixels, masks))
+            options = {"batch_size": command.batch_size, "tile": command.tile}
             outputs += list(
-                sampling.reconstruct(
-                    loaded.model,
-                    same_shape.images,
-                    batch_size=command.batch_size,
-                    labels=same_shape.labels,
-                    masks=same_shape.masks,
-                    tile=command.tile,
-                )
+                sampling.reconstruct(loaded.model, pixels, labels=labels, masks=masks, **options)
             )
     with writing(command.out):
         save_png(side_by_side(inputs, outputs), command.out)

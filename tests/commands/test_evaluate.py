@@ -125,7 +125,7 @@ def test_a_fitted_prior_is_kept_for_the_next_command(
     assert {"neg_elbo_gmm_nats", "is_nll_gmm_nats", "is_nll_nats"} <= set(found["figures"])
     text = capsys.readouterr().out
     assert "3 Gaussians, full covariance" in text and "kept in" in text
-    file = plain_run / "priors" / "gmm3_full_ema_step_00000020.safetensors"
+    (file,) = (plain_run / "priors").glob("gmm3_full_ema_step_00000020_*.safetensors")
     written = file.stat().st_mtime_ns
     keys = [f"run={plain_run}", "device=cpu", "prior=gmm:3"]
     both = [*keys, f"out={tmp_path}/both.png", "num_images=4", "compare=true"]
@@ -134,7 +134,7 @@ def test_a_fitted_prior_is_kept_for_the_next_command(
     assert f"from {file}" in capsys.readouterr().out
     # another checkpoint has another prior
     assert sample.main([*keys, f"out={tmp_path}/10.png", "checkpoint=10"]) == 0
-    assert (plain_run / "priors" / "gmm3_full_ema_step_00000010.safetensors").exists()
+    assert list((plain_run / "priors").glob("gmm3_full_ema_step_00000010_*.safetensors"))
 
 
 def test_what_evaluate_refuses(plain_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, LinearGaussian, linear_gaussian
 from tests.support.tiny_run import tiny_config
-from vae_dist.inference.impute import Imputed, _Moments, impute
+from vae_dist.inference.impute import Imputed, _summed, impute
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -99,11 +99,10 @@ def test_values_without_weight_count_nothing_wherever_they_stand() -> None:
     """Also where they come first, and all others have weights that exp() alone calls 0."""
     values = torch.arange(8.0).view(1, 4, 2)
     log_weights = torch.tensor([[-torch.inf, -torch.inf, -1000.0, -1000.0]])
+    no_draws = torch.zeros(1, 1, 0)
     for order in ([0, 1, 2, 3], [2, 0, 1, 3], [2, 3, 0, 1]):
-        moments = _Moments(1, 2, 0, torch.device("cpu"))
-        for i in order:
-            moments.add(values[:, i : i + 1], log_weights[:, i : i + 1])
-        found = moments.result(None, (2,))
+        parts = [(values[:, i : i + 1], log_weights[:, i : i + 1], no_draws) for i in order]
+        found = _summed(parts, torch.zeros(1, 2), 0)
         assert found.mean.tolist() == [[5.0, 6.0]] and found.deviation.tolist() == [[1.0, 1.0]]
         assert found.effective_samples.item() == 2
 

@@ -13,24 +13,31 @@ from vae_dist.config.keys import knob
 
 
 @dataclass
-class RunCommand:
-    """Keys that every command on a run folder takes."""
+class CheckpointCommand:
+    """Which weights of which run."""
 
     run: str = knob("???", "run folder, for example runs/mnist")
     checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best STEP")
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
+
+
+@dataclass
+class RunCommand(CheckpointCommand):
+    """Keys that every command takes that runs a model."""
+
     device: Literal["auto", "cpu"] = knob("auto", "auto: the accelerator if there is one")
-    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
 
 
 @dataclass
 class PriorCommand(RunCommand):
     """Keys of the commands that draw from a prior."""
 
+    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
     prior: str = knob(
         "normal",
-        "normal: N(0, I); gmm:K: K Gaussians fitted to latents of training images (full covariance "
-        "up to 64 latents, else diagonal); gmm:K:full, gmm:K:diagonal",
+        "normal: N(0, I); gmm:K: K Gaussians fitted to latents of training images, which "
+        "model.latent=vector has (full covariance up to 64 latents, else diagonal); gmm:K:full, "
+        "gmm:K:diagonal",
         form="PRIOR",
     )
     prior_images: int = knob(
@@ -70,6 +77,7 @@ class ReconstructCommand(TiledCommand):
 
 @dataclass
 class ImputeCommand(RunCommand):
+    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
     data: Any = knob("", "shards, or folder of pictures (default: validation shards)", is_text=True)
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "auto",
@@ -102,19 +110,17 @@ class EvaluateCommand(PriorCommand):
 
 
 @dataclass
-class ExportCommand:
-    run: str = knob("???", "run folder, for example runs/photos64_kl_f4")
+class ExportCommand(CheckpointCommand):
     out: str = knob("???", "folder to write")
     format: Literal["diffusers", "safetensors"] = knob(
         "diffusers", "folder for AutoencoderKL.from_pretrained, or one file of any model"
     )
-    checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best STEP")
-    weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
     push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
 
 @dataclass
 class EncodeCommand(TiledCommand):
+    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
     data: Any = knob("???", "shards of images, as data.train of a run", is_text=True)
     out: str = knob("???", "folder to write: shards of latents, their index, latents.json")
     content: Literal["moments", "mean", "sample"] = knob(

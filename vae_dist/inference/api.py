@@ -1,11 +1,5 @@
 """The Python API: a trained model as an object that takes and gives images.
 
-    vae = load("runs/mnist")
-    images = vae.sample(64, seed=0)          # (64, C, H, W), float32 in [0, 1]
-    mean, std = vae.encode(images)           # of q(z|x)
-    again = vae.decode(mean)                 # E[x|z], float32 in [0, 1]
-    nats = vae.neg_elbo(images)              # (64,)
-
 Results are float32 tensors on the CPU. Nothing here changes torch's global state: TensorFloat-32 is
 off inside a call and as it was after it, and draws come from generators of their own.
 """
@@ -13,31 +7,33 @@ off inside a call and as it was after it, and draws come from generators of thei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vae_dist.config.commands import RunCommand
+from vae_dist.config.commands import CheckpointCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.evaluation.run import with_noise
+from vae_dist.files import printable
 from vae_dist.inference import sampling
 from vae_dist.inference.load import LoadedModel, choose_device, load_model, load_published
 from vae_dist.models.latent import drawn_labels
 from vae_dist.models.vae import NO_LABEL
-from vae_dist.randomness import draws
 from vae_dist.training.compile import exact_float32
 
 ImagesLike = Tensor | np.ndarray | Image.Image | Sequence[Any]
 LabelsLike = int | Sequence[int] | Tensor | np.ndarray | None
+Size = int | tuple[int, int] | None
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+STORED_TYPES = {16: torch.uint16, 32: torch.float32}  # by bits, else uint8
 STEP_FOLDER = re.compile(r"step_(\d+)")
+HUB_FILES = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
 
 
 def load(
@@ -56,6 +52,9 @@ def load(
         weights: `ema`, the averaged weights, or `model`, those of the last step.
         checkpoint: `latest`, `best`, or a step number; for a run folder.
         device: `auto`, which is CUDA if there is a device, or a torch device.
+
+    Returns:
+        A `TrainedVAE` in eval mode. Nothing that is loaded can run code.
 
     Raises:
         ConfigError: nothing at `path` can be loaded; the message says why. It is a ValueError.
@@ -76,7 +75,7 @@ def load(
         folder, checkpoint = folder.parent.parent, int(step[1])
     if not (folder / "config.yaml").is_file() and (found := load_published(folder, chosen)):
         return TrainedVAE(found, has_likelihood=False)
-    command = RunCommand(run=str(folder), checkpoint=str(checkpoint), weights=weights)
+    command = CheckpointCommand(run=str(folder), checkpoint=str(checkpoint), weights=weights)
     return TrainedVAE(load_model(command, device=chosen))
 
 
@@ -86,7 +85,8 @@ class TrainedVAE:
     Images go in as a tensor or numpy array (N, C, H, W) or (C, H, W), as a Pillow image, or as a
     list of these of one size: unsigned integers over their whole range, or floats in [0, 1]. They
     are rounded to the levels that the model was trained on (`data.bits`). A conditional model takes
-    `labels`: one class, or one for each image, -1 for none; without them it knows no label.
+    `labels`: one class, or one for each image, -1 for none; without them it knows no label. Wrong
+    shapes, ranges and labels are a ValueError.
 
     Attributes:
         model: the `torch.nn.Module`.
@@ -103,18 +103,17 @@ class TrainedVAE:
         self._has_likelihood = has_likelihood
 
     def __repr__(self) -> str:
-        height, width = self.image_size
-        return (
-            f"TrainedVAE({Path(self.config.config).stem or 'diffusers'}, step {self.step}, images "
-            f"{self.config.data.channels}x{height}x{width}, latents "
-            f"{'x'.join(map(str, self.latent_shape()))}, {self.device})"
-        )
+        name = printable(Path(self.config.config).stem)
+        images = "x".join(map(str, (self.config.data.channels, *self.image_size)))
+        latents = "x".join(map(str, self.latent_shape()))
+        of = f"step {self.step}, images {images}, latents {latents}"
+        return f"TrainedVAE({name}, {of}, {self.device})"
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+    def latent_shape(self, size: Size = None) -> tuple[int, ...]:
         """Shape of one image's latent: (d,), or (c, h, w) for images of `size` = (H, W)."""
         return self.model.latent_shape(*self._size(size))
 
@@ -125,7 +124,7 @@ class TrainedVAE:
         seed: int = 0,
         label: int | None = None,
         temperature: float = 1.0,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
     ) -> Tensor:
         """E[x|z] of draws of the prior, z = temperature * e with e ~ N(0, I).
 
@@ -138,21 +137,11 @@ class TrainedVAE:
         """
         if num_images < 1:
             raise ValueError(f"num_images={num_images}; give at least 1")
+        known = self._labels(label, num_images)
         if label is None:
-            labels = drawn_labels(self.model.num_classes, num_images, seed=seed)
-        else:
-            labels = self._labels(label, num_images)
-        with self._inference():
-            means = sampling.sample_prior(
-                self.model,
-                num_images,
-                self._size(size),
-                seed=seed,
-                temperature=temperature,
-                batch_size=self.batch_size,
-                labels=labels,
-            )
-        return _to_unit(means)
+            known = drawn_labels(self.model.num_classes, num_images, seed=seed)
+        draw = partial(sampling.sample_prior, seed=seed, temperature=temperature)
+        return _to_unit(self._run(draw, num_images, self._size(size), labels=known))
 
     def encode(self, images: ImagesLike, *, labels: LabelsLike = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z|x), each float32 (N, *latent).
@@ -160,15 +149,13 @@ class TrainedVAE:
         The posterior of the very images: the noise that training adds to them (dequantisation,
         dynamic binarisation) is left out.
         """
-        mean, log_variance = self._posterior(self._stored(images), labels)
+        stored = self._stored(images)
+        known = self._labels(labels, len(stored))
+        mean, log_variance = self._run(sampling.posteriors, stored, labels=known)
         return mean.cpu(), (0.5 * log_variance).exp().cpu()
 
     def decode(
-        self,
-        z: Tensor | np.ndarray,
-        *,
-        labels: LabelsLike = None,
-        size: int | tuple[int, int] | None = None,
+        self, z: Tensor | np.ndarray, *, labels: LabelsLike = None, size: Size = None
     ) -> Tensor:
         """E[x|z] of latents (N, *latent), float32 (N, C, H, W) in [0, 1].
 
@@ -178,26 +165,19 @@ class TrainedVAE:
         z = torch.as_tensor(z).float()
         if size is None and self.model.image_size is None and z.ndim == 4:
             size = z.shape[2] * self.model.stride, z.shape[3] * self.model.stride
-        expected = self.latent_shape(self._size(size))
-        if tuple(z.shape[1:]) != expected:
+        size = self._size(size)
+        expected = self.latent_shape(size)
+        if tuple(z.shape[1:]) != expected or not len(z):
             wanted = ", ".join(map(str, expected))
             raise ValueError(f"latents of shape {tuple(z.shape)}; give (N, {wanted})")
-        with self._inference():
-            means = sampling.decode_means(
-                self.model,
-                z,
-                self._size(size),
-                batch_size=self.batch_size,
-                labels=self._labels(labels, len(z)),
-            )
-        return _to_unit(means)
+        known = self._labels(labels, len(z))
+        return _to_unit(self._run(sampling.decode_means, z, size, labels=known))
 
     def reconstruct(self, images: ImagesLike, *, labels: LabelsLike = None) -> Tensor:
         """E[x | z = E[z|x]] of each image, float32 (N, C, H, W) in [0, 1]."""
         stored = self._stored(images)
-        mean, _ = self._posterior(stored, labels)
-        height, width = stored.shape[-2:]
-        return self.decode(mean, labels=labels, size=(height, width))
+        known = self._labels(labels, len(stored))
+        return _to_unit(self._run(sampling.reconstruct, stored, labels=known))
 
     def neg_elbo(self, images: ImagesLike, *, labels: LabelsLike = None, seed: int = 0) -> Tensor:
         """-ELBO of each image, an upper bound of -log p(x), float64 (N,) in nats.
@@ -210,38 +190,14 @@ class TrainedVAE:
             raise ValueError("neg_elbo: diffusers' format has no likelihood; load a run folder")
         stored = self._stored(images)
         known = self._labels(labels, len(stored))
-        latent = self.latent_shape((stored.shape[-2], stored.shape[-1]))
-        found = []
-        with self._inference():
-            for first in range(0, len(stored), self.batch_size):
-                part = slice(first, first + self.batch_size)
-                numbers = range(len(stored))[part]
-                noise = draws(torch.randn, seed, "eval-posterior", numbers, latent)
-                batch = stored[part].to(self.device)
-                prepared = with_noise(self.model.likelihood, batch, numbers, seed=seed)
-                output = self.model(
-                    prepared,
-                    noise.to(self.device),
-                    None if known is None else known[part].to(self.device),
-                )
-                found.append(output.kl.double().sum(1) - output.log_likelihood.double())
-        return torch.cat(found).cpu()
+        return cast(Tensor, self._run(partial(sampling.neg_elbo, seed=seed), stored, labels=known))
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def _run(self, function: Callable[..., Any], *given: Any, labels: Tensor | None) -> Any:
+        """Of `sampling`, in batches and in float32."""
         with torch.inference_mode(), exact_float32(self.device):
-            yield
+            return function(self.model, *given, batch_size=self.batch_size, labels=labels)
 
-    def _posterior(self, stored: Tensor, labels: LabelsLike) -> tuple[Tensor, Tensor]:
-        with self._inference():
-            return sampling.posteriors(
-                self.model,
-                stored,
-                batch_size=self.batch_size,
-                labels=self._labels(labels, len(stored)),
-            )
-
-    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    def _size(self, size: Size) -> tuple[int, int]:
         if size is None:
             size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -249,7 +205,7 @@ class TrainedVAE:
         return height, width
 
     def _labels(self, labels: LabelsLike, count: int) -> Tensor | None:
-        """int64 (count,); None where there are none."""
+        """int64 (count,); None where there are none. Raises ValueError."""
         if labels is None:
             return None
         num_classes = self.model.num_classes
@@ -261,25 +217,26 @@ class TrainedVAE:
             raise ValueError(
                 f"labels of shape {tuple(found.shape)} for {count} images; give one each"
             )
-        if int(found.min()) < NO_LABEL or int(found.max()) >= num_classes:
+        low, high = int(found.min()), int(found.max())
+        if low < NO_LABEL or high >= num_classes:
             raise ValueError(
-                f"labels from {int(found.min())} to {int(found.max())}; this model knows the "
-                f"classes 0 to {num_classes - 1}, and -1 for none"
+                f"labels from {low} to {high}; this model knows the classes 0 to "
+                f"{num_classes - 1}, and -1 for none"
             )
         return found
 
     def _stored(self, images: ImagesLike) -> Tensor:
         """(N, C, H, W) as the shards of training hold them. Raises ValueError."""
-        found = _as_tensor(images, self.config.data.channels)
-        channels, size = found.shape[1], (found.shape[2], found.shape[3])
-        if channels != self.config.data.channels:
+        channels, bits = self.config.data.channels, self.config.data.bits
+        found = _as_tensor(images, channels)
+        if found.shape[1] != channels:
             raise ValueError(
-                f"images of shape {tuple(found.shape)} have {channels} channels, and this model "
-                f"takes {self.config.data.channels}; give (N, {self.config.data.channels}, H, W)"
+                f"images of shape {tuple(found.shape)} have {found.shape[1]} channels, and this "
+                f"model takes {channels}; give (N, {channels}, H, W)"
             )
-        self._size(size)
-        wanted = {16: torch.uint16, 32: torch.float32}.get(self.config.data.bits, torch.uint8)
-        if found.dtype == wanted and wanted != torch.float32:
+        self._size((found.shape[2], found.shape[3]))
+        wanted = STORED_TYPES.get(bits, torch.uint8)
+        if found.dtype == wanted != torch.float32:
             return found
         unit = _in_unit(found)
         if wanted == torch.float32:
@@ -287,11 +244,8 @@ class TrainedVAE:
         return (unit * torch.iinfo(wanted).max).round().to(wanted)
 
 
-# images in and out
-
-
 def _as_tensor(images: ImagesLike, channels: int) -> Tensor:
-    """(N, C, H, W) of any dtype."""
+    """(N, C, H, W) of any dtype. Raises ValueError."""
     if isinstance(images, Image.Image):
         mode = PILLOW_MODES.get(channels)
         if mode is None:
@@ -335,8 +289,7 @@ def _from_hub(name: str) -> Path:
     """The files of `hf://OWNER/NAME` in the Hub's cache. Raises ConfigError."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
     try:
-        return Path(snapshot_download(name.removeprefix("hf://"), allow_patterns=patterns))
+        return Path(snapshot_download(name.removeprefix("hf://"), allow_patterns=HUB_FILES))
     except Exception as error:  # its transport, and so what it raises, differs by version
         raise ConfigError(f"{name}: cannot be read from the Hugging Face Hub ({error})") from None

@@ -23,12 +23,11 @@ import safetensors.torch
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.files import write_durably
+from vae_dist.files import printable, read_json, write_durably
 from vae_dist.inference.load import LoadedModel
 from vae_dist.models.diffusers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    Tensors,
     diffusers_config,
     export_problems,
     to_diffusers,
@@ -37,6 +36,7 @@ from vae_dist.models.latent import STATISTICS_FILE
 
 PLAIN_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+STATISTICS_BYTES = 2**20
 CARD = """---
 library_name: diffusers
 tags: [autoencoder, vae]
@@ -57,8 +57,9 @@ vae = AutoencoderKL.from_pretrained(FOLDER)
 
 def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
     """Write the folder of an AutoencoderKL; what was cut, and which factors it has. Raises
-    ConfigError with everything that the format has no place for, OSError."""
-    config = loaded.config
+    ConfigError with everything that the format has no place for, or where something else is in the
+    folder; OSError."""
+    model, config, step, (height, width) = loaded
     if problems := export_problems(config):
         raise ConfigError(
             [
@@ -67,21 +68,25 @@ def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
                 "format=safetensors writes any model",
             ]
         )
-    _check_free(out)
-    factors, lines = latent_factors(run, step=loaded.step)
-    tensors = to_diffusers(_weights(loaded), channels=config.data.channels)
-    settings = diffusers_config(config, loaded.image_size, **factors)
-    height, width = loaded.image_size
+    used = [name for name in (CARD_NAME, CONFIG_NAME) if (out / name).exists()]
+    if used and not (out / WEIGHTS_NAME).exists():
+        raise ConfigError(
+            f"out={out}: holds {' and '.join(used)}, but no {WEIGHTS_NAME} of an export; give "
+            "another folder"
+        )
+    factors, lines = latent_factors(run, step=step)
     card = CARD.format(
-        name=Path(config.config).stem,
-        step=loaded.step,
+        name=_name(config),
+        step=step,
         height=height,
         width=width,
-        stride=loaded.model.stride,
-        latents=loaded.model.latent_channels,
+        stride=model.stride,
+        latents=model.latent_channels,
         likelihood=config.likelihood.kind,
         **factors,
     )
+    settings = diffusers_config(config, loaded.image_size, **factors)
+    tensors = to_diffusers(model.state_dict(), channels=config.data.channels)
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
     write_durably(out / CONFIG_NAME, (json.dumps(settings, indent=2) + "\n").encode())
@@ -92,34 +97,17 @@ def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
 def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
     """Write one file with all tensors and what is known of them; what there is to say. Raises
     OSError."""
-    factors, lines = latent_factors(run, step=loaded.step)
-    height, width = loaded.image_size
-    facts = {
-        "config": _model_config(loaded.config),
-        "step": loaded.step,
-        "likelihood": loaded.config.likelihood.kind,
-        "image_size": [height, width],
-        **factors,
-    }
-    metadata = {"format": "pt"}
-    metadata |= {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in facts.items()
-    }
+    model, config, step, image_size = loaded
+    factors, lines = dict[str, float](), list[str]()
+    if model.image_size is None:  # of a vector latent nothing is measured
+        factors, lines = latent_factors(run, step=step)
+    facts = {"config": _model_config(config), "step": step, "image_size": image_size, **factors}
+    metadata = {"format": "pt", "likelihood": config.likelihood.kind}
+    metadata |= {name: json.dumps(value) for name, value in facts.items()}
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     out.mkdir(parents=True, exist_ok=True)
-    write_durably(out / PLAIN_NAME, safetensors.torch.save(_weights(loaded), metadata))
+    write_durably(out / PLAIN_NAME, safetensors.torch.save(tensors, metadata))
     return lines
-
-
-def _check_free(out: Path) -> None:
-    """An export may be written again, but not over a README.md or config.json of something else.
-    Raises ConfigError."""
-    used = [name for name in (CARD_NAME, CONFIG_NAME) if (out / name).exists()]
-    if used and not (out / WEIGHTS_NAME).exists():
-        raise ConfigError(
-            f"out={out}: holds {' and '.join(used)}, but no {WEIGHTS_NAME} of an export; give "
-            "another folder"
-        )
 
 
 def latent_factors(run: Path, *, step: int) -> tuple[dict[str, float], list[str]]:
@@ -127,22 +115,19 @@ def latent_factors(run: Path, *, step: int) -> tuple[dict[str, float], list[str]
     and what there is to say about that."""
     path = run / STATISTICS_FILE
     try:
-        record = json.loads(path.read_bytes())
-        factors = {name: float(record[name]) for name in ("scaling_factor", "shift_factor")}
+        record = read_json(path, STATISTICS_BYTES)
+        scale, shift = (float(record[name]) for name in ("scaling_factor", "shift_factor"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "is not there (not measured yet)" if missing else f"cannot be read ({error!r})"
+        scale, shift = 1.0, 0.0
         lines = [f"scaling_factor 1, shift_factor 0: {path} {reason}"]
-        return {"scaling_factor": 1.0, "shift_factor": 0.0}, lines
-    scale, shift = factors.values()
-    lines = [f"scaling_factor {scale:.5g}, shift_factor {shift:.5g}, from {path}"]
-    if (measured := record.get("step", step)) != step:
-        lines.append(f"warning: {path} was measured at step {measured}, the weights are of {step}")
-    return factors, lines
-
-
-def _weights(loaded: LoadedModel) -> Tensors:
-    return {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
+    else:
+        lines = [f"scaling_factor {scale:.5g}, shift_factor {shift:.5g}, from {path}"]
+        if (measured := record.get("step", step)) != step:
+            of = f"measured at step {measured}, the weights are of {step}"
+            lines.append(f"warning: {path} was {of}")
+    return {"scaling_factor": scale, "shift_factor": shift}, lines
 
 
 def _cuts(loaded: LoadedModel) -> Iterator[str]:
@@ -167,8 +152,12 @@ def _model_config(config: TrainConfig) -> dict[str, Any]:
     kept = ("channels", "bits", "resolution", "dequantize", "mask")
     sections = ("model", "likelihood", "objective")
     return {
-        "name": Path(config.config).stem,
+        "name": _name(config),
         "seed": config.seed,
         "data": {key: data[key] for key in kept},
         **{name: dataclasses.asdict(getattr(config, name)) for name in sections},
     }
+
+
+def _name(config: TrainConfig) -> str:
+    return printable(Path(config.config).stem)

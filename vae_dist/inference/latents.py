@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.index import ShardIndex
-from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.index import load_index
+from vae_dist.data.reader import single_sample
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import NO_LABEL, ImageSettings
-from vae_dist.inference import tiles
-from vae_dist.models.vae import VAE
-from vae_dist.tracking.images import to_uint8
+from vae_dist.data.transforms import ImageSettings
+from vae_dist.inference.load import Images
+from vae_dist.inference.sampling import decode_means
+from vae_dist.models.vae import NO_LABEL, VAE
 
 MEMBER = "latent.safetensors"
 IMAGE_SIZE = "image_size"
@@ -43,16 +43,15 @@ READ_TOGETHER = 64  # samples
 class LatentSample(NamedTuple):
     number: int  # in index order
     key: str
-    latent: Tensor  # of the type that is stored: the mean, or the draw that is stored instead
+    latent: Tensor  # float32: the mean, or the draw that is stored instead
     image_size: tuple[int, int]
     label: int  # -1 where there is none
 
 
 def to_bytes(tensors: Mapping[str, Tensor], image_size: tuple[int, int]) -> bytes:
     size = torch.tensor(image_size, dtype=torch.int32)
-    return safetensors.torch.save(
-        {**{name: tensor.contiguous() for name, tensor in tensors.items()}, IMAGE_SIZE: size}
-    )
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save({**stored, IMAGE_SIZE: size})
 
 
 def from_bytes(data: bytes) -> tuple[dict[str, Tensor], tuple[int, int]]:
@@ -71,11 +70,8 @@ def num_bytes(num_values: int, *, content: str, dtype: str, flip: bool) -> int:
     return num_values * TYPES[dtype].itemsize * per_image + HEADER_BYTES
 
 
-def read_latents(
-    index: ShardIndex, model: VAE, config: TrainConfig, *, num_images: int
-) -> Iterator[LatentSample]:
-    """The first `num_images` samples. Raises ConfigError, which names the sample, where one holds
-    no latent that `model` could decode."""
+def open_latents(config: TrainConfig, data: Any) -> Images:
+    """Shards of latents, made by a run of this config. Raises ConfigError."""
     settings = ImageSettings(
         config.data.channels,
         (1, 1),
@@ -84,54 +80,59 @@ def read_latents(
         label_key=config.data.label_key,
         num_classes=config.model.num_classes,
     )
-    reader = SampleReader(index, settings, seed=0)
-    count = min(num_images, index.num_samples)
+    return Images(load_index(data, key="data", create=True), settings, config.data.retry_s)
+
+
+def read_latents(images: Images, model: VAE, *, num_images: int) -> Iterator[LatentSample]:
+    """The first `num_images` samples of shards of latents. Raises ConfigError, which names the
+    sample, where one holds no latent that `model` could decode."""
+    reader, count = images.reader(), min(num_images, images.index.num_samples)
     number = 0
     for first in range(0, count, READ_TOGETHER):
         for run in reader.in_order(first, min(first + READ_TOGETHER, count)):
             for place, data in enumerate(reader.read(*run), run.start):
                 try:
-                    yield _latent_sample(reader, data, run.shard, place, number, model)
+                    sample = single_sample(data, images.index.paths[run.shard])
+                    latent, size = _latent(sample, model)
+                    label = (
+                        reader.label(sample, run.shard, place) if model.num_classes else NO_LABEL
+                    )
                 except DamagedSampleError as error:
                     raise ConfigError(
                         f"data: {reader.name(run.shard, place)}: {error}; give shards that "
                         "`python -m vae_dist.encode` made with this run"
                     ) from None
+                yield LatentSample(number, sample["__key__"], latent, size, label)
                 number += 1
 
 
-def _latent_sample(
-    reader: SampleReader, data: bytes | memoryview, shard: int, place: int, number: int, model: VAE
-) -> LatentSample:
-    sample = single_sample(data, reader.index.paths[shard])
+def _latent(sample: Mapping[str, Any], model: VAE) -> tuple[Tensor, tuple[int, int]]:
+    """Mean, or the draw that is stored instead, and (H, W) of the image. Raises
+    DamagedSampleError."""
     if MEMBER not in sample:
         raise DamagedSampleError(f"it has no .{MEMBER}")
     tensors, size = from_bytes(bytes(sample[MEMBER]))
     latent = tensors.get("mean", tensors.get("sample"))
     if latent is None:
         raise DamagedSampleError(f"its .{MEMBER} holds neither mean nor sample")
-    if model.image_size in (None, size):
-        expected = model.latent_shape(*size)
-        if tuple(latent.shape) == expected:
-            label = reader.label(sample, shard, place) if model.num_classes else NO_LABEL
-            return LatentSample(number, sample["__key__"], latent, size, label)
-    raise DamagedSampleError(
-        f"its latent of shape {tuple(latent.shape)}, for an image of {size[0]} x {size[1]} pixels, "
-        "does not fit this model"
-    )
+    if model.image_size not in (None, size) or tuple(latent.shape) != model.latent_shape(*size):
+        raise DamagedSampleError(
+            f"its latent of shape {tuple(latent.shape)}, for an image of {size[0]} x {size[1]} "
+            "pixels, does not fit this model"
+        )
+    return latent.float(), size
 
 
 @torch.inference_mode()
 def decode_latents(
     model: VAE, samples: Iterable[LatentSample], *, batch_size: int, tile: int = 0
 ) -> Iterator[tuple[LatentSample, Tensor]]:
-    """Each sample with the mean of p(x|z), uint8 (C, H, W) on CPU, in order. Neighbours of one
-    image size go through the network together, large ones in tiles of `tile` pixels."""
-    device = next(model.parameters()).device
+    """Each sample with the mean of p(x|z), float32 (C, H, W) in [-1, 1] on CPU, in order.
+    Neighbours of one image size go through the network together, large ones in tiles of `tile`
+    pixels."""
     for size, same in groupby(samples, key=lambda sample: sample.image_size):
         while batch := list(islice(same, batch_size)):
-            z = torch.stack([sample.latent for sample in batch]).float().to(device)
-            labels = torch.tensor([sample.label for sample in batch], device=device)
-            params = tiles.decode(model, z, size, tile=tile, labels=labels)
-            means = model.likelihood.mean(params)
-            yield from zip(batch, to_uint8(means).cpu(), strict=True)
+            z = torch.stack([sample.latent for sample in batch])
+            labels = torch.tensor([sample.label for sample in batch])
+            means = decode_means(model, z, size, labels=labels, tile=tile)
+            yield from zip(batch, means, strict=True)

@@ -1,33 +1,38 @@
 """Open a run: its model ready to use, and the images that it is shown.
 
 In: the keys that every verb on a run folder takes. Out: the VAE in eval mode with the weights of
-one checkpoint, its config, step and image size; shards, and their first images as tensors. While a
-run is open, float32 is float32: TensorFloat-32 is off, and as it was afterwards.
+one checkpoint, its config, step and image size; shards, and their first images as tensors.
+
+A run folder may come from anybody. Its weights are held against the model of its config on the meta
+device, before anything is allocated. The shards that its config names are read, never written to,
+and only as local paths or over http(s).
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from vae_dist.config.commands import EncodeCommand, EvaluateCommand, RunCommand
+from vae_dist.config.commands import CheckpointCommand, EncodeCommand, EvaluateCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
-from vae_dist.data.digits import make_digits
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.reader import SkippedSample
+from vae_dist.data.reader import SampleReader, SkippedSample
 from vae_dist.data.settings import image_settings
+from vae_dist.data.sources import HTTP, START_RETRY_S, is_remote
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import deaths_explained
-from vae_dist.models.build import build_vae
+from vae_dist.files import printable
+from vae_dist.models.build import blocks_of_levels, build_vae
 from vae_dist.models.diffusers import fitting_keys, read_published
 from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import load_checkpoint
@@ -37,6 +42,10 @@ from vae_dist.training.compile import exact_float32
 
 if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
+
+CPU = torch.device("cpu")
+MAX_SIDE = 2**16  # pixels of an image
+UNBUILDABLE = (RuntimeError, ValueError, TypeError, AssertionError, OverflowError)
 
 
 class LoadedModel(NamedTuple):
@@ -56,11 +65,12 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_run(command: RunCommand) -> Iterator[LoadedModel]:
-    """The model of `command.run`, for a verb of one process. Raises ConfigError as `load_model`."""
-    device = choose_device(command.device)
-    with exact_float32(device):
-        yield load_model(command, device=device)
+def open_run(command: CheckpointCommand, *, device: str = "auto") -> Iterator[LoadedModel]:
+    """The model of `command.run`, for a verb of one process; TensorFloat-32 is off meanwhile.
+    Raises ConfigError as `load_model`."""
+    chosen = choose_device(device)
+    with exact_float32(chosen):
+        yield load_model(command, device=chosen)
 
 
 @contextmanager
@@ -83,8 +93,8 @@ def open_run_on_ranks(
         runtime.stop()
 
 
-def load_model(command: RunCommand, *, device: torch.device | None = None) -> LoadedModel:
-    """The model of `command.run` in eval mode, by default on the device that `command` asks for.
+def load_model(command: CheckpointCommand, *, device: torch.device | None = None) -> LoadedModel:
+    """The model of `command.run` in eval mode, by default on the CPU.
 
     Raises ConfigError when there is no such run or checkpoint, or when they do not fit together.
     """
@@ -96,16 +106,17 @@ def load_model(command: RunCommand, *, device: torch.device | None = None) -> Lo
             f"weights={command.weights}: checkpoint {checkpoint.step} of {command.run} holds only "
             f"{', '.join(sorted(checkpoint.tensors))}"
         )
-    height, width = checkpoint.state["image_size"]
-    model = build_vae(config, (height, width))
+    weights = checkpoint.tensors[command.weights]
     try:
-        model.load_state_dict(checkpoint.tensors[command.weights])
-    except RuntimeError as error:  # torch lists every name and shape that differs
+        height, width = map(int, checkpoint.state["image_size"])
+        if sum(blocks_of_levels(config.model)) > len(weights):
+            raise ValueError(f"model.blocks={config.model.blocks} for {len(weights)} tensors")
+        model = _built(config, (height, width), lambda model: weights, device or CPU)
+    except (*UNBUILDABLE, KeyError) as error:  # torch lists every name and shape that differs
         raise ConfigError(
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
             f"of its config.yaml; was that file edited? {error}"
         ) from None
-    model.to(device or choose_device(command.device)).eval()
     return LoadedModel(model, config, checkpoint.step, (height, width))
 
 
@@ -121,11 +132,29 @@ def load_published(folder: Path, device: torch.device) -> LoadedModel | None:
             section, _, name = key.partition(".")
             setattr(getattr(config, section), name, value)
         side = int(published.config.get("sample_size") or 256)
-        model = build_vae(config, (side, side))
-        model.load_state_dict(initial_weights(config, model))
+        model = _built(config, (side, side), lambda model: initial_weights(config, model), device)
     except ConfigError as error:
         raise ConfigError([p.removeprefix("init_from=") for p in error.problems]) from None
-    return LoadedModel(model.to(device).eval(), config, 0, (side, side))
+    except UNBUILDABLE as error:
+        raise ConfigError(f"{folder}: its config.json describes no model ({error})") from None
+    return LoadedModel(model, config, 0, (side, side))
+
+
+def _built(
+    config: TrainConfig,
+    image_size: tuple[int, int],
+    weights_for: Callable[[VAE], Mapping[str, Tensor]],
+    device: torch.device,
+) -> VAE:
+    """In eval mode, with copies of the weights for its shapes. Raises one of UNBUILDABLE."""
+    if not all(1 <= side <= MAX_SIDE for side in image_size):
+        raise ValueError(f"images of {image_size[0]}x{image_size[1]} pixels")
+    with torch.device("meta"):
+        model = build_vae(config, image_size)
+    weights = weights_for(model)
+    copies = {name: value.to(device, torch.float32, copy=True) for name, value in weights.items()}
+    model.load_state_dict(copies, assign=True)
+    return model.eval()
 
 
 def weights_digest(model: VAE) -> str:
@@ -139,22 +168,37 @@ def weights_digest(model: VAE) -> str:
 
 @dataclass(frozen=True)
 class Images:
-    """Shards, and how the run makes images of them: the two that a stream starts from."""
+    """Shards, and how the run makes images of them."""
 
     index: ShardIndex
     settings: ImageSettings
+    retry_s: float = START_RETRY_S  # that a remote read is tried again, seconds
+
+    def stream(self, **options: Any) -> EvaluationStream:
+        """All of them in index order; options as of `EvaluationStream`."""
+        return EvaluationStream(self.index, self.settings, retry_s=self.retry_s, **options)
+
+    def reader(self) -> SampleReader:
+        """One sample at a time, without augmentation."""
+        settings = self.settings.without_augmentation()
+        return SampleReader(self.index, settings, seed=0, retry_s=self.retry_s)
+
+    def at_one_size(self, size: tuple[int, int] | None = None) -> Images:
+        """Resized and cropped to (H, W), by default to a typical size."""
+        return replace(self, settings=self.settings.at_one_size(size))
 
 
 def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "data") -> Images:
     """The shards of a command's `data` key, or the run's validation shards when that is empty.
 
-    `create` makes what can be made (the bundled digits, missing indexes): on one process only.
-    Raises ConfigError for shards that are missing or damaged.
+    `create` makes missing indexes of the former: on one process only. Raises ConfigError for
+    shards that are missing or damaged, and where the config names any but local paths and http(s).
     """
-    if create and not data and config.data.bundled == "digits":
-        make_digits(Path(config.data.train).parent)
-    spec, key = (data, key) if data else (config.data.validation, "data.validation")
-    index = load_index(spec, key=key, create=create, pipes=key == "data")
+    is_own = not data or key != "data"
+    if is_own:
+        data, key = (data, key) if data else (config.data.validation, "data.validation")
+        check_own_shards(data, key=key)
+    index = load_index(data, key=key, create=create and not is_own, pipes=not is_own)
     settings = image_settings(
         index,
         channels=config.data.channels,
@@ -167,7 +211,22 @@ def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "dat
         label_key=config.data.label_key,
         num_classes=config.model.num_classes,
     )
-    return Images(index, settings)
+    return Images(index, settings, config.data.retry_s)
+
+
+def check_own_shards(spec: Any, *, key: str) -> None:
+    """Raises ConfigError where the shards of a run folder's config are more than local paths or
+    http(s): another scheme may run a program or use this user's credentials."""
+    if isinstance(spec, Mapping | list | tuple):
+        for part in spec.values() if isinstance(spec, Mapping) else spec:
+            check_own_shards(part, key=key)
+        return
+    place = str(spec)
+    if is_remote(place) and not (place.startswith(HTTP) and place.count("://") == 1):
+        raise ConfigError(
+            f"{key}={place}: of a run folder's config.yaml only local paths and http(s) are read; "
+            f"give data='{place}' on the command line if you trust it"
+        )
 
 
 def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = None) -> Images:
@@ -176,11 +235,7 @@ def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = 
     if runtime is None:
         images = open_images(loaded.config, data, create=True)
     else:
-
-        def create() -> None:
-            open_images(loaded.config, data, create=True)
-
-        runtime.on_main(create)
+        runtime.on_main(lambda: open_images(loaded.config, data, create=True))
         images = runtime.on_all_ranks(lambda: open_images(loaded.config, data, create=False))
     check_image_size(loaded.model, images.settings.size, key=f"data={images.index.paths[0]}")
     return images
@@ -189,17 +244,16 @@ def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = 
 class Examples(NamedTuple):
     """Images of one shape."""
 
-    images: torch.Tensor  # (N, C, H, W) as stored
-    labels: torch.Tensor  # int64 (N,), -1 where an image has none
-    masks: torch.Tensor | None  # uint8 (N, 1, H, W), 1: observed; None: all pixels are
-    samples: torch.Tensor  # int64 (N,), numbers in index order
+    images: Tensor  # (N, C, H, W) as stored
+    labels: Tensor  # int64 (N,), -1 where an image has none
+    masks: Tensor | None  # uint8 (N, 1, H, W), 1: observed; None: all pixels are
+    samples: Tensor  # int64 (N,), numbers in index order
 
 
 def first_examples(images: Images, num_images: int) -> Examples:
     """The readable ones among the first `num_images`; where images differ in size, they are resized
     and cropped to a typical one. Raises ConfigError when there is none."""
-    at_one_size = Images(images.index, images.settings.at_one_size())
-    return first_examples_by_shape(at_one_size, num_images)[0]
+    return first_examples_by_shape(images.at_one_size(), num_images)[0]
 
 
 def first_examples_by_shape(
@@ -208,31 +262,27 @@ def first_examples_by_shape(
     """The readable ones among the first `num_images` at their own sizes, by shape. `names`: what
     messages call the samples of the one shard. Raises ConfigError when no image can be read."""
     batch_size = min(num_images, images.index.num_samples)
-    stream = EvaluationStream(
-        images.index, images.settings, batch_size=batch_size, max_images=num_images
-    )
     found: list[Examples] = []
     skipped: list[SkippedSample] = []
-    for batch in stream:
+    for batch in images.stream(batch_size=batch_size, max_images=num_images):
         skipped += batch.skipped
         counts = batch.weights > 0
-        masks = None if batch.masks is None else batch.masks[counts]
         if counts.any():
+            masks = None if batch.masks is None else batch.masks[counts]
             found.append(
                 Examples(batch.images[counts], batch.labels[counts], masks, batch.samples[counts])
             )
-    reason = ""
+    first = ""
     if skipped:
-        first = skipped[0]
-        named = first if names is None else f"{names[first.index]}: {first.reason}"
-        reason = f"the first: {named}"
+        one = skipped[0]
+        first = f"the first: {one if names is None else f'{names[one.index]}: {one.reason}'}"
     if not found:
         raise ConfigError(
             f"none of the first {batch_size} images of {images.index.paths[0]} can be read "
-            f"({reason}); raise num_images, or repair the shard"
+            f"({first}); raise num_images, or repair the shard"
         )
     if skipped:
-        print(f"warning: {len(skipped)} images are left out; {reason}", file=sys.stderr)
+        print(f"warning: {len(skipped)} images are left out; {printable(first)}", file=sys.stderr)
     return found
 
 

@@ -5,19 +5,18 @@
 
 The decoder was trained on draws of q(z), so latents of the mixture lie where it has seen any;
 N(0, I) also covers the rest. One draw of each image, which belongs to (run seed, image).
-scikit-learn fits, from k-means, in float64. The fit is a function of checkpoint, images and K, and
-is kept in the run folder under `priors/`: safetensors that name the checkpoint step and the data
-that they belong to. Vector latents only: the latent of a spatial model has thousands of dimensions
-whose correlations no K Gaussians hold.
+scikit-learn fits, from k-means, in float64. The fit is a function of weights, images and K, which
+are in the name of the file under `priors/` of the run folder that keeps it. Vector latents only:
+a spatial latent has thousands of dimensions whose correlations no K Gaussians hold.
 
 Legend: N latents, d dimensions, M components.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
-from torch.distributions import (
-    Categorical,
-    Distribution,
-    Independent,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-)
+from torch import Tensor, distributions
 
 from vae_dist.config.checks import mixture_prior
 from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.evaluation import EvaluationBatch, EvaluationStream
+from vae_dist.data.evaluation import EvaluationBatch
 from vae_dist.evaluation.run import inputs_of
-from vae_dist.files import write_durably
+from vae_dist.files import printable, write_durably
 from vae_dist.inference.load import LoadedModel, open_images, weights_digest
 from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import VAE
@@ -59,18 +50,18 @@ class GaussianMixture:
     factors: Tensor  # S_m = L L': the diagonals (M, d) of L, or lower triangular L (M, d, d)
 
     def to(self, device: torch.device) -> GaussianMixture:
-        moved = (self.log_weights, self.means, self.factors)
-        return GaussianMixture(*(tensor.to(device) for tensor in moved))
+        return GaussianMixture(*(tensor.to(device) for tensor in vars(self).values()))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats for latents (N, d), float64 (N,)."""
-        components: Distribution
         if self.factors.ndim == 2:
-            components = Independent(Normal(self.means, self.factors), 1)
+            components: Any = distributions.Normal(self.means, self.factors)
+            components = distributions.Independent(components, 1)
         else:
-            components = MultivariateNormal(self.means, scale_tril=self.factors)
-        weights = Categorical(logits=self.log_weights)
-        log_prob: Tensor = MixtureSameFamily(weights, components).log_prob(z.double())
+            components = distributions.MultivariateNormal(self.means, scale_tril=self.factors)
+        weights = distributions.Categorical(logits=self.log_weights)
+        mixture = distributions.MixtureSameFamily(weights, components)
+        log_prob: Tensor = mixture.log_prob(z.double())
         return log_prob
 
     def sample(self, noise: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -87,11 +78,15 @@ class GaussianMixture:
         return (self.means[chosen] + moved).float()
 
 
-def fit_mixture(
-    z: Tensor, *, num_components: int, covariance: str, seed: int
-) -> tuple[GaussianMixture, dict[str, float]]:
-    """The mixture of `covariance` diagonal or full that EM finds for latents (N, d), and what is
-    known of the fit. Raises ConfigError without scikit-learn."""
+@dataclass(frozen=True)
+class FittedPrior:
+    mixture: GaussianMixture  # on the CPU
+    description: str  # in a sentence, for people
+
+
+def fit_mixture(z: Tensor, num_components: int, covariance: str, *, seed: int) -> FittedPrior:
+    """The mixture of `covariance` diagonal or full that EM finds for latents (N, d). Raises
+    ConfigError without scikit-learn."""
     estimator_class = find_estimator()
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -116,13 +111,13 @@ def fit_mixture(
         torch.from_numpy(estimator.means_),
         torch.linalg.cholesky(spread) if covariance == "full" else spread.sqrt(),
     )
-    normal = Normal(torch.zeros((), dtype=torch.float64), 1.0)
-    return mixture, {
-        "latents": len(z),
-        "iterations": estimator.n_iter_,
-        "cross_entropy_nats": -float(mixture.log_prob(z).mean()),
-        "cross_entropy_normal_nats": -float(normal.log_prob(z).sum(1).mean()),
-    }
+    normal = distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    return FittedPrior(
+        mixture,
+        f"prior {num_components} Gaussians, {covariance} covariance, fitted to {len(z)} training "
+        f"images in {estimator.n_iter_} iterations: {-float(mixture.log_prob(z).mean()):.2f} nats "
+        f"per latent vector, N(0, I) {-float(normal.log_prob(z).sum(1).mean()):.2f}",
+    )
 
 
 def find_estimator() -> Any:
@@ -136,114 +131,76 @@ def find_estimator() -> Any:
     return Estimator
 
 
-@dataclass(frozen=True)
-class FittedPrior:
-    mixture: GaussianMixture  # on the CPU
-    description: str  # in a sentence, for people
-
-
 def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> FittedPrior:
     """The mixture that `command.prior` asks for, read from the run folder or fitted; for one
-    process only.
-
-    Raises ConfigError for a model or data that it cannot be fitted to.
-    """
+    process only. Raises ConfigError for a model or data that it cannot be fitted to."""
     num_components, covariance = mixture_prior(command.prior)
-    model, num_latents = loaded.model, loaded.model.latent_channels
+    model, config, dims = loaded.model, loaded.config, loaded.model.latent_channels
     if model.image_size is None:
         raise ConfigError(
             f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
             "spatial one; train with model.latent=vector, or use prior=normal"
         )
-    chosen = covariance or ("full" if num_latents <= FULL_UP_TO else "diagonal")
-    config = loaded.config
-    images = open_images(config, config.data.train, create=True, key="data.train")
+    covariance = covariance or ("full" if dims <= FULL_UP_TO else "diagonal")
+    images = open_images(config, config.data.train, create=False, key="data.train")
     num_images = min(command.prior_images or images.index.num_samples, images.index.num_samples)
-    belongs_to = {
-        "step": loaded.step,
-        "weights": command.weights,
-        "weights_digest": weights_digest(model),
-        "train_data": images.index.fingerprint,
-        "num_images": num_images,
-        "components": num_components,
-        "covariance": chosen,
-    }
-    name = f"gmm{num_components}_{chosen}_{command.weights}_step_{loaded.step:08d}"
+    of = f"{weights_digest(model)} {images.index.fingerprint} {num_images} {config.seed}"
+    digest = hashlib.blake2b(of.encode(), digest_size=8).hexdigest()
+    name = f"gmm{num_components}_{covariance}_{command.weights}_step_{loaded.step:08d}_{digest}"
     file = Path(command.run) / "priors" / f"{name}.safetensors"
-    known, kept = _read(file, belongs_to), f"from {file}"
-    if known is None:
-        find_estimator()  # before all images are encoded
-        stream = EvaluationStream(
-            images.index, images.settings, batch_size=command.batch_size, max_images=num_images
+    spread = (dims, dims) if covariance == "full" else (dims,)
+    shapes = {"log_weights": (), "means": (dims,), "factors": spread}
+    if kept := _read(file, {name: (num_components, *shape) for name, shape in shapes.items()}):
+        return kept
+    find_estimator()  # before all images are encoded
+    stream = images.stream(batch_size=command.batch_size, max_images=num_images)
+    z = aggregate_posterior(model, stream, seed=config.seed)
+    if len(z) < num_components:
+        raise ConfigError(
+            f"prior={command.prior}: {len(z)} training images could be read, fewer than "
+            "components; ask for fewer"
         )
-        z = aggregate_posterior(model, stream, seed=config.seed)
-        if len(z) < num_components:
-            raise ConfigError(
-                f"prior={command.prior}: {len(z)} training images could be read, fewer than "
-                "components; ask for fewer"
-            )
-        known = fit_mixture(z, num_components=num_components, covariance=chosen, seed=config.seed)
-        kept = _write(file, *known, belongs_to)
-    mixture, facts = known
-    description = (
-        f"prior {num_components} Gaussians, {chosen} covariance, fitted to "
-        f"{facts['latents']} training images of step {loaded.step} in {facts['iterations']} "
-        f"iterations: {facts['cross_entropy_nats']:.2f} nats per latent vector, N(0, I) "
-        f"{facts['cross_entropy_normal_nats']:.2f} ({kept})"
-    )
-    return FittedPrior(mixture, description)
+    fitted = fit_mixture(z, num_components, covariance, seed=config.seed)
+    return FittedPrior(fitted.mixture, f"{fitted.description} ({_write(file, fitted)})")
 
 
 @torch.inference_mode()
 def aggregate_posterior(model: VAE, batches: Iterable[EvaluationBatch], *, seed: int) -> Tensor:
     """One draw of q(z|x) for each readable image, float32 (N, d) on CPU."""
     device = next(model.parameters()).device
-    latents = []
+    latents = [torch.empty(0, model.latent_channels)]
     for batch in batches:
-        if not (batch.weights > 0).any():
-            continue
-        inputs = inputs_of(model, batch, seed=seed, device=device, purpose="aggregate-levels")
-        mean, log_variance = model.encode(inputs.images, inputs.labels, inputs.mask)
-        shape = tuple(mean.shape[1:])
-        noise = draws(torch.randn, seed, "aggregate-posterior", inputs.samples, shape).to(device)
-        latents.append(sample_posterior(mean, log_variance, noise).cpu())
-    return torch.cat(latents) if latents else torch.empty(0, model.latent_channels)
+        if (batch.weights > 0).any():
+            inputs = inputs_of(model, batch, seed=seed, device=device, purpose="aggregate-levels")
+            mean, log_variance = model.encode(inputs.images, inputs.labels, inputs.mask)
+            shape = tuple(mean.shape[1:])
+            noise = draws(torch.randn, seed, "aggregate-posterior", inputs.samples, shape)
+            latents.append(sample_posterior(mean, log_variance, noise.to(device)).cpu())
+    return torch.cat(latents)
 
 
-def _read(
-    file: Path, belongs_to: Mapping[str, object]
-) -> tuple[GaussianMixture, dict[str, float]] | None:
-    """What the file holds if it was fitted for the same; a damaged one is fitted again."""
+def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> FittedPrior | None:
+    """What is kept in the file; None where it is damaged, and fitted again."""
     try:
+        if not file.is_file():  # a FIFO would be waited for
+            return None
         with safetensors.safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if json.loads(metadata["belongs_to"]) != belongs_to:
+            names = opened.keys()
+            if {name: tuple(opened.get_slice(name).get_shape()) for name in names} != shapes:
                 return None
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            facts: dict[str, float] = json.loads(metadata["facts"])
-            return GaussianMixture(**tensors), facts
-    except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError):
+            mixture = GaussianMixture(**{name: opened.get_tensor(name).double() for name in names})
+            known = printable(opened.metadata()["description"])
+            return FittedPrior(mixture, f"{known} (from {file})")
+    except (OSError, KeyError, TypeError, safetensors.SafetensorError):
         return None
 
 
-def _write(
-    file: Path,
-    mixture: GaussianMixture,
-    facts: dict[str, float],
-    belongs_to: Mapping[str, object],
-) -> str:
+def _write(file: Path, fitted: FittedPrior) -> str:
     """What became of it, as a sentence: with a read-only run folder the next command fits again."""
-    tensors = {
-        "log_weights": mixture.log_weights,
-        "means": mixture.means,
-        "factors": mixture.factors,
-    }
-    metadata = {"belongs_to": json.dumps(belongs_to), "facts": json.dumps(facts)}
-    data = safetensors.torch.save(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in vars(fitted.mixture).items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        data = safetensors.torch.save(tensors, {"description": fitted.description})
         write_durably(file, data)
     except OSError as error:
         return f"not kept: {error.strerror}"

@@ -17,14 +17,17 @@ Legend: N images, K points of a path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vae_dist.evaluation.run import with_noise
 from vae_dist.inference import tiles
 from vae_dist.models.latent import LatentPrior, prior_latents
 from vae_dist.models.vae import NO_LABEL, VAE
+from vae_dist.randomness import draws
 
 BATCH_SIZE = 256  # images per forward, unless the caller says otherwise
 
@@ -41,13 +44,10 @@ def posteriors(
 ) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of q(z|x), each float32 (N, *latent) on the model's device, of the very
     images: without the noise that training adds to them."""
-    device = next(model.parameters()).device
     parts = []
-    for first in range(0, len(images), batch_size):
-        part = slice(first, first + batch_size)
-        shown = model.likelihood.noise_free(images[part].to(device))
-        known = _part(labels, part, device), _part(masks, part, device)
-        parts.append(tiles.encode(model, shown, tile=tile, labels=known[0], mask=known[1]))
+    for shown, known, observed in _batches(model, batch_size, images, labels, masks):
+        shown = model.likelihood.noise_free(shown)
+        parts.append(tiles.encode(model, shown, tile=tile, labels=known, mask=observed))
     means, log_variances = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(log_variances)
 
@@ -62,14 +62,10 @@ def decode_means(
     labels: Tensor | None = None,
     tile: int = 0,
 ) -> Tensor:
-    """E[x|z] of latents (N, *latent)."""
-    device = next(model.parameters()).device
+    """E[x|z] of latents (N, *latent), for images of (H, W)."""
     images = []
-    for first in range(0, len(z), batch_size):
-        part = slice(first, first + batch_size)
-        params = tiles.decode(
-            model, z[part].to(device), image_size, tile=tile, labels=_part(labels, part, device)
-        )
+    for latents, known in _batches(model, batch_size, z, labels):
+        params = tiles.decode(model, latents, image_size, tile=tile, labels=known)
         images.append(model.likelihood.mean(params).cpu())
     return torch.cat(images)
 
@@ -91,6 +87,27 @@ def reconstruct(
     return decode_means(model, mean, size, batch_size=batch_size, labels=labels, tile=tile)
 
 
+@torch.inference_mode()
+def neg_elbo(
+    model: VAE,
+    images: Tensor,
+    *,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """-ELBO of stored images, float64 (N,) in nats on the CPU, as an evaluation of a data set that
+    begins with them draws it."""
+    found, numbers = [], torch.arange(len(images))
+    latent = model.latent_shape(images.shape[-2], images.shape[-1])
+    for stored, known, own in _batches(model, batch_size, images, labels, numbers):
+        noise = draws(torch.randn, seed, "eval-posterior", own.tolist(), latent).to(stored.device)
+        shown = with_noise(model.likelihood, stored, own.tolist(), seed=seed)
+        output = model(shown, noise, known)
+        found.append((output.kl.double().sum(1) - output.log_likelihood.double()).cpu())
+    return torch.cat(found)
+
+
 def sample_prior(
     model: VAE,
     num_images: int,
@@ -101,37 +118,15 @@ def sample_prior(
     prior: LatentPrior | None = None,
     batch_size: int = BATCH_SIZE,
     labels: Tensor | None = None,
+    classes: Sequence[int] = (),
 ) -> Tensor:
-    """Images of `num_images` draws of the prior."""
-    shape = model.latent_shape(*image_size)
-    images = []
-    for first in range(0, num_images, batch_size):
-        count = min(batch_size, num_images - first)
-        z = prior_latents(
-            shape, count, seed=seed, first=first, temperature=temperature, prior=prior
-        )
-        own = None if labels is None else labels[first : first + count]
-        images.append(decode_means(model, z, image_size, batch_size=batch_size, labels=own))
-    return torch.cat(images)
-
-
-def sample_classes(
-    model: VAE,
-    classes: Sequence[int],
-    num_images: int,
-    image_size: tuple[int, int],
-    *,
-    seed: int,
-    temperature: float = 1.0,
-    prior: LatentPrior | None = None,
-    batch_size: int = BATCH_SIZE,
-) -> Tensor:
-    """`num_images` samples of each class, class by class; image i of each class has the latent of
-    prior sample i, so that columns of a grid share it."""
+    """Images of `num_images` draws of the prior; with `classes` those of each of them, class by
+    class, from the same latents, so that columns of a grid share one."""
     shape = model.latent_shape(*image_size)
     z = prior_latents(shape, num_images, seed=seed, temperature=temperature, prior=prior)
-    z = z.repeat(len(classes), *[1] * (z.ndim - 1))
-    labels = torch.tensor(classes).repeat_interleave(num_images)
+    if classes:
+        z = z.repeat(len(classes), *[1] * len(shape))
+        labels = torch.tensor(classes).repeat_interleave(num_images)
     return decode_means(model, z, image_size, batch_size=batch_size, labels=labels)
 
 
@@ -175,10 +170,17 @@ def traverse(
             moved[row, :, unit] = values.to(z)
         else:
             moved[row, :, unit] += values.to(z).view(-1, *([1] * (z.ndim - 1)))
-    z = moved.flatten(0, 1)
-    labels = torch.full((len(z),), label)
-    return decode_means(model, z, image_size, batch_size=batch_size, labels=labels)
+    labels = torch.full((len(units) * len(values),), label)
+    return decode_means(
+        model, moved.flatten(0, 1), image_size, batch_size=batch_size, labels=labels
+    )
 
 
-def _part(tensor: Tensor | None, part: slice, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor[part].to(device)
+def _batches(
+    model: VAE, batch_size: int, first: Tensor, *others: Tensor | None
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of each tensor at once, on the model's device; None stays None."""
+    device = next(model.parameters()).device
+    for start in range(0, len(first), batch_size):
+        part = slice(start, start + batch_size)
+        yield tuple(t if t is None else t[part].to(device) for t in (first, *others))

@@ -8,15 +8,14 @@ of both go from 0 to 1, linearly:
 
     y = sum_t w_t y_t / sum_t w_t,     w_t(row, column) = ramp_t(row) * ramp_t(column)
 
-How far that is from the untiled result: an image that fits one tile is the untiled one, bit for
-bit. Where every layer looks at positions up to r away, and r is at most a quarter of the overlap,
-tiles are exact to rounding. GroupNorm and attention look at the whole feature map, so each tile
-has its own mean, variance and keys, and y is a convex combination of results that differ by that:
+An image that fits one tile is the untiled one, bit for bit. Where every layer looks at positions up
+to r away, and r is at most a quarter of the overlap, tiles are exact to rounding. GroupNorm and
+attention look at the whole feature map, so each tile has its own mean, variance and keys, and y is
+a convex combination of results that differ by that:
 
     |y - untiled| <= max_t |y_t - untiled|     at each position
 
-The overlap blends the steps between tiles, it does not remove the difference; larger tiles do.
-benchmarks/RESULTS.md has the measured size of it for a trained model.
+benchmarks/RESULTS.md has the measured size of it for a trained model; larger tiles reduce it.
 """
 
 from __future__ import annotations
@@ -43,25 +42,24 @@ def encode(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`model.encode` with tiles of about `tile` x `tile` pixels, whole with tile=0: mean and
-    log-variance of q(z|x), each float32 (B, *latent_shape). Raises ConfigError for a vector latent
-    or too small a tile."""
+    """`model.encode` in tiles of about `tile` x `tile` pixels, whole with tile=0: mean and
+    log-variance of q(z|x), each float32 (B, *latent_shape). Raises ConfigError as `tile_side`."""
     height, width = images.shape[-2:]
-    side = tile_side(model, tile)
-    if not tile or max(height, width) <= side * model.stride:
+    side, stride = tile_side(model, tile), model.stride
+    if not tile or max(height, width) <= side * stride:
         return model.encode(images, labels, mask)
-    bottom, right = -height % model.stride, -width % model.stride
-    images = F.pad(images, (0, right, 0, bottom), mode="replicate")
-    if mask is not None:
-        mask = F.pad(mask.float(), (0, right, 0, bottom), mode="replicate")
+    padding = (0, -width % stride, 0, -height % stride)
+    images = F.pad(images, padding, mode="replicate")
+    mask = None if mask is None else F.pad(mask.float(), padding, mode="replicate")
 
     def moments(rows: slice, columns: slice) -> Tensor:
-        inside = _scaled(rows, model.stride), _scaled(columns, model.stride)
-        part = None if mask is None else mask[..., inside[0], inside[1]]
-        return torch.cat(model.encode(images[..., inside[0], inside[1]], labels, part), 1)
+        place = ..., _scaled(rows, stride), _scaled(columns, stride)
+        return torch.cat(
+            model.encode(images[place], labels, mask if mask is None else mask[place]), 1
+        )
 
-    _, rows, columns = model.latent_shape(height, width)
-    mean, log_variance = _blended(moments, (rows, columns), side, scale=1).chunk(2, dim=1)
+    size = images.shape[-2] // stride, images.shape[-1] // stride
+    mean, log_variance = _blended(moments, size, side, scale=1).chunk(2, dim=1)
     return mean, log_variance
 
 
@@ -74,9 +72,8 @@ def decode(
     tile: int,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """`model.decode` with tiles of about `tile` x `tile` pixels, whole with tile=0: float32
-    parameters of p(x|z) for images of size (H, W). Raises ConfigError for a vector latent or too
-    small a tile."""
+    """`model.decode` in tiles of about `tile` x `tile` pixels, whole with tile=0: float32
+    parameters of p(x|z) for images of (H, W). Raises ConfigError as `tile_side`."""
     height, width = image_size
     side, stride = tile_side(model, tile), model.stride
     if not tile or max(height, width) <= side * stride:
@@ -84,16 +81,15 @@ def decode(
 
     def params(rows: slice, columns: slice) -> Tensor:
         part = z[..., rows, columns]
-        size = part.shape[-2] * stride, part.shape[-1] * stride
-        return model.decode(part, size, labels)
+        return model.decode(part, (part.shape[-2] * stride, part.shape[-1] * stride), labels)
 
-    whole = _blended(params, (z.shape[-2], z.shape[-1]), side, scale=stride)
-    return whole[..., :height, :width]
+    size = z.shape[-2], z.shape[-1]
+    return _blended(params, size, side, scale=stride)[..., :height, :width]
 
 
 def tile_side(model: VAE, tile: int) -> int:
-    """The side of a tile in latent positions, 0 for tile=0. Raises ConfigError where no tiles can
-    be."""
+    """The side of a tile in latent positions, 0 for tile=0. Raises ConfigError for a vector latent
+    and for tiles that are too small."""
     if tile and model.image_size is not None:
         raise ConfigError(
             f"tile={tile}: a vector latent holds the whole image; tiles are for model.latent="
@@ -111,22 +107,19 @@ def tile_side(model: VAE, tile: int) -> int:
 def _blended(
     compute: Callable[[slice, slice], Tensor], size: tuple[int, int], side: int, *, scale: int
 ) -> Tensor:
-    """Tiles of `compute`, which maps latent positions to results of `scale` times their size, as
-    one result. `size` is that of the latent, `side` a tile's."""
-    total: Tensor | None = None
-    weights: Tensor | None = None
+    """Tiles of `side` positions of a latent of `size`, each mapped by `compute` to a result of
+    `scale` times its size, as one result."""
+    total = weights = torch.zeros(())
     for rows, down in _spans(size[0], side, scale):
         for columns, across in _spans(size[1], side, scale):
             result = compute(rows, columns)
-            if total is None or weights is None:
-                shape = size[0] * scale, size[1] * scale
-                total = result.new_zeros(*result.shape[:2], *shape)
-                weights = result.new_zeros(*shape)
-            weight = down.to(result.device)[:, None] * across.to(result.device)[None, :]
+            if not total.ndim:
+                total = result.new_zeros(*result.shape[:2], size[0] * scale, size[1] * scale)
+                weights = torch.zeros_like(total[0, 0])
+            weight = (down[:, None] * across[None, :]).to(result)
             place = ..., _scaled(rows, scale), _scaled(columns, scale)
             total[place] += result * weight
             weights[place] += weight
-    assert total is not None and weights is not None
     return total / weights
 
 
@@ -135,10 +128,9 @@ def _spans(length: int, side: int, scale: int) -> Iterator[tuple[slice, Tensor]]
     they give, `scale` times as many."""
     side = min(side, length)
     overlap = max(4, math.ceil(side * OVERLAP))
-    starts = [*range(0, length - side, side - overlap), length - side]
     unused, rise = overlap * scale // 4, overlap * scale // 2
     ramp = ((torch.arange(side * scale) - unused + 0.5) / rise).clamp(0.0, 1.0)
-    for start in starts:
+    for start in (*range(0, length - side, side - overlap), length - side):
         weight = torch.ones(side * scale)
         if start > 0:
             weight = weight * ramp

@@ -31,7 +31,7 @@ from vae_dist.config.keys import shown
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.indexing import write_info
 from vae_dist.data.loader import split_mask
-from vae_dist.data.reader import SampleReader, SkippedSample
+from vae_dist.data.reader import SkippedSample
 from vae_dist.data.sources import is_pipe
 from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
 from vae_dist.data.writer import ShardWriter
@@ -150,7 +150,7 @@ class _Encoder:
         self.job, self.loaded, self.command, self.runtime = job, loaded, command, runtime
         self.model, self.settings = loaded.model, images.settings.without_augmentation()
         self.num_samples = images.index.num_samples
-        self.reader = SampleReader(images.index, self.settings, seed=0)
+        self.reader = images.reader()
         is_in_order = any(map(is_pipe, images.index.paths))  # a command gives its bytes once
         self.threads = 1 if is_in_order else max(1, loaded.config.data.workers)
         self.skipped: list[str] = []  # of all shards that this process knows of

@@ -25,7 +25,6 @@ from vae_dist.inference.load import Examples, Images, first_examples
 from vae_dist.inference.sampling import (
     interpolate,
     posteriors,
-    sample_classes,
     sample_prior,
     traverse,
 )
@@ -133,12 +132,11 @@ class ImageLogger:
         return self._inputs
 
     def _samples_by_class(self, model: VAE) -> Tensor:
-        classes = range(min(model.num_classes, MAX_CLASSES))
-        return sample_classes(
+        return sample_prior(
             model,
-            classes,
             NUM_POINTS,
             self._data.image_size,
+            classes=range(min(model.num_classes, MAX_CLASSES)),
             seed=self._config.seed,
             batch_size=self._batch_size,
         )
