@@ -1,10 +1,11 @@
+"""What the console prints, with and without a terminal, and on one that takes nothing."""
+
 from __future__ import annotations
 
 import contextlib
 import io
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,15 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return stream
 
 
-def plain(stream: io.StringIO) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
-
-
-def test_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
+def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = io.StringIO(), [10.0]
+    monkeypatch.setattr("vae_dist.tracking.console.time.monotonic", lambda: clock[0])
     sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
     sink.say("output runs/mnist")
     sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
     sink.image(200, "images/samples", Path("runs/a/images/samples.png"), "step 200")
+    for step, clock[0] in ((201, 10.05), (202, 10.25), (300, 10.3)):  # the last one always
+        sink.log(step, {"train/loss": 1.0})
     sink.close("finished")
     lines = stream.getvalue().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
@@ -42,19 +42,9 @@ def test_lines_where_there_is_no_terminal() -> None:
         "step=200 loss=104.2 images_per_second=1834 left=1m32s",
         "step=200 eval/neg_elbo_nats=95.5",
         "step=200 pictures in runs/a/images",
+        "step=202 loss=1",
+        "step=300 loss=1",
     ]
-
-
-def test_rows_that_come_faster_than_a_person_reads_have_few_lines(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = [10.0]
-    monkeypatch.setattr("vae_dist.tracking.console.time.monotonic", lambda: clock[0])
-    stream = io.StringIO()
-    sink = ConsoleSink(start_step=0, stop_step=5, stream=stream)
-    for step, clock[0] in enumerate([10.0, 10.05, 10.15, 10.25, 10.3], start=1):
-        sink.log(step, {"train/loss": 1.0})
-    assert re.findall(r"step=(\d)", stream.getvalue()) == ["1", "4", "5"]  # the last one always
 
 
 def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
@@ -65,7 +55,7 @@ def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
     sink.say("[brackets] stay")
     for _ in range(2):
         sink.close("finished")
-    text = plain(terminal)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert "output runs/mnist" in text
     assert "200/300" in text and "loss=104.2 images_per_second=1834 left=1m32s" in text
     assert "step=200" not in text and "step=250 eval/neg_elbo_nats=95.5" in text
@@ -84,40 +74,24 @@ def test_where_a_progress_bar_belongs(
             assert not is_terminal(terminal)
 
 
-def use(console: ConsoleSink) -> None:
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_what_takes_no_line_costs_the_lines_alone(
+    on_a_terminal: bool, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log file of a job on a full disk, and a terminal whose ssh session has ended."""
+    monkeypatch.setattr("threading.excepthook", lambda _: None)  # of the thread of the bar
+    if on_a_terminal:
+        master, slave = os.openpty()
+        stream = os.fdopen(slave, "w")
+    else:
+        stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
+    if on_a_terminal:
+        os.close(master)
     console.advance(1)
     console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
     console.image(1, "images/samples", Path("samples.png"), "")
     console.say("warning: step 1: no log (No space left on device); training goes on")
-
-
-def test_a_full_disk_loses_lines_and_nothing_else() -> None:
-    """A job's stdout is a file, mostly on the disk that the run fills."""
-    stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
-    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
-    use(console)
     console.close("finished")
     with contextlib.suppress(OSError):
         stream.close()
-
-
-def test_a_terminal_that_goes_away_takes_lines_with_it_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As when ssh drops: the other end of the pseudo terminal is closed while the bar moves."""
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    errors: list[object] = []
-    monkeypatch.setattr("threading.excepthook", errors.append)
-    master, slave = os.openpty()
-    stream = os.fdopen(slave, "w")
-    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
-    assert console._bar is not None
-    os.close(master)
-    console._bar.refresh()  # as its thread does ten times a second
-    sys.stderr.write("a line of another package\n")
-    use(console)
-    console.close("finished")
-    with contextlib.suppress(OSError):
-        stream.close()
-    assert errors == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,26 +67,19 @@ def test_reconstructions_stand_directly_below_their_inputs() -> None:
         side_by_side(flat([1, 2]), flat([1]))
 
 
+def test_images_of_several_sizes_stand_in_the_middle_of_their_cells() -> None:
+    images = [flat([10], size=60)[0], flat([20])[0, :, :20, :]]
+    picture = np.asarray(grid(images))
+    assert picture.shape == (64, 2 * 62 + 2)
+    assert (picture[2:62, 2:62] == 10).all()
+    second = picture[2:62, 64:124]
+    assert (second[20:40, 16:44] == 20).all() and (second == 20).sum() == 20 * 28
+
+
 @pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 0, 8, 8), (1, 8, 8)])
 def test_grid_refuses_what_is_no_picture(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"N, C, H, W"):
         grid(torch.zeros(shape))
-
-
-def test_a_png_has_the_size_of_its_image_and_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
-    path = save_png(single(image), tmp_path / "deep" / "one.png")
-    assert (np.asarray(Image.open(path)) == image.permute(1, 2, 0).numpy()).all()
-    before = path.read_bytes()
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError):
-        save_png(single(image), tmp_path / "file" / "one.png")
-    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        save_png(grid(flat([9])), path)
-    assert path.read_bytes() == before
 
 
 def test_two_channels_are_magenta_and_green_and_of_many_the_first_three_are_shown() -> None:
@@ -95,15 +89,17 @@ def test_two_channels_are_magenta_and_green_and_of_many_the_first_three_are_show
     assert np.asarray(grid(images))[10, 10].tolist() == [10, 200, 30]
 
 
-def test_images_of_several_sizes_stand_in_the_middle_of_their_cells() -> None:
-    images = [flat([10], size=60)[0], flat([20])[0, :, :20, :]]
-    picture = np.asarray(grid(images))
-    assert picture.shape == (64, 2 * 62 + 2)
-    assert (picture[2:62, 2:62] == 10).all()
-    second = picture[2:62, 64:124]
-    assert (second[20:40, 16:44] == 20).all() and (second == 20).sum() == 20 * 28
-    with pytest.raises(ValueError, match="differ in shape"):
-        side_by_side(images, images[::-1])
+def test_a_png_has_the_size_of_its_image_and_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    path = save_png(single(image), tmp_path / "deep" / "one.png")
+    assert (np.asarray(Image.open(path)) == image.permute(1, 2, 0).numpy()).all()
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        save_png(grid(flat([9])), path)
+    assert path.read_bytes() == before
 
 
 def test_files_by_name_and_step_and_what_a_caption_says(tmp_path: Path) -> None:
@@ -119,8 +115,8 @@ def test_files_by_name_and_step_and_what_a_caption_says(tmp_path: Path) -> None:
 def test_the_writer_saves_and_then_shows_the_sinks_on_its_own_thread(tmp_path: Path) -> None:
     shown: list[tuple[object, ...]] = []
     thread = threading.current_thread
-    sink = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
-    writer = ImageWriter(tmp_path, [sink], say=print)  # type: ignore[list-item]
+    sink: Any = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
+    writer = ImageWriter(tmp_path, [sink], say=print)
     writer.put(10, "samples", "step 10", grid(flat([0])))
     writer.close()
     path = tmp_path / "samples_00000010.png"
@@ -128,17 +124,24 @@ def test_the_writer_saves_and_then_shows_the_sinks_on_its_own_thread(tmp_path: P
     assert shown == [(10, "images/samples", path, "step 10", "images")]
 
 
-def test_a_disk_that_takes_nothing_or_is_slow_costs_a_warning(
+def test_pictures_that_fail_or_come_too_fast_cost_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
     said: list[str] = []
-    writer = ImageWriter(tmp_path / "file", [], say=said.append)
-    writer.put(10, "samples", "", grid(flat([0])))
-    writer.close()
-    assert len(said) == 1 and "samples of step 10 is not written" in said.pop()
-    monkeypatch.setattr(images_module, "_QUEUED_IMAGES", 1)
     go_on = threading.Event()
+    failing: Any = SimpleNamespace(image=lambda *given: [][1])  # an IndexError
+    (tmp_path / "file").touch()
+    for folder, sinks, reason in (
+        (tmp_path / "file", [], "File exists"),
+        (tmp_path, [failing], "list index out of range"),
+    ):
+        writer = ImageWriter(folder, sinks, say=said.append)
+        for step in (10, 20):  # its thread goes on
+            writer.put(step, "samples", "", grid(flat([0])))
+        writer.close()
+        assert said[1:] == [f"warning: samples of step 20 is not written ({reason})"]
+        said.clear()
+    monkeypatch.setattr(images_module, "_QUEUED_IMAGES", 1)
     monkeypatch.setattr(images_module, "save_png", lambda image, path: go_on.wait(10))
     writer = ImageWriter(tmp_path, [], say=said.append)
     for step in range(5):

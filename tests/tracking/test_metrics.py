@@ -6,22 +6,14 @@ import pytest
 
 from vae_dist.tracking.metrics import format_duration, format_number, format_row
 
+NUMBERS = {104.23456: "104.2", 0.00031: "0.00031", 18342.7: "18343", 3.0: "3", 200: "200"}
+NUMBERS |= {1.5e12: "1.5e+12", math.nan: "nan", math.inf: "inf"}
+DURATIONS = {41.6: "42s", 185: "3m05s", 7800: "2h10m", 356400: "4d03h", math.nan: "?", -1: "?"}
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (104.23456, "104.2"),
-        (0.00031, "0.00031"),
-        (18342.7, "18343"),
-        (3.0, "3"),
-        (200, "200"),
-        (1.5e12, "1.5e+12"),
-        (math.nan, "nan"),
-        (math.inf, "inf"),
-    ],
-)
-def test_format_number(value: float, text: str) -> None:
-    assert format_number(value) == text
+
+def test_numbers_and_durations() -> None:
+    assert {value: format_number(value) for value in NUMBERS} == NUMBERS
+    assert {seconds: format_duration(seconds) for seconds in DURATIONS} == DURATIONS
 
 
 @pytest.mark.parametrize(
@@ -43,11 +35,3 @@ def test_format_number(value: float, text: str) -> None:
 )
 def test_format_row_leaves_out_what_goes_without_saying(row: dict, text: str) -> None:
     assert format_row(row) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(41.6, "42s"), (185, "3m05s"), (7800, "2h10m"), (356400, "4d03h"), (math.nan, "?")],
-)
-def test_format_duration(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

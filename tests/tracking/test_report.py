@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 from tests.support.report_run import EVALUATED, write_report_run
 from vae_dist.report import main
 from vae_dist.tracking.images import save_png
-from vae_dist.tracking.report import MAX_POINTS, evenly, read_run, thinned, write_report
+from vae_dist.tracking.report import MAX_POINTS, Run, evenly, thinned, write_report
 
 
 class Page(HTMLParser):
@@ -51,7 +52,6 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     assert "default-src 'none'" in text
     samples = [image for image in page.all("img") if image["data-step"]][: len(EVALUATED)]
     assert [int(image["data-step"] or 0) for image in samples] == list(EVALUATED)
-    assert ["hidden" in image for image in samples] == [True, True, True, False]
     assert str(samples[-1]["alt"]).startswith("step 400 | 91.1 nats | ")
     assert json.loads(page.all("input")[0]["data-steps"] or "") == list(EVALUATED)
     assert "<title>a eval/neg_elbo_nats, step 400: 91.1</title>" in text
@@ -60,6 +60,10 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     assert "<td>neg_elbo_nats</td><td>90</td>" in text
     assert "<td>x</td><td>-</td>" in text and "eval/neg_elbo_nats, step 404" not in text
     titles = re.findall(r"<h3>(.*?) <small>", text)
+    assert re.findall(r"<small>(\w+/neg_elbo_nats) </small>", text) == [
+        "train/neg_elbo_nats",
+        "eval/neg_elbo_nats",
+    ]
     assert titles == ["-ELBO", "Bits/dim", "Rate per unit"]  # what is constant is left out
 
 
@@ -79,22 +83,35 @@ def test_several_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(Page(text).all("figure")) == 3 * 2
 
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&\x1b[31m\u202e"
 
 
-def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_a_folder_from_anywhere(tmp_path: Path) -> None:
+    """Texts are escaped; pictures and files of other forms and sizes are left out."""
     folder = write_report_run(tmp_path / "a<b>")
-    (tmp_path / "a<b>" / "results.json").write_text(
-        json.dumps({"data": HOSTILE, "figures": {HOSTILE: 1.0}})
-    )
+    results = {"data": HOSTILE, "source": "https://me:s3cret@host/x", "figures": {HOSTILE: 1.0}}
+    folder.path.joinpath("results.json").write_text(json.dumps(results))
+    folder.path.joinpath("results_x.json").write_text("[" * 10**5)
+    folder.path.joinpath("results_y.json").write_text('{"figures": 3}')
+    os.mkfifo(folder.path / "results_z.json")
     session = {"host": HOSTILE, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
-    (tmp_path / "a<b>" / "environment.json").write_text(json.dumps({"sessions": [session]}))
-    folder.status_path.write_text(json.dumps({"status": HOSTILE, "step": 3}))
+    (folder.path / "environment.json").write_text(json.dumps({"sessions": [session]}))
+    folder.status_path.write_text(json.dumps({"status": HOSTILE, "step": "x"}))
+    with folder.log_path.open("a") as log:
+        for value in ("1e999", "1" + "0" * 400, "5e-324", '[1, "x", null, {}]', '{"a": 1}', '"x"'):
+            log.write('{"step": 404, "eval/neg_elbo_nats": ' + value + "}\n")
+        log.write('{"step": 1' + "0" * 400 + ', "optim/lr": 1}\n')
     save_png(Image.new("L", (8, 8)), folder.images / "<i>\"'_00000100.png")
-    page = Page(write_report([tmp_path / "a<b>"]))
+    Image.new("L", (8, 8)).save(folder.images / "tiff_00000100.png", "TIFF")
+    Image.new("1", (20_000, 20_000)).save(folder.images / "bomb_00000100.png", "PNG")
+    os.mkfifo(folder.images / "fifo_00000100.png")
+    text = write_report([folder.path])
+    page = Page(text)
     assert len(page.all("script")) == 1 and not page.all("b") and not page.all("i")
     assert all("onerror" not in attributes for _, attributes in page.found)
     assert {str(image["src"])[:10] for image in page.all("img")} == {"data:image"}
+    assert len(page.all("figure")) == 3 and "s3cret" not in text
+    assert not set(text) & {"\x1b", "\u202e"} and r"\x1b[31m\u202e" in text
 
 
 @pytest.mark.parametrize("given", ["run=nothing", "run=,"])
@@ -111,7 +128,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     for path in (folder.log_path, folder.status_path, tmp_path / "a" / "results.json"):
         path.unlink()
     (tmp_path / "a" / "environment.json").write_text('{"sessions": [{"first')
-    run = read_run(tmp_path / "a", name="a")
+    run = Run(tmp_path / "a", "a")
     assert (run.curves, run.status, run.sessions, run.results) == ({}, {}, [], [])
     Page(write_report([tmp_path / "a"]))
 

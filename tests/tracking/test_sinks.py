@@ -1,3 +1,5 @@
+"""log.jsonl over resumes, kills and full disks."""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,12 +29,15 @@ def write(path: Path, steps: range) -> None:
 def test_resume_cuts_later_rows_and_lines_that_are_no_row(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     write(path, range(1, 8))
-    with path.open("a") as file:
-        file.write('\0\0\0\n[1]\n{}\n{"step": 3, "train/lo')
+    inode = path.stat().st_ino
+    JsonlSink(path, resume_step=7).close("finished")
+    assert path.stat().st_ino == inode  # a clean log is not rewritten
+    with path.open("ab") as file:
+        file.write(b"\0\0\xff\0\n[1]\n{}\n" + b"[" * 10**5 + b'\n{"step": 3, "train/lo')
     sink = JsonlSink(path, resume_step=4)
     sink.log(5, {"train/loss": math.nan, "optim/grad_norm": math.inf, "optim/lr": 0.1})
-    sink.close("finished")
-    sink.close("finished")
+    for _ in range(2):
+        sink.close("finished")
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
     last = '{"step": 5, "train/loss": null, "optim/grad_norm": null, "optim/lr": 0.1}\n'
     assert path.read_text().endswith("\n" + last)
@@ -47,17 +52,7 @@ def test_what_is_made_up_after_a_resume_joins_the_row_of_its_step(tmp_path: Path
         sink.log(4, {"loss": 9.0})
         sink.close("interrupted")
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4]
-    third = rows(path)[2]
-    assert third.pop("eval/best") is None
-    assert third == {"step": 3, "train/loss": 1.5, "eval/loss": 0.5}
-
-
-def test_a_clean_log_is_not_rewritten(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    write(path, range(1, 4))
-    inode = path.stat().st_ino
-    JsonlSink(path, resume_step=3).close("finished")
-    assert path.stat().st_ino == inode
+    assert rows(path)[2] == {"step": 3, "train/loss": 1.5, "eval/loss": 0.5, "eval/best": None}
 
 
 @contextlib.contextmanager
@@ -71,37 +66,27 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def log_on_a_full_disk(path: Path, *, num_rows: int = 10) -> JsonlSink:
-    """Rows of some 30 bytes where there is room for 100 bytes."""
+@pytest.mark.parametrize("stays_full", [False, True])
+def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path: Path, stays_full: bool) -> None:
+    path = tmp_path / "log.jsonl"
     sink = JsonlSink(path, resume_step=0)
-    with files_of_at_most(100):
-        for step in range(1, num_rows + 1):
+    with files_of_at_most(100):  # a row has some 30 bytes
+        for step in range(1, 501):  # more than the buffer of a file holds
             with contextlib.suppress(OSError):
                 sink.log(step, {"train/loss": step / 2})
-    return sink
-
-
-def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    sink = log_on_a_full_disk(path, num_rows=500)  # more than the buffer of a file holds
-    assert path.stat().st_size == 100  # the last row is torn
-    sink.log(501, {"train/loss": 5.5})
-    assert [row["step"] for row in rows(path)] == list(range(1, 502))
+        assert path.stat().st_size == 100  # the last row is torn
+        if stays_full:
+            with pytest.raises(OSError):
+                sink.close("finished")
+    if not stays_full:
+        sink.log(501, {"train/loss": 5.5})
     sink.close("finished")
-
-
-def test_a_disk_that_stays_full_raises_at_the_end_and_leaves_whole_rows(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    sink = log_on_a_full_disk(path)
-    with files_of_at_most(100), pytest.raises(OSError):
-        sink.close("finished")
-    sink.close("finished")
-    JsonlSink(path, resume_step=99).close("finished")
-    assert [row["step"] for row in rows(path)] == [1, 2, 3]
+    JsonlSink(path, resume_step=999).close("finished")
+    assert [row["step"] for row in rows(path)] == list(range(1, 4 if stays_full else 502))
 
 
 def test_whole_rows_of_a_log_that_is_being_written(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    assert list(read_rows(log)) == []
+    assert list(read_rows(log)) == list(read_rows(Path("/dev/zero"))) == []
     log.write_text('{"step": 1, "a": 2}\n[3]\n{"a": 1}\n{"step": 2, "a": NaN}\n{"step": 3, "a"')
     assert list(read_rows(log)) == [(1, {"a": 2}), (2, {"a": None})]

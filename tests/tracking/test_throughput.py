@@ -6,23 +6,14 @@ import torch
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row, peak_flops
 
 
-class Clock:
-    """Seconds that a test moves."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
-    clock = Clock()
-    meter = Meter(10, first_step=2, world=2, peak_images_per_second=16.0, clock=clock)
+    now = [100.0]  # seconds
+    meter = Meter(10, first_step=2, world=2, peak_images_per_second=16.0, clock=lambda: now[0])
     assert meter.row() == {}  # without a step
     for _ in range(4):
         with meter.data_wait():
-            clock.now += 0.5
-        clock.now += 1.5
+            now[0] += 0.5
+        now[0] += 1.5
         meter.step(8)
     assert meter.row() == {
         "time/images_per_second": pytest.approx(4 * 8 * 2 / 8.0),
@@ -32,8 +23,8 @@ def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
         "time/mfu": pytest.approx(0.25),  # 4 images per second on each of two devices
     }
     with meter.pause():
-        clock.now += 1000.0
-    clock.now += 4.0
+        now[0] += 1000.0
+    now[0] += 4.0
     meter.step(8)
     row = meter.row()
     assert row["time/step_seconds"] == pytest.approx(4.0)
@@ -48,42 +39,37 @@ def step(optimizer: torch.optim.Optimizer, weight: torch.Tensor, gradient: list[
 def test_update_ratio_of_the_armed_step_alone() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    ratio = UpdateRatio(optimizer)
+    ratio = UpdateRatio(optimizer, rows_every=6)
+    assert ratio.every == 102  # with a row, each hundredth step at most
     step(optimizer, weight, [1.0, 0.0])
     assert ratio.row() == {}
     ratio.arm()
     step(optimizer, weight, [0.6, 0.8])  # of length 1, to (1.4, 3.2)
-    step(optimizer, weight, [1.4, 3.2])
     expected = 1 / (1.4**2 + 3.2**2) ** 0.5
     assert ratio.row() == {"optim/update_ratio": pytest.approx(expected, rel=1e-6)}
+    step(optimizer, weight, [0.1, 0.1])
     assert ratio.row() == {}
 
 
 def test_a_skipped_update_has_ratio_zero() -> None:
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    ratio = UpdateRatio(optimizer, rows_every=6)
-    assert ratio.every == 102  # with a row, each hundredth step at most
+    ratio = UpdateRatio(optimizer)
     optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
     ratio.arm()
     step(optimizer, weight, [1.0, 1.0, 1.0, float("nan")])
     assert ratio.row() == {"optim/update_ratio": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "expected"),
-    [
+def test_peak_by_name_and_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, precision, expected in (
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
         ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA A100-SXM4-40GB", "no", 0.0),
         ("Some GPU", "bf16", 0.0),
-    ],
-)
-def test_peak_by_name_and_memory_of_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, name: str, precision: str, expected: float
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda"), precision) == expected
-    assert peak_flops(torch.device("cpu"), precision) == 0.0
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda"), precision) == expected
+    assert peak_flops(torch.device("cpu"), "bf16") == 0.0
     row = memory_row(torch.device("cpu"))
     assert list(row) == ["system/memory_gib"] and 0.01 < row["system/memory_gib"] < 1000

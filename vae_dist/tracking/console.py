@@ -14,18 +14,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vae_dist.tracking.metrics import Value, format_row
 
@@ -60,26 +53,18 @@ class ConsoleSink:
     `say` prints a line that does not disturb the bar; print nothing else meanwhile.
     """
 
-    def __init__(
-        self,
-        *,
-        start_step: int,
-        stop_step: int,
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, *, start_step: int, stop_step: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._stop_step, self._images_step, self._next_line_s = stop_step, -1, 0.0
         self._bar: Progress | None = None
-        self._task = TaskID(0)
         if is_terminal(self._stream):
-            file = cast(TextIO, _Lossy(self._stream))
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[figures]}", markup=False),
                 TimeElapsedColumn(),  # shows life between two rows
-                console=Console(file=file, force_terminal=True),
+                console=Console(file=self._stream, force_terminal=True),
                 expand=True,
                 transient=True,
             )
@@ -91,7 +76,8 @@ class ConsoleSink:
 
     def say(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(escape(text), highlight=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self._bar.console.print(escape(text), highlight=False, soft_wrap=True)
         else:
             say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", self._stream)
 
@@ -105,9 +91,9 @@ class ConsoleSink:
         training = {key: row[key] for key in row if key not in evaluation}
         now = time.monotonic()
         if self._bar is not None:
-            figures = {key: row[key] for key in _BAR_KEYS if key in row}
-            if "train/loss" in figures:
-                self._bar.update(self._task, completed=step, figures=format_row(figures))
+            figures = format_row({key: row[key] for key in _BAR_KEYS if key in row})
+            if "train/loss" in row:
+                self._bar.update(self._task, completed=step, figures=figures)
         elif training and (now >= self._next_line_s or step == self._stop_step):
             self._next_line_s = now + LINE_S
             self.say(f"step={step} {format_row(training)}")
@@ -122,24 +108,5 @@ class ConsoleSink:
     def close(self, status: str) -> None:
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.stop()
-
-
-class _Lossy:
-    """A stream whose errors are swallowed: the thread of the bar, and stderr, which rich redirects,
-    write to it also when the terminal has gone away."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+            with contextlib.suppress(OSError):
+                bar.stop()

@@ -2,7 +2,7 @@
 
 In: this process. Out: a record for `environment.json` of the run folder, for W&B and the report; a
 requeued run has one for each session, in order. Of the environment's variables only those named
-here are kept, so that no secret gets in.
+here are kept, and of addresses what is no secret.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any
 import psutil
 import torch
 
-from vae_dist.files import redacted, write_durably
+from vae_dist.files import read_json, redacted, write_durably
 
 PACKAGES = ("vae_dist", "torch", "accelerate", "webdataset", "wandb", "numpy")
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 SLURM_VARIABLES = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "NODELIST", "RESTART_COUNT")
+_LARGEST = 2**24  # bytes of environment.json
 
 
 def describe_environment(*, first_step: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def describe_environment(*, first_step: int, world: int, device: torch.device) -
 
 
 def versions() -> dict[str, str]:
+    """Of Python, of the packages that decide numbers, and of CUDA."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -87,11 +89,10 @@ def _git(checkout: Path) -> str:
 
 
 def read_sessions(path: Path) -> list[dict[str, Any]]:
-    """The records of `environment.json`; none where it is missing or torn."""
-    try:
-        return list(json.loads(path.read_bytes())["sessions"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """The records of `environment.json`; none where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return [dict(session) for session in read_json(path, _LARGEST)["sessions"]]
+    return []
 
 
 def add_session(path: Path, record: dict[str, Any]) -> None:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import io
 import math
 import os
-import queue
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from PIL import Image
 
 from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import format_number
-from vae_dist.tracking.sinks import Sink
+from vae_dist.tracking.sinks import Sink, Worker
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 
@@ -34,7 +33,7 @@ _LINE_PIXELS = 2  # between neighbours
 _PAIR_PIXELS = 10  # between a row of reconstructions and the next row of inputs
 _LINE_GREY = 112  # differs from the black and the white ground of digits
 _QUEUED_IMAGES = 64
-_FILE_NAME = re.compile(r"(?P<name>.+)_(?P<step>\d{8,})\.png")
+_FILE_NAME = re.compile(r"(?P<name>.+)_(?P<step>\d{8,15})\.png")
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -48,9 +47,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 def with_holes(images: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
     """uint8 images (N, C, H, W) that are grey where the masks (N, 1, H, W) are 0; None: nowhere."""
-    if masks is None:
-        return images
-    return torch.where(masks > 0, to_uint8(images), _LINE_GREY)
+    return images if masks is None else torch.where(masks > 0, to_uint8(images), _LINE_GREY)
 
 
 def grid(images: Images, *, columns: int | None = None) -> Image.Image:
@@ -60,9 +57,7 @@ def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     ValueError without images.
     """
     cells = _cells(images)
-    columns = columns or _square_columns(len(cells))
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    return _canvas(rows, columns=columns, gaps=[_LINE_PIXELS])
+    return _canvas([cells], columns or _square_columns(len(cells)))
 
 
 def side_by_side(
@@ -71,11 +66,8 @@ def side_by_side(
     """Rows of inputs, each directly above the row of their reconstructions."""
     if [image.shape for image in inputs] != [image.shape for image in reconstructions]:
         raise ValueError("inputs and reconstructions differ in shape or number")
-    above, below = _cells(inputs), _cells(reconstructions)
-    columns = min(columns or _square_columns(2 * len(above)), len(above))
-    starts = range(0, len(above), columns)
-    rows = [cells[start : start + columns] for start in starts for cells in (above, below)]
-    return _canvas(rows, columns=columns, gaps=[_LINE_PIXELS, _PAIR_PIXELS])
+    columns = min(columns or _square_columns(2 * len(inputs)), len(inputs))
+    return _canvas([_cells(inputs), _cells(reconstructions)], columns)
 
 
 def beside(left: Image.Image, right: Image.Image) -> Image.Image:
@@ -99,10 +91,9 @@ def file_name(number: int, key: str) -> str:
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write `image`, whole or not at all; folders are made. OSError when that is impossible."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
+    path, buffer = Path(path), io.BytesIO()
     image.save(buffer, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, buffer.getvalue())
     return path
 
@@ -113,11 +104,10 @@ def save_image(image: torch.Tensor, path: Path, *, bits: int) -> None:
     if bits == 8 and image.shape[0] in (1, 3):
         save_png(single(image), f"{path}.png")
         return
-    values = image.float().clamp(-1, 1).numpy()
+    values, buffer = image.float().clamp(-1, 1).numpy(), io.BytesIO()
     if bits < 32:
         kind = np.uint8 if bits == 8 else np.uint16
         values = ((values + 1) * (np.iinfo(kind).max / 2)).round().astype(kind)
-    buffer = io.BytesIO()
     np.save(buffer, values)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path.with_name(f"{path.name}.npy"), buffer.getvalue())
@@ -132,45 +122,31 @@ def left_out(channels: int, bits: int) -> str:
 class ImageWriter:
     """Writes grids beside training, on one thread: encoded, saved, handed to the sinks.
 
-    `put` returns at once: a full queue or a full disk loses pictures with a warning, never a step.
-    The thread must not call torch: one tensor operation there starts a second team of OpenMP
+    `put` returns at once: a full queue or whatever fails loses pictures with a warning, never a
+    step. The thread must not call torch: one tensor operation there starts a second team of OpenMP
     threads, after which a small model trains at half its speed (28 to 60 ms a step on two cores).
     """
 
     def __init__(self, folder: Path, sinks: Iterable[Sink], *, say: Callable[[str], None]) -> None:
         self._folder, self._sinks, self._say = folder, list(sinks), say
-        self._queue: queue.Queue[tuple[int, str, str, Image.Image] | None] = queue.Queue(
-            _QUEUED_IMAGES
-        )
-        self._worker = threading.Thread(target=self._work, name="images", daemon=True)
-        self._worker.start()
+        self._worker = Worker("images", size=_QUEUED_IMAGES)
 
     def put(self, step: int, name: str, caption: str, image: Image.Image) -> None:
-        try:
-            self._queue.put_nowait((step, name, caption, image))
-        except queue.Full:
+        if not self._worker.put(partial(self._write, step, name, caption, image)):
             self._say(f"warning: {name} of step {step} is not drawn: the disk is too slow")
 
     def close(self, *, seconds: float = 30.0) -> None:
         """Waits for what is queued, `seconds` at most."""
-        try:
-            self._queue.put(None, timeout=seconds)
-        except queue.Full:
-            return
-        self._worker.join(seconds)
+        self._worker.close(seconds)
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            step, name, caption, image = item
-            try:
-                path = save_png(image, self._folder / f"{name}_{step:08d}.png")
-                for sink in self._sinks:
-                    sink.image(step, f"images/{name}", path, caption)
-            except OSError as error:
-                reason = error.strerror or error
-                self._say(f"warning: {name} of step {step} is not written ({reason})")
-            finally:
-                self._queue.task_done()
+    def _write(self, step: int, name: str, caption: str, image: Image.Image) -> None:
+        try:
+            path = save_png(image, self._folder / f"{name}_{step:08d}.png")
+            for sink in self._sinks:
+                sink.image(step, f"images/{name}", path, caption)
+        except Exception as error:  # of the disk, of Pillow, of a tracker
+            reason = getattr(error, "strerror", None) or error
+            self._say(f"warning: {name} of step {step} is not written ({reason})")
 
 
 def find_images(folder: Path) -> dict[str, dict[int, Path]]:
@@ -193,17 +169,17 @@ def image_caption(step: int, metrics: Mapping[str, Any]) -> str:
 
 
 def _square_columns(num_images: int) -> int:
-    return math.isqrt(num_images - 1) + 1
+    return math.isqrt(max(0, num_images - 1)) + 1
 
 
 def _cells(images: Images) -> list[np.ndarray]:
     """Enlarged uint8 (H', W', 1 or 3); smaller images stand in the middle of their cells."""
     if len(images) == 0 or images[0].ndim != 3 or len(images[0]) == 0:
         raise ValueError("a grid needs at least one image, as (N, C, H, W) or a list of (C, H, W)")
-    cells: list[np.ndarray] = []
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
     factor = max(1, _CELL_PIXELS // max(height, width))
+    cells = []
     for image in images:
         pixels = _pixels(image)
         cell = np.full((height, width, pixels.shape[2]), _LINE_GREY, np.uint8)
@@ -223,17 +199,18 @@ def _picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _canvas(rows: list[list[np.ndarray]], *, columns: int, gaps: list[int]) -> Image.Image:
-    """Rows of up to `columns` cells below each other, with these gaps in turn between them."""
-    height, width, channels = rows[0][0].shape
-    tops = [_LINE_PIXELS]
-    for index in range(len(rows)):
-        tops.append(tops[-1] + height + gaps[index % len(gaps)])
-    bottom = tops[len(rows) - 1] + height + _LINE_PIXELS
-    right = columns * (width + _LINE_PIXELS) + _LINE_PIXELS
-    canvas = np.full((bottom, right, channels), _LINE_GREY, np.uint8)
-    for row, top in zip(rows, tops, strict=False):
-        for index, cell in enumerate(row):
-            left = _LINE_PIXELS + index * (width + _LINE_PIXELS)
+def _canvas(kinds: Sequence[list[np.ndarray]], columns: int) -> Image.Image:
+    """Row by row the cells of one kind, or of each kind in turn, a larger gap after the last."""
+    height, width, channels = kinds[0][0].shape
+    last_gap = _LINE_PIXELS if len(kinds) == 1 else _PAIR_PIXELS
+    down, right = height + _LINE_PIXELS, width + _LINE_PIXELS
+    group = len(kinds) * down - _LINE_PIXELS + last_gap  # pixels of a row of each kind
+    num_groups = -(-len(kinds[0]) // columns)
+    size = num_groups * group - last_gap + 2 * _LINE_PIXELS, columns * right + _LINE_PIXELS
+    canvas = np.full((*size, channels), _LINE_GREY, np.uint8)
+    for kind, cells in enumerate(kinds):
+        for index, cell in enumerate(cells):
+            top = _LINE_PIXELS + index // columns * group + kind * down
+            left = _LINE_PIXELS + index % columns * right
             canvas[top : top + height, left : left + width] = cell
     return _picture(canvas)

@@ -7,6 +7,7 @@ Metric keys are paths: `train/loss`, `eval/bits_per_dim`, `time/images_per_secon
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -65,46 +66,31 @@ IMAGES = {
 }
 
 # The console leaves out what other figures of its line say; log.jsonl and W&B have every key.
-_HIDDEN = {
-    "train/neg_elbo_nats",
-    "train/beta",
-    "train/bits_per_dim",
-    "optim/lr",
-    "optim/loss_scale",
-    "optim/update_ratio",
-    "data/epoch",
-    "eval/num_images",
-    "time/checkpoint_stall_seconds",
-    "time/step_seconds",
-    "data/images_seen",
-    "system/memory_gib",
-    "system/device_memory_reserved_gib",
-}
-_HIDDEN_UP_TO = {
-    "optim/skipped_steps": 0.0,
-    "optim/spike_steps": 0.0,
-    "data/skipped_samples": 0.0,
-    "eval/skipped_samples": 0.0,
-    "time/data_wait_fraction": 0.1,  # from here on waiting for data costs speed
-}
+_HIDDEN = re.compile(
+    r"train/(neg_elbo_nats|beta|bits_per_dim)|optim/(lr|loss_scale|update_ratio)|latent/.*"
+    r"|data/(epoch|images_seen)|eval/num_images|time/(checkpoint_stall_seconds|step_seconds)"
+    r"|system/(memory_gib|device_memory_reserved_gib)"
+)
+_HIDDEN_AT_ZERO = re.compile(r"optim/(skipped|spike)_steps|(data|eval)/skipped_samples")
+_LITTLE_WAITING = 0.1  # part of the time; from here on waiting for data costs speed
 
 
 def format_number(value: float) -> str:
     """Four significant digits, without an exponent from 0.001 up to a billion."""
     if isinstance(value, int) or (math.isfinite(value) and value == int(value)):
         return f"{int(value)}" if abs(value) < 1e9 else f"{value:.4g}"
-    if 1e4 <= abs(value) < 1e9:
-        return f"{value:.0f}"
-    return f"{value:.4g}"
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def format_row(row: Mapping[str, Value]) -> str:
     """`loss=104.2 images_per_second=1834 ...`, in the order of the row."""
     pairs = []
     for key, value in row.items():
-        if isinstance(value, list) or key in _HIDDEN or key.startswith("latent/"):
+        if isinstance(value, list) or _HIDDEN.fullmatch(key):
             continue
-        if value <= _HIDDEN_UP_TO.get(key, -math.inf):
+        if value == 0 and _HIDDEN_AT_ZERO.fullmatch(key):
+            continue
+        if key == "time/data_wait_fraction" and value <= _LITTLE_WAITING:
             continue
         if key == "time/left_seconds":
             pairs.append(f"left={format_duration(value)}")
@@ -116,13 +102,11 @@ def format_row(row: Mapping[str, Value]) -> str:
 
 def format_duration(seconds: float) -> str:
     """`42s`, `3m05s`, `2h10m`, `4d03h`; `?` while unknown (not finite or negative)."""
-    if not math.isfinite(seconds) or seconds < 0:
+    if not 0 <= seconds < math.inf:
         return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    parts = (days, "d", h, "h"), (hours, "h", m, "m"), (minutes, "m", s, "s")
+    texts = (f"{n}{unit}{rest:02d}{small}" for n, unit, rest, small in parts if n)
+    return next(texts, f"{s}s")

@@ -1,9 +1,10 @@
 """The report of runs: one HTML page that carries all it shows.
 
-In: run folders, also while the runs go on. Out: HTML with a table of the runs, curves as inline
-SVG (a point's `<title>` is its tooltip), image grids with one slider over the steps, results,
-config and sessions. The page fetches nothing, as its content security policy demands. All text is
-escaped: `_tag` does so with each child that is not its own result.
+In: run folders, also while the runs go on, and from anywhere: files of other forms and sizes than
+training writes are left out. Out: HTML with a table of the runs, curves as inline SVG (a point's
+`<title>` is its tooltip), image grids with one slider over the steps, results, config and sessions.
+The page fetches nothing, as its content security policy demands. `_tag` escapes each child that is
+not its own result, control characters included, and takes the secrets out of addresses.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import base64
 import contextlib
 import html
 import io
-import json
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from vae_dist.config.keys import flatten, keys, shown
 from vae_dist.config.schema import TrainConfig
+from vae_dist.files import printable, read_bounded, read_json, redacted
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import read_sessions
 from vae_dist.tracking.images import find_images, image_caption
@@ -31,11 +33,11 @@ from vae_dist.tracking.sinks import read_rows
 
 MAX_POINTS = 150  # of a curve
 MAX_FRAMES = 12  # of a grid
-_MAX_SIDE = 1400  # pixels of a grid
+_MAX_BYTES, _MAX_PIXELS = 2**28, 10**8  # of a PNG file
+_MAX_SIDE = 1400  # pixels of a grid on the page
 _COLORS = ("#2f6fde", "#e07b1a", "#1a9a72", "#b5449b", "#8c6d1f", "#5b5fc7", "#c9372c", "#3f8fa8")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 180, 52, 14, 8, 22  # pixels
-_VOID = ("img", "input")  # elements without an end
-_FIGURES = {
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 180, 52, 14, 8, 22  # pixels of a chart
+_FIGURES = {  # of the first table
     "-ELBO, nats": "eval/neg_elbo_nats",
     "bits/dim": "eval/bits_per_dim",
     "distortion, nats": "eval/distortion_nats",
@@ -43,6 +45,7 @@ _FIGURES = {
     "active units": "latent/active_units",
     "images/s": "time/images_per_second",
 }
+_SESSION = ("first_step", "started", "host", "processes", "device", "git", "command")
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -59,7 +62,7 @@ th, td {{ text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid #8
 td {{ overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }}
 .panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }}
 .images {{ display: flex; flex-wrap: wrap; gap: 16px; }}
-h3 {{ font-size: 14px; margin: 8px 0 0; }} h3 small, figcaption, summary {{ color: #888; }}
+h3 {{ font-size: 14px; margin: 8px 0 0; }} h3 small, figcaption {{ color: #888; }}
 svg text {{ font-size: 11px; fill: #888; }} svg line {{ stroke: #8884; }}
 svg polyline {{ fill: none; stroke-width: 1.6; }} svg circle {{ fill-opacity: 0; }}
 svg circle:hover {{ fill-opacity: 1; }}
@@ -71,7 +74,7 @@ input[type=range] {{ width: 100%; }}
 {body}
 <script>
 const slider = document.getElementById("time");
-if (slider) slider.oninput = () => {{
+function show() {{
   const step = JSON.parse(slider.dataset.steps)[slider.value];
   for (const figure of document.querySelectorAll("figure")) {{
     const images = [...figure.querySelectorAll("img")];
@@ -79,80 +82,74 @@ if (slider) slider.oninput = () => {{
     images.forEach((image) => (image.hidden = image !== shown));
     figure.querySelector("figcaption").textContent = shown.alt;
   }}
-}};
+}}
+if (slider) (slider.oninput = show)();
 </script>
 </body>
 </html>
 """
 
 Point = tuple[float, float]
-Series = tuple[str, str, list[Point]]  # name, colour, points
 
 
 class Html(str):
     """Text that is HTML already."""
 
 
-class RunSummary(NamedTuple):
-    name: str
-    status: dict[str, Any]
-    steps: int  # that the run was asked for
-    curves: dict[str, list[Point]]
-    images: dict[str, list[tuple[int, str, str]]]  # name -> (step, caption, data URI), by step
-    config: dict[str, str]
-    sessions: list[dict[str, Any]]
-    results: list[dict[str, Any]]
+def write_report(folders: Sequence[Path]) -> str:
+    """The page. Raises ConfigError where one of the folders is no run folder."""
+    root = os.path.commonpath([folder.resolve().parent for folder in folders])
+    runs = []
+    for folder, color in zip(folders, itertools.cycle(_COLORS), strict=False):
+        runs.append(Run(folder, os.path.relpath(folder.resolve(), root), color))
+    parts = [*_overview(runs), *_curves(runs), *_images(runs), *_results(runs), *_config(runs)]
+    for run in runs:
+        lines = [[session.get(key, "-") for key in _SESSION] for session in run.sessions]
+        parts += [_tag("h2", "Sessions of ", run.label), _table(_SESSION, lines)] if lines else []
+    title = html.escape(", ".join(printable(run.name) for run in runs))
+    return _PAGE.format(title=title, body="\n".join(parts))
+
+
+class Run:
+    """What a run folder holds. Raises ConfigError where it is none."""
+
+    def __init__(self, path: Path, name: str, color: str = _COLORS[0]) -> None:
+        folder, config = RunFolder(path), RunFolder(path).config()
+        self.name, self.color = name, color
+        dot = _tag("span", "\u25cf ", style=f"color:{color}")
+        self.label = _tag("span", dot, name)
+        self.status, self.num_steps = folder.status(), config.training.steps
+        self.config = {key: shown(value) for key, value in flatten(config).items()}
+        self.sessions = read_sessions(path / "environment.json")
+        self.results = []
+        for file in [path / "results.json", *sorted(path.glob("results_*.json"))]:
+            with contextlib.suppress(OSError, ValueError):  # missing or being written
+                self.results.append(read_json(file, 2**24))
+        rows = {step: row for step, row in read_rows(folder.log_path) if 0 <= step < 2**53}
+        self.curves = _curves_of(rows)
+        self.images: dict[str, list[tuple[int, str, str]]] = {}  # name -> (step, caption, data URI)
+        found = find_images(folder.images)
+        for kind in [kind for kind in {**IMAGES, **found} if kind in found]:
+            for step in evenly(list(found[kind]), MAX_FRAMES):
+                if uri := _data_uri(found[kind][step]):
+                    caption = image_caption(step, rows.get(step, {}))
+                    self.images.setdefault(kind, []).append((step, caption, uri))
 
     def last(self, key: str, default: float = math.nan) -> float:
         return self.curves[key][-1][1] if key in self.curves else default
 
 
-def write_report(folders: Sequence[Path]) -> str:
-    """The page. Raises ConfigError where one of the folders is no run folder."""
-    paths = [folder.resolve() for folder in folders]
-    root = os.path.commonpath([path.parent for path in paths])
-    names = [os.path.relpath(path, root) for path in paths]
-    runs = [read_run(folder, name=name) for folder, name in zip(folders, names, strict=True)]
-    parts = [_overview(runs), *_curves(runs), *_images(runs), *_results(runs), *_config(runs)]
-    title = html.escape(", ".join(run.name for run in runs))
-    return _PAGE.format(title=title, body="\n".join([*parts, *_sessions(runs)]))
-
-
-# reading
-
-
-def read_run(path: Path, *, name: str) -> RunSummary:
-    folder = RunFolder(path)
-    config = folder.config()
-    rows = dict(read_rows(folder.log_path))
-    curves: dict[str, list[Point]] = {}
+def _curves_of(rows: dict[int, dict[str, Any]]) -> dict[str, list[Point]]:
+    """Of each key (step, value), or of the latest distribution (place, value), largest first."""
+    curves: dict[str, list[Point]] = {"": [(step, 0.0) for step in rows]}
     for step, row in rows.items():
         for key, value in row.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if isinstance(value, list):
+                numbers = sorted((item for item in value if _is_number(item)), reverse=True)
+                curves[key] = [(place, float(y)) for place, y in enumerate(numbers, start=1)]
+            elif _is_number(value):
                 curves.setdefault(key, []).append((step, float(value)))
-            elif isinstance(value, list):  # the latest distribution, largest first
-                known = sorted((item for item in value if item is not None), reverse=True)
-                curves[key] = list(enumerate(known, start=1))
-    images: dict[str, list[tuple[int, str, str]]] = {}
-    found = find_images(folder.images)
-    for kind in [name for name in {**IMAGES, **found} if name in found]:
-        for step in evenly(list(found[kind]), MAX_FRAMES):
-            caption = image_caption(step, rows.get(step, {}))
-            images.setdefault(kind, []).append((step, caption, _data_uri(found[kind][step])))
-    results = []
-    for file in [path / "results.json", *sorted(path.glob("results_*.json"))]:
-        with contextlib.suppress(OSError, ValueError):  # missing or being written
-            results.append(dict(json.loads(file.read_bytes())))
-    return RunSummary(
-        name=name,
-        status=folder.status(),
-        steps=config.training.steps,
-        curves={key: thinned(points) for key, points in curves.items()},
-        images=images,
-        config={key: shown(value) for key, value in flatten(config).items()},
-        sessions=read_sessions(path / "environment.json"),
-        results=results,
-    )
+    return {key: thinned(points) for key, points in curves.items() if points}
 
 
 def thinned(points: list[Point]) -> list[Point]:
@@ -169,11 +166,16 @@ def evenly(steps: list[int], count: int) -> list[int]:
 
 
 def _data_uri(path: Path) -> str:
+    """Empty for what is no PNG of a moderate size: it may be half written, or not ours."""
     buffer = io.BytesIO()
-    with contextlib.suppress(OSError):  # the trainer may be writing it
-        image = Image.open(path)
+    try:
+        image = Image.open(io.BytesIO(read_bounded(path, _MAX_BYTES)), formats=["PNG"])
+        if image.width * image.height > _MAX_PIXELS:
+            return ""
         image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        image.save(buffer, "WEBP", quality=80)
+        image.convert("RGB").save(buffer, "WEBP", quality=80)
+    except Exception:  # a decoder raises almost anything
+        return ""
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -182,12 +184,15 @@ def _data_uri(path: Path) -> str:
 
 def _tag(name: str, *children: object, **attributes: object) -> Html:
     """An element; a trailing _ of an attribute's name is dropped, other _ are hyphens."""
-    inner = "".join(c if isinstance(c, Html) else html.escape(str(c)) for c in children)
+    texts = (
+        c if isinstance(c, Html) else html.escape(printable(redacted(str(c)))) for c in children
+    )
+    inner = "".join(texts)
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
     )
-    return Html(f"<{name}{given}>" if name in _VOID else f"<{name}{given}>{inner}</{name}>")
+    return Html(f"<{name}{given}>" + f"{inner}</{name}>" * (name not in ("img", "input")))
 
 
 def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> Html:
@@ -195,51 +200,55 @@ def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> Html:
     return _tag("table", _tag("tr", *(_tag("th", cell) for cell in head)), *lines)
 
 
-def _name(index: int, run: RunSummary) -> Html:
-    dot = _tag("span", "\u25cf ", style=f"color:{_COLORS[index % len(_COLORS)]}")
-    return _tag("span", dot, run.name)
+def _is_number(value: Any) -> bool:
+    """Of a size that can be drawn."""
+    return isinstance(value, int | float) and (value == 0 or 1e-150 < abs(value) < 1e150)
 
 
-def _number(value: object) -> str:
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return format_number(value) if is_number else "-"  # type: ignore[arg-type]
+def _number(value: Any) -> str:
+    return format_number(value) if _is_number(value) else "-"
 
 
-def _overview(runs: list[RunSummary]) -> Html:
+def _overview(runs: list[Run]) -> Iterator[Html]:
     """One line for each run, the lowest -ELBO first."""
     lines = []
-    order = sorted(enumerate(runs), key=lambda pair: pair[1].last("eval/neg_elbo_nats", math.inf))
-    for index, run in order:
-        logged = run.curves.get("train/loss", [(0, 0.0)])[-1][0]
-        step = max(run.status.get("step") or 0, logged)
+    for run in sorted(runs, key=lambda run: run.last("eval/neg_elbo_nats", math.inf)):
+        steps = f"{run.curves.get('', [(0, 0.0)])[-1][0]:.0f} of {run.num_steps}"
         figures = (_number(run.last(key)) for key in _FIGURES.values())
-        state = run.status.get("status", "unknown")
-        lines.append([_name(index, run), state, f"{step:.0f} of {run.steps}", *figures])
-    head = ["run", "status", "steps", *_FIGURES]
-    return Html(_tag("h1", "vae_dist report") + _table(head, lines))
+        lines.append([run.label, run.status.get("status", "unknown"), steps, *figures])
+    yield _tag("h1", "vae_dist report")
+    yield _table(["run", "status", "steps", *_FIGURES], lines)
 
 
-def _curves(runs: list[RunSummary]) -> Iterator[Html]:
+def _curves(runs: list[Run]) -> Iterator[Html]:
     for title, panels in SECTIONS.items():
-        charts = [_chart(panel, series) for panel in panels if (series := _series(panel, runs))]
+        charts = [chart for panel in panels if (chart := _chart(panel, runs))]
         if charts:
             yield Html(_tag("h2", title) + _tag("div", *charts, class_="panels"))
 
 
-def _series(panel: Panel, runs: list[RunSummary]) -> list[Series]:
-    """What a panel shows: nothing where all points have one value."""
-    series = []
-    for index, run in enumerate(runs):
-        for position, key in enumerate(panel.keys):
+def _chart(panel: Panel, runs: list[Run]) -> Html:
+    """A panel's curves, and a legend where it has several keys; empty where nothing changes."""
+    series: list[tuple[str, str, str, list[Point]]] = []  # name, color, dashes, points
+    legend = []
+    for position, key in enumerate(panel.keys):
+        dashes = "5 3" if position else "none"
+        for run in runs:
+            color = _COLORS[position] if len(runs) == 1 else run.color
             points = [(x, y) for x, y in run.curves.get(key, []) if y > 0 or not panel.is_log]
-            color = _COLORS[(index if len(runs) > 1 else position) % len(_COLORS)]
-            if points:
-                series.append((f"{run.name} {key}", color, points))
+            series += [(f"{run.name} {key}", color, dashes, points)] if points else []
+        if any(key in run.curves for run in runs):
+            color = _COLORS[position] if len(runs) == 1 else "#888"
+            line = _tag("line", x2=22, y1=3, y2=3, style=f"stroke:{color}", stroke_dasharray=dashes)
+            legend.append(Html(_tag("svg", line, width=26, height=6) + _tag("small", key, " ")))
     values = [y for *_, points in series for _, y in points]
-    return series if len(values) == 1 or len(set(values)) > 1 else []
+    if len(values) != 1 and len(set(values)) < 2:
+        return Html("")
+    head = _tag("h3", panel.title, " ", _tag("small", panel.unit))
+    return _tag("div", head, *(legend if len(legend) > 1 else []), _drawing(panel, series))
 
 
-def _chart(panel: Panel, series: list[Series]) -> Html:
+def _drawing(panel: Panel, series: list[tuple[str, str, str, list[Point]]]) -> Html:
     level = math.log10 if panel.is_log else float
     steps = [x for *_, points in series for x, _ in points]
     first, last = min(steps), max(steps)
@@ -265,15 +274,14 @@ def _chart(panel: Panel, series: list[Series]) -> Html:
     for tick in _ticks(first, last):
         x, _ = place(tick, high)
         parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
-    for name, color, points in series:
+    for name, color, dashes, points in series:
         places = [place(x, level(y)) for x, y in points]
         line = " ".join(f"{x},{y}" for x, y in places)
-        parts.append(_tag("polyline", points=line, stroke=color))
+        parts.append(_tag("polyline", points=line, stroke=color, stroke_dasharray=dashes))
         for (x, y), (cx, cy) in zip(points, places, strict=True):
             title = _tag("title", f"{name}, {panel.x} {_number(x)}: {_number(y)}")
             parts.append(_tag("circle", title, cx=cx, cy=cy, r=4, fill=color))
-    svg = _tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img")
-    return _tag("div", _tag("h3", panel.title, " ", _tag("small", panel.unit)), svg)
+    return _tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img")
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -284,51 +292,42 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _images(runs: list[RunSummary]) -> Iterator[Html]:
+def _images(runs: list[Run]) -> Iterator[Html]:
     """All grids of all runs; the script shows, of each, the newest up to the slider's step."""
-    names = list(dict.fromkeys(name for run in runs for name in run.images))
     steps = sorted({step for run in runs for frames in run.images.values() for step, *_ in frames})
     if not steps:
         return
     last = len(steps) - 1
     yield _tag("h2", "Pictures")
     yield _tag("input", type="range", id="time", min=0, max=last, value=last, data_steps=steps)
-    for name in names:
+    for name in dict.fromkeys(name for run in runs for name in run.images):
         figures = []
-        for index, run in enumerate(runs):
-            *earlier, (step, caption, uri) = run.images.get(name, []) or [(0, "", "")]
-            if uri:
-                grids = [_tag("img", src=u, alt=c, data_step=s, hidden="") for s, c, u in earlier]
-                grids.append(_tag("img", src=uri, alt=caption, data_step=step))
-                text = _tag("figcaption", caption)
-                figures.append(_tag("figure", _tag("div", _name(index, run)), *grids, text))
+        for run in runs:
+            if frames := run.images.get(name, []):
+                grids = [_tag("img", src=uri, alt=text, data_step=s) for s, text, uri in frames]
+                text = _tag("figcaption", frames[-1][1])
+                figures.append(_tag("figure", _tag("div", run.label), *grids, text))
         yield Html(_tag("h3", IMAGES.get(name, name)) + _tag("div", *figures, class_="images"))
 
 
-def _results(runs: list[RunSummary]) -> Iterator[Html]:
-    for index, run in enumerate(runs):
+def _results(runs: list[Run]) -> Iterator[Html]:
+    for run in runs:
         for one in run.results:
-            about = ", ".join(f"{key} {value}" for key, value in one.items() if key != "figures")
-            rows = ((key, _number(value)) for key, value in one.get("figures", {}).items())
-            yield Html(_tag("h2", "Results of ", _name(index, run)) + _tag("p", about))
-            yield _table((), rows)
+            figures = one.pop("figures", {})
+            yield _tag("h2", "Results of ", run.label)
+            yield _tag("p", ", ".join(f"{key} {value}" for key, value in one.items()))
+            if isinstance(figures, dict):
+                yield _table((), ((key, _number(value)) for key, value in figures.items()))
 
 
-def _config(runs: list[RunSummary]) -> Iterator[Html]:
+def _config(runs: list[Run]) -> Iterator[Html]:
     """The keys in which runs differ, or of one run those that are not at their defaults."""
     defaults = {key: shown(field.default) for key, field in keys(TrainConfig).items()}
     compared = [run.config for run in runs] if len(runs) > 1 else [defaults, runs[0].config]
-    rows = []
-    for key in dict.fromkeys(key for run in runs for key in run.config):
-        if len({values.get(key) for values in compared}) > 1:
-            rows.append([key, *(run.config.get(key, "-") for run in runs)])
+    rows = [
+        [key, *(run.config[key] for run in runs)]
+        for key in defaults
+        if len({values[key] for values in compared}) > 1
+    ]
     yield _tag("h2", "Config: what differs " + ("between runs" if runs[1:] else "from defaults"))
     yield _table(["key", *(run.name for run in runs)], rows)
-
-
-def _sessions(runs: list[RunSummary]) -> Iterator[Html]:
-    columns = ("first_step", "started", "host", "processes", "device", "git", "command")
-    for index, run in enumerate(runs):
-        if run.sessions:
-            rows = ([session.get(key, "-") for key in columns] for session in run.sessions)
-            yield Html(_tag("h2", "Sessions of ", _name(index, run)) + _table(columns, rows))

@@ -7,10 +7,14 @@ process alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +22,7 @@ from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import Value
 
 Row = dict[str, Any]
+LONGEST_ROW = 2**22  # bytes that are read as one: a log may come from anywhere
 
 
 class Sink(Protocol):
@@ -32,6 +37,35 @@ class Sink(Protocol):
         ...
 
 
+class Worker:
+    """Does one task after another on a thread of its own; a task raises nothing."""
+
+    def __init__(self, name: str, *, size: int) -> None:
+        self._tasks: queue.Queue[Callable[[], object]] = queue.Queue(size)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, task: Callable[[], object]) -> bool:
+        """Returns at once; False where `size` tasks wait already."""
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            return False
+        return True
+
+    def close(self, seconds: float) -> None:
+        """Waits for what was put, `seconds` at most."""
+        end, self._is_closed = time.monotonic() + seconds, True
+        with contextlib.suppress(queue.Full):
+            self._tasks.put(lambda: None, timeout=seconds)  # wakes the thread
+        self._thread.join(max(0.0, end - time.monotonic()))
+
+    def _work(self) -> None:
+        while not (self._is_closed and self._tasks.empty()):
+            self._tasks.get()()
+
+
 class JsonlSink:
     """Appends each row to `path`, unbuffered, so that a kill loses none.
 
@@ -42,25 +76,26 @@ class JsonlSink:
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int) -> None:
         self._path = Path(path)
-        self._last_step = _keep_rows_up_to(self._path, resume_step)
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= resume_step]
+        if kept != lines:
+            write_durably(self._path, kept)
+        self._last_step = _step(kept[-1]) if kept else -1
         self._file = self._path.open("ab", buffering=0)
         self._pending = b""  # rows, the first perhaps without its beginning
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
-        values = {key: _finite(value) for key, value in row.items()}
+        values = {"step": step} | {key: _finite(value) for key, value in row.items()}
         if step == self._last_step and not self._pending:
-            self._join_last(values)
-            return
-        self._last_step = step
-        self._pending += _line({"step": step, **values})
-        self._write_pending()
-
-    def _join_last(self, values: Row) -> None:
-        """Replaces the file, so that a kill leaves the old row or the joined one."""
-        *lines, last = self._path.read_bytes().splitlines(keepends=True)
-        write_durably(self._path, b"".join([*lines, _line(json.loads(last) | values)]))
-        self._file.close()
-        self._file = self._path.open("ab", buffering=0)
+            *lines, last = self._path.read_bytes().splitlines(keepends=True)
+            # Replaces the file, so that a kill leaves the old row or the joined one.
+            write_durably(self._path, [*lines, _line(json.loads(last) | values)])
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+        else:
+            self._last_step = step
+            self._pending += _line(values)
+            self._write_pending()
 
     def _write_pending(self) -> None:
         while self._pending:
@@ -82,14 +117,14 @@ class JsonlSink:
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(step, row without "step") of each whole line, also while the run goes on.
 
-    A value that was no number is None. Lines that are no rows are passed over.
+    A value that was no number is None. Lines that are no rows are passed over, as is what is no
+    plain file.
     """
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if row := _row(line):
-                yield row.pop("step"), row
+    if path.is_file():
+        with path.open("rb") as lines:
+            while line := lines.readline(LONGEST_ROW):
+                if row := _row(line):
+                    yield row.pop("step"), row
 
 
 def _finite(value: Value) -> Any:
@@ -102,29 +137,15 @@ def _line(row: Row) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _row(line: str) -> Row | None:
-    """None for what is no row. JSON has no NaN and infinities, but Python's writers have."""
+def _row(line: bytes) -> Row:
+    """Empty for what is no row. JSON has no NaN and infinities, but Python's writers have."""
     try:
         row = json.loads(line, parse_constant=lambda constant: None)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
 
 
-def _keep_rows_up_to(path: Path, step: int) -> int:
-    """Rewrite the log without later rows and torn lines; leave a clean one alone.
-
-    Returns the step of the last row, -1 where there is none.
-    """
-    if not path.exists():
-        return -1
-    kept, last_step = [], -1
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for line in lines:
-        row = _row(line) if line.endswith("\n") else None
-        if row and row["step"] <= step:
-            kept.append(line)
-            last_step = row["step"]
-    if kept != lines:
-        write_durably(path, "".join(kept).encode())
-    return last_step
+def _step(line: bytes) -> float:
+    """Of a row; infinity of what is none."""
+    return _row(line).get("step", math.inf)

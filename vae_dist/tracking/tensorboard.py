@@ -15,8 +15,6 @@ from PIL import Image
 from vae_dist.config.errors import ConfigError
 from vae_dist.tracking.metrics import Value
 
-_LARGEST_BIN = 1e20  # TensorBoard's own limit, on both sides of zero
-
 
 class TensorBoardSink:
     """Raises ConfigError where the package tensorboard is missing."""
@@ -33,12 +31,10 @@ class TensorBoardSink:
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         for key, value in row.items():
-            if isinstance(value, list):
-                numbers = np.asarray(value)
-                if (np.abs(numbers) < _LARGEST_BIN).any():  # an empty histogram raises
-                    self._writer.add_histogram(key, numbers, step)
-            else:
+            if not isinstance(value, list):
                 self._writer.add_scalar(key, value, step)
+            elif (np.abs(value) < 1e20).any():  # TensorBoard's largest bin; an empty one raises
+                self._writer.add_histogram(key, np.asarray(value), step)
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
         pixels = np.asarray(Image.open(png_path).convert("RGB"))

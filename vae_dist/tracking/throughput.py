@@ -18,20 +18,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-# Dense bfloat16 operations per second with float32 sums, from the vendors' data sheets. The first
-# name that is part of the device's name counts.
-PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "V100": 125e12,
+# Dense bfloat16 teraFLOPS with float32 sums, from the vendors' data sheets. The first name that is
+# part of the device's name counts.
+PEAK_TERAFLOPS = {
+    **{"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312},
+    **{"L40S": 362, "L4": 121, "A40": 150, "A10": 125, "V100": 125},
 }
 _GIB = 2**30
 _RATIO_STEPS = 100  # between update ratios, at least: each copies the weights
@@ -91,15 +82,15 @@ class Meter:
         step_seconds = seconds / self._num_steps
         earlier = self._smooth_step_seconds or step_seconds
         self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
+        speed = self._num_images / seconds
         row = {
-            "time/images_per_second": self._num_images / seconds,
+            "time/images_per_second": speed,
             "time/data_wait_fraction": self._waited / seconds,
             "time/step_seconds": step_seconds,
             "time/left_seconds": self._smooth_step_seconds * (self.total_steps - self._step),
         }
         if self.peak_images_per_second:
-            of_a_device = row["time/images_per_second"] / self.world
-            row["time/mfu"] = of_a_device / self.peak_images_per_second
+            row["time/mfu"] = speed / self.world / self.peak_images_per_second
         self._reset()
         return row
 
@@ -109,7 +100,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     if device.type != "cuda" or precision == "no":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+    return next((1e12 * peak for part, peak in PEAK_TERAFLOPS.items() if part in name), 0.0)
 
 
 def memory_row(device: torch.device) -> dict[str, float]:
@@ -124,36 +115,32 @@ def memory_row(device: torch.device) -> dict[str, float]:
 class UpdateRatio:
     """Size of an optimizer step against the weights: |change of weights| / |weights|, 2-norms.
 
-    Call `arm()` before the step that is to be measured: it costs a copy of the weights, so the
-    trainer does it `every` so many steps, each with a row of its log. A skipped update has ratio 0.
+    Call `arm()` before the step that is to be measured and `row()` after it: it costs a copy of
+    the weights, so the trainer does it `every` so many steps, each with a row of its log.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, rows_every: int = 1) -> None:
         self.every = math.ceil(_RATIO_STEPS / rows_every) * rows_every
         self._is_armed = False
         self._before: list[torch.Tensor] = []
-        self._ratio: torch.Tensor | None = None
-        optimizer.register_step_pre_hook(self._copy)
-        optimizer.register_step_post_hook(self._compare)
+        self._optimizer = optimizer
+        optimizer.register_step_pre_hook(self._copy)  # the activations' memory is free then
 
     def arm(self) -> None:
         self._is_armed = True
 
     def row(self) -> dict[str, float]:
-        """The ratio of the measured step, once; waits for the device."""
-        ratio, self._ratio = self._ratio, None
-        return {} if ratio is None else {"optim/update_ratio": float(ratio)}
+        """The ratio of the step since `arm`, once (0 of a skipped update); waits for the device."""
+        before, self._before, self._is_armed = self._before, [], False
+        if not before:
+            return {}
+        after = _copies(self._optimizer)
+        torch._foreach_sub_(before, after)
+        return {"optim/update_ratio": float(_norm(before) / _norm(after).clamp_min(1e-12))}
 
-    def _copy(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _copy(self, *_: object) -> None:
         if self._is_armed:
-            self._before = _copies(optimizer)
-
-    def _compare(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._is_armed:
-            after = _copies(optimizer)
-            torch._foreach_sub_(self._before, after)
-            self._ratio = _norm(self._before) / _norm(after).clamp_min(1e-12)
-            self._before, self._is_armed = [], False
+            self._before, self._is_armed = _copies(self._optimizer), False
 
 
 def _copies(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -14,29 +14,25 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import secrets
 import shutil
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import flatten
 from vae_dist.config.schema import TrainConfig
-from vae_dist.files import write_durably
+from vae_dist.files import redacted, write_durably
 from vae_dist.tracking.images import find_images, image_caption
 from vae_dist.tracking.metrics import WANDB_STEP, Value
-from vae_dist.tracking.sinks import read_rows
+from vae_dist.tracking.sinks import Worker, read_rows
 
-_QUEUED_TASKS = 4096
+_QUEUED_TASKS = 4096  # wandb-core takes a thousand a second
 _IMAGES_SENT_AGAIN = 32  # a killed uploader may have sent their records and not their files
-_PROBE_SECONDS = 3.0
-_INIT_SECONDS = 30.0
+_INIT_SECONDS = 15.0
 _INTERRUPTED_SECONDS = 10.0  # of close(): the scheduler kills the job soon
 _GIVE_UP = 0.8  # part of the time for close() after which wandb itself leaves the rest on disk
 _STOPPED = """query Stopped($entity: String, $project: String, $id: String!) {
@@ -60,15 +56,13 @@ class WandbSink:
         on_stop: Callable[[], None] = lambda: None,
         environment: Mapping[str, Any] | None = None,
     ) -> None:
-        self._folder, self._say, self._on_stop = folder, say, on_stop
+        self._config, self._folder, self._say, self._on_stop = config, folder, say, on_stop
+        self._values = flatten(config) | {"environment": dict(environment or {})}
         self._dir = Path(os.environ.get("WANDB_DIR") or folder).expanduser()  # wandb/ lies in it
-        self._finish_seconds = float(config.wandb.finish_timeout_s)
         self._run: Any = None
-        self._wandb: Any = None
         self._stop_requested = self._is_broken = self._is_complete = False
         self._status = ""  # of close()
         self._first_step = 0  # the server has the rows before
-        self._queue: queue.Queue[partial[None] | None] = queue.Queue(_QUEUED_TASKS)
         self.mode = "disabled"
         asked = os.environ.get("WANDB_MODE") or config.wandb.mode
         if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
@@ -77,7 +71,7 @@ class WandbSink:
             raise ConfigError(f"WANDB_MODE={asked} is none of online, offline, disabled; unset it")
         if asked == "disabled":
             return
-        reason = self._start(config, asked, resume_step, dict(environment or {}))
+        reason = self._start(asked, resume_step)
         if asked == "online" and self.mode != "online":
             raise ConfigError(
                 f"wandb.mode=online (or WANDB_MODE) but {reason}; set offline or auto instead"
@@ -85,34 +79,30 @@ class WandbSink:
         if self.mode == "disabled":
             say(f"W&B is off: {reason}. Training goes on; log.jsonl has every metric.")
             return
+        self._upload = f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
         if self.mode == "offline":
-            command = self._upload_command()
-            say(f"W&B is offline{reason and ': ' + reason}; upload this run with: {command}")
-        self._queue.put(partial(self._send_recorded, up_to=resume_step))
-        self._worker = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._worker.start()
+            say(f"W&B is offline{reason and ': ' + reason}; upload this run with: {self._upload}")
+        self._worker = Worker("wandb", size=_QUEUED_TASKS)
+        self._put(self._send_recorded, resume_step)
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         if step >= self._first_step:
-            self._put(partial(self._send_row, step, row))
+            self._put(self._send_row, step, row)
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        self._put(partial(self._send_image, step, key, png_path, caption))
+        self._put(self._send_image, step, key, png_path, caption)
 
     def close(self, status: str) -> None:
         """End the W&B run in bounded time; what could not be sent stays on disk."""
         if self._run is None or self._status:
             return
-        self._status = status
-        seconds = self._finish_seconds
-        if status == "interrupted":
-            seconds = min(seconds, _INTERRUPTED_SECONDS)
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)
-        self._worker.join(seconds)
+        self._put(self._finish, status)
+        self._status, seconds = status, self._config.wandb.finish_timeout_s
+        at_most = _INTERRUPTED_SECONDS if status == "interrupted" else math.inf
+        self._worker.close(min(seconds, at_most))
         if not self._is_complete:
             self._kill_core()
-            self._say(f"W&B did not get everything; upload the rest with: {self._upload_command()}")
+            self._say(f"W&B did not get everything; upload the rest with: {self._upload}")
         elif self.mode == "offline":  # this part has the points of the earlier ones, too
             for part in (self._dir / "wandb").glob(f"offline-run-*-{self._run.id}"):
                 if part.name != self._part.name:
@@ -120,9 +110,7 @@ class WandbSink:
 
     # start
 
-    def _start(
-        self, config: TrainConfig, asked: str, resume_step: int, environment: dict[str, Any]
-    ) -> str:
+    def _start(self, asked: str, resume_step: int) -> str:
         """Set `_run` and `mode`; returns the reason why the mode is not online."""
         # Error reports go to W&B's servers also offline, and delay the exit where none answers.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -132,77 +120,74 @@ class WandbSink:
             (self._dir / "wandb").mkdir(parents=True, exist_ok=True)
             run_id = _run_id(self._folder, resume_step)
             import wandb
-        except Exception as error:  # a broken installation raises almost anything
-            return f"no W&B run can be kept in {self._folder} ({_first_line(error)})"
-        self._wandb = wandb
-        reason = "" if asked == "offline" else _offline_reason(wandb, asked)
-        is_online = asked != "offline" and not reason
-        modes: list[Any] = ["online"] * is_online + ["offline"] * (asked != "online")
-        for mode in modes:
+
+            reason = "" if asked == "offline" else _no_login(wandb, asked)
+        except Exception as error:  # malformed keys, a broken installation: errors of many kinds
+            return f"W&B cannot be used with {self._folder} ({_first_line(error)})"
+        self._wandb: Any = wandb
+        may_be_online = asked != "offline" and not reason
+        for mode in ["online"] * may_be_online + ["offline"] * (asked != "online"):
             try:
-                self._run = wandb.init(
-                    mode=mode,
-                    id=run_id,
-                    resume="allow",
-                    dir=str(self._dir),
-                    project=_project(config),
-                    entity=config.wandb.entity,
-                    group=config.wandb.group,
-                    tags=list(config.wandb.tags) or None,  # None: those of WANDB_TAGS
-                    name=os.environ.get("WANDB_NAME") or self._folder.resolve().name,
-                    config=flatten(config) | {"environment": environment},
-                    settings=self._settings(),
-                )
-                self._run.define_metric(WANDB_STEP, hidden=True)
-                self._run.define_metric("*", step_metric=WANDB_STEP)
-                if mode == "online" and self._run.resumed:
-                    # The summary may be a record ahead of the history: its step is sent again.
-                    self._first_step = int(dict(self._run.summary).get(WANDB_STEP, 0))
+                self._run = self._init(mode, run_id)
             except Exception as error:  # CommError, UsageError, ConnectionResetError, OSError, ...
-                self._run, reason = None, f"W&B could not start a run ({_first_line(error)})"
-                continue
-            self.mode, self._part = mode, Path(self._run.settings.sync_dir)
-            break
+                reason = f"W&B could not start a run ({_first_line(error)})"
+                wandb.teardown()  # else its service takes the run for one in use
+            else:
+                self.mode, self._part = mode, Path(self._run.settings.sync_dir)
+                break
         return reason
 
-    def _settings(self) -> Any:
+    def _init(self, mode: Any, run_id: str) -> Any:
+        asked = self._config.wandb
+        project, default = os.environ.get("WANDB_PROJECT"), type(asked)().project
+
         def stop() -> None:
             self._stop_requested = True
             self._on_stop()
 
-        return self._wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=_INIT_SECONDS,
-            finish_timeout=_GIVE_UP * self._finish_seconds,
-            finish_timeout_raises=True,
-            stop_fn=stop,  # settings are deep-copied: a function is not, a bound method is
+        run = self._wandb.init(
+            mode=mode,
+            id=run_id,
+            resume="allow",
+            dir=str(self._dir),
+            project=project if project and asked.project == default else asked.project,
+            entity=asked.entity,
+            group=asked.group,
+            tags=list(asked.tags) or None,  # None: those of WANDB_TAGS
+            name=os.environ.get("WANDB_NAME") or self._folder.resolve().name,
+            config=redacted(self._values),
+            settings=self._wandb.Settings(
+                silent=True,
+                console="off",
+                x_disable_meta=True,  # arguments and SLURM_JWT; `environment` says the rest
+                init_timeout=_INIT_SECONDS,
+                finish_timeout=_GIVE_UP * asked.finish_timeout_s,
+                finish_timeout_raises=True,
+                stop_fn=stop,  # settings are deep-copied: a function is not, a bound method is
+            ),
         )
-
-    def _upload_command(self) -> str:
-        return f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
+        run.define_metric(WANDB_STEP, hidden=True)
+        run.define_metric("*", step_metric=WANDB_STEP)
+        if mode == "online" and run.resumed:
+            # The summary may be a record ahead of the history: its step is sent again.
+            self._first_step = int(dict(run.summary).get(WANDB_STEP, 0))
+        return run
 
     # the worker
 
-    def _put(self, task: partial[None]) -> None:
-        if self._run is None or self._is_broken or self._status:
-            return
-        try:
-            self._queue.put_nowait(task)
-        except queue.Full as error:  # wandb-core hangs: it takes a thousand rows a second
-            self._break(error)
+    def _put(self, send: Callable[..., None], *given: Any) -> None:
+        def task() -> None:
+            try:
+                if not self._is_broken:
+                    send(*given)
+            except Exception as error:  # wandb raises builtin and own errors of many kinds
+                self._break(_first_line(error))
 
-    def _work(self) -> None:
-        try:
-            while (task := self._queue.get()) is not None:
-                if self._is_broken:
-                    return
-                task()
-            self._finish()
-        except Exception as error:  # wandb raises builtin and own errors of many kinds
-            self._break(error)
+        is_open = self._run is not None and not self._is_broken and not self._status
+        if is_open and not self._worker.put(task):
+            self._break("it hangs")
 
-    def _send_recorded(self, *, up_to: int) -> None:
+    def _send_recorded(self, up_to: int) -> None:
         """What log.jsonl and the images folder have and W&B has not."""
         rows = dict(read_rows(self._folder / "log.jsonl"))
         for step, row in rows.items():
@@ -221,29 +206,27 @@ class WandbSink:
         for key, value in row.items():
             if isinstance(value, list):  # of a distribution; wandb takes finite numbers alone
                 numbers = [item for item in value if item is not None and math.isfinite(item)]
-                if numbers:
-                    values[key] = self._wandb.Histogram(numbers)
-            elif value is not None:
+                value = self._wandb.Histogram(numbers) if numbers else None
+            if value is not None:
                 values[key] = value
         self._run.log(values)
 
     def _send_image(self, step: int, key: str, path: Path, caption: str) -> None:
         self._run.log({WANDB_STEP: step, key: self._wandb.Image(str(path), caption=caption)})
 
-    def _break(self, error: Exception) -> None:
-        if not self._is_broken:
-            self._is_broken = True
-            self._say(
-                f"W&B stopped working ({_first_line(error)}); training goes on without it and"
-                " log.jsonl has every metric."
-            )
+    def _break(self, reason: str) -> None:
+        self._is_broken = True
+        self._say(
+            f"W&B stopped working ({reason}); training goes on without it and log.jsonl has every "
+            "metric."
+        )
 
     # end
 
-    def _finish(self) -> None:
-        if self._status == "interrupted" and self._is_preempted_trial():
+    def _finish(self, status: str) -> None:
+        if status == "interrupted" and self._is_preempted_trial():
             self._run.mark_preempting()  # the sweep gives this trial to another agent
-        exit_code, is_in_time = int(self._status != "finished"), True
+        exit_code, is_in_time = int(status != "finished"), True
         try:
             self._run.finish(exit_code=exit_code)
         except TimeoutError:
@@ -266,8 +249,6 @@ class WandbSink:
 
     def _kill_core(self) -> None:
         """Kill the wandb-core that this process started: wandb's exit hook would wait for it."""
-        import psutil
-
         self._is_broken = True
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
@@ -278,17 +259,9 @@ class WandbSink:
             self._wandb.teardown()
 
 
-def _project(config: TrainConfig) -> str:
-    """That of the config; WANDB_PROJECT where it names none."""
-    named = config.wandb.project
-    is_default = named == type(config.wandb)().project
-    return os.environ.get("WANDB_PROJECT") or named if is_default else named
-
-
 def _run_id(folder: Path, resume_step: int) -> str:
     """That of a sweep's agent, or that of the run that is resumed, or another."""
-    path = folder / "wandb_id"
-    given = os.environ.get("WANDB_RUN_ID", "")
+    path, given = folder / "wandb_id", os.environ.get("WANDB_RUN_ID", "")
     if not given and resume_step > 0 and path.exists():
         return path.read_text().strip()
     run_id = given or secrets.token_hex(4)
@@ -296,31 +269,14 @@ def _run_id(folder: Path, resume_step: int) -> str:
     return run_id
 
 
-def _offline_reason(wandb: Any, asked: str) -> str:
-    """Why no run can be sent to W&B from here, as a clause; "" when it can."""
-    try:
-        settings = wandb.setup().settings
-        if asked == "auto" and settings.mode in ("offline", "dryrun", "disabled"):
-            return f"`wandb {settings.mode}` is set here"
-        if not wandb.login(prompt=False, verify=False):
-            return "there is no login: run `wandb login` or set WANDB_API_KEY"
-        return "" if _answers(settings.base_url) else f"{settings.base_url} does not answer"
-    except Exception as error:  # malformed keys and settings raise errors of many kinds
-        return f"the W&B login cannot be used: {_first_line(error)}"
-
-
-def _answers(url: str) -> bool:
-    """Whether the service is there: wandb.init itself would wait for minutes. What TLS rejects
-    counts as an answer, for wandb says more about it."""
-    try:
-        urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except OSError as error:
-        return "SSL" in str(error)
-    return True
+def _no_login(wandb: Any, asked: str) -> str:
+    """Why no run is to be sent to W&B from here, as a clause; empty where one may."""
+    mode = wandb.setup().settings.mode
+    if asked == "auto" and mode in ("offline", "dryrun", "disabled"):
+        return f"`wandb {mode}` is set here"
+    has_login = wandb.login(prompt=False, verify=False)
+    return "" if has_login else "there is no login: run `wandb login` or set WANDB_API_KEY"
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
