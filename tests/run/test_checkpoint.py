@@ -15,6 +15,17 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"w": torch.full((3, 2), value)}, "ema": {"w": torch.full((3, 2), -value)}}
 
 
+HEADER = b'{"w": {"dtype": "F32", "shape": [1000000000, 9], "data_offsets": [0, 24]}}'
+HUGE = len(HEADER).to_bytes(8, "little") + HEADER
+
+
+def forge(path, start: bytes) -> None:
+    """Another beginning of the file, which keeps its size."""
+    path.write_bytes(
+        (start + path.read_bytes()[-24:]).ljust(path.stat().st_size)[: path.stat().st_size]
+    )
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     folder = Checkpoints(tmp_path / "checkpoints")
@@ -46,6 +57,11 @@ def test_the_newest_ones_are_kept_and_latest_names_the_last(checkpoints):
         ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:-9])),
         ("manifest.json", lambda path: path.unlink()),
         ("manifest.json", lambda path: path.write_text("[1]")),
+        ("manifest.json", lambda path: path.write_text("[" * 9999)),
+        ("manifest.json", lambda path: (path.unlink(), os.mkfifo(path))),
+        ("model.safetensors", lambda path: (path.unlink(), os.mkfifo(path))),
+        ("model.safetensors", lambda path: forge(path, b"\xff" * 8)),  # a header of 2**64 bytes
+        ("model.safetensors", lambda path: forge(path, HUGE)),
         ("manifest.json", lambda path: path.write_text('{"step": 30, "files": 7}')),
         ("manifest.json", lambda path: path.write_text('{"step": 30, "files": {"../x": 1}}')),
         ("", lambda path: (shutil.rmtree(path), path.write_text(""))),
@@ -99,6 +115,14 @@ def test_choosing_a_checkpoint(checkpoints, tmp_path):
         load_checkpoint(checkpoints.folder, "25")
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         load_checkpoint(tmp_path, "latest")
+
+
+def test_checkpoints_behind_a_link_are_refused(checkpoints, tmp_path):
+    (tmp_path / "link").symlink_to(checkpoints.folder)
+    with pytest.raises(ConfigError, match="link is a link; give the run folder"):
+        load_checkpoint(tmp_path / "link", "latest")
+    (checkpoints.folder / "step_00000040").symlink_to(checkpoints.folder / "step_00000030")
+    assert checkpoints.steps() == [20, 30]
 
 
 def test_a_best_one_that_was_never_written_costs_the_one_before_nothing(checkpoints):

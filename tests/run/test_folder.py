@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 
@@ -22,15 +23,24 @@ def folder(tmp_path):
     return folder
 
 
+@contextlib.contextmanager
+def held(folder, **options):
+    lock = RunLock(folder, **options)
+    assert lock.attempt()
+    yield lock
+    lock.release()
+
+
 def test_a_second_trainer_is_refused_with_the_name_of_the_first(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(folder_module, "WAIT_S", 0.0)
-    with RunLock(folder):
+    with held(folder):
         message = rf"run=.* in use by process {os.getpid()} on .*, job 4711, since .*run=FOLDER"
         with pytest.raises(ConfigError, match=message):
-            RunLock(folder).__enter__()
-    with RunLock(folder):  # given back
-        pass
+            RunLock(folder).attempt()
+    with held(folder) as lock:  # given back
+        folder.path.rename(folder.path.with_name("elsewhere"))
+        assert lock.place() == folder.path.with_name("elsewhere")
 
 
 def test_the_lock_of_a_killed_process_is_free(folder):
@@ -40,7 +50,20 @@ def test_the_lock_of_a_killed_process_is_free(folder):
         os._exit(0)
     os.waitpid(child, 0)
     assert f"process {child} on" in folder.holder()
-    assert RunLock(folder).attempt()
+    with held(folder):
+        pass
+
+
+@pytest.mark.parametrize(("name", "number"), [("fcntl.flock", errno.EIO), ("os.pwrite", 28)])
+def test_a_lock_that_fails_leaves_no_open_file(folder, monkeypatch, name, number):
+    def failing(*arguments):
+        raise OSError(number, "fails")
+
+    monkeypatch.setattr(name, failing)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="fails"):
+        RunLock(folder).attempt()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch):
@@ -49,7 +72,7 @@ def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     lines = []
-    with RunLock(folder, say=lines.append):
+    with held(folder, say=lines.append):
         assert "its file system has no locks (No locks available)" in lines[0]
 
 

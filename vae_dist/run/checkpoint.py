@@ -6,7 +6,8 @@ synced and renamed; then `latest` names it; then older ones are removed, but for
 names. A folder whose files differ in size from its manifest is torn: it is reported and the one
 before it is used. A write that fails leaves all others as they were.
 In training a thread writes: training waits for a copy in memory, not for the disk.
-Nothing that is read back can run code: tensors are safetensors, the rest is JSON.
+Nothing that is read back can run code: tensors are safetensors, the rest is JSON. safetensors
+compares header and file before it maps a file; what is mapped costs memory where it is used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import safetensors.torch
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.files import read_json, sync_folder, write_durably
+from vae_dist.files import printable, read_bounded, read_json, sync_folder, write_durably
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,8 +62,14 @@ class Checkpoints:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Steps of all complete-looking folders, oldest first."""
-        return sorted(int(path.name[5:]) for path in self.folder.glob("step_" + "[0-9]" * 8))
+        """Steps of all complete-looking folders, oldest first. Raises ConfigError at a link: what
+        is replaced and removed here would lie elsewhere."""
+        if self.folder.is_symlink():
+            raise ConfigError(
+                f"{self.folder} is a link; give the run folder that it lies in as run="
+            )
+        paths = self.folder.glob("step_" + "[0-9]" * 8)
+        return sorted(int(path.name[5:]) for path in paths if not path.is_symlink())
 
     def save(
         self,
@@ -84,11 +91,9 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             # not its parents: where these are gone, the disk of the run is
             temporary.mkdir()
-            files = {
-                f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", group)
-                for name, group in tensors.items()
-            }
-            _write_manifest(temporary, step, state, files)
+            files = {f"{name}.safetensors": group for name, group in tensors.items()}
+            sizes = {name: _write_tensors(temporary / name, group) for name, group in files.items()}
+            _write_manifest(temporary, step, state, sizes)
             shutil.rmtree(target, ignore_errors=True)  # a torn one
             os.replace(temporary, target)
         except OSError:
@@ -115,10 +120,10 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step that `best` names, if its checkpoint is there."""
         try:
-            name = (self.folder / "best").read_text()
-        except OSError:
+            name = read_bounded(self.folder / "best", 100)
+        except (OSError, ValueError):
             return None
-        return next((step for step in self.steps() if step_name(step) == name), None)
+        return next((step for step in self.steps() if step_name(step).encode() == name), None)
 
     def load(self, step: int) -> Checkpoint:
         """Read one checkpoint. Raises TornCheckpoint."""
@@ -148,7 +153,8 @@ class Checkpoints:
             try:
                 return self.load(step)
             except TornCheckpoint as torn:
-                print(f"warning: {torn}; trying the checkpoint before it", file=sys.stderr)
+                warning = f"warning: {torn}; trying the checkpoint before it"
+                print(printable(warning), file=sys.stderr)
         if steps:
             raise ConfigError(
                 f"none of the {len(steps)} checkpoints in {self.folder} is whole; put one back "
@@ -188,13 +194,13 @@ def _write_manifest(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
+        manifest: dict[str, Any] = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
         int(manifest["step"]), manifest["files"].items()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise TornCheckpoint(f"{folder} has no manifest.json ({error})") from None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise TornCheckpoint(f"{folder}/manifest.json is damaged ({error!r})") from None
-    return dict(manifest)
+    return manifest
 
 
 class CheckpointWriter:
@@ -235,31 +241,29 @@ class CheckpointWriter:
         begun = time.perf_counter()
         if self._thread is not None and not urgent:
             self._thread.join(PATIENCE_S)
-            if self._thread.is_alive():
-                self._warn(
-                    f"warning: the disk of {self.checkpoints.folder} has not taken the checkpoint "
-                    f"before this one yet; {step_name(step)} is left out, training goes on"
-                )
-                self.stall_s += time.perf_counter() - begun
-                return
-        self.wait()
-        copies, state = self._copied(tensors), dict(state)
-        keep_last = 0 if keep_all else self.keep_last
-
-        def write() -> None:
-            self.checkpoints.save(step, copies, state, keep_last=keep_last, best_step=best_step)
-
-        self._start(write, step, urgent)
+        if self._thread is not None and self._thread.is_alive() and not urgent:
+            self._warn(
+                f"warning: the disk of {self.checkpoints.folder} has not taken the checkpoint "
+                f"before this one yet; {step_name(step)} is left out, training goes on"
+            )
+        else:
+            self.wait()
+            copies, state = self._copied(tensors), dict(state)
+            keep_last = 0 if keep_all else self.keep_last
+            save = self.checkpoints.save
+            self._start(
+                step,
+                lambda: save(step, copies, state, keep_last=keep_last, best_step=best_step),
+                nice=0 if urgent else WRITER_NICE,
+            )
         self.stall_s += time.perf_counter() - begun
 
     def amend(self, step: int, state: Mapping[str, Any], *, best_step: int | None) -> None:
         """Replace the state of the checkpoint of that step, if the disk has it."""
         self.wait()
         if self.written_step == step:
-            state = dict(state)
-            self._start(
-                lambda: self.checkpoints.amend(step, state, best_step=best_step), step, False
-            )
+            state, amend = dict(state), self.checkpoints.amend
+            self._start(step, lambda: amend(step, state, best_step=best_step), nice=WRITER_NICE)
 
     def wait(self) -> bool:
         """Until the write under way is done; whether the last one went well. Warns otherwise."""
@@ -279,11 +283,11 @@ class CheckpointWriter:
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def _start(self, write: Callable[[], object], step: int, urgent: bool) -> None:
+    def _start(self, step: int, write: Callable[[], object], *, nice: int) -> None:
         def run() -> None:
-            if not urgent:
+            if nice:
                 with contextlib.suppress(OSError):  # Linux: of this thread alone
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
             try:
                 write()
             except (OSError, TornCheckpoint) as error:  # the latter: one to amend that is gone
@@ -300,46 +304,34 @@ class CheckpointWriter:
 
     def _copied(self, tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """The tensors in this writer's buffers; waits once for the device, not for each tensor."""
-        sources = {(name, key): v.detach() for name, g in tensors.items() for key, v in g.items()}
-        for place, source in sources.items():
-            buffer = self._buffers.get(place)
-            if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
-                self._buffers[place] = torch.empty(
-                    source.shape, dtype=source.dtype, pin_memory=source.is_cuda
-                )
-        buffers = [self._buffers[place] for place in sources]
-        is_on_cuda = any(source.is_cuda for source in sources.values())
-        if buffers:
-            torch._foreach_copy_(buffers, list(sources.values()), non_blocking=is_on_cuda)
-        if is_on_cuda:
-            torch.cuda.current_stream().synchronize()
         copies: dict[str, Tensors] = {name: {} for name in tensors}
-        for (name, key), buffer in zip(sources, buffers, strict=True):
-            copies[name][key] = buffer
+        of_all = [(name, key, v.detach()) for name, g in tensors.items() for key, v in g.items()]
+        for name, key, source in of_all:
+            buffer = self._buffers.get((name, key))
+            if buffer is None or buffer.shape != source.shape:
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            copies[name][key] = buffer.copy_(source, non_blocking=True)
+            self._buffers[name, key] = buffer
+        if any(source.is_cuda for _, _, source in of_all):
+            torch.cuda.current_stream().synchronize()
         return copies
 
 
 def load_checkpoint(folder: Path, which: str) -> Checkpoint:
     """`which` is "latest", "best" or a step number. Raises ConfigError when there is none such."""
     checkpoints = Checkpoints(folder)
-    if which == "latest":
-        found = checkpoints.load_newest()
-        if found is None:
-            raise ConfigError(f"{folder} holds no checkpoint: has the run reached its first one?")
-        return found
-    if which == "best":
-        best = checkpoints.best_step()
-        if best is None:
-            raise ConfigError(
-                f"checkpoint=best: {folder} has none; it is written at the first evaluation of a "
-                "run with checkpoint.keep_best=true; use checkpoint=latest"
-            )
-        which = str(best)
-    if not which.isdigit() or int(which) not in checkpoints.steps():
-        have = ", ".join(str(step) for step in checkpoints.steps()) or "none"
-        raise ConfigError(f"checkpoint={which} is not in {folder}; there are: latest, {have}")
+    steps = checkpoints.steps()
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint: has the run reached its first one?")
+    if which == "latest" and (newest := checkpoints.load_newest()):
+        return newest
+    step = checkpoints.best_step() if which == "best" else int(which) if which.isdigit() else None
+    if step not in steps:
+        have = ", ".join(map(str, steps))
+        hint = " (written by evaluations with checkpoint.keep_best=true)" if which == "best" else ""
+        raise ConfigError(f"checkpoint={which}{hint} is not in {folder}; there are: latest, {have}")
     try:
-        return checkpoints.load(int(which))
+        return checkpoints.load(step)
     except TornCheckpoint as torn:
         raise ConfigError(f"checkpoint={which}: {torn}; choose another one") from None
 
@@ -350,25 +342,21 @@ def load_weights(source: Path) -> Tensors:
 
     Raises ConfigError, blaming `init_from`.
     """
-    is_checkpoint = source.name.startswith("step_")
-    if not is_checkpoint and (source / "model.safetensors").is_file():
+    is_step = source.name.startswith("step_")
+    if not is_step and (source / "model.safetensors").is_file():
         source = source / "model.safetensors"  # as `export format=safetensors` names it
-    if source.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load(source.read_bytes())
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"init_from={source}: cannot be read ({error})") from None
-    if is_checkpoint:
-        folder, which = source.parent, source.name[5:]
-    else:
-        folder, which = source / "checkpoints", "latest"
-    if not folder.is_dir():
-        raise ConfigError(
-            f"init_from={source}: no run folder, checkpoint folder, .safetensors file or folder of "
-            "a diffusers AutoencoderKL; give for example runs/mnist or "
-            "runs/mnist/checkpoints/step_00001000"
-        )
+    folder, which = (source.parent, source.name[5:]) if is_step else (source / "checkpoints", "")
     try:
-        return load_checkpoint(folder, which).tensors["ema"]
+        if source.suffix == ".safetensors":
+            return safetensors.torch.load_file(source)
+        if folder.is_dir():
+            return load_checkpoint(folder, which or "latest").tensors["ema"]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"init_from={source}: cannot be read ({error})") from None
     except ConfigError as error:
         raise ConfigError([f"init_from={source}: {line}" for line in error.problems]) from None
+    raise ConfigError(
+        f"init_from={source}: no run folder, checkpoint folder, .safetensors file or folder of "
+        "a diffusers AutoencoderKL; give for example runs/mnist or "
+        "runs/mnist/checkpoints/step_00001000"
+    )

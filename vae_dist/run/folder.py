@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.load import from_yaml, to_yaml
+from vae_dist.config.load import MAX_FILE_BYTES, from_yaml, to_yaml
 from vae_dist.config.schema import TrainConfig
-from vae_dist.files import read_json, write_durably
+from vae_dist.files import read_bounded, read_json, write_durably
 from vae_dist.run.checkpoint import Checkpoints
 
-MAX_STATUS_BYTES = 2**20
+MAX_STATUS_BYTES = 2**16
 WAIT_S = 5.0  # for a lock: loader processes of a killed trainer hold it until they end
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of this file system
 
@@ -39,13 +39,13 @@ class RunFolder:
     def move(self, path: Path) -> None:
         """The folder has this name now."""
         self.path = path
-        self.config_path = self.path / "config.yaml"
-        self.log_path = self.path / "log.jsonl"
-        self.status_path = self.path / "status.json"
-        self.stop_path = self.path / "STOP"
-        self.lock_path = self.path / "lock"
-        self.images = self.path / "images"
-        self.checkpoints.folder = self.path / "checkpoints"
+        self.config_path = path / "config.yaml"
+        self.log_path = path / "log.jsonl"
+        self.status_path = path / "status.json"
+        self.stop_path = path / "STOP"
+        self.lock_path = path / "lock"
+        self.images = path / "images"
+        self.checkpoints.folder = path / "checkpoints"
 
     def create(self) -> None:
         """Make the folders. Raises ConfigError when they cannot be written."""
@@ -65,41 +65,39 @@ class RunFolder:
         """Remove what killed processes left half written. Only for the holder of the lock."""
         for folder in (self.path, self.images, self.checkpoints.folder):
             for path in folder.glob(".*.tmp"):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    with contextlib.suppress(OSError):  # leftovers that stay are ignored
-                        path.unlink()
+                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):  # a file; what stays is ignored
+                    path.unlink()
 
     def remove_if_unused(self) -> None:
         """Remove the empty folders of a run that was refused before it began. Only for the holder
         of the lock."""
-        if self.has_config():
+        if self.config_path.exists():
             return
         with contextlib.suppress(OSError):  # not empty: in use by somebody
             self.lock_path.unlink(missing_ok=True)
             for folder in (self.checkpoints.folder, self.images, self.path):
                 folder.rmdir()
 
-    def has_config(self) -> bool:
-        return self.config_path.exists()
-
     def config(self) -> TrainConfig:
         """The resolved config of the run. Raises ConfigError when this is no run folder."""
         try:
-            data = self.config_path.read_bytes()
+            return from_yaml(read_bounded(self.config_path, MAX_FILE_BYTES))
         except OSError:
             raise ConfigError(
                 self.lost_config()
                 or f"run={self.path}: no run folder (it has no config.yaml); "
                 "give the folder that vae_dist.train wrote, for example runs/mnist"
             ) from None
-        return from_yaml(data)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"run={self.path}: {error}") from None
 
     def lost_config(self) -> str:
         """That checkpoints are there without their config; empty where it is not so."""
         steps = self.checkpoints.steps()
-        if self.has_config() or not steps:
+        if self.config_path.exists() or not steps:
             return ""
         return (
             f"run={self.path}: its config.yaml is lost, and {len(steps)} checkpoints are there; "
@@ -110,6 +108,7 @@ class RunFolder:
         write_durably(self.config_path, to_yaml(config))
 
     def status(self) -> dict[str, Any]:
+        """What `write_status` wrote; empty where it cannot be read."""
         try:
             return dict(read_json(self.status_path, MAX_STATUS_BYTES))
         except (OSError, ValueError):
@@ -128,76 +127,62 @@ class RunFolder:
     def holder(self) -> str:
         """What the last holder of the lock wrote into it; empty where it cannot be read."""
         try:
-            return self.lock_path.read_text()
-        except OSError:
+            return read_bounded(self.lock_path, 1000).decode(errors="replace")
+        except (OSError, ValueError):
             return ""
 
     def is_held_by(self, holder: str, *, timeout_s: float = 20.0) -> bool:
         """Whether this process sees the lock of that holder: is the file system shared?"""
         end = time.monotonic() + timeout_s
-        while self.holder() != holder:
-            if time.monotonic() > end:
-                return False
+        while self.holder() != holder and time.monotonic() < end:
             time.sleep(0.05)  # a network file system shows a file with some delay
-        return True
+        return self.holder() == holder
 
 
 class RunLock:
-    """The lock of a run folder: `attempt` until it is True, then `release`; or a context manager.
+    """The lock of a run folder: `attempt` until it is True, then `release`."""
 
-    name: what messages call the folder, key=value.
-    """
-
-    def __init__(
-        self, folder: RunFolder, *, name: str = "", say: Callable[[str], None] = print
-    ) -> None:
-        self.path = folder.lock_path
+    def __init__(self, folder: RunFolder, *, say: Callable[[str], None] = print) -> None:
         self.holder = ""  # this process, once it has the lock
-        self._name = name or f"run={folder.path}"
+        self._folder, self._path = folder, folder.lock_path
         self._say = say
+        self._held = contextlib.ExitStack()  # the open file
         self._descriptor = -1
         self._begun = time.monotonic()
-
-    def __enter__(self) -> RunLock:
-        while not self.attempt():
-            time.sleep(0.2)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
     def attempt(self) -> bool:
         """Take the lock; False where its holder may just be ending: try again in a moment.
 
         Raises ConfigError with the holder's name where it goes on.
         """
-        self.path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            self._refuse_after_a_while()
-            return False
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            self._say(
-                f"warning: {self._name}: its file system has no locks ({error.strerror}); "
-                "see to it that no other trainer uses this folder"
+        self._path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._refuse_after_a_while()
+                return False
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self._say(
+                    f"warning: run={self._path.parent}: its file system has no locks "
+                    f"({error.strerror}); see to it that no other trainer uses this folder"
+                )
+            is_there = self._path.exists()  # else a starter that was refused has removed it
+            if not is_there or not os.path.samestat(os.fstat(descriptor), self._path.stat()):
+                return False
+            job = os.environ.get("SLURM_JOB_ID", "")
+            holder = (
+                f"process {os.getpid()} on {socket.gethostname()}{job and f', job {job}'}, "
+                f"since {time.strftime('%F %T')}.{time.monotonic_ns() % 10**6:06}\n"
             )
-        if not self.path.exists() or not os.path.samestat(os.fstat(descriptor), self.path.stat()):
-            os.close(descriptor)  # of a file that a starter which was refused has removed
-            return False
-        job = os.environ.get("SLURM_JOB_ID", "")
-        self.holder = (
-            f"process {os.getpid()} on {socket.gethostname()}{job and f', job {job}'}, "
-            f"since {time.strftime('%F %T')}.{time.monotonic_ns() % 10**6:06}\n"
-        )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self.holder.encode(), 0)
-        os.fsync(descriptor)
-        self._descriptor = descriptor
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+            os.fsync(descriptor)
+            self.holder, self._descriptor, self._held = holder, descriptor, opened.pop_all()
         return True
 
     def place(self) -> Path:
@@ -205,20 +190,16 @@ class RunLock:
         try:
             return Path(os.readlink(f"/proc/self/fd/{self._descriptor}")).parent
         except OSError:
-            return self.path.parent
+            return self._path.parent
 
     def release(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._held.close()
+        self._descriptor = -1
 
     def _refuse_after_a_while(self) -> None:
-        try:
-            holder = self.path.read_text().strip() or "an unknown process"
-        except OSError:
-            return
+        holder = self._folder.holder().strip() or "an unknown process"
         if time.monotonic() - self._begun > WAIT_S:
             raise ConfigError(
-                f"{self._name}: in use by {holder}; wait for it, stop it, or choose another folder "
-                f"with {self._name.partition('=')[0]}=FOLDER"
+                f"run={self._path.parent}: in use by {holder}; wait for it, stop it, or choose "
+                "another folder with run=FOLDER"
             )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import changed_numbers, shown, value_of
+from vae_dist.config.keys import changed_numbers, set_value, shown, value_of
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.diffusers import (
@@ -26,10 +26,10 @@ from vae_dist.models.diffusers import (
     read_published,
 )
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.run.checkpoint import Checkpoint, load_weights
+from vae_dist.run.checkpoint import Checkpoint, Tensors, load_weights
 from vae_dist.run.folder import RunFolder
 
-SHOWN = 12  # tensors of a published model that do not fit: it has hundreds
+SHOWN = 12  # tensors that do not fit: a published model has hundreds
 WAYS_OUT = "start anew with run=OTHER_FOLDER, or go on all the same with resume.allow_changes=true"
 
 
@@ -43,31 +43,25 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         raise ConfigError(f"{lost}, or {WAYS_OUT}")
     if lost or not folder.checkpoints.steps():
         return config  # nothing is there that could differ
-    previous = folder.config()
-    config = copy.deepcopy(config)
+    previous, config = folder.config(), copy.deepcopy(config)
     if config.training.batch_size % previous.data.slots == 0:  # else its batch is another one
         config.data.slots = config.data.slots or previous.data.slots
-    if config.data.window == "auto":
-        config.data.window = previous.data.window
-    if config.training.precision == "auto":
-        config.training.precision = previous.training.precision
-    if config.perceptual.kind == "auto" and previous.perceptual.kind != "none":
-        config.perceptual.kind = previous.perceptual.kind
+    for name in ("data.window", "training.precision", "perceptual.kind"):
+        # a term that the run never had is not taken away silently
+        if value_of(config, name) == "auto" and value_of(previous, name) != "none":
+            set_value(config, name, value_of(previous, name))
     changes = changed_numbers(previous, config)
     if changes and not config.resume.allow_changes:
+        of_model = ("model.", "likelihood.", "data.channels")
+        must_fit = any(change.startswith(of_model) for change in changes)
         raise ConfigError(
             [
                 f"run={folder.path}: this config would change the numbers of the run in it:",
                 *(f"  {line}" for line in changes),
-                f"take these back, or {WAYS_OUT}"
-                + (" (its weights must fit)" if any(map(_is_of_model, changes)) else ""),
+                f"take these back, or {WAYS_OUT}{' (its weights must fit)' if must_fit else ''}",
             ]
         )
     return config
-
-
-def _is_of_model(change: str) -> bool:
-    return change.startswith(("model.", "likelihood.", "data.channels"))
 
 
 def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
@@ -78,8 +72,7 @@ def newest_checkpoint(runtime: Runtime, folder: RunFolder) -> Checkpoint | None:
     read: list[Checkpoint] = []  # on the main process
 
     def load() -> tuple[int, dict[str, Any], list[str]] | None:
-        newest = folder.checkpoints.load_newest()
-        if newest is None:
+        if (newest := folder.checkpoints.load_newest()) is None:
             return None
         read.append(newest)
         return newest.step, newest.state, list(newest.tensors)
@@ -103,25 +96,23 @@ def check_identity(
     checkpoint: Checkpoint, identity: Mapping[str, Any], config: TrainConfig, folder: RunFolder
 ) -> None:
     """Raises ConfigError when the shards are not those of the run."""
-    if config.resume.allow_changes:
-        return
     differences = [
-        f"{key}: {checkpoint.state[key]} -> {value}"
+        f"  {key}: {checkpoint.state[key]} -> {value}"
         for key, value in identity.items()
         if checkpoint.state[key] != value
     ]
-    if differences:
+    if differences and not config.resume.allow_changes:
         raise ConfigError(
             [
                 f"run={folder.path}: the shards are not those that the run began with, so it "
                 "cannot go on exactly:",
-                *(f"  {line}" for line in differences),
+                *differences,
                 f"put the shards back, or {WAYS_OUT}",
             ]
         )
 
 
-def initial_weights(config: TrainConfig, model: nn.Module) -> dict[str, torch.Tensor]:
+def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
     """The weights of `init_from`, for this model (of any device, meta as well). Raises ConfigError
     with all that do not fit."""
     source = Path(config.init_from)
@@ -133,7 +124,7 @@ def initial_weights(config: TrainConfig, model: nn.Module) -> dict[str, torch.Te
             [
                 f"init_from={source}: {len(lines)} of its tensors do not fit this model "
                 "(there -> here):",
-                *(f"  {line}" for line in lines),
+                *lines,
                 "give the model the shape of the other run (model.*, data.channels, likelihood.*), "
                 "or leave init_from out",
             ]
@@ -141,12 +132,9 @@ def initial_weights(config: TrainConfig, model: nn.Module) -> dict[str, torch.Te
     return weights
 
 
-def _published_weights(
-    config: TrainConfig, published: Published, model: nn.Module
-) -> dict[str, torch.Tensor]:
+def _published_weights(config: TrainConfig, published: Published, model: nn.Module) -> Tensors:
     """Those of a diffusers folder. What it lacks begins as in a model without `init_from`."""
-    blame = f"init_from={config.init_from}"
-    kind = config.likelihood.kind
+    blame, kind = f"init_from={config.init_from}", config.likelihood.kind
     if kind not in KINDS_OF_MEANS:
         raise ConfigError(
             f"{blame}: its decoder gives the mean of an image, which likelihood.kind={kind} has no "
@@ -154,27 +142,26 @@ def _published_weights(
         )
     likelihood = build_likelihood(config.likelihood, config.data)
     fresh = {f"likelihood.{name}": value for name, value in likelihood.state_dict().items()}
-    last = {k: v for k, v in model.state_dict().items() if k.startswith("decoder.conv_out.")}
-    # a raw log-variance of 0 is where a learned one begins
-    fresh |= {name: torch.zeros(value.shape) for name, value in last.items()}
+    for name, value in model.state_dict().items():
+        if name.startswith("decoder.conv_out."):
+            fresh[name] = torch.zeros(value.shape)  # a learned raw log-variance begins at 0
     weights = from_diffusers(published, fresh)
-    fitting = fitting_keys(published)
-    wrong = {key: value for key, value in fitting.items() if not _has(config, key, value)}
     lines = _misfits(weights, model)
+    wrong = [
+        f"'{key}={shown(value)}'".replace(", ", ",")
+        for key, value in fitting_keys(published).items()
+        if not _has(config, key, value)
+    ]
     if wrong or lines:
-        words = " ".join(
-            f"'{key}={shown(value)}'".replace(", ", ",") for key, value in wrong.items()
-        )
-        hidden = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        remedy = f"set {' '.join(wrong)}, or leave init_from out"
+        damaged = "its tensors are not what its config.json says; is the folder whole?"
         raise ConfigError(
             [
                 f"{blame}: the AutoencoderKL in {published.path} is not the model of this config; "
                 f"{len(lines)} of its tensors differ (there -> here):",
-                *(f"  {line}" for line in lines[:SHOWN]),
-                *hidden,
-                f"set {words}, or leave init_from out"
-                if wrong
-                else "its tensors are not what its config.json says; is the folder whole?",
+                *lines[:SHOWN],
+                *[f"  ... and {len(lines) - SHOWN} more"][: len(lines) > SHOWN],
+                remedy if wrong else damaged,
             ]
         )
     return weights
@@ -188,14 +175,14 @@ def _has(config: TrainConfig, key: str, value: Any) -> bool:
 
 
 def _misfits(weights: Mapping[str, torch.Tensor], model: nn.Module) -> list[str]:
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    return [
-        f"{name}: {_shape(found.get(name))} -> {_shape(wanted.get(name))}"
-        for name in sorted(wanted.keys() | found.keys())
-        if found.get(name) != wanted.get(name)
+    """A line for each tensor whose shape differs or that only one side has."""
+    sides = [
+        {name: "x".join(map(str, value.shape)) or "scalar" for name, value in side.items()}
+        for side in (weights, model.state_dict())
     ]
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else "x".join(map(str, shape)) or "scalar"
+    there, here = sides
+    return [
+        f"  {name}: {there.get(name, 'absent')} -> {here.get(name, 'absent')}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
