@@ -61,9 +61,9 @@ def test_each_image_is_decoded_and_read_once(
     decoded, read = [], []
     decode, read_bytes = reader_module.prepare_sample, SampleReader.read_many
 
-    def counted_decode(sample: Any, **options: Any) -> Any:
+    def counted_decode(sample: Any, *settings: Any, **options: Any) -> Any:
         decoded.append(sample["__key__"])
-        return decode(sample, **options)
+        return decode(sample, *settings, **options)
 
     def counted_read(self: SampleReader, parts: Any) -> Any:
         read.extend(parts)

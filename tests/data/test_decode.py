@@ -10,8 +10,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from vae_dist.data.arrays import decode_array
-from vae_dist.data.decode import decode_sample, size_of_sample
+from vae_dist.data.decode import decode_own, decode_sample, size_of_sample
 from vae_dist.data.tar import DamagedSampleError
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
@@ -34,7 +33,7 @@ def test_png_is_exact() -> None:
     np.testing.assert_array_equal(decode(encode(Image.fromarray(GREY))), GREY[None])
     colour = decode(encode(Image.fromarray(COLOUR)), channels=3)
     np.testing.assert_array_equal(colour, COLOUR.transpose(2, 0, 1))
-    assert colour.dtype == np.uint8 and colour.flags.c_contiguous
+    assert colour.dtype == np.uint8
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])
@@ -83,7 +82,7 @@ def test_16_bit_grey_becomes_colour_and_opaque_alpha_is_dropped() -> None:
     opaque[:, :, 3] = 65535
     got = decode(png16(opaque), channels=3, bits=16)
     np.testing.assert_array_equal(got, DEEP[:, :, :3].transpose(2, 0, 1))
-    with pytest.raises(DamagedSampleError, match=r"4 channels, but data\.channels=3"):
+    with pytest.raises(DamagedSampleError, match=r"transparent pixels; set data\.background"):
         decode(png16(DEEP), channels=3, bits=16)
 
 
@@ -104,10 +103,15 @@ def test_5_bits_are_stored_as_8() -> None:
 @pytest.mark.parametrize(
     ("suffix", "data", "bits", "reason"),
     [
-        ("png", encode(Image.fromarray(GREY)), 16, "of 8 bits a channel, but data.bits=16"),
-        ("jpg", encode(Image.fromarray(GREY), "JPEG"), 16, "of 8 bits a channel, but data.bits=16"),
-        ("png", png16(DEEP), 32, "data.bits=32 reads floating-point values"),
-        ("png", png16(DEEP), 8, "more than 8 bits a channel: set data.bits=16"),
+        ("png", encode(Image.fromarray(GREY)), 16, "of uint8, but data.bits=16 reads uint16"),
+        (
+            "jpg",
+            encode(Image.fromarray(GREY), "JPEG"),
+            16,
+            "of uint8, but data.bits=16 reads uint16",
+        ),
+        ("png", png16(DEEP), 32, "data.bits=32 reads float32"),
+        ("png", png16(DEEP), 8, "a .png of uint16, but data.bits=8"),
         ("png", png16(DEEP)[:80], 16, "damaged PNG"),
     ],
 )
@@ -181,21 +185,16 @@ def test_a_large_jpeg_is_decoded_smaller_but_not_below_twice_the_target() -> Non
     ("size", "at_least", "decoded"),
     [
         ((640, 960), (64, 64), (160, 240)),  # 1/4; 1/8 would leave 80 rows
-        ((641, 963), (80, 80), (161, 241)),
+        ((641, 963), (80, 80), (641, 963)),  # no scale divides both
         ((1024, 1024), (64, 64), (128, 128)),
         ((255, 300), (64, 64), (255, 300)),
     ],
 )
-@pytest.mark.parametrize("by", ["simplejpeg", "Pillow"])
 def test_jpeg_scales_are_powers_of_two(
     size: tuple[int, int],
     at_least: tuple[int, int],
     decoded: tuple[int, int],
-    by: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if by == "Pillow":
-        monkeypatch.setattr("vae_dist.data.jpeg.simplejpeg", None)
     y, x = np.meshgrid(*(np.linspace(0, 200, n) for n in size), indexing="ij")
     data = encode(Image.fromarray((x / 2 + y / 2).astype(np.uint8)), "JPEG")
     got = decode(data, "jpg", channels=3, max_pixels=10**8, at_least=at_least)
@@ -340,12 +339,12 @@ def test_a_tiff_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> Non
     def unpack(*args: object, **kwargs: object) -> None:
         raise AssertionError("pixels are unpacked")
 
-    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", unpack)
-    with pytest.raises(DamagedSampleError, match=r"50 channels, but data\.channels=3"):
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", unpack)
+    with pytest.raises(DamagedSampleError, match=r"4 channels, but data\.channels=3"):
         decode(bomb, "tif", channels=3)
-    with pytest.raises(DamagedSampleError, match=r"50 x 64 x 64 values are more than 4 x data"):
-        decode_array("tif", bomb, max_pixels=10_000, bits=None)
-    with pytest.raises(DamagedSampleError, match="50 channels, but"):
+    with pytest.raises(DamagedSampleError, match="more than 9 channels of this size"):
+        decode_own("tif", bomb, max_pixels=10_000)
+    with pytest.raises(DamagedSampleError, match="4 channels, but"):
         decode(bomb, "tif", channels=3, mask="nan", bits=32)
     assert size_of_sample({"tif": five}, max_pixels=72) == (8, 9)
     with pytest.raises(DamagedSampleError, match="9 x 8 pixels are more"):
@@ -402,25 +401,28 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     [
         ({"png": encode(Image.fromarray(GREY))[:60]}, "damaged PNG|no readable PNG"),
         ({"png": b"not an image"}, "no readable PNG"),
-        ({"png": b""}, "no readable PNG"),
+        ({"png": b""}, "an empty file"),
         ({"jpg": encode(Image.fromarray(SMOOTH), "JPEG")[:400]}, "JPEG"),
         ({"jpg": b"<!DOCTYPE html><html>"}, "a web page, no image"),
         ({"png": b"version https://git-lfs.github.com/spec/v1"}, "a Git LFS pointer, no image"),
         ({"jpg": b"\0\0\0\x1cftypheic\0\0\0\0"}, "HEIC, which is not decoded"),
-        ({"png": png16(np.zeros((1, 2, 3), np.uint16))}, "more than 8 bits"),
-        ({"png": encode(Image.fromarray(GREY.astype(np.uint16) * 257))}, "more than 8 bits"),
-        ({"png": encode(CLEAR)}, "transparent pixels; pack .*background=white"),
+        ({"png": png16(np.zeros((1, 2, 3), np.uint16))}, "of uint16, but data.bits=8"),
+        (
+            {"png": encode(Image.fromarray(GREY.astype(np.uint16) * 257))},
+            "of uint16, but data.bits=8",
+        ),
+        ({"png": encode(CLEAR)}, "transparent pixels; set data.background=white"),
         ({"png": encode(Image.fromarray(GREY), transparency=int(GREY[0, 0]))}, "transparent"),
-        ({"npy": npy(np.array([[print]], object))}, "no readable .npy|of object"),
+        ({"npy": npy(np.array([[print]], object))}, "a .npy of object"),
         ({"npy": npy(GREY.astype(np.float32))}, ".npy of float32, but data.bits=8"),
         ({"npy": npy(GREY)[:-1]}, "the .npy is cut off: 34 of 35 bytes"),
         ({"npy": npy_header((10**6, 10**6))}, "data.max_pixels=10000"),
         ({"npy": npy_header((10**12, 1, 1))}, "the .npy is cut off: 0 of 1000000000000"),
-        ({"npy": npy(GREY)[:9]}, "no readable .npy"),
+        ({"npy": npy(GREY)[:9]}, "damaged npy"),
         ({"npy": npy(COLOUR.transpose(2, 0, 1))}, "3 channels, but data.channels=1"),
         ({"npy": npy(GREY[0])}, r".npy of shape \(7,\)"),
         ({"tif": tiff(GREY.astype(np.uint16))}, "a .tif of uint16, but data.bits=8 reads uint8"),
-        ({"tif": tiff(GREY)[:40]}, "damaged TIFF"),
+        ({"tif": tiff(GREY)[:40]}, "damaged tif"),
         ({"png": encode(Image.fromarray(np.zeros((101, 100), np.uint8)))}, "data.max_pixels=10000"),
         ({"pyd": b"cos\nsystem\n(S'x'\ntR."}, "no .png"),
         ({"a.png": b"", "b.png": b""}, "this one has a.png, b.png"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import identities, marked_png
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.decode import decode_image
+from vae_dist.data.decode import decode_sample
 from vae_dist.data.index import load_index
 from vae_dist.data.indexing import index_shard, write_sidecar
 from vae_dist.data.loader import TrainingStream
@@ -126,7 +126,9 @@ def test_damaged_images_are_refused_or_of_an_allowed_shape(
     at = int(place * len(data))
     data[at : at + len(piece)] = piece
     try:
-        image = decode_image(suffix, bytes(data[: len(data) - cut]), channels=3, max_pixels=100_000)
+        image = decode_sample(
+            {suffix: bytes(data[: len(data) - cut])}, channels=3, max_pixels=100_000
+        )
     except DamagedSampleError as error:
         assert str(error)
         return
@@ -157,7 +159,7 @@ def _encoded() -> dict[str, bytes]:
 
 ENCODED = _encoded()
 WHOLE = {
-    suffix: decode_image(suffix, data, channels=3, max_pixels=1000)
+    suffix: decode_sample({suffix: data}, channels=3, max_pixels=1000)
     for suffix, data in ENCODED.items()
 }
 

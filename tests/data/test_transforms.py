@@ -199,7 +199,7 @@ def test_a_field_of_the_json_member(key: str, num_classes: int, label: int) -> N
         ({"cls": b"99999999999999999999999"}, "cls", "64 bits"),
         ({"json": b"{"}, "class", ".json is no JSON"),
         ({"json": b"[" * 100_000}, "class", ".json is no JSON"),
-        ({"json": b'{"class": 1.5}'}, "class", "field class is no integer: '1.5'"),
+        ({"json": b'{"class": 1.5}'}, "class", "field class is no integer of 64 bits: '1.5'"),
     ],
 )
 def test_what_is_no_label_is_damage(sample: dict[str, bytes], key: str, reason: str) -> None:

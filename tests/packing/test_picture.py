@@ -192,7 +192,7 @@ def test_a_mask_is_as_upright_as_its_picture() -> None:
     [
         (encode(MASK.T), "its mask is 20 x 12 pixels, but the picture 12 x 20"),
         (b"no picture", "its mask: no readable PNG"),
-        (b"", "its mask: no readable PNG"),
+        (b"", "its mask: an empty file"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: bytes, reason: str) -> None:

@@ -1,179 +1,159 @@
 """Images that are arrays: `.npy` by numpy, without objects, and TIFF by tifffile.
 
 In: the bytes of a file. Out: (C, H, W), upright, of the stored type, with as many channels as it
-has. Headers are judged before pixels are unpacked.
+has. Headers are judged before pixels are unpacked: a few bytes may claim any number of these. The
+channels of a TIFF are samples of its one page, or its pages.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from vae_dist.data.jpeg import ORIENTATION_TAG, TRANSPOSED, upright
-from vae_dist.data.pixels import PIXEL_TYPES, check_channels, check_pixels, other_depth, short
+from vae_dist.data.jpeg import ORIENTATION_TAG, TRANSPOSED, check_pixels, turn_of, upright
 from vae_dist.data.tar import DamagedSampleError
+from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 
 ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
 MAX_NPY_HEADER = 10_000  # bytes
+VALUES_PER_PIXEL = 4  # times max_pixels, where nobody says how many channels there are
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
 TIFF_JPEG = 7  # Compression
-VALUES_PER_PIXEL = (
-    4  # of a TIFF, times max_pixels, where its header does not say how many channels it has
-)
 
 
-def decode_array(
-    suffix: str,
-    data: bytes,
-    *,
-    max_pixels: int,
-    bits: int | None = 8,
-    missing: bool = False,
-    channels: int | None = None,
-) -> np.ndarray:
-    """A .npy or TIFF as (C, H, W) of the type of `bits` (None: the one that it has), with as many
-    channels as it has; floats of any width become float32, and may be NaN where `missing` is
-    true. Raises DamagedSampleError.
-
-    channels: how many the caller takes; a TIFF that has others is refused by its header.
-    """
-    if suffix == "npy":
-        pixels = _decode_npy(data, max_pixels)
-    else:
-        pixels = _decode_tiff(data, max_pixels, channels)
+def decode_array(kind: str, data: bytes, settings: ImageSettings) -> np.ndarray:
+    """A .npy or TIFF as (C, H, W), floats of any width as float32. settings.bits, channels: what is
+    taken, 0 for any; floats may be NaN with mask=nan or bits=0. Raises DamagedSampleError."""
+    pixels = _decode_npy(data, settings) if kind == "npy" else _decode_tiff(data, settings)
     is_float = pixels.dtype.kind == "f"
-    depth = 32 if is_float else 8 * pixels.dtype.itemsize
-    if pixels.dtype.kind not in "uf" or depth not in PIXEL_TYPES:
-        kind = "floating-point" if bits == 32 else "uint8, uint16 and floating-point"
-        raise DamagedSampleError(f"a .{suffix} of {pixels.dtype}; only {kind} values are images")
-    if bits is not None and depth != (8 if bits == 5 else bits):
-        raise DamagedSampleError(other_depth(f"a .{suffix} of {pixels.dtype}", bits))
-    pixels = pixels.astype(PIXEL_TYPES[depth], copy=False)
+    check_depth(kind, np.dtype(np.float32) if is_float else pixels.dtype, settings.bits)
     if is_float:
+        pixels = pixels.astype(np.float32, copy=False)
+        may_lack = settings.mask == "nan" or not settings.bits
         inside = np.abs(pixels) <= 1  # false for NaN
-        if not (inside | np.isnan(pixels) if missing else inside).all():
+        if not (inside | np.isnan(pixels) if may_lack else inside).all():
             low, high = pixels.min(), pixels.max()
             raise DamagedSampleError(
                 f"values from {low:g} to {high:g}; float images lie in [-1, 1]"
             )
-    return pixels
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
-def array_size(suffix: str, data: bytes, *, max_pixels: int) -> tuple[int, int]:
+def check_depth(kind: str, found: np.dtype[Any], bits: int) -> None:
+    """Refuse values of another type than data.bits reads (0: any). Raises DamagedSampleError."""
+    native = found.newbyteorder("=")
+    if native not in PIXEL_TYPES.values() or (bits and native != PIXEL_TYPES[bits]):
+        reads = f"data.bits={bits} reads {PIXEL_TYPES[bits]}" if bits else "that is no image"
+        raise DamagedSampleError(
+            f"a .{kind} of {native}, but {reads}; convert it, or set data.bits"
+        )
+
+
+def check_channels(found: int, channels: int) -> None:
+    """channels: as they are wanted, 0 for any; grey becomes colour. Raises DamagedSampleError."""
+    if channels and found != channels and (found, channels) != (1, 3):
+        raise DamagedSampleError(f"{found} channels, but data.channels={channels}")
+
+
+def array_size(kind: str, data: bytes, max_pixels: int) -> tuple[int, int]:
     """(H, W) of the upright image after its header alone. Raises DamagedSampleError."""
-    if suffix == "npy":
+    if kind == "npy":
         shape, _, _, _ = _npy_header(data, max_pixels)
         return shape[-2], shape[-1]
-    with _opened_tiff(data) as tiff:
-        _, height, width = _tiff_shape(tiff, max_pixels)
-        is_turned = _tiff_orientation(tiff) in TRANSPOSED
+    with _open_tiff(data) as tiff:
+        _, height, width = _page_shape(tiff.pages[0], len(data), max_pixels)
+        is_turned = _turn_of_page(tiff.pages[0]) in TRANSPOSED
     return (width, height) if is_turned else (height, width)
 
 
 def _npy_header(data: bytes, max_pixels: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether it lies by column, type, and where the pixels begin."""
     file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, by_column, kind = read(file, max_header_size=MAX_NPY_HEADER)
-    except Exception as error:  # numpy parses the header as Python, with many kinds of errors
-        raise DamagedSampleError(f"no readable .npy ({short(error)})") from None
-    if kind.hasobject or kind.kind not in "uf":
-        raise DamagedSampleError(
-            f".npy of {kind}; only uint8, uint16 and floating-point arrays are images"
-        )
-    if len(shape) not in (2, 3) or min(shape) < 1:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(file, max_header_size=MAX_NPY_HEADER)
+    if dtype.kind not in "uf":
+        raise DamagedSampleError(f"a .npy of {dtype}, which is no image")
+    is_plain = all(type(n) is int and n > 0 for n in shape)
+    if len(shape) not in (2, 3) or not is_plain:
         raise DamagedSampleError(f".npy of shape {shape}; images are (H, W) or (C, H, W)")
     check_pixels(shape[-2], shape[-1], max_pixels)
-    return shape, by_column, kind, file.tell()
+    return shape, by_column, dtype, file.tell()
 
 
-def _decode_npy(data: bytes, max_pixels: int) -> np.ndarray:
+def _decode_npy(data: bytes, settings: ImageSettings) -> np.ndarray:
     """(C, H, W) as it is stored; the header is believed only if the bytes are there."""
-    shape, by_column, kind, start = _npy_header(data, max_pixels)
-    count = int(np.prod(shape, dtype=object))
-    if len(data) - start != count * kind.itemsize:
+    shape, by_column, dtype, start = _npy_header(data, settings.max_pixels)
+    count = math.prod(shape)
+    if len(data) - start != count * dtype.itemsize:
         raise DamagedSampleError(
-            f"the .npy is cut off: {len(data) - start} of {count * kind.itemsize} bytes of pixels"
+            f"the .npy is cut off: {len(data) - start} of {count * dtype.itemsize} bytes of pixels"
         )
-    pixels = np.frombuffer(data, kind, count, offset=start)
+    pixels = np.frombuffer(data, dtype, count, offset=start)
     pixels = pixels.reshape(shape, order="F" if by_column else "C")
     return pixels[None] if len(shape) == 2 else pixels
 
 
-def _decode_tiff(data: bytes, max_pixels: int, channels: int | None) -> np.ndarray:
-    """(C, H, W), upright, of the stored type; the headers are judged first, as a few bytes may
-    unpack to any number of pages."""
-    with _opened_tiff(data) as tiff:
-        shape = _tiff_shape(tiff, max_pixels)
-        if channels is not None:
-            check_channels(shape[0], channels)
-        elif math.prod(shape) > VALUES_PER_PIXEL * max_pixels:
-            raise DamagedSampleError(
-                f"{shape[0]} x {shape[1]} x {shape[2]} values are more than {VALUES_PER_PIXEL} x "
-                f"data.max_pixels={max_pixels}"
-            )
-        pixels = tiff.series[0].asarray()
-        if tiff.series[0].axes.endswith("S"):
-            pixels = pixels.reshape(*shape[1:], shape[0])
-        else:
-            pixels = pixels.reshape(shape).transpose(1, 2, 0)
-        if tiff.pages[0].photometric == WHITE_IS_ZERO:
-            pixels = (1 << tiff.pages[0].bitspersample) - 1 - pixels
-        if (bits := tiff.pages[0].bitspersample) < 8:
-            pixels = (pixels * (255 // ((1 << bits) - 1))).astype(np.uint8)
-        return upright(pixels, _tiff_orientation(tiff)).transpose(2, 0, 1)
-
-
-@contextlib.contextmanager
-def _opened_tiff(data: bytes) -> Iterator[Any]:
+def _open_tiff(data: bytes) -> Any:
     try:
         import tifffile
     except ImportError:
         raise DamagedSampleError(
             "TIFF images need tifffile: pip install 'vae_dist[science]'"
         ) from None
+    return tifffile.TiffFile(io.BytesIO(data))
+
+
+def _decode_tiff(data: bytes, settings: ImageSettings) -> np.ndarray:
+    with _open_tiff(data) as tiff:
+        pages = _pages(tiff, len(data), settings)
+        pixels = np.concatenate([_page_pixels(page) for page in pages], 2)
+        return upright(pixels, _turn_of_page(pages[0])).transpose(2, 0, 1)
+
+
+def _pages(tiff: Any, num_bytes: int, settings: ImageSettings) -> list[Any]:
+    """The one page of an image, or those of one channel each; never its `series`, which believes
+    what descriptions say. Raises DamagedSampleError for other numbers of channels."""
+    shape = _page_shape(tiff.pages[0], num_bytes, settings.max_pixels)
+    most = settings.channels or VALUES_PER_PIXEL * settings.max_pixels // (shape[1] * shape[2])
+    pages: list[Any] = []
+    while page := _page(tiff, len(pages)):
+        if pages and (shape[0] > 1 or _page_shape(page, num_bytes, settings.max_pixels) != shape):
+            raise DamagedSampleError("a TIFF of several pages; one image a file")
+        pages.append(page)
+        if shape[0] * len(pages) > most:
+            break
+    found = shape[0] * len(pages)
+    check_channels(found, settings.channels)
+    if found > most and not settings.channels:
+        raise DamagedSampleError(f"a TIFF of more than {most} channels of this size")
+    return pages
+
+
+def _page(tiff: Any, number: int) -> Any:
     try:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            yield tiff
-    except DamagedSampleError:
-        raise
-    except Exception as error:  # tifffile raises many kinds on damaged bytes
-        raise DamagedSampleError(f"damaged TIFF ({short(error)})") from None
+        return tiff.pages[number]
+    except IndexError:
+        return None
 
 
-def _tiff_shape(tiff: Any, max_pixels: int) -> tuple[int, int, int]:
-    """C, H, W as they are stored, after the headers. Raises DamagedSampleError for what is no image
-    or has more pixels."""
-    shape, axes = tuple(map(int, tiff.series[0].shape)), tiff.series[0].axes
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise DamagedSampleError(f"TIFF of shape {shape}; one image a file")
-    if len(shape) == 2:
-        shape = (1, *shape)
-    elif axes.endswith("S"):
-        shape = (shape[2], *shape[:2])
-    check_pixels(shape[1], shape[2], max_pixels)
-    _check_colours(tiff.pages[0])
-    return shape[0], shape[1], shape[2]
-
-
-def _check_colours(page: Any) -> None:
-    """Refuse a TIFF whose values are no grey, colour or measured channels. Raises
-    DamagedSampleError."""
-    kind, is_jpeg = int(page.photometric), int(page.compression) == TIFF_JPEG
-    of_integers = page.dtype is not None and page.dtype.kind == "u"
+def _page_shape(page: Any, num_bytes: int, max_pixels: int) -> tuple[int, int, int]:
+    """C, H, W as they are stored. Raises DamagedSampleError for what is no grey, colour or measured
+    channels, has more pixels, or promises more than its file can hold."""
+    height, width, channels = page.imagelength, page.imagewidth, page.samplesperpixel
+    if page.imagedepth != 1 or min(height, width, channels) < 1 or page.dtype is None:
+        raise DamagedSampleError("a TIFF that is no picture of two axes")
+    check_pixels(height, width, max_pixels)
+    kind = int(page.photometric)
     readable = (
         kind in (BLACK_IS_ZERO, RGB)
-        or (kind == WHITE_IS_ZERO and of_integers and page.samplesperpixel == 1)
-        or (kind == YCBCR and is_jpeg)  # its decoder makes RGB of it
+        or (kind == WHITE_IS_ZERO and page.dtype.kind in "ub" and channels == 1)
+        or (kind == YCBCR and int(page.compression) == TIFF_JPEG)  # its decoder makes RGB of it
     )
     if not readable:
         name = getattr(page.photometric, "name", kind)
@@ -184,9 +164,29 @@ def _check_colours(page: Any) -> None:
         raise DamagedSampleError(
             f"a TIFF of {page.bitspersample} bits is not read; store it with 8 or 16"
         )
+    places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    is_whole = math.prod(page.chunked) == len(places) <= num_bytes
+    if not is_whole or any(count < 1 or at + count > num_bytes for at, count in places):
+        raise DamagedSampleError("damaged TIFF (it is cut off)")
+    if math.prod(page.chunks) > VALUES_PER_PIXEL * max_pixels:
+        raise DamagedSampleError(f"a TIFF of tiles of {page.chunks} values")
+    return channels, height, width
 
 
-def _tiff_orientation(tiff: Any) -> int:
-    """1 to 8 from its tag, 1 where there is none."""
-    tag = tiff.pages[0].tags.get(ORIENTATION_TAG)
-    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+def _page_pixels(page: Any) -> np.ndarray:
+    """(H, W, C), of whole bytes, 0 is black."""
+    pixels = page.asarray(maxworkers=1)
+    if page.axes.startswith("S"):
+        pixels = pixels.transpose(1, 2, 0)
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, page.samplesperpixel)
+    top = (1 << page.bitspersample) - 1
+    if page.photometric == WHITE_IS_ZERO:
+        pixels = top - pixels
+    if page.bitspersample < 8:
+        pixels = (pixels * (255 // top)).astype(np.uint8)
+    return pixels
+
+
+def _turn_of_page(page: Any) -> int:
+    tag = page.tags.get(ORIENTATION_TAG)
+    return turn_of(None if tag is None else tag.value)

@@ -149,12 +149,9 @@ class SampleReader:
         size = size or settings.size
         decode = prepare_sample(
             sample,
-            channels=settings.channels,
-            bits=settings.bits,
-            max_pixels=settings.max_pixels,
+            settings,
             at_least=size if settings.resize else None,
             out=None if settings.has_mask else out,
-            mask=settings.mask,
         )
         return Prepared(decode, size, self.label(sample, shard, index), out)
 

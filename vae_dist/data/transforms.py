@@ -31,10 +31,15 @@ import torch
 from torch.nn.functional import interpolate
 
 from vae_dist.data.buckets import Size
-from vae_dist.data.pixels import PIXEL_TYPES
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.randomness import numpy_generator
 
+PIXEL_TYPES: dict[int, np.dtype[Any]] = {  # by data.bits; what is cut to 5 bits is stored as 8
+    5: np.dtype(np.uint8),
+    8: np.dtype(np.uint8),
+    16: np.dtype(np.uint16),
+    32: np.dtype(np.float32),
+}
 DRAWN = ("random", "rectangle", "half")
 MAX_ASPECT = 2.0  # of a drawn rectangle
 NO_LABEL = -1
@@ -54,13 +59,13 @@ class Need(NamedTuple):
 class ImageSettings:
     """How samples become images: what a stream needs to know of `data.*`."""
 
-    channels: int
+    channels: int  # 0, in the decoder: as many as a file has
     size: Size  # (H, W) of every image, or of a typical one where sizes differ
     resize: bool  # False: images are taken as they are stored
     max_pixels: int
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    bits: int = 8  # of a stored value; 32: float in [-1, 1]
+    bits: int = 8  # of a stored value; 32: float in [-1, 1]; 0, in the decoder: those of the file
     buckets: tuple[Size, ...] = ()  # not empty: each image goes to one of these sizes
     any_size: bool = False  # with resize=False: stored sizes may differ
     mask: str = "none"
@@ -68,6 +73,8 @@ class ImageSettings:
     label_key: str = CLS
     num_classes: int = 0  # 0: labels may be any integer
     needs: tuple[Need, ...] = ()  # of images as they are stored, with any_size
+    background: str = "none"  # behind transparent pixels: white, black; none: they are refused
+    image_key: str = ""  # suffix of the member that is the image; empty: the one there is
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,27 +112,24 @@ class ImageSettings:
 
     def too_small(self, size: Size) -> str:
         """Why a stored size (H, W) will not do; empty: it will."""
-        if not self.any_size:
-            return ""  # all images share one, which was looked at
-        words = f"{size[0]} x {size[1]} pixels, and"
-        for need in self.needs:
-            if min(size) < need.shorter:
-                return f"{words} {need.key} needs {need.shorter} on the shorter side"
-            if max(size) < need.longer:
-                return f"{words} {need.key} needs {need.longer} on the longer side"
+        for need in self.needs if self.any_size else ():
+            for side, have, least in (
+                ("shorter", min(size), need.shorter),
+                ("longer", max(size), need.longer),
+            ):
+                if have < least:
+                    return (
+                        f"{size[0]} x {size[1]} pixels, and {need.key} needs {least} on the "
+                        f"{side} side"
+                    )
         return ""
 
     def at_one_size(self, size: Size | None = None) -> ImageSettings:
         """All images at `size`, by default the typical one, cropped from the centre."""
+        plain = self.without_augmentation()
         if not self.sizes_differ and size in (None, self.size):
-            return self.without_augmentation()
-        return replace(
-            self.without_augmentation(),
-            size=size or self.size,
-            resize=True,
-            buckets=(),
-            any_size=False,
-        )
+            return plain
+        return replace(plain, size=size or self.size, resize=True, buckets=(), any_size=False)
 
 
 def transform(
@@ -140,8 +144,9 @@ def transform(
     """The image at `size` (default: settings.size); crop and flip are drawn by (seed, epoch, sample
     number)."""
     size = size or settings.size
-    random = settings.flip or (settings.crop == "random" and settings.resize)
-    generator = numpy_generator(seed, "augment", epoch, sample) if random else None
+    draws_crop = settings.crop == "random" and settings.resize
+    if settings.flip or draws_crop:
+        generator = numpy_generator(seed, "augment", epoch, sample)
     if settings.resize:
         mask = image[settings.channels :]  # not there yet where masks are drawn
         image = _cover(image[: settings.channels], size, max_pixels=settings.max_pixels)
@@ -149,22 +154,14 @@ def transform(
             height, width = image.shape[1:]
             image = np.concatenate([image, resized_mask(mask, (height, width)).astype(image.dtype)])
         spare = [have - want for have, want in zip(image.shape[1:], size, strict=True)]
-        if generator is not None and settings.crop == "random":
-            top, left = (int(generator.integers(n + 1)) for n in spare)
-        else:
-            top, left = (n // 2 for n in spare)
+        top, left = (int(generator.integers(n + 1)) if draws_crop else n // 2 for n in spare)
         image = image[:, top : top + size[0], left : left + size[1]]
-    if generator is not None and settings.flip and generator.random() < 0.5:
+    if settings.flip and generator.random() < 0.5:
         image = _mirrored(image)
     if settings.mask in DRAWN:
-        drawn = draw_mask(
-            settings.mask,
-            (image.shape[1], image.shape[2]),
-            settings.mask_fraction,
-            seed=seed,
-            epoch=epoch,
-            sample=sample,
-        )
+        place = {"seed": seed, "epoch": epoch, "sample": sample}
+        height, width = image.shape[1:]
+        drawn = draw_mask(settings.mask, (height, width), settings.mask_fraction, **place)
         image = np.concatenate([image, drawn.astype(image.dtype)])
     return image
 
@@ -182,7 +179,7 @@ def _rows(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(image.transpose(1, 2, 0), requirements=["C", "W"]))
 
 
-def _cover(image: np.ndarray, size: tuple[int, int], *, max_pixels: int) -> np.ndarray:
+def _cover(image: np.ndarray, size: Size, *, max_pixels: int) -> np.ndarray:
     """Scaled, aspect kept, to the smallest size that covers `size`."""
     height, width = image.shape[1:]
     scale = max(size[0] / height, size[1] / width)
@@ -207,48 +204,35 @@ def _cover(image: np.ndarray, size: tuple[int, int], *, max_pixels: int) -> np.n
 
 
 def draw_mask(
-    kind: str, size: tuple[int, int], fraction: float, *, seed: int, epoch: int, sample: int
+    kind: str, size: Size, fraction: float, *, seed: int, epoch: int, sample: int
 ) -> np.ndarray:
-    """One of the kinds `DRAWN`, for an image of (H, W) pixels."""
+    """One of the kinds `DRAWN`, uint8 (1, *size): 0 where a pixel is missing."""
     generator = numpy_generator(seed, "mask", epoch, sample)
+    height, width = size
     if kind == "random":
         return (generator.random((1, *size)) >= fraction).astype(np.uint8)
     mask = np.ones((1, *size), np.uint8)
-    draw = _half if kind == "half" else _rectangle
-    top, bottom, left, right = draw(size, fraction, generator)
-    mask[:, top:bottom, left:right] = 0
+    if kind == "half":
+        rows, columns = slice(height), slice(width)
+        side = int(generator.integers(4))
+        if side < 2:
+            columns = slice(width // 2, width) if side else slice(width // 2)
+        else:
+            rows = slice(height // 2, height) if side == 3 else slice(height // 2)
+    else:
+        root = math.sqrt(fraction)
+        steepest = min(MAX_ASPECT, 1 / fraction) if fraction else 1.0  # no side beyond the image
+        stretch = steepest ** (generator.random() - 0.5)  # (h / H) / (w / W) is its square
+        high = round(min(1.0, root * stretch) * height)
+        wide = round(min(1.0, root / stretch) * width)
+        top = int(generator.integers(height - high + 1))
+        left = int(generator.integers(width - wide + 1))
+        rows, columns = slice(top, top + high), slice(left, left + wide)
+    mask[:, rows, columns] = 0
     return mask
 
 
-def _half(
-    size: tuple[int, int], fraction: float, generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    height, width = size
-    middle = height // 2, width // 2
-    side = int(generator.integers(4))
-    return (
-        (0, height, 0, middle[1]),
-        (0, height, middle[1], width),
-        (0, middle[0], 0, width),
-        (middle[0], height, 0, width),
-    )[side]
-
-
-def _rectangle(
-    size: tuple[int, int], fraction: float, generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Rows and columns of area fraction * H * W, to rounding."""
-    root = math.sqrt(fraction)
-    steepest = min(MAX_ASPECT, 1 / fraction) if fraction else 1.0  # neither side beyond the image
-    stretch = steepest ** (generator.random() - 0.5)  # (h / H) / (w / W) is its square
-    height = round(min(1.0, root * stretch) * size[0])
-    width = round(min(1.0, root / stretch) * size[1])
-    top = int(generator.integers(size[0] - height + 1))
-    left = int(generator.integers(size[1] - width + 1))
-    return top, top + height, left, left + width
-
-
-def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized_mask(mask: np.ndarray, size: Size) -> np.ndarray:
     """The mask of an image (1, H, W) that was resized by torch's antialiased bicubic filter.
 
     A pixel is observed where all pixels that the filter takes it from are: min-pooling, so that no
@@ -259,9 +243,8 @@ def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     missing = np.pad(np.cumsum(np.cumsum(1 - mask[0].astype(np.int64), 0), 1), ((1, 0), (1, 0)))
     top, bottom = _sources(mask.shape[1], size[0])
     left, right = _sources(mask.shape[2], size[1])
-    rows, columns = missing[bottom] - missing[top], (left, right)
-    count = rows[:, columns[1]] - rows[:, columns[0]]  # missing sources of each pixel
-    return (count == 0).astype(np.uint8)[None]
+    rows = missing[bottom] - missing[top]
+    return (rows[:, right] == rows[:, left]).astype(np.uint8)[None]
 
 
 def _sources(have: int, want: int) -> tuple[np.ndarray, np.ndarray]:
@@ -270,8 +253,7 @@ def _sources(have: int, want: int) -> tuple[np.ndarray, np.ndarray]:
     support = 2.0 * max(scale, 1.0)
     center = scale * (np.arange(want) + 0.5)
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
-    stop = np.minimum((center + support + 0.5).astype(np.int64), have)
-    return first, stop
+    return first, np.minimum((center + support + 0.5).astype(np.int64), have)
 
 
 class UnknownClassError(ValueError):
@@ -284,47 +266,26 @@ def label_of(sample: Mapping[str, Any], *, key: str = CLS, num_classes: int = 0)
     Raises DamagedSampleError for what is no integer, UnknownClassError for what is none of
     0, ..., num_classes - 1.
     """
-    value = _of_member(sample) if key == CLS else _of_field(sample, key, num_classes)
-    if value is None:
+    suffix, place = (CLS, ".cls") if key == CLS else ("json", f".json field {key}")
+    text = sample.get(suffix)
+    if text is None:
         return NO_LABEL
-    if abs(value) >= 2**63:
-        raise DamagedSampleError(f"the label {str(value)[:20]} is no integer of 64 bits")
-    if num_classes and not (0 <= value < num_classes or (key == CLS and value == NO_LABEL)):
-        raise UnknownClassError(
-            f"its label {value} ({_source(key)}) is none of the classes 0 to {num_classes - 1} of "
-            f"model.num_classes={num_classes}"
-        )
-    return value
-
-
-def _source(key: str) -> str:
-    return ".cls" if key == CLS else f".json field {key}"
-
-
-def _of_member(sample: Mapping[str, Any]) -> int | None:
-    text = sample.get("cls")
-    if text is None:
-        return None
     try:
-        return int(text)
-    except ValueError:
-        raise DamagedSampleError(f".cls is no integer: {bytes(text[:20])!r}") from None
-
-
-def _of_field(sample: Mapping[str, Any], key: str, num_classes: int) -> int | None:
-    text = sample.get("json")
-    if text is None:
-        return None
-    try:
-        value = json.loads(bytes(text))
+        value: Any = int(text) if key == CLS else json.loads(bytes(text))
     except (ValueError, RecursionError):
-        raise DamagedSampleError(f".json is no JSON: {bytes(text[:20])!r}") from None
-    for name in key.split("."):
+        wanted = "integer" if key == CLS else "JSON"
+        raise DamagedSampleError(f".{suffix} is no {wanted}: {bytes(text[:20])!r}") from None
+    for name in () if key == CLS else key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     if value is None:
-        return None
-    if not isinstance(value, int):  # bool is one
-        raise DamagedSampleError(f".json field {key} is no integer: {str(value)[:20]!r}")
-    if num_classes == 2 and value == -1:
+        return NO_LABEL
+    if not isinstance(value, int) or abs(value) >= 2**63:  # bool is one
+        raise DamagedSampleError(f"{place} is no integer of 64 bits: {str(value)[:20]!r}")
+    if key != CLS and num_classes == 2 and value == -1:
         return 0
+    if num_classes and not (0 <= value < num_classes or (key == CLS and value == NO_LABEL)):
+        raise UnknownClassError(
+            f"its label {value} ({place}) is none of the classes 0 to {num_classes - 1} of "
+            f"model.num_classes={num_classes}"
+        )
     return int(value)

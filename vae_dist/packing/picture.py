@@ -17,8 +17,8 @@ from PIL import Image, ImageCms, ImageOps
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import (
     ARRAYS,
-    decode_image,
     decode_own,
+    decode_sample,
     foreign,
     has_alpha,
     is_png16,
@@ -193,7 +193,7 @@ def _prepare_mask(
     """have, want: (H, W) of the picture in source and shard. Kept byte for byte where they are the
     same. Raises DamagedSampleError."""
     try:
-        shades = decode_image("png", data, channels=1, max_pixels=command.max_pixels)[0]  # (H, W)
+        shades = decode_sample({"png": data}, channels=1, max_pixels=command.max_pixels)[0]
     except DamagedSampleError as error:
         raise DamagedSampleError(f"its mask: {error}") from None
     if shades.shape != have:
