@@ -56,7 +56,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.loader import Batch
 from vae_dist.evaluation.metrics import psnr_db
-from vae_dist.inference.sampling import reconstruct
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import grid, save_png, to_uint8
 from vae_dist.training.build import training_stream
 from vae_dist.training.loop import Trainer
@@ -131,7 +131,8 @@ def run_ours(folder: Path, keys: list[str]) -> None:
     if written[0]:
         held_out = torch.from_numpy(np.load(folder / "held_out.npy"))
         model: Any = trainer.training_step.ema.module
-        np.save(written[0], to_uint8(reconstruct(model, held_out, batch_size=32)).numpy())
+        reconstructed = BatchedVAE(model, batch_size=32).reconstruct(held_out)
+        np.save(written[0], to_uint8(reconstructed).numpy())
 
 
 def architecture(config: TrainConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from vae_dist.config.commands import SampleCommand
 from vae_dist.config.load import load_command
 from vae_dist.data.index import load_index
 from vae_dist.inference.load import Images, first_examples, load_model, open_images
-from vae_dist.inference.sampling import sample_prior
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import to_uint8
 
 STEPS, BATCH_SIZE = 600, 128
@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     real = agreement(network, held_out.images, held_out.labels).float().mean().item()
     num_classes = loaded.model.num_classes
     of_each = -(-command.num_images // num_classes)
-    samples = sample_prior(
-        loaded.model,
+    samples = BatchedVAE(loaded.model).sample(
         of_each,
         loaded.image_size,
         classes=range(num_classes),

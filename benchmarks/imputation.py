@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     known = {name: prepared(m.model, examples) for name, m in (("a", aware), ("o", ordinary))}
     for name, fill in (("zero", -1.0), ("zero, mid-grey", 0.0)):
         filled[name] = encoded_once(ordinary, known["o"], missing, fill)
-    options = {"num_samples": num_samples, "num_draws": 4, "seed": seed}
     seconds = {}
     made = {}
     for name, model, told, method in (
@@ -92,14 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     ):
         steps = min(num_samples, 40) if method == "gibbs" else num_samples
         began = time.perf_counter()
+        how = ImputeCommand(method=method, samples=steps, seed=seed)  # type: ignore[arg-type]
+        numbers = examples.samples.tolist()
         made[name] = impute(
-            model.model,
-            known[told],
-            examples.masks,
-            labels=examples.labels,
-            numbers=examples.samples.tolist(),
-            method=method,
-            **{**options, "num_samples": steps},
+            model.model, known[told], examples.masks, how, labels=examples.labels, numbers=numbers
         )
         seconds[name] = time.perf_counter() - began
         filled[name] = made[name].mean

@@ -28,7 +28,7 @@ from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import ReconstructionMetric, psnr_db
 from vae_dist.evaluation.run import evaluate
-from vae_dist.inference.sampling import reconstruct
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -115,7 +115,7 @@ def strips(model: VAE, images: torch.Tensor, data: Data) -> list[torch.Tensor]:
     z = prior_latents(model.latent_shape(*size), COLUMNS, seed=0)
     params = model.decode(z, size)
     draws = model.likelihood.sample(params, torch_generator(0, "draws"))
-    pictures = [reconstruct(model, images), model.likelihood.mean(params), draws]
+    pictures = [BatchedVAE(model).reconstruct(images), model.likelihood.mean(params), draws]
     return [to_uint8(picture) for picture in pictures]
 
 

@@ -15,19 +15,17 @@ INTRO = "Write a PNG grid of images, each above its reconstruction by a trained 
 
 
 def reconstruct(command: ReconstructCommand) -> None:
-    from vae_dist.inference import sampling
     from vae_dist.inference.load import first_examples_by_shape, images_to_show, open_run
+    from vae_dist.inference.sampling import BatchedVAE
     from vae_dist.tracking.images import left_out, save_png, side_by_side, with_holes
 
     inputs, outputs = [], []
     with open_run(command, device=command.device) as loaded:
         images = images_to_show(loaded, command.data)
+        vae = BatchedVAE(loaded.model, command.batch_size, command.tile)
         for pixels, labels, masks, _ in first_examples_by_shape(images, command.num_images):
             inputs += list(with_holes(pixels, masks))
-            options = {"batch_size": command.batch_size, "tile": command.tile}
-            outputs += list(
-                sampling.reconstruct(loaded.model, pixels, labels=labels, masks=masks, **options)
-            )
+            outputs += list(vae.reconstruct(pixels, labels, masks))
     with writing(command.out):
         save_png(side_by_side(inputs, outputs), command.out)
     print(

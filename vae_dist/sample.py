@@ -24,7 +24,7 @@ INTRO = "Draw images from the prior of a trained model, as one PNG grid or as si
 def sample(command: SampleCommand) -> None:
     from vae_dist.inference.load import open_run
     from vae_dist.inference.mixture import fitted_prior
-    from vae_dist.inference.sampling import sample_prior
+    from vae_dist.inference.sampling import BatchedVAE
     from vae_dist.tracking.images import beside, grid, left_out, save_image, save_png
 
     out = Path(command.out)
@@ -34,14 +34,14 @@ def sample(command: SampleCommand) -> None:
     if command.compare and not is_grid:
         raise ConfigError(f"compare=true writes one picture; out={out} must end in .png")
     with open_run(command, device=command.device) as loaded:
-        what = _what_to_draw(command, loaded)
+        vae, what = BatchedVAE(loaded.model, command.batch_size), _what_to_draw(command, loaded)
         columns = what["num_images"] if what["classes"] else None
         fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
         prior = fitted.mixture if fitted else None
-        images = sample_prior(loaded.model, prior=prior, **what)
+        images = vae.sample(prior=prior, **what)
         pictures = [grid(images, columns=columns)] if is_grid else []
         if command.compare:
-            pictures.insert(0, grid(sample_prior(loaded.model, **what), columns=columns))
+            pictures.insert(0, grid(vae.sample(**what), columns=columns))
     data = loaded.config.data
     with writing(out):
         if is_grid:
@@ -60,7 +60,7 @@ def sample(command: SampleCommand) -> None:
 
 
 def _what_to_draw(command: SampleCommand, loaded: LoadedModel) -> dict[str, Any]:
-    """The arguments of `sample_prior`. Raises ConfigError."""
+    """The arguments of `BatchedVAE.sample`. Raises ConfigError."""
     import torch
 
     from vae_dist.inference.load import check_image_size
@@ -91,10 +91,9 @@ def _what_to_draw(command: SampleCommand, loaded: LoadedModel) -> dict[str, Any]
         "num_images": num_images,
         "classes": classes,
         "labels": labels,
-        "image_size": size,
+        "size": size,
         "seed": command.seed,
         "temperature": command.temperature,
-        "batch_size": command.batch_size,
     }
 
 

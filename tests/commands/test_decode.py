@@ -22,7 +22,7 @@ from vae_dist import decode, encode, reconstruct
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.inference import tiles
 from vae_dist.inference.load import load_model, open_images
-from vae_dist.inference.sampling import posteriors
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import to_uint8
 
 
@@ -100,7 +100,7 @@ def test_a_vector_latent_with_labels(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [tuple(t["mean"].shape) for t in found] == [(3,)] * 5
     loaded = load_model(EncodeCommand(run=f"{tmp_path}/run", device="cpu", data="", out=""))
     assert open_images(loaded.config, "", create=False).index.num_samples == 5
-    mean, _ = posteriors(loaded.model, torch.from_numpy(pixels)[:, None])
+    mean, _ = BatchedVAE(loaded.model).encode(torch.from_numpy(pixels)[:, None])
     torch.testing.assert_close(torch.stack([t["mean"] for t in found]), mean.cpu())
     out = f"out={tmp_path}/decoded"
     assert decode.main([run, f"data={tmp_path}/latents", out, "device=cpu"]) == 0

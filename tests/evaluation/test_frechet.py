@@ -14,7 +14,7 @@ from vae_dist.evaluation.frechet import FrechetMetric, Moments, frechet_distance
 from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, in_colour
 from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.inference.mixture import GaussianMixture
-from vae_dist.inference.sampling import sample_prior
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import to_uint8
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_the_samples_are_those_that_sample_draws() -> None:
     assert "of 13 images: biased" in result.notes["frechet"]
     images = torch.cat([batch.images[batch.weights > 0] for batch in batches(4)])
     for name, mixture in (("fid", None), ("fid_gmm", prior())):
-        samples = to_uint8(sample_prior(model, NUM_IMAGES, (6, 5), seed=3, prior=mixture))
+        samples = to_uint8(BatchedVAE(model).sample(NUM_IMAGES, (6, 5), seed=3, prior=mixture))
         sides = []
         for shown in (images, samples):
             features = pixels(in_colour(shown.float() / 255)).double()

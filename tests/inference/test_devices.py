@@ -7,15 +7,10 @@ import torch
 
 from tests.evaluation.test_run import tiny_model
 from tests.support.devices import DEVICES
+from vae_dist.config.commands import ImputeCommand
 from vae_dist.inference import tiles
 from vae_dist.inference.impute import impute
-from vae_dist.inference.sampling import (
-    interpolate,
-    posteriors,
-    reconstruct,
-    sample_prior,
-    traverse,
-)
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.training.compile import use_tensor_float_32
@@ -30,22 +25,22 @@ def images() -> torch.Tensor:
 
 def pictures_of(model: VAE) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
-    stored = images()
-    mean, log_variance = posteriors(model, stored)
+    stored, vae = images(), BatchedVAE(model)
+    mean, log_variance = vae.encode(stored)
     unit = int(kl_to_standard_normal(mean, log_variance).mean(0).argmax())
     values = torch.linspace(-3, 3, 4)
     mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
     half = torch.full(stored.shape, 0.5, device=device)
     prepared = model.likelihood.prepare(stored.to(device), half)
     found = {
-        "samples": sample_prior(model, 5, SIZE, seed=1, batch_size=2),
-        "reconstructions": reconstruct(model, stored),
-        "interpolations": interpolate(model, mean[:2], mean[2:], SIZE, num_points=3),
-        "traversals": traverse(model, mean[0], SIZE, units=[unit], values=values),
+        "samples": BatchedVAE(model, 2).sample(5, SIZE, seed=1),
+        "reconstructions": vae.reconstruct(stored),
+        "interpolations": vae.interpolate(mean[:2], mean[2:], SIZE, num_points=3),
+        "traversals": vae.traverse(mean[0], SIZE, units=[unit], values=values),
     }
     for method in ("single", "importance", "gibbs"):
-        options = {"method": method, "num_samples": 8, "num_draws": 2, "seed": 1, "chunk": 3}
-        found[f"{method} mean"] = impute(model, prepared, mask, **options).mean
+        how = ImputeCommand(method=method, samples=8, draws=2, seed=1, batch_size=3)
+        found[f"{method} mean"] = impute(model, prepared, mask, how).mean
     return {name: 127.5 * tensor for name, tensor in found.items()}
 
 

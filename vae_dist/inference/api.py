@@ -7,10 +7,10 @@ off inside a call and as it was after it, and draws come from generators of thei
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from vae_dist.config.commands import CheckpointCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.files import printable
-from vae_dist.inference import sampling
 from vae_dist.inference.load import LoadedModel, choose_device, load_model, load_published
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import drawn_labels
 from vae_dist.models.vae import NO_LABEL
 from vae_dist.training.compile import exact_float32
@@ -140,8 +140,10 @@ class TrainedVAE:
         known = self._labels(label, num_images)
         if label is None:
             known = drawn_labels(self.model.num_classes, num_images, seed=seed)
-        draw = partial(sampling.sample_prior, seed=seed, temperature=temperature)
-        return _to_unit(self._run(draw, num_images, self._size(size), labels=known))
+        size = self._size(size)
+        with self._exact() as vae:
+            options: dict[str, Any] = {"temperature": temperature, "labels": known}
+            return _to_unit(vae.sample(num_images, size, seed=seed, **options))
 
     def encode(self, images: ImagesLike, *, labels: LabelsLike = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z|x), each float32 (N, *latent).
@@ -149,9 +151,9 @@ class TrainedVAE:
         The posterior of the very images: the noise that training adds to them (dequantisation,
         dynamic binarisation) is left out.
         """
-        stored = self._stored(images)
-        known = self._labels(labels, len(stored))
-        mean, log_variance = self._run(sampling.posteriors, stored, labels=known)
+        stored, known = self._inputs(images, labels)
+        with self._exact() as vae:
+            mean, log_variance = vae.encode(stored, known)
         return mean.cpu(), (0.5 * log_variance).exp().cpu()
 
     def decode(
@@ -171,13 +173,14 @@ class TrainedVAE:
             wanted = ", ".join(map(str, expected))
             raise ValueError(f"latents of shape {tuple(z.shape)}; give (N, {wanted})")
         known = self._labels(labels, len(z))
-        return _to_unit(self._run(sampling.decode_means, z, size, labels=known))
+        with self._exact() as vae:
+            return _to_unit(vae.decode(z, size, known))
 
     def reconstruct(self, images: ImagesLike, *, labels: LabelsLike = None) -> Tensor:
         """E[x | z = E[z|x]] of each image, float32 (N, C, H, W) in [0, 1]."""
-        stored = self._stored(images)
-        known = self._labels(labels, len(stored))
-        return _to_unit(self._run(sampling.reconstruct, stored, labels=known))
+        stored, known = self._inputs(images, labels)
+        with self._exact() as vae:
+            return _to_unit(vae.reconstruct(stored, known))
 
     def neg_elbo(self, images: ImagesLike, *, labels: LabelsLike = None, seed: int = 0) -> Tensor:
         """-ELBO of each image, an upper bound of -log p(x), float64 (N,) in nats.
@@ -188,14 +191,14 @@ class TrainedVAE:
         """
         if not self._has_likelihood:
             raise ValueError("neg_elbo: diffusers' format has no likelihood; load a run folder")
-        stored = self._stored(images)
-        known = self._labels(labels, len(stored))
-        return cast(Tensor, self._run(partial(sampling.neg_elbo, seed=seed), stored, labels=known))
+        stored, known = self._inputs(images, labels)
+        with self._exact() as vae:
+            return vae.neg_elbo(stored, known, seed=seed)
 
-    def _run(self, function: Callable[..., Any], *given: Any, labels: Tensor | None) -> Any:
-        """Of `sampling`, in batches and in float32."""
-        with torch.inference_mode(), exact_float32(self.device):
-            return function(self.model, *given, batch_size=self.batch_size, labels=labels)
+    @contextmanager
+    def _exact(self) -> Iterator[BatchedVAE]:
+        with exact_float32(self.device):
+            yield BatchedVAE(self.model, self.batch_size)
 
     def _size(self, size: Size) -> tuple[int, int]:
         if size is None:
@@ -225,8 +228,8 @@ class TrainedVAE:
             )
         return found
 
-    def _stored(self, images: ImagesLike) -> Tensor:
-        """(N, C, H, W) as the shards of training hold them. Raises ValueError."""
+    def _inputs(self, images: ImagesLike, labels: LabelsLike) -> tuple[Tensor, Tensor | None]:
+        """(N, C, H, W) as the shards of training hold them, and their labels. Raises ValueError."""
         channels, bits = self.config.data.channels, self.config.data.bits
         found = _as_tensor(images, channels)
         if found.shape[1] != channels:
@@ -235,13 +238,12 @@ class TrainedVAE:
                 f"model takes {channels}; give (N, {channels}, H, W)"
             )
         self._size((found.shape[2], found.shape[3]))
-        wanted = STORED_TYPES.get(bits, torch.uint8)
-        if found.dtype == wanted != torch.float32:
-            return found
-        unit = _in_unit(found)
+        known, wanted = self._labels(labels, len(found)), STORED_TYPES.get(bits, torch.uint8)
         if wanted == torch.float32:
-            return unit * 2 - 1
-        return (unit * torch.iinfo(wanted).max).round().to(wanted)
+            found = _in_unit(found) * 2 - 1
+        elif found.dtype != wanted:
+            found = (_in_unit(found) * torch.iinfo(wanted).max).round().to(wanted)
+        return found, known
 
 
 def _as_tensor(images: ImagesLike, channels: int) -> Tensor:

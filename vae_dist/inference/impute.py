@@ -62,17 +62,14 @@ Values = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class _Task:
-    """What is known of n images, on the model's device, and how often to draw for them."""
+    """What is known of n images, on the model's device, and how to fill them."""
 
     model: VAE
     images: Tensor  # float32 (n, C, H, W)
     mask: Tensor  # (n, 1, H, W)
     labels: Tensor  # int64 (n,)
     numbers: Sequence[int]
-    num_samples: int
-    num_draws: int
-    seed: int
-    chunk: int
+    how: ImputeCommand
 
     def encoded(self) -> tuple[Tensor, Tensor]:
         return self.model.encode(self.images, self.labels, self.mask)
@@ -87,11 +84,11 @@ class _Task:
     def normal(self, draw: int, *shape: int) -> Tensor:
         """Draw number `draw` of each image, float32 (n, *shape), made on CPU so that devices
         agree."""
-        generators = [torch_generator(self.seed, "impute", i, draw) for i in self.numbers]
+        generators = [torch_generator(self.how.seed, "impute", i, draw) for i in self.numbers]
         return torch.stack([torch.randn(shape, generator=one) for one in generators])
 
     def gumbel(self, draw: int, *shape: int) -> Tensor:
-        generators = [torch_generator(self.seed, "impute-draws", i, draw) for i in self.numbers]
+        generators = [torch_generator(self.how.seed, "impute-draws", i, draw) for i in self.numbers]
         uniform = [torch.rand(shape, dtype=torch.float64, generator=one) for one in generators]
         return -torch.log(-torch.log(torch.stack(uniform).clamp(min=1e-300)))
 
@@ -101,33 +98,27 @@ def impute(
     model: VAE,
     images: Tensor,
     mask: Tensor,
+    how: ImputeCommand,
     *,
-    method: str,
-    num_samples: int,
-    num_draws: int,
-    seed: int,
     labels: Tensor | None = None,
     numbers: Sequence[int] = (),
-    chunk: int = 256,
 ) -> Imputed:
     """Fill `images`, float32 (n, C, H, W) as `prepare` made them, where `mask` (n, 1, H, W) is 0;
-    what stands there is not looked at. Draws belong to the `numbers` of the images (default: 0, 1,
-    ...). At most `chunk` latents are decoded at once."""
+    what stands there is not looked at. `how` has method, samples, draws, seed and batch_size.
+    Draws belong to the `numbers` of the images (default: 0, 1, ...)."""
     device = next(model.parameters()).device
     labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
     numbers = numbers or range(len(images))
-    values_of = {"single": _single, "importance": _importance, "gibbs": _gibbs}[method]
-    group = max(1, chunk // (min(BLOCK, num_samples) if method == "importance" else num_draws))
+    values_of = {"single": _single, "importance": _importance, "gibbs": _gibbs}[how.method]
+    at_once = min(BLOCK, how.samples) if how.method == "importance" else how.draws
     parts = []
-    for start in range(0, len(images), group):
+    for start in range(0, len(images), group := max(1, how.batch_size // at_once)):
         part = slice(start, start + group)
         shown, observed, known = (each[part].to(device) for each in (images, mask, labels))
-        task = _Task(
-            model, shown, observed, known, numbers[part], num_samples, num_draws, seed, chunk
-        )
-        parts.append(_summed(values_of(task), shown, num_draws))
+        task = _Task(model, shown, observed, known, numbers[part], how)
+        parts.append(_summed(values_of(task), shown, how.draws))
     imputed = Imputed(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    if method == "single":
+    if how.method == "single":
         one = torch.ones_like(imputed.effective_samples)
         return imputed._replace(mean=imputed.draws[:, 0], effective_samples=one)
     return imputed
@@ -168,7 +159,7 @@ def _summed(parts: Iterable[Values], images: Tensor, num_draws: int) -> Imputed:
 
 def _single(task: _Task) -> Iterator[Values]:
     mean, log_variance = task.encoded()
-    noise = task.normal(0, task.num_draws, *mean.shape[1:]).to(mean.device)
+    noise = task.normal(0, task.how.draws, *mean.shape[1:]).to(mean.device)
     _, values = task.decoded(sample_posterior(mean, log_variance, noise))
     yield values, values.new_zeros(values.shape[:2]), None
 
@@ -177,11 +168,11 @@ def _importance(task: _Task) -> Iterator[Values]:
     """n s at most `chunk`. Blocks are drawn whole: a shorter draw would not begin as a longer one
     does."""
     mean, log_variance = task.encoded()
-    for block in range(-(-task.num_samples // BLOCK)):
-        size = min(BLOCK, task.num_samples - block * BLOCK)
+    for block in range(-(-task.how.samples // BLOCK)):
+        size = min(BLOCK, task.how.samples - block * BLOCK)
         noise = task.normal(block, BLOCK, *mean.shape[1:])[:, :size]
-        gumbel = task.gumbel(block, BLOCK, task.num_draws)[:, :size]
-        share = max(1, min(task.chunk // len(mean), size))
+        gumbel = task.gumbel(block, BLOCK, task.how.draws)[:, :size]
+        share = max(1, min(task.how.batch_size // len(mean), size))
         for of_z, of_draws in zip(noise.split(share, 1), gumbel.split(share, 1), strict=True):
             params, (log_weights,) = weighted_draws(
                 task.model,
@@ -198,12 +189,12 @@ def _importance(task: _Task) -> Iterator[Values]:
 
 def _gibbs(task: _Task) -> Iterator[Values]:
     mean, log_variance = task.encoded()
-    device, chains = mean.device, task.num_draws
+    device, chains = mean.device, task.how.draws
     observed, images, labels = (
         tensor.repeat_interleave(chains, 0) for tensor in (task.mask > 0, task.images, task.labels)
     )
     complete = images
-    for step in range(task.num_samples):
+    for step in range(task.how.samples):
         noise = task.normal(step, chains, *mean.shape[1:]).to(device)
         if step == 0:
             z = sample_posterior(mean, log_variance, noise)
@@ -211,11 +202,11 @@ def _gibbs(task: _Task) -> Iterator[Values]:
             z = sample_posterior(*task.model.encode(complete, labels), noise.flatten(0, 1))
             z = z.view(noise.shape)
         params, values = task.decoded(z)
-        if step >= task.num_samples // 2:
+        if step >= task.how.samples // 2:
             yield values, values.new_zeros(values.shape[:2]), None
         drawn = [
             task.model.likelihood.sample(
-                own, torch_generator(task.seed, "impute-gibbs", number, step, device=device)
+                own, torch_generator(task.how.seed, "impute-gibbs", number, step, device=device)
             )
             for number, own in zip(task.numbers, params.split(chains), strict=True)
         ]
@@ -288,18 +279,8 @@ def fill(
     for examples in first_examples_by_shape(images, command.num_images, names=names):
         numbers = examples.samples.tolist()
         assert examples.masks is not None
-        imputed = impute(
-            model,
-            prepared(model, examples),
-            examples.masks,
-            method=command.method,
-            labels=examples.labels,
-            numbers=numbers,
-            num_samples=command.samples,
-            num_draws=command.draws,
-            seed=command.seed,
-            chunk=command.batch_size,
-        )
+        shown, masks = prepared(model, examples), examples.masks
+        imputed = impute(model, shown, masks, command, labels=examples.labels, numbers=numbers)
         for i, number in enumerate(numbers):
             key = _key(images, number) if names is None else names[number]
             filled[number] = FilledImage(

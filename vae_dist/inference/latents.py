@@ -29,7 +29,7 @@ from vae_dist.data.reader import single_sample
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.inference.load import Images
-from vae_dist.inference.sampling import decode_means
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.vae import NO_LABEL, VAE
 
 MEMBER = "latent.safetensors"
@@ -134,5 +134,5 @@ def decode_latents(
         while batch := list(islice(same, batch_size)):
             z = torch.stack([sample.latent for sample in batch])
             labels = torch.tensor([sample.label for sample in batch])
-            means = decode_means(model, z, size, labels=labels, tile=tile)
+            means = BatchedVAE(model, tile=tile).decode(z, size, labels)
             yield from zip(batch, means, strict=True)

@@ -22,12 +22,7 @@ from torch import Tensor, nn
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import Examples, Images, first_examples
-from vae_dist.inference.sampling import (
-    interpolate,
-    posteriors,
-    sample_prior,
-    traverse,
-)
+from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import drawn_labels, kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.run.folder import RunFolder
@@ -76,44 +71,37 @@ class ImageLogger:
     def __call__(self, model: nn.Module, step: int, metrics: Mapping[str, Value]) -> None:
         assert isinstance(model, VAE)
         config, size, num_images = self._config, self._data.image_size, self._config.log.num_images
-        batch_size = self._batch_size
+        vae = BatchedVAE(model, self._batch_size)
         caption = image_caption(step, metrics)
 
         def show(name: str, image: Image.Image, note: str = "") -> None:
             self._writer.put(step, name, f"{caption} | {note}" if note else caption, image)
 
-        samples = sample_prior(
-            model,
-            num_images,
-            size,
-            seed=config.seed,
-            temperature=1.0,
-            batch_size=batch_size,
-            labels=drawn_labels(model.num_classes, num_images, seed=config.seed),
-        )
-        show("samples", grid(samples))
+        drawn = drawn_labels(model.num_classes, num_images, seed=config.seed)
+        show("samples", grid(vae.sample(num_images, size, seed=config.seed, labels=drawn)))
         if model.num_classes:
-            show("samples_by_class", grid(self._samples_by_class(model), columns=NUM_POINTS))
+            classes = range(min(model.num_classes, MAX_CLASSES))
+            samples = vae.sample(NUM_POINTS, size, seed=config.seed, classes=classes)
+            show("samples_by_class", grid(samples, columns=NUM_POINTS))
         inputs, labels, masks, _ = examples = self._examples()
         searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
-        mean, log_variance = posteriors(
-            model, inputs, batch_size=batch_size, labels=labels, masks=masks
-        )
-        outputs, losses = _reconstructions(model, examples, mean, batch_size)
+        mean, log_variance = vae.encode(inputs, labels, masks)
+        outputs, losses = _reconstructions(model, examples, mean, self._batch_size)
         inputs = with_holes(inputs, masks)
         shown = max(1, num_images // 2)
         levels, kl = to_uint8(inputs), kl_to_standard_normal(mean, log_variance)
         show("reconstructions", side_by_side(levels[:shown], outputs[:shown]))
-        lines = self._interpolations(model, levels, labels, mean)
+        lines = _interpolations(vae, levels, labels, mean)
         if lines is not None:
             show("interpolations", grid(lines, columns=NUM_POINTS))
         units = kl.mean(0).argsort(descending=True).tolist()[:NUM_ROWS]
-        traversed = self._traversals(model, mean[0], int(labels[0]), units)
+        values = torch.linspace(-3, 3, NUM_POINTS)
+        traversed = vae.traverse(mean[0], size, units=units, values=values, label=int(labels[0]))
         names = ", ".join(f"{unit}" for unit in units)
         show("traversals", grid(traversed, columns=NUM_POINTS), f"units {names}, from -3 to 3")
-        classes = _by_class(levels, outputs, labels)
-        if classes is not None:
-            show("by_class", grid(classes, columns=2 * NUM_PAIRS), f"from the {searched}")
+        pairs = _by_class(levels, outputs, labels)
+        if pairs is not None:
+            show("by_class", grid(pairs, columns=2 * NUM_PAIRS), f"from the {searched}")
         losses = losses + kl.sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
@@ -131,49 +119,18 @@ class ImageLogger:
             self._inputs = first_examples(self._validation, wanted)
         return self._inputs
 
-    def _samples_by_class(self, model: VAE) -> Tensor:
-        return sample_prior(
-            model,
-            NUM_POINTS,
-            self._data.image_size,
-            classes=range(min(model.num_classes, MAX_CLASSES)),
-            seed=self._config.seed,
-            batch_size=self._batch_size,
-        )
 
-    def _interpolations(
-        self, model: VAE, inputs: Tensor, labels: Tensor, mean: Tensor
-    ) -> Tensor | None:
-        """Rows of a, the line from a to b, b; None when there are no two images."""
-        num_rows = min(NUM_ROWS, len(inputs) // 2)
-        if num_rows == 0:
-            return None
-        first, second = slice(0, 2 * num_rows, 2), slice(1, 2 * num_rows, 2)
-        size = self._data.image_size
-        lines = interpolate(
-            model,
-            mean[first],
-            mean[second],
-            size,
-            num_points=NUM_POINTS - 2,
-            labels=(labels[first], labels[second]),
-            batch_size=self._batch_size,
-        )
-        lines = to_uint8(lines).unflatten(0, (num_rows, NUM_POINTS - 2))
-        ends = inputs[first].unsqueeze(1), inputs[second].unsqueeze(1)
-        return torch.cat([ends[0], lines, ends[1]], 1).flatten(0, 1)
-
-    def _traversals(self, model: VAE, z: Tensor, label: int, units: list[int]) -> Tensor:
-        values = torch.linspace(-3, 3, NUM_POINTS)
-        return traverse(
-            model,
-            z,
-            self._data.image_size,
-            units=units,
-            values=values,
-            label=label,
-            batch_size=self._batch_size,
-        )
+def _interpolations(vae: BatchedVAE, inputs: Tensor, labels: Tensor, mean: Tensor) -> Tensor | None:
+    """Rows of a, the line from a to b, b; None when there are no two images."""
+    num_rows, size = min(NUM_ROWS, len(inputs) // 2), (inputs.shape[-2], inputs.shape[-1])
+    if num_rows == 0:
+        return None
+    first, second = slice(0, 2 * num_rows, 2), slice(1, 2 * num_rows, 2)
+    ends = labels[first], labels[second]
+    lines = vae.interpolate(mean[first], mean[second], size, num_points=NUM_POINTS - 2, labels=ends)
+    lines = to_uint8(lines).unflatten(0, (num_rows, NUM_POINTS - 2))
+    rows = [inputs[first].unsqueeze(1), lines, inputs[second].unsqueeze(1)]
+    return torch.cat(rows, 1).flatten(0, 1)
 
 
 def _reconstructions(
