@@ -25,7 +25,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from vae_dist.config.errors import ConfigError, merged_over_ranks
+from vae_dist.config.errors import ConfigError, name_ranks
 from vae_dist.config.launcher import launcher_problems, precision_problem, threads_of_user
 from vae_dist.config.schema import RuntimeConfig
 
@@ -97,9 +97,9 @@ class Runtime:
                 "set runtime.device=cpu"
             )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        timeout = timedelta(seconds=config.timeout_s)
         try:
             # without a GPU Accelerate stays single-process unless cpu=True is passed
+            timeout = timedelta(seconds=config.timeout_s)
             state = PartialState(cpu=not has_accelerator(config), timeout=timeout)
         except dist.DistError as error:
             raise RankFailed(
@@ -113,13 +113,13 @@ class Runtime:
                 "would train alone; launch with `accelerate launch --multi_gpu --num_processes "
                 f"{launched}` (without --cpu), or with torchrun"
             )
+        asked = config.threads
         if state.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
-            cores = len(os.sched_getaffinity(0))
-            asked = config.threads or threads_of_user()
-            torch.set_num_threads(asked or max(1, cores // local))
-        elif config.threads:
-            torch.set_num_threads(config.threads)
+            share = max(1, len(os.sched_getaffinity(0)) // local)
+            asked = asked or threads_of_user() or share
+        if asked:
+            torch.set_num_threads(asked)
         return cls(config, state)
 
     def use_precision(self, precision: str) -> None:
@@ -176,10 +176,10 @@ class Runtime:
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The main process' tensors, in CPU memory, on every rank: one reads for all."""
-        if self.world == 1:
-            return dict(tensors or {})
-        kinds = {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}
         received = dict(tensors or {})
+        if self.world == 1:
+            return received
+        kinds = {name: (value.shape, value.dtype) for name, value in received.items()}
         for name, (shape, dtype) in self.broadcast(kinds).items():
             if not self.is_main:
                 received[name] = torch.empty(shape, dtype=dtype)
@@ -205,19 +205,29 @@ class Runtime:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on the main process alone; its result, or its error, reaches every rank."""
-        result, own = _attempt(function) if self.is_main else (None, None)
-        result, error = self.broadcast((result, _for_others(own)))
-        if error is not None:
-            raise _combined(own, {0: error}, num_asked=1)
-        return result  # type: ignore[return-value]
+        return self.broadcast(self._run_on(range(1), function))
 
     def on_all_ranks(self, function: Callable[[], T]) -> T:
         """Run on every rank; an error on some is raised on all. A ConfigError (or OSError) becomes
         one that names the ranks; any other is raised where it arose, and RankFailed elsewhere."""
-        result, own = _attempt(function)
-        errors = {rank: error for rank, error in enumerate(self.gather(_for_others(own))) if error}
+        return self._run_on(range(self.world), function)
+
+    def _run_on(self, ranks: range, function: Callable[[], T]) -> T:
+        result: T | None = None
+        own: Exception | None = None
+        try:
+            result = function() if self.rank in ranks else None
+        except Exception as error:
+            own = error
+        sent = self.gather(own and _for_others(own, self.rank))
+        if own is not None and not isinstance(own, ConfigError | OSError):
+            raise own
+        errors = {rank: one for rank, one in enumerate(sent) if isinstance(one, ConfigError)}
+        for unexpected in sent:
+            if unexpected is not None and unexpected not in errors.values():
+                raise unexpected
         if errors:
-            raise _combined(own, errors, num_asked=self.world)
+            raise _merged(errors, num_asked=len(ranks))
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
@@ -338,34 +348,26 @@ def load_full(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             local_part(value).copy_(local_part(part_like(tensors[name], value)))
 
 
-# errors of some ranks, raised by all
-
-
-def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
-
-
-def _for_others(error: Exception | None) -> Exception | None:
-    """An error of this rank as it is sent to the others."""
+def _for_others(error: Exception, rank: int) -> Exception:
+    """An error of this rank as it is sent to all."""
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return ConfigError(
             f"{place}{error.strerror or error} (on {socket.gethostname()}); see to that disk or "
             "network, then give the same command again"
         )
-    if error is None or isinstance(error, ConfigError):
+    if isinstance(error, ConfigError):
         return error
-    rank = os.environ.get("RANK", "0")
     return RankFailed(f"rank {rank}: {type(error).__name__}: {error}")
 
 
-def _combined(own: Exception | None, errors: dict[int, Exception], *, num_asked: int) -> Exception:
-    """What this rank raises, given its own error and those of all that were asked."""
-    if own is not None and not isinstance(own, ConfigError | OSError):
-        return own
-    if unexpected := [one for one in errors.values() if not isinstance(one, ConfigError)]:
-        return unexpected[0]
-    return merged_over_ranks(errors, num_asked=num_asked)  # type: ignore[arg-type]
+def _merged(errors: Mapping[int, ConfigError], *, num_asked: int) -> ConfigError:
+    """One error from those of some ranks; its lines name them unless all that were asked agree."""
+    ranks_of: dict[tuple[str, ...], list[int]] = {}
+    for rank, error in errors.items():
+        ranks_of.setdefault(error.problems, []).append(rank)
+    problems: list[str] = []
+    for (first, *rest), ranks in ranks_of.items():
+        who = "" if len(ranks) == num_asked else f"{name_ranks(ranks)}: "
+        problems += [who + first, *rest]
+    return ConfigError(problems)

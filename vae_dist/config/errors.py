@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 
 class ConfigError(ValueError):
@@ -19,18 +19,6 @@ class ConfigError(ValueError):
 
 class CommandFailed(Exception):
     """The command was right, and something else went wrong; the text says what to do."""
-
-
-def merged_over_ranks(errors: Mapping[int, ConfigError], *, num_asked: int) -> ConfigError:
-    """One error from those of some ranks; its lines name them unless all that were asked agree."""
-    ranks_of: dict[tuple[str, ...], list[int]] = {}
-    for rank, error in errors.items():
-        ranks_of.setdefault(error.problems, []).append(rank)
-    problems: list[str] = []
-    for (first, *rest), ranks in ranks_of.items():
-        is_of_all = len(ranks) == num_asked
-        problems += [first if is_of_all else f"{name_ranks(ranks)}: {first}", *rest]
-    return ConfigError(problems)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

@@ -9,44 +9,36 @@ from __future__ import annotations
 import os
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate
-PRECISIONS = ("bf16", "fp16")  # that training.precision knows too
+TRUE = ("1", "true", "yes")
 
 
 def launcher_problems() -> list[str]:
     """What the launcher offers and vae_dist does not use."""
-    problems = []
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", "auto"):
-        problems.append(
-            f"the launcher asks for gradient_accumulation_steps={accumulation}; "
-            "set training.microbatch_size instead"
-        )
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if compiler.lower() not in ("", "no"):
-        problems.append(
-            f"the launcher asks for dynamo_backend={compiler}; leave it out and set runtime.compile"
-        )
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
-            problems.append(
-                f"the launcher sets ACCELERATE_USE_{name}; launch without it (vae_dist trains with "
-                "DDP; instead of --use_fsdp set runtime.parallel=fsdp)"
-            )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = os.environ.get
+    accumulation = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    compiler = asked("ACCELERATE_DYNAMO_BACKEND", "no")
+    world, on_cpu = int(asked("WORLD_SIZE", "1")), asked("ACCELERATE_USE_CPU", "").lower() == "true"
     missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if world > 1 and missing:
-        problems.append(
-            f"WORLD_SIZE={world} is set but {', '.join(missing)} not, so each would train alone; "
-            f"start with `accelerate launch --multi_gpu --num_processes {world} -m vae_dist.train "
-            "...` or unset WORLD_SIZE"
-        )
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        problems.append(
-            "accelerate was asked for several processes on CPUs (MULTI_CPU), of which it starts "
-            "one; start with `torchrun --nproc_per_node N -m vae_dist.train ...`, or ask for one"
-        )
-    return problems
+    problems = {
+        f"the launcher asks for gradient_accumulation_steps={accumulation}; set "
+        "training.microbatch_size instead": accumulation not in ("1", "auto"),
+        f"the launcher asks for dynamo_backend={compiler}; leave it out and set runtime.compile": (
+            compiler.lower() not in ("", "no")
+        ),
+        f"WORLD_SIZE={world} is set but {', '.join(missing)} not, so each would train alone; start "
+        f"with `accelerate launch --multi_gpu --num_processes {world} -m vae_dist.train ...` or "
+        "unset WORLD_SIZE": world > 1 and bool(missing),
+        "accelerate was asked for several processes on CPUs (MULTI_CPU), of which it starts one; "
+        "start with `torchrun --nproc_per_node N -m vae_dist.train ...`, or ask for one": (
+            on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
+        ),
+    }
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        problems[
+            f"the launcher sets ACCELERATE_USE_{name}; launch without it (vae_dist trains with "
+            "DDP; instead of --use_fsdp set runtime.parallel=fsdp)"
+        ] = asked(f"ACCELERATE_USE_{name}", "").lower() in TRUE
+    return [sentence for sentence, is_so in problems.items() if is_so]
 
 
 def precision_problem(precision: str) -> str:
@@ -54,7 +46,7 @@ def precision_problem(precision: str) -> str:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked in ("no", precision):
         return ""
-    remedy = f", or set training.precision={asked}" if asked in PRECISIONS else ""
+    remedy = f", or set training.precision={asked}" if asked in ("bf16", "fp16") else ""
     return (
         f"the launcher asks for mixed precision {asked} but training.precision={precision}; "
         f"leave the launcher's out{remedy}"
