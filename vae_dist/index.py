@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_dist.cli import run_command
 from vae_dist.config.commands import IndexCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.files import ProgressBar
+from vae_dist.files import ProgressBar, printable, redacted
 
 if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex
@@ -37,78 +38,73 @@ def main(argv: list[str] | None = None) -> int:
     return code or (1 if damaged else 0)
 
 
-def _index(command: IndexCommand) -> list[str]:
+def _index(command: IndexCommand) -> set[str]:
     """Make the index, report on each shard, and return the damaged ones."""
     from vae_dist.data.index import load_index, resolve_shards
     from vae_dist.data.indexing import write_index, write_index_of_remote
     from vae_dist.data.sources import is_remote
 
     paths = resolve_shards(command.data, key="data")
-    spec: Any = paths
-    if any(is_remote(path) for path in paths) or command.out:
-        if not command.out:
-            raise ConfigError(
-                f"data={command.data}: the shards lie elsewhere; name a folder for their index, "
-                "for example out=index, and then give data.train={path: SHARDS, index: index}"
-            )
-        spec = {"path": paths, "index": command.out}
-        with ProgressBar("indexed", len(paths), unit="shards") as progress:
-            damage = write_index_of_remote(
-                paths, Path(command.out), overwrite=command.overwrite, progress=progress
-            )
-    else:
-        with ProgressBar("indexed", len(paths), unit="shards") as progress:
-            damage = write_index(paths, overwrite=command.overwrite, progress=progress)
-    damaged = [path for path, error in damage.items() if error is not None]
-    for path in damaged:
-        print(damage[path], file=sys.stderr)
-    if not isinstance(spec, dict):
-        spec = [path for path in paths if damage.get(path) is None]
-    num_samples = 0
-    if spec and not (damaged and isinstance(spec, dict)):
+    if any(map(is_remote, paths)) and not command.out:
+        raise ConfigError(
+            f"data={command.data}: the shards lie elsewhere; name a folder for their index, "
+            "for example out=index, and then give data.train={path: SHARDS, index: index}"
+        )
+    write = partial(write_index_of_remote, folder=Path(command.out)) if command.out else write_index
+    with ProgressBar("indexed", len(paths), unit="shards") as progress:
+        damage = write(paths, overwrite=command.overwrite, progress=progress)
+    damaged = {path for path, error in damage.items() if error is not None}
+    for path in damage:
+        if path in damaged:
+            _print(damage[path], file=sys.stderr)
+    num_samples, whole = 0, [path for path in paths if path not in damaged]
+    if whole and not (damaged and command.out):
+        spec = {"path": whole, "index": command.out} if command.out else whole
         index = load_index(spec, key="data", create=False)
         num_samples = index.num_samples
         for path, length, size in zip(index.paths, index.lengths, index.bytes, strict=True):
-            print(f"{path}: samples={length} bytes={size}")
+            _print(f"{path}: samples={length} bytes={size}")
         if command.verify:
-            damaged += _verify(index, command.max_pixels)
-    made = sum(error is None for error in damage.values())
+            damaged |= _verify(index, command.max_pixels)
     print(
-        f"shards={len(paths)} indexed_now={made} indexed_before={len(paths) - len(damage)} "
-        f"damaged={len(set(damaged))} samples={num_samples}"
+        f"shards={len(paths)} indexed_now={sum(error is None for error in damage.values())} "
+        f"indexed_before={len(paths) - len(damage)} damaged={len(damaged)} samples={num_samples}"
     )
     return damaged
 
 
-def _verify(index: ShardIndex, max_pixels: int) -> list[str]:
+def _verify(index: ShardIndex, max_pixels: int) -> set[str]:
     """Decode everything; print what is wrong and what sizes there are. Returns the damaged
     shards."""
+    from vae_dist.data.transforms import ImageSettings
     from vae_dist.data.verify import verify
 
+    reports, settings = [], ImageSettings(3, (1, 1), True, max_pixels)
     with ProgressBar("verified", len(index.paths), unit="shards") as progress:
-        reports = []
-        for report in verify(index, max_pixels=max_pixels):
+        for report in verify(index, settings):
             reports.append(report)
             progress(len(reports))
     for report in reports:
-        named = report.damaged[:NUM_NAMED]
-        lines = [f"{report.path} sample {number}: {reason}" for number, reason in named]
-        if more := len(report.damaged) - len(named):
-            lines.append(f"{report.path}: {more} more samples are damaged")
-        for line in filter(None, [report.error, *lines]):
-            print(line, file=sys.stderr)
-    double = [f"{report.path} {key}" for report in reports for key in report.double]
-    if double:
-        print(f"double keys: {len(double)}, the first is {double[0]}; the trainer reads them all")
+        for number, reason in report.damaged[:NUM_NAMED]:
+            _print(f"{report.path} sample {number}: {reason}", file=sys.stderr)
+        if (more := len(report.damaged) - NUM_NAMED) > 0:
+            _print(f"{report.path}: {more} more samples are damaged", file=sys.stderr)
+        if report.error:
+            _print(report.error, file=sys.stderr)
+    if double := [f"{report.path} {key}" for report in reports for key in report.double]:
+        _print(f"double keys: {len(double)}, the first is {double[0]}; the trainer reads them all")
     sizes = sum((report.sizes for report in reports), Counter[tuple[int, int]]())
     channels = sum((report.channels for report in reports), Counter[int]())
-    masks = sum((report.masks for report in reports), Counter[str]())
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes.most_common(NUM_SIZES))
     print(f"sizes HxW: {common or 'none'}; {len(sizes)} different")
     print(f"channels: {', '.join(f'{c} ({count})' for c, count in sorted(channels.items()))}")
-    for mask, count in sorted(masks.items()):
+    for mask, count in sorted(sum((report.masks for report in reports), Counter[str]()).items()):
         print(f"incomplete: {count} samples, which data.mask={mask} reads")
-    return [report.path for report in reports if report.error or report.damaged]
+    return {report.path for report in reports if report.error or report.damaged}
+
+
+def _print(text: object, **options: Any) -> None:
+    print(printable(redacted(str(text))), **options)
 
 
 if __name__ == "__main__":

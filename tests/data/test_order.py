@@ -30,10 +30,10 @@ def test_windows_follow_each_other_and_can_be_entered_anywhere() -> None:
     for row in range(rows[-1].end_row):
         entered = Order(LENGTHS, lanes=16, window=8, seed=0).window_at(5, row)
         (same,) = (w for w in rows if w.first_row <= row < w.end_row)
-        assert (entered.first_row, entered.runs, entered.epoch) == (
+        assert (entered.first_row, entered.runs, entered.epochs) == (
             same.first_row,
             same.runs,
-            same.epoch,
+            same.epochs,
         )
         np.testing.assert_array_equal(entered.order, same.order)
 
@@ -50,7 +50,7 @@ def test_a_shard_is_read_front_to_back_by_one_or_two_lanes() -> None:
     for lane in range(8):
         last: dict[int, int] = {}
         window = order.window_at(lane, 0)
-        while window.epoch == 0:
+        while window.epochs[0] == 0:
             for run in window.runs:
                 readers.setdefault(run.shard, set()).add(lane)
                 if run.shard in last:  # again only where the turn has cut a shard in two

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +27,11 @@ from vae_dist.data.sources import (
     read_ranges,
     size_of,
 )
-from vae_dist.data.tar import Read, ShardError, sample_starts
+from vae_dist.data.tar import ShardError, Source, sample_starts
 from vae_dist.files import write_durably
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
+Damage = dict[str, ShardError | None]  # of each shard that was read; None: it is whole
 
 NUM_THREADS = 8  # header hops wait for the disk, not for the CPU
 MAX_NAME = 100  # letters of a shard's name in that of its sidecar
@@ -48,17 +49,22 @@ def index_shard(path: str | Path) -> np.ndarray:
     return np.array([*starts, end], np.int64)
 
 
-def _in_windows(place: str) -> Read:
+def _in_windows(place: str) -> Source:
     """Reads a remote shard in pieces that are much larger than a header."""
     begin, window = 0, b""
+    size = None if is_pipe(place) else size_of(place)
 
     def read(at: int, count: int) -> bytes:
         nonlocal begin, window
         if not (begin <= at and at + count <= begin + len(window)):
-            begin, window = at, read_range(place, at, max(count, WINDOW_BYTES))
+            wanted = max(count, WINDOW_BYTES)
+            begin, window = (
+                at,
+                read_range(place, at, wanted if size is None else min(wanted, size - at)),
+            )
         return window[at - begin : at - begin + count]
 
-    return read
+    return Source(read, size)
 
 
 def digest_of(place: str, size: int) -> str:
@@ -82,72 +88,6 @@ def digests_of(paths: Sequence[str]) -> list[str]:
         return list(pool.map(lambda path: digest_of(path, os.path.getsize(path)), paths))
 
 
-def write_index_of_remote(
-    urls: Sequence[str], folder: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> dict[str, ShardError | None]:
-    """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
-    when all are whole. Sidecars of these addresses and sizes are kept, so that a killed call goes
-    on. Where a shard is damaged, its sidecar goes, and an earlier `shards.json`.
-
-    Returns each shard that was read, with its damage or None.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = list(dict.fromkeys(urls))
-    made: dict[str, _Made] = {}
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        found = pool.map(lambda url: _index_of_remote(url, folder, overwrite=overwrite), todo)
-        for url, of_shard in zip(todo, found, strict=True):
-            made[url] = of_shard
-            if progress is not None:
-                progress(len(made), len(todo))
-    damage = {url: of_shard.error for url, of_shard in made.items() if not of_shard.is_kept}
-    entries = [made[url].entry for url in urls]
-    if all(entries):
-        text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": entries}, indent=1)
-        write_durably(folder / "shards.json", text.encode())
-    elif any(error and not isinstance(error, UnreadableError) for error in damage.values()):
-        (folder / "shards.json").unlink(missing_ok=True)  # it is of other bytes
-    return damage
-
-
-class _Made(NamedTuple):
-    """Of a remote shard: its entry in `shards.json` or why there is none."""
-
-    entry: dict[str, Any] | None
-    is_kept: bool
-    error: ShardError | None
-
-
-def _index_of_remote(url: str, folder: Path, *, overwrite: bool) -> _Made:
-    """Make the sidecar of a remote shard, unless it is there."""
-    try:
-        size = None if is_pipe(url) else size_of(url)
-        # a sidecar's name says whose it is: other addresses and sizes have others
-        owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
-        sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
-        is_kept = sidecar.exists() and not overwrite
-        if not is_kept:
-            _make_sidecar(url, sidecar)
-        digest = "" if size is None else digest_of(url, size)
-    except ShardError as error:
-        return _Made(None, False, error)
-    entry = {"url": url, "nsamples": sidecar.stat().st_size // 8 - 1, "index": sidecar.name}
-    if size is not None:
-        entry |= {"filesize": size, "digest": digest}
-    return _Made(entry, is_kept, None)
-
-
-def _make_sidecar(url: str, sidecar: Path) -> None:
-    try:
-        offsets = index_shard(url)
-    except UnreadableError:
-        raise  # that says nothing of a sidecar that is there
-    except ShardError:
-        sidecar.unlink(missing_ok=True)
-        raise
-    write_durably(sidecar, offsets.astype("<u8").tobytes())
-
-
 def write_sidecar(path: str | Path, offsets: np.ndarray) -> None:
     write_durably(Path(f"{path}.idx"), offsets.astype("<u8").tobytes())
 
@@ -168,18 +108,14 @@ def write_info(paths: Sequence[str | Path], *, split: str) -> None:
 
 
 def write_index(
-    paths: Sequence[str],
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, ShardError | None]:
+    paths: Sequence[str], *, overwrite: bool = False, progress: Progress | None = None
+) -> Damage:
     """Make the sidecars that are missing (all with `overwrite`), several shards at a time.
 
-    Returns each shard that was read, with its damage or None: a damaged shard gets no sidecar, and
-    loses one that it had. `_info.json` is written where there is none (or with `overwrite`) and
-    all shards have a sidecar. Raises ConfigError when the folder cannot be written.
+    A damaged shard gets no sidecar, and loses one that it had. `_info.json` is written where there
+    is none (or with `overwrite`) and all shards have a sidecar. Raises ConfigError when the folder
+    cannot be written.
     """
-    todo = [path for path in paths if overwrite or not os.path.exists(f"{path}.idx")]
 
     def make(path: str) -> ShardError | None:
         try:
@@ -189,13 +125,9 @@ def write_index(
             return error
         return None
 
-    damage: dict[str, ShardError | None] = {}
+    todo = [path for path in paths if overwrite or not os.path.exists(f"{path}.idx")]
     try:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for path, error in zip(todo, pool.map(make, todo), strict=True):
-                damage[path] = error
-                if progress is not None:
-                    progress(len(damage), len(todo))
+        damage = dict(zip(todo, _in_threads(make, todo, progress), strict=True))
         for folder in sorted({os.path.dirname(path) for path in paths}):
             shards = [path for path in paths if os.path.dirname(path) == folder]
             complete = all(os.path.exists(f"{path}.idx") for path in shards)
@@ -207,3 +139,62 @@ def write_index(
             "data=FOLDER` as somebody who can write there, or copy the shards"
         ) from error
     return damage
+
+
+def write_index_of_remote(
+    urls: Sequence[str], folder: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Damage:
+    """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
+    when all are whole. Sidecars of these addresses and sizes are kept, so that a killed call goes
+    on. Where a shard is damaged, its sidecar goes, and an earlier `shards.json`.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    damage: Damage = {}
+
+    def make(url: str) -> None:
+        try:
+            size = None if is_pipe(url) else size_of(url)
+            # a sidecar's name says whose it is: other addresses and sizes have others
+            owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
+            sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
+            if overwrite or not sidecar.exists():
+                damage[url] = None
+                _make_sidecar(url, sidecar)
+            of_size = {} if size is None else {"filesize": size, "digest": digest_of(url, size)}
+        except ShardError as error:
+            damage[url] = error
+            return
+        count = sidecar.stat().st_size // 8 - 1
+        entries[url] = {"url": url, "nsamples": count, "index": sidecar.name, **of_size}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _in_threads(make, list(dict.fromkeys(urls)), progress)
+    if all(url in entries for url in urls):
+        shards = [entries[url] for url in urls]
+        text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": shards}, indent=1)
+        write_durably(folder / "shards.json", text.encode())
+    elif any(error and not isinstance(error, UnreadableError) for error in damage.values()):
+        (folder / "shards.json").unlink(missing_ok=True)  # it is of other bytes
+    return {url: damage[url] for url in urls if url in damage}
+
+
+def _make_sidecar(url: str, sidecar: Path) -> None:
+    try:
+        write_durably(sidecar, index_shard(url).astype("<u8").tobytes())
+    except UnreadableError:
+        raise  # that says nothing of a sidecar that is there
+    except ShardError:
+        sidecar.unlink(missing_ok=True)
+        raise
+
+
+def _in_threads(
+    make: Callable[[str], Any], todo: Sequence[str], progress: Progress | None
+) -> list[Any]:
+    found = []
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for result in pool.map(make, todo):
+            found.append(result)
+            if progress is not None:
+                progress(len(found), len(todo))
+    return found

@@ -40,29 +40,26 @@ NUM_CACHED_EPOCHS = 3  # a lane reads in one epoch, looks back into the last, la
 class Window:
     """Consecutive samples of a lane: row first_row + i takes sample order[i] of the joined runs."""
 
-    epoch: int  # of the first run
-    lane: int
     first_row: int
     runs: tuple[Run, ...]
+    epochs: tuple[int, ...]  # of each run
     order: np.ndarray  # int64 permutation of range(num_samples)
-    epochs: tuple[int, ...] = ()  # of each run, where they are not all of one
 
     @property
     def end_row(self) -> int:
         return self.first_row + len(self.order)
 
-    def sample(self, position: int) -> tuple[int, int]:
-        """(shard, index in the shard) of a position of the joined runs."""
-        return self.place(position)[1:]
-
     def place(self, position: int) -> tuple[int, int, int]:
         """(epoch, shard, index in the shard) of a position of the joined runs."""
-        for number, run in enumerate(self.runs):
+        for epoch, run in zip(self.epochs, self.runs, strict=True):
             if position < run.stop - run.start:
-                epoch = self.epochs[number] if self.epochs else self.epoch
                 return epoch, run.shard, run.start + position
             position -= run.stop - run.start
         raise IndexError(position)
+
+    def sample(self, position: int) -> tuple[int, int]:
+        """(shard, index in the shard) of a position of the joined runs."""
+        return self.place(position)[1:]
 
 
 class _Plan(NamedTuple):
@@ -95,14 +92,11 @@ class Order:
         assert not slot_rows or window % slot_rows == 0, (window, slot_rows)
         self._plans: dict[int, _Plan] = {}
 
-    def epoch(self, g: int) -> int:
-        return g // self.num_samples
-
     def window_at(self, lane: int, row: int) -> Window:
         """The window of a lane that holds a row (counted over the whole run)."""
         if self.slot_rows:
             return self._window_over_epochs(lane, row)
-        epoch = self.epoch(row * self.lanes + lane)
+        epoch = self._epoch(lane, row)
         plan = self._plan(epoch)
         first, end = int(plan.first_row[lane]), int(plan.end_row[lane])
         # The first window of each lane has another length, so that not all lanes read at once.
@@ -110,9 +104,9 @@ class Order:
         number = 0 if row - first < head else 1 + (row - first - head) // self.window
         low = first if number == 0 else first + head + (number - 1) * self.window
         high = min(end, first + head + number * self.window)
-        runs = self._runs(plan, int(plan.start[lane]) + low - first, high - low)
+        runs = tuple(self._runs(plan, lane, low, high))
         generator = numpy_generator(self.seed, "window", epoch, lane, number)
-        return Window(epoch, lane, low, tuple(runs), generator.permutation(high - low))
+        return Window(low, runs, (epoch,) * len(runs), generator.permutation(high - low))
 
     def _window_over_epochs(self, lane: int, row: int) -> Window:
         # Ahead by a number of slots that differs by lane, so that not all lanes read at once.
@@ -123,22 +117,21 @@ class Order:
         epochs: list[int] = []
         at = low
         while at < high:
-            epoch = self.epoch(at * self.lanes + lane)
+            epoch = self._epoch(lane, at)
             plan = self._plan(epoch)
             end = min(high, int(plan.end_row[lane]))
-            start = int(plan.start[lane]) + at - int(plan.first_row[lane])
-            found = list(self._runs(plan, start, end - at))
-            runs += found
-            epochs += [epoch] * len(found)
+            runs += self._runs(plan, lane, at, end)
+            epochs += [epoch] * (len(runs) - len(epochs))
             at = end
         generator = numpy_generator(self.seed, "window", lane, number)
-        order = generator.permutation(high - low)
-        return Window(epochs[0], lane, low, tuple(runs), order, tuple(epochs))
+        return Window(low, tuple(runs), tuple(epochs), generator.permutation(high - low))
 
     def sample_at(self, g: int) -> tuple[int, int, int]:
         """(epoch, shard, index in the shard) of sample number g of the run."""
-        window = self.window_at(g % self.lanes, g // self.lanes)
-        return window.place(int(window.order[g // self.lanes - window.first_row]))
+        return _sample_at(self, g)
+
+    def _epoch(self, lane: int, row: int) -> int:
+        return (row * self.lanes + lane) // self.num_samples
 
     def _plan(self, epoch: int) -> _Plan:
         if epoch not in self._plans:
@@ -160,9 +153,11 @@ class Order:
         start = np.cumsum(end - first) - (end - first)
         return _Plan(shards, np.cumsum(self.lengths[shards]), turn, first, end, start)
 
-    def _runs(self, plan: _Plan, position: int, count: int) -> Iterator[Run]:
-        """`count` samples of the epoch from a position on, counted from the turn."""
-        at = (position + plan.turn) % self.num_samples
+    def _runs(self, plan: _Plan, lane: int, row: int, end_row: int) -> Iterator[Run]:
+        """What the rows row, ..., end_row - 1 of a lane are, all of them in the plan's epoch."""
+        count = end_row - row
+        at = int(plan.start[lane]) + row - int(plan.first_row[lane]) + plan.turn
+        at %= self.num_samples
         while count > 0:
             i = int(np.searchsorted(plan.ends, at, "right"))
             shard = int(plan.shards[i])
@@ -171,6 +166,48 @@ class Order:
             yield Run(shard, start, stop)
             count -= stop - start
             at = (at + stop - start) % self.num_samples
+
+
+class MixedOrder:
+    """Like `Order`; rows of a lane and sample numbers of the run mean the same, epochs are those of
+    the lane's data set."""
+
+    def __init__(
+        self, index: ShardIndex, *, lanes: int, window: int, seed: int, slot_rows: int = 0
+    ) -> None:
+        self.lanes, self.window, self.seed, self.slot_rows = lanes, window, seed, slot_rows
+        key = "data.slots" if slot_rows else "training.batch_size"
+        counts = quotas([weight for _, weight in index.parts], lanes, key=key)
+        self.part_of_lane = _dealt(counts)
+        self._rank_of_lane = np.zeros(lanes, np.int64)  # among those of its data set
+        self._orders: list[Order] = []
+        self._first_shard = [0]
+        for part, (num_shards, _) in enumerate(index.parts):
+            self._rank_of_lane[self.part_of_lane == part] = np.arange(counts[part])
+            first = self._first_shard[part]
+            lengths = index.lengths[first : first + num_shards]
+            if not lengths.sum():
+                raise ConfigError(f"data.train: data set {part} of the mixture holds no sample")
+            own_seed = derive_seed(seed, "mixture", part)
+            self._orders.append(
+                Order(
+                    lengths, lanes=counts[part], window=window, seed=own_seed, slot_rows=slot_rows
+                )
+            )
+            self._first_shard.append(first + num_shards)
+
+    def window_at(self, lane: int, row: int) -> Window:
+        """The window of a lane that holds a row."""
+        part = int(self.part_of_lane[lane])
+        window = self._orders[part].window_at(int(self._rank_of_lane[lane]), row)
+        base = self._first_shard[part]
+        return replace(
+            window, runs=tuple(run._replace(shard=run.shard + base) for run in window.runs)
+        )
+
+    def sample_at(self, g: int) -> tuple[int, int, int]:
+        """(epoch of its data set, shard, index in the shard) of sample number g of the run."""
+        return _sample_at(self, g)
 
 
 def make_order(
@@ -182,12 +219,17 @@ def make_order(
     return MixedOrder(index, lanes=lanes, window=window, seed=seed, slot_rows=slot_rows)
 
 
+def _sample_at(order: Order | MixedOrder, g: int) -> tuple[int, int, int]:
+    row, lane = divmod(g, order.lanes)
+    window = order.window_at(lane, row)
+    return window.place(int(window.order[row - window.first_row]))
+
+
 def quotas(weights: Sequence[float], lanes: int, *, key: str = "training.batch_size") -> list[int]:
     """Lanes of each data set: proportional to the weights, at least one, `lanes` in all.
 
-    key: the config key that sets the number of lanes.
-
-    Raises ConfigError when there are fewer lanes than data sets.
+    key: the config key that sets the number of lanes. Raises ConfigError when there are fewer
+    lanes than data sets.
     """
     if lanes < len(weights):
         raise ConfigError(
@@ -202,49 +244,6 @@ def quotas(weights: Sequence[float], lanes: int, *, key: str = "training.batch_s
         gap[(counts == 1) & (step < 0)] = -np.inf
         counts[int(np.argmax(gap))] += step
     return counts.tolist()
-
-
-class MixedOrder:
-    """Like `Order`; rows of a lane and sample numbers of the run mean the same."""
-
-    def __init__(
-        self, index: ShardIndex, *, lanes: int, window: int, seed: int, slot_rows: int = 0
-    ) -> None:
-        self.lanes, self.window, self.seed, self.slot_rows = lanes, window, seed, slot_rows
-        self.num_samples = index.num_samples
-        key = "data.slots" if slot_rows else "training.batch_size"
-        counts = quotas([weight for _, weight in index.parts], lanes, key=key)
-        self.part_of_lane = _dealt(counts)
-        ranks = np.zeros(lanes, np.int64)  # of a lane among those of its data set
-        self._orders: list[Order] = []
-        self._first_shard: list[int] = []
-        first = 0
-        for part, (num_shards, _) in enumerate(index.parts):
-            mine = np.flatnonzero(self.part_of_lane == part)
-            ranks[mine] = np.arange(len(mine))
-            lengths = index.lengths[first : first + num_shards]
-            if not lengths.sum():
-                raise ConfigError(f"data.train: data set {part} of the mixture holds no sample")
-            own_seed = derive_seed(seed, "mixture", part)
-            self._orders.append(
-                Order(lengths, lanes=len(mine), window=window, seed=own_seed, slot_rows=slot_rows)
-            )
-            self._first_shard.append(first)
-            first += num_shards
-        self._rank_of_lane = ranks
-
-    def window_at(self, lane: int, row: int) -> Window:
-        """The window of a lane that holds a row; its epoch is that of the lane's data set."""
-        part = int(self.part_of_lane[lane])
-        window = self._orders[part].window_at(int(self._rank_of_lane[lane]), row)
-        base = self._first_shard[part]
-        runs = tuple(Run(run.shard + base, run.start, run.stop) for run in window.runs)
-        return replace(window, lane=lane, runs=runs)
-
-    def sample_at(self, g: int) -> tuple[int, int, int]:
-        """(epoch of its data set, shard, index in the shard) of sample number g of the run."""
-        window = self.window_at(g % self.lanes, g // self.lanes)
-        return window.place(int(window.order[g // self.lanes - window.first_row]))
 
 
 def _dealt(counts: Sequence[int]) -> np.ndarray:

@@ -13,10 +13,9 @@ same scheme and host: it can name no command, no other host and no file elsewher
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -32,145 +31,156 @@ from vae_dist.data.sources import (
     read_all,
     without_query,
 )
+from vae_dist.files import read_json
 
 NUM_NAMED = 5  # shards that one message names
 WORK = ".job"  # folder in the `out=` of pack and encode, until all their shards are there
+MAX_INDEX_BYTES = 1 << 28  # of a JSON file: a million shards
 
 
-Known = tuple[int, int | None, str]  # samples, bytes and digest of a shard, after an index
+class Facts(NamedTuple):
+    """What an index says of a shard. None, empty: nothing."""
+
+    length: int | None = None  # samples
+    num_bytes: int | None = None
+    digest: str = ""
 
 
 class Shard(NamedTuple):
     path: str  # or URL
-    sidecar: str  # where its offsets are
-    length: int | None = None  # samples
-    num_bytes: int | None = None
-    digest: str = ""  # of its bytes; empty: not known
+    sidecar: str  # where its offsets are; empty: nowhere
+    facts: Facts = Facts()
 
 
-def locate(spec: Any, *, key: str, pipes: bool = True) -> list[Shard]:
+def locate(spec: Any, *, key: str) -> list[Shard]:
     """The shards that `spec` stands for; local ones exist.
 
-    `key` is the config key to blame, such as "data.train". pipes=False: `spec` was not given to
-    this process but read from a file, so that it may name no command. Raises ConfigError.
+    `key` is the config key to blame, such as "data.train". Raises ConfigError.
     """
     if isinstance(spec, Mapping):
-        shards = locate(spec["path"], key=key, pipes=pipes)
+        shards = locate(spec["path"], key=key)
         return _with_index(shards, str(spec["index"]), key) if "index" in spec else shards
     parts = list(spec) if isinstance(spec, list | tuple) else [spec]
-    if not pipes and (commands := [part for part in map(str, parts) if is_pipe(part)]):
-        raise ConfigError(
-            f"{key}={commands[0]}: a run folder's config.yaml may not name a command to run; give "
-            "data='pipe:COMMAND' on the command line if you trust it"
-        )
-    shards = [shard for part in parts for shard in _locate_one(part, key)]
+    shards = []
+    for part in parts:
+        if not isinstance(part, str | os.PathLike):
+            raise ConfigError(
+                f"{key}={part!r} is no path; give a folder, a brace pattern or a list"
+            )
+        text = os.fspath(part)
+        shards += _of_text(text, f"{key}={text}", key)
     if not shards:
         raise ConfigError(f"{key}={spec!r} names no shard; give a folder that holds *.tar files")
     missing = [s.path for s in shards if not is_remote(s.path) and not os.path.isfile(s.path)]
     if missing:
-        names = ", ".join(missing[:NUM_NAMED])
-        more = f" and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""
         raise ConfigError(
-            f"{key}={shown(spec)}: {len(missing)} of {len(shards)} shards are missing: "
-            f"{names}{more}; copy them there, or correct the pattern"
+            f"{key}={spec}: {len(missing)} of {len(shards)} shards are missing: {first(missing)}; "
+            "copy them there, or correct the pattern"
         )
     return shards
 
 
-def _locate_one(part: Any, key: str) -> list[Shard]:
-    if not isinstance(part, str | os.PathLike):
-        raise ConfigError(f"{key}={part!r} is no path; give a folder, a brace pattern or a list")
-    text = os.fspath(part)
-    if without_query(text)[0].endswith(".json") and not is_pipe(text):
-        return _from_wids(text, key)
+def first(names: list[str]) -> str:
+    """The first of some names, for a message."""
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
+
+
+def _of_text(text: str, blamed: str, key: str) -> list[Shard]:
+    if is_pipe(text):
+        return [Shard(url, "") for url in _expanded(text, blamed)]
+    if without_query(text)[0].endswith(".json"):
+        folder = without_query(text)[0].rpartition("/")[0]
+        return [_of_entry(entry, folder, text, key) for entry in _shardlist(text, key)]
     if is_remote(text):
-        return _remote(text, key)
+        return _of_address(text, blamed, key)
     text = os.path.expanduser(text)
-    place = Path(os.path.abspath(text))
-    folder = place.parent if text.endswith(".tar") else place
-    if out := next(
-        (o for o in (folder, folder.parent) if (o / WORK / "plan.json").is_file()), None
-    ):
-        raise ConfigError(
-            f"{key}={text}: the command that writes these shards has not finished; give it, with "
-            f"out={out}, again: it goes on where it stood"
-        )
-    if os.path.isdir(text):
-        shards = sorted(str(path) for path in Path(text).glob("*.tar"))
-        if not shards:
-            raise ConfigError(
-                f"{key}={text}: the folder holds no *.tar file; {_how_to_make_shards(key)}"
-            )
-        if compressed := sorted(place.glob("*.tar.*z*")):
-            print(
-                f"warning: {key}={text}: {len(compressed)} compressed shards are left out, the "
-                f"first is {compressed[0].name}; unpack them to .tar",
-                file=sys.stderr,
-            )
-        _check_listed(place, key, text)
-        return _local(shards, text, key)
-    if glob.has_magic(text) and not os.path.exists(text):
-        shards = sorted(path for path in glob.glob(text, recursive=True) if path.endswith(".tar"))
-        if not shards:
-            raise ConfigError(f"{key}={text}: no *.tar file matches; correct the pattern")
-        return _local(shards, text, key)
-    if text.endswith(".tar"):
-        return _local(_expanded(text, key), text, key)
-    kind = "a file, but no .tar shard" if os.path.exists(text) else "no such folder"
-    raise ConfigError(f"{key}={text}: {kind}; {_how_to_make_shards(key)}")
-
-
-def _check_listed(folder: Path, key: str, text: str) -> None:
-    """Raises ConfigError when the folder lacks shards that its `_info.json` lists; one of others,
-    in another form, says nothing."""
-    try:
-        listed = read_info(str(folder / "_info.json"), key=key)
-    except ConfigError:
-        return
-    if missing := [name for name in listed if not (folder / name).exists()]:
-        more = f" and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""
-        raise ConfigError(
-            f"{key}={text}: {len(missing)} of the {len(listed)} shards that its _info.json lists "
-            f"are missing: {', '.join(missing[:NUM_NAMED])}{more}; copy them there, or if they "
-            f"were taken out, run `python -m vae_dist.index data='{text}/*.tar' overwrite=true`"
-        )
-
-
-def _local(paths: list[str], text: str, key: str) -> list[Shard]:
+    paths = _local_paths(text, blamed, key)
     if commands := list(filter(is_pipe, paths)):
-        raise ConfigError(f"{key}={text}: a file is named {commands[0]!r}; rename it")
+        raise ConfigError(f"{blamed}: a file is named {commands[0]!r}; rename it")
     return [Shard(path, f"{path}.idx") for path in paths]
 
 
-def _expanded(text: str, key: str) -> list[str]:
+def _local_paths(text: str, blamed: str, key: str) -> list[str]:
+    """What a folder, a glob or a brace pattern stands for."""
+    place = Path(os.path.abspath(text))
+    folder = place.parent if text.endswith(".tar") else place
+    for out in (folder, folder.parent):
+        if (out / WORK / "plan.json").is_file():
+            raise ConfigError(
+                f"{blamed}: the command that writes these shards has not finished; give it, with "
+                f"out={out}, again: it goes on where it stood"
+            )
+    paths: list[str] = []
+    if place.is_dir():
+        _check_folder(place, blamed, text)
+        paths, problem = [*map(str, Path(text).glob("*.tar"))], "the folder holds no *.tar file"
+    elif glob.has_magic(text) and not place.exists():
+        paths = [path for path in glob.glob(text, recursive=True) if path.endswith(".tar")]
+        problem = "no *.tar file matches"
+    elif text.endswith(".tar"):
+        return _expanded(text, blamed)
+    else:
+        problem = "a file, but no .tar shard" if place.exists() else "no such folder"
+    if paths:
+        return sorted(paths)
+    raise ConfigError(
+        f"{blamed}: {problem}; put WebDataset shards there (`python -m vae_dist.pack "
+        f"source=PICTURES out=FOLDER` makes them of pictures), or point {key} at yours"
+    )
+
+
+def _check_folder(folder: Path, blamed: str, text: str) -> None:
+    """Say what is left out of a folder. Raises ConfigError when it lacks shards that its
+    `_info.json` lists; one of others, in another form, says nothing."""
+    if compressed := sorted(folder.glob("*.tar.*z*")):
+        print(
+            f"warning: {blamed}: {len(compressed)} compressed shards are left out, the first is "
+            f"{compressed[0].name}; unpack them to .tar",
+            file=sys.stderr,
+        )
+    try:
+        listed = read_info(str(folder / "_info.json"))
+    except ConfigError:
+        return
+    if missing := [name for name in listed if not (folder / name).exists()]:
+        raise ConfigError(
+            f"{blamed}: {len(missing)} of the {len(listed)} shards that its _info.json lists are "
+            f"missing: {first(missing)}; copy them there, or if they were taken out, run `python "
+            f"-m vae_dist.index data='{text}/*.tar' overwrite=true`"
+        )
+
+
+def _expanded(text: str, blamed: str) -> list[str]:
     try:
         return list(expand_urls(text))
     except ValueError as error:
-        raise ConfigError(f"{key}={text}: {error}; write it like s-{{00..12}}.tar") from error
+        raise ConfigError(f"{blamed}: {error}; write it like s-{{00..12}}.tar") from error
 
 
-def _how_to_make_shards(key: str) -> str:
-    return (
-        "put WebDataset shards there (`python -m vae_dist.pack source=PICTURES out=FOLDER` makes "
-        f"them of pictures), or point {key} at yours"
-    )
-
-
-def _remote(text: str, key: str) -> list[Shard]:
-    """A URL of shards, with braces or not, or of the folder that holds `_info.json`."""
-    if is_pipe(text):
-        return [Shard(url, "") for url in _expanded(text, key)]
+def _of_address(text: str, blamed: str, key: str) -> list[Shard]:
+    """Of a URL of shards, with braces or not, or of the folder that holds `_info.json`."""
     path, query = without_query(text)
     is_folder = not path.endswith(".tar")
     folder = path.rstrip("/") if is_folder else path.rpartition("/")[0]
-    known = _info(f"{folder}/_info.json{query}", key, needed=is_folder)
-    source = f"{folder}/_info.json"
+    info = f"{folder}/_info.json"
+    known: dict[str, Facts] = {}
+    try:
+        known = read_info(info + query)
+    except ConfigError as error:
+        if is_folder:
+            raise ConfigError(
+                f"{blamed}: {error}; name the shards, like {folder}/train-{{000000..000007}}.tar"
+            ) from error
+        # a server may answer with a page for what it lacks
+        if isinstance(error, UnreadableError) and not error.is_missing:
+            raise
     urls = (
-        [beside(name, folder, source=source, key=key) + query for name in known]
+        [beside(name, folder, source=info, key=key) + query for name in known]
         if is_folder
-        else _expanded(text, key)
+        else _expanded(text, blamed)
     )
-    return [Shard(url, sidecar_of(url), *known.get(name_of(url), ())) for url in urls]
+    return [Shard(url, sidecar_of(url), known.get(name_of(url), Facts())) for url in urls]
 
 
 def sidecar_of(url: str) -> str:
@@ -179,128 +189,93 @@ def sidecar_of(url: str) -> str:
     return f"{path}.idx{query}"
 
 
-def _info(where: str, key: str, *, needed: bool) -> dict[str, Known]:
-    """`read_info`; where nothing is there and it is not needed, nothing is known."""
+def read_info(place: str) -> dict[str, Facts]:
+    """What a folder's `_info.json` says of each shard, by name. Raises ConfigError, of which
+    UnreadableError where it cannot be read."""
+    data = read_all(place, MAX_INDEX_BYTES)
     try:
-        return read_info(where, key=key)
-    except UnreadableError as error:
-        if needed:
-            folder = where.rpartition("/_info.json")[0]
-            raise ConfigError(
-                f"{key}={folder}: {error}; name the shards, like {folder}/train-{{000000..000007}}"
-                ".tar"
-            ) from error
-        if not error.is_missing:
-            raise
-        return {}
-    except ConfigError:
-        if needed:
-            raise
-        return {}  # a server that answers with a page for what it lacks
-
-
-def read_info(where: str, *, key: str) -> dict[str, Known]:
-    """(samples, bytes, digest) of each shard after a folder's `_info.json`. Raises ConfigError, and
-    what `read_all` raises."""
-    data = read_all(where)
-    try:
-        found: dict[str, Known] = {}
-        for split in json.loads(data)["splits"].values():
+        found: dict[str, Facts] = {}
+        for split in read_json(data, MAX_INDEX_BYTES, name=place)["splits"].values():
             names, lengths = split["filenames"], split["shard_lengths"]
             sizes = split.get("shard_bytes", [None] * len(names))
             digests = split.get("shard_digests", [""] * len(names))
-            found |= {
-                os.path.basename(name): (int(length), size, str(digest))
-                for name, length, size, digest in zip(names, lengths, sizes, digests, strict=True)
-            }
+            for name, *facts in zip(names, lengths, sizes, digests, strict=True):
+                found[os.path.basename(name)] = _facts(*facts)
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}: {where} is no index of shards ({error!r})") from error
+        raise ConfigError(f"{place} is no index of shards ({error!r})") from error
 
 
-def _from_wids(text: str, key: str) -> list[Shard]:
-    folder = without_query(text)[0].rpartition("/")[0]
+def _facts(length: Any, num_bytes: Any, digest: Any) -> Facts:
+    """Raises ValueError and TypeError."""
+    numbers = [int(length), 0 if num_bytes is None else int(num_bytes)]
+    if not all(0 <= number < 2**62 for number in numbers):
+        raise ValueError(f"{numbers} are no numbers of samples and bytes")
+    return Facts(numbers[0], None if num_bytes is None else numbers[1], str(digest))
+
+
+def _shardlist(place: str, key: str) -> list[dict[str, Any]]:
+    """The entries of a wids file: address, facts, and perhaps where the offsets are."""
+    data = read_all(place, MAX_INDEX_BYTES)
     try:
-        return [_wids_shard(entry, folder, text, key) for entry in _shardlist(text)]
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{key}={text}: is no wids index ({error!r})") from error
+        entries = list(read_json(data, MAX_INDEX_BYTES, name=place)["shardlist"])
+        return [
+            {
+                "url": str(entry["url"]),
+                "index": entry.get("index"),
+                "facts": _facts(entry["nsamples"], entry.get("filesize"), entry.get("digest", "")),
+            }
+            for entry in entries
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}: {place} is no wids index ({error!r})") from error
 
 
-def _shardlist(place: str) -> list[dict[str, Any]]:
-    return list(json.loads(read_all(place))["shardlist"])
-
-
-def _wids_shard(entry: dict[str, Any], folder: str, source: str, key: str) -> Shard:
-    url = beside(str(entry["url"]), folder, source=source, key=key)
-    sidecar = sidecar_of(url)
-    if "index" in entry:
-        sidecar = beside(str(entry["index"]), folder, source=source, key=key)
-    return Shard(url, sidecar, *_known(entry))
-
-
-def _known(entry: dict[str, Any]) -> Known:
-    """(samples, bytes, digest) of a shard after its entry in a wids file."""
-    size = entry.get("filesize")
-    return int(entry["nsamples"]), None if size is None else int(size), entry.get("digest", "")
+def _of_entry(entry: dict[str, Any], folder: str, source: str, key: str) -> Shard:
+    url = beside(entry["url"], folder, source=source, key=key)
+    index = entry["index"]
+    sidecar = beside(str(index), folder, source=source, key=key) if index else sidecar_of(url)
+    return Shard(url, sidecar, entry["facts"])
 
 
 def _with_index(shards: list[Shard], folder: str, key: str) -> list[Shard]:
-    """Shards that the config names, with the lengths and sidecars that `index out=FOLDER` wrote.
+    """Shards that the config names, with the facts and sidecars that `index out=FOLDER` wrote.
 
     The addresses are those of the config: the file is only asked about them.
     """
     place = f"{folder}/shards.json"
-    try:
-        entries = {str(entry["url"]): entry for entry in _shardlist(place)}
-        missing = [shard.path for shard in shards if shard.path not in entries]
-        if missing:
-            raise ConfigError(
-                f"{key}: {place} has no entry for {missing[0]} (of {len(missing)} such shards); "
-                f"make it with `python -m vae_dist.index data='URLS' out={folder}`"
-            )
-        return [
-            Shard(
-                shard.path,
-                beside(str(entries[shard.path]["index"]), folder, source=place, key=key),
-                *_known(entries[shard.path]),
-            )
-            for shard in shards
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{key}: {place} is no wids index ({error!r})") from error
+    entries = {entry["url"]: entry for entry in _shardlist(place, key)}
+    missing = [shard.path for shard in shards if shard.path not in entries]
+    if missing:
+        raise ConfigError(
+            f"{key}: {place} has no entry for {missing[0]} (of {len(missing)} such shards); make "
+            f"it with `python -m vae_dist.index data='URLS' out={folder}`"
+        )
+    found = []
+    for shard in shards:
+        entry = entries[shard.path]
+        sidecar = beside(str(entry["index"]), folder, source=place, key=key)
+        found.append(Shard(shard.path, sidecar, entry["facts"]))
+    return found
 
 
 def beside(name: str, folder: str, *, source: str, key: str) -> str:
     """The place that the file `source` in `folder` names: relative to it, without `..`, or an
     address of its scheme and host. Raises ConfigError for every other name."""
-    if "://" in name and "::" not in name:
+    if "://" in name and "::" not in name and "://" in folder:
         its, ours = urlsplit(name), urlsplit(folder)
-        if "://" in folder and (its.scheme, its.netloc) == (ours.scheme, ours.netloc):
+        if (its.scheme, its.netloc) == (ours.scheme, ours.netloc):
             return name
-    relative = not (
+    is_relative = not (
         "://" in name
         or "::" in name
-        or is_pipe(name)
-        or name.startswith("file:")
-        or os.path.isabs(name)
+        or name.startswith(("pipe:", "file:", "/", "\\"))
         or ".." in name.replace("\\", "/").split("/")
     )
-    if not relative:
+    if not is_relative:
         raise ConfigError(
             f"{key}: {source} names {name!r}; a file of shards may name only files beside or below "
             "it, or addresses of its own host. Give other shards in the config itself; where "
             "`python -m vae_dist.index` indexed them, as {path: SHARDS, index: FOLDER}"
         )
     return f"{folder}/{name}" if folder else name
-
-
-def shown(spec: Any) -> str:
-    return (
-        f"[{','.join(map(str, spec))}]"
-        if isinstance(spec, Sequence) and not isinstance(spec, str)
-        else str(spec)
-    )

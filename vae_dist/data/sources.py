@@ -6,31 +6,35 @@ reading many sequences waits for one round trip. A pipe, such as `pipe:ssh host 
 positions: it is read front to back.
 
 A read that fails for a passing reason is tried again with growing pauses, for `retry_s` seconds.
-Errors of all libraries become one: UnreadableError, a ShardError.
+Errors of all libraries become one: UnreadableError, a ShardError. A server is held to what it was
+asked for: no more bytes, some every minute, and no redirect from https to anything else.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from functools import cache
 from typing import Any, NamedTuple
 
-from vae_dist.data.tar import ShardError
+from vae_dist.data.tar import ShardError, opened
+from vae_dist.files import printable, redacted
 
 START_RETRY_S = 20.0  # before training, when a wrong address is likelier than an outage
 FIRST_PAUSE_S, LONGEST_PAUSE_S, QUIET_S = 0.2, 30.0, 5.0
 TIMEOUT_S = 60.0  # without a byte
+BYTES_PER_MINUTE = 1 << 20  # below that a server counts as out of order
 NUM_TOGETHER = 16  # reads of a file system that reads one piece at a time
 MAX_PIPES = 64  # that one process keeps open
 CHUNK = 1 << 20
 HTTP = ("http://", "https://")
-FORBIDDEN, NOT_FOUND = 403, 404
 LASTING = (400, 401, 403, 404, 405, 410, 416, 451)  # statuses that another attempt does not change
+MISSING = (403, 404)
 LASTING_ERRORS = (
     FileNotFoundError,
     PermissionError,
@@ -56,16 +60,12 @@ class UnreadableError(ShardError):
     """A place cannot be read. is_missing: nothing is there; stores that hide what they hold say
     so too, by forbidding it."""
 
-    def __init__(self, problem: str, *, is_missing: bool = False) -> None:
+    def __init__(self, problem: str, is_missing: bool = False) -> None:
         super().__init__(problem)
         self.is_missing = is_missing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unreadable, (str(self), self.is_missing)
-
-
-def _unreadable(problem: str, is_missing: bool) -> UnreadableError:
-    return UnreadableError(problem, is_missing=is_missing)
+        return type(self), (str(self), self.is_missing)
 
 
 def is_remote(place: str) -> bool:
@@ -106,25 +106,27 @@ def read_ranges(
     for number, piece in enumerate(ranges):
         if piece.num_bytes <= 0:
             continue
-        if is_remote(piece.place) and not is_pipe(piece.place):
+        if is_pipe(piece.place):
+            with _pipes_lock:
+                (found[number],) = _with_retries([piece], _read_pipes, retry_s)
+        elif is_remote(piece.place):
             remote.setdefault(piece.place.partition("://")[0], []).append(number)
-            continue
-        try:
-            found[number] = _read_pipe(piece, retry_s) if is_pipe(piece.place) else _read(piece)
-        except UnreadableError as error:
-            found[number] = error
+        else:
+            found[number] = _read(piece)
     for numbers in remote.values():
-        pieces = [ranges[number] for number in numbers]
-        for number, data in zip(numbers, _read_remote(pieces, retry_s), strict=True):
+        pieces = _with_retries([ranges[number] for number in numbers], _cat_ranges, retry_s)
+        for number, data in zip(numbers, pieces, strict=True):
             found[number] = data
     return found
 
 
-def read_all(place: str) -> bytes:
-    """A whole small file, such as an index. Raises UnreadableError."""
-    if not is_remote(place):
-        return read_range(place, 0, size_of(place))
-    data: bytes = _with_retries(place, lambda: _ask(place, "cat_file"))
+def read_all(place: str, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes, such as an index. Raises UnreadableError."""
+    if is_pipe(place):
+        raise UnreadableError(f"{place}: a command can give shards, but no index")
+    data = read_range(place, 0, limit + 1)
+    if len(data) > limit:
+        raise UnreadableError(f"{place}: larger than the {limit} bytes that an index may have")
     return data
 
 
@@ -133,13 +135,14 @@ def size_of(place: str) -> int:
     assert not is_pipe(place), place
     if not is_remote(place):
         try:
-            return os.path.getsize(place)
+            with opened(place) as file:
+                return file.size or 0
         except OSError as error:
             raise _of_local(place, error) from None
-    facts: dict[str, Any] = _with_retries(place, lambda: _ask(place, "info"))
-    if facts["size"] is None:
-        raise UnreadableError(f"{place}: the server does not say how long the file is")
-    return int(facts["size"])
+    (size,) = _with_retries([Range(place, 0, 0)], _sizes, START_RETRY_S)
+    if isinstance(size, UnreadableError):
+        raise size
+    return int(size)
 
 
 def exists(place: str) -> bool:
@@ -156,63 +159,109 @@ def exists(place: str) -> bool:
 # local files
 
 
-def _read(piece: Range) -> bytes:
+def _read(piece: Range) -> bytes | UnreadableError:
+    found, at, left = [], piece.start, piece.num_bytes
     try:
-        descriptor = os.open(piece.place, os.O_RDONLY)
-        try:
-            data = os.pread(descriptor, piece.num_bytes, piece.start)
-            while len(data) < piece.num_bytes:
-                more = os.pread(descriptor, piece.num_bytes - len(data), piece.start + len(data))
-                if not more:
-                    break
-                data += more
-            return data
-        finally:
-            os.close(descriptor)
+        with opened(piece.place) as file:
+            while left and (data := bytes(file.read(at, left))):
+                found.append(data)
+                at, left = at + len(data), left - len(data)
     except OSError as error:
-        raise _of_local(piece.place, error) from None
+        return _of_local(piece.place, error)
+    return b"".join(found)
 
 
 def _of_local(path: str, error: OSError) -> UnreadableError:
     return UnreadableError(
         f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run the same "
         "command again",
-        is_missing=isinstance(error, FileNotFoundError),
+        isinstance(error, FileNotFoundError),
     )
+
+
+# attempts
+
+
+def _with_retries(
+    pieces: list[Range], attempt: Callable[[list[Range]], list[Any]], retry_s: float
+) -> list[Any]:
+    """What `attempt` gives for each piece. Those for which it gives an exception are tried again,
+    together, and are an UnreadableError in the end."""
+    found: list[Any] = [None] * len(pieces)
+    left = list(range(len(pieces)))
+    begun, pause, count, was_told = clock(), FIRST_PAUSE_S, 0, False
+    while left:
+        count += 1
+        for number, data in zip(left, attempt([pieces[n] for n in left]), strict=True):
+            found[number] = data
+        failed = [n for n in left if isinstance(found[n], Exception)]
+        is_over = clock() - begun + pause > retry_s
+        left = [] if is_over else [n for n in failed if not _diagnosis(found[n]).is_lasting]
+        for n in set(failed).difference(left):
+            found[n] = _of_remote(pieces[n].place, found[n], count, retry_s)
+        if left:
+            sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+            if not was_told and clock() - begun >= QUIET_S:
+                was_told = True
+                place, reason = pieces[left[0]].place, _diagnosis(found[left[0]]).reason
+                problem = printable(redacted(f"{place}: cannot be read now ({reason})"))
+                print(f"warning: {problem}; it is tried again for {retry_s:g} s", file=sys.stderr)
+    return found
+
+
+def _of_remote(place: str, error: Exception, count: int, retry_s: float) -> UnreadableError:
+    reason, is_lasting, is_missing = _diagnosis(error)
+    if is_lasting:
+        return UnreadableError(f"{place}: cannot be read ({reason}); check the address", is_missing)
+    return UnreadableError(
+        f"{place}: cannot be read after {count} attempts in {retry_s:g} s ({reason}); when the "
+        "server answers again, run the same command"
+    )
+
+
+class _Diagnosis(NamedTuple):
+    reason: str
+    is_lasting: bool  # another attempt changes nothing
+    is_missing: bool
+
+
+def _diagnosis(error: Exception) -> _Diagnosis:
+    """What an error of any library means."""
+    cause: BaseException = error
+    # fsspec calls a file missing whose size it could not get, for any reason
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        cause = error if isinstance(error.__cause__, LookupError) else error.__cause__
+    for found in (cause, getattr(cause, "response", None)):
+        for name in ("status", "status_code", "code"):
+            if isinstance(status := getattr(found, name, None), int) and status:
+                return _Diagnosis(f"HTTP {status}", status in LASTING, status in MISSING)
+    is_lasting = isinstance(cause, LASTING_ERRORS) or "Credential" in type(cause).__name__
+    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}".rstrip(": ")
+    if isinstance(cause, FileNotFoundError):
+        text = "no such file"
+    return _Diagnosis(text, is_lasting, isinstance(cause, FileNotFoundError | PermissionError))
 
 
 # file systems of fsspec
 
 
-def _read_remote(pieces: list[Range], retry_s: float) -> list[bytes | UnreadableError]:
-    """Pieces of one kind of file system: those that failed are tried again, together."""
-    found: list[bytes | UnreadableError] = [b""] * len(pieces)
-    left = list(range(len(pieces)))
-    retries = _Retries(retry_s)
-    while left:
-        failed: list[tuple[int, Exception]] = []
-        for number, data in zip(left, _cat_ranges([pieces[n] for n in left]), strict=True):
-            if isinstance(data, bytes):
-                found[number] = data
-            elif _is_lasting(data) or retries.are_over():
-                found[number] = _of_remote(pieces[number].place, data, retries)
-            else:
-                failed.append((number, data))
-        left = [number for number, _ in failed]
-        if failed:
-            retries.wait(pieces[failed[0][0]].place, failed[0][1])
-    return found
+def _cat_ranges(pieces: list[Range]) -> list[Any]:
+    """One attempt at pieces of one kind of file system: bytes or an exception for each."""
+    from fsspec.asyn import sync
 
-
-def _cat_ranges(pieces: list[Range]) -> list[bytes | Exception]:
     try:
         systems = [_file_system(piece.place) for piece in pieces]
-        system = systems[0][0]
-        paths = [path for _, path in systems]
+        system, paths = systems[0][0], [path for _, path in systems]
         starts = [piece.start for piece in pieces]
         stops = [piece.start + piece.num_bytes for piece in pieces]
         if system.async_impl:
-            found = system.cat_ranges(paths, starts, stops, on_error="return")
+            total = sum(piece.num_bytes for piece in pieces)
+            timeout = TIMEOUT_S + 60 * total / BYTES_PER_MINUTE
+            many = system._cat_ranges
+            found = sync(
+                system.loop, many, paths, starts, stops, on_error="return", timeout=timeout
+            )
         else:
 
             def read(path: str, start: int, stop: int) -> bytes | Exception:
@@ -225,125 +274,66 @@ def _cat_ranges(pieces: list[Range]) -> list[bytes | Exception]:
                 found = list(pool.map(read, paths, starts, stops))
     except Exception as error:
         return [error] * len(pieces)
-    return [_checked(data, piece) for data, piece in zip(found, pieces, strict=True)]
+    return [data if data else EOFError("the server sends no byte") for data in found]
 
 
-def _checked(data: bytes | Exception, piece: Range) -> bytes | Exception:
-    if isinstance(data, Exception) or len(data) <= piece.num_bytes:
-        return data
-    if piece.start == 0:
-        return data[: piece.num_bytes]
-    return ValueError(
-        "the server answers with the whole file to a request for a piece: serve the shards by one "
-        f"that knows Range requests, copy them, or read them as 'pipe:curl -sf {piece.place}'"
-    )
-
-
-def _ask(place: str, method: str) -> Any:
-    system, path = _file_system(place)
-    return getattr(system, method)(path)
-
-
-def _with_retries(place: str, attempt: Callable[[], Any], retry_s: float = START_RETRY_S) -> Any:
-    retries = _Retries(retry_s)
-    while True:
-        try:
-            return attempt()
-        except Exception as error:
-            if _is_lasting(error) or retries.are_over():
-                raise _of_remote(place, error, retries) from None
-            retries.wait(place, error)
+def _sizes(pieces: list[Range]) -> list[Any]:
+    try:
+        system, path = _file_system(pieces[0].place)
+        size = system.info(path)["size"]
+    except Exception as error:
+        return [error]
+    return [ValueError("the server does not say how long the file is") if size is None else size]
 
 
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
-    options: dict[str, Any] = {}
-    if url.startswith(HTTP):
-        timeout = _http_client(url).ClientTimeout(
-            total=None, connect=TIMEOUT_S, sock_read=TIMEOUT_S
-        )
-        # pieces of a compressed answer are no pieces of the file
-        options = {
-            "headers": {"Accept-Encoding": "identity"},
-            "client_kwargs": {"timeout": timeout},
-        }
-    system, path = fsspec.core.url_to_fs(url, **options)
-    return system, path
+    found: tuple[Any, str] = fsspec.core.url_to_fs(
+        url, **(_http_options() if url.startswith(HTTP) else {})
+    )
+    return found
 
 
-def _http_client(url: str) -> Any:
+@cache  # fsspec tells file systems apart by their options
+def _http_options() -> dict[str, Any]:
     try:
-        return import_module("aiohttp")
+        import aiohttp
     except ImportError:
-        raise ImportError(f"{url} needs aiohttp: pip install 'vae_dist[remote]'") from None
+        raise ImportError("aiohttp is missing: pip install 'vae_dist[remote]'") from None
 
+    class Answer(aiohttp.ClientResponse):
+        """No more of a body than the piece that was asked for."""
 
-class _Retries:
-    """How long, and with which pauses, a failing read is tried again."""
+        async def read(self) -> bytes:
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
+            start, last = (int(asked[1]), int(asked[2])) if asked else (0, -1)
+            if self.status == 200 and start:
+                raise ValueError(
+                    "the server answers with the whole file to a request for a piece: serve the "
+                    "shards by one that knows Range requests, copy them, or read them as "
+                    f"'pipe:curl -sf {self.url}'"
+                )
+            body, count = bytearray(), last + 1 - start
+            while self.ok and len(body) <= count and (data := await self.content.readany()):
+                body += data
+            if not self.content.at_eof():
+                self.close()
+            self._body = bytes(body[:count])
+            return self._body
 
-    def __init__(self, retry_s: float) -> None:
-        self.retry_s, self._begun, self.pause, self.count = retry_s, clock(), FIRST_PAUSE_S, 0
+    async def check_redirect(session: Any, context: Any, params: Any) -> None:
+        target = params.response.headers.get("Location", "")
+        scheme = params.url.join(type(params.url)(target)).scheme
+        if scheme not in ("https", params.url.scheme):
+            raise ValueError(f"redirected from {params.url.scheme} to {scheme}")
 
-    def are_over(self) -> bool:
-        return clock() - self._begun + self.pause > self.retry_s
-
-    def wait(self, place: str, error: Exception) -> None:
-        before = clock() - self._begun
-        sleep(self.pause)
-        self.pause, self.count = min(2 * self.pause, LONGEST_PAUSE_S), self.count + 1
-        if before < QUIET_S <= clock() - self._begun:
-            print(
-                f"warning: {place}: cannot be read now ({_reason(error)}); it is tried again for "
-                f"{self.retry_s:g} s",
-                file=sys.stderr,
-            )
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status of an error of any client; 0 where it has none."""
-    for found in (error, getattr(error, "response", None)):
-        for name in ("status", "status_code", "code"):
-            if isinstance(status := getattr(found, name, None), int):
-                return status
-    return 0
-
-
-def _cause(error: Exception) -> BaseException:
-    """fsspec calls a file missing whose size it could not get, for any reason."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
-    return error if cause is None or isinstance(cause, LookupError) else cause
-
-
-def _is_lasting(error: Exception) -> bool:
-    cause = _cause(error)
-    if status := _status(cause):
-        return status in LASTING
-    return isinstance(cause, LASTING_ERRORS) or "Credential" in type(cause).__name__
-
-
-def _reason(error: Exception) -> str:
-    cause = _cause(error)
-    status, text = _status(cause), " ".join(str(cause).split())[:200]
-    if isinstance(cause, FileNotFoundError):
-        return "no such file"
-    return f"HTTP {status}" if status else f"{type(cause).__name__}: {text}".rstrip(": ")
-
-
-def _of_remote(place: str, error: Exception, retries: _Retries) -> UnreadableError:
-    cause, reason = _cause(error), _reason(error)
-    is_missing = isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (
-        FORBIDDEN,
-        NOT_FOUND,
-    )
-    if _is_lasting(error):
-        return UnreadableError(
-            f"{place}: cannot be read ({reason}); check the address", is_missing=is_missing
-        )
-    return UnreadableError(
-        f"{place}: cannot be read after {retries.count + 1} attempts in {retries.retry_s:g} s "
-        f"({reason}); when the server answers again, run the same command"
-    )
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(check_redirect)
+    timeout = aiohttp.ClientTimeout(total=None, connect=TIMEOUT_S, sock_read=TIMEOUT_S)
+    client = {"timeout": timeout, "response_class": Answer, "trace_configs": [trace]}
+    # pieces of a compressed answer are no pieces of the file
+    return {"headers": {"Accept-Encoding": "identity"}, "client_kwargs": client}
 
 
 # pipes
@@ -353,30 +343,26 @@ _pipes: dict[tuple[int, str, int], Any] = {}  # webdataset's, by process, place 
 _pipes_lock = threading.Lock()
 
 
-def _read_pipe(piece: Range, retry_s: float) -> bytes:
-    with _pipes_lock:
-        data: bytes = _with_retries(piece.place, lambda: _read_on(piece), retry_s)
-    return data
-
-
-def _read_on(piece: Range) -> bytes:
+def _read_pipes(pieces: list[Range]) -> list[Any]:
     """Goes on with the command that stands nearest before the piece, or starts it again."""
     from webdataset.gopen import gopen
 
+    (piece,) = pieces
     mine = (os.getpid(), piece.place)
     before = [key for key in _pipes if key[:2] == mine and key[2] <= piece.start]
     nearest = max(before, default=(*mine, 0))
-    pipe = _pipes.pop(nearest) if before else gopen(piece.place, "rb", bufsize=CHUNK)
-    position = nearest[2]
-    while position < piece.start and (
-        skipped := pipe.stream.read(min(CHUNK, piece.start - position))
-    ):
-        position += len(skipped)
-    data: bytes = pipe.stream.read(piece.num_bytes)
-    if len(data) < piece.num_bytes and (code := pipe.proc.wait()):
-        raise OSError(f"the command ended with exit code {code}; run it by hand to see why")
+    try:
+        pipe = _pipes.pop(nearest) if before else gopen(piece.place, "rb", bufsize=CHUNK)
+        left = piece.start - nearest[2]
+        while left and (skipped := pipe.stream.read(min(CHUNK, left))):
+            left -= len(skipped)
+        data: bytes = pipe.stream.read(piece.num_bytes)
+        if len(data) < piece.num_bytes and (code := pipe.proc.wait()):
+            return [OSError(f"the command ended with exit code {code}; run it to see why")]
+    except Exception as error:
+        return [error]
     if len(data) == piece.num_bytes:
         while len(_pipes) >= MAX_PIPES:
             _pipes.pop(next(iter(_pipes))).proc.kill()
-        _pipes[*mine, position + len(data)] = pipe
-    return data
+        _pipes[*mine, piece.start + len(data)] = pipe
+    return [data]

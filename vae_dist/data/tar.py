@@ -1,15 +1,18 @@
 """Plain tars, read by position: the headers of a shard, and the members of a piece of it.
 
 In: a tar without compression. Out: where samples begin, or names and contents of files.
-Unlike `tarfile`, a damaged header is an error and not the end.
+Unlike `tarfile`, a damaged header is an error and not the end. What a header says is compared with
+the bytes that are there before it is believed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,18 +21,16 @@ from webdataset.tariterators import base_plus_ext
 
 from vae_dist.config.errors import ConfigError
 
-Read = Callable[[int, int], bytes]  # (first byte, number) -> bytes; fewer at the end
-
 BLOCK = 512  # bytes; headers and data begin at multiples of it
 ADLER_MODULUS = 65521
 MAX_CHECKSUM = 255 * 504 + 8 * ord(" ")
-LONG_NAME, PAX = b"L", b"x"  # types of members that carry the name of the next one
-SPECIAL = (LONG_NAME, PAX, b"K", b"g")
+PAX = b"x"  # type of members that say more of the next one, as do those of NAMES
+NAMES = {b"L": b"path", b"K": b"linkpath"}  # GNU's, and pax's words for them
+SPECIAL = (PAX, *NAMES, b"g")
+MAX_SPECIAL = 1 << 20  # bytes of one of these
 REGULAR = (b"0", b"\0")
-HARD_LINK, SYMBOLIC_LINK, FOLDER = b"1", b"2", b"5"
-REST_BYTES = 1 << 20  # that are read at once behind the end mark
+HARD_LINK, SYMBOLIC_LINK, FOLDER, SPARSE = b"1", b"2", b"5", b"S"
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset leaves out (`skip_meta`)
-_PAX_PATH = re.compile(rb"\d+ path=([^\n]*)\n")
 
 
 class ShardError(ConfigError):
@@ -40,6 +41,33 @@ class DamagedSampleError(ValueError):
     """One sample cannot be read; the message is the reason."""
 
 
+class _DamagedTarError(DamagedSampleError):
+    def __init__(self, reason: str, at: int) -> None:
+        super().__init__(reason)
+        self.at = at
+
+
+class Source(NamedTuple):
+    """A tar that is open. read: (first byte, number) -> bytes, fewer at the end; size in bytes, or
+    None where only reading to the end tells."""
+
+    read: Callable[[int, int], bytes | memoryview]
+    size: int | None
+
+
+class Member(NamedTuple):
+    name: str
+    kind: bytes
+    begin: int  # of its first header
+    start: int  # of its data
+    size: int  # bytes of data
+    target: str  # of a link
+
+    @property
+    def stop(self) -> int:
+        return self.start + -(-self.size // BLOCK) * BLOCK
+
+
 class PassedOver(NamedTuple):
     """What a tar holds beside regular files."""
 
@@ -48,86 +76,83 @@ class PassedOver(NamedTuple):
     reason: str  # why it cannot be read by itself
 
 
-class Header(NamedTuple):
-    name: bytes
-    size: int  # bytes of data
-    kind: bytes
-
-
-def parse_header(block: bytes) -> Header:
-    """The header in 512 bytes. Raises DamagedSampleError when checksum or size is wrong."""
-    if len(block) < BLOCK:
-        raise DamagedSampleError("the tar ends inside a header")
-    try:
-        checksum = int(block[148:156].rstrip(b" \0"), 8)
-        field = block[124:136]
-        # GNU tar writes sizes from 8 GiB on in base 256, marked by the first bit
-        size = int.from_bytes(field[1:], "big") if field[0] & 128 else int(field.rstrip(b" \0"), 8)
-    except ValueError:
-        raise DamagedSampleError("damaged tar header") from None
-    if size < 0:  # int() reads a sign; going back in the file would have no end
-        raise DamagedSampleError("damaged tar header")
-    # the sum of all bytes, with blanks for its own eight; adler32 starts at 1 and takes it modulo
-    rest = zlib.adler32(block[156:], zlib.adler32(block[:148])) & 0xFFFF
-    if (rest - 1 + 8 * ord(" ") - checksum) % ADLER_MODULUS or checksum > MAX_CHECKSUM:
-        raise DamagedSampleError("damaged tar header")
-    name = block[:100].split(b"\0", 1)[0]
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    return Header(name, size, block[156:157])
-
-
 def members(data: bytes | memoryview) -> Iterator[tuple[str, memoryview]]:
     """Name and content, not copied, of the regular files in the bytes of one or more samples.
 
     Raises DamagedSampleError at a damaged header and where the bytes end too early. A header of
     zeros is a damaged one: the bytes of samples hold no end mark.
     """
-    data = memoryview(data)
-    at, long_name = 0, None
-    while at < len(data):
-        header = parse_header(bytes(data[at : at + BLOCK]))
-        content = data[at + BLOCK : at + BLOCK + header.size]
-        if len(content) < header.size:
-            raise DamagedSampleError("the tar ends inside a file")
-        at += BLOCK + _padded(header.size)
-        if header.kind in SPECIAL:
-            long_name = _long_name(header.kind, bytes(content)) or long_name
-            continue
-        if header.kind in REGULAR:
-            yield _decoded(long_name or header.name), content
-        long_name = None
+    view = memoryview(data)
+    source = Source(lambda at, count: view[at : at + count], len(view))
+    for member in _walk(source, is_whole=False):
+        if member.kind in REGULAR:
+            yield member.name, view[member.start : member.start + member.size]
 
 
-def sample_starts(path: str, read: Read | None = None) -> tuple[list[int], int]:
+def sample_starts(path: str, source: Source | None = None) -> tuple[list[int], int]:
     """Byte offsets at which the samples of a shard begin, and the end of the last one.
 
-    A sample is a run of files with one basename, after webdataset's rule. Raises ShardError.
+    A sample is a run of files with one basename, after webdataset's rule. source: what reads a
+    shard that is no local file. Raises ShardError, also where the members of a sample do not lie
+    together.
     """
     starts: list[int] = []
-    key, end = None, 0
-    for start, stop, name, _, _ in _hops(path, 0, read):
-        sample_key = _sample_key(name)
-        if sample_key is not None:
-            if sample_key != key:
-                starts.append(start)
-            key, end = sample_key, stop
+    suffixes: dict[int, set[str]] = {}  # by hash of the key
+    last, end = None, 0
+    for member in _members_of_shard(path, source=source):
+        key, suffix = _key_and_suffix(member)
+        if key is None:
+            continue
+        known = suffixes.setdefault(hash(key), set())
+        if key != last:
+            if known and suffix not in known:
+                raise ShardError(
+                    f"{path}: byte {member.begin}: the members of sample {key} do not lie "
+                    f"together; `python -m vae_dist.pack source={path} out=FOLDER` writes shards "
+                    "in which they do"
+                )
+            starts.append(member.begin)
+        known.add(suffix)
+        last, end = key, member.stop
     return starts, end
 
 
 def end_of_samples(path: str, end: int) -> bool:
     """Whether a shard's samples end at byte `end`, as its index says: at a border, none after."""
-    if end % BLOCK or end > os.path.getsize(path):
-        return False
     try:
-        return all(_sample_key(name) is None for _, _, name, _, _ in _hops(path, end))
+        rest = map(_key_and_suffix, _members_of_shard(path, end))
+        return end % BLOCK == 0 and all(key is None for key, _ in rest)
     except ShardError:
         return False
 
 
-def _sample_key(name: bytes) -> str | None:
-    text = _decoded(name)
-    return None if is_metadata(text) else key_and_suffix(text)[0]
+def files_of_tar(
+    path: str, passed: list[PassedOver] | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """(name, first byte, bytes) of the regular files of a plain tar; `passed` takes what is none,
+    and what follows the end mark. Raises ShardError."""
+    end = 0
+    for member in _members_of_shard(path):
+        end = member.stop
+        if member.kind in REGULAR:
+            yield member.name, member.start, member.size
+        elif passed is not None and member.kind != FOLDER:
+            passed.append(_passed_over(member))
+    if passed is not None:
+        with open(path, "rb") as file:
+            file.seek(end + 2 * BLOCK)
+            if any(any(piece) for piece in iter(lambda: file.read(1 << 20), b"")):
+                reason = f"more follows its end mark at byte {end}; join with tar --concatenate"
+                passed.append(PassedOver("", "", reason))
+
+
+def _passed_over(member: Member) -> PassedOver:
+    name, kind, target = member.name, member.kind.decode("latin1"), member.target
+    if member.kind not in (HARD_LINK, SYMBOLIC_LINK):
+        return PassedOver(name, "", f"a member of type {kind!r}, no regular file")
+    if member.kind == SYMBOLIC_LINK:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    return PassedOver(name, target, f"a link to {target}, which is not in the tar")
 
 
 def is_metadata(name: str) -> bool:
@@ -145,94 +170,102 @@ def key_and_suffix(name: str) -> tuple[str | None, str]:
     return key, suffix or ""
 
 
-def files_of_tar(
-    path: str, passed: list[PassedOver] | None = None
-) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, bytes) of the regular files of a plain tar; `passed` takes what is none.
-    Raises ShardError."""
-    for _, _, name, at, size in _hops(path, 0, passed=passed):
-        yield _decoded(name), at, size
+def _key_and_suffix(member: Member) -> tuple[str | None, str]:
+    is_of_sample = member.kind in REGULAR and not is_metadata(member.name)
+    return key_and_suffix(member.name) if is_of_sample else (None, "")
 
 
-def _passed_over(name: str, kind: bytes, block: bytes) -> PassedOver:
-    target = _decoded(block[157:257].split(b"\0", 1)[0])
-    if kind == SYMBOLIC_LINK:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-    elif kind != HARD_LINK:
-        return PassedOver(name, "", f"a member of type {kind.decode('latin1')!r}, no regular file")
-    return PassedOver(name, target, f"a link to {target}, which is not in the tar")
+def _members_of_shard(path: str, at: int = 0, source: Source | None = None) -> Iterator[Member]:
+    """All members of a shard from byte `at` on. Raises ShardError."""
+    with contextlib.nullcontext(source) if source else opened(path) as file:
+        try:
+            yield from _walk(file, at, is_whole=True)
+        except _DamagedTarError as error:
+            remedy = "copy the shard again, or take it out of the data set"
+            raise ShardError(f"{path}: byte {error.at}: {error}; {remedy}") from None
 
 
-def _hops(
-    path: str, at: int, read: Read | None = None, passed: list[PassedOver] | None = None
-) -> Iterator[tuple[int, int, bytes, int, int]]:
-    """The regular files: first byte with its long name, byte after the padded data, name, first
-    byte of the data, bytes of data. `read` is what reads a shard that is no local file; `passed`
-    takes the other members, and what follows the end mark."""
-    with contextlib.ExitStack() as opened:
-        if read is None:
-            descriptor = os.open(path, os.O_RDONLY)
-            opened.callback(os.close, descriptor)
-
-            def read(at: int, count: int) -> bytes:
-                return os.pread(descriptor, count, at)
-
-        start, long_name = at, None
-        while True:
-            block = read(at, BLOCK)
-            if len(block) == BLOCK and not any(block):
-                if any(read(at + BLOCK, BLOCK)):  # an end mark is two blocks, or the last one
-                    raise _shard_error(path, at, "a block of zeros where a header should be")
-                if passed is not None and _goes_on(read, at + 2 * BLOCK):
-                    more = f"more follows its end mark at byte {at}; join with tar --concatenate"
-                    passed.append(PassedOver("", "", more))
-                return
-            if not block:
-                raise _shard_error(path, at, "the tar ends without its end mark, it is cut off")
-            try:
-                header = parse_header(block)
-            except DamagedSampleError as error:
-                raise _shard_error(path, at, str(error)) from None
-            stop = at + BLOCK + _padded(header.size)
-            if header.size and not read(at + BLOCK + header.size - 1, 1):
-                raise _shard_error(path, at, "the tar ends inside a file, it is cut off")
-            if header.kind in SPECIAL:
-                content = read(at + BLOCK, header.size)
-                long_name = _long_name(header.kind, content) or long_name
-            else:
-                if header.kind in REGULAR:
-                    yield start, stop, long_name or header.name, at + BLOCK, header.size
-                elif passed is not None and header.kind != FOLDER:
-                    name = _decoded(long_name or header.name)
-                    passed.append(_passed_over(name, header.kind, block))
-                start, long_name = stop, None
-            at = stop
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[Source]:
+    """A plain local file. Raises OSError; a FIFO or a device is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", path)
+        yield Source(lambda at, count: os.pread(descriptor, count, at), status.st_size)
+    finally:
+        os.close(descriptor)
 
 
-def _goes_on(read: Read, at: int) -> bool:
-    """Whether a byte from there on is not zero."""
-    while piece := read(at, REST_BYTES):
-        if any(piece):
-            return True
-        at += len(piece)
-    return False
+def _walk(source: Source, at: int = 0, *, is_whole: bool) -> Iterator[Member]:
+    """The members from byte `at` on, by hops from header to header, up to the end mark of a whole
+    tar, else to the end of the bytes."""
+    read, size = source
+    begin, facts = at, dict[bytes, bytes]()
+    while is_whole or size is None or at < size:
+        block = bytes(read(at, BLOCK))
+        if is_whole and not block:
+            raise _DamagedTarError("the tar ends without its end mark, it is cut off", at)
+        if is_whole and len(block) == BLOCK and not any(block):
+            if any(read(at + BLOCK, BLOCK)):  # an end mark is two blocks, or the last one
+                raise _DamagedTarError("a block of zeros where a header should be", at)
+            return
+        member = _parsed(block, at, begin, facts)
+        end = member.start + member.size
+        if member.size and not (read(end - 1, 1) if size is None else end <= size):
+            raise _DamagedTarError("the tar ends inside a file, it is cut off", at)
+        if member.kind in SPECIAL:
+            if member.size > MAX_SPECIAL:
+                raise _DamagedTarError(f"a name or an attribute of {member.size} bytes", at)
+            facts = facts | _facts(member.kind, bytes(read(member.start, member.size)), at)
+        else:
+            yield member
+            begin, facts = member.stop, {}
+        at = member.stop
 
 
-def _shard_error(path: str, at: int, reason: str) -> ShardError:
-    return ShardError(
-        f"{path}: byte {at}: {reason}; copy the shard again, or take it out of the data set"
-    )
+def _parsed(block: bytes, at: int, begin: int, facts: dict[bytes, bytes]) -> Member:
+    """The member of the header in 512 bytes, after what special members before it say."""
+    if len(block) < BLOCK:
+        raise _DamagedTarError("the tar ends inside a header", at)
+    kind, field = block[156:157], block[124:136]
+    try:
+        checksum = int(block[148:156].rstrip(b" \0"), 8)
+        # GNU tar writes sizes from 8 GiB on in base 256, marked by the first bit
+        size = int.from_bytes(field[1:], "big") if field[0] == 128 else int(field.rstrip(b" \0"), 8)
+        if kind not in SPECIAL:
+            size = int(facts.get(b"size", size))
+    except ValueError:
+        raise _DamagedTarError("damaged tar header", at) from None
+    # the sum of all bytes, with blanks for its own eight; adler32 starts at 1 and takes it modulo
+    rest = zlib.adler32(block[156:], zlib.adler32(block[:148])) & 0xFFFF
+    is_damaged = (rest - 1 + 8 * ord(" ") - checksum) % ADLER_MODULUS or checksum > MAX_CHECKSUM
+    if is_damaged or size < 0:  # int() reads a sign; going back in the file would have no end
+        raise _DamagedTarError("damaged tar header", at)
+    name, target = block[:100].split(b"\0", 1)[0], block[157:257].split(b"\0", 1)[0]
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+    if kind in REGULAR and any(key.startswith(b"GNU.sparse") for key in facts):
+        kind = SPARSE
+    name, target = facts.get(b"path", name), facts.get(b"linkpath", target)
+    return Member(_decoded(name), kind, begin, at + BLOCK, size, _decoded(target))
 
 
-def _long_name(kind: bytes, content: bytes) -> bytes | None:
-    if kind == LONG_NAME:
-        return content.rstrip(b"\0")
-    found = _PAX_PATH.findall(content) if kind == PAX else []
-    return found[-1] if found else None
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _facts(kind: bytes, content: bytes, at: int) -> dict[bytes, bytes]:
+    """What a special member says of the next one, by pax's words."""
+    if kind in NAMES:
+        return {NAMES[kind]: content.rstrip(b"\0")}
+    found: dict[bytes, bytes] = {}
+    start, end = 0, len(content.rstrip(b"\0")) if kind == PAX else 0
+    while start < end:  # records: "LENGTH KEY=VALUE\n"
+        length = content[start : start + 20].partition(b" ")[0]
+        stop = start + int(length) if length.isdigit() else 0
+        if stop <= start + len(length) or content[stop - 1 : stop] != b"\n":
+            raise _DamagedTarError("damaged pax header", at)
+        key, _, value = content[start + len(length) + 1 : stop - 1].partition(b"=")
+        found[key], start = value, stop
+    return found
 
 
 def _decoded(name: bytes) -> str:

@@ -198,7 +198,7 @@ def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "dat
     if is_own:
         data, key = (data, key) if data else (config.data.validation, "data.validation")
         check_own_shards(data, key=key)
-    index = load_index(data, key=key, create=create and not is_own, pipes=not is_own)
+    index = load_index(data, key=key, create=create and not is_own)
     settings = image_settings(
         index,
         channels=config.data.channels,
