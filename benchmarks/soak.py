@@ -31,6 +31,7 @@ import torch
 
 from tests.support.faults import Ranks, is_running, last_step
 from tests.support.training import arguments, rows, same_weights, status
+from vae_dist.config.schema import DataConfig
 from vae_dist.data.digits import make_digits
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import load_index
@@ -239,7 +240,7 @@ def epoch_problems(
 ) -> tuple[int, list[str]]:
     """(whole epochs, what is wrong with them): each must hold every image of the shards once."""
     index = load_index(str(digits / "train"), key="data.train", create=False)
-    settings = image_settings(index, channels=1, resolution="native", max_pixels=2**20)
+    settings = image_settings(index, DataConfig(channels=1, resolution="native", max_pixels=2**20))
     stream = EvaluationStream(index, settings, batch_size=1000)
     everything = Counter(
         digest(image) for batch in stream for image in batch.images[batch.weights > 0]

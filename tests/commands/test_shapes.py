@@ -16,6 +16,7 @@ from PIL import Image
 from tests.support.distributed import run_ranks
 from tests.support.training import losses, rows, same_weights
 from vae_dist import evaluate, pack, reconstruct, sample
+from vae_dist.config.schema import DataConfig
 from vae_dist.data.index import load_index
 from vae_dist.train import main as train
 
@@ -225,7 +226,9 @@ def test_a_png_is_not_narrowed_on_its_way(tmp_path: Path) -> None:
     options = (f"source={tmp_path}/in", f"out={tmp_path}/out", "validation=0", "workers=1")
     assert pack.main([*options]) == 0
     index = load_index(f"{tmp_path}/out/train", key="k", create=False)
-    settings = image_settings(index, channels=1, resolution="native", max_pixels=100, bits=16)
+    settings = image_settings(
+        index, DataConfig(channels=1, resolution="native", max_pixels=100, bits=16)
+    )
     reader = SampleReader(index, settings, seed=0)
     image = reader.load(reader.read(0, 0, 1)[0], 0, 0, epoch=0).image
     assert (image[0] == levels).all() and image.dtype == np.uint16

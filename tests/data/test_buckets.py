@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import png
 from tests.data.test_loader import InterleavedPool, damage
+from vae_dist.config.schema import DataConfig
 from vae_dist.data import loader as stream_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
 from vae_dist.data.evaluation import EvaluationStream
@@ -151,7 +152,9 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bucketed(index: ShardIndex, **keys: Any) -> ImageSettings:
-    return image_settings(index, channels=3, resolution=RESOLUTION, max_pixels=10**6, **keys)
+    return image_settings(
+        index, DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6, **keys)
+    )
 
 
 def steps_of(index: ShardIndex, *, world: int = 1, **kwargs: Any) -> dict[int, Step]:
@@ -249,7 +252,7 @@ def test_native_images_of_any_size_are_slots_of_their_own(
     index: ShardIndex, one_process: None
 ) -> None:
     settings = image_settings(
-        index, channels=3, resolution="native", max_pixels=10**6, any_size=True
+        index, DataConfig(channels=3, resolution="native", max_pixels=10**6), any_size=True
     )
     order = Order(index.lengths, lanes=8, window=4, seed=3)
     runs = []
@@ -272,7 +275,7 @@ def test_native_images_of_any_size_are_slots_of_their_own(
 
 
 def test_native_images_of_one_size_may_not_differ(index: ShardIndex) -> None:
-    settings = image_settings(index, channels=3, resolution="native", max_pixels=10**6)
+    settings = image_settings(index, DataConfig(channels=3, resolution="native", max_pixels=10**6))
     order = Order(index.lengths, lanes=8, window=4, seed=3)
     stream = TrainingStream(index, order, settings, batch_size=8, start_step=0, stop_step=1)
     with pytest.raises(ShardError, match=r"share a size.*aspect buckets.*data\.slots=training"):

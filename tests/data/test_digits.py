@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import DataConfig
 from vae_dist.data import digits as bundled
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import load_index
@@ -24,7 +25,7 @@ def test_digits_are_the_bytes_that_ship() -> None:
 
 def stored(folder: Path, split: str) -> tuple[list[bytes], list[int]]:
     index = load_index(str(folder / split), key="data.train", create=False)
-    settings = image_settings(index, channels=1, resolution="native", max_pixels=10**6)
+    settings = image_settings(index, DataConfig(channels=1, resolution="native", max_pixels=10**6))
     assert settings.shape == (1, 28, 28)
     batches = list(EvaluationStream(index, settings, batch_size=1000))
     images = [image.numpy().tobytes() for batch in batches for image in batch.images]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import DataConfig
 from vae_dist.data import (
     EvaluationStream,
     ShardError,
@@ -23,7 +23,6 @@ from vae_dist.data import (
 )
 from vae_dist.data.decode import decode_sample
 from vae_dist.data.order import make_order
-from vae_dist.data.settings import check_labels
 from vae_dist.data.tar import DamagedSampleError
 
 SIZE = (12, 16)
@@ -119,10 +118,14 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def streams(shards: Path, *, world: int = 1, workers: int = 0, **keys: Any) -> list[TrainingStream]:
+def streams(
+    shards: Path, *, world: int = 1, workers: int = 0, num_classes: int = 0, **keys: Any
+) -> list[TrainingStream]:
     index = load_index(str(shards), key="data.train", create=True)
     settings = image_settings(
-        index, **{"channels": 1, "resolution": "native", "max_pixels": 10**6, **keys}
+        index,
+        DataConfig(**{"channels": 1, "resolution": "native", "max_pixels": 10**6, **keys}),
+        num_classes=num_classes,
     )
     return [
         TrainingStream(
@@ -191,7 +194,10 @@ def without_masks(shards: Path) -> Path:
 def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(shards: Path) -> None:
     index = load_index(str(without_masks(shards)), key="data", create=True)
     settings = image_settings(
-        index, channels=1, resolution="native", max_pixels=1000, mask="random", mask_fraction=0.25
+        index,
+        DataConfig(
+            channels=1, resolution="native", max_pixels=1000, mask="random", mask_fraction=0.25
+        ),
     )
 
     def masks(batch_size: int) -> torch.Tensor:
@@ -200,22 +206,6 @@ def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(shards: Path) -> None:
 
     assert torch.equal(masks(12), masks(5))
     assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
-
-
-def test_labels_are_looked_at_before_training(shards: Path) -> None:
-    index = load_index(str(shards), key="data", create=True)
-
-    def look(**keys: Any) -> None:
-        settings = image_settings(
-            index, channels=1, resolution="native", max_pixels=1000, mask="member", **keys
-        )
-        check_labels(index, settings, key="data.train")
-
-    look(num_classes=3)
-    with pytest.raises(ShardError, match=r"images.*\.tar sample \d+ \(key \d{4}\): its label 2"):
-        look(num_classes=2)
-    with pytest.raises(ConfigError, match=r"none of the first 12 images of data\.train"):
-        look(num_classes=3, label_key="attributes.Smiling")
 
 
 def test_a_label_out_of_range_stops_a_stream(shards: Path) -> None:

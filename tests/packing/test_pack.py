@@ -15,6 +15,7 @@ import vae_dist.packing.pack as packing
 from tests.support.picture_sources import png, write_tar
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import DataConfig
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.settings import image_settings
@@ -55,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def loaded(folder: Path) -> list[tuple[int, int]]:
     """(grey level of the picture, label), as the trainer reads them."""
     index = load_index(str(folder), key="data.train", create=False)
-    settings = image_settings(index, channels=3, resolution="native", max_pixels=1000)
+    settings = image_settings(index, DataConfig(channels=3, resolution="native", max_pixels=1000))
     reader = SampleReader(index, settings, seed=0)
     found = []
     for shard, length in enumerate(index.lengths.tolist()):
@@ -223,7 +224,7 @@ def test_the_trainer_reads_packed_masks(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((out / "pack.json").read_text())["members"] == {"mask.png": 1}
     index = load_index(str(out / "train"), key="data.train", create=False)
     settings = image_settings(
-        index, channels=1, resolution="native", max_pixels=1000, mask="member"
+        index, DataConfig(channels=1, resolution="native", max_pixels=1000, mask="member")
     )
     reader = SampleReader(index, settings, seed=0)
     images = [reader.load(data, 0, i, epoch=0)[0] for i, data in enumerate(reader.read(0, 0, 2))]

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.support.tiny_run import tiny_config
+from vae_dist.config.schema import DataConfig
 from vae_dist.data.index import load_index
 from vae_dist.data.settings import image_settings
 from vae_dist.data.writer import write_shards
@@ -56,7 +57,8 @@ def data(tmp_path: Path, levels: torch.Tensor) -> Data:
     write_shards(samples, tmp_path / "shards", num_shards=1, name="images")
     index = load_index(str(tmp_path / "shards"), key="data.train", create=True)
     settings = image_settings(
-        index, channels=1, resolution="native", max_pixels=10**6, crop="center", flip=False
+        index,
+        DataConfig(channels=1, resolution="native", max_pixels=10**6, crop="center", flip=False),
     )
     return Data(index, index, settings)
 

@@ -29,15 +29,10 @@ def make_buckets(*, area: int, multiple: int, max_aspect: float) -> tuple[Size, 
             found.append((height, width))
     # of sizes that fit into another one, only the largest
     return tuple(
-        size
-        for size in reversed(found)
-        if not any(size != other and size[0] <= other[0] and size[1] <= other[1] for other in found)
+        (h, w)
+        for h, w in reversed(found)
+        if not any((h, w) != (a, b) and h <= a and w <= b for a, b in found)
     )
-
-
-def square(buckets: Sequence[Size]) -> Size:
-    """The bucket that is nearest to a square."""
-    return nearest(buckets, 0.0)
 
 
 def aspect(size: Size) -> float:
@@ -47,6 +42,11 @@ def aspect(size: Size) -> float:
 def nearest(buckets: Sequence[Size], aspect_wanted: float) -> Size:
     """The bucket of the nearest aspect; of two, the more upright one."""
     return min(buckets, key=lambda size: abs(aspect(size) - aspect_wanted))
+
+
+def square(buckets: Sequence[Size]) -> Size:
+    """The bucket that is nearest to a square."""
+    return nearest(buckets, 0.0)
 
 
 def arrange(

@@ -33,8 +33,8 @@ class ImageCache:
     def if_it_fits(
         cls, num_samples: int, settings: ImageSettings, *, max_bytes: int
     ) -> ImageCache | None:
-        num_bytes = bytes_of_all(num_samples, settings)
-        return None if num_bytes is None or num_bytes > max_bytes else cls(num_samples, settings)
+        is_small = bytes_cached(num_samples, settings, cache_bytes=max_bytes, workers=1)
+        return cls(num_samples, settings) if is_small else None
 
     def has_all(self, samples: np.ndarray) -> bool:
         return not (self._labels[samples] == _MISSING).any()
@@ -56,20 +56,14 @@ class ImageCache:
         return labels
 
 
-def bytes_of_all(num_samples: int, settings: ImageSettings) -> int | None:
-    """Bytes of all cached images; None where sizes differ or each epoch crops anew."""
-    if settings.sizes_differ or (settings.resize and settings.crop == "random"):
-        return None
-    constant = settings.constant
-    num_values = math.prod(constant.size) * constant.planes
-    return num_samples * (num_values * constant.dtype.itemsize + 8)
-
-
 def bytes_cached(
     num_samples: int, settings: ImageSettings, *, cache_bytes: int, workers: int
 ) -> int:
-    """Bytes that the processes of a rank come to hold, each of which caches all or nothing."""
-    num_bytes, processes = bytes_of_all(num_samples, settings), max(1, workers)
-    if num_bytes is None or num_bytes > cache_bytes // processes:
+    """Bytes that the processes of a rank come to hold, each of which caches all or nothing; 0
+    where that is more than cache_bytes, sizes differ, or each epoch crops anew."""
+    if settings.sizes_differ or (settings.resize and settings.crop == "random"):
         return 0
-    return num_bytes * processes
+    constant, processes = settings.constant, max(1, workers)
+    num_values = math.prod(constant.size) * constant.planes
+    num_bytes = num_samples * (num_values * constant.dtype.itemsize + 8)
+    return num_bytes * processes if num_bytes <= cache_bytes // processes else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class EvaluationStream:
         self._num_batches = -(-self.num_images // (batch_size * world))
         self._has_mask = settings.has_mask
         reader = SampleReader(index, settings.without_augmentation(), seed=0, retry_s=retry_s)
-        work = _EvaluationWork(reader, self.num_images, batch_size, rank, world)
+        work = _Work(reader, self.num_images, batch_size, rank, world)
         self._pool = WorkerPool(work, num_workers=min(workers, self._num_batches))
         self.close = weakref.finalize(self, self._pool.close)
 
@@ -76,90 +77,74 @@ class EvaluationStream:
             for number, (planes, labels, samples, weights, skipped) in enumerate(parts):
                 images, masks = split_mask(torch.from_numpy(planes), has_mask=self._has_mask)
                 yield EvaluationBatch(
-                    images=images,
-                    labels=torch.from_numpy(labels),
-                    samples=torch.from_numpy(samples),
-                    weights=torch.from_numpy(weights),
-                    skipped=tuple(skipped),
-                    masks=masks,
+                    images,
+                    torch.from_numpy(labels),
+                    torch.from_numpy(samples),
+                    torch.from_numpy(weights),
+                    tuple(skipped),
+                    masks,
                     is_first=number == 0,
                 )
 
 
-class _EvaluationPart(NamedTuple):
-    images: np.ndarray  # (b, planes, H, W)
-    labels: np.ndarray
-    samples: np.ndarray
-    weights: np.ndarray
-    skipped: list[SkippedSample]
+# (b, planes, H, W) of one shape, labels, samples, weights, and what else an EvaluationBatch has
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[SkippedSample]]
 
 
-class _EvaluationWork:
+@dataclass
+class _Work:
     """What one worker does: every num_workers-th batch of its rank."""
 
-    def __init__(
-        self, reader: SampleReader, num_images: int, batch_size: int, rank: int, world: int
-    ) -> None:
-        self.reader, self.num_images, self.batch_size = reader, num_images, batch_size
-        self.rank, self.world = rank, world
+    reader: SampleReader
+    num_images: int
+    batch_size: int
+    rank: int
+    world: int
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_EvaluationPart]]:
-        batches = list(self._batches(worker, num_workers))
+    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_Part]]:
+        of_all, batches = self.batch_size * self.world, []
+        for low in range(worker * of_all, self.num_images, num_workers * of_all):
+            in_step = min(of_all, self.num_images - low)
+            size = -(-in_step // self.world)  # the last batch is cut evenly, then padded
+            first = low + self.rank * size
+            runs = self.reader.in_order(first, min(first + size, low + in_step))
+            batches.append((runs, first, size))
         read_ahead = ReadAhead(self.reader)
+        requests = (read_ahead.request(runs) for runs, _, _ in batches)
         try:
-            following = read_ahead.request(batches[0][0]) if batches else None
-            for number, (runs, first, share) in enumerate(batches):
-                assert following is not None
-                samples = following.result()
-                if number + 1 < len(batches):
-                    following = read_ahead.request(batches[number + 1][0])
-                yield self._parts(runs, samples, first, share)
+            following = next(requests, None)
+            for runs, first, size in batches:
+                awaited, following = following, next(requests, None)
+                assert awaited is not None
+                yield self._parts(runs, awaited.result(), first, size)
         finally:
             read_ahead.close()
 
-    def _batches(self, worker: int, num_workers: int) -> Iterator[tuple[list[Run], int, int]]:
-        """Runs of samples of this rank's batches, number of the first, and size of the batch."""
-        of_all = self.batch_size * self.world
-        for low in range(worker * of_all, self.num_images, num_workers * of_all):
-            in_step = min(of_all, self.num_images - low)
-            share = -(-in_step // self.world)  # the last batch is cut evenly, then padded
-            first = low + self.rank * share
-            yield self.reader.in_order(first, min(first + share, low + in_step)), first, share
-
-    def _parts(
-        self, runs: list[Run], samples: list[memoryview], first: int, share: int
-    ) -> list[_EvaluationPart]:
+    def _parts(self, runs: list[Run], data: list[memoryview], first: int, size: int) -> list[_Part]:
         """One part for each shape, at least one; the first names what is skipped."""
         settings = self.reader.settings
-        images: dict[Shape, list[tuple[int, LoadedSample]]] = {}
+        found: dict[Shape, list[tuple[int, LoadedSample]]] = {}
         skipped: list[SkippedSample] = []
-        places = [(run.shard, index) for run in runs for index in range(run.start, run.stop)]
-        for number, ((shard, index), data) in enumerate(zip(places, samples, strict=True), first):
+        places = [(shard, index) for shard, start, stop in runs for index in range(start, stop)]
+        for number, ((shard, index), sample) in enumerate(zip(places, data, strict=True), first):
             try:
-                loaded = self.reader.load(data, shard, index, epoch=0)
+                loaded = self.reader.load(sample, shard, index, epoch=0)
+                found.setdefault(loaded.image.shape, []).append((number, loaded))
             except DamagedSampleError as error:
                 path = self.reader.index.paths[shard]
                 skipped.append(SkippedSample(path, index, str(error), None))
-                continue
-            images.setdefault(loaded.image.shape, []).append((number, loaded))
-        if not settings.sizes_differ or not images:
+        if not settings.sizes_differ or not found:
             shape = (settings.planes, *settings.size)
-            return [self._part(images.get(shape, []), shape, share, skipped)]
-        return [
-            self._part(found, shape, len(found), [] if number else skipped)
-            for number, (shape, found) in enumerate(images.items())
-        ]
+            return [(*self._arrays(found.get(shape, []), shape, size), skipped)]
+        parts = [self._arrays(images, shape, len(images)) for shape, images in found.items()]
+        return [(*part, [] if number else skipped) for number, part in enumerate(parts)]
 
-    def _part(
-        self,
-        found: list[tuple[int, LoadedSample]],
-        shape: Shape,
-        count: int,
-        skipped: list[SkippedSample],
-    ) -> _EvaluationPart:
-        images = np.zeros((count, *shape), self.reader.settings.dtype)
-        labels, samples = np.full((2, count), -1, np.int64)
-        weights = np.zeros(count, np.float32)
+    def _arrays(
+        self, found: list[tuple[int, LoadedSample]], shape: Shape, size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        images = np.zeros((size, *shape), self.reader.settings.dtype)
+        labels, samples = np.full((2, size), -1, np.int64)
+        weights = np.zeros(size, np.float32)
         for i, (number, loaded) in enumerate(found):
             images[i], samples[i], labels[i], weights[i] = loaded.image, number, loaded.label, 1
-        return _EvaluationPart(images, labels, samples, weights, skipped)
+        return images, labels, samples, weights

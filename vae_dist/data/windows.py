@@ -1,8 +1,8 @@
 """The samples of a run in its order: windows are read ahead, lost samples are replaced.
 
-In: the reader, the order, one of its sequences (a lane) and where to begin. Out: for each place
-the sample's number among all, then its image and label. With aspect buckets the sizes in the
-headers of a window's images decide which of them make a slot, and its size.
+In: the reader, the order, one of its sequences and where to begin. Out: for each place the sample's
+number among all, then its image and label. With aspect buckets the sizes in the headers of a
+window's images decide which of them make a slot, and its size.
 
 A lost sample keeps its place. It is replaced by the first readable sample of its window, in the
 window's permuted order; if the window has none, by that of the nearest earlier window of the
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ class ReadAhead:
         self._thread: threading.Thread | None = None
 
     def request(self, runs: Sequence[Run]) -> Future[Samples]:
-        if self._thread is None:
+        if self._thread is None:  # daemon: a process does not wait for a server when it ends
             self._thread = threading.Thread(target=self._read_all, daemon=True)
             self._thread.start()
         future: Future[Samples] = Future()
@@ -74,9 +75,10 @@ class ReadAhead:
 
 
 class _Replacement(NamedTuple):
-    """What stands for lost samples, and where the window ends that it was found in."""
+    """What stands for the lost samples of the window that begins at `row`."""
 
-    end_row: int
+    row: int
+    end_row: int  # of the window that it was found in
     name: str
     sample: LoadedSample
 
@@ -98,12 +100,9 @@ class WindowReader:
         self._requested = self._request(self._following)
         self._end_row = row  # of the current window: none is entered yet
         self._awaited: Future[Samples] | None = None
-        self._samples: Samples = []  # of the current window, once they are there
         self._positions: list[int] = []  # in the window, in the order in which they are shown
         self._sizes: list[Size] = []  # of the window's slots, with aspect buckets
-        self._first_row = self._previous_row = -1  # of the current window, and of the one before
-        self._replacements: dict[Size | None, _Replacement] = {}  # by the size asked for
-        self._replaced_row = -1  # first row of the window that these are for
+        self._replacements: dict[Size | None, _Replacement] = {}  # of this window and the last one
         self.numbers: list[int] = []  # among all samples, in the order in which they are shown
 
     def advance(self, count: int) -> range:
@@ -123,8 +122,13 @@ class WindowReader:
         """
         if self._reader.is_cached(self.numbers[place]):
             return None
-        position, size = self._positions[place], self._size(place)
-        return self._prepared(self._window, self._read(), position, size, out)
+        position = self._positions[place]
+        shard, index = self._window.sample(position)
+        try:
+            data = self._read()[position]
+            return self._reader.prepare(data, shard, index, size=self._size(place), out=out)
+        except DamagedSampleError as error:
+            return error
 
     def load(
         self,
@@ -133,14 +137,15 @@ class WindowReader:
         skipped: list[SkippedSample],
     ) -> LoadedSample:
         """Image and label of a sample, or of its replacement, which is then added to `skipped`."""
-        position = self._positions[place]
+        epoch, shard, index = self._window.place(self._positions[place])
         try:
-            return self._loaded(self._window, prepared, position)
+            if isinstance(prepared, DamagedSampleError):
+                raise prepared
+            return self._reader.load(prepared, shard, index, epoch=epoch)
         except DamagedSampleError as error:
-            replacement = self._replacement(self._size(place))
-            shard, index = self._window.sample(position)
-            path = self._reader.index.paths[shard]
-            skipped.append(SkippedSample(path, index, str(error), replacement.name))
+            lost = SkippedSample(self._reader.index.paths[shard], index, str(error), None)
+            replacement = self._replacement(self._size(place), lost)
+            skipped.append(replace(lost, replaced_by=replacement.name))
             return replacement.sample
 
     def _size(self, place: int) -> Size | None:
@@ -148,12 +153,13 @@ class WindowReader:
 
     def _enter(self) -> None:
         """Go to the following window, and ask for the one after it."""
-        self._window, self._awaited, self._samples = self._following, self._requested, []
+        last, self._window, self._awaited = self._window, self._following, self._requested
         window = self._window
-        self._previous_row, self._first_row = self._first_row, window.first_row
         self._end_row = window.end_row
         self._following = self._order.window_at(self._sequence, window.end_row)
         self._requested = self._request(self._following)
+        known = self._replacements.items()
+        self._replacements = {size: found for size, found in known if found.row == last.first_row}
         shown = window.order
         if self._reader.settings.buckets:
             # in the window's permuted order, so that images of equal aspect are shuffled
@@ -178,93 +184,61 @@ class WindowReader:
 
     def _read(self) -> Samples:
         """The undecoded samples of this window; waits for them."""
-        if not self._samples:
-            awaited = self._awaited or self._read_ahead.request(self._window.runs)
-            self._samples = awaited.result()
-        return self._samples
-
-    def _prepared(
-        self,
-        window: Window,
-        samples: Samples,
-        position: int,
-        size: Size | None,
-        out: np.ndarray | None = None,
-    ) -> Prepared | DamagedSampleError:
-        shard, index = window.sample(position)
-        try:
-            return self._reader.prepare(samples[position], shard, index, size=size, out=out)
-        except DamagedSampleError as error:
-            return error
-
-    def _loaded(
-        self, window: Window, prepared: Prepared | DamagedSampleError | None, position: int
-    ) -> LoadedSample:
-        if isinstance(prepared, DamagedSampleError):
-            raise prepared
-        epoch, shard, index = window.place(position)
-        return self._reader.load(prepared, shard, index, epoch=epoch)
+        if self._awaited is None:
+            self._awaited = self._read_ahead.request(self._window.runs)
+        return self._awaited.result()
 
     # what replaces a lost sample
 
-    def _replacement(self, size: Size | None) -> _Replacement:
-        """What stands for the lost samples of the current window."""
-        window, known = self._window, None
-        if self._replaced_row != window.first_row:
-            # where the window before had lost samples too, its replacement is the nearest one
-            before = self._replacements if self._replaced_row == self._previous_row else {}
-            self._replacements, known = {}, before.get(size)
-            self._replaced_row = window.first_row
-        if size not in self._replacements:
+    def _replacement(self, size: Size | None, lost: SkippedSample) -> _Replacement:
+        """What stands for the lost samples of the current window. Raises ShardError."""
+        window, known = self._window, self._replacements.get(size)
+        if known is None or known.row != window.first_row:
             found = self._first_readable(window, self._read(), size)
-            if found is None and known is not None:
-                if window.first_row - known.end_row >= MAX_LOST_IN_A_ROW:
-                    raise self._too_many(window, size)
-                found = known
-            self._replacements[size] = found or self._nearest(window, size)
-        return self._replacements[size]
+            if found is None and known is None:
+                found = self._nearest(size)
+            elif found is None and known and window.first_row - known.end_row < MAX_LOST_IN_A_ROW:
+                found = known  # the window before had lost samples, too: its replacement is nearest
+            if found is None:
+                raise ShardError(
+                    f"{MAX_LOST_IN_A_ROW} samples in a row cannot be read, the last is {lost}; "
+                    "repair the shard, or take it out of the data set"
+                )
+            self._replacements[size] = known = found._replace(row=window.first_row)
+        return known
+
+    def _nearest(self, size: Size | None) -> _Replacement | None:
+        for window in self._others():
+            found = self._first_readable(window, self._reader.read_runs(window.runs), size)
+            if found is not None:
+                return found
+        return None
+
+    def _others(self) -> Iterator[Window]:
+        """The earlier windows back to the first, then the later ones, as far as is looked."""
+        first, row = self._window.first_row, self._window.first_row
+        while row > 0:
+            if first - row >= MAX_LOST_IN_A_ROW:
+                return
+            window = self._order.window_at(self._sequence, row - 1)
+            yield window
+            row = window.first_row
+        row = self._window.end_row
+        while row - self._window.end_row < MAX_LOST_IN_A_ROW:
+            window = self._order.window_at(self._sequence, row)
+            yield window
+            row = window.end_row
 
     def _first_readable(
         self, window: Window, samples: Samples, size: Size | None
     ) -> _Replacement | None:
         for position in window.order.tolist():
+            epoch, shard, index = window.place(position)
             try:
-                prepared = self._prepared(window, samples, position, size)
-                sample = self._loaded(window, prepared, position)
+                prepared = self._reader.prepare(samples[position], shard, index, size=size)
+                sample = self._reader.load(prepared, shard, index, epoch=epoch)
             except DamagedSampleError:
                 continue
-            name = self._reader.name(*window.sample(position))
-            return _Replacement(window.end_row, name, sample)
+            name = self._reader.name(shard, index)
+            return _Replacement(window.first_row, window.end_row, name, sample)
         return None
-
-    def _nearest(self, lost: Window, size: Size | None) -> _Replacement:
-        """From the nearest earlier window that has a readable sample, else the nearest later."""
-        row = lost.first_row
-        while row > 0 and lost.first_row - row < MAX_LOST_IN_A_ROW:
-            window = self._order.window_at(self._sequence, row - 1)
-            found = self._first_readable(window, self._reader.read_runs(window.runs), size)
-            if found is not None:
-                return found
-            row = window.first_row
-        if row > 0:
-            raise self._too_many(lost, size)
-        row = lost.end_row
-        while row - lost.end_row < MAX_LOST_IN_A_ROW:
-            window = self._order.window_at(self._sequence, row)
-            found = self._first_readable(window, self._reader.read_runs(window.runs), size)
-            if found is not None:
-                return found
-            row = window.end_row
-        raise self._too_many(lost, size)
-
-    def _too_many(self, lost: Window, size: Size | None) -> ShardError:
-        position, reason = int(lost.order[0]), "no reason"
-        try:
-            self._loaded(lost, self._prepared(lost, self._read(), position, size), position)
-        except DamagedSampleError as error:
-            reason = str(error)
-        return ShardError(
-            f"{MAX_LOST_IN_A_ROW} samples in a row cannot be read, the last is "
-            f"{self._reader.name(*lost.sample(position))}: {reason}; repair the shard, or take it "
-            "out of the data set"
-        )

@@ -42,51 +42,31 @@ def write_shards(
         raise ConfigError(f"{folder} exists already: remove it, or write the shards elsewhere")
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
+    writers: list[ShardWriter] = []
+
+    def add_writer() -> None:
+        writers.append(ShardWriter(partial / f"{name}-{len(writers):06d}.tar"))
+
     try:
-        if num_shards is not None:
-            names = _write_in_turn(samples, partial, num_shards, name)
-        else:
-            assert shard_bytes is not None
-            names = _write_in_sequence(samples, partial, shard_bytes, name)
-        if not names:
+        for _ in range(num_shards or 0):
+            add_writer()
+        for number, sample in enumerate(samples):
+            if shard_bytes is not None and (not writers or writers[-1].num_bytes >= shard_bytes):
+                if writers:
+                    writers[-1].close()
+                add_writer()
+            writers[number % num_shards if num_shards else -1].write(sample)
+        if not writers:
             raise ConfigError(f"there are no samples to write; nothing was written to {folder}")
-        shards = [partial / shard for shard in names]
-        for shard in shards:
-            write_sidecar(shard, index_shard(shard))
-        write_info(shards, split=name)
+        for writer in writers:
+            writer.close()
+            write_sidecar(writer.path, index_shard(writer.path))
+        write_info([writer.path for writer in writers], split=name)
         os.rename(partial, folder)
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return [folder / shard for shard in names]
-
-
-def _write_in_turn(
-    samples: Iterable[Mapping[str, str | bytes]], folder: Path, num_shards: int, name: str
-) -> list[str]:
-    writers = [ShardWriter(folder / f"{name}-{s:06d}.tar") for s in range(num_shards)]
-    for i, sample in enumerate(samples):
-        writers[i % num_shards].write(sample)
-    for writer in writers:
-        writer.close()
-    return [writer.path.name for writer in writers]
-
-
-def _write_in_sequence(
-    samples: Iterable[Mapping[str, str | bytes]], folder: Path, shard_bytes: int, name: str
-) -> list[str]:
-    names: list[str] = []
-    writer: ShardWriter | None = None
-    for sample in samples:
-        if writer is None or writer.num_bytes >= shard_bytes:
-            if writer is not None:
-                writer.close()
-            writer = ShardWriter(folder / f"{name}-{len(names):06d}.tar")
-            names.append(writer.path.name)
-        writer.write(sample)
-    if writer is not None:
-        writer.close()
-    return names
+    return [folder / writer.path.name for writer in writers]
 
 
 class ShardWriter:
@@ -104,6 +84,7 @@ class ShardWriter:
         return self._tar.tarstream.offset
 
     def write(self, sample: Mapping[str, str | bytes]) -> None:
+        """Add a sample. Raises ConfigError where its key would merge it with its neighbours."""
         key = sample["__key__"]
         assert isinstance(key, str)
         if "." in key.rpartition("/")[2] or key == self._last_key:
@@ -115,7 +96,9 @@ class ShardWriter:
         self._tar.write(dict(sample))
 
     def close(self) -> None:
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Bring the shard to the disk; a second call does nothing."""
+        if not self._file.closed:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()

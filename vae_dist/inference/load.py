@@ -201,15 +201,9 @@ def open_images(config: TrainConfig, data: Any, *, create: bool, key: str = "dat
     index = load_index(data, key=key, create=create and not is_own)
     settings = image_settings(
         index,
-        channels=config.data.channels,
-        resolution=config.data.resolution,
-        max_pixels=config.data.max_pixels,
-        bits=config.data.bits,
-        any_size=config.model.latent == "spatial",
-        mask=config.data.mask,
-        mask_fraction=config.data.mask_fraction,
-        label_key=config.data.label_key,
+        config.data,
         num_classes=config.model.num_classes,
+        any_size=config.model.latent == "spatial",
     )
     return Images(index, settings, config.data.retry_s)
 

@@ -20,13 +20,7 @@ from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import make_order
-from vae_dist.data.settings import (
-    NativeSet,
-    check_labels,
-    check_native_sizes,
-    check_readable,
-    image_settings,
-)
+from vae_dist.data.settings import DataSet, check_data_sets, image_settings
 from vae_dist.data.transforms import Need
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
@@ -73,33 +67,18 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         train, validation = _both_indexes(config, create=create)
         settings = image_settings(
             train,
-            channels=config.data.channels,
-            resolution=config.data.resolution,
-            max_pixels=config.data.max_pixels,
-            mask=config.data.mask,
-            mask_fraction=config.data.mask_fraction,
-            label_key=config.data.label_key,
+            config.data,
             num_classes=config.model.num_classes,
-            bits=config.data.bits,
-            crop=config.data.crop,
-            flip=config.data.flip,
             any_size=has_any_size(config),
             needs=_size_needs(config),
         )
         data = Data(train, validation, settings, any_size=config.model.latent == "spatial")
         if create:
-            check_native_sizes(
-                [
-                    NativeSet("data.train", train, settings),
-                    NativeSet("data.validation", validation, data.evaluation_settings),
-                ],
-                max_skipped_fraction=config.data.max_skipped_fraction,
-            )
-            check_readable(train, settings, key="data.train")
-            check_readable(validation, data.evaluation_settings, key="data.validation")
-        if create and config.model.num_classes:
-            check_labels(train, settings, key="data.train")
-            check_labels(validation, settings, key="data.validation")
+            sets = [
+                DataSet("data.train", train, settings),
+                DataSet("data.validation", validation, data.evaluation_settings),
+            ]
+            check_data_sets(sets, max_skipped_fraction=config.data.max_skipped_fraction)
         return data
 
     def prepare() -> None:
