@@ -372,7 +372,7 @@ def test_a_run_folder_names_no_command(tmp_path: Path, with_index: bool) -> None
     spec: object = f"pipe:touch {tmp_path}/made"
     config.data.validation = {"path": spec, "index": str(tmp_path)} if with_index else spec
     config.data.train = [{"path": spec, "weight": 1}]
-    message = "may not name a command"
+    message = "only local paths and http"
     with pytest.raises(ConfigError, match=message):
         open_images(config, "", create=True)
     with pytest.raises(ConfigError, match=message):
