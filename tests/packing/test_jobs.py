@@ -14,7 +14,6 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import load_index
 from vae_dist.data.indexing import write_info
 from vae_dist.packing import jobs
-from vae_dist.packing.encode import in_threads
 from vae_dist.packing.jobs import Count, FinishedElsewhere, ShardJob, run
 
 PLAN = {"seed": 0, "pictures": "a digest"}
@@ -143,9 +142,3 @@ def test_progress_counts_what_all_processes_do(tmp_path: Path) -> None:
     for workers in (1, 3):
         run(partial(write, job), SHARDS, workers=workers, progress=seen.append)
         assert seen[-1] == 18
-
-
-def test_threads_keep_the_order_and_raise() -> None:
-    assert list(in_threads(lambda n: n * n, range(50), threads=3)) == [n * n for n in range(50)]
-    with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda n: 1 // (n - 7), range(50), threads=3))

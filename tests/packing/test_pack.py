@@ -191,7 +191,9 @@ def test_what_a_sample_says_is_part_of_the_plan(other: Item) -> None:
 
 
 def test_a_source_without_training_pictures_is_refused() -> None:
-    with pytest.raises(ConfigError, match="all 1 pictures are of test; add some to train on"):
+    with pytest.raises(
+        ConfigError, match="all 1 pictures are of validation or test; add some to train on"
+    ):
         packing.make_plan([ITEM._replace(split="test")], PackCommand())
 
 

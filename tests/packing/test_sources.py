@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from tests.support.picture_sources import listed, opened, png, summary, write_files, write_tar
+from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.packing.items import Item, Listing, Place, read, split_of
-from vae_dist.packing.pack import _check_splits
-from vae_dist.packing.sources import numbered, with_splits_and_categories
+from vae_dist.packing.pack import _check
+from vae_dist.packing.sources import number_classes, with_splits_and_categories
 
 HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
 EVIL = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"]
@@ -80,16 +81,16 @@ def test_names_of_classes_become_numbers_in_alphabetical_order() -> None:
         ((3, None), ("a", "b"), [3, None]),
     ):
         listing = Listing([item(f"{n}", n) for n in names], [], [], ("a", "b"))
-        items, found = numbered(listing)
-        assert ([i.category for i in items], found) == (want, classes)
+        number_classes(listing)
+        assert ([i.category for i in listing.items], listing.classes) == (want, classes)
     with pytest.raises(ConfigError, match="some classes are named and some are numbers"):
-        numbered(Listing([item("a", "cat"), item("b", 1)], [], []))
+        number_classes(Listing([item("a", "cat"), item("b", 1)], [], []))
 
 
 def test_a_split_between_classes_is_refused() -> None:
     names = ["train/a.png", "bus/b.png"]
     with pytest.raises(ConfigError, match=r"1 pictures belong to a split .* and 1 to none"):
-        _check_splits(with_splits_and_categories(list(map(item, names)), ()))
+        _check(PackCommand(), Listing(with_splits_and_categories(list(map(item, names)), ())))
 
 
 # the same rules for folders, zip files and tars

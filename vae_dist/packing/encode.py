@@ -17,9 +17,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,34 +46,23 @@ from vae_dist.inference.load import (
     open_run_on_ranks,
     weights_digest,
 )
-from vae_dist.models.latent import (
-    STATISTICS_FILE,
-    LatentMoments,
-    sample_posterior,
-    write_statistics,
-)
+from vae_dist.models import latent
 from vae_dist.packing.items import why_unsafe
-from vae_dist.packing.jobs import FinishedElsewhere, Report, ShardJob, check_lost, print_left_out
+from vae_dist.packing.jobs import (
+    FinishedElsewhere,
+    Report,
+    ShardJob,
+    check_lost,
+    cut,
+    print_left_out,
+)
 from vae_dist.randomness import draws
 
 NAME = "latents"
-MIN_SHARDS = 32  # where each has MIN_PER_SHARD images: so that many processes have work
-MIN_PER_SHARD = 128
+MIN_SHARDS = 32  # of a large set: so that many processes have work
 NUM_PROBED = 64  # samples whose bytes are measured
 WINDOW_BATCHES = 8  # that images of several shapes are sorted within
-DECIDE_BYTES = (
-    "content",
-    "dtype",
-    "flip",
-    "keep_images",
-    "precision",
-    "seed",
-    "batch_size",
-    "tile",
-)
-
-S = TypeVar("S")
-T = TypeVar("T")
+NOT_OF_SHARDS = ("run", "checkpoint", "device", "data", "out", "max_skipped_fraction", "threads")
 
 
 class PlannedShard(NamedTuple):
@@ -126,7 +115,7 @@ def identity(images: Images, loaded: LoadedModel, command: EncodeCommand) -> dic
     """All that decides the bytes of the shards, by name; JSON."""
     model = loaded.config
     return {
-        **{key: getattr(command, key) for key in (*DECIDE_BYTES, "weights", "shard_mb")},
+        **{key: value for key, value in vars(command).items() if key not in NOT_OF_SHARDS},
         "step": loaded.step,
         "model": weights_digest(loaded.model),
         "data": images.index.fingerprint,
@@ -180,23 +169,18 @@ class _Encoder:
         for number in range(0, num_samples, max(1, num_samples // NUM_PROBED)):
             for sample in self._read((number, number + 1)):
                 if isinstance(sample, Sample):
-                    latent = num_bytes(
+                    stored = num_bytes(
                         math.prod(self.model.latent_shape(*sample.planes.shape[1:])),
                         content=command.content,
                         dtype=command.dtype,
                         flip=command.flip,
                     )
-                    lengths = [latent, *map(len, sample.members.values())]
+                    lengths = [stored, *map(len, sample.members.values())]
                     sizes.append(sum(BLOCK + -(-length // BLOCK) * BLOCK for length in lengths))
         total = sum(sizes) / max(1, len(sizes)) * num_samples
         count = math.ceil(total / (command.shard_mb * 1e6))
-        count = max(count, min(MIN_SHARDS, num_samples // MIN_PER_SHARD), 1)
-        count = min(count, num_samples)
-        borders = [num_samples * k // count for k in range(count + 1)]
-        return [
-            PlannedShard(f"{NAME}-{k:06d}.tar", low, high)
-            for k, (low, high) in enumerate(pairwise(borders))
-        ]
+        parts = enumerate(cut(num_samples, count, at_least=MIN_SHARDS))
+        return [PlannedShard(f"{NAME}-{k:06d}.tar", *part) for k, part in parts]
 
     # reading
 
@@ -217,6 +201,17 @@ class _Encoder:
                 found.append(Sample(number, key, others, label, image))
         return found
 
+    def _read_ahead(self, pieces: Iterable[tuple[int, int]]) -> Iterator[list[Sample | str]]:
+        """`_read` of the pieces, in their order, by threads that are some pieces ahead."""
+        waiting: deque[Future[list[Sample | str]]] = deque()
+        with ThreadPoolExecutor(self.threads) as pool:
+            for piece in pieces:
+                waiting.append(pool.submit(self._read, piece))
+                if len(waiting) > 2 * self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
     # writing
 
     def _write(self, shards: Sequence[PlannedShard], progress: Callable[[int], None]) -> None:
@@ -224,14 +219,10 @@ class _Encoder:
         count = self.command.batch_size
         at_once = WINDOW_BATCHES if self.settings.sizes_differ else 1  # so few batches are small
         starts = {s: range(s.first, s.stop, count) for s in shards}
-        pieces = in_threads(
-            self._read,
-            ((at, min(at + count, s.stop)) for s in shards for at in starts[s]),
-            threads=self.threads,
-        )
+        pieces = self._read_ahead((at, min(at + count, s.stop)) for s in shards for at in starts[s])
         num_done = 0
         for shard in shards:
-            moments = LatentMoments(self.model.latent_channels, self.runtime.device)
+            moments = latent.LatentMoments(self.model.latent_channels, self.runtime.device)
             sizes: Counter[str] = Counter()
             skipped: list[str] = []
             with self.job.shard(shard.name) as (writer, report):
@@ -240,22 +231,21 @@ class _Encoder:
                     window = [found for piece in islice(pieces, num_pieces) for found in piece]
                     lost = [found for found in window if isinstance(found, str)]
                     samples = [found for found in window if isinstance(found, Sample)]
-                    for sample, tensors in zip(
-                        samples, self._encoded(samples, moments), strict=True
-                    ):
+                    tensors = self._encoded(samples, moments)
+                    for sample, of_sample in zip(samples, tensors, strict=True):
                         height, width = sample.planes.shape[1:]
                         sizes[f"{height}x{width}"] += 1
-                        write_sample(writer, sample, to_bytes(tensors, (height, width)))
+                        write_sample(writer, sample, to_bytes(of_sample, (height, width)))
                     skipped += lost
                     self.skipped += lost
-                    self._check_lost(self.skipped)
+                    check_lost(self.command, "data", self.skipped, total=self.num_samples)
                     num_done += len(window)
                     progress(num_done)
                 report |= {"samples": sizes.total(), "skipped": skipped, "sizes": sizes}
                 report["sums"] = moments.sums.tolist()
 
     def _encoded(
-        self, samples: Sequence[Sample], moments: LatentMoments
+        self, samples: Sequence[Sample], moments: latent.LatentMoments
     ) -> Iterator[dict[str, Tensor]]:
         """The tensors of each sample, in order; images of one shape are encoded together."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -272,7 +262,9 @@ class _Encoder:
         return (found[place] for place in range(len(samples)))
 
     @torch.inference_mode()
-    def _encode_batch(self, samples: Sequence[Sample], moments: LatentMoments) -> dict[str, Tensor]:
+    def _encode_batch(
+        self, samples: Sequence[Sample], moments: latent.LatentMoments
+    ) -> dict[str, Tensor]:
         """The stored tensors of images of one shape, on the CPU."""
         command, device = self.command, self.runtime.device
         planes = torch.from_numpy(np.stack([sample.planes for sample in samples])).to(device)
@@ -308,7 +300,7 @@ class _Encoder:
         elif command.content == "sample":
             numbers = [sample.number for sample in samples]
             noise = draws(torch.randn, command.seed, purpose, numbers, tuple(mean.shape[1:]))
-            stored = {"sample": sample_posterior(mean, log_variance, noise.to(mean.device))}
+            stored = {"sample": latent.sample_posterior(mean, log_variance, noise.to(mean.device))}
         for name, values in stored.items():
             stored[name] = values = values.to(TYPES[command.dtype]).cpu()
             for sample, is_finite in zip(samples, values.flatten(1).isfinite().all(1), strict=True):
@@ -321,20 +313,16 @@ class _Encoder:
 
     # the end
 
-    def _check_lost(self, lost: Sequence[str]) -> None:
-        of, limit = f"data={shown(self.command.data)}", self.command.max_skipped_fraction
-        check_lost(lost, of=of, total=self.num_samples, max_skipped_fraction=limit)
-
     def _describe(self, plan: Sequence[PlannedShard]) -> Report:
         """Write index and statistics; the summary."""
         out, command, loaded = self.job.out, self.command, self.loaded
         reports = [self.job.report(shard.name) for shard in plan]
         skipped = [name for report in reports for name in report["skipped"]]
-        self._check_lost(skipped)
+        check_lost(command, "data", skipped, total=self.num_samples)
         num_samples = sum(report["samples"] for report in reports)
         if not num_samples:
             raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
-        moments = LatentMoments(self.model.latent_channels)
+        moments = latent.LatentMoments(self.model.latent_channels)
         sizes: Counter[str] = Counter()
         for report in reports:  # in the order of the shards
             moments.add_sums(report["sums"])
@@ -345,7 +333,7 @@ class _Encoder:
             "weights": command.weights,
             "of": "means" if command.content == "mean" else "samples",
         }
-        write_statistics(out / STATISTICS_FILE, moments.statistics(), facts)
+        latent.write_statistics(out / latent.STATISTICS_FILE, moments.statistics(), facts)
         write_info([out / shard.name for shard in plan], split=NAME)
         return {
             **facts,
@@ -396,22 +384,6 @@ def write_sample(writer: ShardWriter, sample: Sample, latent: bytes) -> None:
         raise ConfigError(
             f"sample {sample.key!r} cannot be written ({error}); give it a shorter key"
         ) from None
-
-
-def in_threads(function: Callable[[S], T], items: Iterable[S], *, threads: int) -> Iterator[T]:
-    """What `function` makes of the items, in their order, some ahead of who takes them."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _print(command: EncodeCommand, summary: Report) -> None:

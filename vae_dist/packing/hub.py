@@ -18,11 +18,6 @@ MAX_SHOWN = 5  # folders that a message names
 ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+(?:/convert/parquet)?))?(?:/(.+))?")
 
 
-def names(spec: str) -> bool:
-    """Whether this is a data set of the hub."""
-    return spec in KNOWN or spec.startswith("hf://")
-
-
 def download(spec: str) -> list[tuple[str, str]]:
     """(file, its path in the data set) of the parquet files. Raises ConfigError."""
     found = ADDRESS.fullmatch(KNOWN.get(spec, spec).rstrip("/"))
@@ -43,7 +38,18 @@ def download(spec: str) -> list[tuple[str, str]]:
         if not files and revision is None:
             with contextlib.suppress(HfHubHTTPError):  # not every data set is converted
                 files, revision = parquet_files(CONVERTED), CONVERTED
-        _check_one_set(spec, files)
+        folders = [
+            [part for part in f.split("/")[:-1] if part.lower() not in SPLITS] for f in files
+        ]
+        sets = sorted({"/".join(parts) for parts in folders})
+        if len(sets) != 1:
+            shown = ", ".join(sets[:MAX_SHOWN]) + " ..." * (len(sets) > MAX_SHOWN)
+            raise ConfigError(
+                f"source={spec}: holds several sets: {shown}; name one: {spec.rstrip('/')}/FOLDER"
+                if sets
+                else f"source={spec}: no parquet file is there; download the data set and give its "
+                "folder"
+            )
         return [
             (api.hf_hub_download(name, file, repo_type="dataset", revision=revision), file)
             for file in files
@@ -56,20 +62,3 @@ def download(spec: str) -> list[tuple[str, str]]:
             f"source={spec}: the hub does not give it ({reason}); check name, network and, for "
             "private ones, `hf auth login`"
         ) from None
-
-
-def _check_one_set(spec: str, files: list[str]) -> None:
-    """Raises ConfigError where there is no parquet file, or those of several data sets."""
-    if not files:
-        raise ConfigError(
-            f"source={spec}: no parquet file is there; download the data set and give its folder"
-        )
-    sets = {
-        "/".join(part for part in file.split("/")[:-1] if part.lower() not in SPLITS)
-        for file in files
-    }
-    if len(sets) > 1:
-        shown = ", ".join(sorted(sets)[:MAX_SHOWN]) + (" ..." if len(sets) > MAX_SHOWN else "")
-        raise ConfigError(
-            f"source={spec}: holds several sets: {shown}; name one: {spec.rstrip('/')}/FOLDER"
-        )

@@ -21,11 +21,11 @@ from PIL import Image
 from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.tar import DamagedSampleError
 
-# Suffixes of pictures: those that the trainer reads, those that become PNG, and those that are
-# decoded where Pillow can. Of several pictures of one sample the first in this order is packed.
-READABLE = ("png", "jpg", "jpeg", "webp", "npy", "tif", "tiff")
-BY_CONTENT = ("jfif", "jpe", "avif", "heic", "heif", "jxl", "jp2")
-PICTURES = (*READABLE, "bmp", "gif", "ppm", "pgm", *BY_CONTENT)
+# Suffixes of pictures; what the trainer does not read becomes PNG or JPEG. Of several pictures of
+# one sample the first in this order is packed.
+BY_CONTENT = ("jfif", "jpe", "avif", "heic", "heif", "jxl", "jp2")  # packed where Pillow can decode
+BY_SUFFIX = ("jpg", "jpeg", "webp", "png", "tif", "tiff", "npy", "bmp", "gif", "ppm", "pgm")
+PICTURES = (*BY_SUFFIX, *BY_CONTENT)
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
@@ -77,17 +77,21 @@ class Listing:
 
 def read(place: Place) -> bytes:
     """The bytes of a file; raw pixels become PNG. Raises DamagedSampleError."""
+    size = min(place.size, MAX_FILE_BYTES) if place.size >= 0 else MAX_FILE_BYTES
     try:
         if place.is_zipped:
             archive = _opened_zip(place.path, os.getpid())
             with archive.open(archive.infolist()[place.at]) as member:
-                return member.read(place.size)
-        with open(place.path, "rb") as file:
-            file.seek(place.at)
-            data = file.read(place.size)
+                data = member.read(size)
+        else:
+            with open(place.path, "rb") as file:
+                file.seek(place.at)
+                data = file.read(size)
     except Exception as error:  # zipfile raises many kinds on damaged bytes
         where = "damaged in the zip file" if place.is_zipped else "cannot be read"
         raise DamagedSampleError(f"{where} ({getattr(error, 'strerror', error)})") from None
+    if len(data) == MAX_FILE_BYTES:
+        raise DamagedSampleError("too large")
     if len(data) < place.size:
         raise DamagedSampleError("its archive ends inside this file")
     return _png(data, place.pixels) if place.pixels else data

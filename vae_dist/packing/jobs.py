@@ -23,9 +23,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vae_dist.config.commands import EncodeCommand, PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.data.indexing import index_shard, write_sidecar
@@ -36,6 +38,7 @@ from vae_dist.files import printable, read_json, sync_folder, write_durably
 Count = Callable[[int], None]  # called with the number of samples done since the last call
 Report = dict[str, Any]  # JSON
 
+MIN_PER_SHARD = 128  # samples
 POLL_SECONDS = 0.2
 NUM_NAMED = 5  # images that a message names
 MAX_SHOWN = 80  # characters of two values that differ; digests are longer
@@ -168,16 +171,27 @@ class ShardJob:
             )
 
 
+def cut(num_samples: int, num_shards: int, *, at_least: int) -> list[tuple[int, int]]:
+    """(first, stop) of shards of equal numbers of samples, give or take one. at_least: so many, for
+    as many processes, where each has MIN_PER_SHARD samples."""
+    num_shards = max(num_shards, min(at_least, num_samples // MIN_PER_SHARD), 1)
+    num_shards = min(num_shards, num_samples)
+    return list(pairwise(num_samples * k // num_shards for k in range(num_shards + 1)))
+
+
 # what is left out
 
 
-def check_lost(lost: Sequence[str], *, of: str, total: int, max_skipped_fraction: float) -> None:
-    """Raises ConfigError when more images cannot be read than that part of all."""
-    if len(lost) > max_skipped_fraction * total:
+def check_lost(
+    command: PackCommand | EncodeCommand, key: str, lost: Sequence[str], *, total: int
+) -> None:
+    """Raises ConfigError when more images of the key `source` or `data` cannot be read than
+    max_skipped_fraction of all."""
+    if len(lost) > command.max_skipped_fraction * total:
         raise ConfigError(
             [
-                f"{of}: {len(lost)} of {total} images cannot be read, more than "
-                f"max_skipped_fraction={max_skipped_fraction:g}:",
+                f"{key}={shown(getattr(command, key))}: {len(lost)} of {total} images cannot be "
+                f"read, more than max_skipped_fraction={command.max_skipped_fraction:g}:",
                 *(f"  {text}" for text in lost[:NUM_NAMED]),
                 "repair them, or raise max_skipped_fraction and give the same command again",
             ]
@@ -203,19 +217,16 @@ def run(
 ) -> None:
     """Have the shards written by forks of this process. Raises ConfigError and FinishedElsewhere of
     `write`, and ConfigError when a process is killed."""
-    context = multiprocessing.get_context("fork")
+    context, parent = multiprocessing.get_context("fork"), os.getpid()
     done, errors = context.Value("q", 0), context.SimpleQueue()
 
     def count(number: int) -> None:
         with done.get_lock():
             done.value += number
-
-    def count_and_show(number: int) -> None:
-        count(number)
-        progress(done.value)
+        if os.getpid() == parent:
+            progress(done.value)
 
     def work(shards: Sequence[str]) -> None:
-        parent = os.getppid()
         try:
             for shard in shards:
                 if os.getppid() == parent:  # else it was killed, and nobody waits for this one
@@ -229,7 +240,7 @@ def run(
     workers = min(workers, len(shards))
     if workers <= 1:
         for shard in shards:
-            write(shard, count_and_show)
+            write(shard, count)
         return
     processes = [context.Process(target=work, args=(shards[i::workers],)) for i in range(workers)]
     for process in processes:

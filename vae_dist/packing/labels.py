@@ -35,10 +35,8 @@ def digest(command: PackCommand) -> str:
     """Of the files that label the pictures: the CSV file, or CelebA's lists; empty where none does.
     Raises ConfigError."""
     files = _files(command)
-    found = hashlib.blake2b(digest_size=16)
-    for file in files:
-        found.update(_text(file).encode())
-    return found.hexdigest() if files else ""
+    texts = "".join(map(_text, files))
+    return hashlib.blake2b(texts.encode(), digest_size=16).hexdigest() if files else ""
 
 
 def apply_tables(command: PackCommand, listing: Listing) -> None:
@@ -47,27 +45,25 @@ def apply_tables(command: PackCommand, listing: Listing) -> None:
         return
     table = _read_csv(files[0], command.label_column) if command.labels else _read_celeba(*files)
     name = f"labels={command.labels}" if command.labels else str(files[0].with_suffix(""))
-    items: list[Item] = []
-    named: dict[str, str] = {}  # picture of each row
+    named: dict[str, Item] = {}  # by row
     for item in listing.items:
         path = next((p for p in (item.name, item.name.rpartition("/")[2]) if p in table), None)
         if path is None:
             listing.left_out.append((item.name, f"not in {name}"))
-            continue
-        if path in named:
+        elif path in named:
             raise ConfigError(
-                f"{name}: {path} fits {named[path]} and {item.name}; name each picture by its path "
-                "in source="
+                f"{name}: {path} fits {named[path].name} and {item.name}; name each picture by its "
+                "path in source="
             )
-        named[path] = item.name
-        items.append(item._replace(**table[path]))
-    if listing.items and not items:
-        row = next(iter(table), "no row")
+        else:
+            named[path] = item._replace(**table[path])
+    if listing.items and not named:
         raise ConfigError(
-            f"{name} names none of the {len(listing.items)} pictures: it has {printable(row)}, "
-            f"the source {printable(listing.items[0].name)}"
+            f"{name} names none of the {len(listing.items)} pictures: it has "
+            f"{printable(next(iter(table), 'no row'))}, the source "
+            f"{printable(listing.items[0].name)}"
         )
-    listing.items = items
+    listing.items = list(named.values())
 
 
 def _files(command: PackCommand) -> list[Path]:
@@ -78,11 +74,11 @@ def _files(command: PackCommand) -> list[Path]:
     spec = command.source
     first = Path(str([*spec, ""][0] if isinstance(spec, list) else spec)).expanduser()
     folder = first if first.is_dir() else first.parent
-    partition, *attributes = (
+    lists = [
         next((path for end in ("txt", "csv") if (path := folder / f"{name}.{end}").is_file()), None)
         for name in ("list_eval_partition", "list_attr_celeba")
-    )
-    return [path for path in (partition, *attributes) if path and partition and first.exists()]
+    ]
+    return [path for path in lists if path] if lists[0] and first.exists() else []
 
 
 def _text(path: Path) -> str:
@@ -93,20 +89,20 @@ def _text(path: Path) -> str:
 
 
 def _read_csv(path: Path, label_column: str) -> Table:
-    where = f"labels={path}"
+    where, table = f"labels={path}", Table()
     try:
         rows = list(csv.DictReader(io.StringIO(_text(path).removeprefix("\ufeff"), newline="")))
     except csv.Error as error:
         raise ConfigError(f"{where}: cannot be read ({error})") from error
     columns = list(rows[0]) if rows else []
     path_column = next((c for c in PATH_COLUMNS if c in columns), None)
+    wanted = (label_column,) if label_column else LABEL_COLUMNS
+    label = next((c for c in wanted if c in columns), None)
     if path_column is None:
         raise ConfigError(
             f"{where}: the columns {columns} hold none of {', '.join(PATH_COLUMNS)}; name "
             "the pictures' column path, in the first line of the file"
         )
-    wanted = (label_column,) if label_column else LABEL_COLUMNS
-    label = next((c for c in wanted if c in columns), None)
     if label is None:
         problem = f"{where}: the columns {columns} hold no {' or '.join(wanted)}"
         if label_column:
@@ -114,19 +110,19 @@ def _read_csv(path: Path, label_column: str) -> Table:
         print(f"{problem}: no classes; label_column= names another one", file=sys.stderr)
     texts = [(row[label] or "").strip() if label else "" for row in rows]
     are_numbers = all(NUMBER.fullmatch(text) for text in texts if text)
-    table: Table = {}
     for line, (row, text) in enumerate(zip(rows, texts, strict=True), 2):
+        split = row.get("split")
         if None in row or None in row.values():
             raise ConfigError(f"{where}: line {line} has another number of columns")
+        if split is not None and split.lower() not in SPLITS:
+            raise ConfigError(f"{where}: line {line}: split {split!r} is unknown")
         others = row.keys() - {path_column, label, "split"}
         entry: dict[str, Any] = {"extra": {name: row[name] for name in row if name in others}}
         if label is not None:
             number = NUMBER.fullmatch(text) if are_numbers else None
             entry["category"] = int(number[1]) if number else text or None
-        if "split" in row:
-            entry["split"] = SPLITS.get(row["split"].lower())
-            if entry["split"] is None:
-                raise ConfigError(f"{where}: line {line}: split {row['split']!r} is unknown")
+        if split is not None:
+            entry["split"] = SPLITS[split.lower()]
         if table.setdefault(row[path_column], entry) != entry:
             raise ConfigError(
                 f"{where}: line {line}: {row[path_column]} is there twice, and the lines differ; "
@@ -136,29 +132,25 @@ def _read_csv(path: Path, label_column: str) -> Table:
 
 
 def _read_celeba(partition: Path, attributes: Path | None = None) -> Table:
-    """Split and attributes of each picture."""
-    table: Table = {}
-    for words in _words(partition):
-        if len(words) == 2 and words[1] in PARTITIONS:
-            table[words[0]] = {"split": PARTITIONS[words[1]]}
-        elif words[0] != "image_id":
-            raise _no_line(partition, words)
-    lines = _words(attributes) if attributes else []
-    del lines[: bool(lines) and len(lines[0]) == 1 and lines[0][0].isdigit()]  # their number
-    names = [name for name in lines[0] if name != "image_id"] if lines else []
-    for words in lines[1:]:
-        if len(words) != len(names) + 1 or not set(words[1:]) <= {"1", "-1", "0"}:
-            raise _no_line(attributes, words)
-        if words[0] in table:
-            values = {n: int(v) for n, v in zip(names, words[1:], strict=True)}
-            table[words[0]]["extra"] = {"attributes": values}
+    """Split and attributes of each picture: a name, then numbers."""
+    splits, values = (_words(path) if path else [] for path in (partition, attributes))
+    table: Table = {
+        name: {"split": PARTITIONS.get(numbers[0], "")} for name, *numbers in splits if numbers
+    }
+    table.pop("image_id", None)  # the header of a .csv
+    if "" in {entry["split"] for entry in table.values()}:
+        raise ConfigError(f"{partition}: a number is none of 0, 1, 2; copy it again")
+    names, *rows = [words for words in values if len(words) > 1] or [[]]  # first: their number
+    names = [name for name in names if name != "image_id"]
+    for name, *numbers in rows:
+        if len(numbers) != len(names) or not set(numbers) <= {"1", "-1", "0"}:
+            raise ConfigError(f"{attributes}: the line of {name} cannot be read; copy it again")
+        if name in table:
+            found = {n: int(number) for n, number in zip(names, numbers, strict=True)}
+            table[name]["extra"] = {"attributes": found}
     return table
 
 
 def _words(path: Path) -> list[list[str]]:
     lines = (line.replace(",", " ").split() for line in _text(path).splitlines())
     return [words for words in lines if words]
-
-
-def _no_line(path: Path | None, words: list[str]) -> ConfigError:
-    return ConfigError(f"{path}: cannot read the line {' '.join(words)[:60]!r}; copy it again")

@@ -7,15 +7,16 @@ stopped and the jobs of an array agree. Raises ConfigError with a remedy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from itertools import islice, pairwise
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,35 +32,24 @@ from vae_dist.packing import jobs, labels
 from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, Named, Place, read, suffix_of
 from vae_dist.packing.jobs import Count, Report, ShardJob
 from vae_dist.packing.picture import prepare, thumbnail
-from vae_dist.packing.sources import list_source, numbered
+from vae_dist.packing.sources import list_source, number_classes
 from vae_dist.randomness import numpy_generator
 from vae_dist.tracking.images import grid, save_png
 
 NOT_OF_SHARDS = ("source", "labels", "out", "shard_range", "workers", "max_skipped_fraction")
-SPLITS = ("train", "validation", "test")
-MIN_SHARDS = 8  # of a split that has at least MIN_PER_SHARD pictures for each
-MIN_PER_SHARD = 128
+MIN_SHARDS = 8  # of a large split
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
-MAX_SIZES = 1000  # of different image sizes that a report lists
 COUNTED = ("sizes", "channels", "labels", "members", "notes")  # of the samples of a shard
 SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
 
-
-class PlannedShard(NamedTuple):
-    split: str
-    number: int  # in the split
-    first: int  # number of its first picture in the split, for the keys
-    items: list[Item]
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}/{self.split}-{self.number:06d}.tar"
+# by shard, as train/train-000000.tar: its pictures, with their numbers in the split
+Plan = dict[str, list[tuple[int, Item]]]
 
 
 def pack(command: PackCommand) -> None:
-    sides = command.size if isinstance(command.size, list) else [command.size] * 2
-    least = 1 if isinstance(command.size, list) else 0
-    if len(sides) != 2 or any(type(side) is not int or side < least for side in sides):
+    """Write what is missing of the folder `command.out`; the last process describes it."""
+    sides = command.size if isinstance(command.size, list) else [command.size or 1] * 2
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
         raise ConfigError(f"size={command.size} is none of 0 (as they are), N and [H, W] in pixels")
     part = re.fullmatch(r"(\d+)/(\d+)", command.shard_range)
     if not part or int(part[1]) >= int(part[2]):
@@ -70,19 +60,18 @@ def pack(command: PackCommand) -> None:
         print("finished already; nothing is left to do")
         return
     listing = list_source(command, work=job.work / "source")
-    items, classes = numbered(listing)
-    _check_splits(items)
-    _check_losses(command, listing.lost, len(items), left_out=listing.left_out)
-    plan = make_plan(items, command)
+    number_classes(listing)
+    _check(command, listing)
+    plan = make_plan(listing.items, command)
     try:
-        job.begin(pictures=_digest(items), shards=len(plan))
-        _write_missing(job, plan[int(part[1]) :: int(part[2])], command)
-        if num_missing := sum(not job.is_done(shard.name) for shard in plan):
+        job.begin(pictures=_digest(listing.items), shards=len(plan))
+        _write_missing(job, plan, list(plan)[int(part[1]) :: int(part[2])], command)
+        if num_missing := sum(not job.is_done(shard) for shard in plan):
             print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
             return
-        _print(job.out, job.finish(lambda: _describe(job, command, plan, listing, classes)))
+        _print(job.out, job.finish(lambda: _describe(job, command, list(plan), listing)))
     except jobs.FinishedElsewhere:
-        _print(job.out, job.finished() or {})
+        print("finished by another process; nothing is left to do")
 
 
 def _identity(command: PackCommand) -> dict[str, Any]:
@@ -104,11 +93,12 @@ def _digest(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _check_splits(items: Sequence[Item]) -> None:
-    """Raises ConfigError when some pictures have a split and others have none: which one is meant
-    by a folder `train` between folders of classes?"""
-    inside = [item for item in items if item.split is not None]
-    outside = [item for item in items if item.split is None]
+def _check(command: PackCommand, listing: Listing) -> None:
+    """Raises ConfigError where nothing or too little can be packed, and when some pictures have a
+    split and others have none: which one is meant by a folder `train` between folders of classes?
+    """
+    inside = [item for item in listing.items if item.split is not None]
+    outside = [item for item in listing.items if item.split is None]
     if inside and outside:
         raise ConfigError(
             f"source: {len(inside)} pictures belong to a split ({printable(inside[0].name)}: "
@@ -116,21 +106,16 @@ def _check_splits(items: Sequence[Item]) -> None:
             "all of them below folders train, validation and test (a class of such a name below "
             "them too), or none, or say it in a column split of labels="
         )
+    _check_lost(command, listing.lost, len(listing.items), left_out=listing.left_out)
 
 
-def _check_losses(
-    command: PackCommand, lost: Sequence[Named], num_items: int, *, left_out: Sequence[Named] = ()
+def _check_lost(
+    command: PackCommand, lost: Sequence[Named], num_packed: int, *, left_out: Sequence[Named] = ()
 ) -> None:
-    """Raises ConfigError when too many pictures cannot be read, or none can."""
-    if not num_items:
+    if not num_packed:
         found = "; ".join(_texts([*lost, *left_out])[: jobs.NUM_NAMED])
         raise ConfigError(f"source={command.source}: no picture can be packed; {found}")
-    jobs.check_lost(
-        _texts(lost),
-        of=f"source={command.source}",
-        total=num_items + len(lost),
-        max_skipped_fraction=command.max_skipped_fraction,
-    )
+    jobs.check_lost(command, "source", _texts(lost), total=num_packed + len(lost))
 
 
 def _texts(named: Sequence[Named]) -> list[str]:
@@ -140,22 +125,22 @@ def _texts(named: Sequence[Named]) -> list[str]:
 # the plan
 
 
-def make_plan(items: Sequence[Item], command: PackCommand) -> list[PlannedShard]:
+def make_plan(items: Sequence[Item], command: PackCommand) -> Plan:
     """Deal the items. Raises ConfigError when nothing is left to train on."""
-    splits: dict[str, list[Item]] = {}
+    splits: dict[str, list[Item]] = {"train": [], "validation": [], "test": []}
     for item in items:
-        splits.setdefault(item.split or "train", []).append(item)
-    if "train" not in splits:
+        splits[item.split or "train"].append(item)
+    if not splits["train"]:
         raise ConfigError(
-            f"source: all {len(items)} pictures are of {' and '.join(sorted(splits))}; add some to "
-            "train on, or give the folder of that name itself as source="
+            f"source: all {len(items)} pictures are of validation or test; add some to train on, "
+            "or give the folder of that name itself as source="
         )
-    if "validation" not in splits and command.validation:
+    if not splits["validation"] and command.validation:
         _hold_out(splits, command.validation, command.seed)
     bytes_factor = _bytes_factor(items, command)
-    shards: list[PlannedShard] = []
-    for number, split in enumerate(SPLITS):
-        if not (members := splits.get(split, [])):
+    plan: Plan = {}
+    for number, (split, members) in enumerate(splits.items()):
+        if not members:
             continue
         if command.shuffle:
             order = numpy_generator(command.seed, "pack", number).permutation(len(members))
@@ -163,14 +148,10 @@ def make_plan(items: Sequence[Item], command: PackCommand) -> list[PlannedShard]
         total = sum(item.num_bytes for item in members) * bytes_factor + 2048 * len(members)
         total += sum(file.num_bytes for item in members for _, file in item.companions)
         count = -(-int(total) // int(command.shard_mb * 1e6))
-        count = max(count, min(MIN_SHARDS, len(members) // MIN_PER_SHARD), 1)
-        count = min(count, len(members))
-        borders = [len(members) * k // count for k in range(count + 1)]
-        shards += [
-            PlannedShard(split, k, low, members[low:high])
-            for k, (low, high) in enumerate(pairwise(borders))
-        ]
-    return shards
+        pictures = list(enumerate(members))
+        for k, (low, high) in enumerate(jobs.cut(len(members), count, at_least=MIN_SHARDS)):
+            plan[f"{split}/{split}-{k:06d}.tar"] = pictures[low:high]
+    return plan
 
 
 def _hold_out(splits: dict[str, list[Item]], validation: float, seed: int) -> None:
@@ -191,56 +172,57 @@ def _bytes_factor(items: Sequence[Item], command: PackCommand) -> float:
     """Bytes in a shard over bytes in the source, measured on some pictures."""
     before = after = 0
     for item in items[:: max(1, len(items) // NUM_PROBED)]:
-        try:
-            picture = prepare(suffix_of(item.name), read(item.place), command)
-        except DamagedSampleError:
-            continue
-        before, after = before + item.num_bytes, after + len(picture.data)
+        with contextlib.suppress(DamagedSampleError):
+            after += len(prepare(suffix_of(item.name), read(item.place), command).data)
+            before += item.num_bytes
     return after / before if before else 1.0
 
 
 # the shards
 
 
-def _write_missing(job: ShardJob, shards: Sequence[PlannedShard], command: PackCommand) -> None:
-    missing = {shard.name: shard for shard in shards if not job.is_done(shard.name)}
-    total = sum(len(shard.items) for shard in shards)
-    before = total - sum(len(shard.items) for shard in missing.values())
+def _write_missing(job: ShardJob, plan: Plan, mine: Sequence[str], command: PackCommand) -> None:
+    missing = [shard for shard in mine if not job.is_done(shard)]
+    total = sum(len(plan[shard]) for shard in missing)
+    workers = command.workers or len(os.sched_getaffinity(0))
     with ProgressBar("packed", total, unit="pictures") as progress:
-        jobs.run(
-            lambda name, count: _write_shard(job, missing[name], command, count),
-            list(missing),
-            workers=command.workers or len(os.sched_getaffinity(0)),
-            progress=lambda done: progress(before + done),
-        )
+
+        def write(shard: str, count: Count) -> None:
+            _write_shard(job, shard, plan[shard], command, count)
+
+        jobs.run(write, missing, workers=workers, progress=progress)
 
 
-def _write_shard(job: ShardJob, shard: PlannedShard, command: PackCommand, count: Count) -> None:
+def _write_shard(
+    job: ShardJob,
+    shard: str,
+    items: Sequence[tuple[int, Item]],
+    command: PackCommand,
+    count: Count,
+) -> None:
     counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
-    with job.shard(shard.name) as (writer, report):
-        report |= {"samples": 0, "kept": 0, "skipped": [], "names": []}
-        for i, item in enumerate(shard.items, shard.first):
+    names, skipped, num_kept = [], [], 0
+    with job.shard(shard) as (writer, report):
+        for number, item in items:
             try:
                 data, members = read(item.place), _members(item)
                 mask = members.get(MASK_MEMBER)
                 picture = prepare(suffix_of(item.name), data, command, mask=mask)
             except DamagedSampleError as error:
-                report["skipped"].append([item.name, str(error)])
+                skipped.append([item.name, str(error)])
             else:
                 if picture.mask is not None:
                     members[MASK_MEMBER] = picture.mask
-                writer.write({"__key__": f"{i:09d}", picture.suffix: picture.data, **members})
-                report["names"].append(item.name)
-                report["samples"] += 1
-                report["kept"] += picture.kept
+                writer.write({"__key__": f"{number:09d}", picture.suffix: picture.data, **members})
+                names.append(item.name)
+                num_kept += picture.kept
                 counts["sizes"][f"{picture.shape[1]}x{picture.shape[2]}"] += 1
                 counts["channels"][str(picture.shape[0])] += 1
                 counts["labels"].update([str(item.category)] if "cls" in members else [])
                 counts["members"].update(members.keys())
                 counts["notes"].update([picture.note] if picture.note else [])
             count(1)
-        counts["sizes"] = Counter(dict(counts["sizes"].most_common(MAX_SIZES)))
-        report |= {key: dict(found) for key, found in counts.items()}
+        report |= {"names": names, "skipped": skipped, "kept": num_kept, **counts}
 
 
 def _members(item: Item) -> dict[str, bytes]:
@@ -248,8 +230,6 @@ def _members(item: Item) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     for member, file in item.companions:
         try:
-            if file.num_bytes > MAX_FILE_BYTES:
-                raise DamagedSampleError("too large")
             members[member] = read(file.place)
         except DamagedSampleError as error:
             raise DamagedSampleError(f"its .{member}: {error}") from None
@@ -267,68 +247,64 @@ def _members(item: Item) -> dict[str, bytes]:
 # the end
 
 
-def _describe(
-    job: ShardJob,
-    command: PackCommand,
-    plan: Sequence[PlannedShard],
-    listing: Listing,
-    classes: tuple[str, ...],
-) -> Report:
+def _describe(job: ShardJob, command: PackCommand, plan: Sequence[str], listing: Listing) -> Report:
     """Index, names and contact sheet; the summary. Raises ConfigError when too many are lost."""
-    reports = [job.report(shard.name) for shard in plan]
-    skipped = [tuple(entry) for report in reports for entry in report["skipped"]]
-    _check_losses(command, [*skipped, *listing.lost], sum(report["samples"] for report in reports))
+    reports = {shard: job.report(shard) for shard in plan}
+    skipped = [(name, why) for report in reports.values() for name, why in report["skipped"]]
+    lost = [*skipped, *listing.lost]
+    _check_lost(command, lost, sum(len(report["names"]) for report in reports.values()))
     splits: dict[str, Report] = {}
-    for split in dict.fromkeys(shard.split for shard in plan):
-        mine = [report for shard, report in zip(plan, reports, strict=True) if shard.split == split]
-        paths = [job.out / shard.name for shard in plan if shard.split == split]
-        write_info(paths, split=split)
+    for split in dict.fromkeys(shard.partition("/")[0] for shard in plan):
+        mine = {shard: r for shard, r in reports.items() if shard.startswith(f"{split}/")}
+        write_info([job.out / shard for shard in mine], split=split)
+        labels_found = _sum(mine.values(), "labels")
         splits[split] = {
-            "samples": sum(report["samples"] for report in mine),
-            "kept_byte_for_byte": sum(report["kept"] for report in mine),
-            "shards": len(paths),
-            "bytes": sum(path.stat().st_size for path in paths),
-            "labels": dict(sorted(_sum(mine, "labels").items(), key=lambda kv: int(kv[0]))),
+            "samples": sum(len(report["names"]) for report in mine.values()),
+            "kept_byte_for_byte": sum(report["kept"] for report in mine.values()),
+            "shards": len(mine),
+            "bytes": sum((job.out / shard).stat().st_size for shard in mine),
+            "labels": dict(sorted(labels_found.items(), key=lambda kv: int(kv[0]))),
         }
-    names = "".join(
-        f"{Path(shard.name).name}\t{i}\t{printable(name)}\n"
-        for shard, report in zip(plan, reports, strict=True)
+    lines = [
+        f"{Path(shard).name}\t{i}\t{printable(name)}\n"
+        for shard, report in reports.items()
         for i, name in enumerate(report["names"])
-    )
-    write_durably(job.out / "names.txt", names.encode())
-    _save_contact_sheet(job.out, [shard.name for shard in plan if shard.split == "train"])
-    notes = [f"{text} ({count})" for text, count in _sum(reports, "notes").items()]
+    ]
+    write_durably(job.out / "names.txt", "".join(lines).encode())
+    _save_contact_sheet([job.out / shard for shard in plan if shard.startswith("train/")])
+    notes = [f"{text} ({num})" for text, num in _sum(reports.values(), "notes").items()]
     return {
         "splits": splits,
-        "classes": list(classes),
-        "channels": dict(_sum(reports, "channels")),
-        "sizes": dict(_sum(reports, "sizes").most_common(20)),
-        "members": dict(_sum(reports, "members")),
-        "skipped": [*skipped, *listing.lost, *listing.left_out],
+        "classes": list(listing.classes),
+        "channels": dict(_sum(reports.values(), "channels")),
+        "sizes": dict(_sum(reports.values(), "sizes").most_common(20)),
+        "members": dict(_sum(reports.values(), "members")),
+        "skipped": [*lost, *listing.left_out],
         "notes": [*listing.notes, *notes],
     }
 
 
-def _sum(reports: Sequence[Report], key: str) -> Counter[str]:
+def _sum(reports: Iterable[Report], key: str) -> Counter[str]:
     total: Counter[str] = Counter()
     for report in reports:
         total.update(report[key])
     return total
 
 
-def _save_contact_sheet(out: Path, shards: Sequence[str]) -> None:
+def _save_contact_sheet(shards: Sequence[Path]) -> None:
     """Pictures from the beginning of each shard, cropped to squares."""
     each = -(-SHEET_PICTURES // len(shards))
     cells: list[np.ndarray] = []
     for shard in shards[:SHEET_PICTURES]:
         files = (
-            (suffix_of(name), Place(str(out / shard), at, size))
-            for name, at, size in files_of_tar(str(out / shard))
+            (suffix_of(name), Place(str(shard), at, size))
+            for name, at, size in files_of_tar(str(shard))
             if suffix_of(name) in SUFFIXES and not name.endswith(f".{MASK_MEMBER}")
         )
         cells += [thumbnail(s, read(place), SHEET_PIXELS) for s, place in islice(files, each)]
     pictures = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
-    save_png(grid(torch.from_numpy(np.ascontiguousarray(pictures))), out / SHEET)
+    image = grid(torch.from_numpy(np.ascontiguousarray(pictures)))
+    save_png(image, shards[0].parent.parent / SHEET)
 
 
 def _print(out: Path, summary: Report) -> None:

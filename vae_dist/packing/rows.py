@@ -15,7 +15,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,12 @@ from vae_dist.data.digits import idx_shape
 from vae_dist.files import read_json, write_durably
 from vae_dist.packing.items import Item, Listing, Place, most_bytes, read
 
-COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
+COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 COPY_BYTES = 1 << 20
-MNIST_FILE = re.compile(r"(?:.*/)?((?:train|t10k)-(?:images-idx3|labels-idx1)-ubyte)(?:\.gz)?")
+MNIST_FILE = re.compile(r"((?:.*/)?(?:train|t10k))-(images-idx3|labels-idx1)-ubyte(?:\.gz)?")
 CIFAR_FILE = re.compile(r"(?:.*/)?((?:data_batch_\d+|test_batch|batches\.meta)(?:\.bin|\.txt)?)")
 CIFAR_SHAPE = (3, 32, 32)  # planes R, G, B, behind a byte that is the label
+CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "jpeg")  # of parquet
 LABEL_COLUMNS = ("label", "labels", "class", "category", "fine_label")
 ROWS_AT_ONCE = 4  # of parquet
@@ -44,76 +41,65 @@ def plain_copy(path: str, work: Path) -> str:
     """The file itself, or where it lies unpacked. Raises ConfigError."""
     with open(path, "rb") as file:
         magic, facts = file.read(6), os.fstat(file.fileno())
-    opened = next((way for mark, way in COMPRESSIONS.items() if magic.startswith(mark)), None)
-    if opened is None:
+    module = next((m for mark, m in COMPRESSIONS.items() if magic.startswith(mark)), None)
+    if module is None:
         return path
-    plain = work / f"{Path(path).name}-{facts.st_size}-{facts.st_mtime_ns}"
     most = most_bytes(facts.st_size)
 
     def pieces() -> Iterator[bytes]:
-        with opened(path, "rb") as source:
+        with module.open(path, "rb") as source:
             for _ in range(0, most, COPY_BYTES):
                 if not (piece := source.read(COPY_BYTES)):
                     return
                 yield piece
         raise OSError(f"its {facts.st_size} bytes hold more than {most}; unpack it by hand")
 
-    if not plain.exists():
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            write_durably(plain, pieces())
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise ConfigError(f"source={path}: cannot be unpacked ({error})") from error
+    return _copied(pieces(), path, work / f"{Path(path).name}-{facts.st_size}-{facts.st_mtime_ns}")
+
+
+def _copied(pieces: Iterator[bytes], source: str, plain: Path) -> str:
+    """The pieces in a plain file, which is written once."""
+    try:
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        if not plain.exists():
+            write_durably(plain, pieces)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ConfigError(f"source={source}: cannot be unpacked to {plain} ({error})") from error
     return str(plain)
 
 
 def mnist_items(files: list[Item], work: Path) -> tuple[list[Item], list[Item]]:
     """The digits of the idx files among the files of a folder, and the other files. Raises
     ConfigError for a missing or damaged one."""
-    folders: dict[str, dict[str, str]] = {}  # paths by folder, by name
+    paths: dict[str, dict[str, str]] = {}  # by folder/train or folder/t10k, by kind
     rest = []
     for file in files:
         if found := MNIST_FILE.fullmatch(file.name):
-            paths = folders.setdefault(os.path.dirname(file.name), {})
-            paths[found[1]] = plain_copy(file.place.path, work)
+            paths.setdefault(found[1], {})[found[2]] = plain_copy(file.place.path, work)
         else:
             rest.append(file)
     items: list[Item] = []
-    for folder, paths in sorted(folders.items()):
-        for word, split in (("train", "train"), ("t10k", "test")):
-            names = f"{word}-images-idx3-ubyte", f"{word}-labels-idx1-ubyte"
-            if missing := [name for name in names if name not in paths]:
-                raise ConfigError(
-                    f"source: {folder or '.'}/{missing[0]}[.gz] is missing; copy it there"
-                )
-            (images, at), (labels, labels_at) = (_idx(paths[name]) for name in names)
-            if len(images) != 3 or labels != images[:1]:
-                raise ConfigError(
-                    f"source: {word} images {images} and labels {labels} of MNIST do not belong "
-                    "together"
-                )
-            numbers = read(Place(paths[names[1]], labels_at))
-            items += _records(Place(paths[names[0]], at), split, numbers, images[1:])
+    for name in sorted(paths, key=lambda name: (os.path.dirname(name), name.endswith("t10k"))):
+        if missing := {"images-idx3", "labels-idx1"} - paths[name].keys():
+            raise ConfigError(
+                f"source: {name}-{missing.pop()}-ubyte[.gz] is missing; copy it there"
+            )
+        images, labels = _idx(paths[name]["images-idx3"]), _idx(paths[name]["labels-idx1"])
+        if len(images.pixels) != 3 or labels.pixels != images.pixels[:1]:
+            raise ConfigError(
+                f"source: {name}: images {images.pixels} and labels {labels.pixels} do not belong "
+                "together"
+            )
+        split = "test" if name.endswith("t10k") else "train"
+        one = images._replace(size=math.prod(images.pixels[1:]), pixels=images.pixels[1:])
+        for i, label in enumerate(read(labels._replace(pixels=()))):
+            place = one._replace(at=one.at + i * one.size)
+            items.append(Item(f"{split} {i}", place, one.size, split, label))
     return items, rest
 
 
-def _records(
-    first: Place,
-    split: str,
-    labels: bytes,
-    shape: tuple[int, ...],
-    *,
-    skip: int = 0,
-    number: int = 0,
-) -> Iterator[Item]:
-    size = math.prod(shape)
-    for i, label in enumerate(labels):
-        at = first.at + skip + i * (size + skip)
-        yield Item(f"{split} {number + i}", Place(first.path, at, size, shape), size, split, label)
-
-
-def _idx(path: str) -> tuple[tuple[int, ...], int]:
-    """Shape and first byte of the array of an idx file. Raises ConfigError."""
+def _idx(path: str) -> Place:
+    """The array of an idx file, with its shape. Raises ConfigError."""
     with open(path, "rb") as file:
         head = file.read(64)
     try:
@@ -125,43 +111,42 @@ def _idx(path: str) -> tuple[tuple[int, ...], int]:
         raise ConfigError(
             f"{path}: {size} bytes of pixels, but its header {shape} means {wanted}; copy it again"
         )
-    return shape, at
+    return Place(path, at, size, shape)
 
 
 def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
     """The pictures of CIFAR-10's binary batches among the files of a folder or archive, the other
     files, and the names of the classes. Raises ConfigError."""
-    batches = {
-        found[1]: file
-        for file in files
-        if (found := CIFAR_FILE.fullmatch(file.name)) and not file.place.is_zipped
-    }
-    items: list[Item] = []
-    classes: tuple[str, ...] = ()
-    record = 1 + math.prod(CIFAR_SHAPE)
+    batches: dict[str, Item] = {}
+    rest = []
+    for file in files:
+        found = CIFAR_FILE.fullmatch(file.name)
+        if found and not file.place.is_zipped:
+            batches[found[1]] = file
+        else:
+            rest.append(file)
+    items: dict[str, list[Item]] = {"train": [], "test": []}
+    names = batches.pop("batches.meta.txt", None)
     for name, file in sorted(batches.items()):
-        if name == "batches.meta.txt":
-            classes = tuple(read(file.place).decode("utf-8", "replace").split())
-            continue
         if not name.endswith(".bin"):
             raise ConfigError(
                 f"source: {file.name} is a Python pickle, which can run code and is not loaded; "
                 "give the binary archive (cifar-10-binary.tar.gz, from the same page), or "
                 "source=cifar10, which gets parquet files from the hub"
             )
-        if not file.num_bytes or file.num_bytes % record:
+        if not file.num_bytes or file.num_bytes % CIFAR_RECORD:
             raise ConfigError(
-                f"source: {file.name}: {file.num_bytes} bytes are no multiple of {record}; copy it "
-                "again"
+                f"source: {file.name}: {file.num_bytes} bytes are no multiple of {CIFAR_RECORD}; "
+                "copy it again"
             )
-        split = "train" if name.startswith("data") else "test"
-        labels = read(file.place)[::record]
-        number = sum(item.split == split for item in items)
-        items += _records(file.place, split, labels, CIFAR_SHAPE, skip=1, number=number)
-    if batches and len({item.split for item in items}) < 2:
+        split, size = "test" if name.startswith("test") else "train", CIFAR_RECORD - 1
+        for i, label in enumerate(read(file.place)[::CIFAR_RECORD]):
+            place = Place(file.place.path, file.place.at + i * CIFAR_RECORD + 1, size, CIFAR_SHAPE)
+            items[split].append(Item(f"{split} {len(items[split])}", place, size, split, label))
+    if batches and not all(items.values()):
         raise ConfigError("source: batches of CIFAR-10 are missing; copy it again")
-    names = {file.name for file in batches.values()}
-    return items, [file for file in files if file.name not in names], classes
+    classes = read(names.place).decode("utf-8", "replace").split() if names else ()
+    return [*items["train"], *items["test"]], rest, tuple(classes)
 
 
 def add_parquet(
@@ -170,12 +155,17 @@ def add_parquet(
     """List the pictures in a column of {bytes, path} or of bytes; their bytes are copied once into
     one plain file. Where no column holds pictures, the file is left out. Raises ConfigError."""
     file, name = _open_parquet(path), os.path.basename(path)
-    image = _column(file, path, "image_column", command.image_column, IMAGE_COLUMNS)
+    columns = file.schema_arrow.names
+    chosen: list[str | None] = []
+    for key, known in (("image_column", IMAGE_COLUMNS), ("label_column", LABEL_COLUMNS)):
+        if (asked := getattr(command, key)) and asked not in columns:
+            raise ConfigError(f"{key}={asked}: {path} has the columns {', '.join(columns)}")
+        chosen.append(asked or next((column for column in known if column in columns), None))
+    image, label = chosen
     if image is None:
-        columns = ", ".join(file.schema_arrow.names)
-        listing.left_out.append((name, f"no column of pictures among {columns}"))
+        reason = f"no column of pictures among {', '.join(columns)}"
+        listing.left_out.append((name, reason))
         return
-    label = _column(file, path, "label_column", command.label_column, LABEL_COLUMNS)
     listing.classes = listing.classes or _class_names(file.schema_arrow.metadata, label)
     facts = os.stat(path)
     digest = hashlib.blake2b(repr((path, facts.st_size, facts.st_mtime_ns, image)).encode())
@@ -193,27 +183,23 @@ def add_parquet(
             else:
                 listing.lost.append((row, "no bytes of a picture"))
 
-    try:
-        if plain.exists():
-            for _ in pictures():
-                pass
-        else:
-            work.mkdir(parents=True, exist_ok=True)
-            write_durably(plain, pictures())
-    except OSError as error:
-        raise ConfigError(f"out={plain}: cannot be written ({error})") from error
+    if plain.exists():
+        for _ in pictures():
+            pass
+    else:
+        _copied(pictures(), path, plain)
 
 
 def _open_parquet(path: str) -> Any:
     try:
         from pyarrow import parquet
+
+        file = parquet.ParquetFile(path)
     except ImportError as error:
         raise ConfigError(
             "source: parquet files need pyarrow: pip install 'vae_dist[parquet]'"
         ) from error
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # pyarrow raises many kinds on damaged bytes
         raise ConfigError(f"source={path}: cannot be read ({error})") from error
     groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
     if sum(group.total_byte_size for group in groups) > most_bytes(os.path.getsize(path)):
@@ -221,24 +207,16 @@ def _open_parquet(path: str) -> Any:
     return file
 
 
-def _column(file: Any, path: str, key: str, asked: str, known: tuple[str, ...]) -> str | None:
-    columns = file.schema_arrow.names
-    if asked and asked not in columns:
-        raise ConfigError(f"{key}={asked}: {path} has the columns {', '.join(columns)}")
-    return asked or next((name for name in known if name in columns), None)
-
-
 def _rows(file: Any, path: str, image: str, label: str | None) -> Iterator[tuple[Any, Any]]:
     """Picture and class of each row. Raises ConfigError."""
-    wanted = [name for name in (image, label) if name]
-    number = 0
+    columns, number = [name for name in (image, label) if name], 0
     try:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
             for row in batch.to_pylist():
                 data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
                 yield data, _category(row[label]) if label else None
                 number += 1
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ConfigError(f"source={path}: row {number}: {error}") from error
 
 
@@ -246,11 +224,11 @@ def _category(label: Any) -> int | str | None:
     """The class of a label; NaN, as pandas writes a missing number, is none. Raises ValueError."""
     if label is None or label != label:
         return None
-    if isinstance(label, str):
-        return label
     if isinstance(label, int) or (isinstance(label, float) and label.is_integer()):
         return int(label)  # also of a bool
-    raise ValueError(f"the label {str(label)[:40]} is neither an integer nor a name")
+    if not isinstance(label, str):
+        raise ValueError(f"the label {str(label)[:40]} is neither an integer nor a name")
+    return label
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...]:

@@ -27,9 +27,8 @@ from vae_dist.data.decode import MASK_MEMBER, kind_of
 from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar
 from vae_dist.packing import hub, labels, rows
 from vae_dist.packing.items import (
-    BY_CONTENT,
+    BY_SUFFIX,
     LEFT_BEHIND,
-    MAX_FILE_BYTES,
     PICTURES,
     SPLITS,
     Item,
@@ -80,7 +79,7 @@ class _Lister:
     def add(self, spec: str) -> None:
         """A path, a pattern, or a data set of the hub."""
         path = os.path.expanduser(spec)
-        if hub.names(spec) and not os.path.exists(path):
+        if (spec in hub.KNOWN or spec.startswith("hf://")) and not os.path.exists(path):
             for file, name in hub.download(spec):
                 self._add_archive(file, split_of(name))
             return
@@ -215,12 +214,11 @@ class _Lister:
             key, kind = _key_and_kind(stem)
             if is_shard and ((kind and key in first) or member != first[stem]):
                 others[f"{kind}.{suffix_of(file.name)}".lstrip(".")] += 1
-            elif not 0 < file.num_bytes <= MAX_FILE_BYTES:
-                reason = "too large" if file.num_bytes else "an empty file"
-                self.found.lost.append((file.name, reason))
+            elif not file.num_bytes:
+                self.found.lost.append((file.name, "an empty file"))
             else:
                 num_of_key[key] += 1
-                by_content.update([member] if member in ("", *BY_CONTENT) else [])
+                by_content[member] += not image_key and member not in BY_SUFFIX
                 members = tuple(sorted(companions.get(stem, {}).items()))
                 self.pictures.append(_labelled(file._replace(companions=members)))
         for stem in sorted(companions.keys() - first.keys()):
@@ -228,8 +226,9 @@ class _Lister:
                 self.found.left_out.append((mask.name, "the mask of no picture"))
             others.update(companions[stem].keys())
         only = f"files; only .{', .'.join(taken)} of a picture's name are taken along"
-        self.found.left_out += _counted(others, only if is_shard else "files that are no pictures")
-        decoded = _counted(by_content, "files are decoded by their content")
+        only = only if is_shard else "files that are no pictures"
+        self.found.left_out += _counted(others, only)
+        decoded = _counted(+by_content, "files are decoded by their content")
         self.found.notes += [f"{kind}: {text}" for kind, text in decoded]
         if is_shard and (several := sum(num > 1 for num in num_of_key.values())):
             one_by_one = "samples hold several pictures, packed one by one; image_key= chooses one"
@@ -246,7 +245,7 @@ def _why_no_file(path: str) -> str | None:
 
 def _is_picture(file: Item, suffix: str) -> bool:
     """By its suffix, or where it has none by its first bytes."""
-    if suffix or not 0 < file.num_bytes <= MAX_FILE_BYTES:
+    if suffix or not file.num_bytes:
         return suffix in PICTURES
     try:
         return kind_of(read(file.place._replace(size=min(file.num_bytes, 16)))) is not None
@@ -277,8 +276,8 @@ def _labelled(item: Item) -> Item:
 
 def _counted(num_files: Counter[str], text: str) -> list[tuple[str, str]]:
     return [
-        (f"*.{kind}" if kind else "files without suffix", f"{count} {text}")
-        for kind, count in sorted(num_files.items())
+        (f"*.{kind}" if kind else "files without suffix", f"{num} {text}")
+        for kind, num in sorted(num_files.items())
     ]
 
 
@@ -312,20 +311,17 @@ def with_splits_and_categories(files: Sequence[Item], no_classes: Collection[str
     return items
 
 
-def numbered(listing: Listing) -> tuple[list[Item], tuple[str, ...]]:
-    """Items whose category is a number or None, and the names of the numbers, in their order.
-
-    Names that are numbers, as folders 0 to 9, are ordered as numbers. Raises ConfigError when
-    names and numbers are mixed.
-    """
+def number_classes(listing: Listing) -> None:
+    """Give names of classes numbers, in their order; names that are numbers, as folders 0 to 9, are
+    ordered as numbers. Raises ConfigError when names and numbers are mixed."""
     categories = {item.category for item in listing.items if item.category is not None}
     names = sorted(category for category in categories if isinstance(category, str))
     if not names:
-        return listing.items, listing.classes
+        return
     if len(names) < len(categories):
         raise ConfigError("source: some classes are named and some are numbers; use one kind")
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     number: dict[Any, int] = {name: i for i, name in enumerate(names)}
-    items = [item._replace(category=number.get(item.category)) for item in listing.items]
-    return items, tuple(names)
+    listing.items = [item._replace(category=number.get(item.category)) for item in listing.items]
+    listing.classes = tuple(names)
