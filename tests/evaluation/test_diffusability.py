@@ -1,0 +1,121 @@
+"""Figures of latents on Gaussians and pictures whose value is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.distributed import Runtime
+from vae_dist.evaluation import diffusability
+from vae_dist.evaluation.diffusability import (
+    LatentSample,
+    high_frequency_share,
+    lattice_figures,
+    lattice_share,
+    nearest_class_accuracy,
+    normalised,
+    velocity_irreducible_variance,
+)
+
+
+def white(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_normalised_channels_have_mean_0_and_variance_1_and_a_dead_one_is_0() -> None:
+    latents = white(50, 3, 4, 5) * torch.tensor([0.01, 1.0, 0.0]).view(3, 1, 1) + 7
+    result = normalised(latents)
+    torch.testing.assert_close(result.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(result[:, :2].std((0, 2, 3), correction=0), torch.ones(2).double())
+    assert not result[:, 2].any()
+
+
+def test_viv_is_the_integral_over_time_of_the_error_of_the_best_velocity() -> None:
+    """E_t[l / ((1-t)^2 l + t^2)], integrated numerically, of a product of two known covariances."""
+    channels, positions = torch.tensor([1.8, 0.2]).double(), torch.tensor([2.5, 1.0, 0.4, 0.1])
+    positions = positions.double() / positions.mean()
+    scale = torch.sqrt(channels[:, None] * positions)  # (C, P)
+    latents = (white(20000, 2, 4) * scale).unflatten(2, (2, 2))
+    eigenvalues = scale.square().flatten()
+    time = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    error = eigenvalues / ((1 - time[:, None]) ** 2 * eigenvalues + time[:, None] ** 2)
+    value = velocity_irreducible_variance(latents, [0] * len(latents))
+    assert value == pytest.approx(float(error.mean()), rel=0.01)
+
+
+def test_viv_is_within_classes_and_weighted_by_their_images() -> None:
+    first, second = white(3000, 2, 2, 2), 0.5 * white(1000, 2, 2, 2, seed=1) + 9
+    value = velocity_irreducible_variance(torch.cat([first, second]), [4] * 3000 + [2] * 1000)
+    assert value == pytest.approx(math.pi / 2 * (0.75 * 1 + 0.25 * 0.5), rel=0.02)
+    assert velocity_irreducible_variance(torch.ones(4, 2, 2, 2).double(), [0] * 4) == 0.0
+    assert math.isnan(velocity_irreducible_variance(white(3, 2, 2, 2), [0, 1, 2]))
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0, 3.0])
+def test_lnc_of_two_gaussians_is_phi_of_half_their_distance(distance: float) -> None:
+    labels = [number // 2 % 2 for number in range(20000)]
+    pooled = white(20000, 1, 1, 1) + distance * torch.tensor(labels).double().view(-1, 1, 1, 1)
+    phi = 0.5 * (1 + math.erf(distance / 2 / 2**0.5))
+    assert nearest_class_accuracy(pooled, labels) == pytest.approx(phi, abs=0.015)
+
+
+def test_lnc_needs_two_classes() -> None:
+    assert math.isnan(nearest_class_accuracy(white(6, 2, 2, 2), [-1] * 6))
+
+
+@pytest.mark.parametrize(
+    ("latents", "share"),
+    [
+        (white(400, 2, 8, 8), 0.75),
+        (torch.ones(2, 3, 5, 7).double(), 0.0),
+        (torch.tensor([1.0, -1.0]).double().repeat(1, 1, 8, 4), 1.0),  # the highest frequency
+        (torch.zeros(1, 1, 4, 4).double(), 0.0),
+    ],
+)
+def test_sec_of_noise_constants_and_stripes(latents: torch.Tensor, share: float) -> None:
+    assert high_frequency_share(latents) == pytest.approx(share, abs=0.12 if share == 1 else 0.01)
+
+
+def test_lattice_finds_what_repeats_with_the_stride_alone() -> None:
+    grid = torch.zeros(4, 4)
+    grid[0] = 0.1
+    tiled = grid.repeat(3, 10, 10)
+    share, rms = lattice_share(tiled + 0.4, 4)
+    assert share == pytest.approx(1.0) and rms == pytest.approx(float(grid.std(correction=0)))
+    assert lattice_share(white(3, 40, 40), 4)[0] == pytest.approx(0.01, abs=0.01)
+    assert lattice_share(torch.linspace(0, 1, 40).expand(1, 40, 40), 4)[0] < 0.02  # a ramp
+    assert lattice_share(torch.full((1, 8, 8), 0.3), 4) == (0.0, 0.0)
+
+
+def test_lattice_leaves_borders_out_and_small_images() -> None:
+    image = torch.zeros(1, 1, 48, 50)
+    image[..., :8, :] = torch.rand(1, 1, 8, 50)
+    assert lattice_figures(image, 4) == {"lattice": 0.0, "lattice_levels": 0.0}
+    assert lattice_figures(image[..., :20, :20], 4) == {}
+
+
+def test_the_sample_is_the_same_however_images_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusability, "SAMPLE_BYTES", 4 * 18 * 30)  # 30 latents
+    latents, labels = white(40, 2, 3, 3).float(), [number % 3 for number in range(40)]
+    runtime = Runtime.join(RuntimeConfig(device="cpu"))
+    reports = []
+    for parts in ([range(40)], [range(1, 40, 2), range(0, 40, 2)]):
+        sample = LatentSample(["sec", "viv", "lnc"])
+        for part in parts:
+            sample.add(latents[list(part)], list(part), [labels[number] for number in part])
+        reports.append(sample.compute(runtime))
+    assert reports[0] == reports[1]
+    assert set(reports[0].figures) == {"viv", "lnc", "sec"}
+    assert "30 latents" in reports[0].notes["diffusability"]
+    expected = high_frequency_share(normalised(latents[:30]))
+    assert reports[0].figures["sec"] == expected
+
+
+def test_a_figure_that_has_no_value_is_a_note() -> None:
+    sample = LatentSample(["lnc"])
+    sample.add(white(4, 1, 2, 2), range(4), [-1] * 4)
+    report = sample.compute(Runtime.join(RuntimeConfig(device="cpu")))
+    assert report.figures == {} and "classes" in report.notes["lnc"]

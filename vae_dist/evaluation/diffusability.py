@@ -1,0 +1,219 @@
+"""Figures that tell, before a diffusion model is trained on latents, how hard they are to learn.
+
+Latents are posterior means, normalised for each channel over the images (mean 0, variance 1), as
+a diffusion model gets them. Formulas of viv, lnc and sec are from the text of arXiv 2606.03578; its
+code could not be read, so their values may differ from the authors' by a convention.
+
+    viv      velocity irreducible variance, in units of the latents' variance. Of a Gaussian with
+             eigenvalues l, the velocity e - z of x_t = (1 - t) z + t e, e ~ N(0, 1), has at best
+             the error E_t[l / ((1 - t)^2 l + t^2)] = pi/2 sqrt(l); the mean over eigenvalues and
+             classes, of covariances taken as (channels x channels) kron (positions x positions)
+    lnc      share of images whose class is that of the nearest class mean of latents averaged over
+             positions; means are of the other half of the images
+    sec      share of the energy of the DCT-II of channels at frequencies of half the sampling
+             limit and above, vertically or horizontally: 3/4 of white noise, 0 of a constant
+    lattice  of reconstructions of constant colours: the share of what is not constant that
+             repeats with the stride of the decoder, 0 to 1, and its root mean square in levels of
+             8 bits. Transposed and sub-pixel convolutions print such grids.
+
+The first three rest on the first images, as many as `SAMPLE_BYTES` of latents hold. All are means
+over images of one latent shape, the most frequent one.
+
+Legend: N images, C channels, h x w positions, P = h w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vae_dist.distributed import Runtime
+from vae_dist.evaluation.metrics import EvaluatedBatch, Report
+from vae_dist.models.vae import VAE
+
+SAMPLE_BYTES = 2**28  # of float32 latents, over all ranks
+LARGEST_COVARIANCE = 4096  # positions; its eigenvalues take a minute
+REASONS = {
+    "viv": f"viv needs two images of a class and latents of at most {LARGEST_COVARIANCE} positions",
+    "lnc": "lnc needs images of at least two classes with labels",
+    "sec": "",
+}
+LATTICE_PERIODS = 8  # of the stride, on the shorter side of a constant image, and at least
+LATTICE_BORDER = 2  # periods at each side that are left out: zero padding shows there
+LATTICE_LEVELS = (-0.6, 0.0, 0.6)  # of each channel, of [-1, 1]
+
+
+def normalised(latents: Tensor) -> Tensor:
+    """(N, C, h, w) of any dtype -> float64 with mean 0 and variance 1 in each channel; a channel
+    that never varies is 0."""
+    latents = latents.double()
+    dims = (0, 2, 3)
+    std = latents.std(dims, keepdim=True, correction=0)
+    return (latents - latents.mean(dims, keepdim=True)) / std.where(std > 0, 1.0)
+
+
+def velocity_irreducible_variance(latents: Tensor, labels: Sequence[int]) -> float:
+    """`viv` of normalised latents (N, C, h, w); the mean over classes of at least two images,
+    weighted by their images. nan where there is none, or where the latent is too large."""
+    flat = latents.flatten(2)
+    if flat.shape[2] > LARGEST_COVARIANCE:
+        return math.nan
+    total = count = 0.0
+    of_image = torch.as_tensor(labels)
+    for label in of_image.unique():
+        members = flat[of_image == label]
+        if len(members) < 2:
+            continue
+        centred = members - members.mean(0)
+        degrees = len(members) - 1
+        num_channels, num_positions = centred.shape[1:]
+        channels = torch.einsum("ncp,ndp->cd", centred, centred) / (degrees * num_positions)
+        positions = torch.einsum("ncp,ncq->pq", centred, centred) / (degrees * num_channels)
+        roots = [torch.linalg.eigvalsh(part).clamp(min=0).sqrt() for part in (channels, positions)]
+        scale = float(channels.diagonal().mean().sqrt())  # in both factors
+        value = float(roots[0].mean() * roots[1].mean()) / scale if scale else 0.0
+        total, count = total + len(members) * math.pi / 2 * value, count + len(members)
+    return total / count if count else math.nan
+
+
+def nearest_class_accuracy(latents: Tensor, labels: Sequence[int]) -> float:
+    """`lnc` of normalised latents (N, C, h, w), 0 to 1; nan where no half has two classes."""
+    pooled, of_image = latents.mean((2, 3)), torch.as_tensor(labels)
+    right = asked = 0
+    for half in (0, 1):
+        tested, others = pooled[half::2], pooled[1 - half :: 2]
+        classes = of_image[1 - half :: 2].unique()
+        is_known = torch.isin(of_image[half::2], classes)
+        if len(classes) < 2 or not is_known.any():
+            continue
+        means = torch.stack([others[of_image[1 - half :: 2] == label].mean(0) for label in classes])
+        nearest = classes[torch.cdist(tested[is_known], means).argmin(1)]
+        right += int((nearest == of_image[half::2][is_known]).sum())
+        asked += len(nearest)
+    return right / asked if asked else math.nan
+
+
+def high_frequency_share(latents: Tensor) -> float:
+    """`sec` of normalised latents (N, C, h, w), 0 to 1."""
+    down, across = (_dct_matrix(side).to(latents) for side in latents.shape[2:])
+    energy = torch.zeros(latents.shape[2:], dtype=torch.float64)
+    for image in latents:
+        energy += (down @ image @ across.T).square().sum(0)
+    low = energy[: math.ceil(len(down) / 2), : math.ceil(len(across) / 2)].sum()
+    return float(1 - low / energy.sum()) if energy.any() else 0.0
+
+
+def _dct_matrix(size: int) -> Tensor:
+    """The orthonormal DCT-II, float64 (frequencies, values)."""
+    number = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (number + 0.5) * number.unsqueeze(1))
+    matrix[0] *= 0.5**0.5
+    return matrix * (2 / size) ** 0.5
+
+
+def lattice_share(image: Tensor, period: int) -> tuple[float, float]:
+    """(share, root mean square) of what repeats every `period` pixels in both directions, of the
+    part of (C, H, W) that is not constant. H and W are multiples of the period."""
+    image = image.double() - image.double().mean((1, 2), keepdim=True)
+    channels, height, width = image.shape
+    tiles = image.reshape(channels, height // period, period, width // period, period)
+    pattern = tiles.mean((1, 3))  # (C, period, period)
+    energy, periodic = float(image.square().mean()), float(pattern.square().mean())
+    return (periodic / energy if energy else 0.0), periodic**0.5
+
+
+@torch.inference_mode()
+def constant_reconstructions(
+    model: VAE, image_size: tuple[int, int], *, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Images of one colour and their reconstructions, float32 (n, C, H, W) in [-1, 1] on the CPU.
+
+    Each channel by itself and all together have each of LATTICE_LEVELS, other channels 0. Sides are
+    those of `image_size`, or longer where that has too few periods and the model takes any size.
+    """
+    size = image_size
+    if model.image_size is None:
+        fewest = (LATTICE_PERIODS + 2 * LATTICE_BORDER) * model.stride
+        size = max(fewest, size[0]), max(fewest, size[1])
+    every = range(channels)
+    sets = [[number] for number in every] + ([list(every)] if channels > 1 else [])
+    images = torch.zeros(len(sets), len(LATTICE_LEVELS), channels, *size)
+    for row, members in enumerate(sets):
+        for column, level in enumerate(LATTICE_LEVELS):
+            images[row, column, members] = level
+    images = images.flatten(0, 1)
+    device = next(model.parameters()).device
+    outputs = []
+    for image in images.split(1):
+        mean, _ = model.encode(image.to(device))
+        outputs.append(model.likelihood.mean(model.decode(mean, size)).float().cpu())
+    return images, torch.cat(outputs)
+
+
+def lattice_figures(reconstructions: Tensor, stride: int) -> dict[str, float]:
+    """`lattice` and `lattice_levels`, means over reconstructions (n, C, H, W) in [-1, 1]."""
+    border = LATTICE_BORDER * stride
+    inner = [side - 2 * border for side in reconstructions.shape[2:]]
+    if min(inner) < 2 * stride:
+        return {}
+    height, width = (border + side // stride * stride for side in inner)
+    shares = [
+        lattice_share(image[:, border:height, border:width], stride) for image in reconstructions
+    ]
+    share, rms = (sum(values) / len(shares) for values in zip(*shares, strict=True))
+    return {"lattice": share, "lattice_levels": rms * 255 / 2}
+
+
+class LatentSample:
+    """The first latents of an evaluation, the same on any number of ranks."""
+
+    of_whole_images: Sequence[str] = ()
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = [name for name in REASONS if name in names]
+        self._latents: dict[int, tuple[int, Tensor]] = {}  # by number: label, mean (C, h, w)
+
+    def add(self, means: Tensor, samples: Sequence[int], labels: Sequence[int]) -> None:
+        """means (b, C, h, w) with the numbers of their images and labels, -1 for none."""
+        limit = SAMPLE_BYTES // (4 * means[0].numel())
+        for mean, sample, label in zip(means, samples, labels, strict=True):
+            if sample < limit:
+                self._latents[sample] = label, mean.float().cpu()
+
+    def update(self, batch: EvaluatedBatch) -> None:
+        samples, labels = batch.inputs.samples, batch.inputs.labels
+        known = [-1] * len(samples) if labels is None else labels.tolist()
+        self.add(batch.output.mean, samples, known)
+
+    def compute(self, runtime: Runtime) -> Report:
+        every = dict(item for part in runtime.gather(self._latents) for item in part.items())
+        shapes = Counter(tuple(mean.shape) for _, (_, mean) in sorted(every.items()))
+        if not shapes:
+            return Report()
+        ((shape, count),) = shapes.most_common(1)
+        chosen = [pair for _, pair in sorted(every.items()) if pair[1].shape == shape]
+        latents, labels = (
+            normalised(torch.stack([mean for _, mean in chosen])),
+            [label for label, _ in chosen],
+        )
+        report = Report()
+        functions = {
+            "viv": lambda: velocity_irreducible_variance(latents, labels),
+            "lnc": lambda: nearest_class_accuracy(latents, labels),
+            "sec": lambda: high_frequency_share(latents),
+        }
+        for name in self._names:
+            value = functions[name]()
+            if math.isnan(value):
+                report.notes[name] = REASONS[name]
+            else:
+                report.figures[name] = value
+        if report.figures:
+            report.notes["diffusability"] = (
+                f"{', '.join(report.figures)}: of {count} latents of {shape}"
+            )
+        return report
