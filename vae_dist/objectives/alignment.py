@@ -7,7 +7,7 @@ p = the latent z at h x w positions, projected to the width of the model by a 1x
 is trained along; f = features of the image's patches, resampled to the same positions; m1 and m2
 are margins. The loss gains
 
-    w(k) * D * term      w(k) = weight(k) * lambda(k)      lambda(k + 1) = |G_main(k)| / |G_align(k)|
+    w(k) * D * term      w(k) = weight(k) * lambda(k)    lambda(k + 1) = |G_main(k)| / |G_align(k)|
 
 per image of D values, with weight(k) falling linearly from `alignment_weight` to
 `alignment_final_weight` over the run. G_main and G_align are gradients with respect to z, of
