@@ -22,6 +22,7 @@ INTRO = (
 def export(command: ExportCommand) -> None:
     from vae_dist.inference.diffusers import export_diffusers, export_safetensors
     from vae_dist.inference.load import open_run
+    from vae_dist.models.diffusers import AUTOENCODER, FLUX2
 
     out, run = Path(command.out), Path(command.run)
     if out.resolve() == run.resolve():
@@ -29,9 +30,13 @@ def export(command: ExportCommand) -> None:
     if (run / "checkpoints").resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"out={out} is among the checkpoints of the run; give another folder")
     token = _token(command.push) if command.push else ""
-    write = export_diffusers if command.format == "diffusers" else export_safetensors
     with open_run(command, device="cpu") as loaded, writing(out):
-        lines = write(loaded, run, out)
+        if command.format == "safetensors":
+            lines = export_safetensors(loaded, run, out)
+        else:
+            kind = FLUX2 if command.format == "flux2" else AUTOENCODER
+            normalization = command.normalization
+            lines = export_diffusers(loaded, run, out, kind=kind, normalization=normalization)
     print("\n".join([*lines, f"step {loaded.step}, {command.weights} weights: {out}"]))
     if command.push:
         print(f"pushed: {_push(out, command.push, token)}")

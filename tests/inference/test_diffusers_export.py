@@ -120,7 +120,7 @@ def test_factors_come_from_the_measured_latents(
     write_run(run, spatial_config(), (16, 16))
 
     def factors() -> tuple[float, float]:
-        assert export.main([f"run={run}", f"out={tmp_path}/out"]) == 0
+        assert export.main([f"run={run}", f"out={tmp_path}/out", "normalization=scalar"]) == 0
         written = json.loads((tmp_path / "out" / "config.json").read_text())
         return written["scaling_factor"], written["shift_factor"]
 

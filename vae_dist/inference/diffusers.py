@@ -4,20 +4,23 @@ In: a loaded model and its run folder. Out: a folder with
 
     diffusers     config.json, diffusion_pytorch_model.safetensors, README.md:
                   loads with `diffusers.AutoencoderKL.from_pretrained(FOLDER)`
+    flux2         the same for `diffusers.AutoencoderKLFlux2`
     safetensors   model.safetensors: all tensors under our names; metadata with config, step,
                   likelihood, image size
 
-and what there is to say about it. Images are in [-1, 1] on both sides. Latents for a diffusion
-model are (z - shift_factor) * scaling_factor, with the factors of the run's `latents.json`.
+and what there is to say about it. Images are in [-1, 1] on both sides. How a diffusion model
+normalises latents is said in `vae_dist.models.diffusers`; the numbers are those of the run's
+`latents.json`, or of the published autoencoder whose decoder alone was trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 
@@ -26,10 +29,14 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.files import printable, read_json, write_durably
 from vae_dist.inference.load import LoadedModel
 from vae_dist.models.diffusers import (
+    AUTOENCODER,
     CONFIG_NAME,
+    FLUX2,
     WEIGHTS_NAME,
+    LatentNorm,
     diffusers_config,
     export_problems,
+    read_published,
     to_diffusers,
 )
 from vae_dist.models.latent import STATISTICS_FILE
@@ -42,28 +49,42 @@ library_name: diffusers
 tags: [autoencoder, vae]
 ---
 
-An `AutoencoderKL` trained with vae_dist, config `{name}`, step {step}, on images of
+An `{kind}` trained with vae_dist, config `{name}`, step {step}, on images of
 {height}x{width} pixels; stride {stride}, {latents} latent channels, {likelihood} likelihood. Images
 are in [-1, 1], their sides multiples of {stride}; latents for a diffusion model are
-`(z - {shift_factor}) * {scaling_factor}`.
+{formula}.
 
 ```python
-from diffusers import AutoencoderKL
+from diffusers import {kind}
 
-vae = AutoencoderKL.from_pretrained(FOLDER)
+vae = {kind}.from_pretrained(FOLDER)
 ```
 """
 
 
-def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
-    """Write the folder of an AutoencoderKL; what was cut, and which factors it has. Raises
-    ConfigError with everything that the format has no place for, or where something else is in the
-    folder; OSError."""
+FORMULAS = {
+    "scalar": "`(z - shift_factor) * scaling_factor`",
+    "channel": "`(z - latents_mean) / latents_std`, for each channel",
+    FLUX2: "`(z - mean) / sqrt(variance + batch_norm_eps)`, of blocks of 2x2 positions",
+}
+
+
+def export_diffusers(
+    loaded: LoadedModel,
+    run: Path,
+    out: Path,
+    *,
+    kind: str = AUTOENCODER,
+    normalization: Literal["channel", "scalar"] = "channel",
+) -> list[str]:
+    """Write the folder of an AutoencoderKL or AutoencoderKLFlux2; what was cut, and how latents are
+    normalised. Raises ConfigError with everything that the format has no place for, or where
+    something else is in the folder; OSError."""
     model, config, step, (height, width) = loaded
     if problems := export_problems(config):
         raise ConfigError(
             [
-                "format=diffusers: AutoencoderKL has no place for parts of this model:",
+                f"format: diffusers' {kind} has no place for parts of this model:",
                 *(f"  {problem}" for problem in problems),
                 "format=safetensors writes any model",
             ]
@@ -74,8 +95,16 @@ def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
             f"out={out}: holds {' and '.join(used)}, but no {WEIGHTS_NAME} of an export; give "
             "another folder"
         )
-    factors, lines = latent_factors(run, step=step)
+    norm, lines = latent_norm(run, config, step=step)
+    settings = diffusers_config(config, loaded.image_size, kind=kind)
+    tensors = to_diffusers(model.state_dict(), channels=config.data.channels)
+    if kind == FLUX2:
+        tensors |= norm.packed(model.latent_channels)
+    else:
+        settings |= norm.settings(normalization)
+    way = normalization if norm.mean else "scalar"
     card = CARD.format(
+        kind=kind,
         name=_name(config),
         step=step,
         height=height,
@@ -83,10 +112,8 @@ def export_diffusers(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
         stride=model.stride,
         latents=model.latent_channels,
         likelihood=config.likelihood.kind,
-        **factors,
+        formula=FORMULAS[FLUX2 if kind == FLUX2 else way],
     )
-    settings = diffusers_config(config, loaded.image_size, **factors)
-    tensors = to_diffusers(model.state_dict(), channels=config.data.channels)
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
     write_durably(out / CONFIG_NAME, (json.dumps(settings, indent=2) + "\n").encode())
@@ -100,7 +127,8 @@ def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
     model, config, step, image_size = loaded
     factors, lines = dict[str, float](), list[str]()
     if model.image_size is None:  # of a vector latent nothing is measured
-        factors, lines = latent_factors(run, step=step)
+        norm, lines = latent_norm(run, config, step=step)
+        factors = {"scaling_factor": norm.scaling_factor, "shift_factor": norm.shift_factor}
     facts = {"config": _model_config(config), "step": step, "image_size": image_size, **factors}
     metadata = {"format": "pt", "likelihood": config.likelihood.kind}
     metadata |= {name: json.dumps(value) for name, value in facts.items()}
@@ -110,24 +138,28 @@ def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
     return lines
 
 
-def latent_factors(run: Path, *, step: int) -> tuple[dict[str, float], list[str]]:
-    """scaling_factor and shift_factor of the run's latents, 1 and 0 where they were not measured,
-    and what there is to say about that."""
+def latent_norm(run: Path, config: TrainConfig, *, step: int) -> tuple[LatentNorm, list[str]]:
+    """How latents of this run are normalised, and where that is from: not at all where nothing was
+    measured."""
+    if config.training.train_only == "decoder":
+        with contextlib.suppress(ConfigError):
+            if (published := read_published(Path(config.init_from))) is not None:
+                return published.norm, [f"latents are normalised as those of {published.path}"]
     path = run / STATISTICS_FILE
     try:
         record = read_json(path, STATISTICS_BYTES)
         scale, shift = (float(record[name]) for name in ("scaling_factor", "shift_factor"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        channels = record.get("per_channel", {})
+        mean, std = (tuple(map(float, channels.get(name, ()))) for name in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "is not there (not measured yet)" if missing else f"cannot be read ({error!r})"
-        scale, shift = 1.0, 0.0
-        lines = [f"scaling_factor 1, shift_factor 0: {path} {reason}"]
-    else:
-        lines = [f"scaling_factor {scale:.5g}, shift_factor {shift:.5g}, from {path}"]
-        if (measured := record.get("step", step)) != step:
-            of = f"measured at step {measured}, the weights are of {step}"
-            lines.append(f"warning: {path} was {of}")
-    return {"scaling_factor": scale, "shift_factor": shift}, lines
+        return LatentNorm(), [f"scaling_factor 1, shift_factor 0: {path} {reason}"]
+    lines = [f"scaling_factor {scale:.5g}, shift_factor {shift:.5g}, from {path}"]
+    if (measured := record.get("step", step)) != step:
+        of = f"measured at step {measured}, the weights are of {step}"
+        lines.append(f"warning: {path} was {of}")
+    return LatentNorm(scale, shift, mean, std), lines
 
 
 def _cuts(loaded: LoadedModel) -> Iterator[str]:

@@ -1,4 +1,5 @@
 """The layout of diffusers' `AutoencoderKL`: which models have it, and the ways to it and from it.
+`AutoencoderKLFlux2` has the same towers, and beside them `bn`, the mean and variance of latents.
 
 In: a config, or a folder with `config.json` and `diffusion_pytorch_model.safetensors`. Out: what
 keeps a model from that layout, its `config.json`, its tensors; or a folder's tensors under our
@@ -13,14 +14,22 @@ convolutions (right and bottom). What differs:
     quant_conv        absent in some layouts (FLUX): the identity here
     attention         older files name query, key, value, proj_attn, some as 1x1 convolutions
     sizes             diffusers wants multiples of the stride; ours pads and crops
+
+What a diffusion model gets is normalised outside of the model, by these, in this order of time:
+
+    scalar    (z - shift_factor) * scaling_factor                  SD, SD3, FLUX.1
+    channel   (z - latents_mean) / latents_std * scaling_factor    SDXL; the factor is 1
+    flux2     (p - bn.running_mean) / sqrt(bn.running_var + eps), p = z in blocks of 2x2 positions:
+              channel 4 c + 2 dy + dx of p is channel c of z
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -36,6 +45,10 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.fp16.safetensors")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+AUTOENCODER, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
+BN_EPS = 1e-4  # diffusers' default for FLUX.2
+PACKED = 4  # positions of a block of 2x2
 
 # Likelihoods whose first decoder outputs are the mean of the image.
 KINDS_OF_MEANS = ("gaussian", "laplace", "discretized_gaussian")
@@ -63,41 +76,68 @@ def export_problems(config: TrainConfig) -> list[str]:
     return [sentence for sentence, is_so in checks.items() if is_so]
 
 
+@dataclass(frozen=True)
+class LatentNorm:
+    """How latents are normalised: by one pair of factors, or by mean and deviation of channels."""
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    mean: tuple[float, ...] = ()  # of each channel; empty: not known
+    std: tuple[float, ...] = ()
+
+    def settings(self, normalization: Literal["channel", "scalar"]) -> dict[str, Any]:
+        """The keys of an AutoencoderKL's `config.json`."""
+        keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        if normalization == "scalar" or not self.mean:
+            return dict(
+                zip(keys, (self.scaling_factor, self.shift_factor, None, None), strict=True)
+            )
+        return dict(zip(keys, (1.0, 0.0, list(self.mean), list(self.std)), strict=True))
+
+    def packed(self, latent_channels: int) -> Tensors:
+        """The tensors of FLUX.2's `bn`, the same for the positions of a block."""
+        mean = torch.tensor(self.mean or (0.0,) * latent_channels)
+        std = torch.tensor(self.std or (1.0,) * latent_channels)
+        return {
+            "bn.running_mean": mean.repeat_interleave(PACKED),
+            "bn.running_var": (std.square() - BN_EPS).clamp(min=0).repeat_interleave(PACKED),
+            "bn.num_batches_tracked": torch.tensor(0),
+        }
+
+
 def diffusers_config(
-    config: TrainConfig, image_size: tuple[int, int], **factors: float
+    config: TrainConfig, image_size: tuple[int, int], *, kind: str = AUTOENCODER
 ) -> dict[str, Any]:
-    """`config.json` of a model without `export_problems`; factors: scaling_factor, shift_factor."""
+    """`config.json` of a model without `export_problems`, but for the normalisation."""
     model, levels = config.model, len(config.model.channels)
-    return {
-        "_class_name": "AutoencoderKL",
+    settings = {
+        "_class_name": kind,
         "act_fn": "silu",
         "block_out_channels": list(model.channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": True,
         "in_channels": config.data.channels,
         "latent_channels": model.latent_channels,
-        "latents_mean": None,
-        "latents_std": None,
         "layers_per_block": blocks_of_levels(model)[0],  # the same in all
         "mid_block_add_attention": model.attention,
         "norm_num_groups": model.norm_groups,
         "out_channels": config.data.channels,
         "sample_size": max(image_size),
-        "scaling_factor": factors["scaling_factor"],
-        "shift_factor": factors["shift_factor"],
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": True,
         "use_quant_conv": True,
     }
+    if kind == FLUX2:
+        return settings | {"batch_norm_eps": BN_EPS, "patch_size": [2, 2]}
+    return settings | {"force_upcast": True}
 
 
 def to_diffusers(weights: Tensors, *, channels: int) -> Tensors:
     """The tensors of an AutoencoderKL of images of `channels` channels: decoder outputs other than
-    the mean are cut off, parameters of the likelihood left out."""
+    the mean are cut off; parameters of the likelihood and of the alignment are left out."""
     return {
         name: (tensor[:channels] if name.startswith("decoder.conv_out.") else tensor).contiguous()
         for name, tensor in weights.items()
-        if not name.startswith("likelihood.")
+        if not name.startswith(("likelihood.", "projection."))
     }
 
 
@@ -110,6 +150,7 @@ class Published(NamedTuple):
     path: Path
     config: dict[str, Any]
     tensors: Tensors
+    norm: LatentNorm
 
 
 def read_published(source: Path) -> Published | None:
@@ -136,20 +177,43 @@ def read_published(source: Path) -> Published | None:
         tensors = safetensors.torch.load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(f"{blame}: {file} cannot be read ({error})") from None
-    return Published(folder, config, _by_current_names(tensors))
+    norm = _norm(config, tensors)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("bn.")}
+    return Published(folder, config, _by_current_names(tensors), norm)
+
+
+def _norm(config: dict[str, Any], tensors: Tensors) -> LatentNorm:
+    """Of FLUX.2's blocks the mean over positions of their moments."""
+    if "bn.running_mean" in tensors:
+        mean = tensors["bn.running_mean"].double().view(-1, PACKED)
+        variance = tensors["bn.running_var"].double().view(-1, PACKED)
+        spread = (mean - mean.mean(1, keepdim=True)).square() + variance
+        std = (spread.mean(1) + config.get("batch_norm_eps", BN_EPS)).sqrt()
+        return LatentNorm(mean=tuple(mean.mean(1).tolist()), std=tuple(std.tolist()))
+    return LatentNorm(
+        scaling_factor=config.get("scaling_factor") or 1.0,
+        shift_factor=config.get("shift_factor") or 0.0,
+        mean=tuple(config.get("latents_mean") or ()),
+        std=tuple(config.get("latents_std") or ()),
+    )
 
 
 def _foreign(config: dict[str, Any]) -> list[str]:
     """What of a config.json our towers do not do."""
     kind = config["_class_name"]
-    if kind != "AutoencoderKL":
-        return [f"a diffusers {kind}; only AutoencoderKL has towers as ours"]
+    if kind not in (AUTOENCODER, FLUX2):
+        return [f"a diffusers {kind}; only {AUTOENCODER} and {FLUX2} have towers as ours"]
     wanted = {
         "act_fn": "silu",
         "down_block_types": "DownEncoderBlock2D",
         "up_block_types": "UpDecoderBlock2D",
     }
     problems = []
+    if (decoder := config.get("decoder_block_out_channels")) not in (
+        None,
+        config.get("block_out_channels"),
+    ):
+        problems.append(f"its decoder_block_out_channels={decoder} are not those of the encoder")
     for key, known in wanted.items():
         value = config.get(key, [])
         others = {str(item) for item in (value if isinstance(value, list) else [value])} - {known}
