@@ -65,7 +65,7 @@ def _index(command: IndexCommand) -> set[str]:
         for path, length, size in zip(index.paths, index.lengths, index.bytes, strict=True):
             _print(f"{path}: samples={length} bytes={size}")
         if command.verify:
-            damaged |= _verify(index, command.max_pixels)
+            damaged |= _verify(index, command)
     print(
         f"shards={len(paths)} indexed_now={sum(error is None for error in damage.values())} "
         f"indexed_before={len(paths) - len(damage)} damaged={len(damaged)} samples={num_samples}"
@@ -73,34 +73,34 @@ def _index(command: IndexCommand) -> set[str]:
     return damaged
 
 
-def _verify(index: ShardIndex, max_pixels: int) -> set[str]:
+def _verify(index: ShardIndex, command: IndexCommand) -> set[str]:
     """Decode everything; print what is wrong and what sizes there are. Returns the damaged
     shards."""
     from vae_dist.data.transforms import ImageSettings
-    from vae_dist.data.verify import verify
+    from vae_dist.data.verify import Findings, verify
 
-    reports, settings = [], ImageSettings(3, (1, 1), True, max_pixels)
+    settings = ImageSettings(3, (1, 1), True, command.max_pixels, image_key=command.image_key)
     with ProgressBar("verified", len(index.paths), unit="shards") as progress:
-        for report in verify(index, settings):
-            reports.append(report)
-            progress(len(reports))
-    for report in reports:
-        for number, reason in report.damaged[:NUM_NAMED]:
-            _print(f"{report.path} sample {number}: {reason}", file=sys.stderr)
-        if (more := len(report.damaged) - NUM_NAMED) > 0:
-            _print(f"{report.path}: {more} more samples are damaged", file=sys.stderr)
-        if report.error:
-            _print(report.error, file=sys.stderr)
-    if double := [f"{report.path} {key}" for report in reports for key in report.double]:
+        shards: list[Findings] = []
+        for found in verify(index, settings):
+            shards.append(found)
+            progress(len(shards))
+    of_paths = list(zip(index.paths, shards, strict=True))
+    for path, found in of_paths:
+        for problem in found.problems[:NUM_NAMED]:
+            _print(problem, file=sys.stderr)
+        if (more := len(found.problems) - NUM_NAMED) > 0:
+            _print(f"{path}: {more} more samples are damaged", file=sys.stderr)
+    if double := [f"{path} {key}" for path, found in of_paths for key in found.double]:
         _print(f"double keys: {len(double)}, the first is {double[0]}; the trainer reads them all")
-    sizes = sum((report.sizes for report in reports), Counter[tuple[int, int]]())
-    channels = sum((report.channels for report in reports), Counter[int]())
+    sizes = sum((found.sizes for found in shards), Counter[tuple[int, int]]())
+    channels = sum((found.channels for found in shards), Counter[int]())
     common = ", ".join(f"{h}x{w} ({count})" for (h, w), count in sizes.most_common(NUM_SIZES))
     print(f"sizes HxW: {common or 'none'}; {len(sizes)} different")
     print(f"channels: {', '.join(f'{c} ({count})' for c, count in sorted(channels.items()))}")
-    for mask, count in sorted(sum((report.masks for report in reports), Counter[str]()).items()):
+    for mask, count in sorted(sum((found.masks for found in shards), Counter[str]()).items()):
         print(f"incomplete: {count} samples, which data.mask={mask} reads")
-    return {report.path for report in reports if report.error or report.damaged}
+    return {path for path, found in of_paths if found.problems}
 
 
 def _print(text: object, **options: Any) -> None:

@@ -78,6 +78,16 @@ def test_verify_reads_incomplete_images(tmp_path: Path, capsys: pytest.CaptureFi
     assert "sample 2: no readable PNG" in err
 
 
+def test_verify_reads_the_image_that_was_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = {"png": png(np.zeros((2, 2), np.uint8)), "depth.png": png(np.zeros((3, 4), np.uint8))}
+    write_shards([{"__key__": "a", **both, "cls": b"cat"}], tmp_path / "set", num_shards=1)
+    for options, size in (([], "2x2"), (["image_key=depth.png"], "3x4")):
+        assert main([f"data={tmp_path / 'set'}", "verify=true", *options]) == 0
+        assert f"sizes HxW: {size} (1); 1 different" in capsys.readouterr().out
+
+
 def test_wrong_keys_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data=nowhere"]) == 2
     assert "data=nowhere: no such folder" in capsys.readouterr().err

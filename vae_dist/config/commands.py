@@ -160,6 +160,7 @@ class IndexCommand:
     overwrite: bool = knob(False, "index shards again that have an index already")
     verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
     max_pixels: int = knob(2**26, "verify: images with more pixels are damage", ge=1)
+    image_key: str = knob("", "verify: which of several images of a sample, as data.image_key")
 
 
 @dataclass

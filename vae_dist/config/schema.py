@@ -31,6 +31,9 @@ class DataConfig(Section):
     validation: Any = knob("???", "as data.train", neutral=True, form="SHARDS", is_text=True)
     bundled: Literal["none", "digits"] = knob("none", "digits: write those that ship")
     channels: int = knob(3, "image channels (1 grey, 3 RGB; any number in .npy and TIFF)", ge=1)
+    image_key: str = knob(
+        "", "which of several images of a sample: jpg, depth.png, npy (empty: the one there is)"
+    )
     label_key: str = knob("cls", "the .cls member, or a field of .json, as in attributes.Smiling")
     mask: Literal["none", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "none",
