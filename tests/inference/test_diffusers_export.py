@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -13,7 +14,7 @@ import torch
 
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist import export
-from vae_dist.config.commands import RunCommand
+from vae_dist.config.commands import CheckpointCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import load_full
@@ -29,10 +30,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks
 diffusers = pytest.importorskip("diffusers")
 SIZES = [(16, 16), (24, 32), (8, 40)]
 EXACT = {"rtol": 0, "atol": 1e-5}
+Printed = pytest.CaptureFixture[str]
 
 
-def spatial_config(**model: object) -> TrainConfig:
+def spatial_config(source: Path | str = "", **model: object) -> TrainConfig:
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
+    config.init_from = str(source)
     config.model.channels = [8, 12, 12]
     config.model.attention = True
     for name, value in model.items():
@@ -40,28 +43,32 @@ def spatial_config(**model: object) -> TrainConfig:
     return config
 
 
-def pixels(size: tuple[int, int]) -> torch.Tensor:
-    return torch.rand(2, 3, *size, generator=torch_generator(0, "pixels")) * 2 - 1
+def run_of(folder: Path, **model: object) -> Path:
+    write_run(folder, spatial_config(**model), (16, 24))
+    return folder
 
 
-def assert_same(ours: VAE, theirs: object, size: tuple[int, int]) -> None:
+def exported(run: Path, out: Path, *keys: str) -> Path:
+    assert export.main([f"run={run}", f"out={out}", *keys]) == 0
+    return out
+
+
+def assert_same(ours: VAE, theirs: Any, size: tuple[int, int]) -> None:
     """Means, log-variances and decoded images agree for images of this size."""
-    images = pixels(size)
+    images = torch.rand(2, 3, *size, generator=torch_generator(0, "pixels")) * 2 - 1
     with torch.no_grad():
         mean, log_variance = ours.encode(images)
-        found = theirs.encode(images).latent_dist  # type: ignore[attr-defined]
+        found = theirs.encode(images).latent_dist
         assert mean.std() > 0.01
         torch.testing.assert_close(found.mean, mean, **EXACT)
         unclamped = found.parameters.chunk(2, dim=1)[1]
         torch.testing.assert_close(latent.bounded(unclamped), log_variance, rtol=0, atol=2e-5)
         usual = (unclamped > -20) & (unclamped < 10)
-        assert usual.any()
-        assert (found.logvar - log_variance)[usual].abs().max() < 2e-4
+        assert usual.any() and (found.logvar - log_variance)[usual].abs().max() < 2e-4
         z = mean + torch.randn(mean.shape, generator=torch_generator(0, "z"))
-        decoded = theirs.decode(z).sample  # type: ignore[attr-defined]
         expected = ours.decode(z, size)[:, :3]
         assert expected.std() > 0.01
-        torch.testing.assert_close(decoded, expected, **EXACT)
+        torch.testing.assert_close(theirs.decode(z).sample, expected, **EXACT)
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -69,77 +76,67 @@ def assert_same(ours: VAE, theirs: object, size: tuple[int, int]) -> None:
 def test_an_exported_run_is_the_same_model(
     tmp_path: Path, channels: list[int], attention: bool
 ) -> None:
-    config = spatial_config(channels=channels, attention=attention, latent_channels=5, blocks=2)
-    run = tmp_path / "run"
-    write_run(run, config, (16, 24))
-    out = tmp_path / "out"
-    assert export.main([f"run={run}", f"out={out}"]) == 0
-    theirs = diffusers.AutoencoderKL.from_pretrained(out).eval()
-    ours = load_model(RunCommand(run=str(run), device="cpu")).model
+    options = {"channels": channels, "attention": attention, "latent_channels": 5, "blocks": 2}
+    run = run_of(tmp_path / "run", **options)
+    theirs = diffusers.AutoencoderKL.from_pretrained(exported(run, tmp_path / "out")).eval()
+    ours = load_model(CheckpointCommand(run=str(run))).model
     for size in SIZES:
         assert_same(ours, theirs, size)
 
 
-def test_a_variance_for_each_pixel_is_cut_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_variance_for_each_pixel_is_cut_off(tmp_path: Path, capsys: Printed) -> None:
     config = spatial_config()
     config.likelihood.variance = "per_pixel"
-    write_run(tmp_path / "run", config, (16, 16))
-    assert export.main([f"run={tmp_path}/run", f"out={tmp_path}/out", "weights=model"]) == 0
+    run = write_run(tmp_path / "run", config, (16, 16)).path
+    out = exported(run, tmp_path / "out", "weights=model")
     assert "cut off: 3 of 6 decoder outputs" in capsys.readouterr().out
-    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval()
-    command = RunCommand(run=f"{tmp_path}/run", device="cpu", weights="model")
+    theirs = diffusers.AutoencoderKL.from_pretrained(out).eval()
+    command = CheckpointCommand(run=str(run), weights="model")
     assert_same(load_model(command).model, theirs, (16, 24))
 
 
-def test_what_the_format_has_no_place_for_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_format_has_no_place_for_is_named(tmp_path: Path, capsys: Printed) -> None:
     config = spatial_config(patch=2, dc_shortcuts=True, num_classes=4, blocks=[1, 1, 2])
     config.model.latent_channels = 4
     config.likelihood.kind = "discretized_logistic_mixture"
     config.data.mask = "member"
     write_run(tmp_path / "run", config, (16, 16))
-    assert export.main([f"run={tmp_path}/run", f"out={tmp_path}/out"]) == 2
-    errors = capsys.readouterr().err
-    named = ("patch=2", "dc_shortcuts=true", "num_classes=4", "blocks=[1, 1, 2]", "mask=member")
-    for key in (*named, "kind=discretized_logistic_mixture", "format=safetensors writes any model"):
-        assert key in errors
-    assert not (tmp_path / "out").exists()
     write_run(tmp_path / "vector", tiny_config(channels=1), (16, 16))
-    assert export.main([f"run={tmp_path}/vector", f"out={tmp_path}/out"]) == 2
-    errors = capsys.readouterr().err
-    assert "model.latent=vector" in errors and "likelihood.kind=bernoulli" in errors
+    named = ("patch=2", "dc_shortcuts=true", "num_classes=4", "blocks=[1, 1, 2]", "mask=member")
+    for run, keys in (
+        ("run", (*named, "kind=discretized_logistic_mixture", "format=safetensors writes any")),
+        ("vector", ("model.latent=vector", "likelihood.kind=bernoulli")),
+    ):
+        assert export.main([f"run={tmp_path}/{run}", f"out={tmp_path}/out"]) == 2
+        errors = capsys.readouterr().err
+        assert all(key in errors for key in keys)
+    assert not (tmp_path / "out").exists()
 
 
-def test_factors_come_from_the_measured_latents(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    write_run(run, spatial_config(), (16, 16))
-
-    def factors() -> tuple[float, float]:
-        assert export.main([f"run={run}", f"out={tmp_path}/out", "normalization=scalar"]) == 0
-        written = json.loads((tmp_path / "out" / "config.json").read_text())
-        return written["scaling_factor"], written["shift_factor"]
-
-    assert factors() == (1.0, 0.0)
-    assert "latents.json is not there" in capsys.readouterr().out
-    (run / "latents.json").write_text('{"scaling_factor": 0.5, "shift_factor": -0.25, "step": 10}')
-    assert factors() == (0.5, -0.25)
-    assert "measured at step 10, the weights are of 20" in capsys.readouterr().out
-    (run / "latents.json").write_text('{"scaling_factor": "much"}')
-    assert factors() == (1.0, 0.0)
-    assert "cannot be read" in capsys.readouterr().out
+def test_factors_come_from_the_measured_latents(tmp_path: Path, capsys: Printed) -> None:
+    run = run_of(tmp_path / "run")
+    for record, factors, said in (
+        (None, (1.0, 0.0), "latents.json is not there"),
+        (
+            '{"scaling_factor": 0.5, "shift_factor": -0.25, "step": 10}',
+            (0.5, -0.25),
+            "measured at step 10, the weights are of 20",
+        ),
+        ('{"scaling_factor": "much"}', (1.0, 0.0), "cannot be read"),
+    ):
+        if record is not None:
+            (run / "latents.json").write_text(record)
+        out = exported(run, tmp_path / "out", "normalization=scalar")
+        written = json.loads((out / "config.json").read_text())
+        assert (written["scaling_factor"], written["shift_factor"]) == factors
+        assert said in capsys.readouterr().out
 
 
-def test_one_file_of_any_model_begins_another_run(tmp_path: Path) -> None:
+def test_one_file_of_any_model_begins_another_run(tmp_path: Path, capsys: Printed) -> None:
     config = tiny_config()
-    write_run(tmp_path / "run", config, (8, 6))
-    out = tmp_path / "out"
-    assert export.main([f"run={tmp_path}/run", f"out={out}", "format=safetensors"]) == 0
-    file = out / "model.safetensors"
+    run = write_run(tmp_path / "run", config, (8, 6)).path
+    file = exported(run, tmp_path / "out", "format=safetensors") / "model.safetensors"
+    assert "latents.json" not in capsys.readouterr().out  # nothing measures a vector latent
     with safetensors.safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     assert json.loads(metadata["step"]) == 20 and metadata["likelihood"] == "bernoulli"
@@ -148,15 +145,12 @@ def test_one_file_of_any_model_begins_another_run(tmp_path: Path) -> None:
     config.init_from = str(file)
     model = build_vae(config, (8, 6))
     load_full(model, initial_weights(config, model))
-    exported = load_model(RunCommand(run=f"{tmp_path}/run", device="cpu")).model
-    assert torch.equal(model.encoder.conv_in.weight, exported.encoder.conv_in.weight)
+    ours = load_model(CheckpointCommand(run=str(run))).model
+    assert torch.equal(model.encoder.conv_in.weight, ours.encoder.conv_in.weight)
 
 
-def test_nothing_but_an_export_is_written_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    write_run(run, spatial_config(), (16, 16))
+def test_nothing_but_an_export_is_written_over(tmp_path: Path, capsys: Printed) -> None:
+    run, out = run_of(tmp_path / "run"), tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine")
     assert export.main([f"run={run}", f"out={out}"]) == 2
@@ -164,7 +158,7 @@ def test_nothing_but_an_export_is_written_over(
     assert (out / "README.md").read_text() == "mine"
     (out / "README.md").unlink()
     for _ in range(2):
-        assert export.main([f"run={run}", f"out={out}"]) == 0
+        exported(run, out)
     checkpoint = max((run / "checkpoints").glob("step_*"))
     weights = (checkpoint / "model.safetensors").read_bytes()
     assert export.main([f"run={run}", f"out={checkpoint}", "format=safetensors"]) == 2
@@ -173,10 +167,7 @@ def test_nothing_but_an_export_is_written_over(
 
 
 def test_a_push_uploads_what_was_written(
-    spatial_run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    spatial_run: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -209,7 +200,7 @@ def test_a_push_uploads_what_was_written(
 # the other way
 
 
-def published(folder: Path, **options: object) -> object:
+def published(folder: Path, **options: object) -> Any:
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -226,37 +217,23 @@ def published(folder: Path, **options: object) -> object:
     return model
 
 
-LAYOUTS = {
-    "sd": {},
-    "sdxl": {"force_upcast": True, "scaling_factor": 0.13025},
-    "flux": {
-        "latent_channels": 16,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-    },
-    "without attention": {"mid_block_add_attention": False},
-}
-
-
 def fitting_config(source: Path, **model: object) -> TrainConfig:
-    config = spatial_config(channels=[8, 12, 16], **{"latent_channels": 4, **model})
-    config.init_from = str(source)
-    return config
+    return spatial_config(source, channels=[8, 12, 16], **{"latent_channels": 4, **model})
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+FLUX = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+@pytest.mark.parametrize("options", [{}, FLUX, {"mid_block_add_attention": False}])
 @pytest.mark.parametrize("variance", ["shared", "per_pixel", "fixed"])
-def test_a_published_model_is_the_same_here(tmp_path: Path, layout: str, variance: str) -> None:
-    options = LAYOUTS[layout]
+def test_a_published_model_is_the_same_here(
+    tmp_path: Path, options: dict[str, Any], variance: Any
+) -> None:
     theirs = published(tmp_path / "pipeline" / "vae", **options)
-    config = fitting_config(
-        tmp_path / "pipeline",
-        latent_channels=options.get("latent_channels", 4),
-        attention=options.get("mid_block_add_attention", True),
-    )
-    config.likelihood.variance = variance  # type: ignore[assignment]
+    attention = options.get("mid_block_add_attention", True)
+    fitting = {"latent_channels": options.get("latent_channels", 4), "attention": attention}
+    config = fitting_config(tmp_path / "pipeline", **fitting)
+    config.likelihood.variance = variance
     with torch.device("meta"):
         shapes = build_vae(config, (16, 16))
     weights = initial_weights(config, shapes)
@@ -271,18 +248,12 @@ def test_a_published_model_is_the_same_here(tmp_path: Path, layout: str, varianc
 def test_old_names_and_half_precision_are_read(tmp_path: Path) -> None:
     theirs = published(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
+    before = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
     for name, tensor in safetensors.torch.load_file(file).items():
-        for now, before in (
-            ("to_q", "query"),
-            ("to_k", "key"),
-            ("to_v", "value"),
-            ("to_out.0", "proj_attn"),
-        ):
-            if f".{now}." in name:
-                name = name.replace(now, before)
-                if name.endswith("weight"):
-                    tensor = tensor[:, :, None, None]
+        for now in (now for now in before if f".{now}." in name):
+            name = name.replace(now, before[now])
+            tensor = tensor[:, :, None, None] if name.endswith("weight") else tensor
         old[name] = tensor.half()
     assert any("proj_attn" in name for name in old)
     file.unlink()
@@ -290,46 +261,46 @@ def test_old_names_and_half_precision_are_read(tmp_path: Path) -> None:
     config = fitting_config(tmp_path)
     ours = build_vae(config, (16, 16))
     load_full(ours, initial_weights(config, ours))
-    assert_same(ours, theirs.half().float(), (16, 24))  # type: ignore[attr-defined]
+    assert_same(ours, theirs.half().float(), (16, 24))
 
 
 def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path: Path) -> None:
     published(tmp_path)
-    config = spatial_config(latent_channels=3, norm_groups=2, blocks=[1, 1, 2])
-    config.init_from = str(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        initial_weights(config, build_vae(config, (16, 16)))
-    text = str(caught.value)
-    assert "decoder.conv_in.weight: 16x4x3x3 -> 12x3x3x3" in text and "... and" in text
-    last = caught.value.problems[-1]
-    assert "'model.channels=[8,12,16]'" in last and "'model.latent_channels=4'" in last
-    assert "'model.norm_groups=4'" in last and "'model.blocks=1'" in last
+
+    def problems(config: TrainConfig) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            initial_weights(config, build_vae(config, (16, 16)))
+        return caught.value.problems
+
+    found = problems(spatial_config(tmp_path, norm_groups=2, blocks=[1, 1, 2]))
+    assert "  decoder.conv_in.weight: 16x4x3x3 -> 12x3x3x3" in found
+    assert any("... and" in line for line in found)
+    keys = ("channels=[8,12,16]", "latent_channels=4", "norm_groups=4", "blocks=1")
+    assert all(f"'model.{key}'" in found[-1] for key in keys)
     # what changes no shape changes the model all the same
-    config = fitting_config(tmp_path, norm_groups=2)
-    with pytest.raises(ConfigError, match=r"0 of its tensors differ(.|\n)*model.norm_groups=4"):
-        initial_weights(config, build_vae(config, (16, 16)))
+    first, *_, last = problems(fitting_config(tmp_path, norm_groups=2))
+    assert "0 of its tensors differ" in first and "model.norm_groups=4" in last
     config = fitting_config(tmp_path)
     config.likelihood.kind = "discretized_logistic_mixture"
-    with pytest.raises(ConfigError, match=r"which likelihood.kind=discretized"):
-        initial_weights(config, build_vae(config, (16, 16)))
+    assert "which likelihood.kind=discretized" in problems(config)[0]
 
 
 def test_pickles_and_strangers_are_refused(tmp_path: Path) -> None:
     published(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(file.read_bytes())
+    pickle = tmp_path / "diffusion_pytorch_model.bin"
+    pickle.write_bytes(file.read_bytes())
     assert read_published(tmp_path) is not None  # the safetensors beside it
     assert read_published(file) is not None
     file.unlink()
-    for source in (tmp_path, tmp_path / "diffusion_pytorch_model.bin"):
+    for source in (tmp_path, pickle):
         with pytest.raises(ConfigError, match=r"model\.bin is a pickle, which can run code"):
             read_published(source)
-    (tmp_path / "diffusion_pytorch_model.bin").unlink()
+    pickle.unlink()
     with pytest.raises(ConfigError, match=r"has no diffusion_pytorch_model\.safetensors"):
         read_published(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    settings["_class_name"] = "AutoencoderTiny"
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"_class_name": "AutoencoderTiny"}))
     with pytest.raises(ConfigError, match="a diffusers AutoencoderTiny"):
         read_published(tmp_path)
     assert read_published(tmp_path / "elsewhere") is None

@@ -1,8 +1,10 @@
-"""From a run folder to a model, and to the images that it is shown."""
+"""From a run folder, which may come from anybody, to a model and the images that it is shown."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ import torch
 from tests.support.tiny_run import tiny_config, write_images, write_run
 from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import TrainConfig
+from vae_dist.data.tar import DamagedSampleError
+from vae_dist.inference.latents import from_bytes, to_bytes
 from vae_dist.inference.load import check_image_size, first_examples, load_model, open_images
 
 
@@ -28,16 +33,46 @@ def test_the_newest_averaged_weights_are_the_default(plain_run: Path) -> None:
             weights[checkpoint, kind] = model.encoder.conv_in.weight
     assert torch.equal(loaded.model.encoder.conv_in.weight, weights["20", "ema"])
     assert len({tensor.sum().item() for tensor in weights.values()}) == 4
-
-
-def test_what_cannot_be_loaded_is_named(plain_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint=15 .*latest, 10, 20"):
         load_model(command(plain_run, checkpoint="15"))
+    check_image_size(loaded.model, (28, 28), key="resolution=trained")
+    with pytest.raises(ConfigError, match=r"resolution=9.*9x9 pixels.*28x28 only"):
+        check_image_size(loaded.model, (9, 9), key="resolution=9")
+
+
+def wide(config: TrainConfig) -> None:
+    config.model.channels = [8, 16]
+
+
+def huge(config: TrainConfig) -> None:
+    config.model.channels = [8, 2**24]  # 20 PB of weights
+
+
+def deep(config: TrainConfig) -> None:
+    config.model.blocks = 10**9
+
+
+def ungrouped(config: TrainConfig) -> None:
+    config.model.norm_groups = 3
+
+
+@pytest.mark.parametrize("edit", [wide, huge, deep, ungrouped])
+def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(
+    tmp_path: Path, edit: Callable[[TrainConfig], None]
+) -> None:
     run = write_run(tmp_path, tiny_config(), (8, 6))
     config = run.config()
-    config.model.channels = [8, 16]
+    edit(config)
     run.write_config(config)
     with pytest.raises(ConfigError, match=r"do not fit the model of its config\.yaml"):
+        load_model(command(tmp_path))
+
+
+@pytest.mark.parametrize("size", [[8], [8, -6], [2**40, 1], "large"])
+def test_a_forged_image_size_is_refused(tmp_path: Path, size: Any) -> None:
+    run = write_run(tmp_path, tiny_config(), (8, 6))
+    run.checkpoints.amend(20, {"image_size": size}, best_step=None)
+    with pytest.raises(ConfigError, match="do not fit the model"):
         load_model(command(tmp_path))
 
 
@@ -47,17 +82,56 @@ def test_images_come_from_the_validation_shards_or_those_given(tmp_path: Path) -
     write_images(tmp_path / "a", pixels)
     write_images(tmp_path / "b", np.full((3, 8, 6), 20, np.uint8))
     config = tiny_config()
-    config.data.validation = str(tmp_path / "a")
+    config.data.validation, config.data.retry_s = str(tmp_path / "a"), 7.0
     for data, level in (("", 10), (str(tmp_path / "b"), 20)):
-        images = first_examples(open_images(config, data, create=True), 100).images
+        found = open_images(config, data, create=True)
+        assert found.retry_s == found.reader().retry_s == 7
+        images = first_examples(found, 100).images
         assert images.shape == (3, 1, 8, 6)  # unreadable ones are left out
         assert (images == level).all()
     with pytest.raises(ConfigError, match="data="):
         open_images(config, str(tmp_path / "c"), create=True)
 
 
-def test_a_vector_latent_is_bound_to_its_size(plain_run: Path) -> None:
-    model = load_model(command(plain_run)).model
-    check_image_size(model, (28, 28), key="resolution=trained")
-    with pytest.raises(ConfigError, match=r"resolution=9.*9x9 pixels.*28x28 only"):
-        check_image_size(model, (9, 9), key="resolution=9")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "pipe:touch hacked",
+        "file:///etc/x.tar",
+        "s3://bucket/x.tar",
+        "https://host/x::file:///x.tar",
+        ["data", "pipe:touch hacked"],
+        {"path": "data", "index": "gs://bucket/index"},
+        [{"path": "memory://x.tar", "weight": 1}, {"path": "data", "weight": 1}],
+    ],
+)
+def test_a_run_folder_names_local_paths_and_http_alone(tmp_path: Path, spec: Any) -> None:
+    config = tiny_config()
+    config.data.validation = spec
+    with pytest.raises(ConfigError, match=r"data.validation=.*only local paths and http\(s\)"):
+        open_images(config, "", create=True)
+
+
+def test_nothing_is_written_beside_what_a_run_folder_names(tmp_path: Path) -> None:
+    write_images(tmp_path / "shards", np.full((3, 8, 6), 20, np.uint8))
+    (index,) = (tmp_path / "shards").glob("*.idx")
+    index.unlink()
+    config = tiny_config()
+    config.data.validation = str(tmp_path / "shards")
+    config.data.train, config.data.bundled = str(tmp_path / "new" / "train"), "digits"
+    with pytest.raises(ConfigError, match="has no index"):
+        open_images(config, "", create=True)
+    assert not index.exists() and not (tmp_path / "new").exists()
+    open_images(config, str(tmp_path / "shards"), create=True)
+    assert index.exists()
+
+
+def test_damaged_latents_are_named() -> None:
+    good = to_bytes({"mean": torch.zeros(2, 3)}, (4, 5))
+    assert from_bytes(good)[1] == (4, 5)
+    infinite = to_bytes({"mean": torch.full((2,), torch.inf)}, (4, 5))
+    whole = to_bytes({"mean": torch.zeros(2, dtype=torch.int64)}, (4, 5))
+    long = (2**20).to_bytes(8, "little") + b" " * 2**20
+    for data in (b"", good[:-1], good[:9], infinite, whole, long):
+        with pytest.raises(DamagedSampleError, match="no latents in"):
+            from_bytes(data)
