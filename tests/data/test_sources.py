@@ -312,7 +312,7 @@ def test_a_wids_index_of_others_is_read(folder: Path) -> None:
     with pytest.raises(ShardError, match=r"set-03\.tar has 30 samples .* says 31"):
         load_index(str(folder / "wids.json"), key="data.train", create=False)
     (folder / "wids.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is no wids index"):
+    with pytest.raises(ConfigError, match="is no list of shards"):
         load_index(str(folder / "wids.json"), key="data.train", create=False)
 
 

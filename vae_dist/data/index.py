@@ -26,7 +26,7 @@ import numpy as np
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.data.indexing import NUM_THREADS, Progress, digests_of, write_index
-from vae_dist.data.shards import NUM_NAMED, Facts, Shard, locate, read_info
+from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_list
 from vae_dist.data.sources import (
     START_RETRY_S,
     Range,
@@ -40,6 +40,7 @@ from vae_dist.data.sources import (
 )
 from vae_dist.data.tar import ShardError, end_of_samples
 
+MAX_SAMPLE_BYTES = 1 << 31
 REMAKE = "make it again with `python -m vae_dist.index data=FOLDER overwrite=true`"
 
 
@@ -111,14 +112,12 @@ class ShardIndex:
             if isinstance(data, ShardError):
                 found.append(data)
                 continue
-            offsets = np.frombuffer(data[: len(data) // 8 * 8], "<u8")
-            is_whole = len(offsets) == run.stop - run.start + 1
-            if (
-                is_whole
-                and (offsets[1:] > offsets[:-1]).all()
-                and offsets[-1] <= self.bytes[run.shard]
-            ):
-                found.append(offsets.astype(np.int64))
+            offsets = np.frombuffer(data[: len(data) // 8 * 8], "<u8").astype(np.int64)
+            sizes = np.diff(offsets)
+            is_whole = len(offsets) == run.stop - run.start + 1 and offsets[0] >= 0
+            is_rising = (sizes > 0).all() and (sizes <= MAX_SAMPLE_BYTES).all()
+            if is_whole and is_rising and offsets[-1] <= self.bytes[run.shard]:
+                found.append(offsets)
             else:
                 which = f"{self.sidecars[run.shard]}: offsets {run.start} to {run.stop}"
                 found.append(ShardError(f"{which} are damaged; {REMAKE}"))
@@ -180,7 +179,7 @@ def _joined(indexes: Sequence[ShardIndex], weights: Sequence[float]) -> ShardInd
 def _length_and_bytes(shard: Shard, key: str, remake: str) -> tuple[int, int]:
     """Samples and bytes of a shard. What lies here is checked; of remote shards what is known is
     believed, and a window that is not there as the index says stops the run."""
-    length, size, _ = shard.facts
+    length, size = shard.length, shard.num_bytes
     is_here = not is_remote(shard.path)
     if not shard.sidecar or ((is_here or length is None) and not exists(shard.sidecar)):
         remedy = "`" if is_here else " out=FOLDER` and give {path: SHARDS, index: FOLDER}"
@@ -205,10 +204,10 @@ def _checked_length(shard: Shard, key: str, remake: str) -> int:
             f"{end}): if the shard was replaced, run {remake} overwrite=true`; if it was cut off, "
             "copy it again"
         )
-    if shard.facts.length not in (None, num_bytes // 8 - 1):
+    if shard.length not in (None, num_bytes // 8 - 1):
         raise ShardError(
             f"{key}: {path} has {num_bytes // 8 - 1} samples after {sidecar}, but its list says "
-            f"{shard.facts.length}; make both again with {remake} overwrite=true`"
+            f"{shard.length}; make both again with {remake} overwrite=true`"
         )
     return num_bytes // 8 - 1
 
@@ -217,7 +216,7 @@ def _digests(shards: Sequence[Shard], lengths: list[int], *, create: bool) -> tu
     """Of the shards' bytes, after their index. Those of local shards that are younger than their
     `_info.json`, or have another size, are taken anew; if they are as it says, it is marked as
     younger. With `create`, one that does not say what the sidecars do is named."""
-    digests = {shard.path: shard.facts.digest for shard in shards}
+    digests = {shard.path: shard.digest for shard in shards}
     folders: dict[str, dict[str, int]] = {}
     for shard, length in zip(shards, lengths, strict=True):
         if not is_remote(shard.path):
@@ -226,7 +225,8 @@ def _digests(shards: Sequence[Shard], lengths: list[int], *, create: bool) -> tu
     for folder, of_shards in folders.items():
         info = os.path.join(folder, "_info.json")
         try:
-            known, written = read_info(info), os.stat(info).st_mtime_ns
+            known = {shard.path: shard for shard in read_list(info)}
+            written = os.stat(info).st_mtime_ns
         except (OSError, ConfigError):
             continue  # one of others, in another form, says nothing
         others = [
@@ -244,7 +244,7 @@ def _digests(shards: Sequence[Shard], lengths: list[int], *, create: bool) -> tu
 
 
 def _of_folder(
-    folder: str, known: dict[str, Facts], written: int, wanted: Iterable[str], *, create: bool
+    folder: str, known: dict[str, Shard], written: int, wanted: Iterable[str], *, create: bool
 ) -> dict[str, str]:
     """Digests by path of the shards `wanted` of a folder, whose `_info.json` was written then."""
 

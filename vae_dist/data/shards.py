@@ -35,21 +35,17 @@ from vae_dist.files import read_json
 
 NUM_NAMED = 5  # shards that one message names
 WORK = ".job"  # folder in the `out=` of pack and encode, until all their shards are there
-MAX_INDEX_BYTES = 1 << 28  # of a JSON file: a million shards
-
-
-class Facts(NamedTuple):
-    """What an index says of a shard. None, empty: nothing."""
-
-    length: int | None = None  # samples
-    num_bytes: int | None = None
-    digest: str = ""
+MAX_LIST_BYTES = 1 << 26  # of a JSON file: some 400,000 shards
 
 
 class Shard(NamedTuple):
+    """What is known of a shard beforehand. None, empty: nothing."""
+
     path: str  # or URL
-    sidecar: str  # where its offsets are; empty: nowhere
-    facts: Facts = Facts()
+    sidecar: str = ""  # where its offsets are
+    length: int | None = None  # samples
+    num_bytes: int | None = None
+    digest: str = ""  # of its bytes
 
 
 def locate(spec: Any, *, key: str) -> list[Shard]:
@@ -88,10 +84,9 @@ def first(names: list[str]) -> str:
 
 def _of_text(text: str, blamed: str, key: str) -> list[Shard]:
     if is_pipe(text):
-        return [Shard(url, "") for url in _expanded(text, blamed)]
+        return [Shard(url) for url in _expanded(text, blamed)]
     if without_query(text)[0].endswith(".json"):
-        folder = without_query(text)[0].rpartition("/")[0]
-        return [_of_entry(entry, folder, text, key) for entry in _shardlist(text, key)]
+        return [_resolved(shard, text, key) for shard in _listed(text, key)]
     if is_remote(text):
         return _of_address(text, blamed, key)
     text = os.path.expanduser(text)
@@ -140,10 +135,10 @@ def _check_folder(folder: Path, blamed: str, text: str) -> None:
             file=sys.stderr,
         )
     try:
-        listed = read_info(str(folder / "_info.json"))
+        listed = read_list(str(folder / "_info.json"))
     except ConfigError:
         return
-    if missing := [name for name in listed if not (folder / name).exists()]:
+    if missing := [shard.path for shard in listed if not (folder / shard.path).exists()]:
         raise ConfigError(
             f"{blamed}: {len(missing)} of the {len(listed)} shards that its _info.json lists are "
             f"missing: {first(missing)}; copy them there, or if they were taken out, run `python "
@@ -163,10 +158,9 @@ def _of_address(text: str, blamed: str, key: str) -> list[Shard]:
     path, query = without_query(text)
     is_folder = not path.endswith(".tar")
     folder = path.rstrip("/") if is_folder else path.rpartition("/")[0]
-    info = f"{folder}/_info.json"
-    known: dict[str, Facts] = {}
+    info = f"{folder}/_info.json{query}"
     try:
-        known = read_info(info + query)
+        listed = read_list(info)
     except ConfigError as error:
         if is_folder:
             raise ConfigError(
@@ -175,12 +169,12 @@ def _of_address(text: str, blamed: str, key: str) -> list[Shard]:
         # a server may answer with a page for what it lacks
         if isinstance(error, UnreadableError) and not error.is_missing:
             raise
-    urls = (
-        [beside(name, folder, source=info, key=key) + query for name in known]
-        if is_folder
-        else _expanded(text, blamed)
-    )
-    return [Shard(url, sidecar_of(url), known.get(name_of(url), Facts())) for url in urls]
+        listed = []
+    if is_folder:
+        return [_resolved(shard, info, key) for shard in listed]
+    known = {shard.path: shard for shard in listed}
+    urls = [(url, known.get(name_of(url), Shard(url))) for url in _expanded(text, blamed)]
+    return [shard._replace(path=url, sidecar=sidecar_of(url)) for url, shard in urls]
 
 
 def sidecar_of(url: str) -> str:
@@ -189,90 +183,79 @@ def sidecar_of(url: str) -> str:
     return f"{path}.idx{query}"
 
 
-def read_info(place: str) -> dict[str, Facts]:
-    """What a folder's `_info.json` says of each shard, by name. Raises ConfigError, of which
-    UnreadableError where it cannot be read."""
-    data = read_all(place, MAX_INDEX_BYTES)
+def read_list(place: str) -> list[Shard]:
+    """The shards that an `_info.json` or a wids file lists, under the names that it gives. Raises
+    ConfigError, of which UnreadableError where it cannot be read."""
+    data = read_all(place, MAX_LIST_BYTES)
     try:
-        found: dict[str, Facts] = {}
-        for split in read_json(data, MAX_INDEX_BYTES, name=place)["splits"].values():
-            names, lengths = split["filenames"], split["shard_lengths"]
-            sizes = split.get("shard_bytes", [None] * len(names))
-            digests = split.get("shard_digests", [""] * len(names))
-            for name, *facts in zip(names, lengths, sizes, digests, strict=True):
-                found[os.path.basename(name)] = _facts(*facts)
-        return found
+        content = read_json(data, MAX_LIST_BYTES, name=place)
+        rows: list[tuple[Any, ...]] = []
+        for entry in content.get("shardlist", []):
+            facts = entry["nsamples"], entry.get("filesize"), entry.get("digest")
+            rows.append((entry["url"], entry.get("index"), *facts))
+        for split in [] if rows else content["splits"].values():
+            names = [os.path.basename(name) for name in split["filenames"]]
+            nothing = [None] * len(names)
+            columns = split.get("shard_bytes", nothing), split.get("shard_digests", nothing)
+            rows += zip(names, nothing, split["shard_lengths"], *columns, strict=True)
+        return [_checked(*row) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{place} is no index of shards ({error!r})") from error
+        raise ConfigError(f"{place} is no list of shards ({error!r})") from error
 
 
-def _facts(length: Any, num_bytes: Any, digest: Any) -> Facts:
-    """Raises ValueError and TypeError."""
-    numbers = [int(length), 0 if num_bytes is None else int(num_bytes)]
-    if not all(0 <= number < 2**62 for number in numbers):
-        raise ValueError(f"{numbers} are no numbers of samples and bytes")
-    return Facts(numbers[0], None if num_bytes is None else numbers[1], str(digest))
+def _checked(name: Any, index: Any, length: Any, num_bytes: Any, digest: Any) -> Shard:
+    sizes = int(length), None if num_bytes is None else int(num_bytes)
+    if not all(0 <= (size or 0) < 2**48 for size in sizes):
+        raise ValueError(f"{name}: {sizes[0]} samples in {sizes[1]} bytes")
+    return Shard(str(name), str(index or ""), *sizes, str(digest or ""))
 
 
-def _shardlist(place: str, key: str) -> list[dict[str, Any]]:
-    """The entries of a wids file: address, facts, and perhaps where the offsets are."""
-    data = read_all(place, MAX_INDEX_BYTES)
+def _listed(place: str, key: str) -> list[Shard]:
     try:
-        entries = list(read_json(data, MAX_INDEX_BYTES, name=place)["shardlist"])
-        return [
-            {
-                "url": str(entry["url"]),
-                "index": entry.get("index"),
-                "facts": _facts(entry["nsamples"], entry.get("filesize"), entry.get("digest", "")),
-            }
-            for entry in entries
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}: {place} is no wids index ({error!r})") from error
+        return read_list(place)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
-def _of_entry(entry: dict[str, Any], folder: str, source: str, key: str) -> Shard:
-    url = beside(entry["url"], folder, source=source, key=key)
-    index = entry["index"]
-    sidecar = beside(str(index), folder, source=source, key=key) if index else sidecar_of(url)
-    return Shard(url, sidecar, entry["facts"])
+def _resolved(shard: Shard, source: str, key: str) -> Shard:
+    """A shard that the file `source` lists, under its own address."""
+    path, query = beside(shard.path, source, key), without_query(source)[1]
+    path += query if "?" not in path else ""
+    sidecar = beside(shard.sidecar, source, key) if shard.sidecar else sidecar_of(path)
+    return shard._replace(path=path, sidecar=sidecar)
 
 
 def _with_index(shards: list[Shard], folder: str, key: str) -> list[Shard]:
-    """Shards that the config names, with the facts and sidecars that `index out=FOLDER` wrote.
+    """Shards that the config names, with what `index out=FOLDER` wrote of them.
 
     The addresses are those of the config: the file is only asked about them.
     """
     place = f"{folder}/shards.json"
-    entries = {entry["url"]: entry for entry in _shardlist(place, key)}
-    missing = [shard.path for shard in shards if shard.path not in entries]
+    known = {shard.path: shard for shard in _listed(place, key)}
+    missing = [shard.path for shard in shards if shard.path not in known]
     if missing:
         raise ConfigError(
             f"{key}: {place} has no entry for {missing[0]} (of {len(missing)} such shards); make "
             f"it with `python -m vae_dist.index data='URLS' out={folder}`"
         )
-    found = []
-    for shard in shards:
-        entry = entries[shard.path]
-        sidecar = beside(str(entry["index"]), folder, source=place, key=key)
-        found.append(Shard(shard.path, sidecar, entry["facts"]))
-    return found
+    entries = [known[shard.path] for shard in shards]
+    return [entry._replace(sidecar=beside(entry.sidecar, place, key)) for entry in entries]
 
 
-def beside(name: str, folder: str, *, source: str, key: str) -> str:
-    """The place that the file `source` in `folder` names: relative to it, without `..`, or an
-    address of its scheme and host. Raises ConfigError for every other name."""
+def beside(name: str, source: str, key: str) -> str:
+    """The place that the file `source` names: relative to its folder, without `..`, or an address
+    of its scheme and host. Raises ConfigError for every other name."""
+    folder = without_query(source)[0].rpartition("/")[0]
     if "://" in name and "::" not in name and "://" in folder:
         its, ours = urlsplit(name), urlsplit(folder)
         if (its.scheme, its.netloc) == (ours.scheme, ours.netloc):
             return name
-    is_relative = not (
+    if (
         "://" in name
         or "::" in name
         or name.startswith(("pipe:", "file:", "/", "\\"))
         or ".." in name.replace("\\", "/").split("/")
-    )
-    if not is_relative:
+    ):
         raise ConfigError(
             f"{key}: {source} names {name!r}; a file of shards may name only files beside or below "
             "it, or addresses of its own host. Give other shards in the config itself; where "
