@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 MAX_JSON_DEPTH = 64
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
-_SECRET = "sig|sign|token|secret|passw|cred|key|auth|jwt|session|policy"
-_USER = re.compile(r"""([a-z][a-z0-9+.-]*://)[^/\s'"]*@""", re.I)
-_QUERY = re.compile(r"""(://[^\s'"?#]*[?#])([^\s'"]+)""")
-_SIGNED = re.compile(rf"(^|[?&#;])[^=&]*({_SECRET})[^=&]*=|=[^&]{{24}}", re.I)
-_SETTING = re.compile(r"""([\w.-]*(?:api_?key|token|password|secret)[\w.-]*=)[^\s'"&]+""", re.I)
+_USER = re.compile(r"""://[^/\s'"]{0,999}@""")
+_QUERY = re.compile(r"""([?#])([^\s'"]+)""")
+_SIGNATURE = re.compile("sig|token|secret|passw|cred|key|auth|jwt|session|policy", re.I)
+_SETTING = re.compile(r"""((?:api_?key|token|password|secret)[\w.-]{0,60}=)[^\s'"&]+""", re.I)
 _COMMAND = re.compile(r"""(?<!\w)(['"])?pipe:(?!\.\.\.|\s)(?(1)(?:(?!\1).)*|.*)""")
 
 
@@ -96,9 +95,14 @@ def redacted(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = _COMMAND.sub(r"\1pipe:...", value)
-    text = _USER.sub(r"\1...@", text)
-    text = _QUERY.sub(lambda m: m[1] + ("..." if _SIGNED.search(m[2]) else m[2]), text)
+    text = _USER.sub("://...@", text)
+    text = _QUERY.sub(lambda found: found[1] + ("..." if _is_signed(found[2]) else found[2]), text)
     return _SETTING.sub(r"\1...", text)
+
+
+def _is_signed(query: str) -> bool:
+    settings = [part.partition("=") for part in re.split("[&;?#]", query)]
+    return any(text and (_SIGNATURE.search(name) or len(text) > 23) for name, _, text in settings)
 
 
 def write_durably(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -16,7 +16,7 @@ from vae_dist.config.load import from_yaml, load_train_config, to_yaml
 from vae_dist.config.resolve import Facts, default_slots, resolve, world_size_problem
 
 BUCKETS = {"area": 65536, "multiple": 16, "max_aspect": 2.0}
-GIVEN = str(BUCKETS).replace(" ", "")
+GIVEN = f"data.resolution={BUCKETS}".replace(" ", "")
 CPU, GPU = Facts(mean_sample_bytes=300), Facts(True, True, mean_sample_bytes=300)
 BROKEN = replace(GPU, compiler_problem="no compiler")
 
@@ -26,11 +26,8 @@ def test_default_slots_is_the_largest_divisor_up_to_64(batch_size: int) -> None:
     slots = default_slots(batch_size)
     assert batch_size % slots == 0 and slots <= 64
     assert not any(batch_size % other == 0 for other in range(slots + 1, 65))
-
-
-def test_slots_of_aspect_buckets_have_four_images_where_the_batch_has_as_many() -> None:
-    sizes = (1, 6, 8, 64, 256, 1024)
-    assert [default_slots(n, buckets=True) for n in sizes] == [1, 1, 2, 16, 64, 64]
+    buckets = default_slots(batch_size, buckets=True)  # of 4 images where there are as many
+    assert batch_size % buckets == 0 and (buckets == 1 or batch_size // buckets >= 4)
 
 
 @given(st.integers(1, 256), st.integers(1, 300))
@@ -47,59 +44,56 @@ def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int)
 @pytest.mark.parametrize(
     ("num_bytes", "window", "bucket_window"),
     # 2 * 256 * bytes * window <= 4 GiB  <=>  window <= 2**23 / bytes; of 64 slots of 4 images
-    [(None, "auto", "auto"), (300, 32, 128), (2**18 + 1, 16, 64), (2**20, 8, 32), (2**23, 1, None)],
+    [
+        (None, "auto", "auto"),
+        (300, 32, 128),
+        (2**18 + 1, 16, 64),
+        (2**20, 8, 32),
+        (2**23, 1, "at least 17179869"),
+        (2**23 + 1, "at least 4294967808", "at least"),
+    ],
 )
 def test_the_window_fits_into_window_bytes(
-    num_bytes: float | None, window: int | str, bucket_window: int | str | None
+    num_bytes: float | None, window: int | str, bucket_window: int | str
 ) -> None:
-    facts, buckets = Facts(mean_sample_bytes=num_bytes), sound(data__resolution=BUCKETS)
-    assert resolve(sound(), facts).data.window == window
-    if bucket_window is not None:
-        assert resolve(buckets, facts).data.window == bucket_window
-        return
-    with pytest.raises(
-        ConfigError, match=r"too small for two windows of each lane; .* at least 17179869"
-    ):
-        resolve(buckets, facts)
-
-
-def test_a_window_that_cannot_fit_is_refused_and_a_given_one_is_kept() -> None:
-    large = Facts(mean_sample_bytes=2**23 + 1)
-    assert resolve(sound(data__window=7), large).data.window == 7
-    with pytest.raises(ConfigError, match=r"data\.window_bytes=4294967296 .* at least 4294967808"):
-        resolve(sound(), large)
+    facts = Facts(mean_sample_bytes=num_bytes)
+    for config, expected in ((sound(), window), (sound(data__resolution=BUCKETS), bucket_window)):
+        if isinstance(expected, str) and expected != "auto":
+            with pytest.raises(ConfigError, match=rf"too small for two windows of .* {expected}"):
+                resolve(config, facts)
+        else:
+            assert resolve(config, facts).data.window == expected
+    assert resolve(sound(data__window=7), facts).data.window == 7
 
 
 @pytest.mark.parametrize(
     ("asked", "facts", "decided"),
     [
         ("", CPU, "training.precision=no data.slots=64 runtime.compile=false"),
-        ("", CPU, "runtime.channels_last=false"),
+        ("", CPU, "runtime.channels_last=false evaluation.batch_size=256"),
         ("", GPU, "training.precision=bf16 runtime.compile=true runtime.channels_last=true"),
         ("", replace(CPU, has_bf16=True), "training.precision=bf16"),
+        ("", replace(CPU, world=4), "evaluation.batch_size=64"),
+        ("", BROKEN, "runtime.compile=false"),
         ("training.precision=fp16", GPU, "training.precision=fp16"),
         ("training.precision=bf16", CPU, "training.precision=bf16"),
-        ("training.microbatch_size=auto", GPU, "training.microbatch_size=auto"),
-        ("", CPU, "evaluation.batch_size=256"),
-        ("", replace(CPU, world=4), "evaluation.batch_size=64"),
+        ("training.precision=no", GPU, "runtime.channels_last=false"),
         ("training.microbatch_size=8", CPU, "evaluation.batch_size=8"),
-        ("training.microbatch_size=auto", GPU, "evaluation.batch_size=32"),
+        (
+            "training.microbatch_size=auto",
+            GPU,
+            "training.microbatch_size=auto evaluation.batch_size=32",
+        ),
         ("evaluation.batch_size=5", GPU, "evaluation.batch_size=5"),
         ("perceptual.kind=auto", CPU, "perceptual.kind=structure"),
         ("perceptual.kind=auto", replace(CPU, has_lpips=True), "perceptual.kind=lpips"),
-        ("training.precision=no", GPU, "runtime.channels_last=false"),
         ("runtime.parallel=fsdp", GPU, "runtime.compile=false"),
         ("runtime.compile=false", GPU, "runtime.channels_last=false"),
         ("runtime.compile=blocks", GPU, "runtime.channels_last=true"),
         ("training.batch_size=64", GPU, "runtime.compile=false"),  # images of any size
         ("training.batch_size=64 data.resolution=8", GPU, "runtime.compile=true"),
-        ("", BROKEN, "runtime.compile=false"),
         # one number of images for each bucket
-        (
-            f"data.resolution={GIVEN} runtime.compile=true",
-            CPU,
-            "training.microbatch_size=4",
-        ),
+        (f"{GIVEN} runtime.compile=true", CPU, "training.microbatch_size=4"),
     ],
 )
 def test_auto_is_decided_by_the_facts(asked: str, facts: Facts, decided: str) -> None:
