@@ -32,7 +32,14 @@ from tests.support.distributed import become_rank, run_ranks
 from vae_dist import encode, evaluate, export, pack, train
 from vae_dist.models.vae import VAE
 
-DIGITS = ["log.num_images=8", "training.batch_size=16", "data.slots=8", "training.steps=6"]
+WHOLE = "evaluation.batch_size=256"  # the digests of inputs are of batches
+DIGITS = [
+    "log.num_images=8",
+    "training.batch_size=16",
+    "data.slots=8",
+    "training.steps=6",
+    WHOLE,
+]
 PHOTOS = [
     "data.train=photos/train",
     "data.validation=photos/validation",
@@ -43,7 +50,7 @@ PHOTOS = [
 ]
 # name -> (config, overrides, whether a second run on two processes is written down too)
 TRAININGS: dict[str, tuple[str, list[str], bool]] = {
-    "debug": ("debug", ["training.steps=20", "evaluation.every=10"], True),
+    "debug": ("debug", ["training.steps=20", "evaluation.every=10", WHOLE], True),
     "conditional": ("mnist_conditional", DIGITS, False),
     "missing": ("mnist_missing", DIGITS, True),
     "photos64": ("photos64", [*PHOTOS, "training.steps=2", "model.channels=[32,32,64]"], False),
