@@ -33,8 +33,9 @@ from vae_dist.models.latent import prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import grid, save_png, to_uint8
-from vae_dist.training.build import build_step, training_stream
+from vae_dist.training.build import training_stream
 from vae_dist.training.plan import Data
+from vae_dist.training.step import TrainingStep
 
 COLUMNS = 12  # images of a strip
 GAUSSIAN, DISCRETIZED = "likelihood.kind=gaussian", "likelihood.kind=discretized_gaussian"
@@ -84,7 +85,7 @@ def train(
     config: TrainConfig, runtime: Runtime, data: Data, *, seconds: float
 ) -> tuple[VAE, int, int, float]:
     """Averaged weights, steps, those that were skipped, CPU seconds."""
-    step = build_step(config, runtime, data.image_size)
+    step = TrainingStep(config, runtime, data.image_size)
     begun, skipped = time.process_time(), 0.0
     spent, number = 0.0, 0
     for number, batch in enumerate(training_stream(config, runtime, data, 0), start=1):

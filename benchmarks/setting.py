@@ -26,13 +26,15 @@ from vae_dist.data.writer import write_shards
 from vae_dist.distributed import Runtime
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink
-from vae_dist.tracking.sinks import JsonlSink, Sink
+from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import build_trainer, training_stream
 from vae_dist.training.loop import Trainer
 from vae_dist.training.plan import Data
 from vae_dist.training.setup import machine_facts, resolved_with_data
-from vae_dist.training.stop import RankWatch, StopRequest, StopSignals
+from vae_dist.training.stop import StopRequest, StopSignals
+from vae_dist.training.trackers import Trackers
+from vae_dist.training.watch import RankWatch
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,15 @@ def train(
     folder = RunFolder(out)
     folder.create()
     with open(os.devnull, "w") as nowhere:
-        sinks: list[Sink] = []
-        console = None
+        trackers = Trackers()
         if runtime.is_main:
             console = ConsoleSink(start_step=0, stop_step=config.training.steps, stream=nowhere)
             wandb = WandbSink(config, folder.path, say=lambda line: None)
-            sinks += [console, JsonlSink(folder.log_path, resume_step=0), wandb]
-        trainer = build_trainer(config, runtime, folder, data, sinks, console)
+            for sink in (console, JsonlSink(folder.log_path, resume_step=0), wandb):
+                trackers.add(sink)
+        trainer = build_trainer(config, runtime, folder, data, trackers)
         if not evaluates:
-            trainer.evaluator = lambda model, stop_requested: {}
+            trainer.evaluator = lambda model, step, must_stop: {}
             trainer.image_logger.close()
             trainer.image_logger = lambda model, step, metrics: None  # type: ignore[assignment]
         stop = StopRequest(runtime, StopSignals())
@@ -93,8 +95,7 @@ def train(
                 trainer.fit(around(trainer, iter(stream)), stop, watch)
             stop.settle()
         trainer.writer.wait()
-        for sink in sinks:
-            sink.close("finished")
+        trackers.close("finished")
     return trainer
 
 

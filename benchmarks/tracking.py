@@ -33,8 +33,8 @@ from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.throughput import Meter, UpdateRatio
 from vae_dist.tracking.wandb import WandbSink
 from vae_dist.training.build import build_trainer, training_stream
-from vae_dist.training.images import ImageLogger
 from vae_dist.training.step import StepReport
+from vae_dist.training.trackers import Trackers
 
 ROUNDS = 100
 
@@ -61,16 +61,16 @@ def measure(out: Path, nowhere: TextIO) -> None:
         "jsonl": JsonlSink(folder.log_path, resume_step=0),
         "wandb": WandbSink(config, folder.path, say=lambda line: None),
     }
-    trainer = build_trainer(config, runtime, folder, data, [], None)
-    step, image_logger = trainer.training_step, ImageLogger(config, folder, data, [])
+    trainer = build_trainer(config, runtime, folder, data, Trackers())
+    step, image_logger = trainer.training_step, trainer.image_logger
     ratio = UpdateRatio(step.optimizer)
-    meter = Meter(total_steps=10**6)
+    trainer._meter = Meter(total_steps=10**6)
     found: dict[str, list[float]] = {}
     row: dict[str, Any] = {}
 
     def make_row(report: StepReport) -> None:
-        meter.step(config.training.batch_size)
-        row.update(trainer._training_row(report, meter))
+        trainer._meter.step(config.training.batch_size)
+        row.update(trainer._training_row(report))
 
     with contextlib.closing(training_stream(config, runtime, data, 0)) as stream:
         for number, batch in zip(range(ROUNDS), stream, strict=False):
@@ -88,7 +88,6 @@ def measure(out: Path, nowhere: TextIO) -> None:
             for key, value in took.items():
                 found.setdefault(key, []).append(value)
     image_logger.close()
-    trainer.image_logger.close()
     for sink in sinks.values():
         sink.close("finished")
     medians = {key: statistics.median(values[1:]) for key, values in found.items()}

@@ -40,7 +40,7 @@ def steps(
     logged = []
     for number in range(STEPS):
         report = step(picture_batch(runtime, number, mixed=mixed), number)
-        sums = {"loss": report.loss_sum, **report.more_sums}
+        sums = report.sums
         row = {k: float(runtime.sum_over_ranks(v.clone())) / BATCH_SIZE for k, v in sums.items()}
         logged.append(row | {k: float(v) for k, v in report.shared.items()})
     weights = step.weights_of_every_rank().items()

@@ -10,8 +10,8 @@ from tests.support.distributed import run_ranks
 from tests.support.training import losses, rows, train, weights
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime, full_value, local_part
-from vae_dist.training.build import build_step
 from vae_dist.training.optimizer import optimizer_tensors
+from vae_dist.training.step import TrainingStep
 
 Outcome = tuple[list[float], dict[str, torch.Tensor], list[float], int, int]
 
@@ -28,13 +28,13 @@ def three_steps(
         settings.likelihood.variance = "per_channel"  # three numbers for two ranks
     # Adam divides by the root of small squares: a small eps would amplify rounding without bound
     settings.optimizer.eps, settings.optimizer.lr, settings.optimizer.warmup_steps = 1.0, 1e-2, 0
-    step = build_step(settings, runtime, (8, 8))
+    step = TrainingStep(settings, runtime, (8, 8))
     inputs = step._inputs
 
-    def poisoned(data, number):
-        images, noise = inputs(data, number)
+    def poisoned(group, stored, number):
+        (images, noise, *others), more = inputs(group, stored, number)
         bad = number == bad_step and runtime.rank == runtime.world - 1
-        return images, noise * float("nan") if bad else noise
+        return (images, noise * float("nan") if bad else noise, *others), more
 
     step._inputs = poisoned
     norms, flags = [], []

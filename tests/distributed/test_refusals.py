@@ -8,17 +8,17 @@ import pytest
 from tests.support.training import status, train
 from vae_dist.config.errors import ConfigError
 from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
-from vae_dist.training import build, setup
+from vae_dist.training import build, setup, trackers
 
 TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file")
 WRONG = ConfigError("the shards are others here")
 CASES = {  # where it is, the name, the rank that fails, its error, and what all say
     "config of the run": (setup, "as_in_run_folder", 1, WRONG, "rank 1: the shards"),
-    "second read of the index": (build, "_both_indexes", 1, WRONG, "rank 1: the shards"),
+    "second read of the index": (build, "_loaded", 1, WRONG, "rank 1: the shards"),
     "checkpoint": (Checkpoints, "load", 0, TORN, "none of the 1 checkpoints in"),
     "weights to restore": (setup, "_restore", 1, WRONG, "rank 1: the shards"),
-    "environment.json": (build, "add_session", 0, FULL, "/run/file: No space left on device"),
+    "environment.json": (trackers, "add_session", 0, FULL, "/run/file: No space left on device"),
 }
 FAST = ("second read of the index", "checkpoint", "environment.json")
 QUIET = ("evaluation.every=0", "checkpoint.every=2")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from tests.support.steps import first_step
 from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
 from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
-from vae_dist.training.build import build_step
 from vae_dist.training.step import StepReport, TrainingStep
 
 BATCH_SIZE, SLOTS = 16, 8
@@ -42,7 +42,7 @@ def config(
 
 
 def training_step(config: TrainConfig, runtime: Runtime) -> TrainingStep:
-    return build_step(config, runtime, (8, 8))
+    return TrainingStep(config, runtime, (8, 8))
 
 
 def batch(runtime: Runtime, step: int) -> Batch:
@@ -93,8 +93,8 @@ def gradients(
     )
     seen, report = first_step(step, make_batch(runtime, 0))
     dims = sum(group.images.numel() for group in make_batch(runtime, 0).groups)
-    assert int(report.num_dims) == dims
-    return seen, float(report.grad_norm), float(report.loss_sum)
+    assert int(report.sums["num_dims"]) == dims
+    return seen, float(report.grad_norm), float(report.sums["train/loss"])
 
 
 CASES = {"elbo": (batch, None), "iwae": (batch, IWAE), "two shapes": (mixed_batch, None)}
@@ -141,11 +141,11 @@ def poisoned_run(bad_rank: int, bad_step: int) -> tuple[list[float], list[torch.
     step = training_step(config(), runtime)
     inputs = step._inputs
 
-    def poisoned(group: Group, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, noise = inputs(group, number)
+    def poisoned(group: Group, stored: torch.Tensor, number: int) -> Any:
+        (images, noise, *others), more = inputs(group, stored, number)
         if number == bad_step and runtime.rank == bad_rank:
             noise = noise * float("nan")
-        return images, noise
+        return (images, noise, *others), more
 
     step._inputs = poisoned
     flags, sums = [], []

@@ -7,13 +7,14 @@ import torch
 
 from tests.support.distributed import run_ranks
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import RuntimeConfig
+from vae_dist.config.resolve import Facts
+from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.run import folder as folder_module
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import newest_checkpoint
 from vae_dist.training import setup
-from vae_dist.training.stop import Outcome, StopRequest, StopSignals
+from vae_dist.training.stop import Outcome, StopSignals
 
 
 @pytest.fixture
@@ -91,9 +92,10 @@ def open_folders(paths: list[os.PathLike]) -> str:
     is_held_by = folder.is_held_by
     folder.is_held_by = lambda holder: is_held_by(holder, timeout_s=0.2)  # type: ignore[method-assign]
     try:
-        outcome = Outcome(runtime, folder, timeout_s=60)
-        with setup._locked(outcome, StopRequest(runtime, StopSignals())) as is_ours:
-            assert is_ours and outcome.is_ours
+        config, startup = TrainConfig(), setup.Startup()
+        session = setup.Session(config, Facts(), runtime, folder, StopSignals(), startup)
+        with session.held:
+            assert session.take_folder() and session.outcome.is_ours
             return "opened"
     except ConfigError as error:
         return str(error)

@@ -25,7 +25,7 @@ from tests.support.training import status
 from vae_dist.run import checkpoint
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
-from vae_dist.training.stop import RankWatch
+from vae_dist.training.watch import RankWatch
 
 assert setup  # what the command would import in each process
 
@@ -129,7 +129,7 @@ def at_place(
 ) -> Callable[[int], None]:
     """For `prepare`: these ranks do something when they come to a place for the nth time.
 
-    The places are those of `training.stop`: of start-up ("shards", ...) and of a step.
+    The places are those of `training.loop`: of start-up ("shards", ...) and of a step.
     """
 
     def prepare(rank: int) -> None:

@@ -79,7 +79,13 @@ TRAININGS: dict[str, tuple[str, list[str], bool]] = {
         True,
     ),
 }
-FIXED = ["log.every=1", "wandb.mode=disabled", "training.precision=no", "runtime.threads=1"]
+FIXED = [
+    "log.every=1",
+    "evaluation.batch_size=256",
+    "wandb.mode=disabled",
+    "training.precision=no",
+    "runtime.threads=1",
+]
 OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
 
 

@@ -7,17 +7,15 @@ import torch
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime
-from vae_dist.training.build import build_step
-from vae_dist.training.compile import compile_towers, num_shapes
+from vae_dist.training.compile import compile_towers
 from vae_dist.training.step import StepReport, TrainingStep
 
 
 def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) -> TrainingStep:
     """`size`: (H, W) of its images, pixels; its weights come from the config's seed. Compiled where
     runtime.compile says so."""
-    step = build_step(settings, runtime, size)
-    shapes = num_shapes(settings, num_buckets=0, microbatch_size=step.microbatch_size)
-    compile_towers(step.vae, settings, num_shapes=shapes)
+    step = TrainingStep(settings, runtime, size)
+    compile_towers(step.vae, settings, max_shapes=8)
     return step
 
 

@@ -147,9 +147,9 @@ def test_before_its_first_step_the_discriminator_rests(runtime: Runtime) -> None
     report = step(picture_batch(runtime, 0), 0)
     after = copies(step)
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("discriminator/"))
-    assert "train/discriminator_loss" not in report.more_sums
+    assert "train/discriminator_loss" not in report.sums
     report = step(picture_batch(runtime, 1), 1)
-    assert "train/discriminator_loss" in report.more_sums
+    assert "train/discriminator_loss" in report.sums
     assert float(report.shared["optim/adversarial_weight"]) == 0
     assert float(step.adversary.weight) > 0  # for the step in which the decoder hears of it
 
@@ -203,8 +203,8 @@ def test_the_gradient_is_that_of_the_sum_of_all_terms(runtime: Runtime) -> None:
     )
     batch = picture_batch(runtime, 1)
     (group,) = batch.groups
-    images, noise = step._inputs(group, 1)
-    jitter = step._more_inputs(group, noise.shape, 1)["latent_noise"]
+    (images, noise, *_), more = step._inputs(group, group.images, 1)
+    jitter = more["latent_noise"]
     output, half_size = step.vae(images, noise, latent_noise=jitter, half_size=True)
     pictures = group.images.float() / 127.5 - 1
     means = step.vae.likelihood.mean(output.params)
@@ -215,7 +215,7 @@ def test_the_gradient_is_that_of_the_sum_of_all_terms(runtime: Runtime) -> None:
     loss = loss - weight * dims * step.adversary.network(means).flatten(1).mean(1).sum()
     expected = torch.autograd.grad(loss / len(images), list(step.vae.parameters()))
     report = step(batch, 1)
-    assert float(report.loss_sum) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(report.sums["train/loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     for (name, _), value in zip(step.vae.named_parameters(), expected, strict=True):
         largest = value.abs().max()
         assert (found[name] - value).abs().max() <= 1e-4 * largest + 1e-4, name
@@ -233,9 +233,9 @@ def test_a_gradient_that_is_not_finite_leaves_both_networks(runtime: Runtime, ba
     if bad == "generator":
         inputs = step._inputs
 
-        def poisoned(group: Group, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-            images, noise = inputs(group, number)
-            return images, noise * float("nan")
+        def poisoned(group: Group, stored: torch.Tensor, number: int) -> Any:
+            (images, noise, *others), more = inputs(group, stored, number)
+            return (images, noise * float("nan"), *others), more
 
         step._inputs = poisoned  # type: ignore[method-assign]
     else:
@@ -271,7 +271,7 @@ def some_steps(config: TrainConfig, runtime: Runtime, *, rehearsals: int = 0) ->
     found = []
     for number in range(4):
         report = step(picture_batch(runtime, number), number)
-        found += [float(report.loss_sum), float(step.adversary.weight)]
+        found += [float(report.sums["train/loss"]), float(step.adversary.weight)]
     return found
 
 

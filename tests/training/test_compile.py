@@ -12,21 +12,17 @@ from tests.distributed.test_step import IWAE, batch, config
 from tests.support.adversarial import adversarial_config, adversarial_step, picture_batch
 from tests.support.distributed import run_ranks
 from tests.support.steps import first_step, make_step, wrong_gradients
-from vae_dist.config.schema import RuntimeConfig, TrainConfig
+from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
-from vae_dist.training.compile import (
-    compiler_problem,
-    num_shapes,
-)
+from vae_dist.training.compile import compiler_problem
 from vae_dist.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BUCKETS = {"area": 4096, "multiple": 16, "max_aspect": 2.0}
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -35,13 +31,6 @@ def test_a_missing_compiler_is_named(monkeypatch):
     assert "no C++ compiler (g++ or clang++" in str(compiler_problem(CPU))
     monkeypatch.setenv("CXX", "/bin/sh")
     assert "C++ compiler" not in str(compiler_problem(CPU))
-
-
-def test_aspect_buckets_are_compiled_for_one_number_of_images_each():
-    made = TrainConfig()
-    made.data.resolution, made.training.batch_size, made.data.slots = BUCKETS, 64, 16
-    assert num_shapes(made, num_buckets=5, microbatch_size=4) == 5
-    assert num_shapes(made, num_buckets=5, microbatch_size=8) == 10
 
 
 def one_process():
@@ -55,7 +44,7 @@ def stepper(runtime, *, channels_last="false", compiled="false", settings=None):
 
 
 def losses(step, runtime, num_steps=5):
-    return [float(step(batch(runtime, k), k).loss_sum) for k in range(num_steps)]
+    return [float(step(batch(runtime, k), k).sums["train/loss"]) for k in range(num_steps)]
 
 
 def test_channels_last_changes_the_layout_and_no_number():
@@ -143,8 +132,8 @@ def test_steps_compiled_block_by_block_equal_eager_ones(front_end, checkpointed)
 def compiled_losses():
     runtime = one_process()
     step = stepper(runtime, compiled="true")
-    sums = [runtime.sum_over_ranks(step(batch(runtime, k), k).loss_sum.double()) for k in range(3)]
-    return [float(total) for total in sums]
+    reports = [step(batch(runtime, k), k) for k in range(3)]
+    return [runtime.sum_numbers([report.sums["train/loss"]])[0] for report in reports]
 
 
 @pytest.mark.slow
@@ -169,7 +158,7 @@ def test_compiled_steps_with_a_discriminator_equal_eager_ones(front_end, checkpo
         found = []
         for k in range(3):
             report = step(picture_batch(runtime, k), k)
-            found.append((float(report.loss_sum), float(step.adversary.weight)))
+            found.append((float(report.sums["train/loss"]), float(step.adversary.weight)))
         return found
 
     expected = numbers(adversarial_step(settings, runtime))
@@ -180,12 +169,3 @@ def test_compiled_steps_with_a_discriminator_equal_eager_ones(front_end, checkpo
     assert not torch._dynamo.utils.counters["graph_break"]
     # encoder; decoder, watched; decoder at half size
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-
-
-def test_shapes_count_the_passes_of_added_terms():
-    made = TrainConfig()
-    assert num_shapes(made, num_buckets=0, microbatch_size=0) == 2
-    made.objective.scale_equivariance = 0.25
-    assert num_shapes(made, num_buckets=0, microbatch_size=0) == 4
-    made.adversarial.weight = 0.5
-    assert num_shapes(made, num_buckets=3, microbatch_size=0) == 12

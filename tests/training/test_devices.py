@@ -28,7 +28,7 @@ from vae_dist.distributed import Runtime
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 from vae_dist.training.guards import SkipGuard
 from vae_dist.training.memory import fit_microbatch, step_cost
-from vae_dist.training.step import LossScale, StepReport, TrainingStep, Transfer
+from vae_dist.training.step import LossScale, StepReport, TrainingStep
 
 KINDS = ("bound", "discriminator")
 
@@ -83,7 +83,8 @@ def run_steps(kind: str, device: str, num_steps: int) -> tuple[list[list[float]]
         for k in range(num_steps):
             report = step(batch_of(kind, runtime, k), k)
             shared = [float(value) for value in report.shared.values()]
-            numbers.append([float(value) for value in report[:8]] + shared)
+            sums = [float(value) for value in report.sums.values()]
+            numbers.append([*sums, float(report.grad_norm), float(report.found_inf), *shared])
         return numbers, flat(step)
 
 
@@ -142,7 +143,7 @@ def test_nothing_in_a_step_waits_for_the_device(kind: str, device: str) -> None:
         with no_waiting(device):
             for k in range(3, 8):
                 report = one(k)
-        assert float(report.found_inf) == 0.0 and torch.isfinite(report.loss_sum)
+        assert float(report.found_inf) == 0.0 and torch.isfinite(report.sums["train/loss"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -173,7 +174,7 @@ def test_the_scale_of_fp16_stays_on_the_device(device: str) -> None:
     with no_waiting(device):
         for found_inf in (good, bad):
             scale.update(found_inf)
-    assert scale.state() == {"loss_scale": 32768.0, "good_steps": 0.0}
+    assert (float(scale.scale), float(scale.good_steps)) == (32768.0, 0.0)
 
 
 @pytest.mark.parametrize("device", [CUDA])
@@ -221,16 +222,3 @@ def test_automatic_microbatches_fit_and_the_estimate_is_near(device: str) -> Non
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert 0 < step.microbatch_size < settings.training.batch_size
         assert all(p.grad is None for p in step.vae.parameters())
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_batch_arrives_with_the_same_values(device: str) -> None:
-    with runtime_on(device) as runtime:
-        transfer = Transfer(runtime.device)
-        for k in range(5):
-            given = batch_of("bound", runtime, k)
-            moved = transfer(given)
-            for before, after in zip(given.groups, moved.groups, strict=True):
-                assert after.images.device.type == device
-                assert torch.equal(after.images.cpu(), before.images)
-                assert after.slots == before.slots and torch.equal(after.labels, before.labels)

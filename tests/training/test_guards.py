@@ -7,7 +7,7 @@ import torch
 from tests.support.distributed import run_ranks
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import Runtime
-from vae_dist.training.guards import SkipGuard, SpikeGuard, check_equal_over_ranks, checksums
+from vae_dist.training.guards import SkipGuard, SpikeGuard, check_equal_over_ranks
 from vae_dist.training.stop import TrainingFailed
 
 CPU = torch.device("cpu")
@@ -58,11 +58,6 @@ def test_a_streak_that_ended_before_the_host_looks_is_noticed():
     assert failure(guard) == ""  # the one before has been reported
 
 
-def test_the_host_looks_often_enough():
-    guard = SkipGuard(CPU, max_consecutive=3)
-    assert [guard.is_due(step) for step in range(1, 7)] == [False, False, True] * 2
-
-
 def test_the_streak_goes_on_after_a_resume():
     guard = SkipGuard(CPU, max_consecutive=3)
     guard.load_state({"skipped_steps": 9, "spike_steps": 4, "skip_streak": 2})
@@ -111,10 +106,10 @@ def test_a_factor_of_zero_skips_nothing_and_keeps_nothing():
     assert guard.state() == {}
 
 
-def compare(bad_rank: int) -> str:
+def compare(bad_rank: int, value: float = 1.0) -> str:
     """One bit of one weight of a rank is turned over."""
     runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
-    weights = {"a": torch.arange(5.0), "b": torch.ones(3, 2)}
+    weights = {"a": torch.arange(5.0), "b": torch.full((3, 2), value)}
     if runtime.rank == bad_rank:
         weights["b"].view(torch.int32)[1, 1] ^= 1
     try:
@@ -127,16 +122,9 @@ def compare(bad_rank: int) -> str:
 def test_one_bit_of_one_rank_is_found_and_every_rank_says_who():
     messages = run_ranks(3, compare, 1)
     assert len(set(messages)) == 1
-    assert "after step 7 rank 1 of 3 holds other weights than the rest" in messages[0]
+    assert "after step 7 the weights of rank 1 of 3 differ from those of the rest" in messages[0]
     assert "1 of 2 tensors, b first" in messages[0]
-    assert "ranks 0, 1 hold weights that differ" in run_ranks(2, compare, 0)[0]
+    assert "the weights of ranks 0, 1 of 2 differ" in run_ranks(2, compare, 0)[0]
     assert run_ranks(2, compare, -1) == ["", ""]
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), 1e-42])
-def test_a_checksum_sees_every_bit(value):
-    one = {"w": torch.full((4,), value)}
-    other = {"w": one["w"].clone()}
-    assert torch.equal(checksums(one), checksums(other))
-    other["w"].view(torch.int32)[3] ^= 1
-    assert not torch.equal(checksums(one), checksums(other))
+    for value in (0.0, float("nan"), 1e-42):
+        assert "b first" in run_ranks(2, compare, 1, value)[0]

@@ -86,7 +86,8 @@ def log_images(
 ) -> dict[str, str]:
     config, captions = tiny_config(kind="discretized_gaussian"), Captions()
     config.log.num_images, config.evaluation.batch_size = 6, batch_size
-    image_logger = ImageLogger(config, RunFolder(tmp_path / "run"), data, [captions])
+    folder = RunFolder(tmp_path / "run")
+    image_logger = ImageLogger(config, folder, data, [captions])
     for step in steps:
         image_logger(model, step, {"eval/neg_elbo_nats": 12.5})
     image_logger.close()

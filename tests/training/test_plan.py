@@ -10,7 +10,7 @@ import torch
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.training import plan
-from vae_dist.training.plan import _arithmetic, _rounded_weights, _unusual_epochs
+from vae_dist.training.plan import arithmetic, notes
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,12 @@ def test_thousands_of_epochs_and_less_than_one_are_noted(
 ) -> None:
     config = TrainConfig()
     config.training.batch_size, config.training.steps = 128, steps
-    assert _unusual_epochs(config, num_samples) == ([f"note: {note}"] if note else [])
+    data: Any = SimpleNamespace(
+        train=SimpleNamespace(parts=[], num_samples=num_samples),
+        settings=SimpleNamespace(buckets=()),
+    )
+    config.optimizer.warmup_steps = 0
+    assert list(notes(config, data)) == ([note] if note else [])
 
 
 @pytest.mark.parametrize(
@@ -39,22 +44,26 @@ def test_thousands_of_epochs_and_less_than_one_are_noted(
 def test_weights_that_a_batch_cannot_give_are_noted(weights: list[float], gets: str) -> None:
     config = TrainConfig()
     config.training.batch_size = 8
-    train = SimpleNamespace(parts=[(1, weight) for weight in weights])
+    config.training.steps, config.optimizer.warmup_steps = 1, 0
+    train = SimpleNamespace(parts=[(1, weight) for weight in weights], num_samples=8)
     data: Any = SimpleNamespace(train=train, settings=SimpleNamespace(buckets=()))
-    notes = _rounded_weights(config, data)
-    assert len(notes) == bool(gets)
-    assert all(f"8 images of a batch; the data sets get {gets} of them" in note for note in notes)
+    found = list(notes(config, data))
+    assert len(found) == bool(gets)
+    assert all(f"; the data sets get {gets} of it instead" in note for note in found)
 
 
 def test_what_keeps_a_gpu_run_from_being_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig()
     config.training.precision, config.runtime.compile = "no", "false"
+
+    def words(device: str) -> str:
+        runtime: Any = SimpleNamespace(device=torch.device(device))
+        return ", ".join(arithmetic(config, runtime, 0))
+
     monkeypatch.setattr(plan, "compiler_problem", lambda device: "there is no Triton")
-    gpu: Any = SimpleNamespace(device=torch.device("cuda", 0))
-    assert _arithmetic(config, gpu, 0) == "precision no, not compiled (there is no Triton)"
-    cpu: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert _arithmetic(config, cpu, 0) == "precision no"
+    assert words("cuda:0") == "precision no, not compiled (there is no Triton)"
+    assert words("cpu") == "precision no"
     monkeypatch.setattr(plan, "compiler_problem", lambda device: None)
-    assert _arithmetic(config, gpu, 0) == "precision no"
+    assert words("cuda:0") == "precision no"
     config.runtime.compile = "blocks"
-    assert _arithmetic(config, gpu, 0) == "precision no, compiled block by block"
+    assert words("cuda:0") == "precision no, compiled block by block"

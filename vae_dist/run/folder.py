@@ -118,7 +118,12 @@ class RunFolder:
         """status: running | finished | interrupted | failed."""
         # status first: launch/slurm.sbatch reads it with sed
         record = {"status": status, "step": step, "reason": reason, "time": time.time()}
-        write_durably(self.status_path, json.dumps(record).encode())
+        data = json.dumps(record).encode()
+        try:
+            write_durably(self.status_path, data)
+        except OSError:  # a full disk: the file's own block takes what replaces it
+            with open(self.status_path, "r+b") as file:
+                file.truncate(file.write(data))
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint, 0 when there is none."""

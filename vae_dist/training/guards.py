@@ -1,4 +1,5 @@
-"""Gradients that are not used (not finite, or spikes), and weights that must agree over ranks.
+"""Gradients that are not used (not finite, or spikes), samples that cannot be read, and weights
+that must agree over ranks.
 
 In: the gradient norm of a step, the same number on all ranks. Out: a device flag that makes the
 update of every rank nothing, and counts that the host reads now and then. A spike is
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vae_dist.config.errors import name_ranks
 from vae_dist.data.loader import Batch
@@ -38,7 +40,7 @@ class SpikeGuard:
         self._places = torch.arange(self.WINDOW, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)  # of finite norms
 
-    def __call__(self, norm: torch.Tensor) -> torch.Tensor:
+    def __call__(self, norm: Tensor) -> Tensor:
         if not self.factor:
             return torch.zeros_like(norm)
         limit = self.factor * torch.nanquantile(self._norms, self.QUANTILE)
@@ -50,17 +52,14 @@ class SpikeGuard:
         return spike.to(norm.dtype)
 
     def state(self) -> dict[str, Any]:
-        if not self.factor:
-            return {}
         count = int(self._count)
-        return {"norms_seen": count, "recent_norms": self._norms[:count].tolist()}
+        norms = {"norms_seen": count, "recent_norms": self._norms[:count].tolist()}
+        return norms if self.factor else {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        if not self.factor or "norms_seen" not in state:
-            return
-        norms = torch.tensor(state["recent_norms"], dtype=self._norms.dtype)
-        self._norms[: len(norms)] = norms.to(self._norms.device)
-        self._count.fill_(state["norms_seen"])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        norms = torch.tensor(state.get("recent_norms", []), device=self._norms.device)
+        self._norms[: len(norms)] = norms
+        self._count.fill_(state.get("norms_seen", 0))
 
 
 class SkipGuard:
@@ -69,30 +68,19 @@ class SkipGuard:
 
     def __init__(self, device: torch.device, *, max_consecutive: int) -> None:
         self.max_consecutive = max_consecutive
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # not finite
-        self.spikes = torch.zeros((), dtype=torch.int64, device=device)
-        self.streak = torch.zeros((), dtype=torch.int64, device=device)  # of both, at the end
-        self._longest = torch.zeros((), dtype=torch.int64, device=device)  # since the last look
+        counts = torch.zeros(4, dtype=torch.int64, device=device).unbind()
+        # not finite; spikes; skipped steps in a row, at the end, and at most since the last look
+        self.skipped, self.spikes, self.streak, self._longest = counts
         self._recent: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=2 * max_consecutive)
 
-    def observe(
-        self, step: int, found_inf: torch.Tensor, spike: torch.Tensor, shards: tuple[str, ...]
-    ) -> None:
+    def observe(self, step: int, found_inf: Tensor, spike: Tensor, shards: tuple[str, ...]) -> None:
         self._recent.append((step, shards))
-        if self.streak.is_cpu and not found_inf and not spike:  # which can be asked without a wait
-            self.streak.zero_()
-            return
-        nonfinite, spike = found_inf.to(torch.int64), spike.to(torch.int64)
-        self.skipped += nonfinite
-        self.spikes += spike
-        self.streak.copy_((self.streak + 1) * (nonfinite + spike))
+        self.skipped += found_inf.long()
+        self.spikes += spike.long()
+        self.streak.add_(1).mul_((found_inf + spike).long())
         torch.maximum(self._longest, self.streak, out=self._longest)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the host must look: every `max_consecutive` steps at the latest."""
-        return step % self.max_consecutive == 0
-
-    def check(self, runtime: Runtime, grad_norm: torch.Tensor) -> None:
+    def check(self, runtime: Runtime, grad_norm: Tensor) -> None:
         """Raise TrainingFailed, on all ranks alike, where `max_consecutive` steps in a row were
         skipped since the last look; `grad_norm` is of the last step. Waits for the device."""
         longest = int(self._longest)
@@ -119,13 +107,10 @@ class SkipGuard:
             )
 
     def state(self) -> dict[str, int]:
-        return {
-            "skipped_steps": int(self.skipped),
-            "spike_steps": int(self.spikes),
-            "skip_streak": int(self.streak),
-        }
+        counts = {"skipped_steps": self.skipped, "spike_steps": self.spikes}
+        return {name: int(n) for name, n in (counts | {"skip_streak": self.streak}).items()}
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: Mapping[str, int]) -> None:
         self.skipped.fill_(state["skipped_steps"])
         self.spikes.fill_(state["spike_steps"])
         self.streak.fill_(state["skip_streak"])
@@ -166,22 +151,16 @@ class DamageGuard:
             )
 
 
-def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """int64 (number of tensors,), on their device. The tensors are float32."""
-    return torch.stack(
-        [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors.values()]
-    )
-
-
-def check_equal_over_ranks(
-    runtime: Runtime, tensors: Mapping[str, torch.Tensor], *, step: int
-) -> None:
+def check_equal_over_ranks(runtime: Runtime, tensors: Mapping[str, Tensor], *, step: int) -> None:
     """Every rank takes part, and every rank raises TrainingFailed when one of them differs.
-    Sharded tensors are left out: no rank holds what another one has."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
-    if runtime.world == 1 or not tensors:
+
+    The tensors are float32. Sharded ones are left out: no rank holds what another one has.
+    """
+    names = [name for name, tensor in tensors.items() if not is_sharded(tensor)]
+    if runtime.world == 1 or not names:
         return
-    mine = checksums(tensors)
+    patterns = [tensors[name].detach().view(torch.int32) for name in names]
+    mine = torch.stack([pattern.sum(dtype=torch.int64) for pattern in patterns])
     everyone = [torch.empty_like(mine) for _ in range(runtime.world)]
     dist.all_gather(everyone, mine)
     by_rank = [tuple(one.tolist()) for one in everyone]
@@ -189,13 +168,12 @@ def check_equal_over_ranks(
     if num_usual == runtime.world:
         return
     others = [rank for rank, sums in enumerate(by_rank) if sums != usual]
-    where = [i for i, sums in enumerate(zip(*by_rank, strict=True)) if len(set(sums)) > 1]
-    sentence = f"{name_ranks(others)} of {runtime.world} holds other weights than the rest"
     if num_usual * 2 <= runtime.world:  # no majority says who is right
-        who = name_ranks(range(runtime.world))
-        sentence = f"{who} hold weights that differ from each other"
+        others = list(range(runtime.world))
+    differ = [name for name, *sums in zip(names, *by_rank, strict=True) if len(set(sums)) > 1]
     raise TrainingFailed(
-        f"after step {step} {sentence}: {len(where)} of {len(tensors)} tensors, "
-        f"{list(tensors)[where[0]]} first. Nothing was saved since; suspect the memory or the "
-        "device of these ranks. The same command goes on from the last checkpoint"
+        f"after step {step} the weights of {name_ranks(others)} of {runtime.world} differ from "
+        f"those of the rest: {len(differ)} of {len(names)} tensors, {differ[0]} first. Nothing was "
+        "saved since; suspect the memory or the device of these ranks. The same command goes on "
+        "from the last checkpoint"
     )

@@ -14,11 +14,12 @@ runs in the caller, evaluation.batch_size images at a time; PNGs are written by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import Examples, Images, first_examples
@@ -59,97 +60,77 @@ class ImageLogger:
         say: Callable[[str], None] = print,
     ) -> None:
         self._config, self._data = config, data
-        self._batch_size = config.evaluation.batch_size
-        self._validation = Images(data.validation, data.settings.at_one_size())
-        self._inputs: Examples | None = None
         self._writer = ImageWriter(folder.images, sinks, say=say)
 
     def close(self) -> None:
         self._writer.close()
 
-    @torch.inference_mode()
-    def __call__(self, model: nn.Module, step: int, metrics: Mapping[str, Value]) -> None:
-        assert isinstance(model, VAE)
-        config, size, num_images = self._config, self._data.image_size, self._config.log.num_images
-        vae = BatchedVAE(model, self._batch_size)
+    def __call__(self, model: VAE, step: int, metrics: Mapping[str, Value]) -> None:
         caption = image_caption(step, metrics)
+        with torch.inference_mode():
+            for name, image, note in self._grids(model):
+                self._writer.put(step, name, f"{caption} | {note}" if note else caption, image)
 
-        def show(name: str, image: Image.Image, note: str = "") -> None:
-            self._writer.put(step, name, f"{caption} | {note}" if note else caption, image)
+    @cached_property
+    def _examples(self) -> Examples:
+        """The first validation images, read once."""
+        fitting = SEARCHED_BYTES // self._data.num_dims
+        wanted = max(1, self._config.log.num_images // 2, min(NUM_SEARCHED, fitting))
+        settings = self._data.settings.at_one_size()
+        return first_examples(Images(self._data.validation, settings), wanted)
 
-        drawn = drawn_labels(model.num_classes, num_images, seed=config.seed)
-        show("samples", grid(vae.sample(num_images, size, seed=config.seed, labels=drawn)))
+    def _grids(self, model: VAE) -> Iterator[tuple[str, Image.Image, str]]:
+        """Name, grid and what to say of it."""
+        seed, num_images = self._config.seed, self._config.log.num_images
+        size, shown = self._data.image_size, max(1, num_images // 2)
+        vae = BatchedVAE(model, self._config.evaluation.batch_size)
+        drawn = drawn_labels(model.num_classes, num_images, seed=seed)
+        yield "samples", grid(vae.sample(num_images, size, seed=seed, labels=drawn)), ""
         if model.num_classes:
             classes = range(min(model.num_classes, MAX_CLASSES))
-            samples = vae.sample(NUM_POINTS, size, seed=config.seed, classes=classes)
-            show("samples_by_class", grid(samples, columns=NUM_POINTS))
-        inputs, labels, masks, _ = examples = self._examples()
-        searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
-        mean, log_variance = vae.encode(inputs, labels, masks)
-        outputs, losses = _reconstructions(model, examples, mean, self._batch_size)
-        inputs = with_holes(inputs, masks)
-        shown = max(1, num_images // 2)
-        levels, kl = to_uint8(inputs), kl_to_standard_normal(mean, log_variance)
-        show("reconstructions", side_by_side(levels[:shown], outputs[:shown]))
-        lines = _interpolations(vae, levels, labels, mean)
-        if lines is not None:
-            show("interpolations", grid(lines, columns=NUM_POINTS))
+            samples = vae.sample(NUM_POINTS, size, seed=seed, classes=classes)
+            yield "samples_by_class", grid(samples, columns=NUM_POINTS), ""
+        stored, labels, masks, _ = self._examples
+        mean, log_variance = vae.encode(stored, labels, masks)
+        outputs, losses = _reconstructions(vae, self._examples, mean)
+        inputs, kl = to_uint8(with_holes(stored, masks)), kl_to_standard_normal(mean, log_variance)
+        yield "reconstructions", side_by_side(inputs[:shown], outputs[:shown]), ""
+        if num_rows := min(NUM_ROWS, len(inputs) // 2):
+            first, second = (slice(start, 2 * num_rows, 2) for start in (0, 1))
+            ends, points = (labels[first], labels[second]), NUM_POINTS - 2
+            line = vae.interpolate(mean[first], mean[second], size, num_points=points, labels=ends)
+            lines = to_uint8(line).unflatten(0, (num_rows, points))
+            rows = [inputs[first].unsqueeze(1), lines, inputs[second].unsqueeze(1)]
+            yield "interpolations", grid(torch.cat(rows, 1).flatten(0, 1), columns=NUM_POINTS), ""
         units = kl.mean(0).argsort(descending=True).tolist()[:NUM_ROWS]
-        values = torch.linspace(-3, 3, NUM_POINTS)
-        traversed = vae.traverse(mean[0], size, units=units, values=values, label=int(labels[0]))
+        values, label = torch.linspace(-3, 3, NUM_POINTS), int(labels[0])
+        moved = vae.traverse(mean[0], size, units=units, values=values, label=label)
         names = ", ".join(f"{unit}" for unit in units)
-        show("traversals", grid(traversed, columns=NUM_POINTS), f"units {names}, from -3 to 3")
-        pairs = _by_class(levels, outputs, labels)
-        if pairs is not None:
-            show("by_class", grid(pairs, columns=2 * NUM_PAIRS), f"from the {searched}")
+        yield "traversals", grid(moved, columns=NUM_POINTS), f"units {names}, from -3 to 3"
+        searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
+        if (pairs := _by_class(inputs, outputs, labels)) is not None:
+            yield "by_class", grid(pairs, columns=2 * NUM_PAIRS), f"from the {searched}"
         losses = losses + kl.sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
-        show(
-            "worst",
-            side_by_side(levels[worst], outputs[worst]),
-            f"worst {len(worst)} of the {searched}: {most} to {least} nats",
-        )
-
-    def _examples(self) -> Examples:
-        """The first validation images, read once."""
-        if self._inputs is None:
-            fitting = SEARCHED_BYTES // self._data.num_dims
-            wanted = max(1, self._config.log.num_images // 2, min(NUM_SEARCHED, fitting))
-            self._inputs = first_examples(self._validation, wanted)
-        return self._inputs
+        note = f"worst {len(worst)} of the {searched}: {most} to {least} nats"
+        yield "worst", side_by_side(inputs[worst], outputs[worst]), note
 
 
-def _interpolations(vae: BatchedVAE, inputs: Tensor, labels: Tensor, mean: Tensor) -> Tensor | None:
-    """Rows of a, the line from a to b, b; None when there are no two images."""
-    num_rows, size = min(NUM_ROWS, len(inputs) // 2), (inputs.shape[-2], inputs.shape[-1])
-    if num_rows == 0:
-        return None
-    first, second = slice(0, 2 * num_rows, 2), slice(1, 2 * num_rows, 2)
-    ends = labels[first], labels[second]
-    lines = vae.interpolate(mean[first], mean[second], size, num_points=NUM_POINTS - 2, labels=ends)
-    lines = to_uint8(lines).unflatten(0, (num_rows, NUM_POINTS - 2))
-    rows = [inputs[first].unsqueeze(1), lines, inputs[second].unsqueeze(1)]
-    return torch.cat(rows, 1).flatten(0, 1)
-
-
-def _reconstructions(
-    model: VAE, examples: Examples, mean: Tensor, batch_size: int
-) -> tuple[Tensor, Tensor]:
+def _reconstructions(vae: BatchedVAE, examples: Examples, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The means of p(x | z = E[z|x]), uint8 on CPU, and -log p(x|z) of each image in nats, without
     the noise of training."""
-    height, width = examples.images.shape[-2:]
+    model, likelihood = vae.model, vae.model.likelihood
     outputs, losses = [], []
-    for start in range(0, len(mean), batch_size):
-        part = slice(start, start + batch_size)
+    for start in range(0, len(mean), vae.batch_size):
+        part = slice(start, start + vae.batch_size)
         images, z = examples.images[part].to(mean.device), mean[part]
         mask = None if examples.masks is None else examples.masks[part].to(mean.device)
         half = torch.full(images.shape, 0.5, device=z.device)
-        params = model.decode(z, (height, width), examples.labels[part].to(z.device))
-        outputs.append(to_uint8(model.likelihood.mean(params)).cpu())
-        losses.append(
-            -model.likelihood.log_prob(params, model.likelihood.prepare(images, half), mask)
-        )
+        size = (images.shape[-2], images.shape[-1])
+        params = model.decode(z, size, examples.labels[part].to(z.device))
+        outputs.append(to_uint8(likelihood.mean(params)).cpu())
+        losses.append(-likelihood.log_prob(params, likelihood.prepare(images, half), mask))
     return torch.cat(outputs), torch.cat(losses)
 
 
@@ -162,7 +143,7 @@ def _by_class(inputs: Tensor, outputs: Tensor, labels: Tensor) -> Tensor | None:
     rows = []
     for label in classes:
         found = (labels == label).nonzero().flatten()[:NUM_PAIRS]
-        pairs = torch.stack([inputs[found], to_uint8(outputs[found])], 1).flatten(0, 1)
+        pairs = torch.stack([inputs[found], outputs[found]], 1).flatten(0, 1)
         lacking = inputs.new_full((2 * NUM_PAIRS - len(pairs), *inputs.shape[1:]), 112)
         rows.append(torch.cat([pairs, lacking]))
     return torch.cat(rows)

@@ -7,35 +7,33 @@ evaluation k belong to the state after k steps. What may depend on history and i
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
-from vae_dist.distributed import Runtime, load_full
+from vae_dist.distributed import load_full
+from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import Checkpoint, CheckpointWriter
 from vae_dist.run.folder import RunFolder
-from vae_dist.tracking.console import ConsoleSink, say
 from vae_dist.tracking.metrics import Value
-from vae_dist.tracking.sinks import Sink
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
 from vae_dist.training.guards import DamageGuard, SkipGuard, check_equal_over_ranks
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.memory import keep_freed_memory, memory_explained
+from vae_dist.training.plan import Data, peak_images_per_second
 from vae_dist.training.step import StepReport, TrainingStep
-from vae_dist.training.stop import RankWatch, StopRequest, TrainingFailed
+from vae_dist.training.stop import StopRequest, TrainingFailed
+from vae_dist.training.trackers import Trackers
+from vae_dist.training.watch import RankWatch
 
 Row = dict[str, Value]
-# metrics of the averaged model, the same on every rank; None when a stop was agreed on
-Evaluator = Callable[[nn.Module, Callable[[], bool]], Row | None]
+# (averaged model, step, whether to stop) -> metrics, the same on every rank; None after a stop
+Evaluator = Callable[[VAE, int, Callable[[], bool]], Row | None]
+UPDATE_S = 5.0  # longer than an update takes
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
@@ -48,80 +46,60 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
-        runtime: Runtime,
-        folder: RunFolder,
-        *,
         training_step: TrainingStep,
-        num_samples: int,
-        sinks: Iterable[Sink],
-        console: ConsoleSink | None,
+        folder: RunFolder,
+        data: Data,
+        trackers: Trackers,
+        *,
         evaluator: Evaluator,
         image_logger: ImageLogger,
-        identity: dict[str, Any],
-        peak_images_per_second: float = 0.0,
     ) -> None:
-        self.config, self.runtime, self.folder = config, runtime, folder
-        self.training_step = training_step
-        self.num_samples = num_samples  # of an epoch
-        self.console = console  # on the main process
-        self.sinks, self.evaluator, self.image_logger = list(sinks), evaluator, image_logger
-        self.identity = identity  # what a checkpoint must agree with: data, image size
-        self.peak_images_per_second = peak_images_per_second  # of one device; 0: not known
-        self._bits_per_dim = training_step.vae.likelihood.bits_per_dim
-        self._update_ratio = UpdateRatio(training_step.optimizer, rows_every=config.log.every)
+        self.training_step, self.folder, self.data = training_step, folder, data
+        self.config, self.runtime = training_step.config, training_step.runtime
+        self.trackers, self.say = trackers, trackers.say
+        self.evaluator, self.image_logger = evaluator, image_logger
+        config, runtime = self.config, self.runtime
         self.step, self.last_step = 0, config.training.steps
+        self.on_first_step: Callable[[], None] = lambda: None  # of this process
         self.guard = SkipGuard(
             runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
+        )
+        self.damage = DamageGuard(
+            limit=config.data.max_skipped_fraction,
+            num_samples=data.train.num_samples,
+            warn=self.say,
         )
         self.writer = CheckpointWriter(
             folder.checkpoints, keep_last=config.checkpoint.keep_last, warn=self.say
         )
-        self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
+        self._peak = peak_images_per_second(config, data, runtime)
+        self._update_ratio = UpdateRatio(training_step.optimizer, rows_every=config.log.every)
         self._ranks_agree = True  # on the weights, as far as they were compared
+        self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
         self._best: tuple[float, int] | None = None  # lowest eval/neg_elbo_nats, and its step
-        self._warned = ""  # the last warning, which is not repeated
-        self.damage = DamageGuard(
-            limit=config.data.max_skipped_fraction, num_samples=num_samples, warn=self.say
-        )
-        self._last_row: Row = {}
         self._pending_row: Row = {}  # of a step whose evaluation is not done
+        self._last_row: Row = {}
 
     # the loop
 
-    def fit(
-        self,
-        batches: Iterable[Batch],
-        stop: StopRequest,
-        watch: RankWatch,
-        on_first_step: Callable[[], None] = lambda: None,
-    ) -> str:
+    def fit(self, batches: Iterable[Batch], stop: StopRequest, watch: RankWatch) -> str:
         """Train to the last step; "finished", or "interrupted" after a stop with a checkpoint.
 
         Raises TrainingFailed when numbers or data make it pointless to go on.
         """
         self._stop, self._watch = stop, watch
-        self._meter = Meter(
-            total_steps=self.last_step,
-            first_step=self.step,
-            world=self.runtime.world,
-            peak_images_per_second=self.peak_images_per_second,
-        )
+        self._first_step = self.step + 1
+        self._meter = Meter(self.last_step, self.step, self.runtime.world, self._peak)
         if self.step > 0 and self._evaluation_is_due():  # which was interrupted
             if not self._evaluate(self._pending_row):
                 return self._interrupt()
             self.save()  # the checkpoint of this step does not know of its evaluation
-        first_step, stream = self.step, iter(batches)
+        stream = iter(batches)
         while self.step < self.last_step:
-            batch = self._next(stream)
-            report = self._train_step(batch)
-            if self.step == first_step + 1:
-                on_first_step()
-                if self.runtime.device.type == "cpu":
-                    keep_freed_memory()  # once the loader processes run
+            report = self._train_step(self._next(stream))
             self._check_health(report)
-            row = self._training_row(report, self._meter) if self._log_is_due() else {}
+            row = self._training_row(report) if self._log_is_due() else {}
             if self._evaluation_is_due():
                 if not self._evaluate(row):
                     return self._interrupt()
@@ -152,21 +130,31 @@ class Trainer:
         self._watch.at(self.step, "log")
         return report
 
+    def _advance(self) -> None:
+        self.trackers.advance(self.step)
+        if self.step == self._first_step:
+            self.on_first_step()
+            if self.runtime.device.type == "cpu":
+                keep_freed_memory()  # once the loader processes run
+
     def _evaluate(self, row: Row) -> bool:
         """Evaluate and log, beside what `row` has; False when a stop was agreed on meanwhile."""
         self._pending_row = row
         self._save_if_due()  # before an evaluation, which may fail
         with self._meter.pause(), memory_explained("evaluation.batch_size"):
-            model = self.training_step.ema.module
-            metrics = self.evaluator(model, self._evaluation_must_stop)
+            model: Any = self.training_step.ema.module
+            metrics = self.evaluator(model, self.step, self._evaluation_must_stop)
             if metrics is None:
                 return False
             self._evaluated_step, self._pending_row = self.step, {}
-            self._note_best(metrics)
+            value: Any = metrics.get("eval/neg_elbo_nats", math.nan)
+            is_best = self._best is None or value < self._best[0]
+            if self.config.checkpoint.keep_best and is_best and math.isfinite(value):
+                self._best = (value, self.step)
             self._log(row | metrics)
             every = self.config.log.images_every or self.config.evaluation.every
             if self.runtime.is_main and is_due(self.step, every, self.last_step):
-                with self._warned_of("images"):
+                with self.trackers.warned_of("images", self.step):
                     self.image_logger(model, self.step, metrics)
         return True
 
@@ -174,19 +162,11 @@ class Trainer:
         self._watch.at(self.step, "evaluation")
         return self._stop.agreed()
 
-    def _note_best(self, metrics: Row) -> None:
-        value = metrics.get("eval/neg_elbo_nats", math.nan)
-        assert isinstance(value, float)
-        if self.config.checkpoint.keep_best and (self._best is None or value < self._best[0]):
-            self._best = (value, self.step) if math.isfinite(value) else self._best
-
     def _interrupt(self) -> str:
-        self._stop.settle()
         self._save_for_good()  # else a warning says it, and an older one is there
         return "interrupted"
 
     def _finish(self) -> str:
-        self._stop.settle()
         if not self._save_for_good():
             problem = self.runtime.broadcast(self.writer.problem)
             raise TrainingFailed(
@@ -194,18 +174,6 @@ class Trainer:
                 "command goes on from the last checkpoint"
             )
         return "finished"
-
-    def _save_for_good(self) -> bool:
-        """Whether the disk has this step's checkpoint; one that it refused is tried once more."""
-        self.save(urgent=True)
-        if self.runtime.on_main(self._is_written):
-            return True
-        self._saved = (-1, -1)
-        self.save(urgent=True)
-        return self.runtime.on_main(self._is_written)
-
-    def _is_written(self) -> bool:
-        return self.writer.wait() and self.writer.written_step == self.step
 
     def _log_is_due(self) -> bool:
         return is_due(self.step, self.config.log.every, self.last_step)
@@ -222,7 +190,8 @@ class Trainer:
 
     def _check_health(self, report: StepReport) -> None:
         """What stops a run, looked at when it is due; the same answer on every rank."""
-        if self.guard.is_due(self.step) or self._log_is_due() or self._checkpoint_is_due():
+        is_due_now = self.step % self.guard.max_consecutive == 0
+        if is_due_now or self._log_is_due() or self._checkpoint_is_due():
             self.guard.check(self.runtime, report.grad_norm)
         if self.step == self.last_step:
             self.guard.check_all(self.step)
@@ -237,70 +206,49 @@ class Trainer:
 
     # rows
 
-    def _training_row(self, report: StepReport, meter: Meter) -> Row:
+    def _training_row(self, report: StepReport) -> Row:
         """The row of this step: means over the global batch, so a function of the step alone."""
-        local = [*report[:5], *report.more_sums.values()]  # sums over this rank's images
-        *totals, skipped_everywhere = self.runtime.sum_numbers(local, self.damage.here)
-        batch_size = self.config.training.batch_size
-        loss, distortion, rate, neg_bound = (total / batch_size for total in totals[:4])
-        num_dims, images_seen = int(totals[4]), self.step * batch_size
-        self.damage.check(int(skipped_everywhere), images_seen)
+        config, step, batch_size = self.config, self.training_step, self.config.training.batch_size
+        totals = self.runtime.sum_numbers(list(report.sums.values()), self.damage.here)
+        sums = dict(zip(report.sums, totals, strict=False))
+        images_seen = self.step * batch_size
+        self.damage.check(int(totals[-1]), images_seen)
+        nats = sums["train/distortion_nats"] + sums["train/rate_nats"]
+        # over the whole batch, whose images may differ in shape
+        bits = step.vae.likelihood.bits_per_dim(nats, int(sums.pop("num_dims")))
+        means = {name: total / batch_size for name, total in sums.items()}
+        neg_bound = means.pop("train/neg_bound_nats")
         row: Row = {
-            "train/loss": loss,
-            "train/neg_elbo_nats": distortion + rate,
-            "train/distortion_nats": distortion,
-            "train/rate_nats": rate,
+            **means,
+            "train/neg_elbo_nats": means["train/distortion_nats"] + means["train/rate_nats"],
             "train/beta": report.beta,
             "optim/lr": report.lr,
             "optim/grad_norm": float(report.grad_norm),
             "optim/skipped_steps": float(self.guard.skipped),
             "optim/spike_steps": float(self.guard.spikes),
             "data/images_seen": float(images_seen),
-            "data/epoch": images_seen / self.num_samples,
+            "data/epoch": images_seen / self.data.train.num_samples,
             "data/skipped_samples": float(self.damage.total),
+            "time/checkpoint_stall_seconds": self.writer.stall_s,  # since this process started
+            **{name: float(value) for name, value in report.shared.items()},
         }
-        # over the whole batch, whose images may differ in shape
-        bits = self._bits_per_dim(totals[1] + totals[2], num_dims)
-        if self.config.objective.importance_samples > 1:
+        if config.objective.importance_samples > 1:
             row["train/neg_iwae_nats"] = neg_bound
         if bits is not None:
             row["train/bits_per_dim"] = bits
-        row |= {k: v / batch_size for k, v in zip(report.more_sums, totals[5:], strict=True)}
-        row |= {name: float(value) for name, value in report.shared.items()}
-        if self.training_step.loss_scale.enabled:
-            row["optim/loss_scale"] = float(self.training_step.loss_scale.scale)
-        row["time/checkpoint_stall_seconds"] = self.writer.stall_s  # since this process started
-        row |= self._update_ratio.row()
-        return row | meter.row() | memory_row(self.runtime.device)
+        if step.loss_scale.enabled:
+            row["optim/loss_scale"] = float(step.loss_scale.scale)
+        return row | self._update_ratio.row() | self._meter.row() | memory_row(self.runtime.device)
 
     def _log(self, row: Row) -> None:
         self._last_row |= row
-        if self.runtime.is_main:
-            for sink in self.sinks:
-                with self._warned_of("log"):
-                    sink.log(self.step, row)
+        self.trackers.log(self.step, row)
 
-    @contextlib.contextmanager
-    def _warned_of(self, what: str) -> Iterator[None]:
-        """A disk that is full or gone, or images that fail or need more memory than the device has,
-        cost a warning, not the run."""
-        try:
-            yield
-        except (OSError, ConfigError, torch.OutOfMemoryError) as error:
-            problem = f"no {what} ({error})"
-            if problem != self._warned:
-                self._warned = problem
-                self.say(f"warning: step {self.step}: {problem}; training goes on")
-
-    def _advance(self) -> None:
-        if self.console is not None:
-            self.console.advance(self.step)
-
-    def say(self, text: str) -> None:
-        if self.console is not None:
-            self.console.say(text)
-        else:  # a rank other than the main one
-            say(text, sys.stderr)
+    def summary(self) -> str:
+        """The figures of the last evaluation in one line."""
+        value = self._last_row.get("eval/neg_elbo_nats", math.nan)
+        bits = self._last_row.get("eval/bits_per_dim")
+        return f"-ELBO {value:.2f} nats" + ("" if bits is None else f", {bits:.3f} bits/dim")
 
     # checkpoints
 
@@ -320,6 +268,20 @@ class Trainer:
         (self.damage.since,) = map(int, self.runtime.sum_numbers([], self.damage.here))
         self._save(urgent=urgent)
 
+    def _save_for_good(self) -> bool:
+        """Whether the disk has this step's checkpoint; one that it refused is tried once more."""
+        self._stop.settle()
+        self._watch.at(self.step, "last checkpoint")  # comes once, so the watch does not time it
+        for _ in range(2):
+            self.save(urgent=True)
+            if self.runtime.on_main(self._is_written):
+                return True
+            self._saved = (-1, -1)
+        return False
+
+    def _is_written(self) -> bool:
+        return self.writer.wait() and self.writer.written_step == self.step
+
     def save_what_is_whole(self, agreed: bool) -> None:
         """Save the last step that is done, after whatever has ended the run. Not where its weights
         may be ruined: amid an update, in a streak of skipped steps, where ranks differ.
@@ -327,7 +289,7 @@ class Trainer:
         A thread may call it, while the main one waits for a rank that is gone, so it sends no
         message unless all ranks have `agreed` to end.
         """
-        end = time.monotonic() + 5.0  # s, longer than an update takes
+        end = time.monotonic() + UPDATE_S
         while not self.training_step.is_whole and time.monotonic() < end:
             time.sleep(0.01)
         is_sound = self.training_step.is_whole and self._ranks_agree and not self.guard.streak
@@ -339,25 +301,23 @@ class Trainer:
         self.writer.wait()
 
     def _save(self, *, urgent: bool) -> None:
-        scalars = self.scalars()
-        state = {**self.identity, "scalars": scalars, "pending_row": self._pending_row}
-        best_step = self._best[1] if self._best is not None else None
+        scalars, best_step = self.scalars(), self._best and self._best[1]
+        state = {**self.data.identity, "scalars": scalars, "pending_row": self._pending_row}
         has_tensors = self._saved[0] == self.step
         self._saved = (self.step, self._evaluated_step)
-        if has_tensors:
-            if self.runtime.is_main:
-                self.writer.amend(self.step, state, best_step=best_step)
+        groups = {} if has_tensors else self.training_step.tensors()
+        full_state = self.runtime.strategy.full_state
+        tensors = {name: full_state(group) for name, group in groups.items()}
+        if not self.runtime.is_main:
             return
-        tensors = {
-            name: self.runtime.strategy.full_state(group)
-            for name, group in self.training_step.tensors().items()
-        }
-        if self.runtime.is_main:
-            # in a streak of skipped steps the last good weights may be in an older one
-            keep_all = scalars["skip_streak"] > 0
-            self.writer.submit(
-                self.step, tensors, state, best_step=best_step, keep_all=keep_all, urgent=urgent
-            )
+        if has_tensors:
+            self.writer.amend(self.step, state, best_step=best_step)
+            return
+        # in a streak of skipped steps the last good weights may be in an older one
+        keep_all = scalars["skip_streak"] > 0
+        self.writer.submit(
+            self.step, tensors, state, best_step=best_step, keep_all=keep_all, urgent=urgent
+        )
 
     def scalars(self) -> dict[str, Any]:
         best, best_step = self._best or (None, None)
@@ -381,20 +341,12 @@ class Trainer:
         self.damage.before = scalars["skipped_samples"]
         self._evaluated_step = scalars["evaluated_step"]
         self._pending_row = checkpoint.state["pending_row"]
-        self.step = checkpoint.step
+        self.step = self.writer.written_step = checkpoint.step
         self._saved = (self.step, self._evaluated_step)
-        self.writer.written_step = self.step
-        best_step = scalars["best_step"]
-        if best_step in kept_steps:  # else it is lost, and the next one counts
-            self._best = (scalars["best_neg_elbo_nats"], best_step)
+        if scalars["best_step"] in kept_steps:  # else it is lost, and the next one counts
+            self._best = (scalars["best_neg_elbo_nats"], scalars["best_step"])
 
-    def initialize(self, weights: dict[str, torch.Tensor]) -> None:
+    def initialize(self, weights: dict[str, Tensor]) -> None:
         """Begin with these weights, of the model's names and shapes."""
         load_full(self.training_step.vae, weights)
         self.training_step.ema.load(weights)
-
-    def summary(self) -> str:
-        """The figures of the last evaluation in one line."""
-        value = self._last_row.get("eval/neg_elbo_nats", math.nan)
-        bits = self._last_row.get("eval/bits_per_dim")
-        return f"-ELBO {value:.2f} nats" + ("" if bits is None else f", {bits:.3f} bits/dim")

@@ -19,9 +19,9 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import psutil
 import torch
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vae_dist.config.errors import CommandFailed, ConfigError
-from vae_dist.config.resolve import COMPILED, has_buckets
+from vae_dist.config.resolve import COMPILED, has_buckets, images_per_slot
 from vae_dist.config.schema import PerceptualConfig, TrainConfig
 from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
@@ -66,67 +66,64 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
     """Of images of (H, W) pixels. `device` says what autocast does; nothing is computed on it."""
     with torch.device("meta"):
         vae = build_vae(config, image_size)
-        inputs = _inputs(config, image_size, vae.latent_shape(*image_size))
-        distance, critic = distance_of(config.perceptual.kind), None
+        images, noise, labels, mask = _inputs(config, vae.latent_shape(*image_size), image_size)
+        distance, critic = distance_of(config.perceptual.kind), nn.Module()
         if config.adversarial.weight:
+            channels = config.data.channels
             critic = build_discriminator(
-                config.adversarial, image_channels=config.data.channels, seed=config.seed
+                config.adversarial, image_channels=channels, seed=config.seed
             )
     if config.training.train_only == "decoder":
         freeze_encoder(vae)
     trained = [p for p in vae.parameters() if p.requires_grad]
     state_bytes = 2 * _num_bytes(vae) + 3 * sum(4 * p.numel() for p in trained)
-    terms: list[Callable[[Tensor], Tensor]] = []
+    state_bytes += 4 * _num_bytes(critic.requires_grad_(False))
     if distance is not None:
-        perceptual = PerceptualTerm(PerceptualConfig(), distance.to("meta"))
-        terms.append(lambda x: perceptual(x, inputs[0]).sum())
-        state_bytes += _num_bytes(distance)
-    if critic is not None:
-        critic.requires_grad_(False)
-        terms.append(lambda x: critic(x).float().sum())
-        state_bytes += 4 * _num_bytes(critic)
-    for network in filter(None, (vae, critic)):
+        state_bytes += _num_bytes(distance.to("meta"))
+        perceptual = PerceptualTerm(PerceptualConfig(), distance)
+    for network in (vae, critic):
         state_bytes += _lower(network, device, config.training.precision)
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     more = {"half_size": True} if config.objective.scale_equivariance else {}
     with _Meter() as meter:
-        result = vae(*inputs, **more)
+        result = vae(images, noise, labels, mask, **more)
         output, half_size = result if more else (result, None)
         loss = loss_terms(output, config.objective, beta=1.0, half_size=half_size).loss_sum
         forward_flops = meter.flops
         means = vae.likelihood.mean(output.params)
         leaf = means.detach().requires_grad_()
-        for term in terms:
-            loss = loss + (means * torch.autograd.grad(term(leaf), leaf)[0]).sum()
+        if distance is not None:
+            (gradient,) = torch.autograd.grad(perceptual(leaf, images).sum(), leaf)
+            loss = loss + (means * gradient).sum()
+        if config.adversarial.weight:
+            (gradient,) = torch.autograd.grad(critic(leaf).float().sum(), leaf)
+            loss = loss + (means * gradient).sum()
         flops_of_terms = meter.flops - forward_flops
-        del result, output, half_size, means, leaf
+        del result, output, half_size, means, leaf  # as a step lets go of them
         loss.backward()
-        step_flops = meter.flops - flops_of_terms
     return StepCost(
         forward_flops=forward_flops / TRACED_IMAGES,
-        step_flops=step_flops / TRACED_IMAGES,
+        step_flops=(meter.flops - flops_of_terms) / TRACED_IMAGES,
         state_bytes=state_bytes,
         image_bytes=meter.peak_bytes // TRACED_IMAGES,
     )
 
 
-def _num_bytes(module: nn.Module) -> int:
-    return 4 * sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
-
-
 def _inputs(
-    config: TrainConfig, image_size: tuple[int, int], latent: tuple[int, ...]
+    config: TrainConfig, latent: tuple[int, ...], image_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Images, noise, labels and mask of TRACED_IMAGES, as the model takes them."""
-    labels = mask = None
-    if config.model.num_classes:
-        labels = torch.empty(TRACED_IMAGES, dtype=torch.int64)
-    if config.data.mask != "none":
-        mask = torch.empty(TRACED_IMAGES, 1, *image_size, dtype=torch.uint8)
-    images = torch.empty(TRACED_IMAGES, config.data.channels, *image_size)
-    noise = torch.empty(noise_shape(config.objective, TRACED_IMAGES, latent))
-    return images, noise, labels, mask
+    num = TRACED_IMAGES
+    labels = torch.empty(num, dtype=torch.int64) if config.model.num_classes else None
+    has_mask = config.data.mask != "none"
+    mask = torch.empty(num, 1, *image_size, dtype=torch.uint8) if has_mask else None
+    images = torch.empty(num, config.data.channels, *image_size)
+    return images, torch.empty(noise_shape(config.objective, num, latent)), labels, mask
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return 4 * sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _lower(network: nn.Module, device: torch.device, precision: str) -> int:
@@ -140,13 +137,9 @@ def _lower(network: nn.Module, device: torch.device, precision: str) -> int:
         if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm):
             is_kept = isinstance(layer, nn.GroupNorm) and device.type == "cuda"
             layer.to(torch.float32 if is_kept else lower)
-            layer.register_forward_pre_hook(_cast)
-            num_bytes += 0 if is_kept else 2 * sum(p.numel() for p in layer.parameters())
+            layer.register_forward_pre_hook(lambda one, xs: xs[0].to(one.weight.dtype))
+            num_bytes += 0 if is_kept else _num_bytes(layer) // 2
     return num_bytes
-
-
-def _cast(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.to(layer.weight.dtype) for x in inputs)  # type: ignore[arg-type]
 
 
 class _Meter(TorchDispatchMode):
@@ -166,26 +159,22 @@ class _Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        given = {part.untyped_storage()._cdata for part in tree_leaves(args) if _is_tensor(part)}
-        for part in filter(_is_tensor, tree_leaves(result)):
-            storage = part.untyped_storage()
+        given = {one.untyped_storage()._cdata for one in tree_leaves(args) if _is_tensor(one)}
+        for storage in [one.untyped_storage() for one in tree_leaves(result) if _is_tensor(one)]:
             if storage._cdata not in given | self._known:  # a view takes nothing
-                self._count(storage)
+                self._known.add(storage._cdata)
+                self.live_bytes += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+                key, num_bytes = storage._cdata, storage.nbytes()
+                weakref.finalize(storage, self._release, key, num_bytes).atexit = False
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._release, key, num_bytes).atexit = False
 
     def _release(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
         self.live_bytes -= num_bytes
 
 
-def _is_tensor(part: object) -> TypeGuard[Tensor]:
+def _is_tensor(part: object) -> bool:
     return isinstance(part, Tensor)
 
 
@@ -194,13 +183,10 @@ def _is_tensor(part: object) -> TypeGuard[Tensor]:
 
 def candidates(config: TrainConfig, world: int) -> list[int]:
     """Images of a microbatch, from the whole share of a rank down to one slot: the even cuts."""
-    slots = config.data.slots // world
-    per_slot = config.training.batch_size // config.data.slots
+    slots, per_slot = config.data.slots // world, images_per_slot(config)
     if has_buckets(config) and config.runtime.compile in COMPILED:
         return [per_slot]  # each number of slots would be compiled for each bucket
-    return sorted(
-        {math.ceil(slots / cuts) * per_slot for cuts in range(1, slots + 1)}, reverse=True
-    )
+    return sorted({math.ceil(slots / cuts) * per_slot for cuts in range(1, slots + 1)})[::-1]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -235,29 +221,25 @@ def fit_microbatch(step: TrainingStep, image_size: tuple[int, int]) -> None:
         step.microbatch_size = estimated_microbatch(config, cost, runtime)
         return
     sizes = candidates(config, runtime.world)
-    while sizes:
-        if not runtime.any_rank(not _fits(step, sizes[0], image_size)):
-            step.microbatch_size = sizes[0]
-            return
+    while sizes and runtime.any_rank(not _fits(step, sizes[0], image_size)):
         sizes = [size for size in sizes if size <= sizes[0] // 2]
-    raise ConfigError(
-        f"training.microbatch_size=auto: not even the {config.training.batch_size} / "
-        f"{config.data.slots} images of one slot (training.batch_size / data.slots) fit into the "
-        "memory of every device; choose a smaller model or resolution, or more slots"
-    )
+    if not sizes:
+        raise ConfigError(
+            f"training.microbatch_size=auto: not even the {images_per_slot(config)} images of one "
+            "slot (training.batch_size / data.slots) fit into the memory of every device; choose "
+            "a smaller model or resolution, or more slots"
+        )
+    step.microbatch_size = sizes[0]
 
 
 def _fits(step: TrainingStep, num_images: int, image_size: tuple[int, int]) -> bool:
-    config = step.config
-    stored = {16: torch.uint16, 32: torch.float32}.get(config.data.bits, torch.uint8)
-    num_slots = num_images * config.data.slots // config.training.batch_size
+    data = step.config.data
+    stored = {16: torch.uint16, 32: torch.float32}.get(data.bits, torch.uint8)
     group = Group(
-        tuple(range(num_slots)),
-        torch.zeros(num_images, config.data.channels, *image_size, dtype=stored),
+        tuple(range(num_images // images_per_slot(step.config))),
+        torch.zeros(num_images, data.channels, *image_size, dtype=stored),
         torch.zeros(num_images, dtype=torch.int64),
-        torch.ones(num_images, 1, *image_size, dtype=torch.uint8)
-        if config.data.mask != "none"
-        else None,
+        torch.ones(num_images, 1, *image_size, dtype=torch.uint8) if data.mask != "none" else None,
     )
     try:
         step.rehearse(group)
@@ -268,6 +250,9 @@ def _fits(step: TrainingStep, num_images: int, image_size: tuple[int, int]) -> b
         step.forget()
         if step.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+# the host's memory
 
 
 @contextlib.contextmanager
@@ -289,14 +274,11 @@ def keep_freed_memory() -> None:
     """Let the process keep the memory that a step on a CPU frees, for the next step.
 
     glibc returns large pieces to the kernel, which clears each page before it hands it out again:
-    up to a third of a step (benchmarks/RESULTS.md). Loader processes must not inherit this, for
-    each would hold what its largest image took: call it once they run. An environment that sets up
-    malloc itself is left alone.
+    up to a third of a step. Loader processes must not inherit this, for each would hold what its
+    largest image took: call it once they run. An environment that sets up malloc is left alone.
     """
     is_set_up = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if sys.platform != "linux" or is_set_up:
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
+    if sys.platform == "linux" and not is_set_up and mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the end of the heap back
         mallopt(M_MMAP_MAX, 0)  # nor take large pieces as mappings of their own

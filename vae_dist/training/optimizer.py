@@ -7,10 +7,10 @@ a non-finite gradient into nothing without a host synchronisation.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vae_dist.config.schema import OptimizerConfig
 from vae_dist.distributed import full_value, load_full, local_part, part_like
@@ -20,19 +20,13 @@ SMALL = 2**14  # values of a gradient that is joined with others for their norm
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Weight decay acts on matrices and kernels; biases, norms and scales have none."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def freeze_encoder(vae: nn.Module) -> None:
@@ -42,37 +36,39 @@ def freeze_encoder(vae: nn.Module) -> None:
         parameter.requires_grad_(is_trained)
 
 
-def scale_and_clip(
-    gradients: list[torch.Tensor], scale: torch.Tensor, *, largest: float, is_scaled: bool
-) -> torch.Tensor:
-    """Divide gradients by the `scale` of an fp16 loss and clip their norm to `largest` (0: not), in
+def scale_and_clip(parameters: Iterable[nn.Parameter], scale: Tensor, *, largest: float) -> Tensor:
+    """Divide gradients by the `scale` of the loss and clip their norm to `largest` (0: not), in
     place. Returns the norm over all ranks before clipping, not finite where a gradient is not."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = _total_norm(gradients) / scale
-    if largest or is_scaled:
-        factor = torch.ones_like(norm)
-        if largest:
-            factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-        parts = [local_part(gradient) for gradient in gradients]
-        torch._foreach_mul_(parts, factor / scale)
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0) if largest else torch.ones_like(norm)
+    torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor / scale)
     return norm
 
 
-def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def _total_norm(gradients: list[Tensor]) -> Tensor:
     """Of all of them, 0-dim; there is at least one."""
-    if type(gradients[0]) is not torch.Tensor or not gradients[0].is_cpu:
+    if type(gradients[0]) is not Tensor or not gradients[0].is_cpu:
         # under FSDP the norm of DTensors, which is of all ranks' parts
         return full_value(torch.nn.utils.get_total_norm(gradients, foreach=True))
     # on a CPU the norm of a bias or of a small kernel costs more than to copy it
     parts = [gradient for gradient in gradients if gradient.numel() > SMALL]
-    if len(parts) < len(gradients):
-        small = [gradient for gradient in gradients if gradient.numel() <= SMALL]
+    small = [gradient for gradient in gradients if gradient.numel() <= SMALL]
+    if small:
         parts.append(torch._utils._flatten_dense_tensors(small))
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)))
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, module: nn.Module
-) -> dict[str, torch.Tensor]:
+def update(optimizer: torch.optim.Optimizer, lr: float, *, skip: Tensor) -> None:
+    """One step; `skip` = 1 leaves weights and moments as they are. Gradients are gone after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as "exp_avg/encoder.conv_in.weight" -> tensor. Empty before a step."""
     return {
         f"{kind}/{name}": value
@@ -82,7 +78,7 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_tensors` for full values; each goes where its parameter is."""
     parameters = dict(module.named_parameters())
@@ -100,22 +96,19 @@ def load_optimizer_tensors(
 
 
 class Ema:
-    """Exponential moving average: ema <- ema + (1 - decay) (weights - ema). Holds an averaged copy
-    of a module, float32, on the module's device.
+    """Exponential moving average: ema <- ema + (1 - decay) (weights - ema), float32.
 
     The decay of step k is min(decay, (1 + k) / (10 + k)), so that the average follows early
     training; it is a function of the step, so that a resumed run averages as if never stopped.
-    `replica` is a whole module of the same weights, needed where `module` is cut over ranks.
+    `replica`: a whole copy of the module, made before that was cut over ranks; it becomes the
+    averaged one.
     """
 
-    def __init__(
-        self, module: nn.Module, *, decay: float, replica: nn.Module | None = None
-    ) -> None:
-        self._module = copy.deepcopy(module) if replica is None else replica
-        self._module.requires_grad_(False).eval()
+    def __init__(self, module: nn.Module, replica: nn.Module, *, decay: float) -> None:
+        self._module = replica.requires_grad_(False).eval()
         self.decay = decay
         self._sources = dict(module.named_parameters())
-        whole = dict(self._module.named_parameters())
+        whole = dict(replica.named_parameters())
         # where the sources are cut, so are the averages; else they are the copy's own weights
         self.averages = {
             name: part_like(whole[name].detach(), source) for name, source in self._sources.items()
@@ -130,22 +123,22 @@ class Ema:
                 parameter.copy_(full_value(average))
         return self._module
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
         """Set the averages to full values."""
         load_full(self._module, tensors)
         for name, average in self.averages.items():
             local_part(average).copy_(local_part(part_like(tensors[name], average)))
 
     @torch.no_grad()
-    def update(self, step: int, *, found_inf: torch.Tensor) -> None:
-        """After the update of step `step` (from 0); found_inf = 1 moves nothing."""
+    def update(self, step: int, *, skip: Tensor) -> None:
+        """After the update of step `step` (from 0); skip = 1 moves nothing."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = [local_part(average) for average in self.averages.values()]
         sources = [local_part(source).detach() for source in self._sources.values()]
-        if found_inf.device.type == "cpu":  # which can be asked without a wait
-            if not found_inf:
+        if skip.is_cpu:  # which can be asked without a wait
+            if not skip:
                 torch._foreach_lerp_(averages, sources, 1 - decay)  # one pass instead of three
             return
         difference = torch._foreach_sub(sources, averages)
-        torch._foreach_mul_(difference, (1 - decay) * (1 - found_inf))
+        torch._foreach_mul_(difference, (1 - decay) * (1 - skip))
         torch._foreach_add_(averages, difference)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from vae_dist.config.keys import value_of
 from vae_dist.config.resolve import COMPILED, divisors
@@ -18,13 +20,13 @@ from vae_dist.data.transforms import ImageSettings
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
+from vae_dist.models.vae import VAE
 from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.compile import compiler_problem
-from vae_dist.training.memory import StepCost, estimated_microbatch, step_cost
+from vae_dist.training.memory import estimated_microbatch, step_cost
 
-# the shipped configs take 10 to 135 epochs of their data
-MANY_EPOCHS = 1000
+MANY_EPOCHS = 1000  # the shipped configs take 10 to 135 epochs of their data
 ROUNDING = 0.05  # of a data set's share in a batch, that is not worth a note
 
 
@@ -41,16 +43,18 @@ class Data:
     @property
     def evaluation_settings(self) -> ImageSettings:
         settings = self.settings.without_augmentation()
-        return replace(
-            settings,
-            any_size=self.any_size and not settings.resize,
-            needs=tuple(need for need in settings.needs if need.in_evaluation),
-        )
+        needs = tuple(need for need in settings.needs if need.in_evaluation)
+        return replace(settings, any_size=self.any_size and not settings.resize, needs=needs)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """H, W of every image that the model sees, or of a typical one where sizes differ."""
         return self.settings.size
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """H, W of the image that costs most memory, as far as that is known before it is read."""
+        return max(self.settings.buckets or (self.image_size,), key=math.prod)
 
     @property
     def num_dims(self) -> int:
@@ -65,149 +69,73 @@ class Data:
         }
 
 
-def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
-    """The plan with what a step costs; nothing is built on the device. Every rank takes part."""
-    cost = step_cost(config, largest_size(data), runtime.device)
-    asked = config.training.microbatch_size
-    size = estimated_microbatch(config, cost, runtime) if asked == "auto" else asked
-    lines = plan(config, data, runtime, first_step=0, microbatch_size=size)
-    return lines + _costs(config, data, runtime, cost, microbatch_size=size)
-
-
 def plan(
-    config: TrainConfig, data: Data, runtime: Runtime, *, first_step: int, microbatch_size: int
+    config: TrainConfig,
+    data: Data,
+    runtime: Runtime,
+    vae: VAE,
+    *,
+    first_step: int,
+    microbatch_size: int,
 ) -> list[str]:
     """Model, data, steps and machine in a few lines. `config` is resolved."""
-    with torch.device("meta"):
-        vae = build_vae(config, data.image_size)
-    num_parameters = sum(p.numel() for p in vae.parameters())
-    height, width = data.image_size
+    training, (height, width) = config.training, data.image_size
     latent = "x".join(str(size) for size in vae.latent_shape(height, width))
-    training = config.training
     epochs = training.steps * training.batch_size / data.train.num_samples
     begin = f", going on at step {first_step}" if first_step else ""
     buckets = f" in {len(data.settings.buckets)} aspect buckets" if data.settings.buckets else ""
-    is_cpu = runtime.device.type == "cpu"
-    threads = f" ({_counted(torch.get_num_threads(), 'thread')})" if is_cpu else ""
+    likelihood = f"{config.likelihood.kind} likelihood"
+    if config.likelihood.kind == "bernoulli" and config.likelihood.binarization == "soft":
+        likelihood = "cross-entropy (soft targets: no likelihood)"
+    device = runtime.device.type
+    threads = f" ({_counted(torch.get_num_threads(), 'thread')})" if device == "cpu" else ""
     return [
-        f"config {config.config}: {num_parameters:,} parameters, {_likelihood(config)} "
+        f"config {config.config}: {_num_parameters(vae):,} parameters, {likelihood} "
         f"of {config.data.channels}x{height}x{width} images{buckets}, {latent} latents",
         f"data {config.data.train}: {data.train.num_samples:,} images in "
         f"{_counted(len(data.train.paths), 'shard')}; validation: {data.validation.num_samples:,}",
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
-        f"{config.data.slots} slots, on {runtime.world} x {runtime.device.type}{threads}, "
-        f"{_arithmetic(config, runtime, microbatch_size)}",
-        *describe_added_terms(config),
-        *_unfinished_warmups(config),
-        *_unusual_epochs(config, data.train.num_samples),
-        *_rounded_weights(config, data),
+        f"{config.data.slots} slots, on {runtime.world} x {device}{threads}, "
+        f"{', '.join(arithmetic(config, runtime, microbatch_size))}",
+        *_added_terms(config),
+        *(f"note: {note}" for note in notes(config, data)),
     ]
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _unfinished_warmups(config: TrainConfig) -> list[str]:
-    """Of a trial of a few steps, or of a slip of the pen."""
-    return [
-        f"note: the last step, {config.training.steps}, comes before the end of {name}={steps}"
-        for name in ("optimizer.warmup_steps", "objective.beta_warmup_steps")
-        if (steps := value_of(config, name)) > config.training.steps
-    ]
-
-
-def _unusual_epochs(config: TrainConfig, num_samples: int) -> list[str]:
-    """Of a config that was made for a larger data set, or a run that sees a part of its own."""
-    batch_size, steps = config.training.batch_size, config.training.steps
-    shown = steps * batch_size
-    if shown < num_samples:
-        return [
-            f"note: the run ends within its first epoch, after {shown:,} of {num_samples:,} images"
-        ]
-    if shown > MANY_EPOCHS * num_samples:
-        enough = max(1, MANY_EPOCHS * num_samples // batch_size)
-        return [
-            f"note: each image is shown {shown // num_samples:,} times, more than most VAEs gain "
-            f"from; training.steps={enough} makes {MANY_EPOCHS:,}"
-        ]
-    return []
-
-
-def _rounded_weights(config: TrainConfig, data: Data) -> list[str]:
-    """Of a mixture of which a batch holds clearly other shares than the weights say."""
-    is_bucketed = bool(data.settings.buckets)
-    key = "data.slots" if is_bucketed else "training.batch_size"
-    lanes, weights = value_of(config, key), [weight for _, weight in data.train.parts]
-    given = quotas(weights, lanes, key=key) if weights else []
-    shares = [weight / sum(weights) * lanes for weight in weights]
-    if all(abs(n - m) <= ROUNDING * m for n, m in zip(given, shares, strict=True)):
-        return []
-    asked, gets = (":".join(f"{number:g}" for number in numbers) for numbers in (weights, given))
-    return [
-        f"note: the weights {asked} of data.train cannot divide the {lanes} "
-        f"{'slots' if is_bucketed else 'images'} of a batch; the data sets get {gets} of them "
-        f"instead; raise {key}, or weigh them so"
-    ]
-
-
-def _arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> str:
-    """Precision, and how it is carried out."""
-    words = [f"precision {config.training.precision}"]
-    if config.training.precision == "bf16" and not computes_bf16(config.runtime):
-        words[0] += " (this CPU emulates it: training.precision=no is several times faster)"
-    if config.runtime.compile in COMPILED:
-        words.append("compiled" if config.runtime.compile == "true" else "compiled block by block")
-    elif runtime.device.type == "cuda" and (problem := compiler_problem(runtime.device)):
-        words.append(f"not compiled ({problem})")
-    if config.runtime.channels_last == "true":
-        words.append("channels last")
-    if microbatch_size:
-        words.append(f"microbatches of {microbatch_size}")
-    return ", ".join(words)
-
-
-def _likelihood(config: TrainConfig) -> str:
-    if config.likelihood.kind == "bernoulli" and config.likelihood.binarization == "soft":
-        return "cross-entropy (soft targets: no likelihood)"
-    return f"{config.likelihood.kind} likelihood"
-
-
-def _costs(
-    config: TrainConfig, data: Data, runtime: Runtime, cost: StepCost, *, microbatch_size: int
-) -> list[str]:
-    """Arithmetic of an image, memory of one process, and the numbers of processes that can share
-    the run."""
+def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
+    """The plan with what a step costs, and the numbers of processes that can share the run; nothing
+    is built on the device. Every rank takes part."""
     with torch.device("meta"):
         vae = build_vae(config, data.image_size)
-        networks = dict(vae.named_children())
+        networks: dict[str, nn.Module] = dict(vae.named_children())
         if config.adversarial.weight:
             networks["discriminator"] = build_discriminator(
                 config.adversarial, image_channels=config.data.channels, seed=config.seed
             )
-    parts = ", ".join(
-        f"{name} {sum(p.numel() for p in part.parameters()):,}"
-        for name, part in networks.items()
-        if any(True for _ in part.parameters())
-    )
+    cost = step_cost(config, data.largest_size, runtime.device)
+    size: int = config.training.microbatch_size
+    if config.training.microbatch_size == "auto":
+        size = estimated_microbatch(config, cost, runtime)
+    sizes = {name: _num_parameters(part) for name, part in networks.items()}
+    parts = ", ".join(f"{name} {number:,}" for name, number in sizes.items() if number)
     share = config.training.batch_size // runtime.world
-    images = min(microbatch_size or share, share)
+    images = min(size or share, share)
     # a lane is an image of a step, with aspect buckets a slot
     lanes = config.data.slots if data.settings.buckets else config.training.batch_size
     window_bytes = 2 * config.data.window * lanes * data.train.mean_sample_bytes
-    workers = min(config.data.workers, lanes // runtime.world)
     kept_bytes = bytes_cached(
         data.train.num_samples,
         data.settings,
         cache_bytes=config.data.cache_bytes,
-        workers=workers,
+        workers=min(config.data.workers, lanes // runtime.world),
     )
     kept = f", decoded images that are kept {_megabytes(kept_bytes)}" if kept_bytes else ""
     worlds = ", ".join(str(world) for world in divisors(config.data.slots))
     return [
+        *plan(config, data, runtime, vae, first_step=0, microbatch_size=size),
         f"parameters: {parts}",
-        f"arithmetic of an image: {_operations(cost.forward_flops)} forward, "
-        f"{_operations(cost.step_flops)} with its backward",
+        f"arithmetic of an image: {cost.forward_flops / 1e9:,.3g} GFLOP forward, "
+        f"{cost.step_flops / 1e9:,.3g} GFLOP with its backward",
         f"memory of one process: about {_megabytes(cost.peak_bytes(images))} of tensors: weights, "
         f"gradients, moments and average {_megabytes(cost.state_bytes)}, a microbatch of {images} "
         f"images {_megabytes(images * cost.image_bytes)}; undecoded samples "
@@ -217,32 +145,71 @@ def _costs(
     ]
 
 
-def largest_size(data: Data) -> tuple[int, int]:
-    """H, W of the image that costs most memory, as far as that is known before it is read."""
-    return max(data.settings.buckets or (data.image_size,), key=math.prod)
-
-
 def peak_images_per_second(config: TrainConfig, data: Data, runtime: Runtime) -> float:
     """Images per second of one device at its peak arithmetic speed, 0.0 where that is not known.
 
     What is not a matrix product or a convolution is not counted.
     """
     peak = peak_flops(runtime.device, config.training.precision)
-    if not peak:
-        return 0.0
-    return peak / step_cost(config, data.image_size, runtime.device).step_flops
+    return peak / step_cost(config, data.image_size, runtime.device).step_flops if peak else 0.0
 
 
-def _operations(flops: float) -> str:
-    return f"{flops / 1e9:,.3g} GFLOP"
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.0f} MiB"
 
 
-def describe_added_terms(config: TrainConfig) -> list[str]:
-    """Lines, none for the bound alone. `perceptual.kind` is resolved."""
+def notes(config: TrainConfig, data: Data) -> Iterator[str]:
+    """What a config says that its writer may not have meant."""
+    steps, batch_size = config.training.steps, config.training.batch_size
+    for key in ("optimizer.warmup_steps", "objective.beta_warmup_steps"):
+        if (warmup := value_of(config, key)) > steps:
+            yield f"the last step, {steps}, comes before the end of {key}={warmup}"
+    shown, num_samples = steps * batch_size, data.train.num_samples
+    if shown < num_samples:
+        yield f"the run ends within its first epoch, after {shown:,} of {num_samples:,} images"
+    if shown > MANY_EPOCHS * num_samples:
+        enough = max(1, MANY_EPOCHS * num_samples // batch_size)
+        yield (
+            f"each image is shown {shown // num_samples:,} times, more than most VAEs gain from; "
+            f"training.steps={enough} makes {MANY_EPOCHS:,}"
+        )
+    key = "data.slots" if data.settings.buckets else "training.batch_size"
+    lanes, weights = value_of(config, key), [weight for _, weight in data.train.parts]
+    given = quotas(weights, lanes, key=key) if weights else []
+    shares = [weight / sum(weights) * lanes for weight in weights]
+    if any(abs(n - m) > ROUNDING * m for n, m in zip(given, shares, strict=True)):
+        asked, gets = (":".join(f"{number:g}" for number in ns) for ns in (weights, given))
+        yield (
+            f"{key}={lanes} cannot be divided by the weights {asked} of data.train; the data sets "
+            f"get {gets} of it instead; raise {key}, or weigh them so"
+        )
+
+
+def arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> Iterator[str]:
+    """Precision, and how it is carried out."""
+    is_emulated = config.training.precision == "bf16" and not computes_bf16(config.runtime)
+    emulated = " (this CPU emulates it: training.precision=no is several times faster)"
+    yield f"precision {config.training.precision}{emulated * is_emulated}"
+    if config.runtime.compile in COMPILED:
+        yield "compiled" + " block by block" * (config.runtime.compile == "blocks")
+    elif runtime.device.type == "cuda" and (problem := compiler_problem(runtime.device)):
+        yield f"not compiled ({problem})"
+    if config.runtime.channels_last == "true":
+        yield "channels last"
+    if microbatch_size:
+        yield f"microbatches of {microbatch_size}"
+
+
+def _added_terms(config: TrainConfig) -> Iterator[str]:
+    """Of the loss beside the bound; `perceptual.kind` is resolved."""
     parts, perceptual, adversarial = [], config.perceptual, config.adversarial
     if perceptual.kind != "none":
         parts.append(f"perceptual {perceptual.kind} x {perceptual.weight:g}")
@@ -255,10 +222,10 @@ def describe_added_terms(config: TrainConfig) -> list[str]:
         parts.append(f"half size x {config.objective.scale_equivariance:g}")
     if config.objective.latent_noise:
         parts.append(f"latent noise {config.objective.latent_noise:g}")
-    lines = [f"beside the bound: {', '.join(parts)}"] if parts else []
+    if parts:
+        yield f"beside the bound: {', '.join(parts)}"
     if config.training.train_only == "decoder":
-        lines.append(
+        yield (
             "decoder alone: encoder, quant_conv and label embedding keep their weights, the rate "
             "has no gradient"
         )
-    return lines

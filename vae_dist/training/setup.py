@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import psutil
@@ -23,6 +22,7 @@ import torch
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
+from vae_dist.data.sources import is_remote
 from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.models.build import build_vae
@@ -38,14 +38,7 @@ from vae_dist.run.resume import (
     newest_checkpoint,
 )
 from vae_dist.tracking.console import say
-from vae_dist.tracking.sinks import Sink
-from vae_dist.training.build import (
-    build_trainer,
-    check_image_sizes,
-    load_data,
-    open_sinks,
-    training_stream,
-)
+from vae_dist.training.build import build_trainer, check_image_sizes, load_data, training_stream
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.loop import Trainer
 from vae_dist.training.plan import Data, dry_run, plan
@@ -56,8 +49,14 @@ from vae_dist.training.stop import (
     StopSignals,
     TrainingFailed,
 )
+from vae_dist.training.trackers import Trackers, open_trackers
 
 LOCK_PAUSE_S = 0.5  # between two looks at a lock whose holder may be ending
+LOADER_REMEDY = (
+    "lower data.workers or data.cache_bytes, or ask for more memory; then the same command goes on "
+    "from its last checkpoint"
+)
+Ending = tuple[int, list[str]]  # exit code, and what the main process says at last
 
 
 class Startup:
@@ -99,8 +98,11 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         config = runtime.on_all_ranks(lambda: resolve(config, facts))
         runtime.on_all_ranks(lambda: runtime.use_precision(config.training.precision))
         if config.dry_run:
-            return _dry_run(config, facts, runtime)
-        code = _supervised(config, facts, runtime, folder, signals, startup)
+            code, lines = _dry_run(config, facts, runtime)
+        else:
+            code, lines = Session(config, facts, runtime, folder, signals, startup).run()
+        for line in lines if runtime.is_main else ():
+            say(line)
         if code != 1:
             # Ranks leave after the main process has written all: srun and elastic agents end
             # those that are left. After a failure a rank may be gone, so there is no barrier.
@@ -126,15 +128,17 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
     """What the machines of all ranks can do, as far as the config asks for it."""
     on_gpu, asked = has_accelerator(config.runtime), config.runtime.compile
     may_compile = asked in COMPILED or (asked == "auto" and on_gpu)
-    of_ranks = runtime.gather(
-        (
-            computes_bf16(config.runtime),
-            lpips_available("vgg", folder_of(config.perceptual)),
-            compiler_problem(runtime.device) if may_compile else None,
-        )
+    bf16, lpips, problems = zip(
+        *runtime.gather(
+            (
+                computes_bf16(config.runtime),
+                lpips_available("vgg", folder_of(config.perceptual)),
+                compiler_problem(runtime.device) if may_compile else None,
+            )
+        ),
+        strict=True,
     )
-    bf16, lpips, problems = zip(*of_ranks, strict=True)
-    problem = next((problem for problem in problems if problem is not None), None)
+    problem = next(filter(None, problems), None)
     return Facts(
         on_gpu,
         has_bf16=all(bf16),
@@ -142,131 +146,6 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
         compiler_problem=problem,
         world=runtime.world,
     )
-
-
-def _supervised(
-    config: TrainConfig,
-    facts: Facts,
-    runtime: Runtime,
-    folder: RunFolder,
-    signals: StopSignals,
-    startup: Startup,
-) -> int:
-    """Take the folder and train in it; a failure of any rank is reported by those that live."""
-    outcome = Outcome(runtime, folder, timeout_s=config.runtime.timeout_s)
-    stop = StopRequest(runtime, signals)
-    with contextlib.ExitStack() as held:  # the folder is given back after the last word
-        try:
-            with outcome.watch, outcome.failures_reported():
-                if not held.enter_context(_locked(outcome, stop)):
-                    return _stopped_before_training(outcome, 0, stop)
-                return _train(config, facts, stop, startup, outcome, held)
-        except (TrainingFailed, RankFailed) as failure:
-            say(f"failed: {failure}", sys.stdout if runtime.is_main else sys.stderr)
-            return 1
-
-
-@contextlib.contextmanager
-def _locked(outcome: Outcome, stop: StopRequest) -> Iterator[bool]:
-    """The run folder, held by the main process and visible to all ranks; False after a stop."""
-    runtime, folder = outcome.runtime, outcome.folder
-    lock = RunLock(folder, say=say)
-    with contextlib.ExitStack() as held:
-
-        def take() -> str:
-            folder.create()
-            if not lock.attempt():
-                time.sleep(LOCK_PAUSE_S)
-                return ""
-            held.callback(lock.release)
-            held.callback(stop.end)
-            held.callback(folder.remove_if_unused)
-            folder.create()  # again: a starter that was refused may have removed its folders
-            folder.remove_leftovers()
-            folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
-            return lock.holder
-
-        outcome.watch.at(-1, "run folder")
-        while not (holder := runtime.on_main(take)):
-            if stop.agreed_now():
-                yield False
-                return
-        if runtime.any_rank(not folder.is_held_by(holder)):
-            raise ConfigError(
-                f"run={folder.path} is not the same folder on all nodes; choose one on a file "
-                "system that all nodes see"
-            )
-        outcome.is_ours = True
-        if runtime.is_main:
-            stop.watch_folder(folder, lock)
-        yield True
-
-
-def _train(
-    config: TrainConfig,
-    facts: Facts,
-    stop: StopRequest,
-    startup: Startup,
-    outcome: Outcome,
-    held: contextlib.ExitStack,
-) -> int:
-    runtime, folder, watch = outcome.runtime, outcome.folder, outcome.watch
-    watch.at(-1, "newest checkpoint")
-    checkpoint = newest_checkpoint(runtime, folder)
-    startup.mark("checkpoint")
-    start_step = checkpoint.step if checkpoint is not None else 0
-    if checkpoint is not None and is_finished(config, checkpoint):
-        outcome.record("finished", step=checkpoint.step, reason="all steps are done")
-        if runtime.is_main:
-            say(
-                f"finished: {folder.path} stands at step {checkpoint.step} of "
-                f"{config.training.steps}; nothing is left to do"
-            )
-        return 0
-    if stop.agreed_now():
-        return _stopped_before_training(outcome, start_step, stop)
-    watch.at(-1, "shards")
-    config, data = resolved_with_data(config, facts, runtime)
-
-    def weights_to_begin_with() -> Tensors | None:
-        if checkpoint is not None:
-            check_identity(checkpoint, data.identity, config, folder)
-            return None
-        return _given_weights(config, data)
-
-    weights = runtime.on_all_ranks(weights_to_begin_with)
-    startup.mark("data")
-    if stop.agreed_now():
-        return _stopped_before_training(outcome, start_step, stop)
-    watch.at(-1, "trackers")
-    sinks, console = open_sinks(config, runtime, folder, start_step)
-    held.callback(_close, sinks, "failed")  # where what follows fails; else they are closed then
-    watch.at(-1, "model")
-    trainer = build_trainer(config, runtime, folder, data, sinks, console)
-    if checkpoint is not None:
-        kept_steps = runtime.on_main(folder.checkpoints.steps)
-        runtime.on_all_ranks(lambda: _restore(trainer, checkpoint, kept_steps))
-    elif weights is not None:
-        runtime.on_all_ranks(lambda: trainer.initialize(weights))
-    runtime.on_main(lambda: folder.write_config(config))
-    places = runtime.hosts()
-    if console is not None:
-        microbatch_size = trainer.training_step.microbatch_size
-        lines = plan(config, data, runtime, first_step=start_step, microbatch_size=microbatch_size)
-        lines += places
-        for line in [*lines, f"output {folder.path}"]:
-            console.say(line)
-    startup.mark("model and trackers")
-    return _fit(trainer, data, stop, startup, outcome)
-
-
-def _given_weights(config: TrainConfig, data: Data) -> Tensors | None:
-    """Those of `init_from`, which fit the model, or None without it."""
-    if not config.init_from:
-        return None
-    with torch.device("meta"):
-        model = build_vae(config, data.image_size)
-    return initial_weights(config, model)
 
 
 def resolved_with_data(
@@ -280,59 +159,176 @@ def resolved_with_data(
     return resolved, data
 
 
-def _stopped_before_training(outcome: Outcome, step: int, stop: StopRequest) -> int:
-    outcome.record("interrupted", step=step, reason=stop.reason)
-    if outcome.runtime.is_main:
-        say(_interrupted_before_training(stop.reason))
-    return EXIT_INTERRUPTED
+def _dry_run(config: TrainConfig, facts: Facts, runtime: Runtime) -> Ending:
+    """Check everything, leave the run folder alone."""
+    config, data = resolved_with_data(config, facts, runtime)
+    runtime.on_all_ranks(lambda: _given_weights(config, data))
+    return 0, dry_run(config, data, runtime)
 
 
-def _interrupted_before_training(reason: str) -> str:
-    return f"interrupted before training ({reason}); the same command starts it again"
+def _given_weights(config: TrainConfig, data: Data) -> Tensors | None:
+    """Those of `init_from`, which fit the model, or None without it."""
+    if not config.init_from:
+        return None
+    with torch.device("meta"):
+        model = build_vae(config, data.image_size)
+    return initial_weights(config, model)
 
 
-def _fit(
-    trainer: Trainer, data: Data, stop: StopRequest, startup: Startup, outcome: Outcome
-) -> int:
-    """Run the loop; record in status.json how it ended."""
-    config, runtime = trainer.config, trainer.runtime
-    outcome.record("running", step=trainer.step, reason="")
-    outcome.is_training, outcome.save_first = True, trainer.save_what_is_whole
-    status = "failed"
+class Session:
+    """The part of a session that holds the run folder."""
 
-    def first_step_is_done() -> None:
-        startup.mark("first step")
-        if runtime.is_main:
-            trainer.say(startup.line())
+    def __init__(
+        self,
+        config: TrainConfig,
+        facts: Facts,
+        runtime: Runtime,
+        folder: RunFolder,
+        signals: StopSignals,
+        startup: Startup,
+    ) -> None:
+        self.config, self.facts, self.runtime, self.folder = config, facts, runtime, folder
+        self.startup, self.trackers = startup, Trackers()
+        self.stop = StopRequest(runtime, signals)
+        self.outcome = Outcome(runtime, folder, timeout_s=config.runtime.timeout_s)
+        self.watch = self.outcome.watch
+        self.held = contextlib.ExitStack()  # given back after the last word
 
-    try:
-        with (
-            outcome.failures_reported(),
-            deaths_explained(
-                "lower data.workers or data.cache_bytes, or ask for more memory; then the same "
-                "command goes on from its last checkpoint"
-            ),
-            contextlib.closing(training_stream(config, runtime, data, trainer.step)) as batches,
-        ):
-            status = trainer.fit(batches, stop, outcome.watch, first_step_is_done)
-        outcome.record(
-            status, step=trainer.writer.written_step, reason=stop.reason or "all steps are done"
-        )
-    finally:
-        outcome.watch.end()  # what follows sends no message
-        trainer.image_logger.close()
-        _close(trainer.sinks, status)
-    if runtime.is_main:
-        for line in _farewell(trainer, status, stop.reason):
-            say(line)
-    return 0 if status == "finished" else EXIT_INTERRUPTED
+    def run(self) -> Ending:
+        """Take the folder and train in it; a failure of any rank is reported by those that live."""
+        try:
+            with self.held, self.watch, self.outcome.failures_reported():
+                if self.take_folder():
+                    return self._train()
+                return self._stopped_before_training(0)
+        except (TrainingFailed, RankFailed) as failure:
+            if not self.runtime.is_main:
+                say(f"failed: {failure}", sys.stderr)
+            return 1, [f"failed: {failure}"]
 
+    def take_folder(self) -> bool:
+        """Hold the folder, which all ranks see, as long as `held` is open; False after a stop."""
+        lock = RunLock(self.folder, say=say)
 
-def _close(sinks: Iterable[Sink], status: str) -> None:
-    """What has been closed already is left alone."""
-    for sink in sinks:
-        with contextlib.suppress(OSError):
-            sink.close(status)
+        def take() -> str:
+            self.folder.create()
+            if not lock.attempt():
+                time.sleep(LOCK_PAUSE_S)
+                return ""
+            self.held.callback(lock.release)
+            self.held.callback(self.stop.end)
+            self.held.callback(self.folder.remove_if_unused)
+            self.folder.create()  # again: a starter that was refused may have removed its folders
+            self.folder.remove_leftovers()
+            self.folder.stop_path.unlink(missing_ok=True)  # it asked the last session to stop
+            return lock.holder
+
+        self.watch.at(-1, "run folder")
+        while not (holder := self.runtime.on_main(take)):
+            if self.stop.agreed_now():
+                return False
+        if self.runtime.any_rank(not self.folder.is_held_by(holder)):
+            raise ConfigError(
+                f"run={self.folder.path} is not the same folder on all nodes; choose one on a file "
+                "system that all nodes see"
+            )
+        self.outcome.is_ours = True
+        if self.runtime.is_main:
+            self.stop.watch_folder(self.folder, lock)
+        return True
+
+    def _stopped_before_training(self, step: int) -> Ending:
+        reason = self.stop.reason
+        self.outcome.record("interrupted", step=step, reason=reason)
+        return EXIT_INTERRUPTED, [
+            f"interrupted before training ({reason}); the same command starts it again"
+        ]
+
+    def _train(self) -> Ending:
+        self.watch.at(-1, "newest checkpoint")
+        checkpoint = newest_checkpoint(self.runtime, self.folder)
+        step = checkpoint.step if checkpoint is not None else 0
+        self.startup.mark("checkpoint")
+        if checkpoint is not None and is_finished(self.config, checkpoint):
+            self.outcome.record("finished", step=step, reason="all steps are done")
+            return 0, [
+                f"finished: {self.folder.path} stands at step {step} of "
+                f"{self.config.training.steps}; nothing is left to do"
+            ]
+        if self.stop.agreed_now():
+            return self._stopped_before_training(step)
+        self.watch.at(-1, "shards")
+        self.config, data = resolved_with_data(self.config, self.facts, self.runtime)
+        if any(map(is_remote, (*data.train.paths, *data.validation.paths))):
+            self.watch.reading_s = self.config.data.retry_s
+        weights = self.runtime.on_all_ranks(lambda: self._weights_to_begin_with(data, checkpoint))
+        self.startup.mark("data")
+        if self.stop.agreed_now():
+            return self._stopped_before_training(step)
+        trainer = self._trainer(data, checkpoint, weights)
+        return self._fit(trainer)
+
+    def _weights_to_begin_with(self, data: Data, checkpoint: Checkpoint | None) -> Tensors | None:
+        if checkpoint is None:
+            return _given_weights(self.config, data)
+        check_identity(checkpoint, data.identity, self.config, self.folder)
+        return None
+
+    def _trainer(
+        self, data: Data, checkpoint: Checkpoint | None, weights: Tensors | None
+    ) -> Trainer:
+        """A Trainer that stands where the run does, and the plan on the console."""
+        config, runtime, trackers = self.config, self.runtime, self.trackers
+        start_step = checkpoint.step if checkpoint is not None else 0
+        self.watch.at(-1, "trackers")
+        self.held.callback(lambda: trackers.close(self.outcome.status))
+        open_trackers(trackers, config, runtime, self.folder, start_step)
+        self.watch.at(-1, "model")
+        trainer = build_trainer(config, runtime, self.folder, data, trackers)
+        self.held.callback(trainer.image_logger.close)
+        if checkpoint is not None:
+            kept_steps = runtime.on_main(self.folder.checkpoints.steps)
+            runtime.on_all_ranks(lambda: _restore(trainer, checkpoint, kept_steps))
+        elif weights is not None:
+            runtime.on_all_ranks(lambda: trainer.initialize(weights))
+        runtime.on_main(lambda: self.folder.write_config(config))
+        size, vae = trainer.training_step.microbatch_size, trainer.training_step.vae
+        lines = plan(config, data, runtime, vae, first_step=start_step, microbatch_size=size)
+        lines += [*runtime.hosts(), f"output {self.folder.path}"]
+        for line in lines if runtime.is_main else ():
+            trainer.say(line)
+        self.startup.mark("model and trackers")
+        return trainer
+
+    def _fit(self, trainer: Trainer) -> Ending:
+        """Run the loop; record in status.json how it ended."""
+
+        def first_step_is_done() -> None:
+            self.startup.mark("first step")
+            if self.runtime.is_main:
+                trainer.say(self.startup.line())
+
+        trainer.on_first_step = first_step_is_done
+        self.outcome.record("running", step=trainer.step, reason="")
+        self.outcome.save_first = trainer.save_what_is_whole
+        stream = training_stream(self.config, self.runtime, trainer.data, trainer.step)
+        with deaths_explained(LOADER_REMEDY), contextlib.closing(stream) as batches:
+            status = trainer.fit(batches, self.stop, self.watch)
+        reason, step = self.stop.reason, trainer.writer.written_step
+        self.outcome.record(status, step=step, reason=reason or "all steps are done")
+        if status == "interrupted":
+            return EXIT_INTERRUPTED, [
+                f"interrupted at step {step} ({reason}); the same command goes on from there"
+            ]
+        run = self.folder.path
+        return 0, [
+            f"finished: step {step}, validation {trainer.summary()} (averaged weights)",
+            f"  images    {self.folder.images}",
+            f"  report    python -m vae_dist.report run={run}",
+            f"  next      python -m vae_dist.sample run={run} num_images=64 out=samples.png",
+            f"            python -m vae_dist.reconstruct run={run}",
+            f"            python -m vae_dist.evaluate run={run}",
+        ]
 
 
 def _restore(trainer: Trainer, checkpoint: Checkpoint, kept_steps: list[int]) -> None:
@@ -348,37 +344,7 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, kept_steps: list[int]) ->
         trainer.restore(checkpoint, kept_steps=kept_steps)
     except (RuntimeError, KeyError) as error:  # torch lists each name and shape that differs
         raise ConfigError(
-            f"run={trainer.folder.path}: the weights of step {checkpoint.step} do not fit this "
-            "config's model; take back what changed under model, likelihood and data.channels, or "
-            f"start anew with run=OTHER_FOLDER ({error})"
+            f"run={trainer.folder.path}: the weights of step {step} do not fit this config's "
+            "model; take back what changed under model, likelihood and data.channels, or start "
+            f"anew with run=OTHER_FOLDER ({error})"
         ) from None
-
-
-# words
-
-
-def _farewell(trainer: Trainer, status: str, reason: str) -> list[str]:
-    run = trainer.folder.path
-    if status == "interrupted":
-        return [
-            f"interrupted at step {trainer.writer.written_step} ({reason}); "
-            "the same command goes on from there"
-        ]
-    return [
-        f"finished: step {trainer.step}, validation {trainer.summary()} (averaged weights)",
-        f"  images    {trainer.folder.images}",
-        f"  report    python -m vae_dist.report run={run}",
-        f"  next      python -m vae_dist.sample run={run} num_images=64 out=samples.png",
-        f"            python -m vae_dist.reconstruct run={run}",
-        f"            python -m vae_dist.evaluate run={run}",
-    ]
-
-
-def _dry_run(config: TrainConfig, facts: Facts, runtime: Runtime) -> int:
-    """Check everything, print the plan, leave the run folder alone."""
-    config, data = resolved_with_data(config, facts, runtime)
-    runtime.on_all_ranks(lambda: _given_weights(config, data))
-    lines = dry_run(config, data, runtime)
-    if runtime.is_main:
-        print("\n".join(lines))
-    return 0

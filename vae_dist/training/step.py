@@ -6,53 +6,56 @@ over ranks, so each rank backpropagates `world * sum over its images / batch_siz
 functions of (seed, purpose, k, slot), so neither the number of ranks nor the microbatch changes
 them. A microbatch holds slots of one shape; ranks may have different numbers of microbatches, but
 each has one backward that sums gradients over the ranks, its last.
-With a discriminator (`adversary`) there are two networks and two updates: a gradient of either that
-is not finite leaves both as they are.
+With a discriminator there are two networks and two updates: a gradient of either that is not finite
+leaves both as they are.
 Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime, load_full
-from vae_dist.models.vae import NO_LABEL, VAE
+from vae_dist.models.build import build_vae
+from vae_dist.models.vae import NO_LABEL
 from vae_dist.objectives.elbo import loss_terms, noise_shape
+from vae_dist.objectives.perceptual import build_perceptual, fetch_weights
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
-from vae_dist.training.adversarial import Adversary
+from vae_dist.training.adversarial import Adversary, Sums
+from vae_dist.training.compile import lay_out, use_tensor_float_32
 from vae_dist.training.guards import SpikeGuard
 from vae_dist.training.losses import ReconstructionLosses
 from vae_dist.training.optimizer import (
     Ema,
+    build_optimizer,
+    freeze_encoder,
     load_optimizer_tensors,
     optimizer_tensors,
     scale_and_clip,
+    update,
 )
+
+NORMAL, UNIFORM = torch.Tensor.normal_, torch.Tensor.uniform_
 
 
 class StepReport(NamedTuple):
-    """Sums over this rank's images (0-dim tensors, nats), and what all ranks share."""
+    """0-dim tensors on the device, and two numbers; `shared` and what follows is of all ranks."""
 
-    loss_sum: torch.Tensor
-    distortion_sum: torch.Tensor
-    rate_sum: torch.Tensor
-    neg_bound_sum: torch.Tensor
-    num_dims: torch.Tensor  # values that the likelihood counts, int64
-    grad_norm: torch.Tensor  # before clipping, over all ranks
-    found_inf: torch.Tensor  # 1.0 where the norm was not finite, so that nothing was updated
-    spike: torch.Tensor  # 1.0 where it was a spike, likewise
+    sums: Sums  # over this rank's images; "num_dims": values that the likelihood counts
+    shared: dict[str, Tensor]
+    grad_norm: Tensor  # before clipping
+    found_inf: Tensor  # 1.0 where the norm was not finite, so that nothing was updated
+    spike: Tensor  # 1.0 where it was a spike, likewise
     lr: float
     beta: float
-    more_sums: Mapping[str, torch.Tensor] = MappingProxyType({})  # local too, by name of the mean
-    shared: Mapping[str, torch.Tensor] = MappingProxyType({})  # by name
 
 
 class LossScale:
@@ -65,187 +68,132 @@ class LossScale:
         self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
 
-    def update(self, found_inf: torch.Tensor) -> None:
-        if not self.enabled:
-            return
-        self.good_steps = (self.good_steps + 1) * (1 - found_inf)
-        grow = self.good_steps >= self.GROWTH_INTERVAL
-        self.good_steps = torch.where(grow, 0.0, self.good_steps)
-        factor = torch.where(found_inf > 0, 0.5, torch.where(grow, 2.0, 1.0))
-        self.scale = self.scale * factor
-
-    def state(self) -> dict[str, float]:
-        return {"loss_scale": float(self.scale), "good_steps": float(self.good_steps)}
-
-    def load_state(self, state: dict[str, float]) -> None:
-        self.scale.fill_(state["loss_scale"])
-        self.good_steps.fill_(state["good_steps"])
+    def update(self, found_inf: Tensor) -> None:
+        if self.enabled:
+            self.good_steps = (self.good_steps + 1) * (1 - found_inf)
+            grow = self.good_steps >= self.GROWTH_INTERVAL
+            self.good_steps = torch.where(grow, 0.0, self.good_steps)
+            factor = torch.where(found_inf > 0, 0.5, torch.where(grow, 2.0, 1.0))
+            self.scale = self.scale * factor
 
 
-class Transfer:
-    """Callable: `batch -> batch`, whose tensors may be used on the current stream at once.
-
-    A batch in pinned memory is copied beside the computation of the step before. The host runs
-    ahead of a CUDA device: the copy goes on a stream of its own, which the copy engine serves
-    meanwhile, and the computing stream waits for it on the device. Pinned memory is not given out
-    again before the copy is done: torch's caching allocator of pinned memory sees to that.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, batch: Batch) -> Batch:
-        if self._stream is None:
-            return batch
-        with torch.cuda.stream(self._stream):
-            groups = tuple(self._moved(group) for group in batch.groups)
-        computing = torch.cuda.current_stream(self._device)
-        computing.wait_stream(self._stream)
-        for group in groups:
-            for tensor in (group.images, group.masks):
-                if tensor is not None:
-                    # its memory belongs to the copying stream and is used on the other one
-                    tensor.record_stream(computing)
-        return batch._replace(groups=groups)
-
-    def _moved(self, group: Group) -> Group:
-        """Labels stay: some of them may be hidden, by draws on the host."""
-        images = group.images.to(self._device, non_blocking=True)
-        masks = group.masks
-        if masks is not None:
-            masks = masks.to(self._device, non_blocking=True)
-        return group._replace(images=images, masks=masks)
-
-
-def _scaled_normal(part: torch.Tensor, *, generator: torch.Generator) -> None:
+def _scaled_normal(part: Tensor, *, generator: torch.Generator) -> None:
     """Normal noise, for each image (dimension 0) times the size of another normal draw."""
     sizes = torch.randn(len(part), generator=generator).abs()
     part.normal_(generator=generator).mul_(sizes.view(-1, *[1] * (part.ndim - 1)))
 
 
 class TrainingStep:
-    """Callable: `(batch, step) -> StepReport`, and the model is one step further."""
+    """Callable: `(batch, step) -> StepReport`, and the model is one step further.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        runtime: Runtime,
-        *,
-        wrapped: nn.Module,
-        vae: VAE,
-        optimizer: torch.optim.Optimizer,
-        ema: Ema,
-        losses: ReconstructionLosses | None = None,
-    ) -> None:
+    Holds model, optimizer, average and losses on the device, not compiled yet; weights are those
+    of the config's seed. Raises ConfigError on every rank where those of LPIPS are missing on one.
+    """
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, image_size: tuple[int, int]) -> None:
         self.config, self.runtime = config, runtime
-        self.wrapped, self.vae, self.optimizer, self.ema = wrapped, vae, optimizer, ema
+        self.device = device = runtime.device
+        self.vae = build_vae(config, image_size).to(device)
+        if config.training.train_only == "decoder":
+            freeze_encoder(self.vae)
+        use_tensor_float_32(device, config.training.precision)
+        lay_out(self.vae, config)
+        replica = copy.deepcopy(self.vae)  # before these weights are sharded
+        self.wrapped = runtime.strategy.wrap(self.vae)
+        self.optimizer = build_optimizer(self.vae, config.optimizer)
+        self.ema = Ema(self.vae, replica, decay=config.training.ema_decay)
+        runtime.on_main(lambda: fetch_weights(config.perceptual))
+        perceptual = runtime.on_all_ranks(lambda: build_perceptual(config.perceptual, device))
+        has_adversary = config.adversarial.weight > 0
+        self.adversary = Adversary(config, runtime, self.vae) if has_adversary else None
+        self.losses: ReconstructionLosses | None = None  # the bound alone
+        if perceptual is not None or has_adversary:
+            self.losses = ReconstructionLosses(self.vae, perceptual, self.adversary)
         # images of one forward, 0: all of a rank; `auto` is found by vae_dist.training.memory
         asked = config.training.microbatch_size
         self.microbatch_size = 0 if asked == "auto" else int(asked)
-        self.losses = losses  # None: the bound alone
-        self.adversary: Adversary | None = losses.adversary if losses is not None else None
-        self.loss_scale = LossScale(runtime.device, enabled=config.training.precision == "fp16")
-        self.spikes = SpikeGuard(runtime.device, factor=config.training.spike_factor)
+        self.loss_scale = LossScale(device, enabled=config.training.precision == "fp16")
+        self.spikes = SpikeGuard(device, factor=config.training.spike_factor)
         self.is_whole = True  # weights, moments and average are of one step
-        self._transfer = Transfer(runtime.device)
-        self._generator = torch.Generator()
-        self._device_generator = torch.Generator(runtime.device)
-        self._parameters = [p for p in vae.parameters() if p.requires_grad]
+        self._generators = torch.Generator(), torch.Generator(device)
 
     def __call__(self, batch: Batch, step: int) -> StepReport:
-        lr = lr_at(self.config.optimizer, self.config.training.steps, step)
-        if self.losses is not None:
-            self.losses.start_step(step)
-        sums = torch.zeros(5, device=self.runtime.device)
-        num_dims = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
-        microbatches = self._microbatches(self._transfer(batch))
+        self._start(step)
+        microbatches = self._microbatches(batch)
         for number, microbatch in enumerate(microbatches):
-            found = self._backward(microbatch, step, is_last=number == len(microbatches) - 1)
-            sums, num_dims = sums + found[0], num_dims + found[1]
-        if self.losses is not None:
-            self.losses.discriminator_step(self._scale())
+            self._backward(microbatch, step, is_last=number == len(microbatches) - 1)
+        if self.adversary is not None:
+            self.adversary.discriminator_step(self._scale())
         self.is_whole = False  # until the trainer has counted the step
-        grad_norm, found_inf, shared = self._clip()
-        spike = self.spikes(grad_norm) * (1 - found_inf)  # which may be the other network's
-        self._update(step, lr, skip=found_inf + spike)
+        scale, optimizer = self.loss_scale.scale, self.config.optimizer
+        largest = optimizer.clip_grad_norm
+        grad_norm = scale_and_clip(self.vae.parameters(), scale, largest=largest)
+        is_finite, shared = torch.isfinite(grad_norm), {}
+        learning = self.adversary if self.adversary and self.adversary.is_learning else None
+        if learning is not None:
+            other_norm = learning.clip(scale)
+            is_finite = is_finite & torch.isfinite(other_norm)
+            shared["optim/discriminator_grad_norm"] = other_norm
+            shared["optim/adversarial_weight"] = learning.weight  # of this step
+        found_inf = (~is_finite).to(torch.float32)
+        spike = self.spikes(grad_norm) * (1 - found_inf)
+        lr, skip = lr_at(optimizer, self.config.training.steps, step), found_inf + spike
+        update(self.optimizer, lr, skip=skip)
+        if learning is not None:
+            learning.update(lr / optimizer.lr, skip=skip)
+        self.ema.update(step, skip=skip)
         self.loss_scale.update(found_inf)
-        more_sums = dict(self.losses.sums) if self.losses is not None else {}
-        loss, distortion, rate, neg_bound, half_size = sums.unbind()
-        if self.config.objective.scale_equivariance:
-            more_sums["train/half_size_distortion_nats"] = half_size
-        return StepReport(
-            loss,
-            distortion,
-            rate,
-            neg_bound,
-            num_dims,
-            grad_norm,
-            found_inf,
-            spike,
-            lr=lr,
-            beta=beta_at(self.config.objective, step),
-            more_sums=more_sums,
-            shared=shared,
-        )
+        beta = beta_at(self.config.objective, step)
+        return StepReport(self._sums, shared, grad_norm, found_inf, spike, lr=lr, beta=beta)
 
-    def _scale(self) -> torch.Tensor:
+    def _start(self, step: int) -> None:
+        self._sums = Sums()
+        if self.losses is not None:
+            self.losses.start_step(step, self._sums)
+
+    def _scale(self) -> Tensor:
         """Of a sum over this rank's images: DDP and FSDP average gradients over the ranks."""
         return self.loss_scale.scale * (self.runtime.world / self.config.training.batch_size)
 
-    def _backward(
-        self, group: Group, step: int, *, is_last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | int]:
-        """Forward and backward of one microbatch; the last one sums gradients over the ranks.
-
-        Out: sums over its images of loss, distortion, rate, negative bound and half-size
-        distortion, (5,), and the number of values that the likelihood counts.
-        """
-        images, noise = self._inputs(group, step)
-        labels, mask = self._labels(group, step), self._mask(group)
+    def _backward(self, group: Group, step: int, *, is_last: bool) -> None:
+        """Forward and backward of one microbatch; the last one sums gradients over the ranks."""
+        stored = group.images.to(self.device, non_blocking=True)
+        (images, noise, labels, mask), more = self._inputs(group, stored, step)
+        objective, half_size = self.config.objective, None
         with self.runtime.strategy.accumulate(self.wrapped, is_last=is_last):
-            more = self._more_inputs(group, noise.shape, step)
-            result = self.wrapped(images, noise, labels, mask, **more)
-            output, half_size = result if "half_size" in more else (result, None)
-            beta = beta_at(self.config.objective, step)
-            terms = loss_terms(output, self.config.objective, beta=beta, half_size=half_size)
-            loss_sum = terms.loss_sum
+            output = self.wrapped(images, noise, labels, mask, **more)
+            if objective.scale_equivariance:
+                output, half_size = output
+            beta = beta_at(objective, step)
+            terms = loss_terms(output, objective, beta=beta, half_size=half_size)
+            loss, value = terms.loss_sum, terms.loss_sum
             if self.losses is not None:
-                surrogate, value = self.losses.forward(output, images, group, self.loss_scale.scale)
-                terms = terms._replace(loss_sum=loss_sum + value)
-                loss_sum = loss_sum + surrogate
-            (loss_sum * self._scale()).backward()
-        half_size_sum = torch.zeros_like(loss_sum) if half_size is None else -half_size.sum()
-        sums = torch.stack([term.detach() for term in (*terms, half_size_sum)])
-        return sums, images.numel() if mask is None else images.shape[1] * mask.sum()
-
-    def _update(self, step: int, lr: float, *, skip: torch.Tensor) -> None:
-        """Of weights, discriminator and average; skip = 1 leaves all of them as they are."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # the fused update does nothing, not even count, where found_inf is 1
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.adversary is not None and self.adversary.is_learning:
-            self.adversary.update(lr / self.config.optimizer.lr, skip=skip)
-        self.ema.update(step, found_inf=skip)
+                surrogate, added = self.losses(output, images, stored, self.loss_scale.scale)
+                loss, value = loss + surrogate, value + added
+            (loss * self._scale()).backward()
+        self._sums.add("train/loss", value)
+        self._sums.add("train/distortion_nats", terms.distortion_sum)
+        self._sums.add("train/rate_nats", terms.rate_sum)
+        self._sums.add("train/neg_bound_nats", terms.neg_bound_sum)
+        if half_size is not None:
+            self._sums.add("train/half_size_distortion_nats", -half_size.sum())
+        num_dims = torch.full((), images.numel(), device=images.device)
+        self._sums.add("num_dims", num_dims if mask is None else images.shape[1] * mask.sum())
 
     def rehearse(self, group: Group) -> None:
         """What needs most memory: the backward of a microbatch with all terms of the last step,
         beside the optimizer's moments. Nothing is updated, and no rank waits for another."""
-        moments = [torch.empty_like(p) for p in self._parameters for _ in range(2)]
+        trained = [p for p in self.vae.parameters() if p.requires_grad]
+        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
         last = self.config.training.steps - 1
-        if self.losses is not None:
-            self.losses.start_step(last)
+        self._start(last)
         self._backward(group, last, is_last=False)
         del moments
 
     def forget(self) -> None:
         """Let go of what a rehearsal has left, also one that ran out of memory."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.losses is not None:
-            self.losses.reset()
+        self._start(0)
 
     def _microbatches(self, batch: Batch) -> list[Group]:
         """Parts of the batch that go through the model together: slots of one shape."""
@@ -257,19 +205,34 @@ class TrainingStep:
             for start in range(0, len(group.slots), num_slots or len(group.slots))
         ]
 
-    def _inputs(self, group: Group, step: int) -> tuple[torch.Tensor, ...]:
-        """Images in [-1, 1] (b, C, H, W), and noise of the latents."""
-        likelihood, objective = self.vae.likelihood, self.config.objective
-        levels = group.images.to(self.runtime.device, non_blocking=True).contiguous()
-        latent = self.vae.latent_shape(*levels.shape[-2:])
+    def _inputs(
+        self, group: Group, stored: Tensor, step: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], dict[str, Any]]:
+        """What the forward takes: images in [-1, 1] (b, C, H, W), noise of the latents, labels
+        int64 (b,), -1 where there is none or it is hidden, mask uint8 (b, 1, H, W), 1: observed;
+        and, by name, what it is asked for beside the bound."""
+        config, likelihood = self.config, self.vae.likelihood
+        latent = self.vae.latent_shape(*stored.shape[-2:])
+        shape = noise_shape(config.objective, len(stored), latent)
         # latents are small: drawn on the CPU, the same on every device
-        shape = noise_shape(objective, len(levels), latent)
-        noise = self._drawn("posterior", group, step, shape, torch.Tensor.normal_)
-        uniform = None
+        noise = self._drawn("posterior", group, step, shape, NORMAL)
+        uniform, labels, mask = None, None, group.masks
         if likelihood.needs_uniform:
-            draw = torch.Tensor.uniform_
-            uniform = self._drawn("levels", group, step, levels.shape, draw, on_host=False)
-        return likelihood.prepare(levels, uniform), self._sent(noise)
+            uniform = self._drawn("levels", group, step, stored.shape, UNIFORM, on_host=False)
+        if self.vae.num_classes:
+            labels, dropout = group.labels, config.model.label_dropout
+            if dropout:
+                draws = self._drawn("label-dropout", group, step, labels.shape, UNIFORM)
+                labels = torch.where(draws < dropout, NO_LABEL, labels)
+            labels = self._sent(labels)
+        if mask is not None:
+            mask = mask.to(self.device, non_blocking=True)
+        more: dict[str, Any] = {"half_size": True} if config.objective.scale_equivariance else {}
+        if config.objective.latent_noise:
+            jitter = self._drawn("latent-noise", group, step, shape, _scaled_normal)
+            more["latent_noise"] = self._sent(jitter * config.objective.latent_noise)
+        images = likelihood.prepare(stored.contiguous(), uniform)
+        return (images, self._sent(noise), labels, mask), more
 
     def _drawn(
         self,
@@ -280,9 +243,9 @@ class TrainingStep:
         draw: Callable[..., object],
         *,
         on_host: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """(b, ...) for the images of a group; draw(part, generator=...) fills each slot's part."""
-        generator = self._generator if on_host else self._device_generator
+        generator = self._generators[0 if on_host else 1]
         values = torch.empty(tuple(shape), device=generator.device)
         parts = values.split(len(values) // len(group.slots))
         for slot, part in zip(group.slots, parts, strict=True):
@@ -290,59 +253,15 @@ class TrainingStep:
             draw(part, generator=generator)
         return values
 
-    def _sent(self, drawn: torch.Tensor) -> torch.Tensor:
+    def _sent(self, drawn: Tensor) -> Tensor:
         """From host to device; CUDA is waited for unless memory is pinned."""
-        if self.runtime.device.type == "cuda":
+        if self.device.type == "cuda":
             drawn = drawn.pin_memory()
-        return drawn.to(self.runtime.device, non_blocking=True)
-
-    def _labels(self, group: Group, step: int) -> torch.Tensor | None:
-        """int64 (b,), -1 where there is none or where it is hidden in this step; None for a model
-        without labels."""
-        if not self.vae.num_classes:
-            return None
-        labels, dropout = group.labels, self.config.model.label_dropout
-        if dropout:
-            shape, draw = labels.shape, torch.Tensor.uniform_
-            hidden = self._drawn("label-dropout", group, step, shape, draw) < dropout
-            labels = torch.where(hidden, NO_LABEL, labels)
-        return self._sent(labels)
-
-    def _mask(self, group: Group) -> torch.Tensor | None:
-        """uint8 (b, 1, H, W), 1 where a pixel was observed; None: everywhere."""
-        if group.masks is None:
-            return None
-        return group.masks.to(self.runtime.device, non_blocking=True)
-
-    def _more_inputs(self, group: Group, shape: Sequence[int], step: int) -> dict[str, Any]:
-        """What the forward is asked for beside the bound; nothing by default. Noise of latents,
-        `shape`, has a size that is drawn for each image."""
-        objective = self.config.objective
-        more: dict[str, Any] = {"half_size": True} if objective.scale_equivariance else {}
-        if objective.latent_noise:
-            noise = self._drawn("latent-noise", group, step, shape, _scaled_normal)
-            more["latent_noise"] = self._sent(noise * objective.latent_noise)
-        return more
-
-    def _clip(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The gradient's norm before clipping, 1.0 where it or the discriminator's is not finite,
-        and what else all ranks share."""
-        scale, is_scaled = self.loss_scale.scale, self.loss_scale.enabled
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        largest = self.config.optimizer.clip_grad_norm
-        norm = scale_and_clip(gradients, scale, largest=largest, is_scaled=is_scaled)
-        is_finite = torch.isfinite(norm)
-        shared = {}
-        if self.adversary is not None and self.adversary.is_learning:
-            other_norm = self.adversary.clip(scale, is_scaled=is_scaled)
-            is_finite = is_finite & torch.isfinite(other_norm)
-            shared["optim/discriminator_grad_norm"] = other_norm
-            shared["optim/adversarial_weight"] = self.adversary.weight  # of this step
-        return norm, (~is_finite).to(torch.float32), shared
+        return drawn.to(self.device, non_blocking=True)
 
     # what a checkpoint holds, and ranks have in common
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Groups of named tensors; those of FSDP are this rank's part."""
         groups = {
             "model": self.vae.state_dict(),
@@ -352,21 +271,26 @@ class TrainingStep:
         return groups | (self.adversary.tensors() if self.adversary is not None else {})
 
     def scalars(self) -> dict[str, Any]:
-        own = {**self.spikes.state(), **self.loss_scale.state()}
-        return own | (self.adversary.scalars() if self.adversary is not None else {})
+        scale = self.loss_scale
+        own = {"loss_scale": float(scale.scale), "good_steps": float(scale.good_steps)}
+        if self.adversary is not None:
+            own["adversarial_weight"] = float(self.adversary.weight)
+        return self.spikes.state() | own
 
-    def load(self, tensors: dict[str, dict[str, torch.Tensor]], scalars: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]) -> None:
+        """Full values, as `tensors` and `scalars` gave them on any number of ranks."""
         load_full(self.vae, tensors["model"])
         self.ema.load(tensors["ema"])
         load_optimizer_tensors(self.optimizer, self.vae, tensors["optimizer"])
         self.spikes.load_state(scalars)
-        self.loss_scale.load_state(scalars)
+        self.loss_scale.scale.fill_(scalars["loss_scale"])
+        self.loss_scale.good_steps.fill_(scalars["good_steps"])
         if self.adversary is not None:
-            self.adversary.load(tensors, scalars)
+            self.adversary.load(tensors, scalars.get("adversarial_weight", 0.0))
 
-    def weights_of_every_rank(self) -> dict[str, torch.Tensor]:
+    def weights_of_every_rank(self) -> dict[str, Tensor]:
         """What all ranks hold alike, bit for bit, where it is not sharded."""
-        weights: dict[str, torch.Tensor] = dict(self.vae.named_parameters())
+        weights: dict[str, Tensor] = dict(self.vae.named_parameters())
         weights |= {f"ema/{k}": v for k, v in self.ema.averages.items()}
         if self.adversary is not None:
             network = self.adversary.network

@@ -1,0 +1,95 @@
+"""The sinks of a run: opened for the main process, closed with the way in which the run ended."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import TrainConfig
+from vae_dist.distributed import Runtime
+from vae_dist.files import write_durably
+from vae_dist.run.folder import RunFolder
+from vae_dist.tracking.console import ConsoleSink, say
+from vae_dist.tracking.environment import add_session, describe_environment
+from vae_dist.tracking.metrics import Value
+from vae_dist.tracking.sinks import JsonlSink, Sink
+from vae_dist.tracking.tensorboard import TensorBoardSink
+from vae_dist.tracking.wandb import WandbSink
+
+
+class Trackers:
+    """The sinks of the main process, none on other ranks. What they cannot write is a warning."""
+
+    def __init__(self) -> None:
+        self.sinks: list[Sink] = []
+        self.console: ConsoleSink | None = None
+        self._warned = ""  # the last warning, which is not repeated
+
+    def add(self, sink: Sink) -> None:
+        self.sinks.append(sink)
+        if isinstance(sink, ConsoleSink):
+            self.console = sink
+
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        for sink in self.sinks:
+            with self.warned_of("log", step):
+                sink.log(step, row)
+
+    def advance(self, step: int) -> None:
+        if self.console is not None:
+            self.console.advance(step)
+
+    def say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.say(text)
+        else:  # a rank other than the main one
+            say(text, sys.stderr)
+
+    @contextlib.contextmanager
+    def warned_of(self, what: str, step: int) -> Iterator[None]:
+        """A disk that is full or gone, or images that fail or need more memory than the device has,
+        cost a warning, not the run."""
+        try:
+            yield
+        except (OSError, ConfigError, torch.OutOfMemoryError) as error:
+            problem = f"no {what} ({error})"
+            if problem != self._warned:
+                self._warned = problem
+                self.say(f"warning: step {step}: {problem}; training goes on")
+
+    def close(self, status: str) -> None:
+        for sink in self.sinks:
+            with contextlib.suppress(OSError):
+                sink.close(status)
+
+
+def open_trackers(
+    trackers: Trackers, config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
+) -> None:
+    """Open what the config asks for; a problem with W&B is everybody's before training."""
+
+    def open_all() -> None:
+        console = ConsoleSink(start_step=start_step, stop_step=config.training.steps)
+        trackers.add(console)
+        trackers.add(JsonlSink(folder.log_path, resume_step=start_step))
+        session = describe_environment(
+            first_step=start_step, world=runtime.world, device=runtime.device
+        )
+        add_session(folder.path / "environment.json", session)
+        wandb = WandbSink(
+            config,
+            folder.path,
+            resume_step=start_step,
+            say=console.say,
+            on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
+            environment=session,
+        )
+        trackers.add(wandb)
+        if config.log.tensorboard:
+            trackers.add(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))
+
+    runtime.on_main(open_all)
