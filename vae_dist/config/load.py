@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 import os
 import re
@@ -24,9 +23,11 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.config.checks import broken_rules, problem_of, without_effect
 from vae_dist.config.errors import ConfigError
@@ -86,8 +87,7 @@ def load_command(cls: type[T], argv: list[str]) -> T:
 
 
 def to_yaml(config: TrainConfig) -> bytes:
-    values = dataclasses.asdict(config)
-    return bytes(yaml.safe_dump(values, encoding="utf-8", sort_keys=False, allow_unicode=True))
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
 
 
 def from_yaml(data: bytes, *, origin: str = "config.yaml") -> TrainConfig:
@@ -203,28 +203,18 @@ def _arguments(argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
     return settings
 
 
-def _typed(kind: Any, text: Any, *, is_text: bool) -> Any:
-    """What the text says to a key of this type. Raises ValueError where that is nothing."""
-    if isinstance(text, list) and (kind is Any or get_origin(kind) is list):
-        kinds = get_args(kind) or [Any]
-        return [_typed(kinds[0], item, is_text=is_text) for item in text]
-    if isinstance(text, dict) and kind is Any:  # the weight of a data set is a number
-        return {n: _typed(Any, t, is_text=is_text and n != "weight") for n, t in text.items()}
-    if not isinstance(text, str):
-        raise ValueError
+def _value(key: Key, text: Any) -> Any:
+    """What the text says to the key: numbers where it takes them, otherwise text as it stands."""
+    if isinstance(text, dict):  # the weight of a data set in a mixture is a number
+        return {n: _scalar(str(t)) if n == "weight" else _value(key, t) for n, t in text.items()}
+    if isinstance(text, list):
+        return [_value(key, item) for item in text]
     if re.match("~[^/]*/", text):  # what a shell leaves after the = of key=~/...
-        text = os.path.expanduser(text)
-    if get_origin(kind) is Literal:
-        return {str(choice): choice for choice in get_args(kind)}[text]
-    if kind == str | None and not text:
-        return None
-    is_text = is_text or kind in (str, str | None)
-    value = text if is_text and text not in ("null", "~") else _scalar(text)
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
-        return value
-    raise ValueError
+        return os.path.expanduser(text)
+    takes_text = key.is_text or key.type in (str, str | None, list[str])
+    takes_text = takes_text or any(isinstance(choice, str) for choice in key.choices)
+    is_null = text in ("null", "~") or (not text and key.type == str | None)
+    return text if takes_text and not is_null else _scalar(text)
 
 
 def _scalar(text: str) -> Any:
@@ -246,32 +236,39 @@ def _fill(cls: type[T], layers: list[Layer], problems: list[str]) -> tuple[T, se
 
     Appends what is wrong or missing to `problems`.
     """
-    config, known = cls(), keys(cls)
+    tree, known = OmegaConf.structured(cls), keys(cls)
     required = {name: MISSING for name, key in known.items() if key.default == MISSING}
     layers = [(layers[-1][0], required), *layers]
     given = {name: (origin, text) for origin, values in layers for name, text in values.items()}
     wrong: set[str] = set()
     for name, (origin, text) in given.items():
-        sentence = _set(config, known[name], text) if name in known else _unknown(cls, name)
+        sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
         if sentence:
             problems.append(f"{origin}: {sentence}" if origin else sentence)
             wrong.add(name)
+    for name in required.keys() & wrong:
+        OmegaConf.update(tree, name, "")  # lets the other keys be checked
+    config: Any = OmegaConf.to_object(tree)
     return config, wrong
 
 
-def _set(config: Any, key: Key, text: Any) -> str:
+def _set(tree: Any, key: Key, text: Any) -> str:
     """Set the value; what is wrong with it otherwise."""
     if text == MISSING:
         return f"{key.name} is missing: {key.help}; give {key.name}=..."
-    if "${" in str(text):  # other programs put the environment or other keys there
+    if "${" in str(text):  # OmegaConf would evaluate it: environment, other keys, resolvers
         return f"{key.name}: ${{...}} is not evaluated; write the value"
+    value = _value(key, text)
     try:
-        value = _typed(key.type, text, is_text=key.is_text)
-    except (ValueError, KeyError):
+        OmegaConf.update(tree, key.name, value, merge=False)
+        is_kept = OmegaConf.select(tree, key.name) == value  # not converted, as "on" would be
+    except OmegaConfBaseException:
+        is_kept = False
+    if not is_kept:
         return _wrong_type(key, text)
     if sentence := problem_of(key, value):
+        OmegaConf.update(tree, key.name, key.default, merge=False)  # a good one, for other checks
         return f"{key.name}={shown(value)} {sentence}"
-    set_value(config, key.name, value)
     return ""
 
 
