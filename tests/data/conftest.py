@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vae_dist.data.indexing import index_shard, write_sidecar
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 
@@ -32,24 +32,18 @@ def identities(images: np.ndarray) -> list[tuple[int, int]]:
     return [(int(s), 256 * int(high) + int(low)) for s, high, low in images.reshape(-1, 3)]
 
 
-def make_shards(folder: Path, lengths: Sequence[int] = LENGTHS) -> list[str]:
+def make_shards(folder: Path, lengths: Sequence[int] = LENGTHS) -> None:
     """One tar for each length, with sidecars, in a folder of their own."""
     folder.mkdir()
-    paths = []
     for shard, length in enumerate(lengths):
         samples = (
             {"__key__": f"{i:04d}", "png": marked_png(shard, i), "cls": str(shard).encode()}
             for i in range(length)
         )
         (written,) = write_shards(samples, folder / "part", num_shards=1)
-        path = folder / f"set-{shard:02d}.tar"
-        written.rename(path)
-        for rest in (folder / "part").iterdir():
-            rest.unlink()
-        (folder / "part").rmdir()
-        write_sidecar(path, index_shard(path))
-        paths.append(str(path))
-    return paths
+        for suffix in ("", ".idx"):
+            Path(f"{written}{suffix}").rename(folder / f"set-{shard:02d}.tar{suffix}")
+        shutil.rmtree(folder / "part")
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +56,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def marked() -> ImageSettings:
     return ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
+
+
+@pytest.fixture
+def copied(shards: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copy"))

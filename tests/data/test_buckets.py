@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import png
-from tests.data.test_loader import InterleavedPool, damage
+from tests.data.test_loader import damage, one_process
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import loader as stream_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
@@ -28,6 +26,8 @@ from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 
+__all__ = ["one_process"]  # a fixture
+
 RESOLUTION = {"area": 256, "multiple": 4, "max_aspect": 2.0}
 SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), (17, 20)]
 COUNT, SLOTS, PER_SLOT, WINDOW = 90, 8, 2, 8
@@ -35,14 +35,10 @@ BATCH = SLOTS * PER_SLOT
 STEPS = 2 * COUNT // BATCH + 3
 IN_ORDER = [i for shard in range(3) for i in range(shard, COUNT, 3)]  # as the shards hold them
 
-Step = dict[int, tuple[tuple[int, int], list[int]]]  # slot -> size and numbers of its images
+Shown = dict[tuple[int, int], tuple[tuple[int, int], list[int]]]  # (step, slot) -> size, images
 
 
-@given(
-    area=st.integers(1, 5000),
-    multiple=st.integers(1, 40),
-    max_aspect=st.floats(1, 6),
-)
+@given(area=st.integers(1, 5000), multiple=st.integers(1, 40), max_aspect=st.floats(1, 6))
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_buckets_are_the_largest_sizes_that_fit(
     area: int, multiple: int, max_aspect: float
@@ -66,65 +62,36 @@ def test_the_buckets_of_a_common_choice() -> None:
     assert nearest(buckets, math.log(10)) == (176, 352)
 
 
-@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=3, max_size=30))
+@given(
+    sizes=st.lists(
+        st.one_of(st.none(), st.tuples(st.integers(1, 90), st.integers(1, 90))), min_size=3
+    ),
+    seed=st.integers(0, 99),
+)
 @hypothesis_settings(max_examples=60, deadline=None)
-def test_an_arrangement_uses_each_image_once(sizes: list[tuple[int, int]]) -> None:
-    sizes = sizes[: len(sizes) // 3 * 3]
-    buckets = make_buckets(**RESOLUTION)
-    order, chosen = arrange(
-        [None if i % 7 == 5 else size for i, size in enumerate(sizes)],
-        buckets,
-        slot_rows=3,
-        generator=np.random.default_rng(0),
-    )
+def test_an_arrangement_uses_each_image_once(
+    sizes: list[tuple[int, int] | None], seed: int
+) -> None:
+    sizes, buckets = sizes[: len(sizes) // 3 * 3], make_buckets(**RESOLUTION)
+    generator = np.random.default_rng(seed)
+    order, chosen = arrange(sizes, buckets, slot_rows=3, generator=generator)
     assert sorted(order.tolist()) == list(range(len(sizes)))
     assert len(chosen) == len(sizes) // 3 and set(chosen) <= set(buckets)
 
 
 def test_images_of_one_aspect_go_together() -> None:
-    sizes = [(10, 20), (20, 10), (16, 16)] * 4
-    buckets = make_buckets(**RESOLUTION)
-    orders = []
+    sizes, buckets = [(10, 20), (20, 10), (16, 16)] * 4, make_buckets(**RESOLUTION)
+    orders = set()
     for seed in range(4):
         generator = np.random.default_rng(seed)
         order, chosen = arrange(sizes, buckets, slot_rows=4, generator=generator)
         for slot, size in zip(order.reshape(-1, 4), chosen, strict=True):
             assert {nearest(buckets, aspect(sizes[i])) for i in slot} == {size}
-        orders.append(order.tolist())
-    assert len({tuple(order) for order in orders}) == 4, "neighbours vary"
+        orders.add(tuple(order.tolist()))
+    assert len(orders) == 4, "neighbours vary"
 
 
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
-    lanes=st.integers(1, 8),
-    slot_rows=st.integers(1, 5),
-    slots_of_window=st.integers(1, 6),
-)
-@hypothesis_settings(max_examples=80, deadline=None)
-def test_windows_over_epochs(
-    lengths: list[int], lanes: int, slot_rows: int, slots_of_window: int
-) -> None:
-    """Each sample once per epoch on the tape; windows follow each other; each is whole slots."""
-    window = slot_rows * slots_of_window
-    order = Order(lengths, lanes=lanes, window=window, seed=1, slot_rows=slot_rows)
-    total = sum(lengths)
-    seen: Counter[tuple[int, int, int]] = Counter()
-    for lane in range(lanes):
-        row = 0
-        while row * lanes < 3 * total:
-            found = order.window_at(lane, row)
-            assert found.first_row == row and len(found.order) % slot_rows == 0
-            inside = row + int(found.order[0]) % len(found.order)
-            again = order.window_at(lane, inside)
-            assert again.runs == found.runs and (again.order == found.order).all()
-            for position in range(len(found.order)):
-                place = found.place(position)
-                assert place[0] == ((row + position) * lanes + lane) // total
-                seen[place] += 1
-            row = found.end_row
-    for epoch in range(3):
-        counts = [n for (e, _, _), n in seen.items() if e == epoch]
-        assert len(counts) == total and set(counts) == {1}
+# batches
 
 
 def make_index(folder: Path) -> ShardIndex:
@@ -146,137 +113,100 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return make_index(tmp_path_factory.mktemp("buckets"))
 
 
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "WorkerPool", InterleavedPool)
+def settings_of(index: ShardIndex, resolution: Any, **options: Any) -> ImageSettings:
+    data = DataConfig(channels=3, resolution=resolution, max_pixels=10**6)
+    return image_settings(index, data, **options)
 
 
-def bucketed(index: ShardIndex, **keys: Any) -> ImageSettings:
-    return image_settings(
-        index, DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6, **keys)
-    )
-
-
-def steps_of(index: ShardIndex, *, world: int = 1, **kwargs: Any) -> dict[int, Step]:
-    order = make_order(index, lanes=SLOTS, window=WINDOW, seed=3, slot_rows=PER_SLOT)
-    settings = bucketed(index)
-    found: dict[int, Step] = {}
+def shown(
+    index: ShardIndex, settings: ImageSettings, *, world: int = 1, start: int = 0, **keys: Any
+) -> Shown:
+    per_slot = PER_SLOT if settings.buckets else 1
+    keys = {"stop_step": STEPS, **keys}
+    slot_rows = per_slot if settings.buckets else 0
+    order = make_order(index, lanes=SLOTS, window=WINDOW, seed=3, slot_rows=slot_rows)
+    found: Shown = {}
     for rank in range(world):
-        stream = TrainingStream(
-            index, order, settings, batch_size=BATCH, slots=SLOTS, rank=rank, world=world, **kwargs
-        )
-        for batch in stream:
+        keys |= {"batch_size": SLOTS * per_slot, "slots": SLOTS, "rank": rank, "world": world}
+        for batch in TrainingStream(index, order, settings, start_step=start, **keys):
             shapes = [group.images.shape[1:] for group in batch.groups]
             assert len(set(shapes)) == len(shapes)
             for group in batch.groups:
-                numbers = group.images[:, 0, 0, 0].tolist()
-                assert (group.images[:, 0].flatten(1).unique(dim=1).shape[1]) == 1
+                numbers = group.images[:, 0, 0, 0]
+                assert (group.images[:, 0].flatten(1) == numbers[:, None]).all()
                 if not batch.skipped:
-                    assert group.labels.tolist() == numbers
-                for slot, own in zip(
-                    group.slots, torch.tensor(numbers).chunk(len(group.slots)), strict=True
-                ):
-                    assert slot // (SLOTS // world) == rank
-                    size = (group.images.shape[2], group.images.shape[3])
-                    found.setdefault(batch.step, {})[slot] = (size, own.tolist())
+                    assert group.labels.tolist() == numbers.tolist()
+                size = (group.images.shape[2], group.images.shape[3])
+                slots = zip(group.slots, numbers.chunk(len(group.slots)), strict=True)
+                for slot, own in slots:
+                    assert slot // (SLOTS // world) == rank and len(own) == per_slot
+                    found[batch.step, slot] = (size, own.tolist())
     return found
 
 
-@pytest.fixture(scope="module")
-def reference(index: ShardIndex) -> dict[int, Step]:
-    return steps_of(index, start_step=0, stop_step=STEPS)
-
-
-def test_a_slot_has_one_of_the_buckets(index: ShardIndex, reference: dict[int, Step]) -> None:
-    buckets = bucketed(index).buckets
-    sizes = Counter(size for step in reference.values() for size, _ in step.values())
-    assert set(sizes) == set(buckets)
-    distance = [
-        abs(aspect(size) - aspect(SHAPES[number % len(SHAPES)]))
-        for step in reference.values()
-        for size, numbers in step.values()
-        for number in numbers
-    ]
-    assert np.median(distance) < 0.25
+def steps(found: Shown, start: int, stop: int = STEPS) -> Shown:
+    return {key: value for key, value in found.items() if start <= key[0] < stop}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_loader_processes(index: ShardIndex, reference: dict[int, Step]) -> None:
-    got = steps_of(index, world=2, workers=2, start_step=5, stop_step=8)
-    assert got == {k: reference[k] for k in (5, 6, 7)}
+def test_a_slot_has_one_of_the_buckets_whoever_reads_it(index: ShardIndex) -> None:
+    settings = settings_of(index, RESOLUTION)
+    reference = shown(index, settings)
+    assert {size for size, _ in reference.values()} == set(settings.buckets)
+    distance = [
+        abs(aspect(size) - aspect(SHAPES[number % len(SHAPES)]))
+        for size, numbers in reference.values()
+        for number in numbers
+    ]
+    assert np.median(distance) < 0.25
+    got = shown(index, settings, world=2, workers=2, start=5, stop_step=8)
+    assert got == steps(reference, 5, 8)
 
 
 def test_what_replaces_a_lost_sample_takes_the_size_of_its_slot(
-    tmp_path: Path, reference: dict[int, Step], one_process: None
+    tmp_path: Path, one_process: None
 ) -> None:
-    index = make_index(tmp_path)
-    lost = {number: (number % 3, number // 3) for number in (3, 40, 41)}
-    for number, (shard, at) in lost.items():
-        damage(index.paths[shard], at, header=number == 40)
-    got = steps_of(index, start_step=0, stop_step=STEPS)
-    shown = {n for step in got.values() for _, numbers in step.values() for n in numbers}
-    assert not shown & set(lost) and len(shown) == COUNT - len(lost)
-    assert all(len(numbers) == PER_SLOT for step in got.values() for _, numbers in step.values())
+    index, lost = make_index(tmp_path), (3, 40, 41)
+    for number in lost:
+        damage(index.paths[number % 3], number // 3, header=number == 40)
+    settings = settings_of(index, RESOLUTION)
+    got = shown(index, settings)
+    numbers = {n for _, numbers in got.values() for n in numbers}
+    assert not numbers & set(lost) and len(numbers) == COUNT - len(lost)
     for world, workers, start in ((2, 3, 0), (4, 1, 4), (1, 2, 7)):
-        again = steps_of(index, world=world, workers=workers, start_step=start, stop_step=STEPS)
-        assert again == {k: got[k] for k in range(start, STEPS)}
+        again = shown(index, settings, world=world, workers=workers, start=start)
+        assert again == steps(got, start)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_evaluation_shows_each_image_once_at_its_own_bucket(
     index: ShardIndex, one_process: None, world: int
 ) -> None:
-    settings = bucketed(index).without_augmentation()
+    settings = settings_of(index, RESOLUTION).without_augmentation()
     seen: dict[int, tuple[int, int]] = {}
-    firsts = []
     for rank in range(world):
         stream = EvaluationStream(index, settings, batch_size=16, rank=rank, world=world, workers=2)
         batches = list(stream)
-        firsts.append([batch.is_first for batch in batches].count(True))
+        assert Counter(batch.is_first for batch in batches)[True] == len(stream)
         for batch in batches:
-            assert batch.images.shape[0] == len(batch.samples)
-            for sample, image, weight in zip(
-                batch.samples.tolist(), batch.images, batch.weights.tolist(), strict=True
-            ):
-                assert weight == 1 and int(image[0, 0, 0]) == IN_ORDER[sample]
-                assert sample not in seen
+            assert (batch.weights == 1).all() and len(batch.images) == len(batch.samples)
+            for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
+                assert int(image[0, 0, 0]) == IN_ORDER[sample] and sample not in seen
                 seen[sample] = (image.shape[1], image.shape[2])
-    assert firsts == [len(stream)] * world
-    buckets = settings.buckets
-    assert seen == {
-        i: nearest(buckets, aspect(SHAPES[n % len(SHAPES)])) for i, n in enumerate(IN_ORDER)
-    }
+    own = [nearest(settings.buckets, aspect(SHAPES[n % len(SHAPES)])) for n in IN_ORDER]
+    assert seen == dict(enumerate(own))
 
 
-def test_native_images_of_any_size_are_slots_of_their_own(
+def test_native_images_of_any_size_are_slots_of_their_own_and_else_may_not_differ(
     index: ShardIndex, one_process: None
 ) -> None:
-    settings = image_settings(
-        index, DataConfig(channels=3, resolution="native", max_pixels=10**6), any_size=True
-    )
+    settings = settings_of(index, "native", any_size=True)
+    found = shown(index, settings, stop_step=9)
+    assert len(found) == 9 * SLOTS
+    assert all(size == SHAPES[number % len(SHAPES)] for size, (number,) in found.values())
+    assert shown(index, settings, stop_step=9, world=4, workers=2) == found
     order = Order(index.lengths, lanes=8, window=4, seed=3)
-    runs = []
-    for world, workers in ((1, 0), (4, 2)):
-        found: dict[tuple[int, int], tuple[int, tuple[int, int]]] = {}
-        for rank in range(world):
-            stream = TrainingStream(
-                index, order, settings, batch_size=8, start_step=0, stop_step=9,
-                rank=rank, world=world, workers=workers,
-            )  # fmt: skip
-            for batch in stream:
-                for group in batch.groups:
-                    for slot, image in zip(group.slots, group.images, strict=True):
-                        number, size = int(image[0, 0, 0]), (image.shape[1], image.shape[2])
-                        assert size == SHAPES[number % len(SHAPES)]
-                        found[batch.step, slot] = (number, size)
-        assert len(found) == 9 * 8
-        runs.append(found)
-    assert runs[0] == runs[1]
-
-
-def test_native_images_of_one_size_may_not_differ(index: ShardIndex) -> None:
-    settings = image_settings(index, DataConfig(channels=3, resolution="native", max_pixels=10**6))
-    order = Order(index.lengths, lanes=8, window=4, seed=3)
-    stream = TrainingStream(index, order, settings, batch_size=8, start_step=0, stop_step=1)
+    keys = {"batch_size": 8, "start_step": 0, "stop_step": 1}
+    stream = TrainingStream(index, order, settings_of(index, "native"), **keys)
     with pytest.raises(ShardError, match=r"share a size.*aspect buckets.*data\.slots=training"):
         next(iter(stream))

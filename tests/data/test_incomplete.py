@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,27 +11,25 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.conftest import png
 from vae_dist.config.schema import DataConfig
 from vae_dist.data import (
     EvaluationStream,
     ShardError,
+    ShardIndex,
     TrainingStream,
     image_settings,
     load_index,
     write_shards,
 )
 from vae_dist.data.decode import decode_sample
+from vae_dist.data.loader import Group
 from vae_dist.data.order import make_order
 from vae_dist.data.tar import DamagedSampleError
 
 SIZE = (12, 16)
 NUM_IMAGES = 12
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+GREY = png(np.zeros((4, 4), np.uint8))
 
 
 def npy(pixels: np.ndarray) -> bytes:
@@ -57,6 +54,8 @@ def sample(kind: str, pixels: np.ndarray, observed: np.ndarray) -> dict[str, byt
         return {"png": png(np.stack([pixels, np.where(observed, 255, 90).astype(np.uint8)], 2))}
     if kind == "nan":
         return {"npy": npy(np.where(observed, pixels / 127.5 - 1, np.nan).astype(np.float32))}
+    if kind == "none":
+        return {"png": png(pixels)}
     return {"png": png(pixels), "mask.png": png(np.where(observed, 255, 0).astype(np.uint8))}
 
 
@@ -67,8 +66,7 @@ def test_a_sample_says_what_is_missing(kind: str) -> None:
         files = sample(kind, pixels, observed)
         planes = decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=kind)
         assert planes.shape == (2, *SIZE) and planes.dtype == (np.float32 if bits == 32 else "u1")
-        assert ((planes[1] == 1) == observed).all()
-        assert np.isfinite(planes).all()
+        assert ((planes[1] == 1) == observed).all() and np.isfinite(planes).all()
         expected = (pixels / 127.5 - 1).astype(np.float32) if kind == "nan" else pixels
         assert (planes[0] == expected)[observed].all()
 
@@ -81,78 +79,72 @@ def test_colour_with_alpha_and_pictures_without_one() -> None:
     planes = decode_sample(files, channels=3, max_pixels=1000, mask="alpha")
     assert ((planes[3] == 1) == observed).all()
     assert (planes[:3] == coloured.transpose(2, 0, 1))[:, observed].all()
-    for files in ({"png": png(coloured)}, {"jpg": b""}):
-        if "jpg" in files:
-            file = io.BytesIO()
-            Image.fromarray(coloured).save(file, "JPEG")
-            files = {"jpg": file.getvalue()}
-        assert decode_sample(files, channels=3, max_pixels=1000, mask="alpha")[3].all()
-        assert decode_sample(files, channels=3, max_pixels=1000, mask="member")[3].all()
+    Image.fromarray(coloured).save(file := io.BytesIO(), "JPEG")
+    for files in ({"png": png(coloured)}, {"jpg": file.getvalue()}):
+        for mask in ("alpha", "member"):
+            assert decode_sample(files, channels=3, max_pixels=1000, mask=mask)[3].all()
 
 
 @pytest.mark.parametrize(
     ("files", "mask", "reason"),
     [
-        ({"png": png(np.zeros((4, 4), np.uint8)), "mask.png": png(np.zeros((4, 5), np.uint8))},
-         "member", "its mask is 4 x 5 pixels, but the image 4 x 4"),
-        ({"png": png(np.zeros((4, 4), np.uint8)), "mask.png": b"no png"}, "member", "readable PNG"),
-        ({"png": png(np.zeros((4, 4), np.uint8)), "mask.png": b""}, "none", "set data.mask=member"),
-        ({"png": png(np.zeros((4, 4), np.uint8))}, "nan", "a .png holds no NaN"),
+        ({"png": GREY, "mask.png": png(np.zeros((4, 5), np.uint8))}, "member", "4 x 5 .* 4 x 4"),
+        ({"png": GREY, "mask.png": b"no png"}, "member", "readable PNG"),
+        ({"png": GREY, "mask.png": b""}, "none", "set data.mask=member"),
+        ({"png": GREY}, "nan", "a .png holds no NaN"),
         ({"npy": npy(np.full((4, 4), np.inf, np.float32))}, "nan", "lie in"),
         ({"npy": npy(np.full((4, 4), np.nan, np.float32))}, "none", "lie in"),
     ],
-)  # fmt: skip
+)
 def test_masks_that_are_damage(files: dict[str, bytes], mask: str, reason: str) -> None:
     bits = 32 if "npy" in files else 8
     with pytest.raises(DamagedSampleError, match=reason):
         decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=mask)
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    samples = (
-        {"__key__": f"{i:04d}", "cls": str(i % 3).encode(), **sample("member", *picture)}
-        for i, picture in enumerate(pictures())
-    )
-    write_shards(samples, tmp_path / "shards", num_shards=2, name="images")
-    return tmp_path / "shards"
+# batches
 
 
-def streams(
-    shards: Path, *, world: int = 1, workers: int = 0, num_classes: int = 0, **keys: Any
-) -> list[TrainingStream]:
-    index = load_index(str(shards), key="data.train", create=True)
-    settings = image_settings(
-        index,
-        DataConfig(**{"channels": 1, "resolution": "native", "max_pixels": 10**6, **keys}),
-        num_classes=num_classes,
-    )
-    return [
-        TrainingStream(
-            index,
-            make_order(index, lanes=4, window=2, seed=1),
-            settings,
-            batch_size=4,
-            start_step=0,
-            stop_step=6,
-            rank=rank,
-            world=world,
-            workers=workers,
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardIndex]:
+    """Of shards with masks of their own ("member") and without ("none"), labels 0, 1, 2."""
+    found = {}
+    for kind in ("member", "none"):
+        folder = tmp_path_factory.mktemp("incomplete") / kind
+        samples = (
+            {"__key__": f"{i:04d}", "cls": str(i % 3).encode(), **sample(kind, *picture)}
+            for i, picture in enumerate(pictures())
         )
-        for rank in range(world)
-    ]
+        write_shards(samples, folder, num_shards=2, name="images")
+        found[kind] = load_index(str(folder), key="data.train", create=True)
+    return found
+
+
+def groups(
+    index: ShardIndex, *, world: int = 1, workers: int = 0, num_classes: int = 0, **keys: Any
+) -> list[list[Group]]:
+    """What each rank sees of six steps."""
+    data = DataConfig(**{"channels": 1, "max_pixels": 10**6, **keys})
+    settings = image_settings(index, data, num_classes=num_classes)
+    order = make_order(index, lanes=4, window=2, seed=1)
+    layout = {"batch_size": 4, "start_step": 0, "stop_step": 6, "world": world, "workers": workers}
+    found = []
+    for rank in range(world):
+        stream = TrainingStream(index, order, settings, rank=rank, **layout)
+        found.append([batch.groups[0] for batch in stream])
+        stream.close()
+    return found
 
 
 @pytest.mark.parametrize("resolution", ["native", [9, 9], [24, 24]])
 def test_masks_follow_their_images_through_crop_mirror_and_resizing(
-    shards: Path, resolution: Any
+    indexes: dict[str, ShardIndex], resolution: Any
 ) -> None:
     """A pixel that counts holds nothing of a missing one, which is white."""
     keys = {"crop": "random"} if resolution != "native" else {}
-    (stream,) = streams(shards, mask="member", flip=True, resolution=resolution, **keys)
     seen = 0
-    for batch in stream:
-        (group,) = batch.groups
+    (found,) = groups(indexes["member"], mask="member", flip=True, resolution=resolution, **keys)
+    for group in found:
         assert group.masks is not None and group.masks.shape == (4, 1, *group.images.shape[2:])
         observed = group.masks > 0
         if resolution == "native":
@@ -163,52 +155,30 @@ def test_masks_follow_their_images_through_crop_mirror_and_resizing(
     assert seen > 500
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 0), (1, 2), (2, 1)])
 @pytest.mark.parametrize("mask", ["member", "random", "half"])
-def test_masks_do_not_depend_on_ranks_or_workers(
-    shards: Path, world: int, workers: int, mask: str
-) -> None:
-    if mask != "member":
-        shards = without_masks(shards)
-    (alone,) = streams(shards, mask=mask, flip=True)
-    together = streams(shards, world=world, workers=workers, mask=mask, flip=True)
-    for batch, *parts in zip(alone, *together, strict=True):
-        (group,) = batch.groups
-        for name in ("images", "masks", "labels"):
-            joined = torch.cat([getattr(part.groups[0], name) for part in parts])
-            assert torch.equal(joined, getattr(group, name)), name
-    for stream in together:
-        stream.close()
+def test_masks_do_not_depend_on_ranks_or_workers(indexes: dict[str, ShardIndex], mask: str) -> None:
+    index = indexes["member" if mask == "member" else "none"]
+    (alone,) = groups(index, mask=mask, flip=True)
+    for world, workers in ((2, 0), (1, 2)) if mask == "member" else ((2, 1),):
+        ranks = groups(index, world=world, workers=workers, mask=mask, flip=True)
+        for group, *parts in zip(alone, *ranks, strict=True):
+            for name in ("images", "masks", "labels"):
+                joined = torch.cat([getattr(part, name) for part in parts])
+                assert torch.equal(joined, getattr(group, name)), name
 
 
-def without_masks(shards: Path) -> Path:
-    folder = shards.parent / "complete"
-    samples = (
-        {"__key__": f"{i:04d}", "cls": str(i % 3).encode(), "png": png(pixels)}
-        for i, (pixels, _) in enumerate(pictures())
-    )
-    write_shards(samples, folder, num_shards=2, name="images")
-    return folder
-
-
-def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(shards: Path) -> None:
-    index = load_index(str(without_masks(shards)), key="data", create=True)
-    settings = image_settings(
-        index,
-        DataConfig(
-            channels=1, resolution="native", max_pixels=1000, mask="random", mask_fraction=0.25
-        ),
-    )
+def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(indexes: dict[str, ShardIndex]) -> None:
+    data = DataConfig(channels=1, max_pixels=1000, mask="random", mask_fraction=0.25)
+    settings = image_settings(indexes["none"], data)
 
     def masks(batch_size: int) -> torch.Tensor:
-        stream = EvaluationStream(index, settings, batch_size=batch_size)
+        stream = EvaluationStream(indexes["none"], settings, batch_size=batch_size)
         return torch.cat([b.masks[b.weights > 0] for b in stream if b.masks is not None])
 
     assert torch.equal(masks(12), masks(5))
     assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
 
 
-def test_a_label_out_of_range_stops_a_stream(shards: Path) -> None:
-    (stream,) = streams(shards, mask="member", num_classes=2)
+def test_a_label_out_of_range_stops_a_stream(indexes: dict[str, ShardIndex]) -> None:
     with pytest.raises(ShardError, match=r"its label 2 \(\.cls\) is none of the classes 0 to 1"):
-        list(stream)
+        groups(indexes["member"], mask="member", num_classes=2)

@@ -1,3 +1,5 @@
+"""Which shards a folder or a pattern names, their index, and what is damaged or changed."""
+
 from __future__ import annotations
 
 import contextlib
@@ -6,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from tests.data.conftest import LENGTHS
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import ShardError, load_index, resolve_shards
+from vae_dist.data.index import MAX_SAMPLE_BYTES, ShardError, load_index, resolve_shards
 from vae_dist.data.indexing import (
     NUM_PIECES,
     PIECE_BYTES,
@@ -25,21 +28,31 @@ from vae_dist.data.indexing import (
     write_info,
 )
 from vae_dist.data.reader import SampleReader, single_sample
-from vae_dist.data.tar import DamagedSampleError, key_and_suffix, sample_starts
+from vae_dist.data.tar import DamagedSampleError, files_of_tar, key_and_suffix, sample_starts
 from vae_dist.data.transforms import ImageSettings
 
-
-@pytest.fixture
-def copied(shards: str, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shards, tmp_path / "copy"))
+NAMES = [f"set-{i:02d}.tar" for i in range(10)]
 
 
-def test_folder_brace_pattern_and_list_name_the_same_shards(shards: str) -> None:
+def load(folder: Path | str, *, create: bool = False) -> list[int]:
+    return load_index(str(folder), key="data.train", create=create).lengths.tolist()
+
+
+def test_folders_patterns_globs_and_lists_name_the_same_shards(
+    shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(shards).parent))
     folder = resolve_shards(shards, key="data.train")
-    assert [os.path.basename(p) for p in folder] == [f"set-{i:02d}.tar" for i in range(10)]
-    assert resolve_shards(f"{shards}/set-{{00..09}}.tar", key="data.train") == folder
-    parts = [f"{shards}/set-00.tar", f"{shards}/set-{{01..09}}.tar"]
-    assert resolve_shards(parts, key="data.train") == folder
+    assert [os.path.basename(p) for p in folder] == NAMES
+    for spec in (
+        f"{shards}/set-{{00..09}}.tar",
+        [f"{shards}/set-00.tar", f"{shards}/set-{{01..09}}.tar"],
+        f"{shards}/set-*.tar",
+        f"{shards}/set-0[0-9].tar",
+        "~/set",
+        ["~/set/set-0?.tar"],
+    ):
+        assert resolve_shards(spec, key="data.train") == folder
 
 
 @pytest.mark.parametrize(
@@ -48,8 +61,10 @@ def test_folder_brace_pattern_and_list_name_the_same_shards(shards: str) -> None
         ("nowhere", r"^data\.train=nowhere: no such folder; put WebDataset shards there"),
         ("{shards}/set-{{08..17}}.tar", r"8 of 10 shards are missing: .*set-10\.tar.* and 3 more"),
         ("{shards}/set-{{08..17.tar", r"data\.train=.*set-\{08"),
+        ("{shards}/other-*.tar", "file matches"),
         ("{empty}", r"the folder holds no \*\.tar file"),
         ("{shards}/set-00.tar.idx", r"a file, but no \.tar shard"),
+        ("{shards}/set-00.tar", "hold no sample"),
         (7, "data.train=7 is no path"),
         ([], "names no shard"),
     ],
@@ -58,56 +73,45 @@ def test_wrong_specs_are_named(shards: str, tmp_path: Path, spec: object, messag
     if isinstance(spec, str):
         spec = spec.format(shards=shards, empty=tmp_path)
     with pytest.raises(ConfigError, match=message):
-        resolve_shards(spec, key="data.train")
+        load_index(spec, key="data.train", create=False)
 
 
-def write_foreign_tar(path: Path, tar_format: int) -> None:
-    """A tar of `tarfile` itself: folders, long and umlaut names, a sample of three files."""
+# tars
+
+
+def write_tar(path: Path, names: list[str], *, tar_format: int = tarfile.USTAR_FORMAT) -> None:
     with tarfile.open(path, "w", format=tar_format) as tar:
-        folder = tarfile.TarInfo("pictures")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for key in ("pictures/a", "pictures/" + "b" * 120, "pictures/\u00e4", "pictures/d"):
-            for suffix, size in (("png", 700), ("cls", 1), ("json", 512)):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size, member.mtime = size, 1.5  # PAX puts this into a record of its own
-                tar.addfile(member, fileobj=Zeros())
-
-
-class Zeros:
-    def read(self, count: int) -> bytes:
-        return bytes(count)
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = 600 * number % 1100, 1.5  # PAX puts it in an own record
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int) -> None:
-    path = tmp_path / "foreign.tar"
-    write_foreign_tar(path, tar_format)
+def test_files_and_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int) -> None:
+    path, keys = tmp_path / "a.tar", ("x/a", "x/" + "b" * 120, "x/\u00e4", "\u00e4" * 200, "x/d")
+    names = [f"{key}.{suffix}" for key in keys for suffix in ("png", "cls", "json")]
+    write_tar(path, names, tar_format=tar_format)
     with tarfile.open(path) as tar:
-        files = [member for member in tar if member.isreg()]
+        files = tar.getmembers()
+    found = [(file.name, file.offset_data, file.size) for file in files]
+    assert list(files_of_tar(str(path))) == found
     # a sample begins with the extended header of its first file, which tarfile calls its offset
-    starts = [member.offset for member in files if member.name.endswith(".png")]
-    end = files[-1].offset_data + 512
-    assert index_shard(path).tolist() == [*starts, end]
-
-
-def write_files(path: Path, *names: str) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in names:
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            tar.addfile(member, io.BytesIO(b"abc"))
+    end = files[-1].offset_data + -(-files[-1].size // 512) * 512
+    assert index_shard(path).tolist() == [*(file.offset for file in files[::3]), end]
 
 
 METADATA = ["__meta__", "__meta__/a.json", "__meta__.json", "__MACOSX/a.png", "__a.png", "__.png"]
 
 
-@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("name", [*METADATA, "._a.png", ".DS_Store"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_metadata_is_what_webdataset_says(tmp_path: Path, name: str, place: int) -> None:
+def test_samples_and_metadata_are_what_webdataset_says(
+    tmp_path: Path, name: str, place: int
+) -> None:
     names = ["a.png", "b.png"]
     names.insert(place, name)
-    write_files(path := tmp_path / "a.tar", *names)
+    write_tar(path := tmp_path / "a.tar", names)
     index = load_index(str(path), key="k", create=True)
     reader = SampleReader(index, ImageSettings(1, (1, 1), True, 10), seed=0)
     found = [single_sample(d, "a.tar") for d in reader.read(0, 0, index.num_samples)]
@@ -116,6 +120,14 @@ def test_metadata_is_what_webdataset_says(tmp_path: Path, name: str, place: int)
         s.keys() - {"__url__", "__local_path__"} for s in expected
     ]
     assert [s["__key__"] for s in found] == [s["__key__"] for s in expected]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a.", "", "a/"]
+)
+def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
+    base, suffix = base_plus_ext(name)
+    assert key_and_suffix(name) == (base, suffix or "")
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
@@ -141,170 +153,66 @@ def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path: Path, tar_format
                 assert single_sample(zeroed, "a.tar").keys() >= {"png", "cls"}
 
 
+def test_members_that_do_not_lie_together_are_named(tmp_path: Path) -> None:
+    write_tar(path := tmp_path / "a.tar", ["a.png", "b.png", "a.cls", "b.cls"])
+    with pytest.raises(ShardError, match=r"members of sample a do not .*pack source=.*a\.tar out"):
+        index_shard(path)
+    write_tar(path, ["a.png", "a.cls", "b.png", "a.png", "a.cls"])  # equal keys are no sample
+    assert len(index_shard(path)) == 4
+
+
+def header(name: str = "a.png", size: bytes = b"", kind: bytes = b"0") -> bytes:
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124 : 124 + len(size)], block[156:157] = size, kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (header(size=b"\x80" + bytes(3) + b"\xff" * 8), "the tar ends inside a file"),  # base 256
+        (header(size=b"\xff" * 12), "damaged tar header"),  # base 256, below zero
+        (header(size=b"-0000001000"), "damaged tar header"),
+        (header(size=b"00010000000\0", kind=b"L") + bytes(2**22), "an attribute of 2097152 bytes"),
+        (header(size=b"00010000000\0", kind=b"x"), "the tar ends inside a file"),
+        (header(size=b"00000000005\0", kind=b"x") + b"9 a=b" + bytes(507), "damaged pax header"),
+        (header(size=b"00000000005\0", kind=b"x") + b"0 a=b" + bytes(507), "damaged pax header"),
+        (
+            header(size=b"00000000020\0", kind=b"x") + b"16 size=9999999\n" + bytes(496) + header(),
+            "the tar ends inside a file",
+        ),
+    ],
+)
+def test_what_a_header_says_is_compared_with_what_is_there(
+    tmp_path: Path, data: bytes, problem: str
+) -> None:
+    (path := tmp_path / "a.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(ShardError, match=problem):
+        index_shard(path)
+    with pytest.raises(DamagedSampleError, match=problem):
+        single_sample(data, "a.tar")
+
+
+# the index
+
+
 def test_loading_makes_what_is_missing_and_then_reads_it(copied: Path) -> None:
-    before = load_index(str(copied), key="data.train", create=False)
     (copied / "set-03.tar.idx").unlink()
     with pytest.raises(ConfigError, match=r"set-03\.tar has no index; .*vae_dist\.index data="):
-        load_index(str(copied), key="data.train", create=False)
+        load(copied)
     after = load_index(str(copied), key="data.train", create=True)
-    assert after.lengths.tolist() == list(LENGTHS) == before.lengths.tolist()
     again = load_index(str(copied), key="data.train", create=False)
-    assert after.fingerprint == again.fingerprint
-    assert after.num_samples == sum(LENGTHS)
+    assert after.lengths.tolist() == list(LENGTHS) and after.fingerprint == again.fingerprint
     sizes = sum(path.stat().st_size for path in copied.glob("*.tar"))
     assert after.mean_sample_bytes == pytest.approx(sizes / sum(LENGTHS))
     info = json.loads((copied / "_info.json").read_text())["splits"]["copy"]
     assert info["shard_lengths"] == list(LENGTHS) and info["num_samples"] == sum(LENGTHS)
-    assert info["filenames"] == [f"set-{i:02d}.tar" for i in range(10)]
-
-
-def test_an_info_file_of_others_is_kept(copied: Path) -> None:
-    (copied / "_info.json").write_text("theirs")
-    (copied / "set-03.tar.idx").unlink()
-    load_index(str(copied), key="data.train", create=True)
-    assert (copied / "_info.json").read_text() == "theirs"
-
-
-def test_an_info_file_that_says_otherwise_is_named(
-    copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_info(sorted(copied.glob("*.tar")), split="train")
-    load_index(str(copied), key="data.train", create=True)
-    assert not capsys.readouterr().err
-    info = json.loads((copied / "_info.json").read_text())
-    info["splits"]["train"]["shard_lengths"][3] = 99
-    (copied / "_info.json").write_text(json.dumps(info))
-    load_index(str(copied / "set-04.tar"), key="data.train", create=True)
-    assert not capsys.readouterr().err
-    load_index(str(copied), key="data.train", create=True)
-    message = "_info.json does not say what the sidecars of 1 shards do, the first is set-03.tar"
-    assert message in capsys.readouterr().err
-    load_index(str(copied), key="data.train", create=False)  # as all other ranks do
-    assert not capsys.readouterr().err
-
-
-def test_a_shard_that_the_folder_lists_is_not_left_out_in_silence(copied: Path) -> None:
-    write_info(sorted(copied.glob("*.tar")), split="train")
-    (copied / "set-03.tar").unlink()
-    with pytest.raises(ConfigError, match=r"1 of the 10 shards .* are missing: set-03\.tar; copy"):
-        resolve_shards(str(copied), key="data.train")
-    rest = resolve_shards(f"{copied}/*.tar", key="data.train")
-    write_index(rest, overwrite=True)
-    assert resolve_shards(str(copied), key="data.train") == rest
-
-
-def test_fingerprint_tells_data_sets_apart(copied: Path) -> None:
-    whole = load_index(str(copied), key="data.train", create=False)
-    (copied / "set-09.tar").unlink()
-    fewer = load_index(str(copied), key="data.train", create=False)
-    assert whole.fingerprint != fewer.fingerprint
-
-
-def test_a_data_set_is_its_bytes(copied: Path) -> None:
-    def fingerprint(folder: Path = copied) -> str:
-        return load_index(str(folder), key="data.train", create=False).fingerprint
-
-    before = fingerprint()
-    write_info(sorted(copied.glob("*.tar")), split="train")
-    whole, shard = fingerprint(), copied / "set-05.tar"
-    assert whole != before
-    shard.write_bytes(shard.read_bytes())  # younger than the index, but the same
-    assert fingerprint() == whole
-    data = bytearray(shard.read_bytes())
-    data[int(index_shard(shard)[3]) + 600] ^= 1
-    shard.write_bytes(data)
-    os.utime(shard, (4e9, 4e9))
-    assert fingerprint() != whole
-    info = json.loads((copied / "_info.json").read_text())
-    del info["splits"]["train"]["shard_digests"]  # of an earlier version
-    (copied / "_info.json").write_text(json.dumps(info))
-    assert fingerprint() == before
-
-
-def test_the_digest_of_a_large_shard_is_of_pieces(tmp_path: Path) -> None:
-    path = tmp_path / "large.tar"
-    size = 2 * NUM_PIECES * PIECE_BYTES
-    path.write_bytes(bytes(size))
-    before = digest_of(str(path), size)
-    for at in (0, size - 1):
-        path.write_bytes(bytes(at) + b"1" + bytes(size - at - 1))
-        assert digest_of(str(path), size) != before
-
-
-def test_parts_of_the_offsets(shards: str) -> None:
-    index = load_index(shards, key="data.train", create=False)
-    whole = index.offsets(5)
+    assert info["filenames"] == NAMES
+    whole = again.offsets(5)
     assert len(whole) == LENGTHS[5] + 1
-    np.testing.assert_array_equal(index.offsets(5, 10, 14), whole[10:15])
-
-
-def cut(path: Path, count: int) -> None:
-    os.truncate(path, count)
-
-
-def overwrite(path: Path, at: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at)
-        file.write(b"\xff" * 100)
-
-
-def test_damage_is_reported_with_its_byte(copied: Path) -> None:
-    cut(copied / "set-03.tar", 5 * 2048 + 100)
-    cut(copied / "set-05.tar", 5 * 2048)
-    overwrite(copied / "set-06.tar", 3 * 2048 + 1024)
-    paths = resolve_shards(str(copied), key="data.train")
-    damage = {
-        os.path.basename(path): str(error)
-        for path, error in write_index(paths, overwrite=True).items()
-        if error is not None
-    }
-    assert damage.keys() == {"set-03.tar", "set-05.tar", "set-06.tar"}
-    assert "byte 10240: the tar ends inside a header" in damage["set-03.tar"]
-    assert "byte 10240: the tar ends without its end mark" in damage["set-05.tar"]
-    assert "byte 7168: damaged tar header" in damage["set-06.tar"]
-    assert not (copied / "set-05.tar.idx").exists()
-    with pytest.raises(ShardError, match=r"byte 10240: .*copy the shard again"):
-        load_index(str(copied), key="data.train", create=True)
-
-
-def test_a_header_of_zeros_is_not_the_end_of_a_shard(copied: Path) -> None:
-    path = copied / "set-05.tar"
-    whole, shard = path.read_bytes(), index_shard(path)
-    at = int(shard[20])
-    path.write_bytes(whole[:at] + bytes(512) + whole[at + 512 :])
-    with pytest.raises(ShardError, match=f"byte {at}: a block of zeros where a header should be"):
-        index_shard(path)
-    assert shard[-1] + 1024 <= len(whole)
-    for end in (512, 1024):  # end marks of one block and of two
-        path.write_bytes(whole[: shard[-1] + end])
-        assert index_shard(path).tolist() == shard.tolist()
-
-
-def test_a_sidecar_that_does_not_fit_is_refused(copied: Path) -> None:
-    message = r"set-05\.tar\.idx does not fit .*overwrite=true"
-    shutil.copy(copied / "set-03.tar", copied / "set-05.tar")
-    with pytest.raises(ShardError, match=message):  # shorter than the index says
-        load_index(str(copied), key="data.train", create=True)
-    shutil.copy(copied / "set-05.tar.idx", copied / "set-03.tar.idx")
-    shutil.copy(copied / "set-09.tar.idx", copied / "set-05.tar.idx")
-    with pytest.raises(ShardError, match=r"set-03\.tar\.idx does not fit"):
-        load_index(str(copied), key="data.train", create=True)
-
-
-def test_a_sidecar_that_ends_too_early_is_refused(copied: Path) -> None:
-    offsets = np.fromfile(copied / "set-05.tar.idx", "<u8")
-    offsets[:-3].tofile(copied / "set-05.tar.idx")
-    with pytest.raises(ShardError, match=r"set-05\.tar\.idx does not fit"):
-        load_index(str(copied), key="data.train", create=False)
-
-
-def test_offsets_that_do_not_rise_are_refused(copied: Path) -> None:
-    offsets = np.fromfile(copied / "set-05.tar.idx", "<u8")
-    offsets[7] = 0
-    offsets.tofile(copied / "set-05.tar.idx")
-    index = load_index(str(copied), key="data.train", create=False)
-    with pytest.raises(ShardError, match="offsets 5 to 9 are damaged"):
-        index.offsets(5, 5, 9)
+    np.testing.assert_array_equal(again.offsets(5, 10, 14), whole[10:15])
 
 
 def test_a_folder_that_cannot_be_written(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,36 +223,161 @@ def test_a_folder_that_cannot_be_written(copied: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("vae_dist.data.indexing.write_durably", refuse)
     with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied.*copy the sh"):
-        load_index(str(copied), key="data.train", create=True)
+        load(copied, create=True)
 
 
-def test_shards_without_a_sample_are_refused(copied: Path) -> None:
-    with pytest.raises(ConfigError, match="hold no sample"):
-        load_index(str(copied / "set-00.tar"), key="data.train", create=False)
-
-
-@pytest.mark.parametrize(
-    "name", ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a.", "", "a/"]
-)
-def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
-    base, suffix = base_plus_ext(name)
-    assert key_and_suffix(name) == (base, suffix or "")
-
-
-def test_globs_and_the_home_folder(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(Path(shards).parent))
-    whole = load_index(shards, key="data.train", create=False)
-    for spec in (f"{shards}/set-*.tar", f"{shards}/set-0[0-9].tar", "~/set", ["~/set/set-0?.tar"]):
-        assert load_index(spec, key="data.train", create=False).paths == whole.paths
-    with pytest.raises(ConfigError, match="file matches"):
-        load_index(f"{shards}/other-*.tar", key="data.train", create=False)
-
-
-def test_compressed_shards_beside_plain_ones_are_named(
+def test_what_a_folder_does_not_say_or_says_otherwise(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def said(*, create: bool = True, shard: str = "") -> str:
+        load(copied / shard, create=create)
+        return capsys.readouterr().err
+
+    info = copied / "_info.json"
+    info.write_text("theirs")
+    (copied / "set-03.tar.idx").unlink()
+    assert not said() and info.read_text() == "theirs"
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    assert not said()
+    content = json.loads(info.read_text())
+    content["splits"]["train"]["shard_lengths"][3] = 99
+    info.write_text(json.dumps(content))
+    message = "_info.json does not say what the sidecars of 1 shards do, the first is set-03.tar"
+    assert message in said() and not said(create=False) and not said(shard="set-04.tar")
     (copied / "set-10.tar.gz").touch()
-    load_index(str(copied), key="data.train", create=True)
-    assert "1 compressed shards are left out, the first is set-10.tar.gz" in capsys.readouterr().err
+    assert "1 compressed shards are left out, the first is set-10.tar.gz" in said()
+
+    (copied / "set-03.tar").unlink()
+    with pytest.raises(ConfigError, match=r"1 of the 10 shards .* are missing: set-03\.tar; copy"):
+        resolve_shards(str(copied), key="data.train")
+    rest = resolve_shards(f"{copied}/*.tar", key="data.train")
+    write_index(rest, overwrite=True)
+    assert resolve_shards(str(copied), key="data.train") == rest
+
+
+def test_a_data_set_is_its_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint(*, create: bool = False) -> str:
+        return load_index(str(copied), key="data.train", create=create).fingerprint
+
+    before = fingerprint()
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    whole, shard = fingerprint(), copied / "set-05.tar"
+    assert whole != before
+    os.utime(shard, (4e9, 4e9))  # younger than the index, but the same
+    assert fingerprint() == whole
+    data = bytearray(shard.read_bytes())
+    data[int(index_shard(shard)[3]) + 600] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, (4e9, 4e9))
+    changed = fingerprint(create=True)
+    assert changed != whole
+    os.utime(shard, (1e9, 1e9))
+    os.utime(copied / "_info.json", (2e9, 2e9))
+    assert fingerprint() == whole, "the index is believed where it is younger"
+    info = json.loads((copied / "_info.json").read_text())
+    del info["splits"]["train"]["shard_digests"]  # of an earlier version
+    (copied / "_info.json").write_text(json.dumps(info))
+    assert fingerprint() == before
+    (copied / "_info.json").unlink()
+    (copied / "set-09.tar").unlink()
+    assert fingerprint() != before
+
+
+def test_digests_that_were_right_are_taken_anew_once(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def counted(paths: list[str]) -> list[str]:
+        taken.extend(paths)
+        return [digest_of(path, os.path.getsize(path)) for path in paths]
+
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    os.utime(copied / "_info.json", (1e9, 1e9))
+    monkeypatch.setattr("vae_dist.data.index.digests_of", counted)
+    for create, shard, count in ((True, "set-05.tar", 1), (True, "", 10), (False, "", 0)):
+        load(copied / shard, create=create)
+        assert len(taken) == count
+        taken.clear()
+
+
+def test_the_digest_of_a_large_shard_is_of_pieces(tmp_path: Path) -> None:
+    path, size = tmp_path / "large.tar", 2 * NUM_PIECES * PIECE_BYTES
+    path.write_bytes(bytes(size))
+    before = digest_of(str(path), size)
+    for at in (0, size - 1):
+        path.write_bytes(bytes(at) + b"1" + bytes(size - at - 1))
+        assert digest_of(str(path), size) != before
+
+
+# damage
+
+
+def test_damage_is_reported_with_its_byte(copied: Path) -> None:
+    whole = {name: (copied / name).read_bytes() for name in NAMES}
+    end = int(index_shard(copied / "set-05.tar")[-1])
+    at = int(index_shard(copied / "set-05.tar")[20])
+    cases = {
+        "set-03.tar": (whole["set-03.tar"][:10340], "byte 10240: the tar ends inside a header"),
+        "set-05.tar": (whole["set-05.tar"][:10240], "byte 10240: the tar ends without its end"),
+        "set-06.tar": (
+            whole["set-06.tar"][:7168] + b"\xff" * 512 + whole["set-06.tar"][7680:],
+            "byte 7168: damaged tar header",
+        ),
+    }
+    for name, (data, _) in cases.items():
+        (copied / name).write_bytes(data)
+    damage = write_index(resolve_shards(str(copied), key="k"), overwrite=True)
+    found = {os.path.basename(path): str(error) for path, error in damage.items() if error}
+    assert found.keys() == cases.keys() and not (copied / "set-05.tar.idx").exists()
+    assert all(problem in found[name] for name, (_, problem) in cases.items())
+    with pytest.raises(ShardError, match=r"byte 10240: .*copy the shard again"):
+        load(copied, create=True)
+    path, data = copied / "set-05.tar", whole["set-05.tar"]
+    path.write_bytes(data[:at] + bytes(512) + data[at + 512 :])
+    with pytest.raises(ShardError, match=f"byte {at}: a block of zeros where a header should be"):
+        index_shard(path)
+    for mark in (512, 1024):  # end marks of one block and of two
+        path.write_bytes(data[: end + mark])
+        assert index_shard(path)[-1] == end
+
+
+def replaced(folder: Path) -> None:
+    shutil.copy(folder / "set-03.tar", folder / "set-05.tar")  # shorter than the index says
+
+
+def of_another(folder: Path) -> None:
+    shutil.copy(folder / "set-09.tar.idx", folder / "set-05.tar.idx")
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "set-05.tar.idx", (folder / "set-05.tar.idx").stat().st_size - 24)
+
+
+def odd(folder: Path) -> None:
+    os.truncate(folder / "set-05.tar.idx", 13)
+
+
+def empty(folder: Path) -> None:
+    os.truncate(folder / "set-05.tar.idx", 0)
+
+
+@pytest.mark.parametrize("damage", [replaced, of_another, cut, odd, empty])
+def test_a_sidecar_that_does_not_fit_is_refused(
+    copied: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(copied)
+    with pytest.raises(ShardError, match=r"set-05\.tar\.idx does not fit .*overwrite=true"):
+        load(copied, create=True)
+
+
+@pytest.mark.parametrize("value", [0, 2**63 + 5, 2**64 - 1, MAX_SAMPLE_BYTES + 2**33])
+def test_offsets_that_cannot_be_are_refused(copied: Path, value: int) -> None:
+    offsets = np.fromfile(copied / "set-05.tar.idx", "<u8")
+    offsets[7] = value
+    offsets.tofile(copied / "set-05.tar.idx")
+    index = load_index(str(copied), key="data.train", create=False)
+    with pytest.raises(ShardError, match="offsets 5 to 9 are damaged"):
+        index.offsets(5, 5, 9)
+    with pytest.raises(ShardError, match="offsets 5 to 7 are damaged"):
+        index.offsets(5, 5, 7)

@@ -1,41 +1,74 @@
+"""The order as arithmetic: each sample once an epoch, the same wherever one begins to read."""
+
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vae_dist.data.order import Order, Window
+from tests.data.conftest import identities, make_shards
+from vae_dist.config.errors import ConfigError
+from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.loader import TrainingStream
+from vae_dist.data.order import MixedOrder, Order, make_order, quotas
+from vae_dist.data.transforms import ImageSettings
 
-LENGTHS = [0, 1, 7, 60, 33, 2, 90, 128, 45, 45, 13, 77, 1, 100, 64, 3, 50, 0, 5]
-ALL = {(shard, i) for shard, length in enumerate(LENGTHS) for i in range(length)}
-
-
-def take(order: Order, start: int, stop: int) -> list[tuple[int, int]]:
-    return [order.sample_at(g)[1:] for g in range(start, stop)]
-
-
-def windows_of(order: Order, lane: int, count: int) -> list[Window]:
-    found = [order.window_at(lane, 0)]
-    while len(found) < count:
-        found.append(order.window_at(lane, found[-1].end_row))
-    return found
+SHARDS = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
 
 
-def test_windows_follow_each_other_and_can_be_entered_anywhere() -> None:
-    order = Order(LENGTHS, lanes=16, window=8, seed=0)
-    rows = windows_of(order, 5, 20)
-    assert [w.first_row for w in rows] == [0] + [w.end_row for w in rows[:-1]]
-    for row in range(rows[-1].end_row):
-        entered = Order(LENGTHS, lanes=16, window=8, seed=0).window_at(5, row)
-        (same,) = (w for w in rows if w.first_row <= row < w.end_row)
-        assert (entered.first_row, entered.runs, entered.epochs) == (
-            same.first_row,
-            same.runs,
-            same.epochs,
-        )
-        np.testing.assert_array_equal(entered.order, same.order)
+def index_of(parts: list[list[int]]) -> ShardIndex:
+    """Of one data set, or of several with the weights 1, 2, ..."""
+    lengths = np.array([length for part in parts for length in part], np.int64)
+    weights = tuple((len(part), 1.0 + number) for number, part in enumerate(parts))
+    names = tuple(str(shard) for shard in range(len(lengths)))
+    return ShardIndex(names, lengths, lengths, parts=weights if len(parts) > 1 else ())
+
+
+@given(
+    parts=st.lists(SHARDS, min_size=1, max_size=3),
+    lanes=st.integers(3, 24),
+    slot_rows=st.integers(0, 4),
+    window=st.integers(1, 12),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=40, deadline=None)
+def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
+    parts: list[list[int]], lanes: int, slot_rows: int, window: int, seed: int
+) -> None:
+    index = index_of(parts)
+    keys = {"window": window * max(1, slot_rows), "seed": seed, "slot_rows": slot_rows}
+    order = make_order(index, lanes=lanes, **keys)
+    part_of_lane = order.part_of_lane if isinstance(order, MixedOrder) else np.zeros(lanes, int)
+    first_shard = np.cumsum([0, *map(len, parts)])
+    for part, lengths in enumerate(parts):
+        mine, total = np.flatnonzero(part_of_lane == part), sum(lengths)
+        seen: Counter[tuple[int, int, int]] = Counter()
+        for rank, lane in enumerate(mine.tolist()):
+            row = 0
+            while row * len(mine) < 2 * total:
+                found = order.window_at(lane, row)
+                count = len(found.order)
+                assert found.first_row == row and 0 < count <= keys["window"]
+                assert count % max(1, slot_rows) == 0
+                assert sorted(found.order.tolist()) == list(range(count))
+                again = order.window_at(lane, row + seed % count)
+                assert again.runs == found.runs and (again.order == found.order).all()
+                for position in range(count):
+                    # the tape of the epochs is dealt in order, whatever is permuted in a window
+                    epoch, shard, i = found.place(position)
+                    assert epoch == ((row + position) * len(mine) + rank) // total
+                    seen[epoch, shard - int(first_shard[part]), i] += 1
+                g = row * lanes + lane
+                assert order.sample_at(g) == found.place(int(found.order[0]))
+                row = found.end_row
+        for epoch in range(2):
+            counts = {(s, i): n for (e, s, i), n in seen.items() if e == epoch}
+            assert set(counts.values()) == {1}
+            assert counts.keys() == {(s, i) for s, n in enumerate(lengths) for i in range(n)}
 
 
 def test_lanes_read_their_windows_at_different_steps() -> None:
@@ -61,43 +94,56 @@ def test_a_shard_is_read_front_to_back_by_one_or_two_lanes() -> None:
     assert sum(len(lanes) for lanes in readers.values()) <= 32 + 8 + 1
 
 
-def test_a_batch_mixes_class_sorted_shards() -> None:
-    """1,000 shards of one class each: a batch of 64 holds nearly 64 classes."""
+def test_class_sorted_shards_are_mixed_and_many_cost_little() -> None:
+    """A batch of 64 holds nearly 64 classes; of 10^8 samples any is found without the others."""
     order = Order([20] * 1000, lanes=64, window=8, seed=0)
     classes = [len({order.sample_at(g)[1] for g in range(64 * k, 64 * k + 64)}) for k in (0, 9)]
     assert min(classes) >= 60
-
-
-def test_many_shards_cost_little() -> None:
-    """10^8 samples in 10^4 shards: any sample is found without going through the others."""
     order = Order([10_000] * 10_000, lanes=1024, window=32, seed=0)
     epoch, shard, index = order.sample_at(7 * 10**8 + 12345)
     assert epoch == 7 and 0 <= shard < 10_000 and 0 <= index < 10_000
 
 
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
-    lanes=st.integers(1, 24),
-    window=st.integers(1, 50),
-    seed=st.integers(0, 2**40),
-    start=st.integers(0, 300),
-)
-@settings(max_examples=150, deadline=None)
-def test_order_of_any_shape(
-    lengths: list[int], lanes: int, window: int, seed: int, start: int
+# several data sets
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(6, 300))
+@settings(max_examples=60, deadline=None)
+def test_quotas_follow_the_weights(weights: list[float], lanes: int) -> None:
+    counts = quotas(weights, lanes)
+    assert sum(counts) == lanes and min(counts) >= 1
+    for weight, count in zip(weights, counts, strict=True):
+        assert count <= max(1, weight / sum(weights) * lanes + 1)
+
+
+def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(
+    tmp_path: Path,
 ) -> None:
-    order = Order(lengths, lanes=lanes, window=window, seed=seed)
-    total = sum(lengths)
-    epoch = start % 3
-    numbers = range(epoch * total, (epoch + 1) * total)
-    got = [order.sample_at(g) for g in numbers]
-    assert {e for e, _, _ in got} == {epoch}
-    counts = Counter((shard, index) for _, shard, index in got)
-    assert len(counts) == total and set(counts.values()) == {1}
-    assert all(0 <= index < lengths[shard] for shard, index in counts)
-    # From any row on, the windows of a lane follow each other without gap and without overlap.
-    lane, row = start % lanes, start
-    for _ in range(3):
-        found = order.window_at(lane, row)
-        assert found.first_row <= row < found.end_row and len(found.order) <= window
-        row = found.end_row
+    with pytest.raises(ConfigError, match=r"mixes 3 data sets, but training.batch_size=2 is less"):
+        quotas([1, 1, 1], 2)
+    first, second = (5, 0, 9), (3, 20, 1, 4)
+    for name, lengths in (("a", first), ("b", second)):
+        make_shards(tmp_path / name, lengths)
+
+    def load(*weights: int) -> ShardIndex:
+        names = zip("ab", weights, strict=False)
+        spec = [{"path": str(tmp_path / name), "weight": weight} for name, weight in names]
+        return load_index(spec, key="data.train", create=False)
+
+    alone = load_index(str(tmp_path / "a"), key="data.train", create=False)
+    prints = {index.fingerprint for index in (alone, load(1, 1), load(1, 2), load(1, 3))}
+    assert len(prints) == 4
+
+    index, marked = load(1, 3), ImageSettings(1, (1, 3), False, 100)
+    order = make_order(index, lanes=8, window=4, seed=3)
+    assert isinstance(order, MixedOrder)
+    for half in (order.part_of_lane[:4], order.part_of_lane[4:]):  # of each of two ranks
+        assert Counter(half.tolist()) == {0: 1, 1: 3}
+    keys = {"batch_size": 8, "start_step": 5, "stop_step": 25, "world": 2}
+    for rank in range(2):
+        for batch in TrainingStream(index, order, marked, rank=rank, **keys):
+            (group,) = batch.groups
+            places = [order.sample_at(8 * batch.step + 4 * rank + lane)[1:] for lane in range(4)]
+            # shards are marked by their own folder
+            want = [(shard if shard < len(first) else shard - len(first), i) for shard, i in places]
+            assert identities(group.images.numpy()) == want

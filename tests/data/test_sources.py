@@ -1,6 +1,9 @@
+"""Shards from elsewhere: what is read, tried again, named, and refused."""
+
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,13 +13,13 @@ import pytest
 
 from tests.data.conftest import LENGTHS
 from tests.data.test_loader import BATCH, STEPS, expected, global_batches, one_process
-from tests.support.http_shards import serving
+from tests.support.http_shards import EMPTY, RESET, serving
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import sources as remote
+from vae_dist.data import sources
 from vae_dist.data.index import load_index
 from vae_dist.data.indexing import write_index_of_remote, write_info
-from vae_dist.data.sources import Range, UnreadableError, read_range, read_ranges
+from vae_dist.data.sources import Range, UnreadableError, read_all, read_range, read_ranges
 from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.index import main
@@ -29,17 +32,16 @@ __all__ = ["one_process"]  # a fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, which no test waits for: its clock has only them."""
     waited: list[float] = []
-    monkeypatch.setattr(remote, "sleep", waited.append)
-    monkeypatch.setattr(remote, "clock", lambda: sum(waited))
+    monkeypatch.setattr(sources, "sleep", waited.append)
+    monkeypatch.setattr(sources, "clock", lambda: sum(waited))
     return waited
 
 
 @pytest.fixture
-def folder(shards: str, tmp_path: Path) -> Path:
+def folder(copied: Path) -> Path:
     """Shards with sidecars and `_info.json`, to be served."""
-    copy = Path(shutil.copytree(shards, tmp_path / "served"))
-    write_info(sorted(copy.glob("*.tar")), split="train")
-    return copy
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    return copied
 
 
 @pytest.fixture
@@ -78,32 +80,22 @@ def test_the_same_steps_from_everywhere(
     assert got == expected(STEPS // 2, STEPS // 2 + 6)
 
 
-def test_a_set_of_shards_is_opened_by_one_request(folder: Path) -> None:
-    with serving(folder) as server:
-        load_index(server.url, key="data.train", create=False)
-        assert server.asked == {"_info.json": 1}
-
-
-def test_after_a_resume_one_window_of_each_lane_is_read(
+def test_a_set_is_opened_by_one_request_and_after_a_resume_two_windows_of_a_lane_are_read(
     folder: Path, marked: ImageSettings, one_process: None
 ) -> None:
     with serving(folder) as server:
         index = load_index(server.url, key="data.train", create=False)
+        assert server.asked == {"_info.json": 1}
+        assert index.fingerprint == load_index(str(folder), key="data", create=False).fingerprint
         server.sent.clear()
-        step = STEPS - 3
-        global_batches(index, marked, world=1, workers=0, start_step=step, stop_step=step + 1)
+        steps = {"start_step": STEPS - 3, "stop_step": STEPS - 2}
+        global_batches(index, marked, world=1, workers=0, **steps)
         tars = sum(count for path, count in server.sent.items() if path.endswith(".tar"))
         largest = max(int(np.diff(index.offsets(s)).max()) for s in range(1, 10))
-        assert 0 < tars <= 2 * BATCH * 4 * largest  # this window and the one after it
+        assert 0 < tars <= 2 * BATCH * 4 * largest
 
 
-def test_a_remote_copy_is_the_same_data_set(folder: Path) -> None:
-    with serving(folder) as server:
-        there = load_index(server.url, key="data.train", create=False)
-    assert there.fingerprint == load_index(str(folder), key="data", create=False).fingerprint
-
-
-@pytest.mark.parametrize("trouble", [500, 503, 429, -1, -1000])
+@pytest.mark.parametrize("trouble", [500, 503, 429, RESET, EMPTY, -1000])
 def test_trouble_is_tried_again_with_growing_pauses(
     tmp_path: Path, blob: bytes, pauses: list[float], trouble: int
 ) -> None:
@@ -119,45 +111,94 @@ def test_many_pieces_are_read_at_once_and_each_has_its_own_outcome(
         there = [Range(f"{server.url}/blob", 1000 * i, 500) for i in range(20)]
         missing = Range(f"{server.url}/nothing", 0, 5)
         *found, lost = read_ranges([*there, missing])
-    assert found == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
-    assert isinstance(lost, UnreadableError) and lost.is_missing
-
-
-def test_the_end_of_a_file_is_no_break(tmp_path: Path, blob: bytes) -> None:
-    with serving(tmp_path) as server:
+        assert found == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
+        assert isinstance(lost, UnreadableError) and lost.is_missing
+        again = pickle.loads(pickle.dumps(lost))  # on its way from a worker
+        assert again.is_missing and str(again) == str(lost)
+        asked = server.asked["blob"]
         assert read_range(f"{server.url}/blob", 299_000, 5000) == blob[299_000:]
-        assert server.asked["blob"] == 1
+        assert server.asked["blob"] == asked + 1, "the end of a file is no break"
 
 
 @pytest.mark.parametrize(
-    ("status", "message"),
+    ("trouble", "message"),
     [
         (404, r"blob: cannot be read \(no such file"),
         (403, "HTTP 403"),
         (500, r"in 100 s \(HTTP 500"),
+        ("file:///etc/passwd", "passwd|redirect"),
+        (EMPTY, "sends no byte"),
     ],
 )
 def test_what_lasts_stops_with_the_address(
-    tmp_path: Path, blob: bytes, pauses: list[float], status: int, message: str
+    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int | str, message: str
 ) -> None:
-    broken = serving(tmp_path, lambda path, n: status)
+    broken = serving(tmp_path, lambda path, n: trouble)
     with broken as server, pytest.raises(ShardError, match=message):
         read_range(f"{server.url}/blob", 0, 10, retry_s=100)
-    assert 60 < sum(pauses) <= 100 if status == 500 else not pauses
+    assert 60 < sum(pauses) <= 100 if trouble in (500, EMPTY) else not pauses
 
 
-def test_a_server_without_pieces_is_named(tmp_path: Path, blob: bytes) -> None:
-    message = "answers with the whole file .* 'pipe:curl"
+def test_a_redirect_is_followed_on_http_and_never_down_from_https(
+    tmp_path: Path, blob: bytes
+) -> None:
+    import asyncio
+    from types import SimpleNamespace
+
+    from yarl import URL
+
+    with serving(tmp_path) as there:
+        moved = serving(tmp_path, lambda path, n: f"{there.url}/{path}")
+        with moved as server:
+            assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
+    (trace,) = sources._http_options()["client_kwargs"]["trace_configs"]
+    (check,) = trace.on_request_redirect
+    for start, target, is_allowed in (
+        ("https://a/x", "https://b/x", True),
+        ("http://a/x", "https://a/x", True),
+        ("https://a/x", "/y", True),
+        ("https://a/x", "http://a/x", False),
+        ("http://a/x", "ftp://a/x", False),
+    ):
+        response = SimpleNamespace(headers={"Location": target})
+        redirect = check(None, None, SimpleNamespace(url=URL(start), response=response))
+        if is_allowed:
+            asyncio.run(redirect)
+        else:
+            with pytest.raises(ValueError, match="redirected from http"):
+                asyncio.run(redirect)
+
+
+def test_a_server_without_pieces_is_named_and_no_more_is_read_than_was_asked_for(
+    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(tmp_path, ranges=False) as server:
-        with pytest.raises(ShardError, match=message):
+        with pytest.raises(ShardError, match=r"answers with the whole file .* 'pipe:curl"):
             read_range(f"{server.url}/blob", 5, 10)
         assert read_range(f"{server.url}/blob", 0, 10) == blob[:10]
+    for place in (str(tmp_path / "blob"), f"file://{tmp_path}/blob"):
+        assert read_all(place, 300_000) == blob
+        with pytest.raises(ShardError, match="larger than the 299999 bytes"):
+            read_all(place, 299_999)
+    with pytest.raises(ShardError, match="but no index"):
+        read_all(f"pipe:touch {tmp_path}/made", 10)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    for place in (str(tmp_path / "x.tar"), "/dev/zero", str(tmp_path)):
+        with pytest.raises(ShardError, match="no plain file"):
+            read_range(place, 0, 10)
+        with pytest.raises(ShardError, match="no plain file"):
+            sources.size_of(place)
 
 
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ShardError, match=r"attempts in 20 s .*127\.0\.0\.1"):
-        read_range("http://127.0.0.1:9/x.tar", 0, 1)
-    assert "it is tried again for 20 s" in capsys.readouterr().err
+        read_range("http://user:word@127.0.0.1:9/x.tar", 0, 1)
+    said = capsys.readouterr().err
+    assert "it is tried again for 20 s" in said and "user:word" not in said
 
 
 def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
@@ -168,6 +209,28 @@ def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
     assert read_range(place, 299_990, 50) == blob[-10:]
     with pytest.raises(ShardError, match=r"attempts .*ended with exit code 3"):
         read_range("pipe:exit 3", 0, 1)
+
+
+@pytest.mark.parametrize("protocol", ["memory://", "strict://"])
+def test_what_an_object_store_lacks_is_missing_at_once(pauses: list[float], protocol: str) -> None:
+    """Some stores, such as s3, raise where a size is asked of what is not there."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Strict(MemoryFileSystem):
+        protocol = "strict"
+
+        def size(self, path: str) -> int:
+            raise FileNotFoundError(path)
+
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    assert not sources.exists(f"{protocol}nowhere/_info.json")
+    with pytest.raises(ShardError, match="no such file"):
+        read_range(f"{protocol}nowhere/a.tar", 0, 10)
+    assert pauses == []
+
+
+# what names shards
 
 
 @pytest.mark.parametrize(
@@ -184,6 +247,36 @@ def test_wrong_addresses_are_named(folder: Path, spec: str, message: str) -> Non
         load_index(spec.format(url=server.url), key="data.train", create=False)
 
 
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_what_is_forbidden_counts_as_missing(folder: Path, status: int) -> None:
+    """S3 says so of what is not there, to those who may not list it. Only the status says so."""
+    (folder / "_info.json").rename(folder / "other.json")
+    with serving(folder, lambda path, n: status if path == "_info.json" else None) as server:
+        spec = f"{server.url}/set-{{00..09}}.tar"
+        if status == 500:
+            with pytest.raises(UnreadableError, match="HTTP 500"):
+                load_index(spec, key="data.train", create=False)
+        else:
+            index = load_index(spec, key="data.train", create=False)
+            assert index.lengths.tolist() == list(LENGTHS)
+        with pytest.raises(ConfigError, match=r"cannot be read .*name the shards"):
+            load_index(server.url, key="data.train", create=False)
+
+
+def test_signed_addresses_name_shards(folder: Path) -> None:
+    signature = "?sig=a/b.c&sv=2"
+    here = load_index(str(folder), key="data", create=False)
+    with serving(folder, query=signature) as server:
+        pattern, whole = f"{server.url}/set-{{00..09}}.tar{signature}", f"{server.url}/{signature}"
+        for spec in (pattern, whole):
+            index = load_index(spec, key="data.train", create=False)
+            assert index.fingerprint == here.fingerprint
+            assert index.offsets(3).tolist() == here.offsets(3).tolist()
+        (folder / "_info.json").unlink()
+        again = load_index(pattern, key="data.train", create=False)
+    assert again.lengths.tolist() == list(LENGTHS)
+
+
 def test_the_index_of_remote_shards(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,11 +289,8 @@ def test_the_index_of_remote_shards(
         assert "name a folder for their index" in capsys.readouterr().err
         assert main([data, f"out={out}", "verify=true"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert (
-            lines[-1]
-            == f"shards=10 indexed_now=10 indexed_before=0 damaged=0 samples={sum(LENGTHS)}"
-        )
-        assert "sizes HxW: 1x3 (122); 1 different" in lines
+        counts = f"shards=10 indexed_now=10 indexed_before=0 damaged=0 samples={sum(LENGTHS)}"
+        assert lines[-1] == counts and "sizes HxW: 1x3 (122); 1 different" in lines
         assert any(line.startswith("double keys: 77, the first is") for line in lines)
         (sidecar,) = out.glob("set-03.tar-*.idx")
         sidecar.unlink()
@@ -218,11 +308,11 @@ def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> N
     neither its sidecar nor the list that names it; an unreachable one keeps both."""
     place, out = tmp_path / "a", tmp_path / "index"
 
-    def made(name: str, **options: bool) -> list[int]:
+    def made(name: str) -> list[int]:
         place.mkdir(exist_ok=True)
         shutil.copy(folder / name, place / "x.tar")
         url = f"file://{place}/x.tar"
-        damage = write_index_of_remote([url], out, **options)
+        damage = write_index_of_remote([url], out)
         assert set(damage.values()) <= {None}
         index = load_index({"path": url, "index": str(out)}, key="k", create=False)
         return [*index.lengths.tolist(), len(damage)]
@@ -245,105 +335,50 @@ def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> N
     assert len(list(out.glob("*.idx"))) == sidecars - 1 and not (out / "shards.json").exists()
 
 
-@pytest.mark.parametrize("status", [403, 404])
-def test_what_is_forbidden_counts_as_missing(folder: Path, status: int) -> None:
-    """S3 says so of what is not there, to those who may not list it."""
-    with serving(folder, lambda path, n: status if path == "_info.json" else None) as server:
-        index = load_index(f"{server.url}/set-{{00..09}}.tar", key="data.train", create=False)
-        assert index.lengths.tolist() == list(LENGTHS)
-        with pytest.raises(ConfigError, match=r"cannot be read .*name the shards"):
-            load_index(server.url, key="data.train", create=False)
-
-
-def test_only_the_status_says_what_is_missing(tmp_path: Path) -> None:
-    """Not the digits of a name; and the answer outlives the way from a worker."""
-    with serving(tmp_path, lambda path, n: 500) as server, pytest.raises(UnreadableError):
-        remote.exists(f"{server.url}/train-000403.tar.idx")
-    with serving(tmp_path) as server, pytest.raises(UnreadableError) as raised:
-        read_range(f"{server.url}/x", 0, 1)
-    again = pickle.loads(pickle.dumps(raised.value))
-    assert again.is_missing and str(again) == str(raised.value)
-
-
-def test_signed_addresses_name_shards(folder: Path) -> None:
-    signature = "?sig=a/b.c&sv=2"
-    with serving(folder, query=signature) as server:
-        for spec in (f"{server.url}/set-{{00..09}}.tar{signature}", f"{server.url}/{signature}"):
-            index = load_index(spec, key="data.train", create=False)
-            assert index.lengths.tolist() == list(LENGTHS)
-            assert (
-                index.offsets(3).tolist()
-                == np.fromfile(folder / "set-03.tar.idx").view("<u8").tolist()
-            )
-        assert index.fingerprint == load_index(str(folder), key="data", create=False).fingerprint
-        (folder / "_info.json").unlink()
-        spec = f"{server.url}/set-{{00..09}}.tar{signature}"
-        again = load_index(spec, key="data.train", create=False)
-    assert again.lengths.tolist() == index.lengths.tolist()  # nothing says what its bytes are
-
-
-@pytest.mark.parametrize("protocol", ["memory://", "strict://"])
-def test_what_an_object_store_lacks_is_missing_at_once(pauses: list[float], protocol: str) -> None:
-    """Some stores, such as s3, raise where a size is asked of what is not there."""
-    import fsspec
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Strict(MemoryFileSystem):
-        protocol = "strict"
-
-        def size(self, path: str) -> int:
-            raise FileNotFoundError(path)
-
-    fsspec.register_implementation("strict", Strict, clobber=True)
-    assert not remote.exists(f"{protocol}nowhere/_info.json")
-    with pytest.raises(ShardError, match="no such file"):
-        read_range(f"{protocol}nowhere/a.tar", 0, 10)
-    assert pauses == []
-
-
 def test_a_wids_index_of_others_is_read(folder: Path) -> None:
     names = sorted(path.name for path in folder.glob("*.tar"))
     shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
-    (folder / "wids.json").write_text(json.dumps({"shardlist": shards}))
-    index = load_index(str(folder / "wids.json"), key="data.train", create=False)
-    assert index.lengths.tolist() == list(LENGTHS)
-    shards[3]["nsamples"] = 31
-    (folder / "wids.json").write_text(json.dumps({"shardlist": shards}))
-    with pytest.raises(ShardError, match=r"set-03\.tar has 30 samples .* says 31"):
-        load_index(str(folder / "wids.json"), key="data.train", create=False)
-    (folder / "wids.json").write_text("[]")
-    with pytest.raises(ConfigError, match="is no list of shards"):
-        load_index(str(folder / "wids.json"), key="data.train", create=False)
+    for content, message in (
+        ({"shardlist": shards}, ""),
+        ({"shardlist": [{**shards[3], "nsamples": 31}]}, r"set-03\.tar has 30 samples .* says 31"),
+        ([], "is no list of shards"),
+        ({"shardlist": [{"url": "set-03.tar", "nsamples": -1}]}, "is no list of shards"),
+        ({"shardlist": [{"url": "set-03.tar", "nsamples": 10**30}]}, "is no list of shards"),
+    ):
+        (folder / "wids.json").write_text(json.dumps(content))
+        if message:
+            with pytest.raises(ConfigError, match=message):
+                load_index(str(folder / "wids.json"), key="data.train", create=False)
+        else:
+            index = load_index(str(folder / "wids.json"), key="data.train", create=False)
+            assert index.lengths.tolist() == list(LENGTHS)
 
 
 HELD_BACK = r"names .*; a file of shards may name only files beside or below it"
+ELSEWHERE = [
+    "pipe:touch {made}",
+    "file:///etc/passwd",
+    "file:passwd",
+    "/etc/passwd",
+    "../x.tar",
+    "a/../../x.tar",
+    "https://elsewhere.example/x.tar",
+    "s3://bucket/x.tar",
+    "x.tar::file:///etc/passwd",
+]
 
 
-@pytest.mark.parametrize("field", ["url", "index"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pipe:touch {made}",
-        "file:///etc/passwd",
-        "file:passwd",
-        "/etc/passwd",
-        "../x.tar",
-        "a/../../x.tar",
-        "https://elsewhere.example/x.tar",
-        "s3://bucket/x.tar",
-        "x.tar::file:///etc/passwd",
-    ],
-)
 @pytest.mark.parametrize("served", [False, True])
-def test_an_index_names_no_command_and_no_place_elsewhere(
-    tmp_path: Path, served: bool, field: str, name: str
-) -> None:
+def test_an_index_names_no_command_and_no_place_elsewhere(tmp_path: Path, served: bool) -> None:
     made = tmp_path / "made"
-    entry = {"url": "x.tar", "nsamples": 1, field: name.format(made=made)}
-    (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [entry]}))
-    with serving(tmp_path) as server, pytest.raises(ConfigError, match=HELD_BACK):
+    with serving(tmp_path) as server:
         place = server.url if served else str(tmp_path)
-        load_index(f"{place}/shards.json", key="data.train", create=True)
+        for name in ELSEWHERE:
+            for field in ("url", "index"):
+                entry = {"url": "x.tar", "nsamples": 1, field: name.format(made=made)}
+                (tmp_path / "shards.json").write_text(json.dumps({"shardlist": [entry]}))
+                with pytest.raises(ConfigError, match=HELD_BACK):
+                    load_index(f"{place}/shards.json", key="data.train", create=True)
     assert not made.exists()
 
 
@@ -357,26 +392,21 @@ def test_an_index_may_name_its_own_host(folder: Path) -> None:
             load_index(str(folder / "shards.json"), key="data.train", create=False)
 
 
-def test_the_name_of_a_file_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_files_and_run_folders_name_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the command line does: `data=`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe:touch made; cat x.tar").touch()
     with pytest.raises(ConfigError, match="rename it"):
         load_index(".", key="data.train", create=True)
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize("with_index", [False, True])
-def test_a_run_folder_names_no_command(tmp_path: Path, with_index: bool) -> None:
-    """But the command line does: `data=`."""
-    config = tiny_config()
-    spec: object = f"pipe:touch {tmp_path}/made"
-    config.data.validation = {"path": spec, "index": str(tmp_path)} if with_index else spec
-    config.data.train = [{"path": spec, "weight": 1}]
-    message = "only local paths and http"
-    with pytest.raises(ConfigError, match=message):
-        open_images(config, "", create=True)
-    with pytest.raises(ConfigError, match=message):
-        open_images(config, config.data.train, create=True, key="data.train")
+    config, command = tiny_config(), "pipe:touch made"
+    for spec in (command, {"path": command, "index": "."}, {"path": "x", "index": command}):
+        config.data.validation, config.data.train = spec, [{"path": spec, "weight": 1}]
+        with pytest.raises(ConfigError, match="only local paths and http"):
+            open_images(config, "", create=True)
+        with pytest.raises(ConfigError, match="only local paths and http"):
+            open_images(config, config.data.train, create=True, key="data.train")
     with pytest.raises(ConfigError, match="has no index"):
-        open_images(config, spec, create=True)
+        open_images(config, command, create=True)
     assert not (tmp_path / "made").exists()

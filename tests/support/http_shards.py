@@ -12,64 +12,51 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 # What to do with the n-th request (from 0) for a path: a status to answer; a number of bytes after
-# which the connection ends, written as a negative number; RESET; None: answer as one should.
-RESET = -1
-Misbehave = Callable[[str, int], int | None]
+# which the connection ends, written as a negative number; RESET; EMPTY, an answer without a byte; a
+# text, an address to redirect to; None: answer as one should.
+RESET, EMPTY = -1, 0
+Misbehave = Callable[[str, int], int | str | None]
 
 
 class ShardServer:
     """Serves a folder. `sent` counts the bytes of answers by path, `asked` the requests.
 
-    query: what an address must end with, or it is forbidden. content_range: the header of a piece.
+    query: what an address must end with, or it is forbidden.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        misbehave: Misbehave | None,
-        *,
-        ranges: bool,
-        query: str,
-        content_range: str,
-    ) -> None:
-        self.folder, self.misbehave, self.ranges = folder, misbehave, ranges
-        self.query, self.content_range = query, content_range
+    def __init__(self, folder: Path, misbehave: Misbehave, *, ranges: bool, query: str) -> None:
+        self.folder, self.misbehave, self.ranges, self.query = folder, misbehave, ranges, query
         self.sent: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.url = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        if not request.path.endswith(self.query):
-            request.send_error(403)
-            return
         path = request.path.removesuffix(self.query).lstrip("/")
-        number = self.asked[path]
+        file, trouble = self.folder / path, self.misbehave(path, self.asked[path])
         self.asked[path] += 1
-        trouble = self.misbehave(path, number) if self.misbehave else None
-        if trouble is not None and trouble > 0:
-            request.send_error(trouble)
+        if isinstance(trouble, str):
+            request.send_response(302)
+            request.send_header("Location", trouble)
+            request.end_headers()
             return
-        file = self.folder / path
-        if not file.is_file():
-            request.send_error(404)
+        status = 403 if not request.path.endswith(self.query) else trouble or 0
+        if status <= 0 and not file.is_file():
+            status = 404
+        if status > 0:
+            request.send_error(status)
             return
         data = file.read_bytes()
         total, asked = len(data), re.match(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
         if asked and self.ranges:
             start, stop = int(asked[1]), min(int(asked[2]) + 1, total)
-            if start >= total:
-                request.send_error(416)
-                return
-            data = data[start:stop]
+            data = data[start:stop] if trouble != EMPTY else b""
             request.send_response(206)
-            says = self.content_range.format(start=start, last=stop - 1, total=total)
-            request.send_header("Content-Range", says)
+            request.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
         else:
             request.send_response(200)
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
-        if trouble is not None:
-            data = data[:-trouble]
+        data = data[: -trouble if trouble else None]
         self.sent[path] += len(data)  # before the client can have it all
         request.wfile.write(data)
         if trouble == RESET:  # SO_LINGER 0 sends one
@@ -82,13 +69,12 @@ class ShardServer:
 @contextlib.contextmanager
 def serving(
     folder: Path,
-    misbehave: Misbehave | None = None,
+    misbehave: Misbehave = lambda path, number: None,
     *,
     ranges: bool = True,
     query: str = "",
-    content_range: str = "bytes {start}-{last}/{total}",
 ) -> Iterator[ShardServer]:
-    shards = ShardServer(folder, misbehave, ranges=ranges, query=query, content_range=content_range)
+    shards = ShardServer(folder, misbehave, ranges=ranges, query=query)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
