@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,15 +37,15 @@ def train(*words: str, launcher: tuple[str, ...] = ()) -> str:
     return printed
 
 
-def done(main: Callable[[list[str]], int], *words: str) -> None:
+def done(verb: Any, run: Path, out: Path, *keys: str) -> None:
     with fresh_accelerate():
-        assert main(list(words)) == 0
+        assert verb.main([f"run={run}", f"out={out}", *keys]) == 0
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 def test_every_command(device: str, digits: Path, tmp_path: Path) -> None:
     run, is_cpu = tmp_path / "run", device == "cpu"
-    words = arguments(
+    keys = arguments(
         run,
         digits,
         *MODEL,
@@ -55,40 +55,30 @@ def test_every_command(device: str, digits: Path, tmp_path: Path) -> None:
         "training.spike_factor=100",
         "training.steps=20",
     )
-    assert "memory of one process" in train(*words, "dry_run=true")
-    printed = train(*words)
+    assert "memory of one process" in train(*keys, "dry_run=true")
+    printed = train(*keys)
     assert f"1 x {device}" in printed and "warning: " not in printed, printed
     assert status(run)["status"] == "finished"
     assert sorted(rows(run)) == list(range(1, 21))
     assert rows(run)[20]["train/loss"] < rows(run)[1]["train/loss"]
     assert rows(run)[20]["optim/skipped_steps"] == 0
     assert list((run / "images").rglob("*.png"))
-    train(*words, "training.steps=22", "resume.allow_changes=true", "runtime.compile=false")
+    train(*keys, "training.steps=22", "resume.allow_changes=true", "runtime.compile=false")
     assert max(rows(run)) == 22
-    results = []
+    found = []
     for place in ("auto", "cpu"):
         out = tmp_path / f"{place}.json"
-        keys = (f"out={out}", "samples=16", "max_images=64", f"device={place}")
-        done(evaluate.main, f"run={run}", *keys)
-        results.append(neg_elbo_nats(json.loads(out.read_text())))
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
-    done(sample.main, f"run={run}", "num_images=9", f"out={tmp_path}/samples.png")
-    done(reconstruct.main, f"run={run}", f"out={tmp_path}/reconstructions.png")
+        done(evaluate, run, out, "samples=16", "max_images=64", f"device={place}")
+        found.append(json.loads(out.read_text())["figures"]["neg_elbo_nats"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    done(sample, run, tmp_path / "samples.png", "num_images=9")
+    done(reconstruct, run, tmp_path / "reconstructions.png")
+    data = f"data={digits}/validation"
     for precision in ("no",) if is_cpu else ("no", "bf16"):
         latents = tmp_path / f"latents_{precision}"
-        keys = (f"data={digits}/validation", f"precision={precision}", f"out={latents}")
-        done(encode.main, f"run={run}", *keys)
+        done(encode, run, latents, data, f"precision={precision}")
         assert json.loads((latents / "encode.json").read_text())["samples"] == 1000
-    decoded = (f"data={tmp_path}/latents_no", f"out={tmp_path}/decoded.png", "num_images=9")
-    done(decode.main, f"run={run}", *decoded)
-
-
-def neg_elbo_nats(results: object) -> float | None:
-    """Wherever it stands among them."""
-    if not isinstance(results, dict):
-        return None
-    parts = [results.get("neg_elbo_nats"), *map(neg_elbo_nats, results.values())]
-    return next((part for part in parts if part is not None), None)
+    done(decode, run, tmp_path / "decoded.png", f"data={tmp_path}/latents_no", "num_images=9")
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -44,8 +44,16 @@ if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
 
 CPU = torch.device("cpu")
-MAX_SIDE = 2**16  # pixels of an image
-UNBUILDABLE = (RuntimeError, ValueError, TypeError, AssertionError, OverflowError)
+MAX_SIDE, MAX_BLOCKS = 2**16, 2**10  # pixels of an image, residual blocks
+UNBUILDABLE = (  # what building a model of a forged config raises
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class LoadedModel(NamedTuple):
@@ -109,10 +117,8 @@ def load_model(command: CheckpointCommand, *, device: torch.device | None = None
     weights = checkpoint.tensors[command.weights]
     try:
         height, width = map(int, checkpoint.state["image_size"])
-        if sum(blocks_of_levels(config.model)) > len(weights):
-            raise ValueError(f"model.blocks={config.model.blocks} for {len(weights)} tensors")
         model = _built(config, (height, width), lambda model: weights, device or CPU)
-    except (*UNBUILDABLE, KeyError) as error:  # torch lists every name and shape that differs
+    except UNBUILDABLE as error:  # torch lists every name and shape that differs
         raise ConfigError(
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
             f"of its config.yaml; was that file edited? {error}"
@@ -149,6 +155,8 @@ def _built(
     """In eval mode, with copies of the weights for its shapes. Raises one of UNBUILDABLE."""
     if not all(1 <= side <= MAX_SIDE for side in image_size):
         raise ValueError(f"images of {image_size[0]}x{image_size[1]} pixels")
+    if sum(blocks_of_levels(config.model)) > MAX_BLOCKS:
+        raise ValueError(f"model.blocks={config.model.blocks}")
     with torch.device("meta"):
         model = build_vae(config, image_size)
     weights = weights_for(model)
