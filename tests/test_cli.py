@@ -59,17 +59,27 @@ def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-def test_the_environment_is_set_before_torch_is_loaded():
+@pytest.mark.parametrize("argument", ["--help", "no.such=key"])
+def test_help_and_refusals_load_no_torch_and_the_environment_is_set_before(argument):
     code = (
         "import os, sys\n"
         "os.environ.pop('GOMP_SPINCOUNT', None)\n"
         "from vae_dist.train import main\n"
-        "assert main(['config=debug', 'no.such=key']) == 2\n"
+        "main(['config=debug', sys.argv[1]])\n"
         "assert 'torch' not in sys.modules\n"
         "print(os.environ['GOMP_SPINCOUNT'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["1000"], done.stderr
+    done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "1000", done.stderr
+
+
+def test_errors_are_printed_a_line_each_without_secrets(capsys):
+    assert sample(["run=a\nb\x1b[2J", "seed=https://me:pw@host/x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["seed=https://...@host/x is not a whole number"]
+    assert sample(["run=a\nb\x1b[2J"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"run=a\nb\x1b[2J: no run folder")
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])

@@ -53,42 +53,32 @@ def test_threads_that_the_user_names_count_and_those_of_a_launcher_do_not(monkey
     assert threads_of_user() == 0
 
 
-def collectives() -> tuple[int, float, list[bool], list[str], str, str]:
+def collectives() -> tuple[int, float, list[bool], str]:
     runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
     total = runtime.sum_over_ranks(torch.tensor(float(runtime.rank + 1), dtype=torch.float64))
     flags = [runtime.any_rank(runtime.rank == 1), runtime.any_rank(False)]
-    calls: list[str] = []
-
-    def work() -> str:
-        calls.append("called")
-        return f"from rank {runtime.rank}"
-
-    result = runtime.on_main(work)
-
-    def fail() -> None:
-        raise ConfigError(["first", "second"])
-
-    try:
-        runtime.on_main(fail)
-        error = ""
-    except ConfigError as problem:
-        error = str(problem)
+    result = runtime.on_main(lambda: f"from rank {runtime.rank}")
     runtime.barrier()
     found = runtime.broadcast_tensors({"w": torch.ones(2)} if runtime.is_main else None)
     assert torch.equal(found["w"], torch.ones(2))
     line = ", ".join(f"rank {rank} cpu" for rank in range(runtime.world))
     assert runtime.hosts() == [f"on {socket.gethostname()}: {line}"]
-    return runtime.world, float(total), flags, calls, result, error
+    return runtime.world, float(total), flags, result
 
 
-def test_ranks_agree():
-    for rank, outcome in enumerate(run_ranks(2, collectives)):
-        called = ["called"] if rank == 0 else []
-        assert outcome == (2, 3.0, [True, False], called, "from rank 0", "first\nsecond")
+def test_ranks_agree_and_one_process_needs_no_other():
+    assert run_ranks(2, collectives) == [(2, 3.0, [True, False], "from rank 0")] * 2
+    assert run_ranks(1, collectives) == [(1, 1.0, [False, False], "from rank 0")]
 
 
-def test_one_process_needs_no_other():
-    assert run_ranks(1, collectives)[0][:2] == (1, 1.0)
+ERRORS = {
+    "config": lambda rank: ConfigError(["first", "  second"]),
+    "own": lambda rank: ConfigError(f"from {rank}"),
+    "disk": lambda rank: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/log"),
+    "bug": lambda rank: KeyError("a bug"),
+}
+FULL = f"/run/log: No space left on device (on {socket.gethostname()})"
+BUG, SENT = "KeyError: 'a bug'", "RankFailed: rank {}: KeyError: 'a bug'"
 
 
 def attempts(kind: str, ranks: list[int]) -> list[str]:
@@ -96,15 +86,9 @@ def attempts(kind: str, ranks: list[int]) -> list[str]:
     runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
 
     def fail() -> int:
-        if runtime.rank not in ranks:
-            return 1
-        if kind == "config":
-            raise ConfigError(["first", "  second"])
-        if kind == "own":
-            raise ConfigError(f"from {runtime.rank}")
-        if kind == "disk":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/environment.json")
-        raise KeyError("a bug")
+        if runtime.rank in ranks:
+            raise ERRORS[kind](runtime.rank)
+        return 1
 
     raised = []
     for call in (runtime.on_all_ranks, runtime.on_main):
@@ -116,37 +100,24 @@ def attempts(kind: str, ranks: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "expected"),
+    ("kind", "ranks", "on_all", "on_main"),
     [
-        ("config", [], "returned 1"),
-        ("config", [1], "ConfigError: rank 1: first\n  second"),
-        ("config", [0, 1, 2], "ConfigError: first\n  second"),
-        ("own", [0, 2], "ConfigError: rank 0: from 0\nrank 2: from 2"),
-        ("config", [0, 2], "ConfigError: ranks 0, 2: first\n  second"),
+        ("config", [], ["returned 1"] * 3, "returned 1"),
+        ("config", [1], ["ConfigError: rank 1: first\n  second"] * 3, "returned 1"),
+        ("config", [0, 1, 2], ["ConfigError: first\n  second"] * 3, "ConfigError: first\n  second"),
+        ("own", [0, 2], ["ConfigError: rank 0: from 0\nrank 2: from 2"] * 3, "ConfigError: from 0"),
+        ("config", [0, 2], ["ConfigError: ranks 0, 2: first"] * 3, "ConfigError: first\n  second"),
+        ("disk", [0], [f"ConfigError: rank 0: {FULL}"] * 3, f"ConfigError: {FULL}; see to that"),
+        ("bug", [1], [SENT.format(1), BUG, SENT.format(1)], "returned 1"),
+        ("bug", [0], [BUG, SENT.format(0), SENT.format(0)], ""),
     ],
 )
-def test_what_goes_wrong_on_some_ranks_is_raised_on_all(kind, ranks, expected):
-    for on_all, on_main in run_ranks(3, attempts, kind, ranks):
-        assert on_all == expected
-        assert on_main.startswith("ConfigError: f" if 0 in ranks else "returned 1")
-
-
-def test_a_disk_error_of_one_rank_reaches_all_in_words():
-    for on_all, on_main in run_ranks(2, attempts, "disk", [0]):
-        for text, begin in (
-            (on_all, "ConfigError: rank 0: /run"),
-            (on_main, "ConfigError: /run"),
-        ):
-            assert text.startswith(f"{begin}/environment.json: No space left on device (on ")
-            assert "then give the same command again" in text
-
-
-def test_what_nobody_foresaw_keeps_its_type_where_it_arose():
-    first, second = run_ranks(2, attempts, "bug", [1])
-    assert first[0] == "RankFailed: rank 1: KeyError: 'a bug'" and second[0] == "KeyError: 'a bug'"
-    first, second = run_ranks(2, attempts, "bug", [0])
-    assert first == ["KeyError: 'a bug'"] * 2
-    assert second == ["RankFailed: rank 0: KeyError: 'a bug'"] * 2
+def test_what_goes_wrong_on_some_ranks_is_raised_on_all(kind, ranks, on_all, on_main):
+    for expected, (of_all, of_main) in zip(
+        on_all, run_ranks(3, attempts, kind, ranks), strict=True
+    ):
+        assert of_all.startswith(expected)
+        assert of_main.startswith(on_main or expected)
 
 
 def with_another_backend() -> list[object]:
@@ -156,19 +127,18 @@ def with_another_backend() -> list[object]:
         runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
     assert runtime.control is not None and runtime.control.name() == "gloo"
     used: list[object] = []
-    all_reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather_object
-    broadcast = torch.distributed.broadcast_object_list
 
-    def noted(function):
+    def noted(name):
+        function = getattr(torch.distributed, name)
+
         def call(*args, group=None, **kwargs):
             used.append(group is runtime.control)
             return function(*args, group=group, **kwargs)
 
-        return call
+        setattr(torch.distributed, name, call)
 
-    torch.distributed.all_reduce = noted(all_reduce)
-    torch.distributed.all_gather_object = noted(gather)
-    torch.distributed.broadcast_object_list = noted(broadcast)
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+        noted(name)
     work, answer = runtime.ask_any_rank(runtime.rank == 1)
     work.wait()
     found = [answer.device.type, answer.item(), runtime.any_rank(False)]

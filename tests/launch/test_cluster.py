@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,12 +118,9 @@ def numbers(job: Job) -> list[dict[str, float]]:
     """All that was logged of each step but what depends on the machine."""
     found = rows(job.run)
     assert sorted(found) == list(range(1, STEPS + 1))
+    of_machine = ("time/", "system/")
     return [
-        {
-            key: value
-            for key, value in found[step].items()
-            if not key.startswith(("time/", "system/"))
-        }
+        {key: value for key, value in found[step].items() if not key.startswith(of_machine)}
         for step in sorted(found)
     ]
 
@@ -143,28 +140,18 @@ def went_on(job: Job) -> None:
 
 
 def test_a_run_on_two_nodes_finishes(untouched: Job) -> None:
-    said = status(untouched.run)
-    assert [said[key] for key in ("status", "step", "reason")] == [
-        "finished",
-        STEPS,
-        "all steps are done",
-    ]
+    ended = status(untouched.run)
+    assert [ended[key] for key in ("status", "step")] == ["finished", STEPS]
+    assert ended["reason"] == "all steps are done"
     logs = sorted(path.name for path in (untouched.run / "logs").iterdir())
     assert logs == [f"{untouched.number}-n1.log", f"{untouched.number}-n2.log"]
     said = untouched.trainer_said()
     assert "on n1: rank 0 cpu" in said and "on n2: rank 1 cpu" in said
 
 
-def test_warned_of_the_time_limit_it_saves_goes_on_and_ends_the_same(
-    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched: Job
-) -> None:
-    job = submit(linuxproc, digits, tmp_path / "run", *TWO_BY_ONE)
-    job.reached(5)
-    linuxproc.run("scancel", "--signal=USR1", "--batch", job.number)  # as --signal=B:USR1@N does
-    assert job.ended("COMPLETED")["Restarts"] == "1"
-    assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
-    went_on(job)
-    assert_equal(job, untouched)
+def warn(job: Job) -> None:
+    """As --signal=B:USR1@N does before the time limit."""
+    job.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
 
 
 def preempt(job: Job) -> None:
@@ -172,13 +159,32 @@ def preempt(job: Job) -> None:
     job.cluster.run("srun", "--partition=main", "--nodes=2", "--ntasks=16", "sleep", "1")
 
 
-def test_preempted_it_saves_goes_on_and_ends_the_same(
-    linuxproc: Cluster, digits: Path, tmp_path: Path, untouched: Job
+@pytest.mark.parametrize(
+    ("cluster", "stop", "partition", "variables"),
+    [
+        ("linuxproc", warn, "main", {}),
+        ("linuxproc", preempt, "spot", {}),
+        ("cgroup", preempt, "spot", {"LAUNCHER": "accelerate"}),  # one task a node
+    ],
+)
+def test_stopped_from_outside_it_saves_goes_on_and_ends_the_same(
+    request: pytest.FixtureRequest,
+    digits: Path,
+    tmp_path: Path,
+    untouched: Job,
+    cluster: str,
+    stop: Callable[[Job], None],
+    partition: str,
+    variables: dict[str, str],
 ) -> None:
-    job = submit(linuxproc, digits, tmp_path / "run", "--partition=spot", *TWO_BY_ONE)
+    options = (f"--partition={partition}", *TWO_BY_ONE)
+    on = request.getfixturevalue(cluster)
+    job = submit(on, digits, tmp_path / "run", *options, **variables)
     job.reached(5)
-    preempt(job)
+    stop(job)
     assert job.ended("COMPLETED")["Restarts"] == "1"
+    if stop is warn:
+        assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
     went_on(job)
     assert_equal(job, untouched)
 
@@ -186,10 +192,9 @@ def test_preempted_it_saves_goes_on_and_ends_the_same(
 def test_cancelled_it_saves_and_is_not_requeued(
     cgroup: Cluster, digits: Path, tmp_path: Path
 ) -> None:
-    cluster = cgroup
-    job = submit(cluster, digits, tmp_path / "run", "--nodes=2", LAUNCHER="accelerate")
+    job = submit(cgroup, digits, tmp_path / "run", "--nodes=2", LAUNCHER="accelerate")
     job.reached(2)
-    cluster.run("scancel", job.number)
+    cgroup.run("scancel", job.number)
     assert job.ended("CANCELLED")["Restarts"] == "0"
     end = time.monotonic() + 30
     while status(job.run)["status"] == "running" and time.monotonic() < end:
@@ -198,7 +203,7 @@ def test_cancelled_it_saves_and_is_not_requeued(
     assert status(job.run)["step"] >= 2
     assert "ended from outside: not requeued" in job.said(), job.said()
     assert (job.run / "checkpoints" / "latest").exists()
-    assert cluster.job(job.number)["JobState"] == "CANCELLED"
+    assert cgroup.job(job.number)["JobState"] == "CANCELLED"
 
 
 def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
@@ -214,20 +219,6 @@ def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
     job.waits()
     linuxproc.boot(node)
     assert int(job.ended("COMPLETED")["Restarts"]) >= 1
-    went_on(job)
-    assert_equal(job, untouched)
-
-
-# accelerate launch: one task a node
-
-
-def test_accelerate_on_each_node_preempted_ends_the_same(
-    cgroup: Cluster, digits: Path, tmp_path: Path, untouched: Job
-) -> None:
-    job = submit(cgroup, digits, tmp_path / "run", "-p", "spot", *TWO_BY_ONE, LAUNCHER="accelerate")
-    job.reached(5)
-    preempt(job)
-    assert job.ended("COMPLETED")["Restarts"] == "1"
     went_on(job)
     assert_equal(job, untouched)
 

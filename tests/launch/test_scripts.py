@@ -48,41 +48,48 @@ def submit(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]
         "PREEMPTED": "None",
         **variables,
     }
-    script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "config=debug"]
-    return subprocess.run(script, env=job, capture_output=True, text=True, timeout=60)
+    return run_script("slurm", ["config=debug"], job)
+
+
+def run_script(
+    name: str, arguments: list[str], variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    script = ["bash", str(ROOT / "launch" / f"{name}.sbatch"), *arguments]
+    environment = {"PATH": os.environ["PATH"], **variables}
+    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
+
+
+WARNED, PREEMPTED = {"WARNED": "1"}, {"PREEMPTED": "2026-01-02T03:04:05"}
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "is_requeued"),
+    ("status", "code", "signs", "is_requeued"),
     [
-        ("interrupted", "75", True),
-        ("interrupted", "1", True),  # an elastic agent
-        ("", "75", True),  # while it waited for the lock of a host that died
-        ("", "143", False),  # srun ends the other tasks when one fails
-        ("running", "143", False),
-        ("failed", "143", False),
-        ("failed", "138", False),
-        ("", "2", False),
-        ("failed", "1", False),
+        ("interrupted", "75", {}, True),
+        ("interrupted", "1", {}, True),  # an elastic agent
+        ("", "75", {}, True),  # while it waited for the lock of a host that died
+        ("", "143", {}, False),  # srun ends the other tasks when one fails
+        ("running", "143", {}, False),
+        ("failed", "143", {}, False),
+        ("failed", "138", {}, False),
+        ("", "2", {}, False),
+        ("failed", "1", {}, False),
+        # a task that a signal ended after a warning
+        ("", "143", WARNED, True),
+        ("", "138", PREEMPTED, True),
+        ("running", "143", WARNED, True),
+        ("running", "143", PREEMPTED, True),
+        ("failed", "143", WARNED, False),
+        ("failed", "143", PREEMPTED, False),
     ],
 )
-def test_who_is_requeued(tmp_path: Path, status: str, code: str, is_requeued: bool) -> None:
-    done = submit(tmp_path, SLURM_NTASKS_PER_NODE="1", STATUS=status, CODE=code)
+def test_who_is_requeued(
+    tmp_path: Path, status: str, code: str, signs: dict[str, str], is_requeued: bool
+) -> None:
+    done = submit(tmp_path, SLURM_NTASKS_PER_NODE="1", STATUS=status, CODE=code, **signs)
     asked = tmp_path / "run" / "scontrol"
     assert asked.exists() == is_requeued, done.stdout + done.stderr
     assert is_requeued or done.returncode == int(code)
-
-
-@pytest.mark.parametrize("signs", [{"WARNED": "1"}, {"PREEMPTED": "2026-01-02T03:04:05"}])
-@pytest.mark.parametrize(
-    ("status", "code", "is_requeued"),
-    [("", "143", True), ("", "138", True), ("running", "143", True), ("failed", "143", False)],
-)
-def test_after_a_warning_a_task_that_a_signal_ended_is_requeued(
-    tmp_path: Path, signs: dict[str, str], status: str, code: str, is_requeued: bool
-) -> None:
-    done = submit(tmp_path, SLURM_NTASKS_PER_NODE="1", STATUS=status, CODE=code, **signs)
-    assert (tmp_path / "run" / "scontrol").exists() == is_requeued, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -101,17 +108,11 @@ def test_an_interrupted_run_that_is_not_requeued_ends_with_75(
     assert not (tmp_path / "run" / "scontrol").exists()
 
 
-def test_a_sweep_without_a_config_says_what_to_type(tmp_path: Path) -> None:
-    job = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
-    script = ["bash", str(ROOT / "launch" / "sweep.sbatch")]
-    done = subprocess.run(script, env=job, capture_output=True, text=True, timeout=60)
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    done = run_script("sweep", [], {"SLURM_SUBMIT_DIR": str(tmp_path)})
     assert done.returncode == 2 and "launch/sweep.sbatch config=NAME" in done.stderr
-
-
-def test_tasks_without_their_number_a_node_are_refused_with_the_option(tmp_path: Path) -> None:
     done = submit(tmp_path)
-    assert done.returncode != 0
-    assert "submit with --ntasks-per-node=N" in done.stderr
+    assert done.returncode != 0 and "submit with --ntasks-per-node=N" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -130,15 +131,13 @@ def test_a_task_packs_the_part_of_its_number(
     tmp_path: Path, task: str, count: str, parts: str, shard_range: str | None
 ) -> None:
     job = {
-        "PATH": os.environ["PATH"],
         "PYTHON": "echo",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_ARRAY_TASK_ID": task,
         "SLURM_ARRAY_TASK_COUNT": count,
         "PARTS": parts,
     }
-    script = ["bash", str(ROOT / "launch" / "pack.sbatch"), "source=a", "out=b"]
-    done = subprocess.run(script, env=job, capture_output=True, text=True, timeout=60)
+    done = run_script("pack", ["source=a", "out=b"], job)
     if shard_range is None:
         assert done.returncode == 2 and "set PARTS to the number of all" in done.stderr
     else:

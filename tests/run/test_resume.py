@@ -1,4 +1,4 @@
-"""What `auto` becomes in a run that goes on, and runs from before a key was there."""
+"""What `auto` becomes in a run that goes on, and what is refused there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.run.folder import RunFolder
 from vae_dist.run.resume import as_in_run_folder
+
+ADDED = {  # keys that runs of earlier versions lack
+    "objective": ["scale_equivariance", "latent_noise"],
+    "training": ["train_only"],
+    "model": ["initial_sigma", "dc_shortcuts"],
+    "runtime": ["compile"],
+    "data": ["cache_bytes"],
+}
 
 
 def folder_of(path: Path, config: TrainConfig) -> RunFolder:
@@ -31,18 +39,21 @@ def made(kind: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("kind", ["structure", "lpips"])
-def test_an_automatic_perceptual_kind_stays_that_of_the_run(tmp_path: Path, kind: str) -> None:
-    folder = folder_of(tmp_path, made(kind))
-    assert as_in_run_folder(made("auto"), folder).perceptual.kind == kind
+def test_what_is_automatic_stays_that_of_the_run(tmp_path: Path, kind: str) -> None:
+    previous, again = made(kind), made("auto")
+    previous.perceptual.weights = again.perceptual.weights = "weights"  # empty for structure
+    again.data.slots, again.data.window, again.training.precision = 0, "auto", "auto"
+    folder = folder_of(tmp_path, previous)
+    assert folder.config() == previous
+    assert as_in_run_folder(again, folder) == previous
 
 
 def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(
     tmp_path: Path,
 ) -> None:
-    folder = folder_of(tmp_path, made("none"))
+    folder, config = folder_of(tmp_path, made("none")), made("auto")
     with pytest.raises(ConfigError, match=r"perceptual\.kind"):
-        as_in_run_folder(made("auto"), folder)
-    config = made("auto")
+        as_in_run_folder(config, folder)
     config.resume.allow_changes = True
     assert as_in_run_folder(config, folder).perceptual.kind == "auto"
 
@@ -50,31 +61,12 @@ def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(
 def test_a_run_from_before_the_added_terms_goes_on(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, made("none"))
     old = yaml.safe_load(folder.config_path.read_text())
-    for section in ("perceptual", "adversarial"):
-        del old[section]
-    for section, key in (
-        ("objective", "scale_equivariance"),
-        ("objective", "latent_noise"),
-        ("training", "train_only"),
-        ("model", "initial_sigma"),
-        ("model", "dc_shortcuts"),
-        ("runtime", "compile"),
-        ("data", "cache_bytes"),
-    ):
-        del old[section][key]
+    del old["perceptual"], old["adversarial"]
+    for section, names in ADDED.items():
+        for name in names:
+            del old[section][name]
     folder.config_path.write_text(yaml.safe_dump(old))
     assert as_in_run_folder(made("none"), folder) == made("none")
-
-
-def test_a_folder_of_weights_without_any_leaves_a_run_that_is_read_again(tmp_path: Path) -> None:
-    """perceptual.kind=auto perceptual.weights=EMPTY becomes structure, which has no weights."""
-    config = made("structure")
-    config.perceptual.weights = "weights"
-    folder = folder_of(tmp_path, config)
-    assert folder.config() == config
-    again = made("auto")
-    again.perceptual.weights = "weights"
-    assert as_in_run_folder(again, folder) == config
 
 
 def test_a_config_that_is_lost_is_named(tmp_path: Path) -> None:
