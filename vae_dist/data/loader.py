@@ -20,11 +20,11 @@ import torch
 
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.order import MixedOrder, Order
-from vae_dist.data.reader import SampleReader, SkippedSample
+from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
 from vae_dist.data.sources import START_RETRY_S
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.windows import ReadAhead, WindowReader
-from vae_dist.data.workers import SharedBatches, WorkerPool, empty_images
+from vae_dist.data.workers import BatchMemory, WorkerPool
 
 Shape = tuple[int, ...]
 
@@ -96,77 +96,60 @@ class TrainingStream:
         self._paths, self._pin_memory = index.paths, pin_memory
         self._has_mask, self._steps = settings.has_mask, range(start_step, stop_step)
         workers = min(workers, share)
+        own_cache = cache_bytes // max(1, workers)
         reader = SampleReader(
-            index,
-            settings,
-            seed=order.seed,
-            cache_bytes=cache_bytes // max(1, workers),
-            retry_s=retry_s,
+            index, settings, seed=order.seed, cache_bytes=own_cache, retry_s=retry_s
         )
-        self._shared: SharedBatches | None = None
-        if workers and not settings.sizes_differ:
+        self._memory: BatchMemory | None = None
+        if not settings.sizes_differ:
             shape = (share, *settings.size, settings.planes)
-            self._shared = SharedBatches(shape, settings.dtype)
+            self._memory = BatchMemory(shape, settings.dtype, is_shared=workers > 0)
         sequences = range(rank * share, (rank + 1) * share)
-        work = _TrainingWork(reader, order, sequences, self._steps, self._shared)
+        work = _TrainingWork(reader, order, sequences, self._steps, self._memory)
         self._pool = WorkerPool(work, num_workers=workers)
         self.close = weakref.finalize(self, self._pool.close)
 
     def __iter__(self) -> Iterator[Batch]:
         parts = iter(self._pool)
         for step in self._steps:
-            of_step = [next(parts) for _ in range(max(1, self._pool.num_workers))]
+            of_step: list[_Part] = [next(parts) for _ in range(max(1, self._pool.num_workers))]
             assert all(part.step == step for part in of_step), [part.step for part in of_step]
-            yield self._merged(step, of_step)
+            by_shape: dict[Shape, dict[int, list[LoadedSample]]] = {}
+            for part in of_step:
+                for shape, sequences in part.loaded.items():
+                    by_shape.setdefault(shape, {}).update(sequences)
+            groups = sorted(map(self._stacked, by_shape.values()), key=lambda group: group.slots)
+            if self._memory is not None:
+                images, labels = self._memory[step]
+                groups = [self._group(range(len(images)), images, labels)]
+            shards = sorted({self._paths[shard] for part in of_step for shard in part.shards})
+            skipped = [sample for part in of_step for sample in part.skipped]
+            yield Batch(step, tuple(groups), tuple(shards), tuple(skipped))
 
-    def _merged(self, step: int, parts: list[_Part]) -> Batch:
-        if self._shared is not None:
-            images, labels = self._shared[step]
-            blocks = [_Block(list(range(len(images))), torch.from_numpy(images), labels)]
-            groups = [self._group(blocks, is_shared=True)]
-        else:
-            by_shape: dict[Shape, list[_Block]] = {}
-            for block in (block for part in parts for block in part.blocks):
-                by_shape.setdefault(block.images.shape[1:], []).append(block)
-            groups = sorted(map(self._group, by_shape.values()), key=lambda group: group.slots)
-        shards = sorted({self._paths[shard] for part in parts for shard in part.shards})
-        skipped = [sample for part in parts for sample in part.skipped]
-        return Batch(step, tuple(groups), tuple(shards), tuple(skipped))
-
-    def _group(self, blocks: list[_Block], *, is_shared: bool = False) -> Group:
+    def _stacked(self, by_sequence: dict[int, list[LoadedSample]]) -> Group:
         """The workers' images of one shape, sequence by sequence."""
-        sequences, pixels, labels = blocks[0]
-        if len(blocks) > 1:
-            order = np.argsort([number for block in blocks for number in block.sequences])
-            sequences = sorted(number for block in blocks for number in block.sequences)
-            joined = torch.cat([block.images for block in blocks])
-            rows = len(joined) // len(sequences)
-            pixels = joined.view(-1, rows, *joined.shape[1:])[order].view(joined.shape)
-            labels = np.concatenate([block.labels for block in blocks])
-            labels = labels.reshape(-1, rows)[order].reshape(-1)
+        numbers = sorted(by_sequence)
+        samples = [sample for number in numbers for sample in by_sequence[number]]
+        images = np.stack([sample.image.transpose(1, 2, 0) for sample in samples])
+        return self._group(numbers, images, np.array([sample.label for sample in samples]))
+
+    def _group(self, numbers: range | list[int], images: np.ndarray, labels: np.ndarray) -> Group:
+        """numbers: of the sequences, among the rank's. images: (b, H, W, planes)."""
+        pixels = torch.from_numpy(images)
         if self._pin_memory:
-            pinned = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-            pixels = pinned.copy_(pixels)
-        elif is_shared:
+            pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels)
+        elif self._memory is not None and self._memory.is_shared:
             pixels = pixels.clone()
-        slots = dict.fromkeys(self._first_slot + n // self._per_slot for n in sequences)
-        images, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=self._has_mask)
-        return Group(tuple(slots), images, torch.from_numpy(labels.copy()), masks)
-
-
-class _Block(NamedTuple):
-    """Images of one shape that one worker read in a step: sequence by sequence, row by row."""
-
-    sequences: list[int]  # numbers among the rank's, ascending
-    images: torch.Tensor  # (b, H, W, C)
-    labels: np.ndarray
+        slots = dict.fromkeys(self._first_slot + n // self._per_slot for n in numbers)
+        planes, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=self._has_mask)
+        return Group(tuple(slots), planes, torch.from_numpy(labels.copy()), masks)
 
 
 class _Part(NamedTuple):
-    """One worker's part of a rank's step; without blocks it lies in the shared batch."""
+    """One worker's part of a rank's step; images of one size lie in the memory of the batch."""
 
     step: int
-    blocks: list[_Block]
+    loaded: dict[Shape, dict[int, list[LoadedSample]]]  # by shape and sequence, where sizes differ
     shards: set[int]
     skipped: list[SkippedSample]
 
@@ -180,89 +163,68 @@ class _TrainingWork:
         order: Order | MixedOrder,
         sequences: range,
         steps: range,
-        shared: SharedBatches | None,
+        memory: BatchMemory | None,
     ) -> None:
         self.reader, self.order, self.sequences = reader, order, sequences
-        self.steps, self.shared = steps, shared
+        self.steps, self.memory = steps, memory
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[_Part]:
-        rows, settings = max(1, self.order.slot_rows), self.reader.settings
+        rows = max(1, self.order.slot_rows)
         read_ahead = ReadAhead(self.reader)
-        start = self.steps.start * rows
-        mine = [
-            WindowReader(self.reader, self.order, sequence, start, read_ahead)
-            for sequence in self.sequences[worker::num_workers]
-        ]
-        numbers = list(range(len(self.sequences)))[worker::num_workers]
+        mine = {
+            number: WindowReader(
+                self.reader, self.order, sequence, self.steps.start * rows, read_ahead
+            )
+            for number, sequence in enumerate(self.sequences)
+            if number % num_workers == worker
+        }
         try:
             for step in self.steps:
-                skipped: list[SkippedSample] = []
-                blocks: list[_Block] = []
-                if settings.sizes_differ:
-                    blocks, shards = self._of_any_size(mine, numbers, skipped)
-                elif self.shared is not None:
-                    images, labels = (memory[worker::num_workers] for memory in self.shared[step])
-                    shards = self._of_one_size(mine, images, labels, skipped)
+                part = _Part(step, {}, set(), [])
+                if self.memory is None:
+                    self._of_any_size(mine, rows, part)
                 else:
-                    shape = (len(mine), *settings.size, settings.planes)
-                    images = empty_images(shape, settings.dtype)
-                    labels = np.empty(len(mine), np.int64)
-                    shards = self._of_one_size(mine, images, labels, skipped)
-                    blocks = [_Block(numbers, torch.from_numpy(images), labels)]
-                yield _Part(step, blocks, shards, skipped)
+                    images, labels = (part[worker::num_workers] for part in self.memory[step])
+                    self._of_one_size(list(mine.values()), images, labels, part)
+                yield part
         finally:
             read_ahead.close()
 
     def _of_one_size(
-        self,
-        readers: list[WindowReader],
-        images: np.ndarray,
-        labels: np.ndarray,
-        skipped: list[SkippedSample],
-    ) -> set[int]:
-        """A sample of each into `images` (b, H, W, C) and `labels`; the shards they come from.
+        self, readers: list[WindowReader], images: np.ndarray, labels: np.ndarray, part: _Part
+    ) -> None:
+        """A sample of each into `images` (b, H, W, C) and `labels`.
 
         All samples are prepared before the first one is decoded: the interpreter is several times
         slower just after a decoder has filled the caches with its own.
         """
         places = [(reader, reader.advance(1).start) for reader in readers]
         numbers = np.array([reader.numbers[place] for reader, place in places])
+        part.shards.update(self.reader.shards_of(numbers))
         cached = self.reader.take_cached(numbers, out=images)
         if cached is not None:
             labels[:] = cached
-            return self.reader.shards_of(numbers)
+            return
         outs = list(images.transpose(0, 3, 1, 2))  # (C, H, W) each
         prepared = [
             reader.prepare(place, out=out)
             for (reader, place), out in zip(places, outs, strict=True)
         ]
         for i, (reader, place) in enumerate(places):
-            image, labels[i] = reader.load(place, prepared[i], skipped)
+            image, labels[i] = reader.load(place, prepared[i], part.skipped)
             if image is not outs[i]:
                 outs[i][:] = image
-        return self.reader.shards_of(numbers)
 
-    def _of_any_size(
-        self, readers: list[WindowReader], numbers: list[int], skipped: list[SkippedSample]
-    ) -> tuple[list[_Block], set[int]]:
-        """One block for each shape; the images of a sequence share one."""
-        found: dict[Shape, tuple[list[int], list[np.ndarray], list[int]]] = {}
-        shards: set[int] = set()
-        for number, reader in zip(numbers, readers, strict=True):
-            places = reader.advance(max(1, self.order.slot_rows))
-            shards |= self.reader.shards_of(np.array([reader.numbers[p] for p in places]))
-            loaded = [reader.load(p, reader.prepare(p), skipped) for p in places]
+    def _of_any_size(self, readers: dict[int, WindowReader], rows: int, part: _Part) -> None:
+        """`rows` samples of each; the images of a sequence share a shape."""
+        for number, reader in readers.items():
+            places = reader.advance(rows)
+            numbers = np.array([reader.numbers[place] for place in places])
+            part.shards.update(self.reader.shards_of(numbers))
+            loaded = [reader.load(p, reader.prepare(p), part.skipped) for p in places]
             shape = loaded[0].image.shape
             assert all(sample.image.shape == shape for sample in loaded), shape
-            mine, images, labels = found.setdefault(shape, ([], [], []))
-            mine.append(number)
-            images += [sample.image.transpose(1, 2, 0) for sample in loaded]
-            labels += [sample.label for sample in loaded]
-        blocks = [
-            _Block(mine, torch.from_numpy(np.stack(images)), np.array(labels, np.int64))
-            for mine, images, labels in found.values()
-        ]
-        return blocks, shards
+            part.loaded.setdefault(shape, {})[number] = loaded
 
 
 def split_mask(planes: torch.Tensor, *, has_mask: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

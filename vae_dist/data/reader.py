@@ -30,7 +30,7 @@ from vae_dist.data.transforms import (
     transform,
 )
 
-NUM_PROBED = 100  # samples that are tried for the size of native images
+Samples = list[memoryview]  # undecoded
 
 
 @dataclass(frozen=True)
@@ -83,36 +83,34 @@ class SampleReader:
         # an image that was decoded to its place, at its size, needs nothing more
         self._is_final = not (self._constant.flip or settings.has_mask or settings.sizes_differ)
 
-    # reading
+    # bytes
 
-    def read(self, shard: int, start: int, stop: int) -> list[memoryview]:
+    def read(self, shard: int, start: int, stop: int) -> Samples:
         """The bytes of the samples start, ..., stop - 1. Raises ShardError."""
         return self.read_runs([Run(shard, start, stop)])
 
-    def read_runs(self, runs: Sequence[Run]) -> list[memoryview]:
+    def read_runs(self, runs: Sequence[Run]) -> Samples:
         """The bytes of the samples of the joined runs. Raises ShardError."""
         (found,) = self.read_many([runs])
         if isinstance(found, ShardError):
             raise found
         return found
 
-    def read_many(self, parts: Sequence[Sequence[Run]]) -> list[list[memoryview] | ShardError]:
+    def read_many(self, parts: Sequence[Sequence[Run]]) -> list[Samples | ShardError]:
         """The same for each part; all are read together, so that remote ones wait but once."""
         runs = [run for part in parts for run in part]
         offsets = self.index.offsets_of(runs, retry_s=self.retry_s)
-        readable = [found for found in offsets if not isinstance(found, ShardError)]
         ranges = [
             Range(self.index.paths[run.shard], int(found[0]), int(found[-1] - found[0]))
             for run, found in zip(runs, offsets, strict=True)
             if not isinstance(found, ShardError)
         ]
-        blobs = iter(zip(readable, read_ranges(ranges, retry_s=self.retry_s), strict=True))
-        by_run = [found if isinstance(found, ShardError) else next(blobs) for found in offsets]
-        results: list[list[memoryview] | ShardError] = []
-        left = iter(by_run)
-        for part in parts:
-            results.append(_samples([next(left) for _ in part]))
-        return results
+        blobs = iter(read_ranges(ranges, retry_s=self.retry_s))
+        by_run = iter(
+            [found if isinstance(found, ShardError) else _cut(next(blobs), found)
+             for found in offsets]
+        )  # fmt: skip
+        return [_joined([next(by_run) for _ in part]) for part in parts]
 
     def in_order(self, first: int, stop: int) -> list[Run]:
         """The samples first, ..., stop - 1 of the index, as runs of shards."""
@@ -144,15 +142,11 @@ class SampleReader:
         settings = self._constant
         sample = single_sample(data, self.index.paths[shard])
         if size is None and settings.buckets:
-            own = size_of_sample(sample, max_pixels=settings.max_pixels)
-            size = nearest(settings.buckets, aspect(own))
+            size = nearest(settings.buckets, aspect(self._stored_size(sample)))
         size = size or settings.size
-        decode = prepare_sample(
-            sample,
-            settings,
-            at_least=size if settings.resize else None,
-            out=None if settings.has_mask else out,
-        )
+        at_least = size if settings.resize else None
+        room = None if settings.has_mask else out
+        decode = prepare_sample(sample, settings, at_least=at_least, out=room)
         return Prepared(decode, size, self.label(sample, shard, index), out)
 
     def load(
@@ -169,48 +163,41 @@ class SampleReader:
         repairs: a label that is no class, native images that differ in size although they must not.
         """
         number = self._first_number[shard] + index
-        if sample is None:
-            assert self._cache is not None
-            cached = self._cache.get(number)
-            assert cached is not None, (shard, index)
+        place = {"seed": self.seed, "epoch": epoch, "sample": number}
+        cached = None if self._cache is None or sample is not None else self._cache.get(number)
+        if cached is not None:
             found = LoadedSample(*cached)
         else:
+            assert sample is not None, (shard, index)
             if not isinstance(sample, Prepared):
                 sample = self.prepare(sample, shard, index)
-            found = LoadedSample(self._image(sample, shard, index, epoch=epoch), sample.label)
+            image = sample.decode()
+            if image is not sample.out or not self._is_final:
+                image = transform(image, self._constant, size=sample.size, **place)
+                self._check_size(image, sample.size, shard, index)
+            found = LoadedSample(image, sample.label)
             if self._cache is not None:
                 self._cache.put(number, *found)
         if self._cache is None or not self._is_drawn:
             return found
-        image = transform(
-            found.image, self.settings.drawn, seed=self.seed, epoch=epoch, sample=number
-        )
-        return LoadedSample(image, found.label)
+        return LoadedSample(transform(found.image, self.settings.drawn, **place), found.label)
 
-    def _image(self, sample: Prepared, shard: int, index: int, *, epoch: int) -> np.ndarray:
-        """Decoded and transformed, up to what is drawn for each epoch where images are cached."""
-        settings, size = self._constant, sample.size
-        image = sample.decode()
-        if image is sample.out and self._is_final:
-            return image
-        number = self._first_number[shard] + index
-        image = transform(image, settings, seed=self.seed, epoch=epoch, sample=number, size=size)
-        height, width = image.shape[1:]
-        if (height, width) != size and not settings.any_size:
+    def _check_size(self, image: np.ndarray, wanted: Size, shard: int, index: int) -> None:
+        size = image.shape[1], image.shape[2]
+        if size != wanted and not self.settings.any_size:
             raise ShardError(
-                f"{self.name(shard, index)}: the image is {in_words((height, width))} pixels, but "
-                f"the first one of its data set is {in_words(size)}; {ways_to_one_size(size)}"
+                f"{self.name(shard, index)}: the image is {in_words(size)} pixels, but "
+                f"the first one of its data set is {in_words(wanted)}; {ways_to_one_size(wanted)}"
             )
-        if problem := settings.too_small((height, width)):
+        if problem := self.settings.too_small(size):
             raise DamagedSampleError(f"too small: {problem}")
-        return image
 
     def label(self, sample: Mapping[str, Any], shard: int, index: int) -> int:
         """-1 where there is none. Raises DamagedSampleError, and ShardError for no known class;
         without classes nothing asks for labels, and one that cannot be read is none."""
-        key, num_classes = self.settings.label_key, self.settings.num_classes
+        num_classes = self.settings.num_classes
         try:
-            return label_of(sample, key=key, num_classes=num_classes)
+            return label_of(sample, key=self.settings.label_key, num_classes=num_classes)
         except DamagedSampleError:
             if num_classes:
                 raise
@@ -224,10 +211,13 @@ class SampleReader:
     def size_or_none(self, data: bytes | memoryview, shard: int, index: int) -> Size | None:
         """(H, W) of an undecoded sample after the header of its image; None: unreadable."""
         try:
-            sample = single_sample(data, self.index.paths[shard])
-            return size_of_sample(sample, max_pixels=self.settings.max_pixels)
+            return self._stored_size(single_sample(data, self.index.paths[shard]))
         except DamagedSampleError:
             return None
+
+    def _stored_size(self, sample: Mapping[str, Any]) -> Size:
+        max_pixels, key = self.settings.max_pixels, self.settings.image_key
+        return size_of_sample(sample, max_pixels=max_pixels, image_key=key)
 
     def name(self, shard: int, index: int) -> str:
         return f"{self.index.paths[shard]} sample {index}"
@@ -259,20 +249,21 @@ class SampleReader:
         return self._cache.take(numbers, out=out)
 
 
-def _samples(
-    runs: list[tuple[np.ndarray, bytes | ShardError] | ShardError],
-) -> list[memoryview] | ShardError:
-    """The samples of joined runs, of which offsets and bytes were read, or the first error."""
-    found: list[memoryview] = []
+def _cut(data: bytes | ShardError, offsets: np.ndarray) -> Samples | ShardError:
+    """The samples of a run, of which offsets and bytes were read."""
+    if isinstance(data, ShardError):
+        return data
+    view = memoryview(data)
+    return [view[a:b] for a, b in pairwise((offsets - offsets[0]).tolist())]
+
+
+def _joined(runs: list[Samples | ShardError]) -> Samples | ShardError:
+    samples: Samples = []
     for run in runs:
         if isinstance(run, ShardError):
             return run
-        offsets, data = run
-        if isinstance(data, ShardError):
-            return data
-        view = memoryview(data)
-        found += [view[a:b] for a, b in pairwise((offsets - offsets[0]).tolist())]
-    return found
+        samples += run
+    return samples
 
 
 def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ In: `work(worker, num_workers)`, an iterator of parts. Out: the parts, worker by
 worker 0's first, worker 1's first, ..., worker 0's second, ...
 
 Processes are forked, whatever Python's default is: work and its shared memory come to them as they
-are. That memory is anonymous, so it takes nothing from /dev/shm, which is small in containers.
+are. That memory is anonymous and parts are pickled without tensors, so that nothing is taken from
+/dev/shm, which is small in containers.
 """
 
 from __future__ import annotations
@@ -52,33 +53,31 @@ def deaths_explained(remedy: str) -> Iterator[None]:
         ) from None
 
 
-class SharedBatches:
-    """Memory for the images and labels of a few steps, which all workers of a rank write into.
+class BatchMemory:
+    """Memory for images and labels of a step: new for each, or shared by the workers of a rank.
 
-    Step k is written to buffer k mod (PREFETCHED + 1). DataLoader asks a worker for its part of
-    step k + PREFETCHED + 1 when the trainer takes that of step k + 1, after it copied step k.
+    Of shared memory step k has buffer k mod (PREFETCHED + 1). DataLoader asks a worker for its part
+    of step k + PREFETCHED + 1 when the trainer takes that of step k + 1, after it copied step k.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._shape, self._dtype = shape, dtype
-        num_bytes = math.prod(shape) * dtype.itemsize
-        self._memory = [
-            (mmap.mmap(-1, num_bytes + AHEAD_BYTES), mmap.mmap(-1, 8 * shape[0]))
-            for _ in range(PREFETCHED + 1)
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_shared: bool) -> None:
+        """shape: (b, H, W, C)."""
+        self._shape, self._dtype, self.is_shared = shape, dtype, is_shared
+        self._num_bytes = math.prod(shape) * dtype.itemsize + AHEAD_BYTES
+        count = PREFETCHED + 1 if is_shared else 0
+        self._buffers: list[Any] = [
+            (mmap.mmap(-1, self._num_bytes), mmap.mmap(-1, 8 * shape[0])) for _ in range(count)
         ]
+        self._step = -1  # that the one buffer of this process is for
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images, of the shape (b, H, W, C) that this was made for, and labels, int64 (b,)."""
-        images, labels = self._memory[step % len(self._memory)]
-        count = math.prod(self._shape)
-        flat = np.frombuffer(images, self._dtype, count, AHEAD_BYTES)
+        """Images (b, H, W, C) and labels, int64 (b,), to be written and read."""
+        if not self.is_shared and step != self._step:
+            self._step = step
+            self._buffers = [(np.empty(self._num_bytes, np.uint8), np.empty(self._shape[0], "i8"))]
+        images, labels = self._buffers[step % len(self._buffers)]
+        flat = np.frombuffer(images, self._dtype, math.prod(self._shape), AHEAD_BYTES)
         return flat.reshape(self._shape), np.frombuffer(labels, np.int64)
-
-
-def empty_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Memory for images (b, H, W, C) that a decoder writes."""
-    flat = np.empty(math.prod(shape) + AHEAD_BYTES // dtype.itemsize, dtype)
-    return flat[AHEAD_BYTES // dtype.itemsize :].reshape(shape)
 
 
 class WorkerPool:
@@ -88,8 +87,7 @@ class WorkerPool:
     """
 
     def __init__(self, work: Work, *, num_workers: int) -> None:
-        self.num_workers = num_workers
-        self._work = work
+        self.num_workers, self._work = num_workers, work
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Any]:
