@@ -465,3 +465,20 @@ def test_tiffs_of_few_bits_are_scaled_to_bytes(bits: int) -> None:
     sample = {"__key__": "k", "tif": file.getvalue()}
     image = decode_sample(sample, channels=1, max_pixels=10**4)
     np.testing.assert_array_equal(image[0], shades * (255 // top))
+
+
+@pytest.mark.parametrize("background", ["white", "black"])
+def test_transparent_pixels_lie_on_the_background(background: str) -> None:
+    ground = Image.new("RGBA", CLEAR.size, background)
+    expected = np.asarray(Image.alpha_composite(ground, CLEAR).convert("RGB")).transpose(2, 0, 1)
+    got = decode(encode(CLEAR), channels=3, background=background)
+    assert np.abs(got.astype(int) - expected).max() <= 1
+    grey = decode(encode(CLEAR), channels=1, background=background)
+    np.testing.assert_array_equal(
+        grey, np.asarray(Image.fromarray(got.transpose(1, 2, 0)).convert("L"))[None]
+    )
+    assert decode(encode(CLEAR), channels=4, background=background).shape == (4, 5, 7)
+    deep = decode(png16(DEEP), channels=3, bits=16, background=background)
+    alpha = DEEP[:, :, 3:] / 65535
+    wanted = DEEP[:, :, :3] * alpha + (1 - alpha) * 65535 * (background == "white")
+    assert np.abs(deep.transpose(1, 2, 0) - wanted).max() <= 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data.conftest import png
 from vae_dist.config.errors import ConfigError
@@ -132,3 +134,19 @@ def test_what_cannot_be_read_or_has_no_labels_is_refused(tmp_path: Path) -> None
         check(whole, whole, num_classes=2)
     with pytest.raises(ConfigError, match=r"none of the first 4 images of data\.train"):
         check(whole, whole, num_classes=3, keys={"label_key": "attributes.Smiling"})
+
+
+def test_what_is_special_about_the_first_pictures_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), shade, np.uint8)) for shade in (0, 90, 180)]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
+    samples = [{"__key__": f"{i}", "webp": file.getvalue(), "cls": b"0"} for i in range(3)]
+    write_shards(samples, tmp_path / "a", num_shards=1)
+    index = load_index(str(tmp_path / "a"), key="data.train", create=False)
+    check(index, index, keys={"resolution": 8})
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "sample 0: it is animated, its first frame is taken" in said[0]
+    assert said[0].startswith("warning: data.train: ") and said[0].endswith("(and so for 2 more)")

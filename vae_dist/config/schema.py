@@ -41,6 +41,11 @@ class DataConfig(Section):
         "and epoch",
     )
     mask_fraction: float = knob(0.5, "part of the pixels", ge=0, lt=1, when="mask=random|rectangle")
+    background: Literal["none", "white", "black"] = knob(
+        "none",
+        "colour behind transparent pixels (none: they are refused)",
+        when="mask!=alpha channels=1|3 bits!=32",
+    )
     bits: Literal[5, 8, 16, 32] = knob(8, "bits of a value; 32: floats in [-1, 1]; 5: cut from 8")
     resolution: Any = knob(
         "native",

@@ -21,15 +21,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from vae_dist.data.arrays import ARRAYS, array_size, check_channels, check_depth, decode_array
 from vae_dist.data.jpeg import (
@@ -41,6 +39,7 @@ from vae_dist.data.jpeg import (
     read_jpeg,
     upright,
 )
+from vae_dist.data.png import PNG_SIGNATURE, check_png, is_png16, samples_of
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 
@@ -48,10 +47,6 @@ FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}  # by la
 SUFFIXES = (*FORMATS, *ARRAYS)
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow
 GROUNDS = {"white": 1, "black": 0}  # data.background
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
-# first column and row of each pass of an interlaced PNG, and their steps
-ADAM7 = ("0088", "4088", "0448", "2044", "0224", "1022", "0112")
 NUM_NAMED = 5  # files of a sample that one message names
 MAGIC = (  # first bytes of a file, and the suffix that they speak for
     (b"\xff\xd8\xff", "jpg"),
@@ -110,8 +105,22 @@ def prepare_sample(
     kind, data = image_of(sample, settings.image_key)
     if settings.mask in MASKS_OF_SAMPLES:
         return partial(_with_mask, sample, kind, data, settings)
-    header = jpeg_header(data, settings.max_pixels) if kind == "jpg" else None
-    return partial(_decode, kind, data, settings, header=header, at_least=at_least, out=out)
+    return _decoder(kind, data, settings, at_least=at_least, out=out)
+
+
+def _decoder(
+    kind: str,
+    data: bytes,
+    settings: ImageSettings,
+    *,
+    at_least: tuple[int, int] | None = None,
+    out: np.ndarray | None = None,
+) -> Callable[[], np.ndarray]:
+    if kind == "jpg" and settings.channels in (0, 1, 3) and settings.bits in (0, 5, 8):
+        header = jpeg_header(data, settings.max_pixels)
+        if header is not None:
+            return partial(_decode_jpeg, data, header, settings, at_least, out)
+    return partial(_decode, kind, data, settings)
 
 
 def decode_own(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
@@ -154,7 +163,7 @@ def decode_mask(sample: Mapping[str, Any], size: tuple[int, ...], *, max_pixels:
 def image_of(sample: Mapping[str, Any], image_key: str = "") -> tuple[str, bytes]:
     """Kind (a suffix) and bytes of the image of a sample: of the member `image_key`, or of the one
     image, beside which others may lie under suffixes with a dot. Raises DamagedSampleError."""
-    names = [name for name in sample if is_image(name)]
+    names = [name for name in sample if name.rpartition(".")[2] in SUFFIXES and name != MASK_MEMBER]
     if image_key:
         names = [image_key] if image_key in sample else []
     elif len(names) > 1:
@@ -172,11 +181,6 @@ def image_of(sample: Mapping[str, Any], image_key: str = "") -> tuple[str, bytes
         is_named = f"no readable {FORMATS.get(names[0].rpartition('.')[2], '.' + names[0])}"
         raise DamagedSampleError(foreign(data) or (f"a .{kind}, convert it" if kind else is_named))
     return kind, data
-
-
-def is_image(suffix: str) -> bool:
-    """Whether a member of that suffix (after the first dot) may be the image of its sample."""
-    return suffix.rpartition(".")[2] in SUFFIXES and suffix != MASK_MEMBER
 
 
 def kind_of(data: bytes | memoryview) -> str | None:
@@ -198,11 +202,6 @@ def foreign(data: bytes | memoryview) -> str | None:
 
 def has_alpha(image: Image.Image) -> bool:
     return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
-
-
-def is_png16(data: bytes) -> bool:
-    """Whether the header of a PNG names 16 bits a channel."""
-    return len(data) > 25 and bytes(data[:8]) == PNG_SIGNATURE and data[24] == 16
 
 
 def open_by_pillow(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
@@ -240,16 +239,19 @@ def _damage_named(kind: str) -> Iterator[None]:
         raise DamagedSampleError(f"{what} ({words})") from None
 
 
-def _decode(
-    kind: str,
+def _decode_jpeg(
     data: bytes,
+    header: JpegHeader,
     settings: ImageSettings,
-    *,
-    header: JpegHeader | None = None,
-    at_least: tuple[int, int] | None = None,
-    out: np.ndarray | None = None,
-    opaque: bool = False,
+    at_least: tuple[int, int] | None,
+    out: np.ndarray | None,
 ) -> np.ndarray:
+    channels = settings.channels or (1 if header.channels == 1 else 3)
+    pixels = read_jpeg(data, header, channels, at_least=at_least, out=out)
+    return _decode("jpg", data, settings) if pixels is None else pixels
+
+
+def _decode(kind: str, data: bytes, settings: ImageSettings, *, opaque: bool = False) -> np.ndarray:
     """The image as it is asked for; opaque: without an alpha channel it counts as opaque."""
     with _damage_named(kind):
         if kind in ARRAYS:
@@ -257,16 +259,8 @@ def _decode(
             check_channels(len(pixels), settings.channels)
             grey_to_colour = len(pixels) == 1 and settings.channels == 3
             return np.repeat(pixels, 3, 0) if grey_to_colour else pixels
-        deep = kind == "png" and is_png16(data)
-        check_depth(kind, PIXEL_TYPES[16 if deep else 8], settings.bits)
-        if kind == "jpg" and header is not None and settings.channels in (0, 1, 3):
-            channels = settings.channels or (1 if header.channels == 1 else 3)
-            found = read_jpeg(data, header, channels, at_least=at_least, out=out)
-            if found is not None:
-                return found
-        pixels, turn = (_png16 if deep else _by_pillow)(kind, data, settings)
-        pixels = _with_channels(pixels, settings, opaque=opaque)
-        return upright(pixels, turn).transpose(2, 0, 1)
+        pixels, turn = _by_pillow(kind, data, settings)
+        return upright(_with_channels(pixels, settings, opaque), turn).transpose(2, 0, 1)
 
 
 def _with_mask(
@@ -285,33 +279,32 @@ def _with_mask(
         observed = pixels[-1] > np.iinfo(pixels.dtype).max // 2
         pixels = pixels[:-1]
     else:
-        header = jpeg_header(data, settings.max_pixels) if kind == "jpg" else None
-        pixels = _decode(kind, data, settings, header=header)
+        pixels = _decoder(kind, data, settings)()
         observed = decode_mask(sample, pixels.shape[1:], max_pixels=settings.max_pixels)
     return np.concatenate([pixels, observed[None].astype(pixels.dtype)])
 
 
 def _by_pillow(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndarray, int]:
-    """Grey or colour, (H, W, C), perhaps with alpha, and the orientation."""
-    image = open_by_pillow(data, FORMATS[kind], settings.max_pixels)
+    """Grey or colour, (H, W, C), uint8 or uint16, perhaps with alpha; and the orientation."""
+    is_deep = kind == "png" and is_png16(data)
+    check_depth(kind, PIXEL_TYPES[16 if is_deep else 8], settings.bits)
+    image = (_opened if is_deep else open_by_pillow)(data, FORMATS[kind], settings.max_pixels)
     turn = orientation(image.info)
     if kind == "png":
-        _check_png(data, image)
-    if has_alpha(image):
-        image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+        check_png(data, image)
+    if is_deep and samples_of(data) > 1:
+        pixels = _imagecodecs().png_decode(data)
+    elif is_deep:
+        pixels = np.asarray(image)
+    elif has_alpha(image):
+        pixels = np.asarray(image.convert("LA" if image.mode in ("L", "LA") else "RGBA"))
     else:
         is_grey = settings.channels == 1 or image.mode in ("1", "L")
-        image = image.convert("L" if is_grey else "RGB")
-    return np.asarray(image).reshape(image.height, image.width, -1), turn
+        pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
+    return pixels.reshape(image.height, image.width, -1), turn
 
 
-def _png16(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndarray, int]:
-    """The same of 16 bits a channel."""
-    image = _opened(data, FORMATS[kind], settings.max_pixels)
-    turn = orientation(image.info)
-    _check_png(data, image)
-    if PNG_SAMPLES[data[25]] == 1:
-        return np.asarray(image)[:, :, None], turn
+def _imagecodecs() -> Any:
     try:
         import imagecodecs
     except ImportError:
@@ -319,10 +312,10 @@ def _png16(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndarray,
             "16-bit colour PNG needs imagecodecs: pip install 'vae_dist[science]', or store "
             ".npy arrays"
         ) from None
-    return imagecodecs.png_decode(data), turn
+    return imagecodecs
 
 
-def _with_channels(pixels: np.ndarray, settings: ImageSettings, *, opaque: bool) -> np.ndarray:
+def _with_channels(pixels: np.ndarray, settings: ImageSettings, opaque: bool) -> np.ndarray:
     """(H, W, C) of a picture with the channels that are asked for."""
     have, want = pixels.shape[2], settings.channels or pixels.shape[2]
     if have == want:
@@ -351,30 +344,30 @@ def _with_channels(pixels: np.ndarray, settings: ImageSettings, *, opaque: bool)
     return np.concatenate([colours, alpha], 2) if want in (2, 4) else colours
 
 
-def _check_png(data: bytes, image: Image.Image) -> None:
-    """Compare the checksums of all chunks (Pillow leaves out those of the pixels), decode, and look
-    whether pixels came to the last row: what a stream lacks that ends early is black in Pillow.
+def note_of(sample: Mapping[str, Any], image_key: str = "") -> str:
+    """What a user wants to know of an image that is read otherwise than it looks; empty: nothing.
     Raises DamagedSampleError."""
-    view, at, coded = memoryview(data), len(PNG_SIGNATURE), []
-    while at + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, at)
-        checksum = view[at + 8 + length : at + 12 + length]
-        if len(checksum) < 4:
-            raise DamagedSampleError("damaged PNG (it is cut off)")
-        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(checksum, "big"):
-            raise DamagedSampleError(f"damaged PNG (checksum of the {ascii(name)[2:-1]} chunk)")
-        if name == b"IDAT":
-            coded.append(view[at + 8 : at + 8 + length])
-        if name == b"IEND":
-            break
-        at += 12 + length
-    image.load()
-    last_row = image.crop((0, image.height - 1, image.width, image.height))
-    if not data[28] and last_row.getbbox(alpha_only=False):
-        return
-    num_bytes, bits = 0, data[24] * PNG_SAMPLES[data[25]]
-    for left, top, right, down in (map(int, one) for one in (ADAM7 if data[28] else ["0011"])):
-        columns, rows = -((left - image.width) // right), -((top - image.height) // down)
-        num_bytes += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
-    if len(zlib.decompressobj().decompress(b"".join(coded), num_bytes)) < num_bytes:
-        raise DamagedSampleError("damaged PNG (its pixels end early)")
+    kind, data = image_of(sample, image_key)
+    if kind in ARRAYS:
+        return ""
+    with _damage_named(kind):
+        image = Image.open(io.BytesIO(data), formats=(FORMATS[kind],))
+        if getattr(image, "is_animated", False):
+            return "it is animated, its first frame is taken"
+        if other_profile(image):
+            return "its colours are not sRGB and taken as if they were; `pack` converts them"
+        return ""
+
+
+def other_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The profile of colours that are none of sRGB."""
+    data = image.info.get("icc_profile")
+    if not data or image.mode not in ("RGB", "RGBA"):
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        is_srgb = "srgb" in ImageCms.getProfileDescription(profile).lower()
+        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
+    except (OSError, ImageCms.PyCMSError):
+        return None  # a damaged profile says nothing
+    return profile if is_rgb and not is_srgb else None

@@ -100,7 +100,7 @@ def read_jpeg(
             scale = _scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
         least = (height // scale, width // scale) if scale > 1 else (0, 0)
         pixels = simplejpeg.decode_jpeg(data, space, min_height=least[0], min_width=least[1])
-    except ValueError as error:
+    except Exception as error:
         if str(error).startswith(WRONG_PIXELS) and not PADDING.match(str(error)):
             raise DamagedSampleError(f"damaged JPEG ({error})") from None
         return None

@@ -8,6 +8,7 @@ not, or too many are too small. What is not among those that are looked at, the 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ import numpy as np
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.buckets import Size, make_buckets, square
+from vae_dist.data.decode import note_of
 from vae_dist.data.index import NUM_THREADS, ShardIndex
 from vae_dist.data.reader import (
     LoadedSample,
@@ -85,6 +87,7 @@ def check_data_sets(sets: Sequence[DataSet], *, max_skipped_fraction: float) -> 
     _check_native_sizes(sets, max_skipped_fraction)
     for key, index, settings in sets:
         _first_readable(index, settings, key=key)
+        _say_what_is_special(index, settings, key)
     for key, index, settings in sets:
         if settings.num_classes:
             _check_labels(index, settings, key)
@@ -100,6 +103,19 @@ def _first_readable(index: ShardIndex, settings: ImageSettings, *, key: str) -> 
         except DamagedSampleError as error:
             reason, count = reason or f"{reader.name(shard, number)}: {error}", count + 1
     raise ConfigError(f"{key}: none of the first {count} samples can be read; {reason}")
+
+
+def _say_what_is_special(index: ShardIndex, settings: ImageSettings, key: str) -> None:
+    """One warning for each kind of note (`note_of`) on the first samples."""
+    reader, noted = SampleReader(index, settings, seed=0), dict[str, list[str]]()
+    for shard, number, data in _first_samples(reader):
+        with contextlib.suppress(DamagedSampleError):
+            note = note_of(single_sample(data, index.paths[shard]), settings.image_key)
+            noted.setdefault(note, []).append(reader.name(shard, number))
+    for note, names in noted.items():
+        if note:
+            more = f" (and so for {len(names) - 1} more)" if len(names) > 1 else ""
+            print(f"warning: {key}: {names[0]}: {note}{more}", file=sys.stderr)
 
 
 def _check_labels(index: ShardIndex, settings: ImageSettings, key: str) -> None:
@@ -118,11 +134,12 @@ def _check_labels(index: ShardIndex, settings: ImageSettings, key: str) -> None:
 
 
 def _first_samples(reader: SampleReader) -> Iterator[tuple[int, int, memoryview]]:
-    """(shard, index, bytes) of the first NUM_PROBED samples."""
-    count = min(NUM_PROBED, reader.index.num_samples)
-    for shard, start, stop in reader.in_order(0, count):
-        for number in range(start, stop):
-            yield shard, number, reader.read(shard, number, number + 1)[0]
+    """(shard, index, bytes) of the first NUM_PROBED samples, of fewer large ones."""
+    few = max(1, int(MAX_BYTES / max(1.0, reader.index.mean_sample_bytes)))
+    count = min(NUM_PROBED, few, reader.index.num_samples)
+    for run in reader.in_order(0, count):
+        for number, data in enumerate(reader.read(*run), run.start):
+            yield run.shard, number, data
 
 
 def _check_native_sizes(sets: Sequence[DataSet], max_skipped_fraction: float) -> None:

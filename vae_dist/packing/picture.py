@@ -24,6 +24,7 @@ from vae_dist.data.decode import (
     is_png16,
     kind_of,
     open_by_pillow,
+    other_profile,
 )
 from vae_dist.data.tar import DamagedSampleError
 
@@ -75,7 +76,7 @@ def _prepared(
     if image_format not in FORMATS:
         raise DamagedSampleError(foreign(data) or f"a .{kind} is not decoded; convert it to PNG")
     image = open_by_pillow(data, image_format, command.max_pixels)
-    stored, profile = SUFFIX_OF.get(image_format), _other_profile(image)
+    stored, profile = SUFFIX_OF.get(image_format), other_profile(image)
     background = command.background if has_alpha(image) else "none"
     note = "the colours are converted to sRGB" if profile else ""
     if getattr(image, "is_animated", False):
@@ -130,20 +131,6 @@ def _converted(
     if target == "JPEG":
         raise DamagedSampleError("transparent pixels; set background=white or black")
     return image.convert("RGBA")
-
-
-def _other_profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """The profile of colours that are none of sRGB."""
-    data = image.info.get("icc_profile")
-    if not data or image.mode not in ("RGB", "RGBA"):
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        is_srgb = "srgb" in ImageCms.getProfileDescription(profile).lower()
-        is_rgb = profile.profile.xcolor_space.strip() == "RGB"
-    except (OSError, ImageCms.PyCMSError):
-        return None  # a damaged profile says nothing
-    return profile if is_rgb and not is_srgb else None
 
 
 def _shape(suffix: str, data: bytes, max_pixels: int) -> tuple[int, int, int]:
