@@ -139,7 +139,7 @@ def digits(options: dict[str, str], keys: list[str]) -> list[dict[str, Any]]:
                 rows.append(pythae(kind, folder, options))
         trial, _, _ = run(folder / "trial", words, TRIAL_STEPS)
         steps = steps_within(float(options["seconds"]), trial)
-        clock, result, batch = run(folder / "run", words, steps)
+        clock, figures, batch = run(folder / "run", words, steps)
         config = make_setting([*words, f"run={folder}/run"]).config
         print(
             f"  ours: {steps} steps of {batch}, precision {config.training.precision}, "
@@ -152,8 +152,8 @@ def digits(options: dict[str, str], keys: list[str]) -> list[dict[str, Any]]:
                 "parameters": clock.num_parameters,
                 "images_per_second": steps * batch / clock.took_s,
                 "seconds": clock.took_s,
-                "neg_elbo_nats": result.neg_elbo_nats,
-                "standard_error": result.neg_elbo_se_nats,
+                "neg_elbo_nats": figures["neg_elbo_nats"],
+                "standard_error": figures["neg_elbo_se_nats"],
             }
         )
     return rows

@@ -8,7 +8,8 @@
 Writes `results.json` in the run folder, for a spatial latent also `latents.json`: the factors by
 which a model of latents scales and shifts them. Of another checkpoint, other weights or data, or a
 part of the images it writes a file of its own, as `results_first1000.json`. Figures that another
-evaluation of the same left in the file stay. They do not depend on the number of processes.
+evaluation of the same left in the file stay. They do not depend on the number of processes. More
+damaged images than the run's `data.max_skipped_fraction` are refused.
 """
 
 from __future__ import annotations
@@ -23,15 +24,12 @@ from vae_dist.config.commands import EvaluateCommand
 
 if TYPE_CHECKING:
     from vae_dist.data.evaluation import EvaluationBatch
-    from vae_dist.data.index import ShardIndex
     from vae_dist.distributed import Runtime
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.load import Images, LoadedModel
     from vae_dist.inference.mixture import FittedPrior
-    from vae_dist.models.latent import LatentPrior
-    from vae_dist.models.networks import PretrainedFile
-    from vae_dist.models.vae import VAE
+    from vae_dist.models.networks import Backbone, PretrainedFile
 
 USAGE = "python -m vae_dist.evaluate run=FOLDER [key=value ...]"
 RESULTS = "results.json"
@@ -49,13 +47,15 @@ def evaluate(command: EvaluateCommand) -> None:
         prior = None
         if command.prior != "normal":
             prior = runtime.on_main(lambda: fitted_prior(loaded, command))
-        metrics, files = _metrics(command, loaded.model, prior, runtime)
+        metrics, files = _metrics(command, loaded, prior, runtime)
+        limit, of_run = command.max_skipped_fraction, loaded.config.data.max_skipped_fraction
         result = run.evaluate(
             loaded.model,
             _batches(command, loaded, images, runtime),
             runtime=runtime,
             seed=command.seed,
             metrics=metrics,
+            max_skipped_fraction=of_run if limit == "trained" else limit,
         )
         assert result is not None  # nothing asks it to stop
         facts = {
@@ -92,7 +92,7 @@ def _batches(
 
 
 def _metrics(
-    command: EvaluateCommand, model: VAE, prior: FittedPrior | None, runtime: Runtime
+    command: EvaluateCommand, loaded: LoadedModel, prior: FittedPrior | None, runtime: Runtime
 ) -> tuple[list[Metric], dict[str, str]]:
     """What was asked for beside the bound, and by name the files of weights that it uses."""
     from vae_dist.evaluation import metrics
@@ -100,75 +100,61 @@ def _metrics(
     from vae_dist.evaluation.importance import ImportanceMetric
     from vae_dist.models import networks
 
-    folder = Path(command.metric_weights) if command.metric_weights else None
-    names, device, files = metric_names(command.metrics), runtime.device, dict[str, str]()
+    names, model, device = metric_names(command.metrics), loaded.model, runtime.device
     priors = {"gmm": prior.mixture.to(device)} if prior else {}
+    seed, files = command.seed, dict[str, str]()
     asked: list[Metric] = [metrics.PriorMetric(name, p, device) for name, p in priors.items()]
+    if command.samples:
+        draws = {"num_samples": command.samples, "chunk": command.chunk}
+        asked.append(ImportanceMetric(model, device, **draws, seed=seed, priors=priors))
 
     def fetched(name: str, file: PretrainedFile) -> Path:
         """By the main process, then by those of nodes that do not see its disk."""
+        folder = Path(command.metric_weights) if command.metric_weights else None
         runtime.on_main(lambda: networks.fetch(file, folder))
         path = runtime.on_all_ranks(lambda: networks.fetch(file, folder))
         files[name] = str(path)
         return path
 
-    if command.samples:
-        asked.append(
-            ImportanceMetric(
-                model,
-                device,
-                num_samples=command.samples,
-                seed=command.seed,
-                chunk=command.chunk,
-                priors=priors,
-            )
-        )
     compare = metrics.comparisons(names)
-    lpips: dict[str, networks.Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
-    for name, backbone in lpips.items():
-        if name in names:
-            network = networks.load_lpips(backbone, fetched(name, networks.FILES[backbone]))
-            compare[name] = (
-                metrics.lpips_comparison(network.to(device)),
-                networks.SMALLEST_SIDE[backbone],
-            )
+    lpips: dict[str, Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
+    for name in [name for name in lpips if name in names]:
+        backbone = lpips[name]
+        network = networks.load_lpips(backbone, fetched(name, networks.FILES[backbone])).to(device)
+        compare[name] = metrics.lpips_comparison(network, networks.SMALLEST_SIDE[backbone])
     if compare:
         asked.append(metrics.ReconstructionMetric(compare, device))
     if "rfid" in names or "fid" in names:
-        inception = networks.load_inception(fetched("frechet", networks.INCEPTION)).to(device)
-        priors_of_fid: dict[str, LatentPrior | None] = {}
-        if "fid" in names:  # latents are drawn on the CPU
-            priors_of_fid = {"fid": None} | ({"fid_gmm": prior.mixture} if prior else {})
+        fids = {"fid": None} | ({"fid_gmm": prior.mixture} if prior else {})  # drawn on the CPU
         asked.append(
             FrechetMetric(
-                inception,
+                networks.load_inception(fetched("frechet", networks.INCEPTION)).to(device),
                 networks.NUM_FEATURES,
                 model,
                 device,
                 of_reconstructions="rfid" in names,
-                priors=priors_of_fid,
-                seed=command.seed,
+                priors=fids if "fid" in names else {},
+                seed=seed,
             )
         )
     return asked, files
 
 
-def _file_name(command: EvaluateCommand, loaded: LoadedModel, index: ShardIndex) -> str:
+def _file_name(command: EvaluateCommand, loaded: LoadedModel, images: Images) -> str:
     """results.json is about the run as it stands, all of its validation images; what differs from
     that is in the file's name."""
     from vae_dist.run.folder import RunFolder
 
-    newest = RunFolder(command.run).newest_step()
     is_own = command.data in ("", loaded.config.data.validation)
-    is_part = 0 < command.max_images < index.num_samples
-    parts = [
-        "" if loaded.step == newest else f"step{loaded.step}",
-        "" if command.weights == "ema" else command.weights,
-        "" if is_own else f"data{index.fingerprint[:6]}",
-        f"first{command.max_images}" if is_part else "",
-        f"seed{command.seed}" if command.seed else "",
-    ]
-    return "_".join([Path(RESULTS).stem, *filter(None, parts)]) + ".json"
+    is_part = 0 < command.max_images < images.index.num_samples
+    parts = {
+        f"step{loaded.step}": loaded.step != RunFolder(command.run).newest_step(),
+        command.weights: command.weights != "ema",
+        f"data{images.index.fingerprint[:6]}": not is_own,
+        f"first{command.max_images}": is_part,
+        f"seed{command.seed}": command.seed,
+    }
+    return "_".join([Path(RESULTS).stem, *(part for part in parts if parts[part])]) + ".json"
 
 
 def _report(
@@ -181,37 +167,34 @@ def _report(
 ) -> None:
     """Write the results, with `facts` about the processes, and print them."""
     from vae_dist.evaluation import run
-    from vae_dist.files import write_durably
+    from vae_dist.files import redacted, write_durably
     from vae_dist.inference.load import weights_digest
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
     statistics, mask = result.statistics, loaded.config.data.mask
     of = {"step": loaded.step, "weights": command.weights}
-    description = [prior.description] if prior else []
-    figures = result.figures()
-    conditions = run.conditions_of(
-        figures, importance_samples=command.samples, prior="".join(description)
-    )
+    fitted = prior.description if prior else ""
     record = {
         "run": str(Path(command.run).resolve()),
         **of,
         "weights_digest": weights_digest(loaded.model),
-        "data": command.data or loaded.config.data.validation,
+        "data": redacted(command.data or loaded.config.data.validation),
         "data_fingerprint": images.index.fingerprint,
         "seed": command.seed,
         "precision": "float32",
         "mask": mask,  # figures count what it leaves
-        "figures": figures,
-        "conditions": conditions,
+        "figures": result.figures,
+        "conditions": _conditions(result.figures, command.samples, fitted),
         "latents": statistics.record(),
         "notes": result.notes,
         **facts,
     }
     lines = [f"{command.run}, step {loaded.step}, {command.weights} weights, float32"]
-    lines += [*description, *_table(figures), *(f"  {note}" for note in result.notes.values())]
+    lines += [fitted] * bool(fitted)
+    lines += [*_table(result.figures), *(f"  {note}" for note in result.notes.values())]
     if mask != "none":
         lines.append(f"of observed pixels only (data.mask={mask})")
-    out = Path(command.out or Path(command.run) / _file_name(command, loaded, images.index))
+    out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
     lines.append(f"written to {out}")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +206,16 @@ def _report(
                 path = Path(command.run) / STATISTICS_FILE
                 write_statistics(path, statistics, {**of, "of": "samples"})
     print("\n".join(lines))
+
+
+def _conditions(figures: dict[str, float], samples: int, prior: str) -> dict[str, dict[str, Any]]:
+    """By figure: how many draws it rests on, and which prior, where it is of any."""
+    found = {}
+    for name in figures:
+        rests_on: dict[str, Any] = {"importance_samples": samples} if name[:3] == "is_" else {}
+        if rests_on := rests_on | ({"prior": prior} if "gmm" in name else {}):
+            found[name] = rests_on
+    return found
 
 
 def _table(figures: dict[str, float]) -> Iterator[str]:

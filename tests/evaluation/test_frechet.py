@@ -6,22 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.evaluation.test_run import NUM_IMAGES, batches, tiny_model
+from tests.support.evaluated import CPU, IMAGES, NUM_IMAGES, result_of, start, tiny_model
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import Runtime
 from vae_dist.evaluation.frechet import FrechetMetric, Moments, frechet_distance
 from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, in_colour
-from vae_dist.evaluation.run import EvaluationResult, evaluate
 from vae_dist.inference.mixture import GaussianMixture
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import to_uint8
-
-CPU = torch.device("cpu")
-
-
-def start() -> Runtime:
-    return Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -41,18 +32,15 @@ def test_of_gaussians_with_commuting_covariances() -> None:
 
 
 def test_it_is_zero_for_equal_moments_and_symmetric_also_where_singular() -> None:
-    features = random(4, 10)  # rank 3 of 10
     moments = Moments(10, CPU)
-    moments.add(features)
+    moments.add(random(4, 10))  # rank 3 of 10
     _, mean, cov = moments.pooled(start())
     assert frechet_distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-6)
     other = random(10, 10, seed=5)
-    other = other @ other.T
-    there, back = (
-        frechet_distance(mean, cov, -mean, other),
-        frechet_distance(-mean, other, mean, cov),
+    there, back = (mean, cov), (-mean, other @ other.T)
+    assert frechet_distance(*there, *back) == pytest.approx(
+        frechet_distance(*back, *there), rel=1e-6
     )
-    assert there == pytest.approx(back, rel=1e-6)
 
 
 def test_moments_are_those_of_all_features_together() -> None:
@@ -73,56 +61,35 @@ def pixels(images: Tensor) -> Tensor:
     return images[:, 0, :2, :2].flatten(1)
 
 
-def prior() -> GaussianMixture:
-    one = torch.ones(1, 3, dtype=torch.float64)
-    return GaussianMixture(torch.zeros(1, dtype=torch.float64), 2 * one, one)
-
-
-def measured(batch_size: int) -> EvaluationResult:
-    runtime, model = start(), tiny_model()
-    meter = FrechetMetric(
-        pixels,
-        4,
-        model,
-        CPU,
-        of_reconstructions=True,
-        priors={"fid": None, "fid_gmm": prior()},
-        seed=3,
-    )
-    shares = batches(batch_size, rank=runtime.rank, world=runtime.world)
-    result = evaluate(model, shares, runtime=runtime, seed=3, metrics=[meter])
-    assert result is not None
-    return result
-
-
 def test_the_samples_are_those_that_sample_draws() -> None:
-    result, model = measured(13), tiny_model()
-    assert set(result.measured) == {"rfid", "fid", "fid_gmm"}
-    assert "of 13 images: biased" in result.notes["frechet"]
-    images = torch.cat([batch.images[batch.weights > 0] for batch in batches(4)])
-    for name, mixture in (("fid", None), ("fid_gmm", prior())):
-        samples = to_uint8(BatchedVAE(model).sample(NUM_IMAGES, (6, 5), seed=3, prior=mixture))
+    one = torch.ones(1, 3, dtype=torch.float64)
+    mixture = GaussianMixture(torch.zeros(1, dtype=torch.float64), 2 * one, one)
+    model, priors = tiny_model(), {"fid": None, "fid_gmm": mixture}
+    metric = FrechetMetric(pixels, 4, model, CPU, of_reconstructions=True, priors=priors, seed=3)
+    result = result_of(model, metric)
+    assert "of 13 images: biased" in result.notes["frechet"] and "rfid" in result.figures
+    for name, prior in priors.items():
+        samples = to_uint8(BatchedVAE(model).sample(NUM_IMAGES, (6, 5), seed=3, prior=prior))
         sides = []
-        for shown in (images, samples):
+        for shown in (IMAGES, samples):
             features = pixels(in_colour(shown.float() / 255)).double()
             sides += [features.mean(0), torch.cov(features.T)]
         exact = frechet_distance(*sides)
-        assert result.measured[name] == pytest.approx(exact, rel=1e-5), name
+        assert result.figures[name] == pytest.approx(exact, rel=1e-5), name
 
 
 def test_images_of_several_sizes_have_no_fid_of_samples() -> None:
     model = tiny_model(latent="spatial")
-    meter = FrechetMetric(
+    metric = FrechetMetric(
         pixels, 4, model, CPU, of_reconstructions=True, priors={"fid": None}, seed=0
     )
     for side in (4, 6):
         images = torch.rand(3, 1, side, side)
         seen = EvaluatedBatch(model, Inputs(images, images, [0, 1, 2]), images, None)  # type: ignore[arg-type]
         seen.__dict__["pictures"] = (images, images)
-        meter.update(seen)
-    report = meter.compute(start())
-    assert set(report.figures) == {"rfid"}
-    assert report.figures["rfid"] == pytest.approx(0, abs=1e-9)
+        metric.update(seen)
+    report = metric.compute(start())
+    assert report.figures == {"rfid": pytest.approx(0, abs=1e-9)}
     assert report.notes["fid"] == "fid is left out: the images have 2 sizes"
 
 

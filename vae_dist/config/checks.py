@@ -13,6 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Collection, Iterator
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
@@ -36,6 +37,7 @@ FORMS = {
     "COUNTS": (rf"\[{COUNT}(, {COUNT})*\]", "a list of counts"),
     "CLASS": ("[0-9]+", "a class 0, 1, ..."),
     "STEP": ("[0-9]+", "a step number"),
+    "FRACTION": (r"[01](\.0)?|0\.[0-9]+|[0-9.]+e-[0-9]+", "a number from 0 to 1"),
     "SIZE": (rf"{COUNT}|\[{COUNT}, {COUNT}\]", "N or [H, W] in pixels"),
     "PRIOR": (PRIOR, "normal, gmm:K, gmm:K:full, gmm:K:diagonal; try prior=gmm:10"),
     "METRICS": ("", f"one or several of {','.join(METRICS)}"),
@@ -92,7 +94,10 @@ def problem_of(key: Key, value: Any) -> str:
         for form, (expression, _) in forms.items():
             if re.fullmatch(expression, str(value)) if expression else _is_a(form, value):
                 return ""
-        return f"is none of {', '.join(words for _, words in forms.values())}"
+        close = [get_close_matches(name, METRICS, n=1) for name in metric_names(value)]
+        guess = ",".join(name for names in close for name in names) if "METRICS" in forms else ""
+        nearest = f"; did you mean {key.name}={guess}?" if guess else ""
+        return f"is none of {', '.join(words for _, words in forms.values())}{nearest}"
     for name, (is_inside, words) in BOUNDS.items():
         bound = getattr(key, name)
         for number in value if isinstance(value, list) else [value]:

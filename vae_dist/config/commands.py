@@ -104,6 +104,9 @@ class EvaluateCommand(PriorCommand):
         "", "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid, fid", form="METRICS"
     )
     metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
+    max_skipped_fraction: Any = knob(
+        "trained", "largest part of damaged images; trained: as the run's", form="trained FRACTION"
+    )
     out: str = knob("", "JSON file to write (default: in the run folder, results*.json)")
     batch_size: int = knob(256, "images per forward of one process", ge=1)
     threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)

@@ -56,16 +56,12 @@ class Moments:
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
     """d^2 of two Gaussians, float64 (F,) and (F, F); covariances may be singular."""
-    root = _root(cov_1)
+    values, vectors = torch.linalg.eigh(cov_1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # (S_1 S_2)^(1/2) has the trace of (S_1^(1/2) S_2 S_1^(1/2))^(1/2), which is symmetric
     eigenvalues = torch.linalg.eigvalsh(root @ cov_2 @ root)
     trace = cov_1.trace() + cov_2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
     return max(0.0, float((mean_1 - mean_2).square().sum() + trace))
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 class FrechetMetric:
@@ -119,19 +115,14 @@ class FrechetMetric:
 
     @torch.inference_mode()
     def _samples(
-        self,
-        num_images: int,
-        size: tuple[int, int],
-        prior: LatentPrior | None,
-        runtime: Runtime,
+        self, num_images: int, size: tuple[int, int], prior: LatentPrior | None, runtime: Runtime
     ) -> Moments:
         """This rank's share of the moments of `num_images` samples."""
-        moments = Moments(self._num_features, self._device)
+        moments, latent = Moments(self._num_features, self._device), self._model.latent_shape(*size)
         share = -(-num_images // runtime.world)
         stop = min((runtime.rank + 1) * share, num_images)
         for first in range(runtime.rank * share, stop, IMAGES_AT_ONCE):
             count = min(IMAGES_AT_ONCE, stop - first)
-            latent = self._model.latent_shape(*size)
             z = prior_latents(latent, count, seed=self._seed, first=first, prior=prior)
             labels = drawn_labels(self._model.num_classes, count, seed=self._seed, first=first)
             labels = None if labels is None else labels.to(self._device)

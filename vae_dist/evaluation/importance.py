@@ -17,14 +17,14 @@ Legend: n images, s draws of each, P priors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae_dist.distributed import Runtime
-from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, Report, mean_and_error
+from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, Report, Sums, mean_and_error
 from vae_dist.models.latent import LatentPrior, sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -112,79 +112,11 @@ def weighted_draws(
     return WeightedDraws(params, log_joint.unflatten(1, shape) - log_q)
 
 
-class Evidence(NamedTuple):
-    """Of n images under P priors, float64 (P, n)."""
-
-    log_evidence: Tensor
-    effective_samples: Tensor
-
-
-def automatic_chunk(num_dims: int, device: torch.device) -> int:
-    """Latents of one decoder forward for images of `num_dims` values."""
-    dims = CPU_CHUNK_DIMS if device.type == "cpu" else ACCELERATOR_CHUNK_DIMS
-    return max(1, dims // num_dims)
-
-
-@torch.inference_mode()
-def importance_evidence(
-    model: VAE,
-    inputs: Inputs,
-    mean: Tensor,
-    log_variance: Tensor,
-    *,
-    num_samples: int,
-    seed: int,
-    chunk: int = 0,
-    priors: Mapping[str, LatentPrior],
-) -> Evidence:
-    """log p(x) under N(0, I), then under each of `priors`, from the same draws and decodings.
-
-    `mean`, `log_variance` (b, *latent) of q(z|x); at most `chunk` latents per forward (0: what
-    suits image and device).
-    """
-    chunk = chunk or automatic_chunk(inputs.images[0].numel(), inputs.images.device)
-    parts = []
-    images_at_once = max(1, chunk // min(BLOCK, num_samples))
-    for first in range(0, len(inputs.images), images_at_once):
-        part = slice(first, first + images_at_once)
-        samples = inputs.samples[part]
-        streamed = StreamedWeights(1 + len(priors), len(samples), device=inputs.images.device)
-        for block in range(-(-num_samples // BLOCK)):
-            num_draws = min(BLOCK, num_samples - block * BLOCK)
-            # always whole: a shorter draw would not begin as a longer one does
-            noise = _block(seed, samples, block, mean.shape[1:])
-            for share in noise[:, :num_draws].split(max(1, min(chunk, num_draws)), dim=1):
-                weighted = weighted_draws(
-                    model,
-                    inputs.images[part],
-                    share,
-                    mean[part],
-                    log_variance[part],
-                    labels=None if inputs.labels is None else inputs.labels[part],
-                    mask=None if inputs.mask is None else inputs.mask[part],
-                    priors=list(priors.values()),
-                )
-                streamed.add(weighted.log_weights)
-        parts.append((streamed.log_sum, streamed.effective_samples))
-    log_sums, effective = (torch.cat(column, 1) for column in zip(*parts, strict=True))
-    return Evidence(log_sums - math.log(num_samples), effective)
-
-
-def _block(seed: int, samples: list[int], block: int, latent_shape: Sequence[int]) -> Tensor:
-    """Draws block * BLOCK, ... of each image, float32 (n, BLOCK, *latent) on CPU."""
-    return torch.stack(
-        [
-            torch.randn(
-                (BLOCK, *latent_shape),
-                generator=torch_generator(seed, "eval-importance", sample, block),
-            )
-            for sample in samples
-        ]
-    )
-
-
 class ImportanceMetric:
-    """`is_nll_nats` and its company, for N(0, I) and, with their names in it, for other priors."""
+    """`is_nll_nats` and its company, for N(0, I) and, with their names in it, for other priors.
+
+    `num_samples`: K. At most `chunk` latents per forward (0: what suits image and device).
+    """
 
     of_whole_images = ()
 
@@ -200,49 +132,80 @@ class ImportanceMetric:
     ) -> None:
         self._model, self._priors = model, dict(priors or {})
         self._num_samples, self._seed, self._chunk = num_samples, seed, chunk
-        # of each prior: nll, its square, effective samples, variance by the draws
-        self._sums = torch.zeros(1 + len(self._priors), 4, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(2, dtype=torch.float64, device=device)  # images, dims
+        names = ("nll", "square", "effective", "variance", "images", "dims")
+        self._sums = {
+            name: Sums(device, *names) for name in ["", *(f"_{name}" for name in self._priors)]
+        }
 
     def update(self, batch: EvaluatedBatch) -> None:
-        evidence = importance_evidence(
-            self._model,
-            batch.inputs,
-            batch.output.mean,
-            batch.output.log_variance,
-            num_samples=self._num_samples,
-            seed=self._seed,
-            chunk=self._chunk,
-            priors=self._priors,
-        )
-        nll, effective = -evidence.log_evidence, evidence.effective_samples
-        variance = 1 / effective - 1 / self._num_samples
-        self._sums += torch.stack([nll, nll.square(), effective, variance], 1).sum(2)
-        dims = batch.inputs.dims
-        self._counts += torch.stack([torch.ones_like(dims), dims]).sum(1)
+        output, dims = batch.output, batch.inputs.dims
+        evidence = self.evidence(batch.inputs, output.mean, output.log_variance)
+        for sums, log_evidence, effective in zip(self._sums.values(), *evidence, strict=True):
+            sums.add(
+                nll=-log_evidence,
+                square=log_evidence.square(),
+                effective=effective,
+                variance=1 / effective - 1 / self._num_samples,
+                images=torch.ones_like(dims),
+                dims=dims,
+            )
+
+    @torch.inference_mode()
+    def evidence(self, inputs: Inputs, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x) and effective samples of each image, float64 (P, b), under N(0, I) and then each
+        other prior, from the same draws and decodings; mean, log_variance (b, *latent) of q(z|x).
+        """
+        per_forward = CPU_CHUNK_DIMS if mean.device.type == "cpu" else ACCELERATOR_CHUNK_DIMS
+        chunk = self._chunk or max(1, per_forward // inputs.images[0].numel())
+        images_at_once = max(1, chunk // min(BLOCK, self._num_samples))
+        parts = []
+        for first in range(0, len(inputs.images), images_at_once):
+            part = slice(first, first + images_at_once)
+            shape = (len(self._sums), len(inputs.samples[part]))
+            streamed = StreamedWeights(*shape, device=mean.device)
+            for noise in self._noise(inputs.samples[part], mean.shape[1:]):
+                for share in noise.split(max(1, min(chunk, noise.shape[1])), dim=1):
+                    weighted = weighted_draws(
+                        self._model,
+                        inputs.images[part],
+                        share,
+                        mean[part],
+                        log_variance[part],
+                        labels=None if inputs.labels is None else inputs.labels[part],
+                        mask=None if inputs.mask is None else inputs.mask[part],
+                        priors=list(self._priors.values()),
+                    )
+                    streamed.add(weighted.log_weights)
+            parts.append((streamed.log_sum, streamed.effective_samples))
+        log_sums, effective = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+        return log_sums - math.log(self._num_samples), effective
+
+    def _noise(self, samples: Sequence[int], latent_shape: Sequence[int]) -> Iterator[Tensor]:
+        """The K draws of each image in blocks, float32 (n, up to BLOCK, *latent) on CPU."""
+        for block, first in enumerate(range(0, self._num_samples, BLOCK)):
+            generators = [torch_generator(self._seed, "eval-importance", i, block) for i in samples]
+            # always whole: a shorter draw would not begin as a longer one does
+            whole = [torch.randn((BLOCK, *latent_shape), generator=one) for one in generators]
+            yield torch.stack(whole)[:, : self._num_samples - first]
 
     def compute(self, runtime: Runtime) -> Report:
-        sums = runtime.sum_over_ranks(self._sums).tolist()
-        num_images, num_dims = runtime.sum_over_ranks(self._counts).tolist()
         report = Report()
-        for name, (nll, square, effective, variance) in zip(
-            ["", *(f"_{name}" for name in self._priors)], sums, strict=True
-        ):
-            mean, error = mean_and_error(nll, square, num_images)
-            report.figures.update(
-                {
-                    f"is_nll{name}_nats": mean,
-                    f"is_nll{name}_se_nats": error,
-                    f"is_nll{name}_draws_se_nats": max(0.0, variance) ** 0.5 / num_images,
-                    f"is_effective_samples{name}": effective / num_images,
-                }
-            )
-            bits = self._model.likelihood.bits_per_dim(nll, int(num_dims))
+        for name, named_sums in self._sums.items():
+            sums = named_sums.over_ranks(runtime)
+            num_images, figure = sums["images"], f"is_nll{name}_nats"
+            mean, error = mean_and_error(sums["nll"], sums["square"], num_images)
+            effective = sums["effective"] / num_images
+            report.figures[figure] = mean
+            report.figures[f"is_nll{name}_se_nats"] = error
+            spread = max(0.0, sums["variance"]) ** 0.5
+            report.figures[f"is_nll{name}_draws_se_nats"] = spread / num_images
+            report.figures[f"is_effective_samples{name}"] = effective
+            bits = self._model.likelihood.bits_per_dim(sums["nll"], int(sums["dims"]))
             if bits is not None:
                 report.figures[f"is_bits_per_dim{name}"] = bits
-            if effective / num_images < min(FEW, self._num_samples / 2):
-                report.notes[f"is_nll{name}_nats"] = (
-                    f"is_nll{name}_nats rests on {effective / num_images:.1f} effective samples of "
-                    f"{self._num_samples}: it is an upper bound more than a value; raise samples"
+            if effective < min(FEW, self._num_samples / 2):
+                report.notes[figure] = (
+                    f"{figure} rests on {effective:.1f} effective samples of {self._num_samples}: "
+                    "it is an upper bound more than a value; raise samples"
                 )
         return report

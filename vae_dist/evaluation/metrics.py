@@ -33,7 +33,7 @@ Legend: b images of one shape C x H x W, U units, P positions, D = U P.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,13 +44,7 @@ from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.distributed import Runtime
-from vae_dist.models.latent import (
-    LatentMoments,
-    LatentPrior,
-    LatentStatistics,
-    kl_per_value,
-    sample_posterior,
-)
+from vae_dist.models.latent import LatentPrior, kl_per_value, sample_posterior
 from vae_dist.models.networks import Lpips
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.tracking.images import to_uint8
@@ -125,6 +119,113 @@ class Metric(Protocol):
         """Called once, by every rank together; the same on each."""
 
 
+class Sums:
+    """Float64 sums over images, by name."""
+
+    def __init__(self, device: torch.device, *names: str) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+
+    def add(self, **of_images: Tensor) -> None:
+        """A value of each image for each name, (b,)."""
+        self._sums += torch.stack([of_images[name].double() for name in self._names]).sum(1)
+
+    def over_ranks(self, runtime: Runtime) -> dict[str, float]:
+        return dict(zip(self._names, runtime.sum_over_ranks(self._sums).tolist(), strict=True))
+
+
+def mean_and_error(total: float, squares: float, count: float) -> tuple[float, float]:
+    """Mean of `count` values from their sum and sum of squares, and its standard error (0 for one
+    value)."""
+    mean = total / count
+    variance = max(0.0, squares / count - mean * mean)
+    return mean, (variance / max(1.0, count - 1.0)) ** 0.5
+
+
+class PriorMetric:
+    """`neg_elbo_NAME_nats` and `rate_NAME_nats` under a prior other than N(0, I), whose rate
+    log q(z|x) - log p(z) has no closed form: unbiased, from the one draw that the ELBO used."""
+
+    of_whole_images = ()
+
+    def __init__(self, name: str, prior: LatentPrior, device: torch.device) -> None:
+        self._name, self._prior = name, prior
+        self._sums = Sums(device, "rate", "neg_elbo", "square", "images")
+
+    def update(self, batch: EvaluatedBatch) -> None:
+        output, noise = batch.output, batch.noise.double()
+        z = sample_posterior(output.mean, output.log_variance, batch.noise)
+        squares = noise.square() + output.log_variance.double() + math.log(2 * math.pi)
+        rate = -0.5 * squares.flatten(1).sum(1) - self._prior.log_prob(z)
+        neg_elbo = rate - output.log_likelihood.double()
+        one = torch.ones_like(rate)
+        self._sums.add(rate=rate, neg_elbo=neg_elbo, square=neg_elbo.square(), images=one)
+
+    def compute(self, runtime: Runtime) -> Report:
+        sums, name = self._sums.over_ranks(runtime), self._name
+        mean, error = mean_and_error(sums["neg_elbo"], sums["square"], sums["images"])
+        return Report(
+            {
+                f"neg_elbo_{name}_nats": mean,
+                f"neg_elbo_{name}_se_nats": error,
+                f"rate_{name}_nats": sums["rate"] / sums["images"],
+            }
+        )
+
+
+# reconstructions
+
+LARGEST_PSNR_DB = 100.0  # of an image that is reconstructed exactly, whose PSNR has no bound
+VALUES_AT_ONCE = 2**20  # of the images that go through a metric together: 85 of 64x64 RGB
+
+
+class Comparison(NamedTuple):
+    """images, reconstructions (b, C, H, W) in [0, 1] -> (b,); of images of this side at least."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    smallest_side: int
+
+
+def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
+    squares = (images - reconstructions).double().square().flatten(1).mean(1)
+    return -10 * torch.log10(squares.clamp(min=10 ** (-LARGEST_PSNR_DB / 10)))
+
+
+def comparisons(names: Sequence[str]) -> dict[str, Comparison]:
+    """Those of psnr, ssim and ms_ssim that are among the names. Raises ConfigError where the
+    package is missing that has them."""
+    found = {"psnr_db": Comparison(psnr_db, 1)} if "psnr" in names else {}
+    if "ssim" in names or "ms_ssim" in names:
+        try:
+            import torchmetrics.functional.image as torchmetrics
+        except ImportError:
+            raise ConfigError(
+                "metrics=ssim and metrics=ms_ssim need torchmetrics: "
+                "pip install 'vae_dist[metrics]'"
+            ) from None
+        ssim = torchmetrics.structural_similarity_index_measure  # a window of 11 pixels
+        ms_ssim = torchmetrics.multiscale_structural_similarity_index_measure  # of 176 at the fifth
+        every = {"ssim": Comparison(_each(ssim), 11), "ms_ssim": Comparison(_each(ms_ssim), 176)}
+        found |= {name: comparison for name, comparison in every.items() if name in names}
+    return found
+
+
+def _each(function: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def compare(images: Tensor, reconstructions: Tensor) -> Tensor:
+        # float64: a variance is the difference of two means, where an image is flat a small one
+        pair = reconstructions.double(), images.double()
+        values: Tensor = function(*pair, data_range=1.0, reduction="none")
+        return values.reshape(len(images))  # torchmetrics squeezes a batch of one
+
+    return compare
+
+
+def lpips_comparison(network: Lpips, smallest_side: int) -> Comparison:
+    return Comparison(
+        lambda *pair: network(*(2 * in_colour(images) - 1 for images in pair)), smallest_side
+    )
+
+
 def in_colour(images: Tensor) -> Tensor:
     """(b, 3, H, W) for networks that know no others; grey is repeated."""
     channels = images.shape[1]
@@ -136,130 +237,31 @@ def in_colour(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def mean_and_error(total: float, squares: float, count: float) -> tuple[float, float]:
-    """Mean of `count` values from their sum and sum of squares, and its standard error (0 for one
-    value)."""
-    mean = total / count
-    variance = max(0.0, squares / count - mean * mean)
-    return mean, (variance / max(1.0, count - 1.0)) ** 0.5
-
-
-# the bound under another prior
-
-
-class PriorMetric:
-    """`neg_elbo_NAME_nats` and `rate_NAME_nats` under a prior other than N(0, I), whose rate
-    log q(z|x) - log p(z) has no closed form: unbiased, from the one draw that the ELBO used."""
-
-    of_whole_images = ()
-
-    def __init__(self, name: str, prior: LatentPrior, device: torch.device) -> None:
-        self._name, self._prior = name, prior
-        # rate, -ELBO, its square, images
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def update(self, batch: EvaluatedBatch) -> None:
-        output, noise = batch.output, batch.noise.double()
-        z = sample_posterior(output.mean, output.log_variance, batch.noise)
-        squares = noise.square() + output.log_variance.double() + math.log(2 * math.pi)
-        log_q = -0.5 * squares.flatten(1).sum(1)
-        rate = log_q - self._prior.log_prob(z)
-        neg_elbo = rate - output.log_likelihood.double()
-        per_image = [rate, neg_elbo, neg_elbo.square(), torch.ones_like(rate)]
-        self._sums += torch.stack(per_image).sum(1)
-
-    def compute(self, runtime: Runtime) -> Report:
-        rate, neg_elbo, squares, num_images = runtime.sum_over_ranks(self._sums).tolist()
-        mean, error = mean_and_error(neg_elbo, squares, num_images)
-        figures = {
-            f"neg_elbo_{self._name}_nats": mean,
-            f"neg_elbo_{self._name}_se_nats": error,
-            f"rate_{self._name}_nats": rate / num_images,
-        }
-        return Report(figures)
-
-
-# reconstructions
-
-LARGEST_PSNR_DB = 100.0  # of an image that is reconstructed exactly, whose PSNR has no bound
-SSIM_PIXELS = 11  # the window
-MS_SSIM_PIXELS = 176  # the window at the fifth scale
-VALUES_AT_ONCE = 2**20  # of the images that go through a metric together: 85 of 64x64 RGB
-
-# images, reconstructions (b, C, H, W) in [0, 1] -> (b,)
-Compare = Callable[[Tensor, Tensor], Tensor]
-
-
-def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
-    squares = (images - reconstructions).double().square().flatten(1).mean(1)
-    return -10 * torch.log10(squares.clamp(min=10 ** (-LARGEST_PSNR_DB / 10)))
-
-
-def comparisons(names: Sequence[str]) -> dict[str, tuple[Compare, int]]:
-    """The functions of `names`, and the smallest side of an image that each one takes.
-
-    Raises ConfigError where the package is missing that has them.
-    """
-    found: dict[str, tuple[Compare, int]] = {}
-    if "psnr" in names:
-        found["psnr_db"] = (psnr_db, 1)
-    if "ssim" in names or "ms_ssim" in names:
-        try:
-            import torchmetrics.functional.image as torchmetrics
-        except ImportError:
-            raise ConfigError(
-                "metrics=ssim and metrics=ms_ssim need torchmetrics: "
-                "pip install 'vae_dist[metrics]'"
-            ) from None
-        if "ssim" in names:
-            ssim = torchmetrics.structural_similarity_index_measure
-            found["ssim"] = (_per_image(ssim), SSIM_PIXELS)
-        if "ms_ssim" in names:
-            ms_ssim = torchmetrics.multiscale_structural_similarity_index_measure
-            found["ms_ssim"] = (_per_image(ms_ssim), MS_SSIM_PIXELS)
-    return found
-
-
-def _per_image(function: Callable[..., Any]) -> Compare:
-    def compare(images: Tensor, reconstructions: Tensor) -> Tensor:
-        # float64: a variance is the difference of two means, where an image is flat a small one
-        pair = reconstructions.double(), images.double()
-        values: Tensor = function(*pair, data_range=1.0, reduction="none")
-        return values.reshape(len(images))  # torchmetrics squeezes a batch of one
-
-    return compare
-
-
-def lpips_comparison(network: Lpips) -> Compare:
-    return lambda *pair: network(*(2 * in_colour(images) - 1 for images in pair))
-
-
 class ReconstructionMetric:
-    """Means of what `comparisons` returned, over the images that are large enough."""
+    """Means of comparisons over the images that are large enough."""
 
-    def __init__(self, compare: dict[str, tuple[Compare, int]], device: torch.device) -> None:
-        self._compare = compare
-        self.of_whole_images = list(compare)
-        # of each: sum, images that count; of the last row: all images
-        self._sums = torch.zeros(len(compare) + 1, 2, dtype=torch.float64, device=device)
+    def __init__(self, compare: Mapping[str, Comparison], device: torch.device) -> None:
+        self._compare, self.of_whole_images = compare, list(compare)
+        self._sums = {name: Sums(device, "value", "count", "images") for name in compare}
 
     def update(self, batch: EvaluatedBatch) -> None:
         images, reconstructions = batch.pictures
-        self._sums[-1] += len(images)
         share = max(1, VALUES_AT_ONCE // math.prod(images.shape[1:]))
-        for row, (function, smallest) in enumerate(self._compare.values()):
+        one = images.new_ones(len(images))
+        for name, (function, smallest) in self._compare.items():
             if min(images.shape[-2:]) < smallest:
+                self._sums[name].add(value=0 * one, count=0 * one, images=one)
                 continue
-            for pair in zip(images.split(share), reconstructions.split(share), strict=True):
-                self._sums[row, 0] += function(*pair).double().sum()
-            self._sums[row, 1] += len(images)
+            pairs = zip(images.split(share), reconstructions.split(share), strict=True)
+            values = torch.cat([function(*pair).double() for pair in pairs])
+            self._sums[name].add(value=values, count=one, images=one)
 
     def compute(self, runtime: Runtime) -> Report:
-        *sums, (_, num_images) = runtime.sum_over_ranks(self._sums).tolist()
         report = Report()
-        for (name, (_, smallest)), (total, count) in zip(self._compare.items(), sums, strict=True):
+        for name, (_, smallest) in self._compare.items():
+            value, count, num_images = self._sums[name].over_ranks(runtime).values()
             if count:
-                report.figures[name] = total / count
+                report.figures[name] = value / count
             if count < num_images:
                 report.notes[name] = (
                     f"{int(num_images - count)} of {int(num_images)} images have a side of less "
@@ -275,8 +277,7 @@ INFORMATION_IMAGES = 1024  # M, fewer where a latent is so large that
 INFORMATION_VALUES = 2**20  # M D would be more than this
 
 
-@dataclass(frozen=True)
-class LatentReport:
+class LatentReport(NamedTuple):
     active_units: int
     active_fraction: float  # of all units
     posterior_variance: float  # mean over images, units and positions; 1 is the prior's
@@ -287,13 +288,11 @@ class LatentReport:
 class LatentSums:
     """Float64 sums over the images of one rank; `compute` adds those of all ranks."""
 
-    def __init__(self, model: VAE, device: torch.device) -> None:
-        units = model.latent_channels
+    def __init__(self, num_units: int, device: torch.device) -> None:
         # per unit: KL, mean, mean squared, variance; then positions and images
-        self._per_unit = torch.zeros(4, units, dtype=torch.float64, device=device)
+        self._per_unit = torch.zeros(4, num_units, dtype=torch.float64, device=device)
         self._counts = torch.zeros(2, dtype=torch.float64, device=device)
         self._first: dict[int, Tensor] = {}  # of the first images: (3, U, *positions)
-        self._moments = LatentMoments(units, device)
 
     def update(
         self, mean: Tensor, log_variance: Tensor, *, z: Tensor, samples: Sequence[int]
@@ -303,7 +302,6 @@ class LatentSums:
         for row, sample in enumerate(samples):
             if sample < limit:
                 self._first[sample] = torch.stack([mean[row], log_variance[row], z[row]]).cpu()
-        self._moments.add(mean, log_variance)
         mean = mean.flatten(2) if mean.ndim > 2 else mean.unsqueeze(2)  # (b, U, P)
         log_variance = log_variance.reshape(mean.shape)
         kl = kl_per_value(mean, log_variance)
@@ -316,32 +314,24 @@ class LatentSums:
         num_positions, num_images = runtime.sum_over_ranks(self._counts).tolist()
         kl, mean, square, variance = per_unit / max(1.0, num_positions)
         active = int(((square - mean.square()) > ACTIVE_VARIANCE).sum())
+        first = dict(item for of_rank in runtime.gather(self._first) for item in of_rank.items())
         return LatentReport(
             active_units=active,
             active_fraction=active / len(kl),
             posterior_variance=float(variance.mean()),
-            mutual_information_nats=_information(
-                dict(item for first in runtime.gather(self._first) for item in first.items())
-            ),
+            mutual_information_nats=_information(first),
             kl_nats_per_unit=(kl * num_positions / max(1.0, num_images)).tolist(),
         )
-
-    def statistics(self, runtime: Runtime) -> LatentStatistics:
-        """Mean and spread of z over the images of all ranks, at least one."""
-        total = LatentMoments(len(self._per_unit[0]))
-        total.add_sums(runtime.sum_over_ranks(self._moments.sums))
-        return total.statistics()
 
 
 def _information(first: Mapping[int, Tensor]) -> float:
     """Of the images that share the most frequent latent shape, in the order of their numbers."""
-    by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-    for _, moments in sorted(first.items()):
-        by_shape[tuple(moments.shape)].append(moments.flatten(1))
-    if not by_shape:
+    if not first:
         return 0.0
-    _, images = max(by_shape.items(), key=lambda item: (len(item[1]), item[0]))
-    return mutual_information_nats(*torch.stack(images).unbind(1))
+    num_of = Counter(tuple(moments.shape) for moments in first.values())
+    shape = max(num_of, key=lambda shape: (num_of[shape], shape))
+    images = [moments for _, moments in sorted(first.items()) if tuple(moments.shape) == shape]
+    return mutual_information_nats(*torch.stack(images).flatten(2).unbind(1))
 
 
 def mutual_information_nats(mean: Tensor, log_variance: Tensor, z: Tensor) -> float:

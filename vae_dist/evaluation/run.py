@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.data.reader import SkippedSample
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import (
     EvaluatedBatch,
@@ -34,52 +34,32 @@ from vae_dist.evaluation.metrics import (
     LatentReport,
     LatentSums,
     Metric,
+    Sums,
     mean_and_error,
 )
-from vae_dist.models.latent import LatentStatistics
+from vae_dist.files import read_json
+from vae_dist.models.latent import LatentMoments, LatentStatistics
 from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 from vae_dist.training.compile import exact_float32
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Means over `num_images` images; nats are per image."""
+class EvaluationResult(NamedTuple):
+    """`figures`: means over `num_images` images by name, nats per image, `skipped_samples` that
+    could not be read and count nowhere, and what the metrics measured. `bits_per_dim` is not there
+    for float images and soft targets, `variance_at_floor_fraction` without a learned variance."""
 
-    neg_elbo_nats: float
-    neg_elbo_se_nats: float  # standard error of that mean, over images
-    rate_nats: float
-    distortion_nats: float
-    bits_per_dim: float | None  # None: float images, soft targets
-    num_images: int
-    skipped_samples: int  # images that could not be read and count nowhere
-    variance_at_floor_fraction: float | None  # part of all values; None: no learned variance
+    figures: dict[str, float]
+    notes: dict[str, str]  # why a figure is missing, by its name
     latent: LatentReport
     statistics: LatentStatistics  # of z, for models of latents
-    measured: dict[str, float] = field(default_factory=dict)  # by the metrics
-    notes: dict[str, str] = field(default_factory=dict)  # why a figure is missing, by its name
-
-    def figures(self) -> dict[str, float]:
-        """What there is, by name, the latent's apart."""
-        values = {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if entry.name not in ("latent", "statistics", "measured", "notes")
-        }
-        values = {name: value for name, value in values.items() if value is not None}
-        return values | self.measured
 
     def row(self) -> dict[str, float | list[float]]:
         """What a training run logs, as a row of metrics."""
-        return {
-            f"eval/{name}": value
-            for name, value in self.figures().items()
-            if name != "neg_elbo_se_nats"
-        } | {
-            f"latent/{entry.name}": getattr(self.latent, entry.name)
-            for entry in fields(self.latent)
-        }
+        row = {f"eval/{name}": value for name, value in self.figures.items()}
+        del row["eval/neg_elbo_se_nats"]
+        return row | {f"latent/{name}": value for name, value in self.latent._asdict().items()}
 
 
 def evaluate(
@@ -89,6 +69,7 @@ def evaluate(
     runtime: Runtime,
     seed: int,
     metrics: Sequence[Metric] = (),
+    max_skipped_fraction: float = 1.0,
     stop_requested: Callable[[], bool] | None = None,
 ) -> EvaluationResult | None:
     """Evaluate on every rank together; the result is the same on each.
@@ -96,22 +77,20 @@ def evaluate(
     `model` is unwrapped, on `runtime.device`; it is put in eval mode meanwhile, its
     forward is float32. `stop_requested` is called before each `is_first` batch by every rank and
     must answer the same on each; after a True the result is None. Raises ConfigError when no image
-    can be read.
+    can be read, or more than `max_skipped_fraction` of them cannot.
     """
-    bound = _Bound(model, runtime.device)
-    # images that could not be read, and that have missing pixels
-    counts = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    bound, skipped, num_incomplete = _Bound(model, runtime.device), list[SkippedSample](), 0
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
             if batch.is_first and stop_requested is not None and stop_requested():
                 return None
-            counts[0] += len(batch.skipped)
+            skipped += batch.skipped
             # what padding evaluates to, infinity included, must not count
             if (batch.weights > 0).any():
                 evaluated = _forward(model, batch, seed=seed, device=runtime.device)
-                counts[1] += 0 if batch.masks is None else len(evaluated.inputs.samples)
+                num_incomplete += 0 if batch.masks is None else len(evaluated.inputs.samples)
                 with exact_float32(runtime.device), torch.inference_mode():
                     bound.update(evaluated)
                     for metric in metrics:
@@ -119,16 +98,17 @@ def evaluate(
                             metric.update(evaluated)
     finally:
         model.train(was_training)
-    num_skipped, num_incomplete = runtime.sum_over_ranks(counts).tolist()
-    result = bound.result(runtime, int(num_skipped))
+    num_skipped, num_incomplete = map(int, runtime.sum_numbers([], len(skipped), num_incomplete))
+    first = [str(sample) for of_rank in runtime.gather(skipped[:1]) for sample in of_rank]
+    result = bound.result(runtime, num_skipped, max_skipped_fraction, "; ".join(first))
     for metric in metrics:
         if num_incomplete and metric.of_whole_images:
             reason = "compares whole images, and data.mask says that pixels are missing"
             result.notes.update({name: f"{name} {reason}" for name in metric.of_whole_images})
-            continue
-        report = metric.compute(runtime)
-        result.measured.update(report.figures)
-        result.notes.update(report.notes)
+        else:
+            report = metric.compute(runtime)
+            result.figures.update(report.figures)
+            result.notes.update(report.notes)
     return result
 
 
@@ -181,52 +161,59 @@ class _Bound:
     """-ELBO and its parts, and what the latent is used for."""
 
     def __init__(self, model: VAE, device: torch.device) -> None:
-        self._model = model
-        # distortion, rate, square of their sum, fraction at the floor, images that have a floor,
-        # images, dims
-        self._sums = torch.zeros(7, dtype=torch.float64, device=device)
-        self._latents = LatentSums(model, device)
+        self._likelihood, units = model.likelihood, model.latent_channels
+        names = ("distortion", "rate", "square", "at_floor", "with_floor", "images", "dims")
+        self._sums = Sums(device, *names)
+        self._latents, self._moments = LatentSums(units, device), LatentMoments(units, device)
 
     def update(self, batch: EvaluatedBatch) -> None:
         output = batch.output
         distortion, rate = -output.log_likelihood.double(), output.kl.double().sum(1)
         one = torch.ones_like(distortion)
-        at_floor = self._model.likelihood.at_floor_fraction(output.params)
-        per_image: list[Tensor] = [
-            distortion,
-            rate,
-            (distortion + rate).square(),
-            0 * one if at_floor is None else at_floor.double(),
-            0 * one if at_floor is None else one,
-            one,
-            batch.inputs.dims,
-        ]
-        self._sums += torch.stack(per_image).sum(1)
-        self._latents.update(
-            output.mean, output.log_variance, z=output.z, samples=batch.inputs.samples
+        at_floor = self._likelihood.at_floor_fraction(output.params)
+        self._sums.add(
+            distortion=distortion,
+            rate=rate,
+            square=(distortion + rate).square(),
+            at_floor=0 * one if at_floor is None else at_floor,
+            with_floor=0 * one if at_floor is None else one,
+            images=one,
+            dims=batch.inputs.dims,
         )
+        moments = output.mean, output.log_variance
+        self._latents.update(*moments, z=output.z, samples=batch.inputs.samples)
+        self._moments.add(*moments)
 
-    def result(self, runtime: Runtime, num_skipped: int) -> EvaluationResult:
-        sums = runtime.sum_over_ranks(self._sums).tolist()
-        latent = self._latents.compute(runtime)
-        distortion, rate, squares, at_floor, num_with_floor, num_images, num_dims = sums
-        if num_images == 0:
+    def result(
+        self, runtime: Runtime, num_skipped: int, max_skipped_fraction: float, first: str
+    ) -> EvaluationResult:
+        sums = self._sums.over_ranks(runtime)
+        total, num_images = sums["distortion"] + sums["rate"], int(sums["images"])
+        of_all = num_images + num_skipped
+        if num_images == 0 or num_skipped > max_skipped_fraction * of_all:
             raise ConfigError(
-                f"there is no image to evaluate on ({num_skipped} could not be read); "
-                "look at the shards of data.validation"
+                f"{num_skipped} of {of_all} images to evaluate on cannot be read "
+                f"(max_skipped_fraction={max_skipped_fraction:g}); repair the shards, or raise the "
+                f"limit. The first: {first or 'none was there'}"
             )
-        neg_elbo, error = mean_and_error(distortion + rate, squares, num_images)
+        mean, error = mean_and_error(total, sums["square"], num_images)
+        figures = {
+            "neg_elbo_nats": mean,
+            "neg_elbo_se_nats": error,
+            "rate_nats": sums["rate"] / num_images,
+            "distortion_nats": sums["distortion"] / num_images,
+            "bits_per_dim": self._likelihood.bits_per_dim(total, int(sums["dims"])),
+            "num_images": num_images,
+            "skipped_samples": num_skipped,
+        }
+        if sums["with_floor"]:
+            figures["variance_at_floor_fraction"] = sums["at_floor"] / sums["with_floor"]
+        self._moments.sums = runtime.sum_over_ranks(self._moments.sums)
         return EvaluationResult(
-            neg_elbo_nats=neg_elbo,
-            neg_elbo_se_nats=error,
-            rate_nats=rate / num_images,
-            distortion_nats=distortion / num_images,
-            bits_per_dim=self._model.likelihood.bits_per_dim(distortion + rate, int(num_dims)),
-            num_images=int(num_images),
-            skipped_samples=num_skipped,
-            variance_at_floor_fraction=at_floor / num_with_floor if num_with_floor else None,
-            latent=latent,
-            statistics=self._latents.statistics(runtime),
+            figures={name: value for name, value in figures.items() if value is not None},
+            notes={},
+            latent=self._latents.compute(runtime),
+            statistics=self._moments.statistics(),
         )
 
 
@@ -234,46 +221,24 @@ class _Bound:
 
 SAME = ("step", "weights", "weights_digest", "data_fingerprint", "seed", "precision", "mask")
 COUNTS = ("num_images", "skipped_samples")
-
-
-def conditions_of(
-    figures: Iterable[str], *, importance_samples: int, prior: str
-) -> dict[str, dict[str, Any]]:
-    """By figure: how many draws it rests on, and which prior, where it is of any."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in figures:
-        if name.startswith("is_"):
-            found.setdefault(name, {})["importance_samples"] = importance_samples
-        if "gmm" in name:
-            found.setdefault(name, {})["prior"] = prior
-    return found
+PARTS = ("figures", "conditions", "notes", "metric_weights")
 
 
 def merged_with_earlier(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """`record` and what the file at `path` has beyond it, if that is of the same evaluation."""
     figures = record["figures"]
     try:
-        earlier = dict(json.loads(path.read_bytes()))
-        before, conditions, notes, weights = (
-            dict(earlier[key]) for key in ("figures", "conditions", "notes", "metric_weights")
-        )
+        earlier = read_json(path, 2**24)
         is_same = all(earlier[key] == record[key] for key in SAME)
-        is_same &= all(before[key] == figures[key] for key in COUNTS)
+        is_same &= all(earlier["figures"][key] == figures[key] for key in COUNTS)
+        kept = {part: dict(earlier[part]) for part in PARTS if is_same}
     except (OSError, ValueError, KeyError, TypeError):
-        is_same = False
-    if not is_same:
-        return dict(record)
-
-    def beyond(values: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key not in now}
-
-    return {
-        **record,
-        "figures": {**figures, **beyond(before, figures)},
-        "conditions": {**record["conditions"], **beyond(conditions, figures)},
-        "notes": {**record["notes"], **beyond(notes, {**figures, **record["notes"]})},
-        "metric_weights": {**weights, **record["metric_weights"]},
+        kept = {}
+    parts = {
+        part: {key: v for key, v in values.items() if key not in figures} | record[part]
+        for part, values in kept.items()
     }
+    return {**record, **parts}
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:

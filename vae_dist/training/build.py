@@ -166,7 +166,12 @@ def build_trainer(
             retry_s=config.data.retry_s,
         )
         result = evaluate(
-            model, batches, seed=config.seed, runtime=runtime, stop_requested=must_stop
+            model,
+            batches,
+            seed=config.seed,
+            runtime=runtime,
+            max_skipped_fraction=config.data.max_skipped_fraction,
+            stop_requested=must_stop,
         )
         if result is not None and runtime.is_main and model.image_size is None:
             facts = {"step": at_step, "weights": "ema", "of": "samples"}

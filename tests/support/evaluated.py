@@ -1,0 +1,90 @@
+"""Evaluations of tiny models on few images, on as many ranks as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.tiny_run import tiny_config
+from vae_dist.config.schema import RuntimeConfig
+from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.distributed import Runtime
+from vae_dist.evaluation.frechet import FrechetMetric
+from vae_dist.evaluation.importance import ImportanceMetric
+from vae_dist.evaluation.metrics import Comparison, Metric, ReconstructionMetric, psnr_db
+from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.models.build import build_vae
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import torch_generator
+
+CPU = torch.device("cpu")
+NUM_IMAGES = 13
+IMAGES = torch.randint(
+    0, 256, (NUM_IMAGES, 1, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+)
+
+
+def start() -> Runtime:
+    return Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
+
+
+def tiny_model(**keys: str) -> VAE:
+    model = build_vae(tiny_config(**keys), (6, 5))
+    with torch.no_grad():  # leave the symmetric start, so that every term counts
+        for number, parameter in enumerate(model.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch_generator(number, ""))
+            parameter.add_(0.1 * noise)
+    return model
+
+
+def batches(
+    batch_size: int, images: Tensor = IMAGES, *, rank: int = 0, world: int = 1
+) -> Iterator[EvaluationBatch]:
+    """Rank's share, padded with images that would ruin any mean that they entered."""
+    for low in range(0, len(images), batch_size * world):
+        samples = torch.arange(low + rank * batch_size, low + (rank + 1) * batch_size)
+        counts = samples < len(images)
+        shown = images[samples.clamp(max=len(images) - 1)].clone()
+        shown[~counts] = 255
+        yield batch_of(shown, torch.where(counts, samples, -1), weights=counts.float())
+
+
+def batch_of(images: Tensor, samples: Sequence[int] | Tensor, **more: Any) -> EvaluationBatch:
+    labels, weights = torch.full((len(images),), -1), torch.ones(len(images))
+    numbers = torch.as_tensor(samples)
+    return EvaluationBatch(images, labels, numbers, **{"weights": weights, "skipped": ()} | more)
+
+
+def result_of(
+    model: VAE,
+    *metrics: Metric,
+    batch_size: int = NUM_IMAGES,
+    images: Tensor = IMAGES,
+    change: Callable[[EvaluationBatch], EvaluationBatch] = lambda batch: batch,
+    **options: Any,
+) -> EvaluationResult:
+    runtime = start()
+    shares = batches(batch_size, images, rank=runtime.rank, world=runtime.world)
+    options = {"seed": 3, "runtime": runtime, "metrics": metrics} | options
+    result = evaluate(model, map(change, shares), **options)
+    assert result is not None
+    return result
+
+
+def all_metrics(model: VAE, device: torch.device = CPU) -> list[Metric]:
+    return [
+        ImportanceMetric(model, device, num_samples=60, seed=3),
+        ReconstructionMetric({"psnr_db": Comparison(psnr_db, 1)}, device),
+        FrechetMetric(
+            lambda images: images.flatten(1)[:, :5].double(),
+            5,
+            model,
+            device,
+            of_reconstructions=True,
+            priors={"fid": None},
+            seed=3,
+        ),
+    ]
