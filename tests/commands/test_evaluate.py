@@ -140,7 +140,9 @@ def test_a_fitted_prior_is_kept_for_the_next_command(
 def test_what_evaluate_refuses(plain_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key, reason in (
         ("chunk=10", "chunk=10 has no effect with samples=0"),
-        ("metrics=pnsr", "metrics=pnsr is none of one or several of psnr"),
+        ("metrics=pnsr", "did you mean metrics=psnr?"),
+        ("max_skipped_fraction=0.1", "1 of 8 images to evaluate on cannot be read"),
+        ("max_skipped_fraction=2", "is none of trained, a number from 0 to 1"),
         (f"metric_weights={plain_run}", "has no effect without lpips"),
         ("wieghts=ema", "did you mean weights"),
         ("prior=gmm:50", "7 training images could be read, fewer than components"),
