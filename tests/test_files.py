@@ -90,6 +90,7 @@ def test_printable_escapes_what_does_not_show(text: object, shown: str) -> None:
         ("data='pipe:curl \"x\"' ended early", "data='pipe:...' ended early"),
         ('["pipe:cat a", "b"]', '["pipe:...", "b"]'),
         ("'pipe:cat a b': no file; pipe:... is gone", "'pipe:...': no file; pipe:... is gone"),
+        ("read 'pipe:curl -sf s3://u:p@h/x'", "read 'pipe:curl -sf s3://...@h/x'"),
         ("bagpipe:tune and pipe: prose", "bagpipe:tune and pipe: prose"),
         ("WANDB_API_KEY=12 hf_token=ab cd", "WANDB_API_KEY=... hf_token=... cd"),
         ("label_key=cls training.steps=3", "label_key=cls training.steps=3"),

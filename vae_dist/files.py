@@ -27,7 +27,10 @@ _USER = re.compile(r"""://[^/\s'"]{0,999}@""")
 _QUERY = re.compile(r"""([?#])([^\s'"]+)""")
 _SIGNATURE = re.compile("sig|token|secret|passw|cred|key|auth|jwt|session|policy", re.I)
 _SETTING = re.compile(r"""((?:api_?key|token|password|secret)[\w.-]{0,60}=)[^\s'"&]+""", re.I)
-_COMMAND = re.compile(r"""(?<!\w)(['"])?pipe:(?!\.\.\.|\s)(?(1)(?:(?!\1).)*|.*)""")
+# but for the command that an error of data.sources recommends
+_COMMAND = re.compile(
+    r"""(?<!\w)(['"])?pipe:(?!\.\.\.|\s|curl -sf [^\s'"]*')(?(1)(?:(?!\1).)*|.*)"""
+)
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
