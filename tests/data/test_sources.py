@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,24 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
             read_range(place, 0, 10)
         with pytest.raises(ShardError, match="no plain file"):
             sources.size_of(place)
+
+
+def test_a_server_that_is_too_slow_is_asked_again(
+    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sources, "BYTES_PER_MINUTE", 1 << 40)
+    release, calls = threading.Event(), list[int]()
+
+    def wait(path: str, number: int) -> None:
+        calls.append(number)
+        if len(calls) < 6:
+            release.wait(5)
+
+    with serving(tmp_path, wait) as server:
+        assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
+        release.set()
+    assert "less than 1048576 MiB a minute); it is tried again" in capsys.readouterr().err
 
 
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from vae_dist.data.sources import (
     read_range,
     read_ranges,
     size_of,
+    warn,
 )
 from vae_dist.data.tar import ShardError, end_of_samples
 
@@ -233,11 +233,10 @@ def _digests(shards: Sequence[Shard], lengths: list[int], *, create: bool) -> tu
             n for n, length in of_shards.items() if n not in known or known[n].length != length
         ]
         if others and create:
-            print(
-                f"warning: {info} does not say what the sidecars of {len(others)} shards do, the "
-                f"first is {others[0]} with {of_shards[others[0]]} samples; who reads the folder "
-                f"by its URL, or with timm, believes it; {REMAKE}",
-                file=sys.stderr,
+            warn(
+                f"{info} does not say what the sidecars of {len(others)} shards do, the first is "
+                f"{others[0]} with {of_shards[others[0]]} samples; who reads the folder by its "
+                f"URL, or with timm, believes it; {REMAKE}"
             )
         digests |= _of_folder(folder, known, written, of_shards, create=create)
     return tuple(digests[shard.path] for shard in shards)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from vae_dist.data.sources import (
     is_remote,
     name_of,
     read_all,
+    warn,
     without_query,
 )
 from vae_dist.files import read_json
@@ -129,10 +129,9 @@ def _check_folder(folder: Path, blamed: str, text: str) -> None:
     """Say what is left out of a folder. Raises ConfigError when it lacks shards that its
     `_info.json` lists; one of others, in another form, says nothing."""
     if compressed := sorted(folder.glob("*.tar.*z*")):
-        print(
-            f"warning: {blamed}: {len(compressed)} compressed shards are left out, the first is "
-            f"{compressed[0].name}; unpack them to .tar",
-            file=sys.stderr,
+        warn(
+            f"{blamed}: {len(compressed)} compressed shards are left out, the first is "
+            f"{compressed[0].name}; unpack them to .tar"
         )
     try:
         listed = read_list(str(folder / "_info.json"))

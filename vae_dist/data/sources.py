@@ -89,6 +89,11 @@ def name_of(place: str) -> str:
     return os.path.basename(without_query(place)[0])
 
 
+def warn(text: str) -> None:
+    """Print a warning that names files or addresses of others."""
+    print(f"warning: {printable(redacted(text))}", file=sys.stderr)
+
+
 def read_range(place: str, start: int, count: int, *, retry_s: float = START_RETRY_S) -> bytes:
     """`count` bytes from byte `start` on. Raises UnreadableError."""
     (found,) = read_ranges([Range(place, start, count)], retry_s=retry_s)
@@ -205,8 +210,7 @@ def _with_retries(
             if not was_told and clock() - begun >= QUIET_S:
                 was_told = True
                 place, reason = pieces[left[0]].place, _diagnosis(found[left[0]]).reason
-                problem = printable(redacted(f"{place}: cannot be read now ({reason})"))
-                print(f"warning: {problem}; it is tried again for {retry_s:g} s", file=sys.stderr)
+                warn(f"{place}: cannot be read now ({reason}); it is tried again for {retry_s:g} s")
     return found
 
 
@@ -248,7 +252,7 @@ def _diagnosis(error: Exception) -> _Diagnosis:
 
 def _cat_ranges(pieces: list[Range]) -> list[Any]:
     """One attempt at pieces of one kind of file system: bytes or an exception for each."""
-    from fsspec.asyn import sync
+    from fsspec.asyn import FSTimeoutError, sync
 
     try:
         systems = [_file_system(piece.place) for piece in pieces]
@@ -272,6 +276,9 @@ def _cat_ranges(pieces: list[Range]) -> list[Any]:
 
             with ThreadPoolExecutor(min(NUM_TOGETHER, len(pieces))) as pool:
                 found = list(pool.map(read, paths, starts, stops))
+    except FSTimeoutError:
+        slow = TimeoutError(f"the server sends less than {BYTES_PER_MINUTE >> 20} MiB a minute")
+        return [slow] * len(pieces)
     except Exception as error:
         return [error] * len(pieces)
     return [data if data else EOFError("the server sends no byte") for data in found]

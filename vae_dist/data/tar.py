@@ -29,7 +29,8 @@ NAMES = {b"L": b"path", b"K": b"linkpath"}  # GNU's, and pax's words for them
 SPECIAL = (PAX, *NAMES, b"g")
 MAX_SPECIAL = 1 << 20  # bytes of one of these
 REGULAR = (b"0", b"\0")
-HARD_LINK, SYMBOLIC_LINK, FOLDER, SPARSE = b"1", b"2", b"5", b"S"
+LINKS = (HARD_LINK, SYMBOLIC_LINK) = (b"1", b"2")
+FOLDER, SPARSE = b"5", b"S"
 METADATA = re.compile(r"__[^/]*__($|/)")  # names that webdataset leaves out (`skip_meta`)
 
 
@@ -61,11 +62,8 @@ class Member(NamedTuple):
     begin: int  # of its first header
     start: int  # of its data
     size: int  # bytes of data
+    stop: int  # where the next header begins
     target: str  # of a link
-
-    @property
-    def stop(self) -> int:
-        return self.start + -(-self.size // BLOCK) * BLOCK
 
 
 class PassedOver(NamedTuple):
@@ -148,7 +146,7 @@ def files_of_tar(
 
 def _passed_over(member: Member) -> PassedOver:
     name, kind, target = member.name, member.kind.decode("latin1"), member.target
-    if member.kind not in (HARD_LINK, SYMBOLIC_LINK):
+    if member.kind not in LINKS:
         return PassedOver(name, "", f"a member of type {kind!r}, no regular file")
     if member.kind == SYMBOLIC_LINK:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
@@ -234,7 +232,7 @@ def _parsed(block: bytes, at: int, begin: int, facts: dict[bytes, bytes]) -> Mem
         checksum = int(block[148:156].rstrip(b" \0"), 8)
         # GNU tar writes sizes from 8 GiB on in base 256, marked by the first bit
         size = int.from_bytes(field[1:], "big") if field[0] == 128 else int(field.rstrip(b" \0"), 8)
-        if kind not in SPECIAL:
+        if facts and kind not in SPECIAL:
             size = int(facts.get(b"size", size))
     except ValueError:
         raise _DamagedTarError("damaged tar header", at) from None
@@ -243,13 +241,17 @@ def _parsed(block: bytes, at: int, begin: int, facts: dict[bytes, bytes]) -> Mem
     is_damaged = (rest - 1 + 8 * ord(" ") - checksum) % ADLER_MODULUS or checksum > MAX_CHECKSUM
     if is_damaged or size < 0:  # int() reads a sign; going back in the file would have no end
         raise _DamagedTarError("damaged tar header", at)
-    name, target = block[:100].split(b"\0", 1)[0], block[157:257].split(b"\0", 1)[0]
+    name, target = block[:100].split(b"\0", 1)[0], b""
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    if kind in REGULAR and any(key.startswith(b"GNU.sparse") for key in facts):
-        kind = SPARSE
-    name, target = facts.get(b"path", name), facts.get(b"linkpath", target)
-    return Member(_decoded(name), kind, begin, at + BLOCK, size, _decoded(target))
+    if kind in LINKS:
+        target = facts.get(b"linkpath", block[157:257].split(b"\0", 1)[0])
+    if facts:
+        name = facts.get(b"path", name)
+        if kind in REGULAR and any(key.startswith(b"GNU.sparse") for key in facts):
+            kind = SPARSE
+    stop = at + BLOCK + -(-size // BLOCK) * BLOCK
+    return Member(_decoded(name), kind, begin, at + BLOCK, size, stop, _decoded(target))
 
 
 def _facts(kind: bytes, content: bytes, at: int) -> dict[bytes, bytes]:
