@@ -44,6 +44,8 @@ def jpegs(folder: Path) -> list[bytes]:
     """The colour JPEGs of the most common size."""
     found = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
     heads = [simplejpeg.decode_jpeg_header(data) for data in found if data[:2] == b"\xff\xd8"]
+    if not heads:
+        raise SystemExit(f"data={folder}: no JPEG files there; give a folder of them")
     ((size, _),) = Counter(head[:2] for head in heads).most_common(1)
     return [data for data, head in zip(found, heads, strict=True) if head[:2] == size]
 

@@ -43,7 +43,7 @@ TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class PretrainedFile:
-    """`url` ends in the file's name; `sha256` is the start of its digest."""
+    """`url` ends in the file's name; `sha256` is its whole digest."""
 
     network: str
     url: str
@@ -56,16 +56,22 @@ class PretrainedFile:
 
 
 VGG16 = PretrainedFile(
-    "VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", 528
+    "VGG16",
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    528,
 )
 ALEXNET = PretrainedFile(
-    "AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "7be5be79", 233
+    "AlexNet",
+    "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+    233,
 )
 INCEPTION = PretrainedFile(
     "the InceptionV3 of the FID",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
-    "6726825d",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     91,
 )
 
@@ -108,9 +114,9 @@ def _check_digest(file: PretrainedFile, path: Path) -> None:
         return
     with open(path, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if not digest.startswith(file.sha256):
+    if digest != file.sha256:
         raise ConfigError(
-            f"{path}: its SHA-256 begins with {digest[:8]}, that of {file.network} with "
+            f"{path}: its SHA-256 is {digest}, that of {file.network} "
             f"{file.sha256}: damaged or another file; remove it and fetch {file.url}"
         )
 

@@ -293,7 +293,7 @@ def _sum(reports: Iterable[Report], key: str) -> Counter[str]:
 
 def _save_contact_sheet(shards: Sequence[Path]) -> None:
     """Pictures from the beginning of each shard, cropped to squares."""
-    each = -(-SHEET_PICTURES // len(shards))
+    each = -(-SHEET_PICTURES // max(1, len(shards)))
     cells: list[np.ndarray] = []
     for shard in shards[:SHEET_PICTURES]:
         files = (
@@ -302,6 +302,9 @@ def _save_contact_sheet(shards: Sequence[Path]) -> None:
             if suffix_of(name) in SUFFIXES and not name.endswith(f".{MASK_MEMBER}")
         )
         cells += [thumbnail(s, read(place), SHEET_PIXELS) for s, place in islice(files, each)]
+    if not cells:
+        print(f"no {SHEET}: no training picture could be read")
+        return
     pictures = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
     image = grid(torch.from_numpy(np.ascontiguousarray(pictures)))
     save_png(image, shards[0].parent.parent / SHEET)
