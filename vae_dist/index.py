@@ -40,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(command: IndexCommand) -> set[str]:
     """Make the index, report on each shard, and return the damaged ones."""
-    from vae_dist.data.index import load_index, resolve_shards
+    from vae_dist.data.index import load_index
     from vae_dist.data.indexing import write_index, write_index_of_remote
+    from vae_dist.data.shards import locate
     from vae_dist.data.sources import is_remote
 
-    paths = resolve_shards(command.data, key="data")
+    paths = [shard.path for shard in locate(command.data, key="data")]
     if any(map(is_remote, paths)) and not command.out:
         raise ConfigError(
             f"data={command.data}: the shards lie elsewhere; name a folder for their index, "

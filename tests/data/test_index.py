@@ -18,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from tests.data.conftest import LENGTHS
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import MAX_SAMPLE_BYTES, ShardError, load_index, resolve_shards
+from vae_dist.data.index import MAX_SAMPLE_BYTES, ShardError, load_index
 from vae_dist.data.indexing import (
     NUM_PIECES,
     PIECE_BYTES,
@@ -28,6 +28,7 @@ from vae_dist.data.indexing import (
     write_info,
 )
 from vae_dist.data.reader import SampleReader, single_sample
+from vae_dist.data.shards import locate
 from vae_dist.data.tar import DamagedSampleError, files_of_tar, key_and_suffix, sample_starts
 from vae_dist.data.transforms import ImageSettings
 
@@ -38,11 +39,15 @@ def load(folder: Path | str, *, create: bool = False) -> list[int]:
     return load_index(str(folder), key="data.train", create=create).lengths.tolist()
 
 
+def paths(spec: object) -> list[str]:
+    return [shard.path for shard in locate(spec, key="data.train")]
+
+
 def test_folders_patterns_globs_and_lists_name_the_same_shards(
     shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(Path(shards).parent))
-    folder = resolve_shards(shards, key="data.train")
+    folder = paths(shards)
     assert [os.path.basename(p) for p in folder] == NAMES
     for spec in (
         f"{shards}/set-{{00..09}}.tar",
@@ -52,7 +57,7 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(
         "~/set",
         ["~/set/set-0?.tar"],
     ):
-        assert resolve_shards(spec, key="data.train") == folder
+        assert paths(spec) == folder
 
 
 @pytest.mark.parametrize(
@@ -249,10 +254,10 @@ def test_what_a_folder_does_not_say_or_says_otherwise(
 
     (copied / "set-03.tar").unlink()
     with pytest.raises(ConfigError, match=r"1 of the 10 shards .* are missing: set-03\.tar; copy"):
-        resolve_shards(str(copied), key="data.train")
-    rest = resolve_shards(f"{copied}/*.tar", key="data.train")
+        paths(str(copied))
+    rest = paths(f"{copied}/*.tar")
     write_index(rest, overwrite=True)
-    assert resolve_shards(str(copied), key="data.train") == rest
+    assert paths(str(copied)) == rest
 
 
 def test_a_data_set_is_its_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +332,7 @@ def test_damage_is_reported_with_its_byte(copied: Path) -> None:
     }
     for name, (data, _) in cases.items():
         (copied / name).write_bytes(data)
-    damage = write_index(resolve_shards(str(copied), key="k"), overwrite=True)
+    damage = write_index(paths(str(copied)), overwrite=True)
     found = {os.path.basename(path): str(error) for path, error in damage.items() if error}
     assert found.keys() == cases.keys() and not (copied / "set-05.tar.idx").exists()
     assert all(problem in found[name] for name, (_, problem) in cases.items())

@@ -24,7 +24,7 @@ import numpy as np
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.indexing import NUM_THREADS, Progress, digests_of, write_index
+from vae_dist.data.indexing import NUM_THREADS, digests_of, write_index
 from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_list
 from vae_dist.data.sources import (
     START_RETRY_S,
@@ -124,19 +124,12 @@ class ShardIndex:
         return found
 
 
-def resolve_shards(spec: Any, *, key: str) -> list[str]:
-    """The paths of the shards that `spec` names; see `locate`. Raises ConfigError."""
-    return [shard.path for shard in locate(spec, key=key)]
-
-
 def is_mixture(spec: Any) -> bool:
     """Whether several data sets are mixed: [{path: SHARDS, weight: NUMBER}, ...]."""
     return isinstance(spec, list | tuple) and any(isinstance(part, Mapping) for part in spec)
 
 
-def load_index(
-    spec: Any, *, key: str, create: bool, progress: Progress | None = None
-) -> ShardIndex:
+def load_index(spec: Any, *, key: str, create: bool) -> ShardIndex:
     """The index of the shards that `spec` names; with `create`, missing local sidecars are made.
 
     Over several ranks only the main process creates. Raises ConfigError for shards or sidecars
@@ -144,12 +137,12 @@ def load_index(
     """
     if is_mixture(spec):
         parts = [{k: v for k, v in part.items() if k != "weight"} for part in spec]
-        indexes = [load_index(p, key=key, create=create, progress=progress) for p in parts]
+        indexes = [load_index(p, key=key, create=create) for p in parts]
         return _joined(indexes, [float(part.get("weight", 1)) for part in spec])
     shards = locate(spec, key=key)
     if create:
         here = [s.path for s in shards if not is_remote(s.path) and s.sidecar == f"{s.path}.idx"]
-        damage = write_index(here, progress=progress).values()
+        damage = write_index(here).values()
         if errors := [str(error) for error in damage if error is not None]:
             more = len(errors) - NUM_NAMED
             raise ShardError(errors[:NUM_NAMED] + ([f"and {more} more shards"] if more > 0 else []))

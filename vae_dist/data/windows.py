@@ -196,7 +196,9 @@ class WindowReader:
         if known is None or known.row != window.first_row:
             found = self._first_readable(window, self._read(), size)
             if found is None and known is None:
-                found = self._nearest(size)
+                windows = ((w, self._reader.read_runs(w.runs)) for w in self._others())
+                answers = (self._first_readable(*window, size) for window in windows)
+                found = next(filter(None, answers), None)
             elif found is None and known and window.first_row - known.end_row < MAX_LOST_IN_A_ROW:
                 found = known  # the window before had lost samples, too: its replacement is nearest
             if found is None:
@@ -206,13 +208,6 @@ class WindowReader:
                 )
             self._replacements[size] = known = found._replace(row=window.first_row)
         return known
-
-    def _nearest(self, size: Size | None) -> _Replacement | None:
-        for window in self._others():
-            found = self._first_readable(window, self._reader.read_runs(window.runs), size)
-            if found is not None:
-                return found
-        return None
 
     def _others(self) -> Iterator[Window]:
         """The earlier windows back to the first, then the later ones, as far as is looked."""
