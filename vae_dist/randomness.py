@@ -41,10 +41,10 @@ def draws(
     purpose: str,
     samples: Sequence[int],
     shape: tuple[int, ...],
+    *position: int,
 ) -> torch.Tensor:
-    """One draw per sample number, float32 (b, *shape), made on CPU so that devices agree."""
+    """One draw per sample number (and position), (b, *shape), made on CPU so that devices agree."""
     import torch
 
-    return torch.stack(
-        [draw(shape, generator=torch_generator(seed, purpose, sample)) for sample in samples]
-    )
+    generators = [torch_generator(seed, purpose, sample, *position) for sample in samples]
+    return torch.stack([draw(shape, generator=generator) for generator in generators])

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,10 +41,11 @@ from vae_dist.files import printable
 from vae_dist.inference.load import Examples, Images, first_examples_by_shape
 from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import NO_LABEL, VAE
-from vae_dist.randomness import torch_generator
+from vae_dist.randomness import draws, torch_generator
 from vae_dist.tracking.images import file_name, save_png, single, to_uint8, with_holes
 
 BLOCK = 32  # draws of one image that come from one generator
+RAND64 = partial(torch.rand, dtype=torch.float64)
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # largest stored value; floats are in [-1, 1]
 
 
@@ -81,16 +83,9 @@ class _Task:
         params = self.model.decode(z.flatten(0, 1), size, labels)
         return params, self.model.likelihood.mean(params).flatten(1).view(*z.shape[:2], -1)
 
-    def normal(self, draw: int, *shape: int) -> Tensor:
-        """Draw number `draw` of each image, float32 (n, *shape), made on CPU so that devices
-        agree."""
-        generators = [torch_generator(self.how.seed, "impute", i, draw) for i in self.numbers]
-        return torch.stack([torch.randn(shape, generator=one) for one in generators])
-
-    def gumbel(self, draw: int, *shape: int) -> Tensor:
-        generators = [torch_generator(self.how.seed, "impute-draws", i, draw) for i in self.numbers]
-        uniform = [torch.rand(shape, dtype=torch.float64, generator=one) for one in generators]
-        return -torch.log(-torch.log(torch.stack(uniform).clamp(min=1e-300)))
+    def noise(self, number: int, *shape: int) -> Tensor:
+        """Draw `number` of each image, float32 (n, *shape) on the CPU."""
+        return draws(torch.randn, self.how.seed, "impute", self.numbers, shape, number)
 
 
 @torch.inference_mode()
@@ -133,7 +128,7 @@ def _summed(parts: Iterable[Values], images: Tensor, num_draws: int) -> Imputed:
     n, device, dims = len(images), images.device, images[0].numel()
     weights = StreamedWeights(n, device=device)
     sums = torch.zeros(2, n, dims, dtype=torch.float64, device=device)  # of g(z) and its square
-    draws = torch.zeros(n, num_draws, dims, device=device)
+    drawn = torch.zeros(n, num_draws, dims, device=device)
     best = torch.full((n, num_draws), -torch.inf, dtype=torch.float64, device=device)
     for values, log_weights, gumbel in parts:
         part, shrink = weights.add(log_weights)
@@ -141,25 +136,25 @@ def _summed(parts: Iterable[Values], images: Tensor, num_draws: int) -> Imputed:
         sums[0] += torch.einsum("ns,nsd->nd", part.float(), values)
         sums[1] += torch.einsum("ns,nsd->nd", part.float(), values.square())
         if gumbel is None:
-            draws = values
+            drawn = values
             continue
         largest, place = (log_weights.double().unsqueeze(2) + gumbel).max(1)  # (n, J)
         found = torch.gather(values, 1, place.unsqueeze(2).expand(-1, -1, dims))
-        draws = torch.where((largest > best).unsqueeze(2), found, draws)
+        drawn = torch.where((largest > best).unsqueeze(2), found, drawn)
         best = torch.maximum(largest, best)
     mean, square = sums / weights.sum.unsqueeze(1)
     deviation = (square - mean.square()).clamp(min=0).sqrt()
     return Imputed(
         mean.float().view_as(images).cpu(),
         deviation.float().view_as(images).cpu(),
-        draws.view(*draws.shape[:2], *images.shape[1:]).cpu(),
+        drawn.view(*drawn.shape[:2], *images.shape[1:]).cpu(),
         weights.effective_samples.cpu(),
     )
 
 
 def _single(task: _Task) -> Iterator[Values]:
     mean, log_variance = task.encoded()
-    noise = task.normal(0, task.how.draws, *mean.shape[1:]).to(mean.device)
+    noise = task.noise(0, task.how.draws, *mean.shape[1:]).to(mean.device)
     _, values = task.decoded(sample_posterior(mean, log_variance, noise))
     yield values, values.new_zeros(values.shape[:2]), None
 
@@ -170,8 +165,10 @@ def _importance(task: _Task) -> Iterator[Values]:
     mean, log_variance = task.encoded()
     for block in range(-(-task.how.samples // BLOCK)):
         size = min(BLOCK, task.how.samples - block * BLOCK)
-        noise = task.normal(block, BLOCK, *mean.shape[1:])[:, :size]
-        gumbel = task.gumbel(block, BLOCK, task.how.draws)[:, :size]
+        noise = task.noise(block, BLOCK, *mean.shape[1:])[:, :size]
+        shape = BLOCK, task.how.draws
+        uniform = draws(RAND64, task.how.seed, "impute-draws", task.numbers, shape, block)[:, :size]
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
         share = max(1, min(task.how.batch_size // len(mean), size))
         for of_z, of_draws in zip(noise.split(share, 1), gumbel.split(share, 1), strict=True):
             params, (log_weights,) = weighted_draws(
@@ -195,7 +192,7 @@ def _gibbs(task: _Task) -> Iterator[Values]:
     )
     complete = images
     for step in range(task.how.samples):
-        noise = task.normal(step, chains, *mean.shape[1:]).to(device)
+        noise = task.noise(step, chains, *mean.shape[1:]).to(device)
         if step == 0:
             z = sample_posterior(mean, log_variance, noise)
         else:  # what was drawn is shown as if it had been observed

@@ -14,6 +14,7 @@ In: tensors, or shards of latents. Out: bytes, or `LatentSample`s in index order
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import single_sample
+from vae_dist.data.settings import image_settings
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import ImageSettings
 from vae_dist.inference.load import Images
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.vae import NO_LABEL, VAE
@@ -75,15 +76,10 @@ def num_bytes(num_values: int, *, content: str, dtype: str, flip: bool) -> int:
 
 def open_latents(config: TrainConfig, data: Any) -> Images:
     """Shards of latents, made by a run of this config. Raises ConfigError."""
-    settings = ImageSettings(
-        config.data.channels,
-        (1, 1),
-        True,
-        config.data.max_pixels,
-        label_key=config.data.label_key,
-        num_classes=config.model.num_classes,
-    )
-    return Images(load_index(data, key="data", create=True), settings, config.data.retry_s)
+    index = load_index(data, key="data", create=True)
+    keys = replace(config.data, resolution=1)  # no image is read to find its size
+    settings = image_settings(index, keys, num_classes=config.model.num_classes)
+    return Images(index, settings, config.data.retry_s)
 
 
 def read_latents(images: Images, model: VAE, *, num_images: int) -> Iterator[LatentSample]:

@@ -43,17 +43,10 @@ from vae_dist.training.compile import exact_float32
 if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
 
-CPU = torch.device("cpu")
+Size = tuple[int, int]  # (H, W) in pixels
 MAX_SIDE, MAX_BLOCKS = 2**16, 2**10  # pixels of an image, residual blocks
-UNBUILDABLE = (  # what building a model of a forged config raises
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# what building a model of a forged config raises
+FORGED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class LoadedModel(NamedTuple):
@@ -62,7 +55,7 @@ class LoadedModel(NamedTuple):
     model: VAE
     config: TrainConfig
     step: int
-    image_size: tuple[int, int]
+    image_size: Size
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,12 +110,13 @@ def load_model(command: CheckpointCommand, *, device: torch.device | None = None
     weights = checkpoint.tensors[command.weights]
     try:
         height, width = map(int, checkpoint.state["image_size"])
-        model = _built(config, (height, width), lambda model: weights, device or CPU)
-    except UNBUILDABLE as error:  # torch lists every name and shape that differs
+        model = _built(config, (height, width), lambda model: weights)
+    except FORGED as error:  # torch lists every name and shape that differs
         raise ConfigError(
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
             f"of its config.yaml; was that file edited? {error}"
         ) from None
+    model.to(device or torch.device("cpu"))
     return LoadedModel(model, config, checkpoint.step, (height, width))
 
 
@@ -138,21 +132,18 @@ def load_published(folder: Path, device: torch.device) -> LoadedModel | None:
             section, _, name = key.partition(".")
             setattr(getattr(config, section), name, value)
         side = int(published.config.get("sample_size") or 256)
-        model = _built(config, (side, side), lambda model: initial_weights(config, model), device)
+        model = _built(config, (side, side), lambda model: initial_weights(config, model))
     except ConfigError as error:
         raise ConfigError([p.removeprefix("init_from=") for p in error.problems]) from None
-    except UNBUILDABLE as error:
+    except FORGED as error:
         raise ConfigError(f"{folder}: its config.json describes no model ({error})") from None
-    return LoadedModel(model, config, 0, (side, side))
+    return LoadedModel(model.to(device), config, 0, (side, side))
 
 
 def _built(
-    config: TrainConfig,
-    image_size: tuple[int, int],
-    weights_for: Callable[[VAE], Mapping[str, Tensor]],
-    device: torch.device,
+    config: TrainConfig, image_size: Size, weights_for: Callable[[VAE], Mapping[str, Tensor]]
 ) -> VAE:
-    """In eval mode, with copies of the weights for its shapes. Raises one of UNBUILDABLE."""
+    """In eval mode on the CPU, with copies of the weights for its shapes. Raises one of FORGED."""
     if not all(1 <= side <= MAX_SIDE for side in image_size):
         raise ValueError(f"images of {image_size[0]}x{image_size[1]} pixels")
     if sum(blocks_of_levels(config.model)) > MAX_BLOCKS:
@@ -160,7 +151,7 @@ def _built(
     with torch.device("meta"):
         model = build_vae(config, image_size)
     weights = weights_for(model)
-    copies = {name: value.to(device, torch.float32, copy=True) for name, value in weights.items()}
+    copies = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
     model.load_state_dict(copies, assign=True)
     return model.eval()
 
@@ -191,7 +182,7 @@ class Images:
         settings = self.settings.without_augmentation()
         return SampleReader(self.index, settings, seed=0, retry_s=self.retry_s)
 
-    def at_one_size(self, size: tuple[int, int] | None = None) -> Images:
+    def at_one_size(self, size: Size | None = None) -> Images:
         """Resized and cropped to (H, W), by default to a typical size."""
         return replace(self, settings=self.settings.at_one_size(size))
 
@@ -288,7 +279,7 @@ def first_examples_by_shape(
     return found
 
 
-def check_image_size(model: VAE, size: tuple[int, int], *, key: str) -> None:
+def check_image_size(model: VAE, size: Size, *, key: str) -> None:
     """Raises ConfigError, blaming `key`, when the model cannot work at this (H, W)."""
     if model.image_size is not None and size != model.image_size:
         trained = f"{model.image_size[0]}x{model.image_size[1]}"
