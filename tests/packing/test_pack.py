@@ -222,7 +222,7 @@ def test_the_trainer_reads_packed_masks(tmp_path: Path, capsys: pytest.CaptureFi
     assert pack_all(source, out, "size=[6,10]", "max_skipped_fraction=1") == 0
     said = capsys.readouterr()
     assert "missing pixels: 1 pictures have a .mask.png; set data.mask=member" in said.out
-    assert "2.png: its mask is 3 x 20 pixels, but the picture 12 x 20" in said.err
+    assert "2.png: its .mask.png: its mask is 3 x 20 pixels, but the image 12 x 20" in said.err
     assert json.loads((out / "pack.json").read_text())["members"] == {"mask.png": 1}
     index = load_index(str(out / "train"), key="data.train", create=False)
     settings = image_settings(

@@ -190,9 +190,9 @@ def test_a_mask_is_as_upright_as_its_picture() -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (encode(MASK.T), "its mask is 20 x 12 pixels, but the picture 12 x 20"),
-        (b"no picture", "its mask: no readable PNG"),
-        (b"", "its mask: an empty file"),
+        (encode(MASK.T), "its mask is 20 x 12 pixels, but the image 12 x 20"),
+        (b"no picture", "its .mask.png: no readable PNG"),
+        (b"", "its .mask.png: an empty file"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: bytes, reason: str) -> None:
