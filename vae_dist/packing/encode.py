@@ -28,7 +28,7 @@ from torch import Tensor
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.decode import is_image
+from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.indexing import write_info
 from vae_dist.data.loader import split_mask
 from vae_dist.data.reader import SkippedSample
@@ -364,7 +364,9 @@ def carried(data: bytes | memoryview, *, keep_images: bool) -> tuple[str, dict[s
         key, suffix = key_and_suffix(name)
         if key is None or is_metadata(name):
             continue
-        if keep_images or not is_image(suffix.lower()):
+        lower = suffix.lower()
+        is_image = lower.rpartition(".")[2] in SUFFIXES and lower != MASK_MEMBER
+        if keep_images or not is_image:
             found[suffix] = bytes(content)
         sample_key = key
     if MEMBER in found:
