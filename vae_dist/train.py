@@ -6,6 +6,7 @@ interrupted (run the same command again), 2 wrong config or data, 1 failed.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import help_text, wants_help
 from vae_dist.config.resolve import world_size_problem
 from vae_dist.config.schema import TrainConfig
-from vae_dist.training.stop import StopSignals
+from vae_dist.training.stop import EXIT_INTERRUPTED, StopSignals, say
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
 INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."
@@ -30,9 +31,9 @@ def checked_config(argv: list[str]) -> TrainConfig:
 
     Raises ConfigError. launch/slurm.sbatch calls this before it starts the trainer.
     """
-    if problem := launch_problem(os.environ):
-        raise ConfigError(problem)
-    from vae_dist.config.load import load_train_config
+    if broken_promise := launch_problem(os.environ):
+        raise ConfigError(broken_promise)
+    from vae_dist.config.load import load_train_config  # --help does without OmegaConf
 
     config = load_train_config(argv)
     if problem := world_size_problem(config, int(os.environ.get("WORLD_SIZE", "1"))):
@@ -40,57 +41,48 @@ def checked_config(argv: list[str]) -> TrainConfig:
     return config
 
 
-def launch_problem(environment: Mapping[str, str]) -> str | None:
-    """Why these processes are not those that the launcher promised, or None when they are.
+def launch_problem(environment: Mapping[str, str]) -> str:
+    """Why these processes are not those that the launcher promised, empty when they are.
 
-    A promise is EXPECTED_WORLD_SIZE, which a launch script sets, or the tasks of a SLURM job.
+    A promise is EXPECTED_WORLD_SIZE, which a launch script sets, or the tasks of a SLURM job: in a
+    step of srun each task starts at least one process, and all of them are of one run. A batch
+    script with several tasks is not meant for one process; a shell of salloc may be.
     """
     world = int(environment.get("WORLD_SIZE", "1"))
     expected = environment.get("EXPECTED_WORLD_SIZE", "")
-    if not expected:
-        return _slurm_problem(environment, world)
-    if world == int(expected):
-        return None
-    return (
-        f"EXPECTED_WORLD_SIZE={expected} processes were promised but WORLD_SIZE={world}: the "
-        "launcher's options do not fit the launch script, and each part would train alone. "
-        "Start with launch/slurm.sbatch or `accelerate launch --multi_gpu --num_processes "
-        f"{expected}`, or unset EXPECTED_WORLD_SIZE"
-    )
-
-
-def _slurm_problem(environment: Mapping[str, str], world: int) -> str | None:
-    """In a step of srun each task starts at least one process, and all of them are of one run. A
-    batch script with several tasks is not meant for one process; a shell of salloc may be."""
-    tasks = int(environment.get("SLURM_NTASKS", "1"))
-    problem = ""
+    if expected and world != int(expected):
+        return (
+            f"EXPECTED_WORLD_SIZE={expected} processes were promised but WORLD_SIZE={world}: each "
+            "part would train alone. Start with launch/slurm.sbatch or `accelerate launch "
+            f"--multi_gpu --num_processes {expected}`, or unset EXPECTED_WORLD_SIZE"
+        )
+    tasks, problem = int(environment.get("SLURM_NTASKS", "1")), ""
+    if expected:
+        return ""
     if "SLURM_STEP_ID" in environment:
         # the shell of salloc may be a step of one task, in a job of several
         tasks = int(environment.get("SLURM_STEP_NUM_TASKS", tasks))
         launchers = int(environment.get("GROUP_WORLD_SIZE", tasks))  # elastic agents that have met
         if world % tasks != 0:
-            problem = (
-                f"srun started {tasks} tasks but WORLD_SIZE={world}: each task would train alone"
-            )
+            problem = f"srun started {tasks} tasks but WORLD_SIZE={world}"
         elif launchers % tasks != 0:
             problem = (
                 f"srun started {tasks} tasks, each with a launcher of its own (GROUP_WORLD_SIZE="
-                f"{launchers}): each task would train alone"
+                f"{launchers})"
             )
     elif environment.get("ENVIRONMENT") == "BATCH" and world == 1 < tasks:  # as slurmd sets it
         problem = (
             f"the job has SLURM_NTASKS={tasks} tasks but its script starts one process, without "
             "srun and without a launcher"
         )
-    if not problem:
-        return None
-    return (
-        f"{problem}. Start with `sbatch launch/slurm.sbatch ...`, or set EXPECTED_WORLD_SIZE="
-        f"{world} if a run of that many processes is meant"
+    return problem and (
+        f"{problem}: each task would train alone. Start with `sbatch launch/slurm.sbatch ...`, or "
+        f"set EXPECTED_WORLD_SIZE={world} if a run of that many processes is meant"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
     set_environment()
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
@@ -102,12 +94,22 @@ def main(argv: list[str] | None = None) -> int:
         return _refused(error, speaker="LOCAL_RANK")
     try:
         with StopSignals() as signals:
-            _say_what_takes_time(config)
+            if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
+                # seconds, on a slow file system half a minute; stdout holds plan and log alone
+                say(f"config {config.config}: loading torch ...")
             from vae_dist.training.setup import run_session  # torch, once the config is right
 
             return run_session(config, signals)
     except ConfigError as error:  # the same on all ranks
         return _refused(error, speaker="RANK")
+
+
+def _refused(error: ConfigError, *, speaker: str) -> int:
+    if os.environ.get(speaker, "0") == "0":
+        print_error(error)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(REFUSAL_PAUSE_S)  # the launcher ends the other ranks once one has ended
+    return 2
 
 
 class _Callable(types.ModuleType):
@@ -130,51 +132,29 @@ class _Callable(types.ModuleType):
             >>> folder = vae_dist.train(vae_dist.config("config=debug"))
             >>> vae = vae_dist.load(folder)
         """
-        code = _trained_here(config)
+        import torch
+        from accelerate.state import AcceleratorState, GradientState
+
+        from vae_dist.training.compile import exact_float32
+        from vae_dist.training.setup import run_session
+
+        threads = torch.get_num_threads()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            with exact_float32(device), StopSignals() as signals:
+                code = run_session(copy.deepcopy(config), signals)
+        finally:  # threads, TensorFloat-32 and Accelerate are as before
+            torch.set_num_threads(threads)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
         if code:
-            ending = "was interrupted; the same call goes on" if code == 75 else "failed"
+            was_stopped = code == EXIT_INTERRUPTED
+            ending = "was interrupted; the same call goes on" if was_stopped else "failed"
             raise RuntimeError(f"run={config.run}: training {ending}")
         return Path(config.run)
 
 
-def _trained_here(config: TrainConfig) -> int:
-    """The exit code of a session; threads, TensorFloat-32 and Accelerate are as before it."""
-    import copy
-
-    import torch
-    from accelerate.state import AcceleratorState, GradientState
-
-    from vae_dist.training.compile import exact_float32
-    from vae_dist.training.setup import run_session
-
-    threads = torch.get_num_threads()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        with exact_float32(device), StopSignals() as signals:
-            return run_session(copy.deepcopy(config), signals)
-    finally:
-        torch.set_num_threads(threads)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-
 sys.modules[__name__].__class__ = _Callable
-
-
-def _say_what_takes_time(config: TrainConfig) -> None:
-    """Tell the main process' reader that the command is at work: imports take seconds, on a slow
-    file system half a minute. On stderr, so that stdout holds the plan and the log alone."""
-    if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
-        print(f"config {config.config}: loading torch ...", file=sys.stderr, flush=True)
-
-
-def _refused(error: ConfigError, *, speaker: str) -> int:
-    if os.environ.get(speaker, "0") == "0":
-        print_error(error)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(REFUSAL_PAUSE_S)  # the launcher ends the other ranks once one has ended
-    return 2
-
 
 if __name__ == "__main__":
     exit_process(main())

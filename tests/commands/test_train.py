@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ import pytest
 import torch
 
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
-from tests.support.faults import Ranks, signal_oneself
+from tests.support.faults import Ranks, last_step, signal_oneself
 from tests.support.training import arguments, losses, rows, same_weights, status, train, weights
 from vae_dist import distributed
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import Batch
 from vae_dist.data.tar import ShardError
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
@@ -36,29 +34,6 @@ from vae_dist.training.optimizer import Ema
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ("evaluation.every=0", "checkpoint.every=2")
 LONG = ("training.steps=100000", "optimizer.schedule=constant", *QUIET)
-
-
-def start(argv: list[str], **changes: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    return subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes,
-        cwd=ROOT,
-    )
-
-
-def wait_for_row(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until log.jsonl has a row of that step."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        if (run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text():
-            return
-        time.sleep(0.02)
-    process.kill()
-    pytest.fail(f"no row of step {step}: {process.communicate()[0]}")
 
 
 def steps_of(run: Path) -> list[int]:
@@ -140,19 +115,14 @@ def test_slots_of_the_run_that_do_not_fit_the_processes_are_refused(tmp_path, di
 
 
 def test_a_second_trainer_in_one_folder_is_refused(tmp_path, digits, capfd):
-    run = tmp_path / "run"
-    first = start([sys.executable, "-m", "vae_dist.train", *arguments(run, digits, *LONG)])
-    try:
-        wait_for_row(run, 1, first)
-        assert main(arguments(run, digits, *LONG)) == 2
-        assert f"in use by process {first.pid}" in capfd.readouterr().err
-        first.send_signal(signal.SIGTERM)
-        output, _ = first.communicate(timeout=60)
-        assert first.returncode == 75, output
-        assert "goes on from there" in output and status(run)["status"] == "interrupted"
-    finally:
-        first.kill()
-        first.communicate()
+    argv = arguments(tmp_path / "run", digits, *LONG)
+    with Ranks(1, argv, output=tmp_path / "output") as first:
+        first.wait_for_step(1)
+        assert main(argv) == 2
+        assert "in use by process" in capfd.readouterr().err
+        first.signal(signal.SIGTERM)
+        assert first.wait() == [75] and "goes on from there" in first.text()
+    assert status(tmp_path / "run")["status"] == "interrupted"
 
 
 # damage
@@ -239,24 +209,6 @@ def test_what_is_compiled_is_what_was_asked_for(tmp_path, digits, capfd, monkeyp
     assert main(arguments(tmp_path / "run", digits, *words)) == 0
     assert asked and all(issubclass(kind, parts) for kind in asked)
     assert ("compiled block by block" in capfd.readouterr().out) == (value == "blocks")
-
-
-def test_an_error_of_one_rank_is_reported_by_that_rank(tmp_path, digits, monkeypatch):
-    next_batch = Trainer._next
-
-    def vanishing(self: Trainer, stream: Iterator[Batch]) -> Batch:
-        if os.environ["RANK"] == "1" and self.step == 3:
-            raise ShardError("train-000005.tar: cannot be read")
-        return next_batch(self, stream)
-
-    monkeypatch.setattr(Trainer, "_next", vanishing)
-    argv = arguments(tmp_path / "run", digits)
-    with Ranks(2, argv, output=tmp_path / "output") as group:
-        assert group.wait() == [1, 2], group.text()
-        assert "rank 1: train-000005.tar" in group.text()
-    found = status(tmp_path / "run")
-    assert "train-000005.tar: cannot be read" in found["reason"]
-    assert (found["step"], steps_of(tmp_path / "run")) == (3, [3])
 
 
 # the disk
@@ -372,14 +324,21 @@ def test_a_signal_to_a_launcher(tmp_path, digits, launcher, number, code):
     if launcher == "accelerate":
         words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         words += ["--num_processes", "2", "--main_process_port", "0", "-m", "vae_dist.train"]
-    process = start([*words, *arguments(run, digits, *LONG)], PYTHON=sys.executable, PROCESSES="2")
-    try:
-        wait_for_row(run, 3, process)
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PROCESSES": "2"}
+    with subprocess.Popen(
+        [*words, *arguments(run, digits, *LONG)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    ) as process:
+        while last_step(run) < 3 and process.poll() is None:
+            time.sleep(0.02)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
     found = status(run)
     assert found["status"] == "interrupted" and found["step"] == max(steps_of(run)), output
     assert process.returncode == code
@@ -486,13 +445,3 @@ def test_dry_run_shows_the_plan_and_leaves_no_folder(tmp_path, digits, capfd):
     for part in ("parameters", "9,000 images", "60", "MiB", "1, 2, 4, 8", "nothing was trained"):
         assert part in output
     assert not (tmp_path / "run").exists()
-
-
-def test_help_lists_every_key_without_importing_torch():
-    code = (
-        "import sys; from vae_dist.train import main; main(['--help']); "
-        "assert 'torch' not in sys.modules"
-    )
-    process = start([sys.executable, "-c", code])
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "optimizer.lr" in output and "data.slots" in output

@@ -92,8 +92,7 @@ def open_folders(paths: list[os.PathLike]) -> str:
     is_held_by = folder.is_held_by
     folder.is_held_by = lambda holder: is_held_by(holder, timeout_s=0.2)  # type: ignore[method-assign]
     try:
-        config, startup = TrainConfig(), setup.Startup()
-        session = setup.Session(config, Facts(), runtime, folder, StopSignals(), startup)
+        session = setup.Session(TrainConfig(), Facts(), runtime, folder, StopSignals())
         with session.held:
             assert session.take_folder() and session.outcome.is_ours
             return "opened"
@@ -107,6 +106,17 @@ def test_a_run_folder_that_is_another_one_on_another_node_is_refused(tmp_path):
     assert not one.exists()  # nothing was trained
     for message in run_ranks(2, open_folders, [one, other]):
         assert "is not the same folder on all nodes" in message
+
+
+def test_a_full_disk_does_not_keep_a_status_of_running(folder, monkeypatch):
+    folder.write_status("running", step=0, reason="")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder_module, "write_durably", full)
+    folder.write_status("failed", step=3, reason="a reason that is longer than the one before")
+    assert (folder.status()["status"], folder.status()["step"]) == ("failed", 3)
 
 
 def fail_without_the_main_process(path: os.PathLike) -> bool:

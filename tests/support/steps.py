@@ -1,14 +1,36 @@
-"""A training step without data, folder and loop, and its gradients."""
+"""Training steps without data, folder and loop: small models, batches of random images."""
 
 from __future__ import annotations
 
 import torch
 
-from vae_dist.config.schema import TrainConfig
-from vae_dist.data.loader import Batch
+from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
+from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.training.compile import compile_towers
 from vae_dist.training.step import StepReport, TrainingStep
+
+BATCH_SIZE, SLOTS, SIZE = 16, 8, (8, 8)
+IWAE = ObjectiveConfig(
+    importance_samples=4, gradient="doubly_reparameterized", free_bits=0.3, beta=0.7
+)
+SHAPES = ((8, 8), (8, 8), (4, 12), *((8, 8),) * 5)  # of each slot of a mixed batch
+
+
+def config(
+    *, microbatch_size: int = 0, objective: ObjectiveConfig | None = None, precision: str = "no"
+) -> TrainConfig:
+    made = TrainConfig(objective=objective or ObjectiveConfig())
+    made.data.channels, made.data.slots = 3, SLOTS
+    made.model.channels, made.model.blocks = [8, 8], 1
+    made.model.norm_groups, made.model.attention = 4, False
+    made.training.batch_size, made.training.microbatch_size = BATCH_SIZE, microbatch_size
+    made.training.precision = precision  # type: ignore[assignment]
+    return made
+
+
+def one_process(precision: str = "no") -> Runtime:
+    return Runtime.start(RuntimeConfig(threads=1), precision=precision)
 
 
 def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) -> TrainingStep:
@@ -17,6 +39,32 @@ def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) ->
     step = TrainingStep(settings, runtime, size)
     compile_towers(step.vae, settings, max_shapes=8)
     return step
+
+
+def batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
+    """This rank's share of a step; `mixed`: slots of two shapes, so that on two ranks the first has
+    one group more than the second."""
+    generator = torch.Generator().manual_seed(step)
+    width = 12 if mixed else 8
+    images = torch.randint(256, (BATCH_SIZE, 3, 8, width), generator=generator, dtype=torch.uint8)
+    share = SLOTS // runtime.world
+    mine = range(runtime.rank * share, (runtime.rank + 1) * share)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for slot in mine:
+        groups.setdefault(SHAPES[slot] if mixed else SIZE, []).append(slot)
+    return Batch(
+        step,
+        tuple(
+            Group(
+                tuple(slots),
+                torch.cat([images[2 * k : 2 * k + 2, :, : size[0], : size[1]] for k in slots]),
+                torch.zeros(2 * len(slots), dtype=torch.int64),
+            )
+            for size, slots in groups.items()
+        ),
+        ("a.tar",),
+        (),
+    )
 
 
 def first_step(step: TrainingStep, batch: Batch) -> tuple[dict[str, torch.Tensor], StepReport]:
@@ -46,3 +94,24 @@ def wrong_gradients(
         if float((found.get(name, 0.0) - gradient).norm())
         > rounding * max(float(gradient.norm()), 1e-3 * largest)
     ]
+
+
+def poison(step: TrainingStep, at: int, *, discriminator: bool = False) -> None:
+    """A gradient of step `at` of this rank is not finite: of the VAE, or of the discriminator."""
+    drawn, number = step._drawn, -1
+
+    def poisoned(purpose, group, step_number, *args, **kwargs):  # type: ignore[no-untyped-def]
+        nonlocal number
+        number = step_number
+        noise = drawn(purpose, group, step_number, *args, **kwargs)
+        is_bad = purpose == "posterior" and number == at and not discriminator
+        return noise * float("nan") if is_bad else noise
+
+    step._drawn = poisoned  # type: ignore[method-assign]
+    if discriminator:
+        assert step.adversary is not None
+        step.adversary.network.conv_out.register_full_backward_hook(
+            lambda _, gradients, __: tuple(
+                g * float("nan") if number == at and g is not None else g for g in gradients
+            )
+        )

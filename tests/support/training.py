@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 
 from tests.support.distributed import run_ranks
 from vae_dist.train import main
+from vae_dist.training.loop import Trainer
 
 
 def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
@@ -32,6 +36,18 @@ def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
 def train(run: Path, digits: Path, *overrides: str, world: int = 1) -> list[int]:
     """Exit code of each rank."""
     return run_ranks(world, main, arguments(run, digits, *overrides), timeout_s=100)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM to the last rank alone when a step is done; forked ranks inherit this."""
+    advance = Trainer._advance
+
+    def advance_and_stop(self: Trainer) -> None:
+        advance(self)
+        if self.step == step and self.runtime.rank == self.runtime.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_advance", advance_and_stop)
 
 
 def rows(run: Path) -> dict[int, dict[str, Any]]:
@@ -61,7 +77,8 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
 
 def same_weights(one: Path, other: Path, step: int) -> bool:
     """Whether all tensors of two runs' checkpoints are equal bit for bit."""
-    for name in ("model", "ema", "optimizer"):
+    for path in sorted((other / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
+        name = path.stem
         ours, theirs = weights(one, step, name), weights(other, step, name)
         assert ours and ours.keys() == theirs.keys()
         if not all(torch.equal(ours[key], theirs[key]) for key in ours):

@@ -8,21 +8,27 @@ import functools
 import pytest
 import torch
 
-from tests.distributed.test_step import IWAE, batch, config
-from tests.support.adversarial import adversarial_config, adversarial_step, picture_batch
+from tests.support.adversarial import SIZE as PICTURE_SIZE
+from tests.support.adversarial import adversarial_config, picture_batch
 from tests.support.distributed import run_ranks
-from tests.support.steps import first_step, make_step, wrong_gradients
-from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import Runtime
+from tests.support.steps import (
+    IWAE,
+    SIZE,
+    batch,
+    config,
+    first_step,
+    make_step,
+    one_process,
+    wrong_gradients,
+)
+from vae_dist.config.schema import TrainConfig
 from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
 from vae_dist.training.compile import compiler_problem
-from vae_dist.training.optimizer import (
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from vae_dist.training.step import TrainingStep
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -31,10 +37,6 @@ def test_a_missing_compiler_is_named(monkeypatch):
     assert "no C++ compiler (g++ or clang++" in str(compiler_problem(CPU))
     monkeypatch.setenv("CXX", "/bin/sh")
     assert "C++ compiler" not in str(compiler_problem(CPU))
-
-
-def one_process():
-    return Runtime.start(RuntimeConfig(threads=1), precision="no")
 
 
 def stepper(runtime, *, channels_last="false", compiled="false", settings=None):
@@ -69,10 +71,66 @@ def front_end(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
 
 
+def settings_of(kind: str) -> TrainConfig:
+    if kind.startswith("discriminator"):
+        made = adversarial_config()
+        made.training.microbatch_size = 4
+    else:
+        made = config(objective=IWAE if kind == "importance-weighted" else None)
+    if kind.startswith("blocks"):
+        made.model.blocks, made.model.attention = 3, True
+    made.model.gradient_checkpointing = kind.endswith("checkpointed")
+    return made
+
+
+def numbers(kind: str, compiled: str) -> tuple[list[float], TrainingStep]:
+    """Losses and norms of three steps, and the lambda of an adversary."""
+    runtime, settings = one_process(), settings_of(kind)
+    settings.runtime.compile = compiled  # type: ignore[assignment]
+    has_adversary = settings.adversarial.weight > 0
+    step = make_step(settings, runtime, PICTURE_SIZE if has_adversary else SIZE)
+    found = []
+    for k in range(3):
+        report = step((picture_batch if has_adversary else batch)(runtime, k), k)
+        found += [*runtime.sum_numbers([report.sums["train/loss"]]), float(report.grad_norm)]
+        found += [float(step.adversary.weight)] if step.adversary is not None else []
+    return found, step
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(compiler_problem(CPU) is not None, reason=str(compiler_problem(CPU)))
-def test_compiled_steps_equal_eager_ones():
-    assert_compiled_equals_eager(None)
+@pytest.mark.parametrize(
+    ("kind", "compiled", "graphs"),
+    [
+        ("importance-weighted", "true", 2),  # one of each tower
+        ("blocks", "blocks", 5),  # residual blocks at 8x8 and 4x4, attention, down, up
+        ("blocks checkpointed", "blocks", 5),
+        ("discriminator", "true", 3),  # encoder; decoder, watched; decoder at half size
+        ("discriminator checkpointed", "true", 3),
+    ],
+)
+def test_compiled_steps_equal_eager_ones(front_end, kind, compiled, graphs):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    expected, _ = numbers(kind, "false")
+    found, step = numbers(kind, compiled)
+    assert found == pytest.approx(expected, rel=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    if compiled == "blocks":
+        blocks = [module for module in step.vae.modules() if isinstance(module, Block)]
+        assert len(blocks) == 22
+        assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+@pytest.mark.slow
+def test_compiled_steps_on_two_ranks_equal_eager_ones_on_one(front_end):
+    expected, _ = numbers("bound", "false")
+    for found in run_ranks(2, compiled_numbers, timeout_s=300):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def compiled_numbers() -> list[float]:
+    return numbers("bound", "true")[0]
 
 
 @pytest.mark.slow
@@ -81,91 +139,13 @@ def test_compiled_gradients_are_those_of_plain_towers():
     torch._dynamo.reset()
     runtime = one_process()
     expected, _ = first_step(stepper(runtime), batch(runtime, 0))
-    found, _ = first_step(stepper(runtime, compiled="true"), batch(runtime, 0))
+    step = stepper(runtime, compiled="true")
+    found, _ = first_step(step, batch(runtime, 0))
     assert len(found) == len(expected) > 20
     assert wrong_gradients(found, expected, rounding=1e-4) == []
-
-
-@pytest.mark.slow
-def test_compiled_steps_with_hooked_gradients_equal_eager_ones(front_end):
-    assert_compiled_equals_eager(IWAE)
-
-
-def assert_compiled_equals_eager(objective):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    runtime = one_process()
-    settings = config(objective=objective)
-    expected = losses(stepper(runtime, settings=settings), runtime)
-    step = stepper(runtime, compiled="true", settings=settings)
-    assert losses(step, runtime) == pytest.approx(expected, rel=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one of each tower
-    assert set(step.vae.state_dict()) == set(build_vae(config(), (8, 8)).state_dict())
-    # a copy computes with its own weights
-    twin = copy.deepcopy(step.vae)
+    assert set(step.vae.state_dict()) == set(build_vae(config(), SIZE).state_dict())
+    twin = copy.deepcopy(step.vae)  # a copy computes with its own weights
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
         assert float(twin.encode(torch.ones(2, 3, 8, 8))[0].abs().sum()) == 0.0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_steps_compiled_block_by_block_equal_eager_ones(front_end, checkpointed):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    runtime = one_process()
-    settings = config()
-    settings.model.blocks, settings.model.attention = 3, True
-    settings.model.gradient_checkpointing = checkpointed
-    expected = losses(stepper(runtime, settings=settings), runtime)
-    step = stepper(runtime, compiled="blocks", settings=settings)
-    assert losses(step, runtime) == pytest.approx(expected, rel=1e-5)
-    blocks = [module for module in step.vae.modules() if isinstance(module, Block)]
-    assert len(blocks) == 22
-    # residual blocks at 8x8 and 4x4, attention, down, up
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert all(block._compiled_call_impl is not None for block in blocks)
-
-
-def compiled_losses():
-    runtime = one_process()
-    step = stepper(runtime, compiled="true")
-    reports = [step(batch(runtime, k), k) for k in range(3)]
-    return [runtime.sum_numbers([report.sums["train/loss"]])[0] for report in reports]
-
-
-@pytest.mark.slow
-def test_compiled_steps_on_two_ranks_equal_eager_ones_on_one(front_end):
-    runtime = one_process()
-    expected = losses(stepper(runtime), runtime, 3)
-    for found in run_ranks(2, compiled_losses, timeout_s=300):
-        assert found == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_compiled_steps_with_a_discriminator_equal_eager_ones(front_end, checkpointed):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    runtime = one_process()
-    settings = adversarial_config()
-    settings.training.microbatch_size = 4
-    settings.model.gradient_checkpointing = checkpointed
-
-    def numbers(step):
-        found = []
-        for k in range(3):
-            report = step(picture_batch(runtime, k), k)
-            found.append((float(report.sums["train/loss"]), float(step.adversary.weight)))
-        return found
-
-    expected = numbers(adversarial_step(settings, runtime))
-    settings.runtime.compile = "true"
-    found = numbers(adversarial_step(settings, runtime))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
-    assert not torch._dynamo.utils.counters["graph_break"]
-    # encoder; decoder, watched; decoder at half size
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3

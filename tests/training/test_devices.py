@@ -11,7 +11,6 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from tests.distributed.test_step import batch, config
 from tests.support.adversarial import SIZE, adversarial_config, picture_batch
 from tests.support.devices import (
     CUDA,
@@ -21,7 +20,7 @@ from tests.support.devices import (
     pinned,
     runtime_on,
 )
-from tests.support.steps import first_step, make_step, wrong_gradients
+from tests.support.steps import batch, config, first_step, make_step, wrong_gradients
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import Runtime

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from vae_dist.tracking.images import to_uint8
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.plan import Data
 
-NUM_IMAGES = 12  # in the shards; the grids search the first 10
+NUM_IMAGES, NUM_SEARCHED = 12, 10  # in the shards; the first ones that grids search
 LABELS = [0, 1, 2]
 
 
@@ -48,30 +50,25 @@ def levels() -> torch.Tensor:
     return greys[torch.randperm(NUM_IMAGES)].view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
 
-@pytest.fixture
-def data(tmp_path: Path, levels: torch.Tensor) -> Data:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, levels: torch.Tensor) -> Data:
+    def png(image: torch.Tensor) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(file, "PNG")
+        return file.getvalue()
+
+    folder = tmp_path_factory.mktemp("data")
     samples = (
-        {"__key__": f"{i:04d}", "png": _png(image), "cls": str(LABELS[i % len(LABELS)]).encode()}
+        {"__key__": f"{i:04d}", "png": png(image), "cls": str(LABELS[i % len(LABELS)]).encode()}
         for i, image in enumerate(levels)
     )
-    write_shards(samples, tmp_path / "shards", num_shards=1, name="images")
-    index = load_index(str(tmp_path / "shards"), key="data.train", create=True)
-    settings = image_settings(
-        index,
-        DataConfig(channels=1, resolution="native", max_pixels=10**6, crop="center", flip=False),
-    )
+    write_shards(samples, folder, num_shards=1, name="images")
+    index = load_index(str(folder), key="data.train", create=True)
+    settings = image_settings(index, DataConfig(channels=1, resolution="native", max_pixels=10**6))
     return Data(index, index, settings)
 
 
-def _png(image: torch.Tensor) -> bytes:
-    import io
-
-    file = io.BytesIO()
-    Image.fromarray(image[0].numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> VAE:
     torch.manual_seed(0)
     model = build_vae(tiny_config(kind="discretized_gaussian"), (8, 8)).eval()
@@ -81,21 +78,31 @@ def model() -> VAE:
     return model
 
 
-def log_images(
-    tmp_path: Path, data: Data, model: VAE, *steps: int, batch_size: int = 256
-) -> dict[str, str]:
+def log_images(folder: Path, data: Data, model: VAE, *, batch_size: int = 256) -> dict[str, str]:
+    """The grids of steps 5 and 10; the captions of the latter."""
     config, captions = tiny_config(kind="discretized_gaussian"), Captions()
     config.log.num_images, config.evaluation.batch_size = 6, batch_size
-    folder = RunFolder(tmp_path / "run")
-    image_logger = ImageLogger(config, folder, data, [captions])
-    for step in steps:
+    image_logger = ImageLogger(config, RunFolder(folder / "run"), data, [captions])
+    for step in (5, 10):
         image_logger(model, step, {"eval/neg_elbo_nats": 12.5})
     image_logger.close()
     return captions.of
 
 
-def shown(tmp_path: Path, name: str, step: int = 5) -> np.ndarray:
-    return np.asarray(Image.open(tmp_path / "run" / "images" / f"{name}_{step:08d}.png"))
+class Drawn(NamedTuple):
+    folder: Path
+    captions: dict[str, str]
+
+    def pixels(self, name: str, step: int = 10) -> np.ndarray:
+        return np.asarray(Image.open(self.folder / "run" / "images" / f"{name}_{step:08d}.png"))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, data: Data, model: VAE) -> Drawn:
+    folder = tmp_path_factory.mktemp("drawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vae_dist.training.images.NUM_SEARCHED", NUM_SEARCHED)
+        return Drawn(folder, log_images(folder, data, model))
 
 
 def greys(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -108,24 +115,23 @@ def greys(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return found
 
 
-def test_every_grid_has_its_words(tmp_path: Path, data: Data, model: VAE, monkeypatch) -> None:
-    monkeypatch.setattr("vae_dist.training.images.NUM_SEARCHED", 10)
-    captions = log_images(tmp_path, data, model, 5)
+def test_every_grid_has_its_words_and_is_the_same_for_the_same_model(drawn: Drawn) -> None:
+    captions = drawn.captions
     assert set(captions) == {
         *("samples", "reconstructions", "interpolations", "traversals", "by_class", "worst")
     }
-    for caption in captions.values():
-        assert caption.startswith("step 5 | 12.5 nats")
+    for name, caption in captions.items():
+        assert caption.startswith("step 10 | 12.5 nats")
+        assert np.array_equal(drawn.pixels(name, 5), drawn.pixels(name, 10))
     assert captions["by_class"].endswith("| from the first 10 of 12 images")
     assert "| worst 3 of the first 10 of 12 images: " in captions["worst"]
     assert re.search(r"units [\d, ]+, from -3 to 3", captions["traversals"])
 
 
 def test_reconstructions_are_of_the_first_images(
-    tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor
+    drawn: Drawn, model: VAE, levels: torch.Tensor
 ) -> None:
-    log_images(tmp_path, data, model, 5)
-    cells = greys(shown(tmp_path, "reconstructions"), 2, 3)
+    cells = greys(drawn.pixels("reconstructions"), 2, 3)
     assert cells[0].tolist() == levels[:3, 0, 4, 4].tolist()
     with torch.inference_mode():
         mean = model.encode(model.likelihood.prepare(levels[:3], None))[0]
@@ -133,39 +139,28 @@ def test_reconstructions_are_of_the_first_images(
     assert np.abs(cells[1] - means[:, 0, 4, 4].numpy()).max() <= 1
 
 
-def test_the_worst_come_first(
-    tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor, monkeypatch
-) -> None:
-    monkeypatch.setattr("vae_dist.training.images.NUM_SEARCHED", 10)
-    captions = log_images(tmp_path, data, model, 5)
+def test_the_worst_come_first(drawn: Drawn, model: VAE, levels: torch.Tensor) -> None:
     with torch.inference_mode():
-        images = model.likelihood.prepare(levels[:10], None)
+        images = model.likelihood.prepare(levels[:NUM_SEARCHED], None)
         mean, log_variance = model.encode(images)
         params = model.decode(mean, (8, 8))
         rate = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
         nats = rate - model.likelihood.log_prob(params, images)
     order = nats.argsort(descending=True)[:3]
-    cells = greys(shown(tmp_path, "worst"), 2, 3)
+    cells = greys(drawn.pixels("worst"), 2, 3)
     assert cells[0].tolist() == levels[order, 0, 4, 4].tolist()
-    most, least = re.findall(r"([\d.]+) to ([\d.]+) nats", captions["worst"])[0]
+    most, least = re.findall(r"([\d.]+) to ([\d.]+) nats", drawn.captions["worst"])[0]
     assert float(most) == pytest.approx(float(nats[order[0]]), rel=1e-3)
     assert float(least) == pytest.approx(float(nats[order[-1]]), rel=1e-3)
 
 
-def test_a_class_is_a_row(tmp_path: Path, data: Data, model: VAE, levels: torch.Tensor) -> None:
-    log_images(tmp_path, data, model, 5)
-    picture = shown(tmp_path, "by_class")
+def test_a_class_is_a_row(drawn: Drawn, levels: torch.Tensor) -> None:
+    picture = drawn.pixels("by_class")
     for label in LABELS:
-        of_class = levels[label :: len(LABELS), 0, 4, 4].tolist()  # 4 images of each
+        of_class = levels[label : NUM_SEARCHED : len(LABELS), 0, 4, 4].tolist()
         row = picture[2 + 98 * label + 48]
         inputs = [int(row[2 + 98 * column + 48]) for column in range(0, 10, 2)]
-        assert inputs == [*of_class, 112]  # grey where there is none
-
-
-def test_the_same_model_gives_the_same_pictures(tmp_path: Path, data: Data, model: VAE) -> None:
-    names = log_images(tmp_path, data, model, 5, 10)
-    for name in names:
-        assert np.array_equal(shown(tmp_path, name, 5), shown(tmp_path, name, 10))
+        assert inputs == [*of_class, *[112] * (5 - len(of_class))]  # grey where there is none
 
 
 def test_no_forward_has_more_images_than_evaluation_allows(tmp_path: Path, data: Data) -> None:
@@ -175,5 +170,5 @@ def test_no_forward_has_more_images_than_evaluation_allows(tmp_path: Path, data:
     seen: list[int] = []
     for tower in (conditional.encoder, conditional.decoder):
         tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    names = log_images(tmp_path, data, conditional, 5, batch_size=2)
+    names = log_images(tmp_path, data, conditional, batch_size=2)
     assert "samples_by_class" in names and max(seen) == 2

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.distributed.test_step import batch, config, training_step
 from tests.support.adversarial import (
     BATCH_SIZE,
     SIZE,
@@ -18,11 +17,11 @@ from tests.support.adversarial import (
     start,
 )
 from tests.support.distributed import run_ranks
+from tests.support.steps import SIZE as SMALL_SIZE
+from tests.support.steps import batch, config, make_step, one_process
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import load_train_config
-from vae_dist.config.schema import RuntimeConfig
 from vae_dist.data.loader import Group
-from vae_dist.distributed import Runtime
 from vae_dist.training import memory
 from vae_dist.training.memory import candidates, fit_microbatch, step_cost
 from vae_dist.training.step import TrainingStep
@@ -88,22 +87,15 @@ def test_memory_and_operations_follow_the_config():
     assert step_cost(config_of(*frozen), (32, 32), CPU).state_bytes < plain.state_bytes
 
 
-def one_process():
-    return Runtime.start(RuntimeConfig(threads=1), precision="no")
-
-
 def test_candidates_cut_the_share_of_a_rank_evenly():
     settings = config()  # 16 images in 8 slots
     assert candidates(settings, 1) == [16, 8, 6, 4, 2]
     assert candidates(settings, 4) == [4, 2]
-    settings.data.resolution = {"area": 64, "multiple": 8, "max_aspect": 2.0}
-    settings.runtime.compile = "true"
-    assert candidates(settings, 4) == [2]
 
 
 @pytest.mark.parametrize("num_images", [16, 6, 2])
 def test_on_a_cpu_the_largest_whose_estimate_fits_is_chosen(monkeypatch, num_images):
-    step = training_step(config(microbatch_size="auto"), one_process())
+    step = make_step(config(microbatch_size="auto"), one_process(), SMALL_SIZE)
     room = step_cost(step.config, SIZE, CPU).peak_bytes(num_images)
     monkeypatch.setattr(memory, "free_bytes", lambda device: room)
     fit_microbatch(step, SIZE)
@@ -112,7 +104,7 @@ def test_on_a_cpu_the_largest_whose_estimate_fits_is_chosen(monkeypatch, num_ima
 
 
 def test_a_number_is_left_alone():
-    step = training_step(config(microbatch_size=4), one_process())
+    step = make_step(config(microbatch_size=4), one_process(), SMALL_SIZE)
     fit_microbatch(step, SIZE)
     assert step.microbatch_size == 4
 
@@ -120,7 +112,7 @@ def test_a_number_is_left_alone():
 def choice_of_a_rank():
     runtime = one_process()
     memory.free_bytes = lambda device: 10**12 if runtime.rank == 0 else 1
-    step = training_step(config(microbatch_size="auto"), runtime)
+    step = make_step(config(microbatch_size="auto"), runtime, SMALL_SIZE)
     fit_microbatch(step, SIZE)
     return step.microbatch_size
 
@@ -143,7 +135,7 @@ class OnCuda:
 
 def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
     runtime = one_process()
-    step = training_step(config(microbatch_size="auto"), runtime)
+    step = make_step(config(microbatch_size="auto"), runtime, SMALL_SIZE)
     before = {name: p.clone() for name, p in step.vae.named_parameters()}
     tried = []
     rehearse = TrainingStep.rehearse
@@ -167,7 +159,7 @@ def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
     for name, parameter in step.vae.named_parameters():
         assert torch.equal(parameter, before[name])
     # the step after a trial is that of a run without one
-    fresh = training_step(config(microbatch_size=4), runtime)
+    fresh = make_step(config(microbatch_size=4), runtime, SMALL_SIZE)
     reports = [one(batch(runtime, 0), 0) for one in (step, fresh)]
     assert reports[0].sums["train/loss"] == reports[1].sums["train/loss"]
 
@@ -178,7 +170,7 @@ def test_not_even_a_slot_is_an_error(monkeypatch):
 
     monkeypatch.setattr(TrainingStep, "rehearse", none)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    step = training_step(config(microbatch_size="auto"), one_process())
+    step = make_step(config(microbatch_size="auto"), one_process(), SMALL_SIZE)
     step.runtime = OnCuda(step.runtime)
     with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
         fit_microbatch(step, (8, 8))

@@ -45,25 +45,22 @@ def test_the_first_signal_sets_a_reason(number):
     assert process.returncode == 0
 
 
-def test_nohup_keeps_a_closed_terminal_from_stopping_a_run():
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGHUP, ""),  # nohup
+        # `trap "" USR1` of launch/sweep.sbatch is inherited by the trainer
+        (signal.SIGUSR1, "signal SIGUSR1"),
+    ],
+)
+def test_what_is_ignored_at_the_start_is_heard_unless_it_is_of_a_closed_terminal(number, reason):
+    previous = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.reason == ""
+            os.kill(os.getpid(), number)
+            assert stop.reason == reason
     finally:
-        signal.signal(signal.SIGHUP, previous)
-
-
-def test_a_batch_script_that_ignores_the_warning_hands_it_on():
-    """`trap "" USR1` of launch/sweep.sbatch is inherited by the trainer."""
-    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    try:
-        process = child()
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
-    process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=20)[0] == "signal SIGUSR1\n"
+        signal.signal(number, previous)
 
 
 def test_one_request_may_be_delivered_several_times():

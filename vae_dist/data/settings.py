@@ -8,6 +8,7 @@ not, or too many are too small. What is not among those that are looked at, the 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -27,7 +28,7 @@ from vae_dist.data.reader import (
     single_sample,
     ways_to_one_size,
 )
-from vae_dist.data.sources import is_pipe, is_remote, warn
+from vae_dist.data.sources import is_pipe, is_remote
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import NO_LABEL, ImageSettings, Need
 
@@ -114,7 +115,7 @@ def _say_what_is_special(index: ShardIndex, settings: ImageSettings, key: str) -
     for note, names in noted.items():
         if note:
             more = f" (and so for {len(names) - 1} more)" if len(names) > 1 else ""
-            warn(f"{key}: {names[0]}: {note}{more}")
+            print(f"warning: {key}: {names[0]}: {note}{more}", file=sys.stderr)
 
 
 def _check_labels(index: ShardIndex, settings: ImageSettings, key: str) -> None:

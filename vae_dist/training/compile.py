@@ -43,12 +43,6 @@ def compiler_problem(device: torch.device) -> str | None:
     return None
 
 
-def lay_out(model: nn.Module, config: TrainConfig) -> None:
-    """The weights in the memory layout of the config, in place."""
-    if config.runtime.channels_last == "true":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 def compile_towers(model: nn.Module, config: TrainConfig, *, max_shapes: int) -> None:
     """Compile the towers, or their blocks, as runtime.compile says, in place; what meets more than
     `max_shapes` forms of input goes on without. The first forward of each shape compiles it."""

@@ -89,12 +89,12 @@ class SkipGuard:
             return
         mine = {shard for _, shards in self._recent for shard in shards}
         names = sorted(set().union(*runtime.gather(mine)))
+        shards = ", ".join(names[:8]) + " ..." * (len(names) > 8)
         raise TrainingFailed(
             f"the gradient was not finite, or a spike, for {longest} steps in a row, noticed "
             f"at step {self._recent[-1][0]} with optim/grad_norm={float(grad_norm):g} "
-            "(training.max_consecutive_nonfinite); shards in hand: "
-            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Lower optimizer.lr, set "
-            "optimizer.clip_grad_norm, or use training.precision=bf16 or no"
+            f"(training.max_consecutive_nonfinite); shards in hand: {shards}. Lower optimizer.lr, "
+            "set optimizer.clip_grad_norm, or use training.precision=bf16 or no"
         )
 
     def check_all(self, num_steps: int) -> None:

@@ -151,6 +151,7 @@ class Trainer:
             is_best = self._best is None or value < self._best[0]
             if self.config.checkpoint.keep_best and is_best and math.isfinite(value):
                 self._best = (value, self.step)
+            self._watch.at(self.step, "images")
             self._log(row | metrics)
             every = self.config.log.images_every or self.config.evaluation.every
             if self.runtime.is_main and is_due(self.step, every, self.last_step):

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vae_dist.config.errors import CommandFailed, ConfigError
-from vae_dist.config.resolve import COMPILED, has_buckets, images_per_slot
+from vae_dist.config.resolve import images_per_slot
 from vae_dist.config.schema import PerceptualConfig, TrainConfig
 from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
@@ -159,13 +159,13 @@ class _Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        given = {one.untyped_storage()._cdata for one in tree_leaves(args) if _is_tensor(one)}
-        for storage in [one.untyped_storage() for one in tree_leaves(result) if _is_tensor(one)]:
-            if storage._cdata not in given | self._known:  # a view takes nothing
-                self._known.add(storage._cdata)
-                self.live_bytes += storage.nbytes()
+        given = {storage._cdata for storage in _storages(args)}
+        for storage in _storages(result):
+            key, num_bytes = storage._cdata, storage.nbytes()
+            if key not in given | self._known:  # a view takes nothing
+                self._known.add(key)
+                self.live_bytes += num_bytes
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-                key, num_bytes = storage._cdata, storage.nbytes()
                 weakref.finalize(storage, self._release, key, num_bytes).atexit = False
         return result
 
@@ -174,8 +174,8 @@ class _Meter(TorchDispatchMode):
         self.live_bytes -= num_bytes
 
 
-def _is_tensor(part: object) -> bool:
-    return isinstance(part, Tensor)
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [part.untyped_storage() for part in tree_leaves(tree) if isinstance(part, Tensor)]
 
 
 # the microbatch
@@ -184,8 +184,6 @@ def _is_tensor(part: object) -> bool:
 def candidates(config: TrainConfig, world: int) -> list[int]:
     """Images of a microbatch, from the whole share of a rank down to one slot: the even cuts."""
     slots, per_slot = config.data.slots // world, images_per_slot(config)
-    if has_buckets(config) and config.runtime.compile in COMPILED:
-        return [per_slot]  # each number of slots would be compiled for each bucket
     return sorted({math.ceil(slots / cuts) * per_slot for cuts in range(1, slots + 1)})[::-1]
 
 

@@ -88,12 +88,12 @@ def plan(
     if config.likelihood.kind == "bernoulli" and config.likelihood.binarization == "soft":
         likelihood = "cross-entropy (soft targets: no likelihood)"
     device = runtime.device.type
-    threads = f" ({_counted(torch.get_num_threads(), 'thread')})" if device == "cpu" else ""
+    threads = f" (threads: {torch.get_num_threads()})" if device == "cpu" else ""
     return [
         f"config {config.config}: {_num_parameters(vae):,} parameters, {likelihood} "
         f"of {config.data.channels}x{height}x{width} images{buckets}, {latent} latents",
-        f"data {config.data.train}: {data.train.num_samples:,} images in "
-        f"{_counted(len(data.train.paths), 'shard')}; validation: {data.validation.num_samples:,}",
+        f"data {config.data.train}: {data.train.num_samples:,} images (shards: "
+        f"{len(data.train.paths)}); validation: {data.validation.num_samples:,}",
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {device}{threads}, "
         f"{', '.join(arithmetic(config, runtime, microbatch_size))}",
@@ -156,10 +156,6 @@ def peak_images_per_second(config: TrainConfig, data: Data, runtime: Runtime) ->
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _megabytes(num_bytes: float) -> str:

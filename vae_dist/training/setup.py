@@ -49,7 +49,7 @@ from vae_dist.training.stop import (
     StopSignals,
     TrainingFailed,
 )
-from vae_dist.training.trackers import Trackers, open_trackers
+from vae_dist.training.trackers import Trackers
 
 LOCK_PAUSE_S = 0.5  # between two looks at a lock whose holder may be ending
 LOADER_REMEDY = (
@@ -59,28 +59,8 @@ LOADER_REMEDY = (
 Ending = tuple[int, list[str]]  # exit code, and what the main process says at last
 
 
-class Startup:
-    """Where the time to the first step goes, from the start of the process: `mark(what)` at the end
-    of each part; `line()` says them all."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = psutil.Process(os.getpid()).create_time()
-        self._parts: list[tuple[str, float]] = []
-
-    def mark(self, what: str) -> None:
-        now = time.time()
-        self._parts.append((what, now - self._last))
-        self._last = now
-
-    def line(self) -> str:
-        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in self._parts)
-        return f"first step after {self._last - self._begun:.1f} s: {parts}"
-
-
 def run_session(config: TrainConfig, signals: StopSignals) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
-    startup = Startup()
-    startup.mark("imports")
     with contextlib.suppress(OSError):  # a notebook's stderr may be no file
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     folder = RunFolder(config.run)
@@ -91,7 +71,6 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
     except RankFailed as failure:
         print(f"failed: {failure}", file=sys.stderr)
         return 1
-    startup.mark("ranks")
     try:
         config = runtime.on_all_ranks(lambda: _agreed_config(config, folder, world=runtime.world))
         facts = machine_facts(config, runtime)
@@ -100,7 +79,7 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         if config.dry_run:
             code, lines = _dry_run(config, facts, runtime)
         else:
-            code, lines = Session(config, facts, runtime, folder, signals, startup).run()
+            code, lines = Session(config, facts, runtime, folder, signals).run()
         for line in lines if runtime.is_main else ():
             say(line)
         if code != 1:
@@ -185,10 +164,9 @@ class Session:
         runtime: Runtime,
         folder: RunFolder,
         signals: StopSignals,
-        startup: Startup,
     ) -> None:
         self.config, self.facts, self.runtime, self.folder = config, facts, runtime, folder
-        self.startup, self.trackers = startup, Trackers()
+        self.trackers = Trackers()
         self.stop = StopRequest(runtime, signals)
         self.outcome = Outcome(runtime, folder, timeout_s=config.runtime.timeout_s)
         self.watch = self.outcome.watch
@@ -239,7 +217,7 @@ class Session:
 
     def _stopped_before_training(self, step: int) -> Ending:
         reason = self.stop.reason
-        self.outcome.record("interrupted", step=step, reason=reason)
+        self.outcome.record("interrupted", reason, step=step)
         return EXIT_INTERRUPTED, [
             f"interrupted before training ({reason}); the same command starts it again"
         ]
@@ -248,9 +226,8 @@ class Session:
         self.watch.at(-1, "newest checkpoint")
         checkpoint = newest_checkpoint(self.runtime, self.folder)
         step = checkpoint.step if checkpoint is not None else 0
-        self.startup.mark("checkpoint")
         if checkpoint is not None and is_finished(self.config, checkpoint):
-            self.outcome.record("finished", step=step, reason="all steps are done")
+            self.outcome.record("finished", "all steps are done", step=step)
             return 0, [
                 f"finished: {self.folder.path} stands at step {step} of "
                 f"{self.config.training.steps}; nothing is left to do"
@@ -262,7 +239,6 @@ class Session:
         if any(map(is_remote, (*data.train.paths, *data.validation.paths))):
             self.watch.reading_s = self.config.data.retry_s
         weights = self.runtime.on_all_ranks(lambda: self._weights_to_begin_with(data, checkpoint))
-        self.startup.mark("data")
         if self.stop.agreed_now():
             return self._stopped_before_training(step)
         trainer = self._trainer(data, checkpoint, weights)
@@ -281,8 +257,8 @@ class Session:
         config, runtime, trackers = self.config, self.runtime, self.trackers
         start_step = checkpoint.step if checkpoint is not None else 0
         self.watch.at(-1, "trackers")
-        self.held.callback(lambda: trackers.close(self.outcome.status))
-        open_trackers(trackers, config, runtime, self.folder, start_step)
+        self.held.callback(lambda: trackers.close(self.outcome.ended or "failed"))
+        trackers.open(config, runtime, self.folder, start_step)
         self.watch.at(-1, "model")
         trainer = build_trainer(config, runtime, self.folder, data, trackers)
         self.held.callback(trainer.image_logger.close)
@@ -297,25 +273,24 @@ class Session:
         lines += [*runtime.hosts(), f"output {self.folder.path}"]
         for line in lines if runtime.is_main else ():
             trainer.say(line)
-        self.startup.mark("model and trackers")
         return trainer
 
     def _fit(self, trainer: Trainer) -> Ending:
         """Run the loop; record in status.json how it ended."""
 
         def first_step_is_done() -> None:
-            self.startup.mark("first step")
+            seconds = time.time() - psutil.Process(os.getpid()).create_time()
             if self.runtime.is_main:
-                trainer.say(self.startup.line())
+                trainer.say(f"first step after {seconds:.1f} s")
 
         trainer.on_first_step = first_step_is_done
-        self.outcome.record("running", step=trainer.step, reason="")
+        self.outcome.record("running", "", step=trainer.step)
         self.outcome.save_first = trainer.save_what_is_whole
         stream = training_stream(self.config, self.runtime, trainer.data, trainer.step)
         with deaths_explained(LOADER_REMEDY), contextlib.closing(stream) as batches:
             status = trainer.fit(batches, self.stop, self.watch)
         reason, step = self.stop.reason, trainer.writer.written_step
-        self.outcome.record(status, step=step, reason=reason or "all steps are done")
+        self.outcome.record(status, reason or "all steps are done", step=step)
         if status == "interrupted":
             return EXIT_INTERRUPTED, [
                 f"interrupted at step {step} ({reason}); the same command goes on from there"

@@ -30,7 +30,7 @@ from vae_dist.objectives.perceptual import build_perceptual, fetch_weights
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.training.adversarial import Adversary, Sums
-from vae_dist.training.compile import lay_out, use_tensor_float_32
+from vae_dist.training.compile import use_tensor_float_32
 from vae_dist.training.guards import SpikeGuard
 from vae_dist.training.losses import ReconstructionLosses
 from vae_dist.training.optimizer import (
@@ -97,7 +97,8 @@ class TrainingStep:
         if config.training.train_only == "decoder":
             freeze_encoder(self.vae)
         use_tensor_float_32(device, config.training.precision)
-        lay_out(self.vae, config)
+        if config.runtime.channels_last == "true":
+            self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         replica = copy.deepcopy(self.vae)  # before these weights are sharded
         self.wrapped = runtime.strategy.wrap(self.vae)
         self.optimizer = build_optimizer(self.vae, config.optimizer)

@@ -184,13 +184,26 @@ class Outcome:
         # in training it saves what is whole (its argument: whether all ranks raise the same);
         # before, a ConfigError is raised by all ranks alike
         self.save_first: Callable[[bool], object] | None = None
-        self.status = "failed"  # as long as nothing better is recorded
+        self.ended = ""  # how, once that is recorded
 
-    def record(self, status: str, *, step: int, reason: str) -> None:
-        """Of a session that goes on ("running") or ends well."""
-        self.status = "failed" if status == "running" else status
-        if self.runtime.is_main and self.is_ours:
-            self._write(status, step, reason)
+    def record(
+        self, status: str, reason: str, *, step: int | None = None, main_is_gone: bool = False
+    ) -> None:
+        """`step`: of the newest checkpoint, unless it is given. What fails after the end costs
+        nothing, so the first end that is recorded stays."""
+        if self.ended or not self.is_ours:
+            return
+        folder, self.ended = self.folder, status if status != "running" else ""
+        if not self.runtime.is_main and not (
+            main_is_gone and folder.status().get("status", "running") == "running"
+        ):
+            return
+        try:
+            folder.write_status(
+                status, step=folder.newest_step() if step is None else step, reason=reason
+            )
+        except OSError as error:
+            say(f"warning: cannot write {folder.status_path}: {error}")
 
     @contextlib.contextmanager
     def failures_reported(self) -> Iterator[None]:
@@ -204,7 +217,7 @@ class Outcome:
             yield
         except (TrainingFailed, RankFailed) as error:  # raised by all ranks
             self._save(agreed=True)
-            self._failed(str(error), main_is_gone=False)
+            self.record("failed", str(error))
             raise
         except Exception as error:
             if isinstance(error, ConfigError) and self.save_first is None:
@@ -216,7 +229,7 @@ class Outcome:
                 say(f"{here}{error}")
             self._save(agreed=False)  # before the launcher learns of it, and ends all ranks
             reason, main_is_gone = self.watch.explain(error)
-            self._failed(reason, main_is_gone=main_is_gone)
+            self.record("failed", reason, main_is_gone=main_is_gone)
             if isinstance(error, ConfigError):
                 raise
             raise TrainingFailed(reason) from error
@@ -224,21 +237,7 @@ class Outcome:
     def _on_lost(self, report: str, main_is_gone: bool) -> None:
         say(f"failed: {report}")  # first: it may be the disk that hangs
         self._save(agreed=False)
-        self._failed(report, main_is_gone=main_is_gone)
-
-    def _failed(self, reason: str, *, main_is_gone: bool) -> None:
-        if self.status != "failed" or not self.is_ours:
-            return  # what fails after the end costs no step and no checkpoint
-        if self.runtime.is_main or (
-            main_is_gone and self.folder.status().get("status", "running") == "running"
-        ):
-            self._write("failed", self.folder.newest_step(), reason)
-
-    def _write(self, status: str, step: int, reason: str) -> None:
-        try:
-            self.folder.write_status(status, step=max(0, step), reason=reason)
-        except OSError as error:
-            say(f"warning: cannot write {self.folder.status_path}: {error}")
+        self.record("failed", report, main_is_gone=main_is_gone)
 
     def _save(self, *, agreed: bool) -> None:
         try:

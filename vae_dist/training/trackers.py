@@ -34,6 +34,34 @@ class Trackers:
         if isinstance(sink, ConsoleSink):
             self.console = sink
 
+    def open(
+        self, config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
+    ) -> None:
+        """Those of the config; a problem with W&B is everybody's before training."""
+        runtime.on_main(lambda: self._open(config, runtime, folder, start_step))
+
+    def _open(
+        self, config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
+    ) -> None:
+        console = ConsoleSink(start_step=start_step, stop_step=config.training.steps)
+        self.add(console)
+        self.add(JsonlSink(folder.log_path, resume_step=start_step))
+        session = describe_environment(
+            first_step=start_step, world=runtime.world, device=runtime.device
+        )
+        add_session(folder.path / "environment.json", session)
+        wandb = WandbSink(
+            config,
+            folder.path,
+            resume_step=start_step,
+            say=console.say,
+            on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
+            environment=session,
+        )
+        self.add(wandb)
+        if config.log.tensorboard:
+            self.add(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))
+
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         for sink in self.sinks:
             with self.warned_of("log", step):
@@ -65,31 +93,3 @@ class Trackers:
         for sink in self.sinks:
             with contextlib.suppress(OSError):
                 sink.close(status)
-
-
-def open_trackers(
-    trackers: Trackers, config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
-) -> None:
-    """Open what the config asks for; a problem with W&B is everybody's before training."""
-
-    def open_all() -> None:
-        console = ConsoleSink(start_step=start_step, stop_step=config.training.steps)
-        trackers.add(console)
-        trackers.add(JsonlSink(folder.log_path, resume_step=start_step))
-        session = describe_environment(
-            first_step=start_step, world=runtime.world, device=runtime.device
-        )
-        add_session(folder.path / "environment.json", session)
-        wandb = WandbSink(
-            config,
-            folder.path,
-            resume_step=start_step,
-            say=console.say,
-            on_stop=lambda: write_durably(folder.stop_path, b"the stop button of W&B"),
-            environment=session,
-        )
-        trackers.add(wandb)
-        if config.log.tensorboard:
-            trackers.add(TensorBoardSink(folder.path / "tensorboard", resume_step=start_step))
-
-    runtime.on_main(open_all)

@@ -25,18 +25,17 @@ SILENT_BEATS, SILENT_S = 5, 2.0  # without a sign of life: the process is frozen
 FAILURE = "watch/failure"  # key of the first failure
 READING = ("data", "evaluation")  # phases in which an outage of the data may be sat out
 LAST_WORD_S = 60.0  # that a stalled rank takes for its report: the disk may hang too
+UNKNOWN: dict[str, Any] = {"beat": 0, "step": -1, "phase": "ranks", "process": "unknown"}
 
 
 class RankWatch:
     """Use as a context manager on each rank; idle where there is one process.
 
     A rank that fails says so to the others, which end. A rank that has not moved for `timeout_s`
-    reports the table of all ranks and ends with exit code 1, from a thread: its main thread is
-    inside a collective that cannot be left. While all ranks live, the time does not count as long
-    as one is in start-up (indexing, downloads) or in a phase and shape for the first time
-    (compilation, the last checkpoint), and as long as one reads data `reading_s` are added.
-
-    `on_lost(report, main_is_gone)` is called before such an end.
+    reports the table of all ranks, calls `on_lost(report, main_is_gone)` and ends with exit code 1,
+    from a thread: its main thread is inside a collective that cannot be left. While all ranks live,
+    the time does not count as long as one is in start-up (indexing, downloads) or in a phase and
+    shape for the first time (compilation), and as long as one reads data `reading_s` are added.
     """
 
     def __init__(
@@ -47,15 +46,13 @@ class RankWatch:
         self.reading_s = 0.0  # that a read of data is tried again
         self._beat_s = min(MAX_BEAT_S, timeout_s / 20)
         self._silent_beats = max(SILENT_BEATS, round(SILENT_S / self._beat_s))
-        nothing: dict[str, Any] = {"beat": 0, "step": -1, "phase": "ranks", "process": "unknown"}
-        self._states: list[dict[str, Any]] = [nothing] * self._world  # as the store gave them
-        self._beats, self._quiet = [0] * self._world, [0] * self._world  # since a rank was heard
+        self._state = UNKNOWN | {"process": f"process {os.getpid()} on {socket.gethostname()}"}
+        self._states = [UNKNOWN] * self._world  # as the store gave them
+        self._quiet = [0] * self._world  # beats since each was heard
         self._idle = 0  # beats since this rank has moved
         self._seen: set[tuple[str, Hashable]] = set()
         self._word = self._failure = ""  # why this rank fails, and why the first one did
-        self._explains = False  # the main thread does, so that the judge need not
-        self._ended = threading.Event()
-        self._state = nothing | {"process": f"process {os.getpid()} on {socket.gethostname()}"}
+        self._ended, self._explains = threading.Event(), False
 
     def __enter__(self) -> RankWatch:
         if self._world > 1:
@@ -84,11 +81,10 @@ class RankWatch:
     def explain(self, error: BaseException) -> tuple[str, bool]:
         """Why the run fails, given the error of this rank, and whether the main process is gone.
         The error is broadcast. What a collective raises is the fault of a rank that is gone."""
-        reason = f"{type(error).__name__}: {error}"
+        reason, silent = f"{type(error).__name__}: {error}", []
         if self._world == 1:
             return reason, False
-        self._explains, silent = True, []
-        reason = f"rank {self._rank}: {reason}"
+        self._explains, reason = True, f"rank {self._rank}: {reason}"
         if isinstance(error, RuntimeError | OSError):
             self._wait(lambda: self._failure or self._silent())
             if silent := self._silent():
@@ -117,36 +113,37 @@ class RankWatch:
             self._failure = self._store.compare_set(FAILURE, "", self._word).decode()
         elif self._store.check([FAILURE]):
             self._failure = self._store.get(FAILURE).decode()
-        ranks = range(self._world)
-        known = [r for r in ranks if self._beats[r] or self._store.check([f"watch/{r}"])]
-        values = self._store.multi_get([f"watch/{rank}" for rank in known])
+        keys = [f"watch/{rank}" for rank in range(self._world)]
+        known = [r for r, key in enumerate(keys) if self._heard(r) or self._store.check([key])]
+        values = self._store.multi_get([keys[rank] for rank in known])
         for rank, value in zip(known, values, strict=True):
-            self._states[rank] = json.loads(value)
+            found = json.loads(value)
+            if found["beat"] != self._heard(rank):
+                self._quiet[rank] = 0
+            self._states[rank] = found
+
+    def _heard(self, rank: int) -> int:
+        return int(self._states[rank]["beat"])
 
     def _judge(self) -> None:
         while not self._ended.wait(self._beat_s):
-            beats = [one["beat"] for one in self._states]
-            same = [beat == before for beat, before in zip(beats, self._beats, strict=True)]
-            self._quiet = [(n + 1) * is_same for n, is_same in zip(self._quiet, same, strict=True)]
-            self._beats = beats
+            self._quiet = [beats + 1 for beats in self._quiet]
             self._idle += 1
-            if self._explains:
-                continue
-            if self._failure:
-                self._end(self._failure, main_is_gone=False)
             silent, idle_s = self._silent(), self._idle * self._beat_s
             reads = any(one["phase"] in READING for one in self._states)
             is_timed = all(one.get("is_timed") for one in self._states)
             is_stalled = is_timed and idle_s > self._timeout_s + self.reading_s * reads
-            if is_stalled or (silent and idle_s > self._timeout_s):
+            report = self._failure
+            if not report and (is_stalled or (silent and idle_s > self._timeout_s)):
                 limit = f"{self._timeout_s:g} s (runtime.timeout_s)"
-                self._end(f"no step for {limit}: {self._table(silent)}", main_is_gone=0 in silent)
-
-    def _end(self, report: str, *, main_is_gone: bool) -> None:
-        last_word = threading.Thread(target=self._on_lost, args=(report, main_is_gone), daemon=True)
-        last_word.start()
-        last_word.join(LAST_WORD_S)
-        os._exit(1)
+                report = f"no step for {limit}: {self._table(silent)}"
+            if report and not self._explains:
+                main_is_gone = not self._failure and 0 in silent
+                word = threading.Thread(target=self._on_lost, args=(report, main_is_gone))
+                word.daemon = True
+                word.start()
+                word.join(LAST_WORD_S)
+                os._exit(1)
 
     def _silent(self) -> list[int]:
         """Ranks without a sign of life. A state of this rank that does not come back means that the
