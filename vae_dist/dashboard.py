@@ -26,14 +26,12 @@ def dashboard(command: DashboardCommand) -> None:
         raise ConfigError(
             "the dashboard needs the package wandb-workspaces: pip install 'vae_dist[dashboard]'"
         ) from None
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError("there is no login: run `wandb login` or set WANDB_API_KEY")
     try:
-        if not wandb.login(prompt=False, verify=False):
-            raise ConfigError("there is no login: run `wandb login` or set WANDB_API_KEY")
         entity = command.entity or str(wandb.Api().default_entity)
         workspace = build(ws, entity=entity, project=command.project, name=command.name)
         workspace.save()
-    except ConfigError:
-        raise
     except Exception as error:  # the service and its client raise errors of many kinds
         raise ConfigError(
             f"project={command.project}: the workspace cannot be saved "
@@ -51,12 +49,13 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
         log_y = panel.is_log or None
         return wr.LinePlot(title=title, x=WANDB_STEP, y=list(panel.keys), log_y=log_y)
 
-    sections: dict[str, list[Any]] = {}
-    sections["Pictures"] = [
-        wr.MediaBrowser(title=title, media_keys=[f"images/{name}"], num_columns=1)
-        for name, title in IMAGES.items()
-    ]
-    sections |= {name: [line(panel) for panel in panels] for name, panels in SECTIONS.items()}
+    sections = {
+        "Pictures": [
+            wr.MediaBrowser(title=title, media_keys=[f"images/{name}"], num_columns=1)
+            for name, title in IMAGES.items()
+        ],
+        **{name: [line(panel) for panel in panels] for name, panels in SECTIONS.items()},
+    }
     rate, distortion = (wr.SummaryMetric(f"eval/{key}_nats") for key in ("rate", "distortion"))
     sections["Learning"].append(wr.ScatterPlot(title="Rate and distortion", x=rate, y=distortion))
     return ws.Workspace(
@@ -64,9 +63,7 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
         project=project,
         name=name,
         settings=ws.WorkspaceSettings(x_axis=WANDB_STEP),
-        sections=[
-            ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()
-        ],
+        sections=[ws.Section(name=name, panels=p, is_open=True) for name, p in sections.items()],
     )
 
 

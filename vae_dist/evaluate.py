@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae_dist.cli import exit_process, run_command, writing
-from vae_dist.config.checks import metric_names
+from vae_dist.config.checks import LATENT_METRICS, metric_names
 from vae_dist.config.commands import EvaluateCommand
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.inference.mixture import fitted_prior
     from vae_dist.tracking.environment import versions
 
+    if command.latents:
+        return _evaluate_latents(command)
     with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
         images = images_to_show(loaded, command.data, runtime=runtime)
         prior = None
@@ -65,6 +67,43 @@ def evaluate(command: EvaluateCommand) -> None:
             "versions": versions(),
         }
         runtime.on_main(lambda: _report(command, loaded, images, result, prior, facts))
+        runtime.on_main(lambda: _save_pictures(command, loaded, images, metrics))
+
+
+def _evaluate_latents(command: EvaluateCommand) -> None:
+    """Figures of stored latents; one process reads them, all have the result."""
+    from vae_dist.evaluation.diffusability import LatentSample
+    from vae_dist.evaluation.run import as_json
+    from vae_dist.files import redacted, write_durably
+    from vae_dist.inference.latents import open_latents, read_latents
+    from vae_dist.inference.load import open_run_on_ranks
+
+    sample = LatentSample(metric_names(command.metrics))
+    with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
+
+        def read() -> str:
+            shards = open_latents(loaded.config, command.latents)
+            count = command.max_images or shards.index.num_samples
+            for one in read_latents(shards, loaded.model, num_images=count):
+                if not sample.add(one.latent[None], [one.number], [one.label]):
+                    break
+            return shards.index.fingerprint
+
+        fingerprint = runtime.on_main(read)
+        report = sample.compute(runtime)
+        if not runtime.is_main:
+            return
+        data = redacted(command.latents)
+        record = {"run": str(Path(command.run).resolve()), "latents": data}
+        record |= {"data_fingerprint": fingerprint, "step": loaded.step}
+        record |= {"figures": report.figures, "notes": report.notes}
+        out = Path(command.out or Path(command.run) / f"results_latents{fingerprint[:6]}.json")
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(out, as_json(record))
+        lines = [f"latents {data}", *_table(report.figures)]
+        lines += [*(f"  {note}" for note in report.notes.values()), f"written to {out}"]
+        print("\n".join(lines))
 
 
 def _batches(
@@ -95,7 +134,7 @@ def _metrics(
     command: EvaluateCommand, loaded: LoadedModel, prior: FittedPrior | None, runtime: Runtime
 ) -> tuple[list[Metric], dict[str, str]]:
     """What was asked for beside the bound, and by name the files of weights that it uses."""
-    from vae_dist.evaluation import metrics
+    from vae_dist.evaluation import diffusability, metrics
     from vae_dist.evaluation.frechet import FrechetMetric
     from vae_dist.evaluation.importance import ImportanceMetric
     from vae_dist.models import networks
@@ -137,6 +176,11 @@ def _metrics(
                 seed=seed,
             )
         )
+    if set(names) & set(LATENT_METRICS):
+        asked.append(diffusability.LatentSample(names))
+    if "lattice" in names:
+        channels = loaded.config.data.channels
+        asked.append(diffusability.LatticeMetric(model, loaded.image_size, channels=channels))
     return asked, files
 
 
@@ -155,6 +199,25 @@ def _file_name(command: EvaluateCommand, loaded: LoadedModel, images: Images) ->
         f"seed{command.seed}": command.seed,
     }
     return "_".join([Path(RESULTS).stem, *(part for part in parts if parts[part])]) + ".json"
+
+
+def _save_pictures(
+    command: EvaluateCommand, loaded: LoadedModel, images: Images, metrics: list[Metric]
+) -> None:
+    """Reconstructions of constant colours, as they are and with their deviations times 8."""
+    from vae_dist.evaluation.diffusability import LatticeMetric
+    from vae_dist.tracking.images import save_png, side_by_side
+
+    for metric in metrics:
+        if isinstance(metric, LatticeMetric) and loaded.config.data.channels in (1, 3):
+            outputs = metric.reconstructions
+            means = outputs.mean((2, 3), keepdim=True)
+            stronger = (means + 8 * (outputs - means)).clamp(-1, 1)
+            out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
+            path = out.with_name(out.stem + "_lattice.png")
+            with writing(path):
+                save_png(side_by_side(list(outputs), list(stronger)), path)
+            print(f"constant colours, below with deviations times 8: {path}")
 
 
 def _report(

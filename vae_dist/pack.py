@@ -14,28 +14,26 @@ import sys
 from vae_dist.cli import run_command
 from vae_dist.config.commands import PackCommand
 
+USAGE = "python -m vae_dist.pack source=PICTURES out=FOLDER [key=value ...]"
+INTRO = (
+    "Writes pictures as WebDataset shards: shuffled, checked, with index. Killed, it goes on when "
+    "it is run again."
+)
 INTERRUPTED = 130  # exit code after Ctrl-C
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return run_command(
-            PackCommand,
-            _pack,
-            argv,
-            usage="python -m vae_dist.pack source=PICTURES out=FOLDER [key=value ...]",
-            intro="Writes pictures as WebDataset shards: shuffled, checked, with index. Killed, "
-            "it goes on when it is run again.",
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the finished shards", file=sys.stderr)
-        return INTERRUPTED
 
 
 def _pack(command: PackCommand) -> None:
     from vae_dist.packing.pack import pack  # torch, once the keys are right
 
     pack(command)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run_command(PackCommand, _pack, argv, usage=USAGE, intro=INTRO)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the finished shards", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vae_dist.cli import run_command
+from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import ReportCommand
 from vae_dist.config.errors import ConfigError
 
@@ -26,11 +26,9 @@ def report(command: ReportCommand) -> None:
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     out = Path(command.out) if command.out else default
     page = write_report(folders).encode()
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, page)
-    except OSError as error:
-        raise ConfigError(f"out={out}: cannot be written ({error.strerror})") from None
     print(f"report of {', '.join(map(str, folders))}: {out} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -14,7 +14,7 @@ import vae_dist
 from tests.support.distributed import run_ranks
 from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import train
-from vae_dist import evaluate, sample
+from vae_dist import encode, evaluate, sample
 from vae_dist.models import networks
 from vae_dist.models.networks import PretrainedFile
 
@@ -189,3 +189,24 @@ def test_training_leaves_the_statistics_of_its_last_step(tmp_path: Path, digits:
 
 def evaluate_quietly(keys: list[str]) -> int:
     return evaluate.main(keys)
+
+
+def test_figures_for_diffusion_models(spatial_run: Path, tmp_path: Path) -> None:
+    """The same on two ranks, and nearly of stored latents, which are of images without noise."""
+    words = ["metrics=viv,sec,lattice,lnc", "batch_size=2"]
+    found = results(spatial_run, tmp_path / "r.json", *words)
+    figures = found["figures"]
+    assert 0 <= figures["lattice"] <= 1 and "two classes" in found["notes"]["lnc"]
+    assert (tmp_path / "r_lattice.png").stat().st_size > 1000
+    keys = [f"run={spatial_run}", "device=cpu", "threads=1"]
+    assert run_ranks(2, evaluate_quietly, [*keys, f"out={tmp_path}/2.json", *words]) == [0, 0]
+    two = json.loads((tmp_path / "2.json").read_text())["figures"]
+    for name in ("viv", "sec", "lattice"):
+        assert two[name] == pytest.approx(figures[name], rel=1e-5)
+    data, shards = spatial_run.parent / "images", tmp_path / "latents"
+    stored = [f"data={data}", f"out={shards}", "dtype=fp32", "content=mean"]
+    assert encode.main([*keys, *stored]) == 0
+    of_latents = results(spatial_run, tmp_path / "l.json", "metrics=sec,viv", f"latents={shards}")
+    for name in ("viv", "sec"):
+        assert of_latents["figures"][name] == pytest.approx(figures[name], rel=0.05)
+    assert evaluate.main([*keys, "metrics=psnr", f"latents={shards}"]) == 2

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.picture_sources import listed, opened, png, summary, write_files
+from tests.support.picture_sources import opened, png, summary, write
 from vae_dist.config.errors import ConfigError
+from vae_dist.packing.items import Listing
 
 
-def labelled(folder: Path, text: str, names: list[str], **keys: str):
-    source = write_files(folder / "in", {name: png() for name in names})
+def labelled(folder: Path, text: str, names: list[str], **keys: str) -> Listing:
+    source = write(folder / "in", dict.fromkeys(names, png()))
     (folder / "labels.csv").write_text(text)
-    return listed(source, folder / "work", labels=str(folder / "labels.csv"), **keys)
+    return opened(source, folder / "work", labels=str(folder / "labels.csv"), **keys)[0]
 
 
 def test_celeba_after_its_lists(tmp_path: Path) -> None:

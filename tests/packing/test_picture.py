@@ -7,24 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from tests.support.picture_sources import encoded, npy
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.packing.picture import _resized, _target, prepare, thumbnail
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
-
-
-def encode(image: Image.Image | np.ndarray, image_format: str = "PNG", **options: object) -> bytes:
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
+GREY, PLANES = COLOUR[:, :, 0], COLOUR.transpose(2, 0, 1)
+UPRIGHT = Image.Exif()
+UPRIGHT[0x0112] = 6
+JPEG = encoded(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -34,63 +26,62 @@ def decoded(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize(
     ("suffix", "data", "channels"),
     [
-        ("png", encode(COLOUR), 3),
-        ("jpg", encode(COLOUR, "JPEG"), 3),
-        ("jpg", encode(COLOUR[:, :, 0], "JPEG"), 1),
-        ("webp", encode(COLOUR, "WEBP"), 3),
-        ("png", encode(Image.fromarray(COLOUR).convert("P")), 3),
-        ("png", encode(Image.fromarray(COLOUR).convert("RGBA")), 4),
-        ("npy", npy(COLOUR.transpose(2, 0, 1)), 3),
-        ("npy", npy(COLOUR.transpose(2, 0, 1)[:2].astype(np.uint16) * 255), 2),
-        ("npy", npy(COLOUR.transpose(2, 0, 1).astype(np.float32) / 255), 3),
-        ("png", encode(Image.fromarray(COLOUR[:, :, 0].astype(np.uint16) * 255)), 1),
+        ("png", encoded(COLOUR), 3),
+        ("jpg", encoded(COLOUR, "JPEG"), 3),
+        ("jpg", encoded(GREY, "JPEG"), 1),
+        ("webp", encoded(COLOUR, "WEBP"), 3),
+        ("png", encoded(Image.fromarray(COLOUR).convert("P")), 3),
+        ("png", encoded(Image.fromarray(COLOUR).convert("RGBA")), 4),
+        ("npy", npy(PLANES), 3),
+        ("npy", npy(PLANES[:2].astype(np.uint16) * 255), 2),
+        ("npy", npy(PLANES.astype(np.float32) / 255), 3),
+        ("png", encoded(Image.fromarray(GREY.astype(np.uint16) * 255)), 1),
     ],
 )
 def test_what_needs_no_change_is_kept_byte_for_byte(
     suffix: str, data: bytes, channels: int
 ) -> None:
-    picture = prepare(suffix, data, PackCommand())
-    assert picture == (suffix, data, (channels, 12, 20), True, None, "")
-
-
-def test_a_suffix_that_lies_is_put_right() -> None:
-    assert prepare("jpg", encode(COLOUR), PackCommand()).suffix == "png"
+    for called in (suffix, "bmp"):  # a suffix that lies is put right
+        picture = prepare(called, data, PackCommand())
+        assert picture == (suffix, data, (channels, 12, 20), True, None, "")
 
 
 @pytest.mark.parametrize(
     ("size", "shape"),
-    [(6, (3, 6, 10)), (12, (3, 12, 20)), (99, (3, 12, 20)), ((8, 8), (3, 8, 8))],
+    [
+        (6, (3, 6, 10)),
+        (12, (3, 12, 20)),
+        (99, (3, 12, 20)),
+        ([8, 8], (3, 8, 8)),
+        ([24, 20], (3, 24, 20)),
+    ],
 )
-def test_size(size: int | tuple[int, int], shape: tuple[int, int, int]) -> None:
-    picture = prepare("png", encode(COLOUR), PackCommand(size=size))
+def test_sizes_and_crops_are_those_of_pillow(size: Any, shape: tuple[int, int, int]) -> None:
+    picture = prepare("png", encoded(COLOUR), PackCommand(size=size))
     assert picture.shape == shape and picture.kept == (shape == (3, 12, 20))
-    assert decoded(picture.data).shape == (*shape[1:], 3)
+    image, (width, height) = Image.fromarray(COLOUR), shape[:0:-1]
+    assert _target(12, 20, size) == (height, width)
+    want = image.resize((width, height), Image.Resampling.BICUBIC)
+    if isinstance(size, list):
+        want = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(decoded(picture.data), np.asarray(want))
 
 
-def test_formats() -> None:
-    lossless = prepare("bmp", encode(COLOUR, "BMP"), PackCommand())
+def test_formats_orientation_and_background() -> None:
+    lossless = prepare("bmp", encoded(COLOUR, "BMP"), PackCommand())
     assert lossless.suffix == "png"
     np.testing.assert_array_equal(decoded(lossless.data), COLOUR)
-    assert prepare("png", encode(COLOUR), PackCommand(format="jpg")).suffix == "jpg"
-    assert prepare("jpg", encode(COLOUR, "JPEG"), PackCommand(size=6)).suffix == "jpg"
-
-
-def test_a_resized_picture_is_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(COLOUR, "JPEG", exif=exif)
-    assert prepare("jpg", data, PackCommand()).shape == (3, 20, 12)
-    small = prepare("jpg", data, PackCommand(size=6))
-    assert small.shape == (3, 10, 6) and Image.open(io.BytesIO(small.data)).size == (6, 10)
-
-
-def test_transparent_pixels_get_the_background() -> None:
-    image = Image.fromarray(np.zeros((4, 4, 4), np.uint8))
-    white = prepare("png", encode(image), PackCommand(background="white"))
+    assert prepare("png", encoded(COLOUR), PackCommand(format="jpg")).suffix == "jpg"
+    turned = encoded(COLOUR, "JPEG", exif=UPRIGHT)
+    assert prepare("jpg", turned, PackCommand()).shape == (3, 20, 12)
+    small = prepare("jpg", turned, PackCommand(size=6))
+    assert small.shape == (3, 10, 6) and decoded(small.data).shape == (10, 6, 3)
+    clear = encoded(np.zeros((4, 4, 4), np.uint8))
+    white = prepare("png", clear, PackCommand(background="white"))
     assert (decoded(white.data) == 255).all() and white.shape == (3, 4, 4)
-    assert prepare("png", encode(image), PackCommand()).shape == (4, 4, 4)
+    assert prepare("png", clear, PackCommand()).shape == (4, 4, 4)
     with pytest.raises(DamagedSampleError, match="set background=white"):
-        prepare("png", encode(image), PackCommand(format="jpg"))
+        prepare("png", clear, PackCommand(format="jpg"))
 
 
 @pytest.mark.parametrize(
@@ -98,13 +89,16 @@ def test_transparent_pixels_get_the_background() -> None:
     [
         ("png", b"", "an empty file"),
         ("png", b"no picture", "no readable PNG"),
-        ("jpg", encode(COLOUR, "JPEG")[:300], "JPEG"),
-        ("png", encode(COLOUR)[:-30], "PNG"),
-        ("png", encode(np.zeros((40, 30), np.uint8)), "more than data.max_pixels=1000"),
+        ("jpg", b"<!DOCTYPE html>", "a web page, no image"),
+        ("jpg", encoded(COLOUR, "JPEG")[:300], "JPEG"),
+        ("png", encoded(COLOUR)[:-30], "PNG"),
+        ("png", encoded(np.zeros((40, 30), np.uint8)), "more than data.max_pixels=1000"),
         ("npy", npy(np.array([print], object)), "object"),
         ("npy", npy(COLOUR)[:-1], "cut off"),
         ("npy", npy(COLOUR.astype(np.float32)), "float images lie in"),
         ("npy", npy(COLOUR.astype(np.int32)), "int32"),
+        ("heic", b"\0\0\0\x1cftypheic", "which is not decoded; convert it to"),
+        ("jxl", b"\xff\x0a", "which is not decoded; convert it to"),
     ],
 )
 def test_what_cannot_be_read_is_refused(suffix: str, data: bytes, reason: str) -> None:
@@ -112,38 +106,64 @@ def test_what_cannot_be_read_is_refused(suffix: str, data: bytes, reason: str) -
         prepare(suffix, data, PackCommand(max_pixels=1000))
 
 
-def test_16_bit_pictures_are_not_resized_and_have_thumbnails() -> None:
+def test_what_is_damaged_does_not_depend_on_what_is_asked_for() -> None:
+    hole = JPEG[:2000] + bytes(512) + JPEG[2512:]
+    for data in (JPEG[: len(JPEG) // 2] + b"\xff\xd9", hole):
+        for command in (PackCommand(), PackCommand(size=8), PackCommand(format="png")):
+            with pytest.raises(DamagedSampleError):
+                prepare("jpg", data, command)
+
+
+def test_wide_levels_are_not_resized_and_have_thumbnails() -> None:
     levels = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
-    data = encode(Image.fromarray(levels))
+    data = encoded(Image.fromarray(levels))
     with pytest.raises(DamagedSampleError, match="16-bit PNG is kept as it is; leave size"):
         prepare("png", data, PackCommand(size=8))
     sheet = thumbnail("png", data, 8)
     assert sheet.shape == (8, 8, 3) and sheet[0].mean() < 40 and sheet[-1].mean() > 215
-
-
-def test_missing_pixels_of_float_arrays_are_kept_and_drawn_black() -> None:
     pixels = np.linspace(-1, 1, 240, dtype=np.float32).reshape(12, 20)
-    pixels[:6] = np.nan
-    data = npy(pixels)
-    assert prepare("npy", data, PackCommand()).data == data
-    sheet = thumbnail("npy", data, 8)
+    pixels[:6] = np.nan  # missing: kept, and drawn black
+    assert prepare("npy", npy(pixels), PackCommand()).data == npy(pixels)
+    sheet = thumbnail("npy", npy(pixels), 8)
     assert (sheet[:3] == 0).all() and sheet[-1].mean() > 215
     assert (thumbnail("npy", npy(np.full_like(pixels, np.nan)), 8) == 128).all()
 
 
+def test_colours_of_another_profile_become_those_of_srgb() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    kept = prepare("png", encoded(COLOUR, icc_profile=srgb), PackCommand())
+    assert kept.kept and not kept.note
+    swapped = srgb.replace("sRGB".encode("utf-16-be"), "rgbS".encode("utf-16-be"))
+    swapped = swapped.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+    changed = prepare("png", encoded(COLOUR, icc_profile=swapped), PackCommand())
+    assert not changed.kept and "converted to sRGB" in changed.note
+    assert "icc_profile" not in Image.open(io.BytesIO(changed.data)).info
+    assert abs(decoded(changed.data).astype(int) - COLOUR[:, :, ::-1]).max() < 8
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_of_animated_files_the_first_frame_is_taken(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    picture = prepare(kind.lower(), data, PackCommand(format="png"))
+    assert "first frame" in picture.note and (decoded(picture.data)[0, 0] == [255, 0, 0]).all()
+
+
+# masks
+
 MASK = np.pad(np.zeros((3, 4), np.uint8), ((5, 4), (9, 7)), constant_values=255)
 
 
-@pytest.mark.parametrize("size", [0, 12, (12, 20)])
+@pytest.mark.parametrize("size", [0, 12, [12, 20]])
 def test_the_mask_of_a_picture_that_keeps_its_size_is_kept_byte_for_byte(size: Any) -> None:
-    settings = PackCommand(size=size, format="webp")
-    picture = prepare("png", encode(COLOUR), settings, mask=encode(MASK))
-    assert not picture.kept and picture.mask == encode(MASK)
+    command = PackCommand(size=size, format="webp")
+    picture = prepare("png", encoded(COLOUR), command, mask=encoded(MASK))
+    assert not picture.kept and picture.mask == encoded(MASK)
 
 
-@pytest.mark.parametrize("size", [7, (8, 8), (5, 16), (12, 13), (24, 20), (9, 31)])
+@pytest.mark.parametrize("size", [7, [8, 8], [5, 16], [12, 13], [24, 20], [9, 31]])
 def test_no_missing_pixel_leaks_through_resizing_and_crop(size: Any) -> None:
-    picture = prepare("png", encode(COLOUR), PackCommand(size=size), mask=encode(MASK))
+    picture = prepare("png", encoded(COLOUR), PackCommand(size=size), mask=encoded(MASK))
     assert picture.mask is not None
     observed = decoded(picture.mask)
     touched = np.zeros(picture.shape[1:], bool)
@@ -156,33 +176,16 @@ def test_no_missing_pixel_leaks_through_resizing_and_crop(size: Any) -> None:
     assert (observed == 0).sum() <= touched.sum() + 2 * sum(touched.shape)  # zeros of the filter
 
 
-@pytest.mark.parametrize("size", [7, 99, (8, 8), (5, 16), (12, 13), (24, 20)])
-def test_crops_are_those_of_pillow(size: Any) -> None:
-    image = Image.fromarray(COLOUR)
-    height, width = _target(12, 20, size)
-    np.testing.assert_array_equal(
-        _resized(image, size),
-        ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        if isinstance(size, tuple)
-        else image.resize((width, height), Image.Resampling.BICUBIC),
-    )
-
-
-def test_a_jpeg_with_a_mask_is_decoded_in_full_before_it_is_resized() -> None:
+def test_a_jpeg_with_a_mask_is_upright_and_decoded_in_full_before_it_is_resized() -> None:
     """At a quarter of its size, as the decoder offers, blocks of 8 pixels would leak."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    data, mask = encode(pixels, "JPEG"), encode(np.full((64, 64), 255, np.uint8))
+    data, mask = encoded(pixels, "JPEG"), encoded(np.full((64, 64), 255, np.uint8))
     picture = prepare("jpg", data, PackCommand(size=8, format="png"), mask=mask)
     want = Image.open(io.BytesIO(data)).resize((8, 8), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(decoded(picture.data), np.asarray(want))
-
-
-def test_a_mask_is_as_upright_as_its_picture() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data, mask = encode(COLOUR, "JPEG", exif=exif), np.full((20, 12), 255, np.uint8)
-    mask[:10] = 0
-    picture = prepare("jpg", data, PackCommand(size=6), mask=encode(mask))
+    shades = np.repeat(np.array([0, 255], np.uint8), 10)[:, None].repeat(12, 1)
+    data = encoded(COLOUR, "JPEG", exif=UPRIGHT)
+    picture = prepare("jpg", data, PackCommand(size=6), mask=encoded(shades))
     assert picture.mask is not None and picture.shape == (3, 10, 6)
     assert (decoded(picture.mask)[:5] == 0).all() and (decoded(picture.mask)[7:] == 255).all()
 
@@ -190,49 +193,12 @@ def test_a_mask_is_as_upright_as_its_picture() -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (encode(MASK.T), "its mask is 20 x 12 pixels, but the picture 12 x 20"),
-        (b"no picture", "its mask: no readable PNG"),
-        (b"", "its mask: an empty file"),
+        (encoded(MASK.T), "its mask is 20 x 12 pixels, but the image 12 x 20"),
+        (b"no picture", "its .mask.png: no readable PNG"),
+        (b"", "its .mask.png: an empty file"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask: bytes, reason: str) -> None:
-    for settings in (PackCommand(), PackCommand(size=6)):
+    for command in (PackCommand(), PackCommand(size=6)):
         with pytest.raises(DamagedSampleError, match=reason):
-            prepare("png", encode(COLOUR), settings, mask=mask)
-
-
-def test_colours_of_another_profile_become_those_of_srgb() -> None:
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    kept = prepare("png", encode(COLOUR, icc_profile=srgb), PackCommand())
-    assert kept.kept and not kept.note
-    swapped = srgb.replace("sRGB".encode("utf-16-be"), "rgbS".encode("utf-16-be"))
-    swapped = swapped.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
-    changed = prepare("png", encode(COLOUR, icc_profile=swapped), PackCommand())
-    assert not changed.kept and "converted to sRGB" in changed.note
-    assert "icc_profile" not in Image.open(io.BytesIO(changed.data)).info
-    assert abs(decoded(changed.data).astype(int) - COLOUR[:, :, ::-1]).max() < 8
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_of_animated_files_the_first_frame_is_taken(kind: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-    picture = prepare(kind.lower(), data, PackCommand(format="png"))
-    assert "first frame" in picture.note and (decoded(picture.data)[0, 0] == [255, 0, 0]).all()
-
-
-def test_what_is_damaged_does_not_depend_on_what_is_asked_for() -> None:
-    whole = encode(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
-    hole = whole[:2000] + bytes(512) + whole[2512:]
-    for data in (whole[: len(whole) // 2] + b"\xff\xd9", hole):
-        for settings in (PackCommand(), PackCommand(size=8), PackCommand(format="png")):
-            with pytest.raises(DamagedSampleError):
-                prepare("jpg", data, settings)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "data"), [("heic", b"\0\0\0\x1cftypheic"), ("jxl", b"\xff\x0a")]
-)
-def test_formats_that_are_not_decoded_are_named(suffix: str, data: bytes) -> None:
-    with pytest.raises(DamagedSampleError, match="which is not decoded; convert it to"):
-        prepare(suffix, data, PackCommand())
+            prepare("png", encoded(COLOUR), command, mask=mask)

@@ -17,17 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.picture_sources import listed, opened, png, write_files, write_tar
+from tests.support.picture_sources import opened, png, write
 from vae_dist.config.errors import ConfigError
+from vae_dist.packing.items import Place, read
 
 RANDOM = np.random.default_rng(0)
 
 
 def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
-
-
-# MNIST
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -48,7 +46,7 @@ def test_mnist_idx_files_packed_or_not(tmp_path: Path) -> None:
     files = mnist()
     packed = {n + ".gz" * ("images" in n): gzip.compress(d) if "images" in n else d
               for n, d in files.items()}  # fmt: skip
-    listing, pictures = opened(write_files(tmp_path / "in", packed), tmp_path / "work")
+    listing, pictures = opened(write(tmp_path / "in", packed), tmp_path / "work")
     assert [(i.name, i.split, i.category) for i in listing.items] == [
         *((f"train {i}", "train", i) for i in range(5)),
         *((f"test {i}", "test", i) for i in range(2)),
@@ -61,6 +59,7 @@ def test_mnist_idx_files_packed_or_not(tmp_path: Path) -> None:
     ("name", "change", "message"),
     [
         ("t10k-images-idx3-ubyte", lambda d: d[:-1], "23 bytes of pixels, but its header"),
+        ("t10k-images-idx3-ubyte", lambda d: d[:4] + b"\xff" * 12, "but its header"),
         ("t10k-images-idx3-ubyte", lambda d: b"PNG" + d, "is no idx file of unsigned bytes"),
         ("t10k-labels-idx1-ubyte", lambda d: idx(np.zeros(3, np.uint8)), "do not belong together"),
         ("t10k-labels-idx1-ubyte", None, r"labels-idx1-ubyte\[\.gz\] is missing"),
@@ -74,13 +73,18 @@ def test_damaged_idx_files_are_refused(
     if change:
         files[name] = change(data)
     with pytest.raises(ConfigError, match=message):
-        listed(write_files(tmp_path / "in", files), tmp_path / "work")
+        opened(write(tmp_path / "in", files), tmp_path / "work")
 
 
-# CIFAR-10
+def test_raw_pixels_become_png(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(bytes(range(24)))
+    for shape, want in (((4, 3), (4, 3)), ((3, 2, 2), (2, 2, 3))):
+        found = pixels(read(Place(str(tmp_path / "raw"), 2, 12, shape)))
+        assert found.shape == want
+    assert found[0, 1].tolist() == [3, 7, 11]
 
 
-def cifar() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def cifar() -> dict[str, tuple[np.ndarray, list[int]]]:
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     return {
         name: (RANDOM.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8), [i, 9 - i])
@@ -95,29 +99,16 @@ def test_the_binary_archive_of_cifar(tmp_path: Path) -> None:
         for name, batch in batches.items()
     }
     files["c/batches.meta.txt"] = "\n".join(f"class{i}" for i in range(10)).encode()
-    archive = write_tar(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
-    for source in (archive, write_files(tmp_path / "in", files)):
+    archive = write(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
+    for source in (archive, write(tmp_path / "in", files)):
         listing, pictures = opened(source, tmp_path / "work")
         assert listing.classes == tuple(f"class{i}" for i in range(10))
         assert [i.split for i in listing.items] == ["train"] * 10 + ["test"] * 2
         want = [label for _, labels in batches.values() for label in labels]
         assert [i.category for i in listing.items] == want
         images = np.concatenate([images for images, _ in batches.values()])
-        np.testing.assert_array_equal(
-            np.stack([pixels(p) for p in pictures]), images.transpose(0, 2, 3, 1)
-        )
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"data_batch_1.bin": bytes(3073)}, "batches of CIFAR-10 are missing"),
-        ({"test_batch.bin": bytes(3000)}, "3000 bytes are no multiple of 3073"),
-    ],
-)
-def test_parts_of_cifar_are_refused(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        listed(write_files(tmp_path / "in", files), tmp_path / "work")
+        found = np.stack([pixels(p) for p in pictures])
+        np.testing.assert_array_equal(found, images.transpose(0, 2, 3, 1))
 
 
 class Evil:
@@ -125,19 +116,24 @@ class Evil:
         return print, ("never",)
 
 
-@pytest.mark.parametrize("kind", ["archive", "folder"])
-def test_the_pickles_of_cifar_are_refused_unread(
-    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        ("in", {"data_batch_1.bin": bytes(3073)}, "batches of CIFAR-10 are missing"),
+        ("in", {"test_batch.bin": bytes(3000)}, "3000 bytes are no multiple of 3073"),
+        ("in", {"x/data_batch_1": pickle.dumps(Evil())}, "is a Python pickle.*cifar-10-binary"),
+        ("c.tar", {"x/data_batch_1": pickle.dumps(Evil())}, "is a Python pickle.*cifar-10-binary"),
+    ],
+)
+def test_pickles_and_parts_of_cifar_are_refused(
+    tmp_path: Path,
+    kind: str,
+    files: dict[str, bytes],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Even arrays alone are not admitted: a forged dtype turns bytes into object pointers."""
-    files = {"cifar-10-batches-py/data_batch_1": pickle.dumps(Evil())}
-    source = (
-        write_tar(tmp_path / "cifar-10-python.tar.gz", files, "w:gz")
-        if kind == "archive"
-        else write_files(tmp_path / "in", files)
-    )
-    with pytest.raises(ConfigError, match=r"data_batch_1 is a Python pickle.*cifar-10-binary"):
-        listed(source, tmp_path / "work")
+    with pytest.raises(ConfigError, match=message):
+        opened(write(tmp_path / kind, files), tmp_path / "work")
     assert capsys.readouterr().out == ""
 
 
@@ -145,15 +141,22 @@ def test_the_pickles_of_cifar_are_refused_unread(
 
 
 def write_parquet(
-    path: Path, labels: list[Any], *, column: str = "image", metadata: bytes = b""
+    path: Path,
+    labels: list[Any],
+    *,
+    column: str = "image",
+    metadata: bytes = b"",
+    images: list[Any] | None = None,
+    **options: str,
 ) -> Path:
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": png(i), "path": None} for i in range(len(labels))]
+    images = images or [{"bytes": png(i), "path": None} for i in range(len(labels))]
     table = pyarrow.table({column: images, "label": labels})
-    parquet.write_table(table.replace_schema_metadata({b"huggingface": metadata}), path)
+    table = table.replace_schema_metadata({b"huggingface": metadata})
+    parquet.write_table(table, path, **options)
     return path
 
 
@@ -166,32 +169,31 @@ def test_parquet_of_the_hub_kind(tmp_path: Path, column: str) -> None:
     keys = {"image_column": "pixels"} if column == "pixels" else {}
     for _ in range(2):  # the second time from the copy
         listing, files = opened(tmp_path / "in", tmp_path / "work", **keys)
-        assert [(i.split, i.category) for i in listing.items] == [
-            ("test", 1), ("train", 1), ("train", 1)
-        ]  # fmt: skip
+        found = [(i.split, i.category) for i in listing.items]
+        assert found == [("test", 1), ("train", 1), ("train", 1)]
         assert listing.classes == ("cat", "dog") and files == [png(0), png(0), png(1)]
     with pytest.raises(ConfigError, match=f"label_column=x: .* has the columns {column}, label"):
-        listed(tmp_path / "in", tmp_path / "work", label_column="x", **keys)
+        opened(tmp_path / "in", tmp_path / "work", label_column="x", **keys)
 
 
-def test_parquet_in_folders_of_splits_and_lists_without_pictures(tmp_path: Path) -> None:
+def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
-        write_parquet(tmp_path / f"in/default/{split}/0000.parquet", [0])
+        images = [png(), None, b""] if split == "test" else None
+        labels = [0] * (3 if images else 1)
+        write_parquet(tmp_path / f"in/default/{split}/0000.parquet", labels, images=images)
     write_parquet(tmp_path / "in/list.parquet", [0], column="url")
-    listing = listed(tmp_path / "in", tmp_path / "work")
+    listing, _ = opened(tmp_path / "in", tmp_path / "work")
     assert sorted(str(i.split) for i in listing.items) == ["test", "train", "validation"]
     assert listing.left_out == [("list.parquet", "no column of pictures among url, label")]
+    assert [name for name, _ in listing.lost] == ["0000.parquet row 1", "0000.parquet row 2"]
 
 
-def test_rows_without_a_picture_are_lost(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    table = pyarrow.table({"image": pyarrow.array([png(), None, b""], pyarrow.binary())})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    listing, files = opened(tmp_path / "a.parquet", tmp_path / "work")
-    assert files == [png()]
-    assert [name for name, _ in listing.lost] == ["a.parquet row 1", "a.parquet row 2"]
+def test_rows_that_claim_more_than_the_file_can_hold_are_refused(tmp_path: Path) -> None:
+    images = [bytes(25 << 20) + bytes([i]) for i in range(3)]
+    path = write_parquet(tmp_path / "a.parquet", [0] * 3, images=images, compression="zstd")
+    assert path.stat().st_size < 1 << 17
+    with pytest.raises(ConfigError, match="claim to be larger than it can hold"):
+        opened(path, tmp_path / "work")
 
 
 @pytest.mark.parametrize(
@@ -201,20 +203,21 @@ def test_rows_without_a_picture_are_lost(tmp_path: Path) -> None:
         ([3.0, float("nan")], [3, None]),
         ([2, None], [2, None]),
         (["cat", "dog"], ["cat", "dog"]),
+        ([0.5], None),
+        ([[1]], None),
+        ([b"x"], None),
     ],
 )
-def test_labels_of_parquet(tmp_path: Path, labels: list[object], want: list[object]) -> None:
-    listing = listed(write_parquet(tmp_path / "a.parquet", labels), tmp_path / "work")
-    got = [item.category for item in listing.items]
+def test_labels_of_parquet(tmp_path: Path, labels: list[object], want: list[object] | None) -> None:
+    path = write_parquet(tmp_path / "a.parquet", labels)
+    if want is None:
+        problem = r"a\.parquet: row 0: the label .* is neither an integer nor a name"
+        with pytest.raises(ConfigError, match=problem):
+            opened(path, tmp_path / "work")
+        assert not list((tmp_path / "work").iterdir())
+        return
+    got = [item.category for item in opened(path, tmp_path / "work")[0].items]
     assert got == want and not any(isinstance(category, bool | float) for category in got)
-
-
-@pytest.mark.parametrize("label", [0.5, [1], b"x"])
-def test_labels_of_parquet_that_are_no_class_are_named(tmp_path: Path, label: object) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [label])
-    with pytest.raises(ConfigError, match=r"a\.parquet: row 0: the label .* is neither an integer"):
-        listed(path, tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
 
 
 # the hub
@@ -223,7 +226,7 @@ def test_labels_of_parquet_that_are_no_class_are_named(tmp_path: Path, label: ob
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The files of a folder as the data set o/r of a hub on the loopback."""
-    root, commit = tmp_path / "hub", "b" * 40
+    root = tmp_path / "hub"
     root.mkdir()
 
     class Hub(BaseHTTPRequestHandler):
@@ -249,7 +252,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             if not found or found[1] not in files:
                 return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
             tag = f'"{found[1]}"'.replace("/", "-")
-            return self.answer(200, files[found[1]], ETag=tag, X_Repo_Commit=commit)
+            return self.answer(200, files[found[1]], ETag=tag, X_Repo_Commit="b" * 40)
 
         do_HEAD = do_GET
 
@@ -277,7 +280,7 @@ def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path) -> None:
         assert files == [png(0), png(0), png(1)]
     write_parquet(hub / "other/train-0.parquet", [1])
     with pytest.raises(ConfigError, match=r"several sets: other, plain; name one: hf://.*/FOLDER"):
-        listed("hf://datasets/o/r", tmp_path / "work")
+        opened("hf://datasets/o/r", tmp_path / "work")
 
 
 @pytest.mark.parametrize(
@@ -291,4 +294,4 @@ def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("hub")
 def test_what_the_hub_has_not_is_named(tmp_path: Path, spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        listed(spec, tmp_path / "work")
+        opened(spec, tmp_path / "work")

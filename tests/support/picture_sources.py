@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,20 @@ from vae_dist.packing.items import Item, Listing, read
 from vae_dist.packing.sources import list_source
 
 
-def png(seed: int = 0) -> bytes:
+def encoded(image: Image.Image | np.ndarray, image_format: str = "PNG", **options: object) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def png(seed: int = 0) -> bytes:
+    return encoded(np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8))
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
     return file.getvalue()
 
 
@@ -25,38 +37,30 @@ def summary(items: list[Item]) -> dict[str, tuple[str | None, object]]:
     return {item.name: (item.split, item.category) for item in items}
 
 
-def listed(source: object, work: Path, **keys: str) -> Listing:
-    spec = str(source) if isinstance(source, Path) else source
-    return list_source(PackCommand(source=spec, **keys), work=work)
-
-
 def opened(source: object, work: Path, **keys: str) -> tuple[Listing, list[bytes]]:
-    listing = listed(source, work, **keys)
+    """What a source holds, and the bytes of its pictures."""
+    spec = str(source) if isinstance(source, Path) else source
+    listing = list_source(PackCommand(source=spec, **keys), work=work)
     return listing, [read(item.place) for item in listing.items]
 
 
-def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_tar(
-    path: Path,
-    members: dict[str, bytes],
-    mode: str = "w",
-    *,
-    links: dict[str, tuple[bytes, str]] | None = None,
-) -> Path:
-    """links: kind and target by name."""
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-        for name, (kind, target) in (links or {}).items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, target
-            archive.addfile(member)
+def write(path: Path, files: dict[str, bytes], mode: str = "w", **links: tuple[bytes, str]) -> Path:
+    """The files in a folder, or in a .zip or .tar of that name; links of a tar: type and target."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+            for name, data in files.items():
+                archive.writestr(name, data)
+    elif ".tar" in path.name:
+        with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+            for name, found in {**files, **links}.items():
+                member = tarfile.TarInfo(name)
+                if isinstance(found, bytes):
+                    member.size = len(found)
+                else:
+                    member.type, member.linkname = found
+                tar.addfile(member, io.BytesIO(found) if isinstance(found, bytes) else None)
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
     return path

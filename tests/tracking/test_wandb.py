@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +25,10 @@ class FakeRun:
         self.asked, self.id, self.entity, self.project = asked, asked["id"], "e", "p"
         self.rows: list[dict[str, Any]] = []
         self.exit_code: int | None = None
-        self.on_log: Callable[[], object] = lambda: None
-        self.on_finish: Callable[[], object] = lambda: None
+        self.on_log = self.on_finish = lambda: None
         part = Path(asked["dir"]) / "wandb" / f"offline-run-{time.monotonic_ns()}-{self.id}"
         part.mkdir()
-        self.settings = SimpleNamespace(sync_dir=str(part))
-        self.is_preempting = False
+        self.settings, self.is_preempting = SimpleNamespace(sync_dir=str(part)), False
         self.summary, self.resumed = summary, bool(summary)
 
     def define_metric(self, name: str, step_metric: str | None = None, hidden: bool = False):
@@ -59,16 +56,14 @@ class FakeWandb:
     Settings = SimpleNamespace
     Image = staticmethod(lambda path, *, caption: ("image", path, caption))
     Histogram = staticmethod(lambda values: ("histogram", values))
+    setup = staticmethod(lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
 
     def __init__(self) -> None:
         self.logged_in = self.is_stopped = False
-        self.fails: set[str] = set()
+        self.fails: tuple[str, ...] = ()
         self.runs: list[FakeRun] = []
         self.summary: dict[str, Any] = {}  # what the server has of a resumed run
         self.num_teardowns = 0
-
-    def setup(self) -> SimpleNamespace:
-        return SimpleNamespace(settings=SimpleNamespace(mode="online"))
 
     def login(self, *, prompt: bool, verify: bool) -> bool:
         assert not prompt
@@ -140,32 +135,27 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "says", "mode"),
+    ("obstacle", "says"),
     [
-        ("login", "there is no login", "offline"),
-        ("init", "(ConnectionError: no way); upload", "offline"),
-        ("folder", "NotADirectoryError", "disabled"),
-        ("import", "ModuleNotFoundError", "disabled"),
+        ("login", "W&B is offline: there is no login"),
+        ("init", "W&B is offline: W&B could not start a run (ConnectionError: no way); upload"),
+        ("folder", "W&B is off: W&B cannot be used with"),
+        ("import", "W&B is off: W&B cannot be used with"),
     ],
 )
 def test_where_no_run_can_be_online(
-    fake: FakeWandb,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    obstacle: str,
-    says: str,
-    mode: str,
+    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str, says: str
 ) -> None:
     """auto goes offline or off; online, asked for by name, is refused before training."""
     folder = tmp_path / "file" if obstacle == "folder" else tmp_path
     (tmp_path / "file").write_text("in the way")
-    fake.logged_in, fake.fails = obstacle != "login", {"online"} if obstacle == "init" else set()
+    fake.logged_in, fake.fails = obstacle != "login", ("online",) * (obstacle == "init")
     if obstacle == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     sink, said = start(folder)
     sink.log(1, {"train/loss": 1.0})
     sink.close("finished")
-    assert (sink.mode, len(said), says in said[0]) == (mode, 1, True)
+    assert len(said) == 1 and said[0].startswith(says)
     with pytest.raises(ConfigError, match=r"wandb\.mode=online .* but .*set offline or auto"):
         start(folder, "online")
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -288,22 +278,21 @@ def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(
 def test_a_run_from_the_start_is_another_wandb_run(
     fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in range(2):
+    for given in ("", "", "sweep123"):  # by a sweep's agent
+        monkeypatch.setenv("WANDB_RUN_ID", given)
         start(tmp_path)[0].close("failed")
-    assert fake.runs[0].id != fake.runs[1].id
-    monkeypatch.setenv("WANDB_RUN_ID", "sweep123")  # by a sweep's agent
-    start(tmp_path)[0].close("finished")
-    assert fake.runs[2].id == "sweep123"
+    ids = [run.id for run in fake.runs]
+    assert len(set(ids)) == 3 and ids[2] == "sweep123" and fake.runs[2].exit_code == 1
 
 
 @pytest.mark.parametrize(
-    ("status", "sweep", "stopped", "expected"),
+    ("status", "sweep", "stopped"),
     [
-        ("interrupted", "s1", "", True),
-        ("interrupted", "s1", "button", False),
-        ("interrupted", "s1", "sweep", False),  # its agent sends SIGTERM; the server knows why
-        ("interrupted", "", "", False),
-        ("finished", "s1", "", False),
+        ("interrupted", "s1", ""),
+        ("interrupted", "s1", "button"),
+        ("interrupted", "s1", "sweep"),  # its agent sends SIGTERM; the server knows why
+        ("interrupted", "", ""),
+        ("finished", "s1", ""),
     ],
 )
 def test_a_preempted_trial_goes_back_to_its_sweep(
@@ -313,7 +302,6 @@ def test_a_preempted_trial_goes_back_to_its_sweep(
     status: str,
     sweep: str,
     stopped: str,
-    expected: bool,
 ) -> None:
     if sweep:
         monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
@@ -323,6 +311,5 @@ def test_a_preempted_trial_goes_back_to_its_sweep(
     if stopped == "button":
         fake.runs[0].asked["settings"].stop_fn()
     sink.close(status)
-    assert pressed == ([1] if stopped == "button" else [])
-    assert fake.runs[0].is_preempting == expected
-    assert fake.runs[0].exit_code == (0 if status == "finished" else 1)
+    assert pressed == [1] * (stopped == "button")
+    assert fake.runs[0].is_preempting == ((status, sweep, stopped) == ("interrupted", "s1", ""))

@@ -21,7 +21,12 @@ from typing import Any
 from vae_dist.config.keys import Key, conditions, keys, shown, value_of
 from vae_dist.config.resolve import default_slots, has_buckets, images_per_slot, slots_of
 
-METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "rfid", "fid")
+LATENT_METRICS = ("viv", "lnc", "sec")
+METRICS = (
+    *("psnr", "ssim", "ms_ssim", "lpips", "lpips_alex", "rfid", "fid"),
+    *LATENT_METRICS,
+    "lattice",
+)
 PRIOR = "normal|gmm:([1-9][0-9]*)(?::(full|diagonal))?"
 BOUNDS = {
     "ge": (operator.ge, "at least"),
@@ -196,7 +201,10 @@ def _broken(config: Any) -> Iterator[tuple[str, str]]:
                 yield " ".join(name for name, *_ in conditions(rule)), text
         for rules in (_slots, _widths, _steps):
             yield from rules(config)
-    metrics = {name[:3] for name in metric_names(getattr(config, "metrics", ""))}
+    names = metric_names(getattr(config, "metrics", ""))
+    metrics = {name[:3] for name in names}
+    if getattr(config, "latents", "") and not (names and set(names) <= set(LATENT_METRICS)):
+        yield "latents metrics", f"is for metrics={','.join(LATENT_METRICS)}, some or all of them"
     if getattr(config, "metric_weights", "") and not metrics & {"lpi", "rfi", "fid"}:
         yield "metric_weights metrics", "has no effect without lpips, lpips_alex, rfid or fid"
     for key, other in without_effect(config):

@@ -101,7 +101,13 @@ class EvaluateCommand(PriorCommand):
     samples: int = knob(0, "draws of q(z|x) for importance-sampled log p(x) (0: leave out)", ge=0)
     chunk: int = knob(0, "images x draws of a forward (0: by size)", ge=0, when="samples!=0")
     metrics: Any = knob(
-        "", "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid, fid", form="METRICS"
+        "",
+        "words with commas: psnr, ssim, ms_ssim, lpips, lpips_alex, rfid, fid; latents: viv, lnc, "
+        "sec and lattice",
+        form="METRICS",
+    )
+    latents: Any = knob(
+        "", "shards that encode wrote: viv, lnc and sec of these, not of data", is_text=True
     )
     metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
     max_skipped_fraction: Any = knob(

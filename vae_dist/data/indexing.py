@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,22 +112,12 @@ def write_index(
 ) -> Damage:
     """Make the sidecars that are missing (all with `overwrite`), several shards at a time.
 
-    A damaged shard gets no sidecar, and loses one that it had. `_info.json` is written where there
-    is none (or with `overwrite`) and all shards have a sidecar. Raises ConfigError when the folder
-    cannot be written.
+    `_info.json` is written where there is none (or with `overwrite`) and all shards have a
+    sidecar. Raises ConfigError when the folder cannot be written.
     """
-
-    def make(path: str) -> ShardError | None:
-        try:
-            write_sidecar(path, index_shard(path))
-        except ShardError as error:
-            Path(f"{path}.idx").unlink(missing_ok=True)
-            return error
-        return None
-
     todo = [path for path in paths if overwrite or not os.path.exists(f"{path}.idx")]
     try:
-        damage = dict(zip(todo, _in_threads(make, todo, progress), strict=True))
+        damage = _make({path: Path(f"{path}.idx") for path in todo}, progress)
         for folder in sorted({os.path.dirname(path) for path in paths}):
             shards = [path for path in paths if os.path.dirname(path) == folder]
             complete = all(os.path.exists(f"{path}.idx") for path in shards)
@@ -145,56 +135,65 @@ def write_index_of_remote(
     urls: Sequence[str], folder: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> Damage:
     """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
-    when all are whole. Sidecars of these addresses and sizes are kept, so that a killed call goes
-    on. Where a shard is damaged, its sidecar goes, and an earlier `shards.json`.
+    when all are whole. Sidecars of these addresses and sizes are left alone, so that a killed call
+    goes on. Where a shard is damaged, an earlier `shards.json` goes.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    sidecars: dict[str, Path] = {}
     entries: dict[str, dict[str, Any]] = {}
-    damage: Damage = {}
 
-    def make(url: str) -> None:
+    def look(url: str) -> ShardError | None:
+        """Its size, and the digest of its bytes."""
         try:
             size = None if is_pipe(url) else size_of(url)
-            # a sidecar's name says whose it is: other addresses and sizes have others
-            owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
-            sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
-            if overwrite or not sidecar.exists():
-                damage[url] = None
-                _make_sidecar(url, sidecar)
-            of_size = {} if size is None else {"filesize": size, "digest": digest_of(url, size)}
+            facts = {} if size is None else {"filesize": size, "digest": digest_of(url, size)}
         except ShardError as error:
-            damage[url] = error
-            return
-        count = sidecar.stat().st_size // 8 - 1
-        entries[url] = {"url": url, "nsamples": count, "index": sidecar.name, **of_size}
+            return error
+        # a sidecar's name says whose it is: other addresses and sizes have others
+        owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
+        sidecars[url] = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
+        entries[url] = {"url": url, "index": sidecars[url].name, **facts}
+        return None
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _in_threads(make, list(dict.fromkeys(urls)), progress)
-    if all(url in entries for url in urls):
-        shards = [entries[url] for url in urls]
+    looked = _in_threads(look, list(dict.fromkeys(urls)), None)
+    damage: Damage = {url: error for url, error in looked.items() if error is not None}
+    todo = {url: path for url, path in sidecars.items() if overwrite or not path.exists()}
+    damage |= _make(todo, progress)
+    errors = [error for error in damage.values() if error is not None]
+    if not errors:
+        shards = [
+            {**entries[url], "nsamples": sidecars[url].stat().st_size // 8 - 1} for url in urls
+        ]
         text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": shards}, indent=1)
         write_durably(folder / "shards.json", text.encode())
-    elif any(error and not isinstance(error, UnreadableError) for error in damage.values()):
+    elif not all(isinstance(error, UnreadableError) for error in errors):
         (folder / "shards.json").unlink(missing_ok=True)  # it is of other bytes
-    return {url: damage[url] for url in urls if url in damage}
+    return damage
 
 
-def _make_sidecar(url: str, sidecar: Path) -> None:
-    try:
-        write_durably(sidecar, index_shard(url).astype("<u8").tobytes())
-    except UnreadableError:
-        raise  # that says nothing of a sidecar that is there
-    except ShardError:
-        sidecar.unlink(missing_ok=True)
-        raise
+def _make(sidecars: Mapping[str, Path], progress: Progress | None) -> Damage:
+    """Make the sidecars of these places. A damaged shard gets none, and loses one that it had;
+    that a shard cannot be reached says nothing of it."""
+
+    def make(place: str) -> ShardError | None:
+        try:
+            write_durably(sidecars[place], index_shard(place).astype("<u8").tobytes())
+        except ShardError as error:
+            if not isinstance(error, UnreadableError):
+                sidecars[place].unlink(missing_ok=True)
+            return error
+        return None
+
+    return _in_threads(make, list(sidecars), progress)
 
 
 def _in_threads(
-    make: Callable[[str], Any], todo: Sequence[str], progress: Progress | None
-) -> list[Any]:
-    found = []
+    make: Callable[[str], ShardError | None], places: Sequence[str], progress: Progress | None
+) -> Damage:
+    found: Damage = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for result in pool.map(make, todo):
-            found.append(result)
+        for place, error in zip(places, pool.map(make, places), strict=True):
+            found[place] = error
             if progress is not None:
-                progress(len(found), len(todo))
+                progress(len(found), len(places))
     return found

@@ -8,7 +8,6 @@ not, or too many are too small. What is not among those that are looked at, the 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -28,7 +27,7 @@ from vae_dist.data.reader import (
     single_sample,
     ways_to_one_size,
 )
-from vae_dist.data.sources import is_pipe, is_remote
+from vae_dist.data.sources import is_pipe, is_remote, warn
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import NO_LABEL, ImageSettings, Need
 
@@ -115,7 +114,7 @@ def _say_what_is_special(index: ShardIndex, settings: ImageSettings, key: str) -
     for note, names in noted.items():
         if note:
             more = f" (and so for {len(names) - 1} more)" if len(names) > 1 else ""
-            print(f"warning: {key}: {names[0]}: {note}{more}", file=sys.stderr)
+            warn(f"{key}: {names[0]}: {note}{more}")
 
 
 def _check_labels(index: ShardIndex, settings: ImageSettings, key: str) -> None:

@@ -84,7 +84,8 @@ class ShardWriter:
         return self._tar.tarstream.offset
 
     def write(self, sample: Mapping[str, str | bytes]) -> None:
-        """Add a sample. Raises ConfigError where its key would merge it with its neighbours."""
+        """Add a sample. Raises ConfigError where its key would merge it with its neighbours, leave
+        the folder that the shard is unpacked to, or is too long for a tar."""
         key = sample["__key__"]
         assert isinstance(key, str)
         if "." in key.rpartition("/")[2] or key == self._last_key:
@@ -92,8 +93,15 @@ class ShardWriter:
                 f"the key {key!r} of a sample holds a dot or follows its equal: WebDataset would "
                 "merge it with its neighbours; choose unique keys without dots"
             )
+        if key.startswith("/") or ".." in key.replace("\\", "/").split("/"):
+            raise ConfigError(f"the key {key!r} of a sample is no relative path without ..")
         self._last_key = key
-        self._tar.write(dict(sample))
+        try:
+            self._tar.write(dict(sample))
+        except ValueError as error:  # as tarfile refuses a long name
+            raise ConfigError(
+                f"sample {key!r} cannot be written ({error}); give it a shorter key"
+            ) from None
 
     def close(self) -> None:
         """Bring the shard to the disk; a second call does nothing."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -126,46 +126,57 @@ def lattice_share(image: Tensor, period: int) -> tuple[float, float]:
     return (periodic / energy if energy else 0.0), periodic**0.5
 
 
-@torch.inference_mode()
-def constant_reconstructions(
-    model: VAE, image_size: tuple[int, int], *, channels: int
-) -> tuple[Tensor, Tensor]:
-    """Images of one colour and their reconstructions, float32 (n, C, H, W) in [-1, 1] on the CPU.
-
-    Each channel by itself and all together have each of LATTICE_LEVELS, other channels 0. Sides are
-    those of `image_size`, or longer where that has too few periods and the model takes any size.
-    """
-    size = image_size
-    if model.image_size is None:
-        fewest = (LATTICE_PERIODS + 2 * LATTICE_BORDER) * model.stride
-        size = max(fewest, size[0]), max(fewest, size[1])
-    every = range(channels)
-    sets = [[number] for number in every] + ([list(every)] if channels > 1 else [])
-    images = torch.zeros(len(sets), len(LATTICE_LEVELS), channels, *size)
-    for row, members in enumerate(sets):
-        for column, level in enumerate(LATTICE_LEVELS):
-            images[row, column, members] = level
-    images = images.flatten(0, 1)
-    device = next(model.parameters()).device
-    outputs = []
-    for image in images.split(1):
-        mean, _ = model.encode(image.to(device))
-        outputs.append(model.likelihood.mean(model.decode(mean, size)).float().cpu())
-    return images, torch.cat(outputs)
-
-
 def lattice_figures(reconstructions: Tensor, stride: int) -> dict[str, float]:
-    """`lattice` and `lattice_levels`, means over reconstructions (n, C, H, W) in [-1, 1]."""
+    """`lattice` and `lattice_levels`, means over reconstructions (n, C, H, W) in [-1, 1]; empty
+    where less than two periods are left within the borders."""
     border = LATTICE_BORDER * stride
     inner = [side - 2 * border for side in reconstructions.shape[2:]]
-    if min(inner) < 2 * stride:
+    if stride < 2 or min(inner) < 2 * stride:
         return {}
     height, width = (border + side // stride * stride for side in inner)
-    shares = [
-        lattice_share(image[:, border:height, border:width], stride) for image in reconstructions
-    ]
-    share, rms = (sum(values) / len(shares) for values in zip(*shares, strict=True))
+    parts = reconstructions[:, :, border:height, border:width]
+    share, rms = torch.tensor([lattice_share(part, stride) for part in parts]).mean(0).tolist()
     return {"lattice": share, "lattice_levels": rms * 255 / 2}
+
+
+class LatticeMetric:
+    """Constant images through the model; each channel by itself and all together have each of
+    LATTICE_LEVELS, other channels 0. Sides are those of the model's images, or longer where these
+    have too few periods and the model takes any size."""
+
+    of_whole_images: Sequence[str] = ()
+
+    def __init__(self, model: VAE, image_size: tuple[int, int], *, channels: int) -> None:
+        self._model, self._size, self._channels = model, image_size, channels
+        if model.image_size is None:
+            fewest = (LATTICE_PERIODS + 2 * LATTICE_BORDER) * model.stride
+            self._size = max(fewest, image_size[0]), max(fewest, image_size[1])
+        self.reconstructions = torch.empty(0)  # float32 (n, C, H, W) in [-1, 1], after `compute`
+
+    def update(self, batch: EvaluatedBatch) -> None:
+        """The images of the data set tell nothing here."""
+
+    @torch.inference_mode()
+    def compute(self, runtime: Runtime) -> Report:
+        device = next(self._model.parameters()).device
+        outputs = []
+        for colour in self._colours():
+            image = colour.view(1, -1, 1, 1).expand(-1, -1, *self._size).to(device)
+            mean, _ = self._model.encode(image)
+            params = self._model.decode(mean, self._size)
+            outputs.append(self._model.likelihood.mean(params).float().cpu())
+        self.reconstructions = torch.cat(outputs)
+        if figures := lattice_figures(self.reconstructions, self._model.stride):
+            return Report(figures)
+        return Report(notes={"lattice": "lattice needs six periods of the stride in an image"})
+
+    def _colours(self) -> Iterator[Tensor]:
+        every = range(self._channels)
+        for members in [*([[n] for n in every] if len(every) > 1 else []), list(every)]:
+            for level in LATTICE_LEVELS:
+                colour = torch.zeros(self._channels)
+                colour[members] = level
+                yield colour
 
 
 class LatentSample:
@@ -177,12 +188,15 @@ class LatentSample:
         self._names = [name for name in REASONS if name in names]
         self._latents: dict[int, tuple[int, Tensor]] = {}  # by number: label, mean (C, h, w)
 
-    def add(self, means: Tensor, samples: Sequence[int], labels: Sequence[int]) -> None:
-        """means (b, C, h, w) with the numbers of their images and labels, -1 for none."""
+    def add(self, means: Tensor, samples: Sequence[int], labels: Sequence[int]) -> bool:
+        """means (b, C, h, w) or (b, C) with the numbers of their images and labels, -1: none.
+        False once no more are taken."""
+        means = means if means.ndim == 4 else means[:, :, None, None]
         limit = SAMPLE_BYTES // (4 * means[0].numel())
         for mean, sample, label in zip(means, samples, labels, strict=True):
             if sample < limit:
                 self._latents[sample] = label, mean.float().cpu()
+        return max(samples) < limit
 
     def update(self, batch: EvaluatedBatch) -> None:
         samples, labels = batch.inputs.samples, batch.inputs.labels
@@ -195,11 +209,10 @@ class LatentSample:
         if not shapes:
             return Report()
         ((shape, count),) = shapes.most_common(1)
-        chosen = [pair for _, pair in sorted(every.items()) if pair[1].shape == shape]
-        latents, labels = (
-            normalised(torch.stack([mean for _, mean in chosen])),
-            [label for label, _ in chosen],
+        labels, means = zip(
+            *(pair for _, pair in sorted(every.items()) if pair[1].shape == shape), strict=True
         )
+        latents = normalised(torch.stack(means))
         report = Report()
         functions = {
             "viv": lambda: velocity_irreducible_variance(latents, labels),
@@ -213,7 +226,6 @@ class LatentSample:
             else:
                 report.figures[name] = value
         if report.figures:
-            report.notes["diffusability"] = (
-                f"{', '.join(report.figures)}: of {count} latents of {shape}"
-            )
+            words = f"{', '.join(report.figures)}: of the first {count} latents"
+            report.notes["diffusability"] = f"{words} of {'x'.join(map(str, shape))}"
         return report

@@ -30,7 +30,7 @@ from vae_dist.data.settings import image_settings
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.inference.load import Images
 from vae_dist.inference.sampling import BatchedVAE
-from vae_dist.models.vae import NO_LABEL, VAE
+from vae_dist.models.vae import VAE
 
 MEMBER = "latent.safetensors"
 IMAGE_SIZE = "image_size"
@@ -93,9 +93,7 @@ def read_latents(images: Images, model: VAE, *, num_images: int) -> Iterator[Lat
                 try:
                     sample = single_sample(data, images.index.paths[run.shard])
                     latent, size = _latent(sample, model)
-                    label = (
-                        reader.label(sample, run.shard, place) if model.num_classes else NO_LABEL
-                    )
+                    label = reader.label(sample, run.shard, place)
                 except DamagedSampleError as error:
                     raise ConfigError(
                         f"data: {reader.name(run.shard, place)}: {error}; give shards that "

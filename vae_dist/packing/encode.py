@@ -34,7 +34,6 @@ from vae_dist.data.loader import split_mask
 from vae_dist.data.reader import SkippedSample
 from vae_dist.data.sources import is_pipe
 from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
-from vae_dist.data.writer import ShardWriter
 from vae_dist.distributed import Runtime
 from vae_dist.files import ProgressBar, printable, redacted
 from vae_dist.inference import tiles
@@ -47,7 +46,6 @@ from vae_dist.inference.load import (
     weights_digest,
 )
 from vae_dist.models import latent
-from vae_dist.packing.items import why_unsafe
 from vae_dist.packing.jobs import (
     FinishedElsewhere,
     Report,
@@ -235,7 +233,8 @@ class _Encoder:
                     for sample, of_sample in zip(samples, tensors, strict=True):
                         height, width = sample.planes.shape[1:]
                         sizes[f"{height}x{width}"] += 1
-                        write_sample(writer, sample, to_bytes(of_sample, (height, width)))
+                        file = {MEMBER: to_bytes(of_sample, (height, width))}
+                        writer.write({"__key__": sample.key, **sample.members, **file})
                     skipped += lost
                     self.skipped += lost
                     check_lost(self.command, "data", self.skipped, total=self.num_samples)
@@ -267,8 +266,11 @@ class _Encoder:
     ) -> dict[str, Tensor]:
         """The stored tensors of images of one shape, on the CPU."""
         command, device = self.command, self.runtime.device
-        planes = torch.from_numpy(np.stack([sample.planes for sample in samples])).to(device)
-        levels, mask = split_mask(planes, has_mask=self.settings.has_mask)
+        # one layout in memory: it decides the last digits
+        planes = np.ascontiguousarray(np.stack([sample.planes for sample in samples]))
+        levels, mask = split_mask(
+            torch.from_numpy(planes).to(device), has_mask=self.settings.has_mask
+        )
         images = self.model.likelihood.noise_free(levels)
         labels = torch.tensor([sample.label for sample in samples], device=device)
         mean, log_variance = self._posterior(images, labels, mask)
@@ -352,10 +354,9 @@ class _Encoder:
 
 
 def carried(data: bytes | memoryview, *, keep_images: bool) -> tuple[str, dict[str, bytes]]:
-    """Key and members of a sample, by their suffixes as they are written, without its image.
+    """Key and members of a sample, by their suffixes as they are written, without its images.
 
-    Raises DamagedSampleError, also for a key that would leave the folder that the latents are
-    unpacked to.
+    Raises DamagedSampleError.
     """
     found: dict[str, bytes] = {}
     sample_key = ""
@@ -363,27 +364,14 @@ def carried(data: bytes | memoryview, *, keep_images: bool) -> tuple[str, dict[s
         key, suffix = key_and_suffix(name)
         if key is None or is_metadata(name):
             continue
-        last = suffix.lower().rpartition(".")[2]
-        is_image = last in SUFFIXES and suffix.lower() != MASK_MEMBER
+        lower = suffix.lower()
+        is_image = lower.rpartition(".")[2] in SUFFIXES and lower != MASK_MEMBER
         if keep_images or not is_image:
             found[suffix] = bytes(content)
         sample_key = key
-    if reason := why_unsafe(sample_key):
-        raise DamagedSampleError(f"its key {printable(sample_key)} is {reason}")
     if MEMBER in found:
         raise DamagedSampleError(f"it has a .{MEMBER} already")
     return sample_key, found
-
-
-def write_sample(writer: ShardWriter, sample: Sample, latent: bytes) -> None:
-    try:
-        writer.write({"__key__": sample.key, **sample.members, MEMBER: latent})
-    except ConfigError:
-        raise
-    except ValueError as error:  # as tarfile refuses a long name
-        raise ConfigError(
-            f"sample {sample.key!r} cannot be written ({error}); give it a shorter key"
-        ) from None
 
 
 def _print(command: EncodeCommand, summary: Report) -> None:

@@ -17,8 +17,9 @@ from PIL import Image, ImageCms, ImageOps
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import (
     ARRAYS,
+    MASK_MEMBER,
+    decode_mask,
     decode_own,
-    decode_sample,
     foreign,
     has_alpha,
     is_png16,
@@ -51,9 +52,10 @@ def prepare(
     Of the keys of `pack`, size, format, quality, background and max_pixels are followed. Raises
     DamagedSampleError, with the reason.
     """
-    if not data:
-        raise DamagedSampleError("an empty file")
-    kind = kind_of(data) or suffix
+    kind = kind_of(data)
+    if kind is None:
+        named = foreign(data) or (f"no readable {suffix.upper()}" if data else "an empty file")
+        raise DamagedSampleError(named)
     if kind in ARRAYS or is_png16(data):
         if command.size or command.format not in ("keep", kind):
             name = "16-bit PNG" if kind == "png" else f".{kind}"
@@ -74,7 +76,7 @@ def _prepared(
     """The picture, and its (H, W) in the source, upright."""
     image_format = Image.registered_extensions().get(f".{kind}", "")
     if image_format not in FORMATS:
-        raise DamagedSampleError(foreign(data) or f"a .{kind} is not decoded; convert it to PNG")
+        raise DamagedSampleError(f"a .{kind} is not decoded; convert it to PNG")
     image = open_by_pillow(data, image_format, command.max_pixels)
     stored, profile = SUFFIX_OF.get(image_format), other_profile(image)
     background = command.background if has_alpha(image) else "none"
@@ -180,18 +182,13 @@ def _prepare_mask(
     """have, want: (H, W) of the picture in source and shard. Kept byte for byte where they are the
     same. Raises DamagedSampleError."""
     try:
-        shades = decode_sample({"png": data}, channels=1, max_pixels=command.max_pixels)[0]
+        observed = decode_mask({MASK_MEMBER: data}, have, max_pixels=command.max_pixels)
     except DamagedSampleError as error:
-        raise DamagedSampleError(f"its mask: {error}") from None
-    if shades.shape != have:
-        raise DamagedSampleError(
-            f"its mask is {shades.shape[0]} x {shades.shape[1]} pixels, but the picture "
-            f"{have[0]} x {have[1]}"
-        )
+        raise DamagedSampleError(f"its .{MASK_MEMBER}: {error}") from None
     if have == want:
         return data
     left, top, right, bottom = _box(*have, command.size)
-    missing = np.pad(np.cumsum(np.cumsum(shades <= 127, 0), 1), ((1, 0), (1, 0)))
+    missing = np.pad(np.cumsum(np.cumsum(~observed, 0), 1), ((1, 0), (1, 0)))
     first, last = _sources(have[0], top, bottom, want[0])
     rows = missing[last] - missing[first]
     first, last = _sources(have[1], left, right, want[1])

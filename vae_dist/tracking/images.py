@@ -163,7 +163,7 @@ def image_caption(step: int, metrics: Mapping[str, Any]) -> str:
     words = [f"step {step}"]
     for key, unit in (("eval/neg_elbo_nats", "nats"), ("eval/bits_per_dim", "bits/dim")):
         value = metrics.get(key)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if isinstance(value, int | float) and abs(value) < 1e300:
             words.append(f"{format_number(value)} {unit}")
     return " | ".join(words)
 
