@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vae_dist.files import printable, read_bounded, read_json, redacted
+from vae_dist.files import printable, printable_lines, read_bounded, read_json, redacted
 
 
 def test_bounded_read_takes_plain_files_alone(tmp_path: Path) -> None:
@@ -72,6 +72,10 @@ def test_json_of_a_file_or_bytes(tmp_path: Path) -> None:
 def test_printable_escapes_what_does_not_show(text: object, shown: str) -> None:
     assert printable(text) == shown
     assert printable(text).encode()  # no surrogate is left
+
+
+def test_lines_keep_their_ends() -> None:
+    assert printable_lines("failed: a\x1b[2J\n  s3://me:pw@b") == "failed: a\\x1b[2J\n  s3://...@b"
 
 
 @pytest.mark.parametrize(

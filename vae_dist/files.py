@@ -85,6 +85,11 @@ def printable(text: object) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """The text with its line ends; all else as `printable` and `redacted` show it."""
+    return "\n".join(printable(redacted(line)) for line in text.split("\n"))
+
+
 def redacted(value: Any) -> Any:
     """A text, or a list or dict of texts, without the secrets of the addresses in it.
 

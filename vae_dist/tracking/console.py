@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vae_dist.files import printable_lines
 from vae_dist.tracking.metrics import Value, format_row
 
 LINE_S = 0.2  # between two lines of training rows, at least
@@ -35,7 +36,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line, by default to stdout; it is lost where it cannot be written."""
     with contextlib.suppress(OSError):
         stream = stream or sys.stdout
-        stream.write(text + "\n")  # in one call: ranks share the terminal
+        stream.write(printable_lines(text) + "\n")  # in one call: ranks share the terminal
         stream.flush()
 
 

@@ -69,7 +69,7 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
         runtime = Runtime.join(config.runtime)
         signals.exits_at_once = False
     except RankFailed as failure:
-        print(f"failed: {failure}", file=sys.stderr)
+        say(f"failed: {failure}", sys.stderr)
         return 1
     try:
         config = runtime.on_all_ranks(lambda: _agreed_config(config, folder, world=runtime.world))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.launcher import LAUNCHER_VARIABLES
+from vae_dist.files import printable_lines
 from vae_dist.training.watch import RankWatch
 
 if TYPE_CHECKING:
@@ -250,4 +251,4 @@ class Outcome:
 def say(text: str) -> None:
     """On stderr, which may be a closed terminal."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)
