@@ -25,7 +25,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_names_and_shapes_are_those_of_autoencoder_kl(attention: bool) -> None:
     config = TrainConfig(config="test")
     config.model.attention = attention
-    theirs = diffusers_config(config, (64, 64), scaling_factor=1.0, shift_factor=0.0)
+    theirs = diffusers_config(config, (64, 64))
     with torch.device("meta"):
         ours = shapes(build_vae(config, (64, 64)))
         assert ours == shapes(diffusers.AutoencoderKL.from_config(theirs))

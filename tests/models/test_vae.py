@@ -86,7 +86,7 @@ def test_shapes_types_and_gradients_of_every_parameter(
     assert output.mean.shape == output.log_variance.shape == (3, *latent_shape)
     assert output.params.shape == (3, model.likelihood.num_params(channels), *size)
     assert output.z.shape == noise.shape
-    assert all(tensor.dtype == torch.float32 for tensor in output)
+    assert all(tensor.dtype == torch.float32 for tensor in output[:6])
     (output.kl.sum() - output.log_likelihood.sum()).backward()
     # softmax does not see a shift of all keys, so the bias of to_k has no gradient
     silent = [
@@ -222,7 +222,7 @@ def test_last_layers_are_float32_under_autocast(latent: str) -> None:
         output = model(images, noise)
     assert seen.pop("conv_in") == torch.bfloat16
     assert set(seen.values()) == {torch.float32}
-    assert all(tensor.dtype == torch.float32 for tensor in output)
+    assert all(tensor.dtype == torch.float32 for tensor in output[:6])
     torch.testing.assert_close(output.log_likelihood, exact.log_likelihood, rtol=0.05, atol=0)
 
 
@@ -251,7 +251,9 @@ def test_a_conditional_model_begins_as_the_unconditional_one(latent: str) -> Non
     assert added and all("film" in name or name == "label_embedding.weight" for name in added)
     images, noise = inputs(plain, 3, 3, SIZE)
     labels = torch.tensor([0, 2, -1])
-    for one, other in zip(plain(images, noise), conditional(images, noise, labels), strict=True):
+    for one, other in zip(
+        plain(images, noise)[:6], conditional(images, noise, labels)[:6], strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -290,7 +292,7 @@ def test_missing_pixels_are_not_looked_at(mask: str, fill: float) -> None:
     vae, images, noise, observed = masked_model(mask)
     broken = torch.where(observed > 0, images, fill)
     output, other = vae(images, noise, mask=observed), vae(broken, noise, mask=observed)
-    for one, two in zip(output, other, strict=True):
+    for one, two in zip(output[:6], other[:6], strict=True):
         assert torch.equal(one, two)
     grey = vae.encode(torch.where(observed > 0, images, 0.0))[0]
     # an ordinary model sees mid-grey pixels, one that was built for masks that they are missing

@@ -35,6 +35,7 @@ BOUNDS = {
     "lt": (operator.lt, "less than"),
 }
 COUNT = "[1-9][0-9]*"
+NUMBER = r"[0-9.]+(?:e-?[0-9]+)?"
 # What stands in a knob's `form` beside plain words: (what matches its text, words for it). Empty
 # expressions are decided by `_is_a`.
 FORMS = {
@@ -45,6 +46,10 @@ FORMS = {
     "FRACTION": (r"[01](\.0)?|0\.[0-9]+|[0-9.]+e-[0-9]+", "a number from 0 to 1"),
     "SIZE": (rf"{COUNT}|\[{COUNT}, {COUNT}\]", "N or [H, W] in pixels"),
     "PRIOR": (PRIOR, "normal, gmm:K, gmm:K:full, gmm:K:diagonal; try prior=gmm:10"),
+    "TEMPERATURE": (
+        rf"{NUMBER}|\[{NUMBER}(, {NUMBER})*\]",
+        "a number of at least 0, or one for each level of a ladder from the top",
+    ),
     "METRICS": ("", f"one or several of {','.join(METRICS)}"),
     "SHARDS": ("", "a folder of *.tar, brace pattern, URL, list of these"),
     "MIXTURE": ("", "[{path: SHARDS, weight: NUMBER}, ...] with weights above 0"),
@@ -67,6 +72,15 @@ CONFLICTS = {
     "likelihood.kind=discretized_gaussian|discretized_logistic_mixture data.bits=32": "gives "
     "probabilities of levels, which float images have not; use likelihood.kind=gaussian or laplace",
     "model.arch=dense model.latent=spatial": "has a latent vector: set model.latent=vector",
+    "model.arch=ladder model.latent=vector": "has groups of any size: set model.latent=spatial",
+    "model.arch=ladder objective.scale_equivariance!=0": "has no latent at half size: set "
+    "objective.scale_equivariance=0",
+    "model.arch=ladder objective.latent_noise!=0": "has its noise in each group: set "
+    "objective.latent_noise=0",
+    "model.arch=ladder objective.gradient=doubly_reparameterized": "has one gradient: set "
+    "objective.gradient=standard",
+    "model.arch=ladder training.train_only=decoder": "has a posterior that reads the decoder: set "
+    "training.train_only=all",
     "model.num_classes=1": "tells nothing; use 0 for a model without labels",
     "runtime.compile=blocks model.arch=dense": "finds none in model.arch=dense; use true",
     "runtime.compile=true|blocks runtime.parallel=fsdp": "needs runtime.parallel=ddp",
@@ -80,7 +94,7 @@ CONFLICTS = {
     "objective.latent_noise!=0 objective.importance_samples!=1": _ONE_DRAW,
     "perceptual.kind=auto|lpips|lpips_alex data.channels!=1|3": "compares grey or RGB pictures, "
     "and data.channels={data.channels}; use perceptual.kind=structure",
-    "adversarial.weight!=0 model.arch=dense": "needs a convolutional model: model.arch=conv",
+    "adversarial.weight!=0 model.arch=dense|ladder": "needs a convolutional model: model.arch=conv",
     "objective.scale_equivariance!=0 model.latent=vector": "needs model.latent=spatial",
     "objective.scale_equivariance!=0 likelihood.kind!=gaussian|laplace": "compares averages of "
     "pixels, which are no levels: likelihood.kind must be one of gaussian, laplace",
@@ -255,6 +269,12 @@ def _widths(c: Any) -> Iterator[tuple[str, str]]:
     if isinstance(blocks, list) and len(blocks) != len(widths):
         sentence = f"must be one count for each of the {len(widths)} levels"
         yield "model.blocks model.channels", sentence
+    if c.model.arch == "ladder":
+        for name, count in (("groups", len(widths)), ("factors", len(widths) - 1)):
+            value = getattr(c.model, name)
+            if isinstance(value, list) and len(value) != count:
+                sentence = f"must be {count} counts for the {len(widths)} levels"
+                yield f"model.{name} model.channels", sentence
     if not c.model.dc_shortcuts:
         return
     for above, below in pairwise(widths):

@@ -61,7 +61,11 @@ class SampleCommand(PriorCommand):
         form="auto all none CLASS",
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of images")
-    temperature: float = knob(1.0, "standard deviation of the prior draws", ge=0)
+    temperature: Any = knob(
+        1.0,
+        "spread of the prior draws, part of the prior's; [T, ...]: of each level of a ladder",
+        form="TEMPERATURE",
+    )
     compare: bool = knob(False, "draws of N(0, I) left, of the mixture right", when="prior!=normal")
     resolution: Any = knob("trained", "trained, N or [H, W], pixels", form="trained SIZE")
     batch_size: int = knob(256, "images per forward", ge=1)
@@ -71,6 +75,7 @@ class SampleCommand(PriorCommand):
 class ReconstructCommand(TiledCommand):
     data: Any = knob("", "shards of images (default: the run's validation shards)", is_text=True)
     num_images: int = knob(32, "images to reconstruct, from the first on", ge=1)
+    levels: int = knob(0, "latents of so many levels of a ladder, from the top (0: all)", ge=0)
     out: str = knob("reconstructions.png", "PNG grid to write: inputs above their reconstructions")
     batch_size: int = knob(256, "images per forward", ge=1)
 

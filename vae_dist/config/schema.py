@@ -77,24 +77,52 @@ class ModelConfig(Section):
     latent: Literal["spatial", "vector"] = knob(
         "spatial", "spatial: C x H/f x W/f, any image size; vector: fixed image size"
     )
-    arch: Literal["conv", "dense"] = knob(
-        "conv", "conv: residual convolutions; dense: the textbook's linear layers, vector latent"
+    arch: Literal["conv", "dense", "ladder"] = knob(
+        "conv",
+        "conv: residual convolutions; dense: the textbook's linear layers, vector latent; ladder: "
+        "a hierarchy of groups of latents",
     )
-    latent_channels: int = knob(4, "channels of a spatial latent, dimensions of a vector one", ge=1)
+    latent_channels: int = knob(
+        4, "channels of a spatial latent or of a ladder's group, dimensions of a vector one", ge=1
+    )
     channels: list[int] = knob(
         [64, 128, 256], "width of each level; each after the first halves the size", form="COUNTS"
     )
-    patch: int = knob(1, "patch x patch pixels become channels first", ge=1, when="arch=conv")
+    groups: list[int] = knob(
+        [1], "groups of latents of each level", form="COUNTS", when="arch=ladder"
+    )
+    factors: Any = knob(
+        2,
+        "sides of the squares that become one position of the next level",
+        form="COUNT COUNTS",
+        when="arch=ladder",
+    )
+    aggregate: bool = knob(
+        False, "the likelihood sees what all groups add up to", when="arch=ladder"
+    )
+    patch: int = knob(
+        1, "patch x patch pixels become channels first", ge=1, when="arch=conv|ladder"
+    )
     blocks: Any = knob(
-        2, "residual blocks of a level, one more to decode", form="COUNT COUNTS", when="arch=conv"
+        2,
+        "residual blocks of a level; conv: one more to decode; ladder: to encode",
+        form="COUNT COUNTS",
+        when="arch=conv|ladder",
     )
     dc_shortcuts: bool = knob(False, "space-to-channel shortcuts of DC-AE", when="arch=conv")
     attention: bool = knob(True, "self-attention in the middle of both towers", when="arch=conv")
-    norm_groups: int = knob(32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv")
-    gradient_checkpointing: bool = knob(
-        False, "less memory, a third more time: blocks run again", neutral=True, when="arch=conv"
+    norm_groups: int = knob(
+        32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv|ladder"
     )
-    initial_sigma: float = knob(1.0, "standard deviation of q(z|x) before training, about", gt=0)
+    gradient_checkpointing: bool = knob(
+        False,
+        "less memory, a third more time: blocks run again",
+        neutral=True,
+        when="arch=conv|ladder",
+    )
+    initial_sigma: float = knob(
+        1.0, "standard deviation of q(z|x) before training, about", gt=0, when="arch=conv|dense"
+    )
     num_classes: int = knob(0, "labels 0, ..., N-1 that both towers see; 0: unconditional", ge=0)
     label_dropout: float = knob(
         0.0, "probability that a label is hidden in training", ge=0, le=1, when="num_classes!=0"

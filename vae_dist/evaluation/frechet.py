@@ -126,7 +126,10 @@ class FrechetMetric:
             z = prior_latents(latent, count, seed=self._seed, first=first, prior=prior)
             labels = drawn_labels(self._model.num_classes, count, seed=self._seed, first=first)
             labels = None if labels is None else labels.to(self._device)
-            params = self._model.decode(z.to(self._device), size, labels)
+            z = z.to(self._device)
+            if self._model.num_levels > 1:
+                z = self._model.from_prior(z, size, labels)
+            params = self._model.decode(z, size, labels)
             self._add(moments, to_uint8(self._model.likelihood.mean(params)).float() / 255)
         return moments
 

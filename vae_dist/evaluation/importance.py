@@ -97,6 +97,10 @@ def weighted_draws(
         return None if tensor is None else tensor.repeat_interleave(shape[1], 0)
 
     noise = noise.to(mean.device, non_blocking=True)
+    if model.num_levels > 1:  # moments of a group depend on the draws above it
+        output = model(images, noise, labels, mask)
+        log_weights = output.log_likelihood.double() - output.log_ratio.double()
+        return WeightedDraws(output.params.flatten(0, 1), log_weights.unsqueeze(0))
     z = sample_posterior(mean, log_variance, noise).flatten(0, 1)
     height, width = images.shape[-2:]
     params = model.decode(z, (height, width), of_each(labels))

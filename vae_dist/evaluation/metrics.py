@@ -273,6 +273,7 @@ class ReconstructionMetric:
 # latents
 
 ACTIVE_VARIANCE = 0.01
+ACTIVE_NATS = 0.1  # of a ladder's group
 INFORMATION_IMAGES = 1024  # M, fewer where a latent is so large that
 INFORMATION_VALUES = 2**20  # M D would be more than this
 
@@ -281,7 +282,8 @@ class LatentReport(NamedTuple):
     active_units: int
     active_fraction: float  # of all units
     posterior_variance: float  # mean over images, units and positions; 1 is the prior's
-    mutual_information_nats: float  # estimate from below, at most log of the images it rests on
+    # estimate from below, at most log of the images it rests on; None for a ladder
+    mutual_information_nats: float | None
     kl_nats_per_unit: list[float]  # (U,)
 
 
@@ -322,6 +324,27 @@ class LatentSums:
             mutual_information_nats=_information(first),
             kl_nats_per_unit=(kl * num_positions / max(1.0, num_images)).tolist(),
         )
+
+
+class LadderSums:
+    """The same of a ladder, whose units are its groups: their posteriors depend on the draws above
+    them, so that there is no KL to N(0, I) and no q(z_i|x_j)."""
+
+    def __init__(self, num_groups: int, device: torch.device) -> None:
+        self._kl = torch.zeros(num_groups, dtype=torch.float64, device=device)
+        self._sums = Sums(device, "variance", "images")
+
+    def update(self, output: VAEOutput) -> None:
+        self._kl += output.kl.double().sum(0)
+        variance = output.log_variance.double().exp().flatten(1).mean(1)
+        self._sums.add(variance=variance, images=torch.ones_like(variance))
+
+    def compute(self, runtime: Runtime) -> LatentReport:
+        sums = self._sums.over_ranks(runtime)
+        rates = (runtime.sum_over_ranks(self._kl) / max(1.0, sums["images"])).tolist()
+        active = sum(rate > ACTIVE_NATS for rate in rates)
+        spread = sums["variance"] / max(1.0, sums["images"])
+        return LatentReport(active, active / len(rates), spread, None, rates)
 
 
 def _information(first: Mapping[int, Tensor]) -> float:

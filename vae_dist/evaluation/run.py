@@ -31,6 +31,7 @@ from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import (
     EvaluatedBatch,
     Inputs,
+    LadderSums,
     LatentReport,
     LatentSums,
     Metric,
@@ -59,7 +60,8 @@ class EvaluationResult(NamedTuple):
         """What a training run logs, as a row of metrics."""
         row = {f"eval/{name}": value for name, value in self.figures.items()}
         del row["eval/neg_elbo_se_nats"]
-        return row | {f"latent/{name}": value for name, value in self.latent._asdict().items()}
+        latent = {name: value for name, value in self.latent._asdict().items() if value is not None}
+        return row | {f"latent/{name}": value for name, value in latent.items()}
 
 
 def evaluate(
@@ -164,7 +166,10 @@ class _Bound:
         self._likelihood, units = model.likelihood, model.latent_channels
         names = ("distortion", "rate", "square", "at_floor", "with_floor", "images", "dims")
         self._sums = Sums(device, *names)
-        self._latents, self._moments = LatentSums(units, device), LatentMoments(units, device)
+        self._latents: LatentSums | LadderSums = LatentSums(units, device)
+        if model.num_levels > 1:
+            self._latents = LadderSums(model.num_units, device)
+        self._moments = LatentMoments(units, device)
 
     def update(self, batch: EvaluatedBatch) -> None:
         output = batch.output
@@ -181,7 +186,10 @@ class _Bound:
             dims=batch.inputs.dims,
         )
         moments = output.mean, output.log_variance
-        self._latents.update(*moments, z=output.z, samples=batch.inputs.samples)
+        if isinstance(self._latents, LadderSums):
+            self._latents.update(output)
+        else:
+            self._latents.update(*moments, z=output.z, samples=batch.inputs.samples)
         self._moments.add(*moments)
 
     def result(

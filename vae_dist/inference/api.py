@@ -123,10 +123,11 @@ class TrainedVAE:
         *,
         seed: int = 0,
         label: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         size: Size = None,
     ) -> Tensor:
-        """E[x|z] of draws of the prior, z = temperature * e with e ~ N(0, I).
+        """E[x|z] of draws of the prior, z = temperature * e with e ~ N(0, I); of a ladder one
+        temperature for all levels, or one for each from the top.
 
         Image i is a function of (seed, i) alone. `label` is the class of all images, -1 for none;
         by default a conditional model's classes are drawn, all equally likely. `size` is N or
@@ -176,11 +177,14 @@ class TrainedVAE:
         with self._exact() as vae:
             return _to_unit(vae.decode(z, size, known))
 
-    def reconstruct(self, images: ImagesLike, *, labels: LabelsLike = None) -> Tensor:
-        """E[x | z = E[z|x]] of each image, float32 (N, C, H, W) in [0, 1]."""
+    def reconstruct(
+        self, images: ImagesLike, *, labels: LabelsLike = None, levels: int | None = None
+    ) -> Tensor:
+        """E[x | z = E[z|x]] of each image, float32 (N, C, H, W) in [0, 1]; of a ladder with the
+        latents of the top `levels` levels alone, the others at their prior's means."""
         stored, known = self._inputs(images, labels)
         with self._exact() as vae:
-            return _to_unit(vae.reconstruct(stored, known))
+            return _to_unit(vae.reconstruct(stored, known, levels=levels))
 
     def neg_elbo(self, images: ImagesLike, *, labels: LabelsLike = None, seed: int = 0) -> Tensor:
         """-ELBO of each image, an upper bound of -log p(x), float64 (N,) in nats.

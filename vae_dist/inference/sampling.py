@@ -1,8 +1,9 @@
 """Images from a trained model: prior samples, reconstructions, interpolations, traversals.
 
-    sample          z = temperature * e,  e ~ N(0, I), or z of a fitted mixture
+    sample          z = temperature * e,  e ~ N(0, I), or z of a fitted mixture; of a ladder each
+                    group given those above it, with the spread of its prior times temperature
     reconstruction  z = E[z|x]
-    interpolation   z(t) = (1 - t) E[z|a] + t E[z|b]
+    interpolation   z(t) = (1 - t) E[z|a] + t E[z|b]; of a ladder in the top level
     traversal       unit u of z set to v (vector latent) or raised by v (channel of a spatial one)
     image           E[x|z]
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vae_dist.config.errors import ConfigError
 from vae_dist.evaluation.run import with_noise
 from vae_dist.inference import tiles
 from vae_dist.models.latent import LatentPrior, prior_latents
@@ -55,20 +57,41 @@ class BatchedVAE:
         return torch.cat(means), torch.cat(log_variances)
 
     @torch.inference_mode()
-    def decode(self, z: Tensor, size: Size, labels: Tensor | None = None) -> Tensor:
-        """E[x|z] of latents (N, *latent)."""
+    def decode(
+        self, z: Tensor, size: Size, labels: Tensor | None = None, *, levels: int | None = None
+    ) -> Tensor:
+        """E[x|z] of latents (N, *latent); of a ladder those of the top `levels` levels alone."""
         images = []
         for latents, known in self._batches(z, labels):
-            params = tiles.decode(self.model, latents, size, tile=self.tile, labels=known)
+            if levels is None:
+                params = tiles.decode(self.model, latents, size, tile=self.tile, labels=known)
+            else:
+                params = self.model.decode(latents, size, known, levels)
             images.append(self.model.likelihood.mean(params).cpu())
         return torch.cat(images)
 
-    def reconstruct(
+    @torch.inference_mode()
+    def rates(
         self, images: Tensor, labels: Tensor | None = None, masks: Tensor | None = None
     ) -> Tensor:
-        """E[x | z = E[z|x]] of stored images."""
+        """KL of each group of a ladder on the path of the means, nats (N, groups)."""
+        shape, found = self.model.latent_shape(images.shape[-2], images.shape[-1]), []
+        for shown, known, seen in self._batches(images, labels, masks):
+            noise = torch.zeros(len(shown), *shape, device=shown.device)
+            found.append(self.model(self.model.likelihood.noise_free(shown), noise, known, seen).kl)
+        return torch.cat(found)
+
+    def reconstruct(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        masks: Tensor | None = None,
+        *,
+        levels: int | None = None,
+    ) -> Tensor:
+        """E[x | z = E[z|x]] of stored images; `levels` as of `decode`."""
         mean, _ = self.encode(images, labels, masks)
-        return self.decode(mean, (images.shape[-2], images.shape[-1]), labels)
+        return self.decode(mean, (images.shape[-2], images.shape[-1]), labels, levels=levels)
 
     def sample(
         self,
@@ -76,19 +99,40 @@ class BatchedVAE:
         size: Size,
         *,
         seed: int,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         prior: LatentPrior | None = None,
         labels: Tensor | None = None,
         classes: Sequence[int] = (),
     ) -> Tensor:
         """Images of `num_images` draws of the prior; with `classes` those of each of them, class by
-        class, from the same latents, so that columns of a grid share one."""
-        shape = self.model.latent_shape(*size)
-        z = prior_latents(shape, num_images, seed=seed, temperature=temperature, prior=prior)
+        class, from the same noise, so that columns of a grid share it. `temperature`: one, or, of a
+        ladder, one for each level from the top."""
+        shape, num_levels = self.model.latent_shape(*size), self.model.num_levels
+        if isinstance(temperature, Sequence) and len(temperature) != num_levels:
+            raise ConfigError(
+                f"temperature has {len(temperature)} values, and this model {num_levels} levels of "
+                "latents; give one number, or one for each level of a ladder from the top"
+            )
+        if isinstance(temperature, Sequence) and num_levels == 1:
+            temperature = temperature[0]
+        if prior is not None:
+            assert isinstance(temperature, int | float)
+            z = prior_latents(shape, num_images, seed=seed, temperature=temperature, prior=prior)
+        else:
+            z = prior_latents(shape, num_images, seed=seed)
         if classes:
             z = z.repeat(len(classes), *[1] * len(shape))
             labels = torch.tensor(classes).repeat_interleave(num_images)
+        if prior is None:
+            z = self._from_noise(z, size, labels, temperature)
         return self.decode(z, size, labels)
+
+    @torch.inference_mode()
+    def _from_noise(
+        self, noise: Tensor, size: Size, labels: Tensor | None, temperature: float | Sequence[float]
+    ) -> Tensor:
+        batches = self._batches(noise, labels)
+        return torch.cat([self.model.from_prior(e, size, y, temperature) for e, y in batches])
 
     def interpolate(
         self,
@@ -100,7 +144,8 @@ class BatchedVAE:
         labels: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Images on the path from `first` to `second`, both latents (N, *latent), ends included:
-        (N * num_points, C, H, W), pair by pair. A point has the label of the nearer end."""
+        (N * num_points, C, H, W), pair by pair. A point has the label of the nearer end; the lower
+        levels of a ladder are at their prior's means."""
         t = torch.linspace(0, 1, num_points, device=first.device)
         t = t.view(1, -1, *([1] * (first.ndim - 1)))  # (1, K, 1, ...)
         z = (1 - t) * first.unsqueeze(1) + t * second.unsqueeze(1)  # (N, K, *latent)
@@ -108,7 +153,8 @@ class BatchedVAE:
         if labels is not None:
             is_first = torch.arange(num_points) < num_points / 2  # (K,)
             nearer = torch.where(is_first, labels[0].unsqueeze(1), labels[1].unsqueeze(1)).flatten()
-        return self.decode(z.flatten(0, 1), size, nearer)
+        levels = None if self.model.num_levels == 1 else 1
+        return self.decode(z.flatten(0, 1), size, nearer, levels=levels)
 
     def traverse(
         self, z: Tensor, size: Size, *, units: list[int], values: Tensor, label: int = NO_LABEL

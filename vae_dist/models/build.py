@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,9 +18,12 @@ from vae_dist.config.schema import ModelConfig, TrainConfig
 from vae_dist.models.blocks import recompute_in_backward
 from vae_dist.models.conv import Decoder, Encoder, TowerOptions
 from vae_dist.models.dense import DenseDecoder, DenseEncoder
+from vae_dist.models.ladder import LadderDecoder, LadderEncoder, LadderOptions, LadderVAE
 from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.models.vae import LABEL_DIMS, VAE
 from vae_dist.randomness import derive_seed
+
+SMALL_MAP = 2  # positions along a side, of which a 3x3 convolution sees mostly padding
 
 
 @contextmanager
@@ -37,22 +41,25 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
     nothing."""
     model, data = config.model, config.data
     sees_mask = data.mask != "none"
+    is_ladder = model.arch == "ladder"
     with initialised(config.seed, "init"):
         likelihood = build_likelihood(config.likelihood, data)
-        num_params = likelihood.num_params(data.channels)
-        encoder, decoder = _towers(model, data.channels + sees_mask, num_params, image_size)
-        vae = VAE(
+        sizes = data.channels + sees_mask, likelihood.num_params(data.channels)
+        towers: Any = _ladder if is_ladder else _towers
+        encoder, decoder = towers(model, *sizes, image_size)
+        vae = (LadderVAE if is_ladder else VAE)(
             encoder,
             decoder,
             likelihood,
-            latent_channels=model.latent_channels,
+            latent_channels=1 if is_ladder else model.latent_channels,
             stride=stride_of(model),
             image_size=None if model.latent == "spatial" else image_size,
             num_classes=model.num_classes,
             sees_mask=sees_mask,
-            shortcuts=model.dc_shortcuts,
+            shortcuts=model.dc_shortcuts or is_ladder,
         )
-    _set_spread(vae, model.initial_sigma)
+    if not is_ladder:
+        _set_spread(vae, model.initial_sigma)
     if model.gradient_checkpointing:
         recompute_in_backward(vae)
     return vae
@@ -60,7 +67,15 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
 
 def stride_of(model: ModelConfig) -> int:
     """Pixels of an image along one position of the last feature map."""
-    return 1 if model.arch == "dense" else model.patch * 2 ** (len(model.channels) - 1)
+    return 1 if model.arch == "dense" else model.patch * math.prod(factors_of(model))
+
+
+def factors_of(model: ModelConfig) -> list[int]:
+    """Sides of the squares that become one position, between each level and the next."""
+    count = len(model.channels) - 1
+    if model.arch != "ladder":
+        return [2] * count
+    return list(model.factors) if isinstance(model.factors, list) else [model.factors] * count
 
 
 @torch.no_grad()
@@ -76,6 +91,28 @@ def blocks_of_levels(model: ModelConfig) -> list[int]:
     """Residual blocks of each level of the encoder."""
     counts = model.blocks
     return list(counts) if isinstance(counts, list) else [counts] * len(model.channels)
+
+
+def _ladder(
+    model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
+) -> tuple[LadderEncoder, LadderDecoder]:
+    factors = factors_of(model)
+    sides = [
+        min(image_size) // model.patch // math.prod(factors[:i]) for i in range(len(factors) + 1)
+    ]
+    options = LadderOptions(
+        channels=model.channels,
+        blocks=blocks_of_levels(model),
+        groups=model.groups,
+        factors=factors,
+        kernels=[3 if side > SMALL_MAP else 1 for side in sides],
+        latent_channels=model.latent_channels,
+        norm_groups=model.norm_groups,
+        patch=model.patch,
+        aggregate=model.aggregate,
+        condition_dims=LABEL_DIMS if model.num_classes else 0,
+    )
+    return LadderEncoder(channels, options), LadderDecoder(num_params, options)
 
 
 def _towers(

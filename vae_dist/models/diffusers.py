@@ -64,6 +64,7 @@ def export_problems(config: TrainConfig) -> list[str]:
     model, likelihood, mask = config.model, config.likelihood.kind, config.data.mask
     uneven = isinstance(model.blocks, list) and len(set(model.blocks)) > 1
     checks = {
+        f"model.arch={model.arch}: the format has one latent": model.arch == "ladder",
         f"model.latent={model.latent}: the format has spatial latents": model.latent != "spatial",
         f"model.patch={model.patch}: the format begins with single pixels": model.patch != 1,
         "model.dc_shortcuts=true: the format has no space-to-channel shortcuts": model.dc_shortcuts,

@@ -25,6 +25,7 @@ right and bottom; the decoder's outputs are cropped before the likelihood sees t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class VAEOutput(NamedTuple):
     log_variance: Tensor  # (B, *latent_shape) of q(z|x), bounded
     z: Tensor  # of the shape of the noise
     params: Tensor  # (B, [K,] likelihood.num_params(C), H, W) decoder outputs
+    log_ratio: Tensor | None = None  # (B, [K]) log q - log p at z; None: follows from the moments
 
 
 class VAE(nn.Module):
@@ -57,6 +59,16 @@ class VAE(nn.Module):
     layers around a spatial latent, None for a vector one or where `shortcuts` lead to and from the
     latent. `image_size` is the (H, W) that a vector latent is bound to, None where any size will
     do. `sees_mask`: the encoder's last input is the mask."""
+
+    @property
+    def num_levels(self) -> int:
+        """Of the latent; more in a ladder."""
+        return 1
+
+    @property
+    def num_units(self) -> int:
+        """Columns of the output's `kl`."""
+        return self.latent_channels
 
     def __init__(
         self,
@@ -130,21 +142,33 @@ class VAE(nn.Module):
         """Mean and log-variance of q(z|x), each float32 (B, *latent_shape)."""
         height, width = images.shape[-2:]
         self._check_size(height, width)
+        moments = self.encoder(self._shown(images, mask), self._condition(labels, len(images)))
+        if self.quant_conv is not None:
+            moments = in_float32(self.quant_conv, moments)
+        return diagonal_gaussian(moments)
+
+    def _shown(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """What the encoder sees: missing pixels grey, the mask, sizes replicated to multiples."""
         if mask is not None:
             images = torch.where(mask > 0, images, 0.0)
         if self.sees_mask:
             seen = torch.ones_like(images[:, :1]) if mask is None else mask.to(images.dtype)
             images = torch.cat([images, seen], 1)
         # what is replicated is as observed as the pixel that it repeats
-        moments = self.encoder(padded(images, self.stride), self._condition(labels, len(images)))
-        if self.quant_conv is not None:
-            moments = in_float32(self.quant_conv, moments)
-        return diagonal_gaussian(moments)
+        bottom, right = -images.shape[-2] % self.stride, -images.shape[-1] % self.stride
+        if not (bottom or right):
+            return images
+        return F.pad(images, (0, right, 0, bottom), mode="replicate")
 
     def decode(
-        self, z: Tensor, image_size: tuple[int, int], labels: Tensor | None = None
+        self,
+        z: Tensor,
+        image_size: tuple[int, int],
+        labels: Tensor | None = None,
+        levels: int | None = None,
     ) -> Tensor:
-        """z (B, *latent_shape) -> float32 parameters of p(x|z) for images of size (H, W)."""
+        """z (B, *latent_shape) -> float32 parameters of p(x|z) for images of size (H, W). `levels`
+        are those of a ladder that are decoded; here there is one."""
         height, width = image_size
         self._check_size(height, width)
         condition = self._condition(labels, len(z))
@@ -163,6 +187,17 @@ class VAE(nn.Module):
         embedded: Tensor = table(torch.where(labels == NO_LABEL, self.num_classes, labels))
         return embedded
 
+    def from_prior(
+        self,
+        noise: Tensor,
+        image_size: tuple[int, int],
+        labels: Tensor | None = None,
+        temperature: float | Sequence[float] = 1.0,
+    ) -> Tensor:
+        """z of the prior from normal noise (B, *latent_shape), its spread times `temperature`."""
+        assert isinstance(temperature, int | float), "one for each level is for a ladder"
+        return temperature * noise
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latent, for images of height x width pixels."""
         self._check_size(height, width)
@@ -178,14 +213,6 @@ class VAE(nn.Module):
                 f"the {self.image_size[0]}x{self.image_size[1]} that it was built for; train with "
                 "model.latent=spatial to use other sizes"
             )
-
-
-def padded(images: Tensor, stride: int) -> Tensor:
-    """Replicated on the right and bottom to multiples of `stride`."""
-    bottom, right = -images.shape[-2] % stride, -images.shape[-1] % stride
-    if not (bottom or right):
-        return images
-    return F.pad(images, (0, right, 0, bottom), mode="replicate")
 
 
 def each(tensor: Tensor | None, draws: int) -> Tensor | None:

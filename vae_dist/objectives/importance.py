@@ -35,7 +35,9 @@ def importance_bound(
     moments = (output.mean, output.log_variance)
     if doubly_reparameterized:
         moments = (output.mean.detach(), output.log_variance.detach())
-    log_ratio = log_ratio_to_prior(output.z, *moments)  # (B, K)
+    log_ratio = output.log_ratio  # (B, K)
+    if log_ratio is None:
+        log_ratio = log_ratio_to_prior(output.z, *moments)
     log_weights = output.log_likelihood - beta * log_ratio
     if doubly_reparameterized and output.z.requires_grad:
         # the bound's gradient gives each z_k its u_k; the hook does the rest

@@ -4,6 +4,7 @@
     reconstructions  fixed validation images above their reconstructions
     interpolations   decoded lines between the means of pairs of validation images, at both ends
     traversals       one image, with its most active latent units moved one at a time
+    levels           instead, of a ladder: images, what the top level holds, the top two, ..., all
     by_class         for each label, inputs beside their reconstructions; where there are labels
     samples_by_class for each label a row of samples, of the same latents; conditional models
     worst            the worst reconstructions, by -ELBO, of the first validation images
@@ -93,7 +94,9 @@ class ImageLogger:
         stored, labels, masks, _ = self._examples
         mean, log_variance = vae.encode(stored, labels, masks)
         outputs, losses = _reconstructions(vae, self._examples, mean)
-        inputs, kl = to_uint8(with_holes(stored, masks)), kl_to_standard_normal(mean, log_variance)
+        inputs, is_ladder = to_uint8(with_holes(stored, masks)), model.num_levels > 1
+        flat = kl_to_standard_normal(mean, log_variance)
+        kl = vae.rates(stored, labels, masks) if is_ladder else flat
         yield "reconstructions", side_by_side(inputs[:shown], outputs[:shown]), ""
         if num_rows := min(NUM_ROWS, len(inputs) // 2):
             first, second = (slice(start, 2 * num_rows, 2) for start in (0, 1))
@@ -102,11 +105,16 @@ class ImageLogger:
             lines = to_uint8(line).unflatten(0, (num_rows, points))
             rows = [inputs[first].unsqueeze(1), lines, inputs[second].unsqueeze(1)]
             yield "interpolations", grid(torch.cat(rows, 1).flatten(0, 1), columns=NUM_POINTS), ""
-        units = kl.mean(0).argsort(descending=True).tolist()[:NUM_ROWS]
-        values, label = torch.linspace(-3, 3, NUM_POINTS), int(labels[0])
-        moved = vae.traverse(mean[0], size, units=units, values=values, label=label)
-        names = ", ".join(f"{unit}" for unit in units)
-        yield "traversals", grid(moved, columns=NUM_POINTS), f"units {names}, from -3 to 3"
+        if is_ladder:
+            few, counts = slice(0, NUM_POINTS), range(1, model.num_levels + 1)
+            rows = [to_uint8(vae.decode(mean[few], size, labels[few], levels=n)) for n in counts]
+            yield "levels", grid(torch.cat([inputs[few], *rows]), columns=len(rows[0])), ""
+        else:
+            units = kl.mean(0).argsort(descending=True).tolist()[:NUM_ROWS]
+            values, label = torch.linspace(-3, 3, NUM_POINTS), int(labels[0])
+            moved = vae.traverse(mean[0], size, units=units, values=values, label=label)
+            names = ", ".join(f"{unit}" for unit in units)
+            yield "traversals", grid(moved, columns=NUM_POINTS), f"units {names}, from -3 to 3"
         searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
         if (pairs := _by_class(inputs, outputs, labels)) is not None:
             yield "by_class", grid(pairs, columns=2 * NUM_PAIRS), f"from the {searched}"

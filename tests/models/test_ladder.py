@@ -1,0 +1,254 @@
+"""The ladder: one group is the flat VAE, known evidence, log ratios, any size, draws, labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+
+from tests.models.test_vae import away_from_zero, inputs
+from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
+from vae_dist.evaluation.importance import ImportanceMetric
+from vae_dist.evaluation.metrics import Inputs
+from vae_dist.models.build import build_vae
+from vae_dist.models.ladder import Found, LadderVAE, draw, sigma
+from vae_dist.models.latent import kl_to_standard_normal, log_ratio_to_prior, sample_posterior
+from vae_dist.models.likelihoods import build_likelihood
+from vae_dist.objectives.elbo import importance_terms
+from vae_dist.randomness import torch_generator
+
+SMALL = {"arch": "ladder", "channels": [8, 12], "groups": [2, 1], "factors": 2, "patch": 2}
+
+
+def ladder(size: tuple[int, int] = (20, 28), *, mask: str = "none", **model: Any) -> LadderVAE:
+    """Of random weights, away from where training starts."""
+    options: dict[str, Any] = {"blocks": 1, "norm_groups": 4, "latent_channels": 3}
+    data = DataConfig(channels=3)
+    data.mask = mask  # type: ignore[assignment]
+    found = build_vae(
+        TrainConfig(
+            config="test",
+            data=data,
+            model=ModelConfig(**{**SMALL, **options, **model}),
+            likelihood=LikelihoodConfig(),
+        ),
+        size,
+    )
+    assert isinstance(found, LadderVAE)
+    away_from_zero(found)
+    return found.eval()
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch_generator(seed, "noise"))
+
+
+def test_one_group_of_a_fresh_ladder_is_the_flat_vae() -> None:
+    """Its prior is N(0, I) before training: rate, draws and log ratios are the flat ones."""
+    config = TrainConfig(config="test", data=DataConfig(channels=3))
+    one = {"channels": [8], "groups": [1], "blocks": 1, "norm_groups": 4}
+    config.model = ModelConfig(**{**SMALL, **one})
+    model = build_vae(config, (8, 12))
+    images, e = inputs(model, 3, 3, (8, 12))
+    output = model(images, e)
+    flat = output.mean, output.log_variance
+    torch.testing.assert_close(output.z, sample_posterior(*flat, e))
+    torch.testing.assert_close(output.kl, kl_to_standard_normal(*flat), rtol=1e-4, atol=1e-4)
+    ratio = log_ratio_to_prior(output.z.unsqueeze(1), *flat)[:, 0]
+    torch.testing.assert_close(output.log_ratio, ratio, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.from_prior(e, (8, 12)), e)
+    for name, parameter in model.named_parameters():  # all of them are used
+        (gradient,) = torch.autograd.grad(
+            model(images, e).kl.sum() - model(images, e).log_likelihood.sum(),
+            parameter,
+            allow_unused=True,
+        )
+        assert gradient is not None, name
+
+
+def test_sigma_is_positive_and_1_at_0() -> None:
+    s = torch.linspace(-300, 300, 601, requires_grad=True)
+    found = sigma(s)
+    assert found.min() > 0 and found[300].item() == pytest.approx(1, abs=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), s)
+    assert slope.min() >= 0 and slope.max() <= 1
+
+
+def test_the_rate_is_the_mean_of_log_ratios() -> None:
+    model = ladder()
+    images, _ = inputs(model, 1, 3, (20, 28))
+    output = model(images, noise(1, 1000, *model.latent_shape(20, 28)))
+    ratios = output.log_ratio[0].double()
+    error = ratios.std().item() / math.sqrt(len(ratios))
+    assert output.kl.sum().item() == pytest.approx(ratios.mean().item(), abs=4 * error)
+    assert output.kl.sum().item() > 10 * error
+
+
+@pytest.mark.parametrize("aggregate", [False, True])
+@pytest.mark.parametrize("size", [(20, 28), (33, 47)])
+def test_any_size(size: tuple[int, int], aggregate: bool) -> None:
+    model = ladder(aggregate=aggregate)
+    images, e = inputs(model, 2, 3, size)
+    output = model(images, e)
+    assert output.params.shape == (2, model.likelihood.num_params(3), *size)
+    assert output.kl.shape == (2, 3) and output.z.shape == e.shape == (
+        2,
+        *model.latent_shape(*size),
+    )
+    # what was drawn is decoded to the same
+    torch.testing.assert_close(model.decode(output.z, size), output.params)
+    # several draws are those of several forwards
+    several = model(images, noise(2, 3, *model.latent_shape(*size)))
+    one = model(images, noise(2, 3, *model.latent_shape(*size))[:, 1])
+    for field in ("log_likelihood", "log_ratio", "z", "params"):
+        torch.testing.assert_close(getattr(several, field)[:, 1], getattr(one, field))
+    means, _ = model.encode(images)
+    torch.testing.assert_close(model(images, torch.zeros_like(e)).z, means)
+
+
+def test_temperature_0_is_one_picture_and_each_level_has_its_own() -> None:
+    model, size = ladder(), (20, 28)
+    shape = model.latent_shape(*size)
+    cold = [model.from_prior(noise(2, *shape, seed=seed), size, temperature=0) for seed in (0, 1)]
+    torch.testing.assert_close(*cold)
+    top = model._sizes(size)[0]
+    first, other = (
+        model.from_prior(noise(2, *shape, seed=seed), size, temperature=[0, 1.0]) for seed in (0, 1)
+    )
+    assert torch.equal(first[..., :top], other[..., :top])
+    assert not torch.isclose(first[..., top:], other[..., top:]).any(-1).all()
+    # the top level alone: the rest at the means of their priors
+    z = model.from_prior(noise(2, *shape), size, temperature=[1.0, 0])
+    e = z + torch.cat([torch.zeros(2, 1, top), torch.ones(2, 1, shape[1] - top)], 2)
+    torch.testing.assert_close(model.decode(e, size, levels=1), model.decode(z, size))
+
+
+def test_with_aggregate_each_group_reaches_the_likelihood() -> None:
+    model, size = ladder(aggregate=True), (20, 28)
+    z = noise(1, *model.latent_shape(*size)).requires_grad_()
+    (gradient,) = torch.autograd.grad(model.decode(z, size).square().sum(), z)
+    assert all(part.abs().sum() > 0 for part in gradient.split(model._sizes(size), 2))
+
+
+def test_labels_and_masks_reach_all_that_depends_on_them() -> None:
+    model, size = ladder(num_classes=3, mask="half"), (20, 28)
+    images, e = inputs(model, 2, 3, size)
+    mask = torch.ones(2, 1, *size, dtype=torch.uint8)
+    mask[:, :, :10] = 0
+    labels = torch.tensor([0, -1])
+    output = model(images, e, labels, mask)
+    broken = torch.where(mask > 0, images, float("nan"))
+    assert torch.equal(model(broken, e, labels, mask).params, output.params)
+    other = model(images, e, torch.tensor([1, -1]), mask)
+    assert not torch.allclose(other.mean[0], output.mean[0])
+    torch.testing.assert_close(other.mean[1], output.mean[1])
+    drawn = [model.from_prior(e, size, torch.tensor(y)) for y in ([0, 1], [2, 1])]
+    assert not torch.allclose(drawn[0][0], drawn[1][0])
+    torch.testing.assert_close(drawn[0][1], drawn[1][1])
+
+
+# two levels of one latent each whose evidence is known
+
+SIGMA, SPREAD, SLOPE, DIMS = 0.2, 0.5, 0.8, (2, 3)
+
+
+class NoTaps(nn.Module):
+    """The image itself."""
+
+    def forward(self, images: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (images.flatten(1),)
+
+
+class LinearLadder(nn.Module):
+    """z1 ~ N(0, 1), z2 | z1 ~ N(SLOPE z1, SPREAD^2), x | z ~ N(w1 z1 + w2 z2, SIGMA^2 I); the
+    posterior is the exact one of z1 and of z2 given z1, but `error` standard deviations off."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+        self.weight = nn.Parameter(
+            0.3 * torch.randn(6, 2, generator=torch_generator(0, "linear"), dtype=torch.float64)
+        )
+        self.levels = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def sizes(self, rows: int, columns: int) -> list[int]:
+        return [1, 1]
+
+    @property
+    def prior_covariance(self) -> Tensor:
+        between = torch.tensor([[1.0, SLOPE], [SLOPE, SLOPE**2 + SPREAD**2]])
+        return between.double()
+
+    def forward(self, value, top_size, taps=None, condition=None, num_given=0):
+        x = taps[0].double()
+        precision = self.prior_covariance.inverse() + self.weight.T @ self.weight / SIGMA**2
+        covariance = precision.inverse()
+        mean = x @ self.weight @ covariance / SIGMA**2  # (B, 2)
+        spread = covariance[0, 0].sqrt().expand(len(x), 1)
+        zero = torch.zeros_like(spread)
+        first = draw(
+            value[:, :1].double(), (zero, zero + 1), (mean[:, :1] + self.error * spread, spread)
+        )
+        slope = covariance[1, 0] / covariance[0, 0]
+        mean2 = mean[:, 1:] + slope * (first.z - mean[:, :1])
+        spread2 = (1 / precision[1, 1]).sqrt().expand(len(x), 1)
+        second = draw(
+            value[:, 1:].double(),
+            (SLOPE * first.z, zero + SPREAD),
+            (mean2 - self.error * spread2, spread2),
+        )
+        found = Found.of([first, second])
+        return (found.z @ self.weight.T).float().unflatten(1, (1, *DIMS)), found
+
+
+@pytest.mark.parametrize("error", [0.0, 0.6])
+def test_importance_estimates_rise_to_the_known_evidence(error: float) -> None:
+    likelihood = build_likelihood(
+        LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA),
+        DataConfig(channels=1, dequantize=False),
+    )
+    decoder = LinearLadder(error)
+    model = LadderVAE(
+        NoTaps(), decoder, likelihood, latent_channels=1, stride=1, image_size=None, shortcuts=True
+    )
+    x = 0.5 * noise(40, 1, *DIMS)
+    covariance = decoder.weight @ decoder.prior_covariance @ decoder.weight.T
+    marginal = MultivariateNormal(
+        torch.zeros(6, dtype=torch.float64), covariance + SIGMA**2 * torch.eye(6)
+    )
+    exact = marginal.log_prob(x.double().flatten(1)).detach()
+    levels = (127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)
+    with torch.no_grad():
+        output = model(x, noise(40, 1, 2))
+        elbo = (output.log_likelihood - output.kl.sum(1)).mean()
+        bounds = []
+        for count in (1, 20, 2000):
+            metric = ImportanceMetric(model, torch.device("cpu"), num_samples=count, seed=0)
+            shown = Inputs(levels, x, list(range(40)))
+            found, _ = metric.evidence(shown, output.mean, output.log_variance)
+            bounds.append(found[0].mean().item())
+    expected = exact.mean().item()
+    if not error:  # each weight is the evidence
+        assert bounds == pytest.approx([expected] * 3, abs=1e-3)
+        return
+    gap = error**2  # KL(q || p(z|x)): half a square of `error` for each latent
+    assert elbo.item() == pytest.approx(expected - gap, abs=0.5)
+    assert bounds[0] < bounds[1] < expected and bounds[2] == pytest.approx(expected, abs=0.02)
+    # training's bound is that of the same weights
+    several = model(x, noise(40, 50, 1, 2))
+    bound = -importance_terms(several, beta=1.0).neg_bound_sum.item() / 40
+    assert expected - 0.5 * gap < bound < expected + 0.05
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregate": True}, {"num_classes": 3}])
+def test_each_tower_is_one_graph(options: dict[str, Any]) -> None:
+    model, size = ladder(**options), (20, 28)
+    images, e = inputs(model, 2, 3, size)
+    expected = model(images, e)
+    for tower in (model.encoder, model.decoder):
+        tower.compile(backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(model(images, e).params, expected.params)
