@@ -18,7 +18,7 @@ from vae_dist.config.commands import RunCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.inference.load import load_model, load_published
-from vae_dist.models.diffusers import read_published
+from vae_dist.models.diffusers import local_source, read_published
 from vae_dist.models.latent import LatentMoments
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
@@ -182,6 +182,26 @@ def test_a_decoder_that_was_trained_alone_keeps_the_published_numbers(tmp_path: 
     expected = theirs.bn.running_mean.view(4, 4).mean(1)  # type: ignore[attr-defined]
     torch.testing.assert_close(vae.bn.running_mean.view(4, 4).mean(1), expected)
     assert vae.bn.running_var.std() > 0.01
+
+
+def test_an_address_of_the_hub_is_read_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--me--pipeline", 40 * "a"
+    flux2(repository / "snapshots" / commit / "vae")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for address in ("hf://me/pipeline", "hf://me/pipeline/vae", "hf://me/pipeline/vae/"):
+        published = read_published(local_source(address))
+        assert published is not None and published.config["latent_channels"] == 4
+    for address in ("hf://me/other", "hf://me", "hf://me/pipeline/unet"):
+        with pytest.raises(ConfigError, match="cannot be read from the Hugging Face Hub"):
+            local_source(address)
+    assert local_source("runs/mnist") == Path("runs/mnist")
 
 
 def test_a_decoder_of_other_widths_is_refused(tmp_path: Path) -> None:

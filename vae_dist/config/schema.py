@@ -321,7 +321,9 @@ class TrainConfig(Section):
     config: str = knob("???", "name of a shipped config, or a path to a YAML file", neutral=True)
     run: str = knob("", "run folder (default: runs/<config name>), seen by all nodes", neutral=True)
     init_from: str = knob(
-        "", "weights to begin with: run, checkpoint, .safetensors file or diffusers folder"
+        "",
+        "weights to begin with: run, checkpoint, .safetensors file, diffusers folder, or "
+        "hf://OWNER/NAME[/SUBFOLDER]",
     )
     dry_run: bool = knob(False, "check everything, print the plan, train nothing", neutral=True)
     seed: int = knob(0, "every draw is a function of seed and position", ge=0, le=2**63 - 1)

@@ -22,6 +22,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.files import printable
 from vae_dist.inference.load import LoadedModel, choose_device, load_model, load_published
 from vae_dist.inference.sampling import BatchedVAE
+from vae_dist.models.diffusers import local_source
 from vae_dist.models.latent import drawn_labels
 from vae_dist.models.vae import NO_LABEL
 from vae_dist.training.compile import exact_float32
@@ -33,7 +34,6 @@ Size = int | tuple[int, int] | None
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
 STORED_TYPES = {16: torch.uint16, 32: torch.float32}  # by bits, else uint8
 STEP_FOLDER = re.compile(r"step_(\d+)")
-HUB_FILES = ["config.json", "*.safetensors", "vae/config.json", "vae/*.safetensors"]
 
 
 def load(
@@ -48,7 +48,7 @@ def load(
     Args:
         path: a run folder (`runs/mnist`), one of its checkpoint folders
             (`runs/mnist/checkpoints/step_00001000`), a folder in diffusers' `AutoencoderKL` format,
-            or `hf://OWNER/NAME`, a repository of the Hugging Face Hub in that format.
+            or `hf://OWNER/NAME[/SUBFOLDER]`, a repository of the Hugging Face Hub in that format.
         weights: `ema`, the averaged weights, or `model`, those of the last step.
         checkpoint: `latest`, `best`, or a step number; for a run folder.
         device: `auto`, which is CUDA if there is a device, or a torch device.
@@ -65,7 +65,7 @@ def load(
     """
     chosen = choose_device(str(device))
     name = str(path)
-    folder = _from_hub(name) if name.startswith("hf://") else Path(path).expanduser()
+    folder = local_source(name)
     step = STEP_FOLDER.fullmatch(folder.name)
     if step and folder.parent.name == "checkpoints":
         if checkpoint != "latest":
@@ -289,13 +289,3 @@ def _in_unit(images: Tensor) -> Tensor:
 
 def _to_unit(means: Tensor) -> Tensor:
     return ((means + 1) / 2).clamp(0, 1)
-
-
-def _from_hub(name: str) -> Path:
-    """The files of `hf://OWNER/NAME` in the Hub's cache. Raises ConfigError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name.removeprefix("hf://"), allow_patterns=HUB_FILES))
-    except Exception as error:  # its transport, and so what it raises, differs by version
-        raise ConfigError(f"{name}: cannot be read from the Hugging Face Hub ({error})") from None

@@ -36,6 +36,7 @@ from vae_dist.models.diffusers import (
     LatentNorm,
     diffusers_config,
     export_problems,
+    local_source,
     read_published,
     to_diffusers,
 )
@@ -143,7 +144,7 @@ def latent_norm(run: Path, config: TrainConfig, *, step: int) -> tuple[LatentNor
     measured."""
     if config.training.train_only == "decoder":
         with contextlib.suppress(ConfigError):
-            if (published := read_published(Path(config.init_from))) is not None:
+            if (published := read_published(local_source(config.init_from))) is not None:
                 return published.norm, [f"latents are normalised as those of {published.path}"]
     path = run / STATISTICS_FILE
     try:

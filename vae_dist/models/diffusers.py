@@ -25,6 +25,7 @@ What a diffusion model gets is normalised outside of the model, by these, in thi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -152,6 +153,38 @@ class Published(NamedTuple):
     config: dict[str, Any]
     tensors: Tensors
     norm: LatentNorm
+
+
+def local_source(address: str) -> Path:
+    """The files of `hf://OWNER/NAME[/SUBFOLDER]`: those in the Hub's cache, else downloaded; any
+    other address is a path. Raises ConfigError."""
+    if not address.startswith("hf://"):
+        return Path(address).expanduser()
+    from huggingface_hub import snapshot_download
+
+    match = re.fullmatch("hf://([^/]+/[^/]+)/*(.*?)/*", address)
+    repository, below = match.groups() if match else (address, "")
+    folders = [f"{below}/"] if below else ["", "vae/"]
+    files = [folder + name for folder in folders for name in (CONFIG_NAME, *WEIGHTS_NAMES)]
+
+    def found(**options: Any) -> Path | None:
+        folder = Path(snapshot_download(repository, **options))
+        has_weights = (folder / name for name in files if name.endswith(WEIGHTS_NAMES))
+        return folder / below if any(map(Path.is_file, has_weights)) else None
+
+    try:
+        with contextlib.suppress(FileNotFoundError):  # nothing of it is in the cache
+            if cached := found(local_files_only=True):
+                return cached
+        if downloaded := found(allow_patterns=files):
+            return downloaded
+        raise FileNotFoundError(f"it has no {' or '.join(files[1::3])}")
+    except Exception as error:  # its transport, and so what it raises, differs by version
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{address}: cannot be read from the Hugging Face Hub ({reason}); give "
+            "hf://OWNER/NAME[/SUBFOLDER], or a folder"
+        ) from None
 
 
 def read_published(source: Path) -> Published | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from vae_dist.models.diffusers import (
     Published,
     fitting_keys,
     from_diffusers,
+    local_source,
     read_published,
 )
 from vae_dist.models.likelihoods import build_likelihood
@@ -115,7 +115,7 @@ def check_identity(
 def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
     """The weights of `init_from`, for this model (of any device, meta as well). Raises ConfigError
     with all that do not fit."""
-    source = Path(config.init_from)
+    source = local_source(config.init_from)
     if (published := read_published(source)) is not None:
         return _published_weights(config, published, model)
     weights = load_weights(source)
