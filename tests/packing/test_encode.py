@@ -30,6 +30,7 @@ from tests.support.encoding import (
     tensors_of,
 )
 from tests.support.latent_data import SIZES, write_photos, write_spatial_run
+from tests.support.picture_sources import png, write
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist import decode, encode
 from vae_dist.config.commands import EncodeCommand
@@ -89,18 +90,15 @@ def test_latents_are_those_of_the_model(run: Path, wide: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_narrow_types_hold_the_rounded_values(
-    run: Path, tmp_path: Path, dtype: str, kind: torch.dtype
-) -> None:
+def test_narrow_types_hold_the_rounded_values(run: Path, tmp_path: Path) -> None:
     one_shard = "shard_mb=1"  # so that batches, whose sizes decide the last digits, are the same
-    encoded(run, tmp_path / "wide", "dtype=fp32", one_shard)
-    encoded(run, tmp_path / "narrow", f"dtype={dtype}", one_shard)
-    pairs = zip(tensors_of(tmp_path / "wide"), tensors_of(tmp_path / "narrow"), strict=True)
-    for wide, narrow in pairs:
-        assert narrow["mean"].dtype == kind
-        assert torch.equal(narrow["mean"], wide["mean"].to(kind))
-        assert torch.equal(narrow["log_variance"], wide["log_variance"].to(kind))
+    encoded(run, tmp_path / "fp32", "dtype=fp32", one_shard)
+    for dtype, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        encoded(run, tmp_path / dtype, f"dtype={dtype}", one_shard)
+        pairs = zip(tensors_of(tmp_path / "fp32"), tensors_of(tmp_path / dtype), strict=True)
+        for wide, narrow in pairs:
+            for name in ("mean", "log_variance"):
+                assert narrow[name].dtype == kind and torch.equal(narrow[name], wide[name].to(kind))
 
 
 def test_draws_belong_to_seed_and_sample(run: Path, wide: Path, tmp_path: Path) -> None:
@@ -148,14 +146,10 @@ def test_the_statistics_are_those_of_the_latents(wide: Path) -> None:
     assert (record["num_images"], record["step"], record["weights"]) == (COUNT - 2, 20, "ema")
 
 
-def test_images_are_kept_on_demand(run: Path, tmp_path: Path) -> None:
-    encoded(run, tmp_path / "out", "keep_images=true")
+def test_kept_images_and_another_resolution(run: Path, tmp_path: Path) -> None:
+    summary = encoded(run, tmp_path / "out", "keep_images=true", "resolution=[8,12]")
     source = write_photos(tmp_path / "again", COUNT, damaged=DAMAGED)
     assert samples_of(tmp_path / "out")[0]["png"] == source[0]["png"]
-
-
-def test_another_resolution(run: Path, tmp_path: Path) -> None:
-    summary = encoded(run, tmp_path / "out", "resolution=[8,12]")
     assert summary["image_sizes"] == {"8x12": COUNT - 2}
     assert encode.main(keys(run, tmp_path / "no", "resolution=big")) == 2
 
@@ -218,28 +212,21 @@ def test_too_much_damage_stops(
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
-def test_keys_that_a_tar_cannot_name(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("k" * 90, "give it a shorter key"),
+        ("../../x", "the key '../../x' of a sample is no relative path without .."),
+        ("/x", "is no relative path"),
+    ],
+)
+def test_keys_that_a_tar_may_not_name(
+    run: Path, tmp_path: Path, key: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, "PNG")
-    sample: dict[str, str | bytes] = {"__key__": "k" * 90, "png": file.getvalue()}
-    write_shards([sample], tmp_path / "long", num_shards=1)
-    assert encode.main([*keys(run, tmp_path / "out"), f"data={tmp_path}/long"]) == 2
-    assert "give it a shorter key" in capsys.readouterr().err
-
-
-def test_a_finished_folder_is_left_alone(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    encoded(run, out)
-    before = files_of(out)
-    encoded(run, out)
-    assert "nothing is left to do" in capsys.readouterr().out
-    assert files_of(out) == before
-    assert encode.main(keys(run, out, "dtype=bf16")) == 2
-    assert "another dtype (fp16 there, bf16 here)" in capsys.readouterr().err
+    (tmp_path / "s").mkdir()
+    write(tmp_path / "s/s.tar", {f"{key}.png": png()})
+    assert encode.main([*keys(run, tmp_path / "out"), f"data={tmp_path}/s"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at", [1, 9])
@@ -273,8 +260,13 @@ def test_a_killed_encode_goes_on(
     assert encode.main(keys(run, out, "checkpoint=10")) == 2
     assert "another step (20 there, 10 here)" in capsys.readouterr().err
     encoded(run, out)
+    capsys.readouterr()
     assert not (out / ".job").exists()
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
+    encoded(run, out)
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert encode.main(keys(run, out, "dtype=bf16")) == 2
+    assert "another dtype (fp16 there, bf16 here)" in capsys.readouterr().err
     encoded(run, tmp_path / "straight")
     assert files_of(out) == files_of(tmp_path / "straight")
 

@@ -150,10 +150,14 @@ class _Encoder:
     def encode(self) -> None:
         started, runtime = time.monotonic(), self.runtime
         plan = self._plan()
-        missing = [shard for shard in plan if not self.job.is_done(shard.name)]
-        for shard in plan:
-            if shard not in missing:
-                self.skipped += self.job.report(shard.name)["skipped"]
+        # asked once for all ranks: one that is late sees shards that others have just written
+        done: dict[str, list[str]] = runtime.on_main(
+            lambda: {
+                s.name: self.job.report(s.name)["skipped"] for s in plan if self.job.is_done(s.name)
+            }
+        )
+        missing = [shard for shard in plan if shard.name not in done]
+        self.skipped = [text for skipped in done.values() for text in skipped]
         mine = missing[runtime.rank :: runtime.world]
         total = sum(shard.stop - shard.first for shard in mine)
         with ProgressBar("encoded", total, unit="images") as progress:
@@ -164,6 +168,11 @@ class _Encoder:
         num_images = sum(shard.stop - shard.first for shard in missing)
         speed = num_images / max(time.monotonic() - started, 1e-9)
         print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
+
+    def _skipped_of_done(self, plan: Sequence[PlannedShard]) -> dict[str, list[str]]:
+        """What was left out of the shards that are there, by their names."""
+        done = [shard.name for shard in plan if self.job.is_done(shard.name)]
+        return {name: self.job.report(name)["skipped"] for name in done}
 
     def _plan(self) -> list[PlannedShard]:
         """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
