@@ -78,7 +78,8 @@ class ImageLogger:
         fitting = SEARCHED_BYTES // self._data.num_dims
         wanted = max(1, self._config.log.num_images // 2, min(NUM_SEARCHED, fitting))
         settings = self._data.settings.at_one_size()
-        return first_examples(Images(self._data.validation, settings), wanted)
+        images = Images(self._data.validation, settings, self._config.data.retry_s)
+        return first_examples(images, wanted)
 
     def _grids(self, model: VAE) -> Iterator[tuple[str, Image.Image, str]]:
         """Name, grid and what to say of it."""
