@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vae_dist.data import sources
+from vae_dist.data.indexing import write_info
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
 
@@ -61,3 +63,19 @@ def marked() -> ImageSettings:
 @pytest.fixture
 def copied(shards: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts, which no test waits for: its clock has only them."""
+    waited: list[float] = []
+    monkeypatch.setattr(sources, "sleep", waited.append)
+    monkeypatch.setattr(sources, "clock", lambda: sum(waited))
+    return waited
+
+
+@pytest.fixture
+def folder(copied: Path) -> Path:
+    """Shards with sidecars and `_info.json`, to be served."""
+    write_info(sorted(copied.glob("*.tar")), split="train")
+    return copied
