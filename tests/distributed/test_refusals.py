@@ -1,13 +1,19 @@
-"""What goes wrong on one rank before training is said by all, who end together."""
+"""Ranks end together: what goes wrong on one before training is said by all, and none leaves before
+the main one has written all."""
 
 import errno
 import os
+import time
+from pathlib import Path
 
 import pytest
 
-from tests.support.training import status, train
+from tests.support.distributed import run_ranks
+from tests.support.training import arguments, status, train
 from vae_dist.config.errors import ConfigError
 from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
+from vae_dist.run.folder import RunFolder
+from vae_dist.train import main
 from vae_dist.training import build, setup, trackers
 
 TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
@@ -21,6 +27,7 @@ CASES = {  # where it is, the name, the rank that fails, its error, and what all
     "environment.json": (trackers, "add_session", 0, FULL, "/run/file: No space left on device"),
 }
 FAST = ("second read of the index", "checkpoint", "environment.json")
+SLOW_S = 1.0  # of a disk
 QUIET = ("evaluation.every=0", "checkpoint.every=2")
 
 
@@ -75,3 +82,24 @@ def test_what_nobody_foresaw_on_one_rank_is_named_by_the_others(begun, digits, m
     assert "failed: rank 1: KeyError: 'a bug'" in output.out and "rank 1: Traceback" in output.err
     found = status(begun)
     assert found["status"] == "failed" and "KeyError: 'a bug'" in found["reason"]
+
+
+def leave(run: Path, digits: Path) -> float:
+    """Train on a slow disk; when this rank was done."""
+    write_status = RunFolder.write_status
+
+    def slowly(folder: RunFolder, status: str, *, step: int, reason: str) -> None:
+        if status == "finished":
+            time.sleep(SLOW_S)
+        write_status(folder, status, step=step, reason=reason)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "write_status", slowly)
+        code = main(arguments(run, digits, "training.steps=2", "evaluation.every=0"))
+    assert code == 0
+    return time.monotonic()
+
+
+def test_no_rank_leaves_before_the_main_one_has_written_all(tmp_path, digits):
+    ends_s = run_ranks(2, leave, tmp_path / "run", digits)
+    assert max(ends_s) - min(ends_s) < SLOW_S / 2
