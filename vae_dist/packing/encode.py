@@ -46,6 +46,7 @@ from vae_dist.inference.load import (
     weights_digest,
 )
 from vae_dist.models import latent
+from vae_dist.packing.items import suffix_of
 from vae_dist.packing.jobs import (
     FinishedElsewhere,
     Report,
@@ -369,17 +370,14 @@ class _Encoder:
 
 def carried(data: bytes | memoryview, *, keep_images: bool) -> tuple[str, dict[str, bytes]]:
     """Key and members of a sample, by their suffixes as they are written, without its images.
-
-    Raises DamagedSampleError.
-    """
+    Raises DamagedSampleError."""
     found: dict[str, bytes] = {}
     sample_key = ""
     for name, content in members(data):
         key, suffix = key_and_suffix(name)
         if key is None or is_metadata(name):
             continue
-        lower = suffix.lower()
-        is_image = lower.rpartition(".")[2] in SUFFIXES and lower != MASK_MEMBER
+        is_image = suffix_of(f".{suffix}") in SUFFIXES and suffix.lower() != MASK_MEMBER
         if keep_images or not is_image:
             found[suffix] = bytes(content)
         sample_key = key
