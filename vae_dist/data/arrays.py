@@ -19,6 +19,7 @@ from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 
 ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
 MAX_NPY_HEADER = 10_000  # bytes
+MAX_PAGES = 1000  # of a TIFF
 VALUES_PER_PIXEL = 4  # times max_pixels, where nobody says how many channels there are
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
 TIFF_JPEG = 7  # Compression
@@ -120,7 +121,8 @@ def _pages(tiff: Any, num_bytes: int, settings: ImageSettings) -> list[Any]:
     """The one page of an image, or those of one channel each; never its `series`, which believes
     what descriptions say. Raises DamagedSampleError for other numbers of channels."""
     shape = _page_shape(tiff.pages[0], num_bytes, settings.max_pixels)
-    most = settings.channels or VALUES_PER_PIXEL * settings.max_pixels // (shape[1] * shape[2])
+    most = VALUES_PER_PIXEL * settings.max_pixels // (shape[1] * shape[2])
+    most = settings.channels or min(most, MAX_PAGES)  # their chain may be a ring
     pages: list[Any] = []
     while page := _page(tiff, len(pages)):
         if pages and (shape[0] > 1 or _page_shape(page, num_bytes, settings.max_pixels) != shape):
