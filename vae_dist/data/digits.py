@@ -42,7 +42,11 @@ def make_digits(folder: str | Path) -> bool:
     reader would take for them. Raises ConfigError when something else is in the way.
     """
     folder = Path(folder)
-    if (folder / "train").is_dir() and (folder / "validation").is_dir():
+
+    def is_there() -> bool:
+        return (folder / "train").is_dir() and (folder / "validation").is_dir()
+
+    if is_there():
         return False
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
@@ -54,22 +58,16 @@ def make_digits(folder: str | Path) -> bool:
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
-        write_shards(
-            _samples(images, labels, train),
-            partial / "train",
-            num_shards=NUM_TRAIN_SHARDS,
-            name="train",
-        )
-        write_shards(
-            _samples(images, labels, validation),
-            partial / "validation",
-            num_shards=1,
-            name="validation",
-        )
+        for name, numbers, count in (
+            ("train", train, NUM_TRAIN_SHARDS),
+            ("validation", validation, 1),
+        ):
+            samples = _samples(images, labels, numbers)
+            write_shards(samples, partial / name, num_shards=count, name=name)
         os.rename(partial, folder)
     except OSError as error:
         # Another run may have finished the same folder first; its shards are these, byte for byte.
-        if (folder / "train").is_dir() and (folder / "validation").is_dir():
+        if is_there():
             return False
         raise ConfigError(
             f"data.bundled=digits: cannot write the digits to {folder} ({error}); "
@@ -109,14 +107,7 @@ def _samples(
     images: np.ndarray, labels: np.ndarray, numbers: np.ndarray
 ) -> Iterator[dict[str, str | bytes]]:
     for number in numbers:
-        yield {
-            "__key__": f"{number:06d}",
-            "png": _png(images[number]),
-            "cls": str(labels[number]).encode(),
-        }
-
-
-def _png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", optimize=True)
-    return file.getvalue()
+        file = io.BytesIO()
+        Image.fromarray(images[number]).save(file, "PNG", optimize=True)
+        label = str(labels[number]).encode()
+        yield {"__key__": f"{number:06d}", "png": file.getvalue(), "cls": label}
