@@ -134,18 +134,6 @@ def test_a_spatial_model_takes_other_sizes_and_a_vector_one_refuses_them() -> No
         vector.encode(images)
 
 
-def test_each_image_is_on_its_own() -> None:
-    """No layer mixes images, so microbatches add up to the batch."""
-    model = build_vae(small("spatial"), (8, 8))
-    away_from_zero(model)
-    images, noise = inputs(model, 4, 3, (8, 8))
-    whole = model(images, noise)
-    parts = [model(images[i : i + 1], noise[i : i + 1]) for i in range(4)]
-    for field in ("log_likelihood", "kl", "params"):
-        joined = torch.cat([getattr(part, field) for part in parts])
-        torch.testing.assert_close(joined, getattr(whole, field), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("latent", ["spatial", "vector"])
 def test_several_draws_of_an_image_are_those_of_several_forwards(latent: str) -> None:
     model = build_vae(small(latent, num_classes=3), (9, 8))
