@@ -37,3 +37,18 @@ def conditional_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spatial_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A spatial latent of stride 2, three colour images of 20x16."""
     return tiny_run.spatial_run(tmp_path_factory.mktemp("spatial"))
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DINOv2 of random weights, with patches of 7 pixels and 16 values."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import torch
+
+    folder = tmp_path_factory.mktemp("vision") / "dinov2"
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=7, image_size=28
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder

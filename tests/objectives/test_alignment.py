@@ -20,18 +20,6 @@ from vae_dist.objectives.alignment import (
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-@pytest.fixture(scope="session")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DINOv2 of random weights, with patches of 7 pixels and 16 values."""
-    folder = tmp_path_factory.mktemp("vision") / "dinov2"
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=7, image_size=28
-    )
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
 def distance(projected: Tensor, features: Tensor, m1: float = 0.0, m2: float = 0.0) -> Tensor:
     return alignment_distance(projected, features, cosine_margin=m1, distance_margin=m2)
 

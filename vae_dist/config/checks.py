@@ -92,6 +92,17 @@ CONFLICTS = {
     "adversarial.weight!=0 objective.importance_samples!=1": _ONE_DRAW,
     "objective.scale_equivariance!=0 objective.importance_samples!=1": _ONE_DRAW,
     "objective.latent_noise!=0 objective.importance_samples!=1": _ONE_DRAW,
+    "objective.channel_masking!=0 objective.importance_samples!=1": _ONE_DRAW,
+    "objective.alignment!= objective.importance_samples!=1": _ONE_DRAW,
+    "objective.alignment!= model.latent=vector": "needs model.latent=spatial",
+    "objective.channel_masking!=0 model.latent=vector": "needs model.latent=spatial",
+    "objective.alignment!= model.arch=ladder": "needs model.arch=conv",
+    "objective.channel_masking!=0 model.arch=ladder": "needs model.arch=conv",
+    "objective.alignment!= data.channels!=1|3": "shows its model grey or RGB pictures, and "
+    "data.channels={data.channels}",
+    "objective.alignment!= data.mask!=none": _PICTURES,
+    "objective.alignment!= runtime.parallel=fsdp": "needs runtime.parallel=ddp",
+    "objective.alignment!= training.train_only=decoder": "aligns a latent that does not change",
     "perceptual.kind=auto|lpips|lpips_alex data.channels!=1|3": "compares grey or RGB pictures, "
     "and data.channels={data.channels}; use perceptual.kind=structure",
     "adversarial.weight!=0 model.arch=dense|ladder": "needs a convolutional model: model.arch=conv",

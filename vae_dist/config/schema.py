@@ -151,6 +151,9 @@ class LikelihoodConfig(Section):
     )
 
 
+ALIGNED = "alignment!="
+
+
 @dataclass
 class ObjectiveConfig(Section):
     beta: float = knob(1.0, "weight of the rate KL(q(z|x) || p(z)) in the loss; 1: the bound", ge=0)
@@ -180,6 +183,25 @@ class ObjectiveConfig(Section):
     )
     latent_noise: float = knob(
         0.0, "noise on z in training: standard deviation latent_noise * |N(0, 1)|", ge=0
+    )
+    channel_masking: float = knob(
+        0.0, "part of the images of which the decoder sees only the first channels of z", ge=0, le=1
+    )
+    alignment: str = knob(
+        "", "vision model (transformers) that z is aligned with: a folder, or OWNER/NAME on the hub"
+    )
+    alignment_weight: float = knob(
+        0.5,
+        "of the gradient of distortion and perceptual term, at the first step",
+        gt=0,
+        when=ALIGNED,
+    )
+    alignment_final_weight: float = knob(0.1, "at the last step", ge=0, when=ALIGNED)
+    alignment_margins: list[float] = knob(
+        [0.5, 0.25], "of cosines with features, of cosines between positions", ge=0, when=ALIGNED
+    )
+    alignment_width: Any = knob(
+        "auto", "values of a feature (auto: as the model says)", form="auto COUNT", when=ALIGNED
     )
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from vae_dist.config.schema import ModelConfig, TrainConfig
 from vae_dist.models.blocks import recompute_in_backward
@@ -58,11 +59,19 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
             sees_mask=sees_mask,
             shortcuts=model.dc_shortcuts or is_ladder,
         )
+    if config.objective.alignment:
+        vae.projection = build_projection(config)
     if not is_ladder:
         _set_spread(vae, model.initial_sigma)
     if model.gradient_checkpointing:
         recompute_in_backward(vae)
     return vae
+
+
+def build_projection(config: TrainConfig) -> nn.Conv2d:
+    """From z to the features of `objective.alignment`; `alignment_width` is resolved."""
+    with initialised(config.seed, "alignment"):
+        return nn.Conv2d(config.model.latent_channels, config.objective.alignment_width, 1)
 
 
 def stride_of(model: ModelConfig) -> int:

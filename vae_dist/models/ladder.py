@@ -306,9 +306,12 @@ class LadderVAE(VAE):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         latent_noise: Tensor | None = None,
+        channel_mask: Tensor | None = None,
         half_size: bool = False,
     ) -> VAEOutput:
-        assert latent_noise is None and not half_size, "the checks of a config refuse them"
+        assert latent_noise is None and channel_mask is None and not half_size, (
+            "the checks of a config refuse them"
+        )
         lead, draws = noise.shape[:-2], noise.shape[:-2].numel() // len(images)  # (B,) or (B, K)
         taps = self._taps(images, labels, mask, draws)
         params, found = self._down(noise.flatten(0, -2), images.shape, each(labels, draws), taps)

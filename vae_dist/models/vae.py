@@ -16,10 +16,11 @@ Noise (B, K, *latent_shape) asks for K draws of z per image: the encoder runs on
 the decoder for each draw. Noise is an argument, so that draws are functions of (seed, step, slot)
 and a compiled graph stays pure.
 
-`latent_noise` is added to z before it is decoded; `half_size` asks for log p(x'|z') of image and
-latent averaged over squares of 2x2 (Kouzelis et al. 2025, EQ-VAE), (B,), nats, as a second output.
-Both are for one draw of z. Sizes that the stride f does not divide are padded by replication on the
-right and bottom; the decoder's outputs are cropped before the likelihood sees them.
+`latent_noise` is added to z before it is decoded, and the sum multiplied by `channel_mask`;
+`half_size` asks for log p(x'|z') of image and latent averaged over squares of 2x2 (Kouzelis et al.
+2025, EQ-VAE), (B,), nats, as a second output. All are for one draw of z. Sizes that the stride f
+does not divide are padded by replication on the right and bottom; the decoder's outputs are cropped
+before the likelihood sees them.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class VAEOutput(NamedTuple):
     z: Tensor  # of the shape of the noise
     params: Tensor  # (B, [K,] likelihood.num_params(C), H, W) decoder outputs
     log_ratio: Tensor | None = None  # (B, [K]) log q - log p at z; None: follows from the moments
+    projected: Tensor | None = None  # (B, width, h, w) of z, for alignment with a vision model
 
 
 class VAE(nn.Module):
@@ -95,6 +97,7 @@ class VAE(nn.Module):
         # the last row is "no label"; drawn last, so that the other weights are those of a model
         # without labels
         self.label_embedding = nn.Embedding(num_classes + 1, LABEL_DIMS) if num_classes else None
+        self.projection: nn.Module | None = None  # of z to features, in training with alignment
 
     def forward(
         self,
@@ -103,13 +106,16 @@ class VAE(nn.Module):
         labels: Tensor | None = None,
         mask: Tensor | None = None,
         latent_noise: Tensor | None = None,
+        channel_mask: Tensor | None = None,
         half_size: bool = False,
     ) -> VAEOutput | tuple[VAEOutput, Tensor]:
         mean, log_variance = self.encode(images, labels, mask)
         size = images.shape[-2], images.shape[-1]
         z = sample_posterior(mean, log_variance, noise)  # (B, *latent) or (B, K, *latent)
         if noise.ndim == mean.ndim:
-            params = self.decode(z if latent_noise is None else z + latent_noise, size, labels)
+            seen = z if latent_noise is None else z + latent_noise
+            seen = seen if channel_mask is None else seen * channel_mask
+            params = self.decode(seen, size, labels)
             log_likelihood = self.likelihood.log_prob(params, images, mask)
         else:
             draws = z.shape[1]
@@ -119,7 +125,8 @@ class VAE(nn.Module):
             ).unflatten(0, (-1, draws))
             params = flat.unflatten(0, (-1, draws))
         kl = kl_to_standard_normal(mean, log_variance)
-        output = VAEOutput(log_likelihood, kl, mean, log_variance, z, params)
+        projected = None if self.projection is None else in_float32(self.projection, z)
+        output = VAEOutput(log_likelihood, kl, mean, log_variance, z, params, projected=projected)
         return (output, self._at_half_size(images, z, labels)) if half_size else output
 
     def _at_half_size(self, images: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:

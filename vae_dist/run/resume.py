@@ -17,6 +17,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import changed_numbers, set_value, shown, value_of
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
+from vae_dist.models.build import build_projection
 from vae_dist.models.diffusers import (
     KINDS_OF_MEANS,
     Published,
@@ -119,6 +120,8 @@ def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
     if (published := read_published(source)) is not None:
         return _published_weights(config, published, model)
     weights = load_weights(source)
+    weights = {k: v for k, v in weights.items() if not k.startswith("projection.")}
+    weights |= fresh_projection(config)
     if lines := _misfits(weights, model):
         raise ConfigError(
             [
@@ -132,6 +135,13 @@ def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
     return weights
 
 
+def fresh_projection(config: TrainConfig) -> Tensors:
+    """That of the alignment begins anew: the vision model may be another one."""
+    if not config.objective.alignment:
+        return {}
+    return {f"projection.{k}": v for k, v in build_projection(config).state_dict().items()}
+
+
 def _published_weights(config: TrainConfig, published: Published, model: nn.Module) -> Tensors:
     """Those of a diffusers folder. What it lacks begins as in a model without `init_from`."""
     blame, kind = f"init_from={config.init_from}", config.likelihood.kind
@@ -142,6 +152,7 @@ def _published_weights(config: TrainConfig, published: Published, model: nn.Modu
         )
     likelihood = build_likelihood(config.likelihood, config.data)
     fresh = {f"likelihood.{name}": value for name, value in likelihood.state_dict().items()}
+    fresh |= fresh_projection(config)
     for name, value in model.state_dict().items():
         if name.startswith("decoder.conv_out."):
             fresh[name] = torch.zeros(value.shape)  # a learned raw log-variance begins at 0

@@ -18,6 +18,7 @@ from vae_dist.data.index import ShardIndex
 from vae_dist.data.order import quotas
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.distributed import Runtime, computes_bf16
+from vae_dist.files import printable
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.vae import VAE
@@ -218,6 +219,10 @@ def _added_terms(config: TrainConfig) -> Iterator[str]:
         parts.append(f"half size x {config.objective.scale_equivariance:g}")
     if config.objective.latent_noise:
         parts.append(f"latent noise {config.objective.latent_noise:g}")
+    if config.objective.channel_masking:
+        parts.append(f"channels masked in {config.objective.channel_masking:.0%} of the images")
+    if config.objective.alignment:
+        parts.append(f"alignment with {printable(config.objective.alignment)}")
     if parts:
         yield f"beside the bound: {', '.join(parts)}"
     if config.training.train_only == "decoder":

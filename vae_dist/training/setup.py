@@ -27,6 +27,7 @@ from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.models.build import build_vae
 from vae_dist.models.networks import lpips_available
+from vae_dist.objectives.alignment import feature_width
 from vae_dist.objectives.perceptual import folder_of
 from vae_dist.run.checkpoint import Checkpoint, Tensors
 from vae_dist.run.folder import RunFolder, RunLock
@@ -118,11 +119,15 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
         strict=True,
     )
     problem = next(filter(None, problems), None)
+    vision, width = config.objective.alignment, config.objective.alignment_width
+    if vision and width == "auto":
+        width = runtime.on_main(lambda: feature_width(vision))
     return Facts(
         on_gpu,
         has_bf16=all(bf16),
         has_lpips=all(lpips),
         compiler_problem=problem,
+        alignment_width=width if vision else 0,
         world=runtime.world,
     )
 

@@ -30,6 +30,7 @@ from vae_dist.objectives.perceptual import build_perceptual, fetch_weights
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.training.adversarial import Adversary, Sums
+from vae_dist.training.alignment import Alignment
 from vae_dist.training.compile import use_tensor_float_32
 from vae_dist.training.guards import SpikeGuard
 from vae_dist.training.losses import ReconstructionLosses
@@ -110,6 +111,9 @@ class TrainingStep:
         self.losses: ReconstructionLosses | None = None  # the bound alone
         if perceptual is not None or has_adversary:
             self.losses = ReconstructionLosses(self.vae, perceptual, self.adversary)
+        self.alignment: Alignment | None = None
+        if config.objective.alignment:
+            self.alignment = runtime.on_all_ranks(lambda: Alignment(config, runtime, self.vae))
         # images of one forward, 0: all of a rank; `auto` is found by vae_dist.training.memory
         asked = config.training.microbatch_size
         self.microbatch_size = 0 if asked == "auto" else int(asked)
@@ -142,6 +146,9 @@ class TrainingStep:
         update(self.optimizer, lr, skip=skip)
         if learning is not None:
             learning.update(lr / optimizer.lr, skip=skip)
+        if self.alignment is not None:
+            shared["optim/alignment_weight"] = self.alignment.weight  # of this step
+            self.alignment.update(skip=skip)
         self.ema.update(step, skip=skip)
         self.loss_scale.update(found_inf)
         beta = beta_at(self.config.objective, step)
@@ -151,6 +158,8 @@ class TrainingStep:
         self._sums = Sums()
         if self.losses is not None:
             self.losses.start_step(step, self._sums)
+        if self.alignment is not None:
+            self.alignment.start_step(step, self._sums)
 
     def _scale(self) -> Tensor:
         """Of a sum over this rank's images: DDP and FSDP average gradients over the ranks."""
@@ -171,7 +180,13 @@ class TrainingStep:
             if self.losses is not None:
                 surrogate, added = self.losses(output, images, stored, self.loss_scale.scale)
                 loss, value = loss + surrogate, value + added
+            if self.alignment is not None:
+                clean = self.vae.likelihood.without_noise(stored, images).detach()
+                surrogate, added = self.alignment(output, clean)
+                loss, value = loss + surrogate, value + added
             (loss * self._scale()).backward()
+        if self.alignment is not None:
+            self.alignment.record_main(more["latent_noise"], self._scale())
         self._sums.add("train/loss", value)
         self._sums.add("train/distortion_nats", terms.distortion_sum)
         self._sums.add("train/rate_nats", terms.rate_sum)
@@ -232,8 +247,21 @@ class TrainingStep:
         if config.objective.latent_noise:
             jitter = self._drawn("latent-noise", group, step, shape, _scaled_normal)
             more["latent_noise"] = self._sent(jitter * config.objective.latent_noise)
+        if config.objective.channel_masking:
+            draws = self._drawn("channel-masking", group, step, (len(stored), 2), UNIFORM)
+            more["channel_mask"] = self._sent(self._channel_mask(draws, latent[0]))
+        if self.alignment is not None:  # its gradient is that of the decoder's loss at z
+            more["latent_noise"] = Alignment.probe(more.get("latent_noise"), shape, self.device)
         images = likelihood.prepare(stored.contiguous(), uniform)
         return (images, self._sent(noise), labels, mask), more
+
+    def _channel_mask(self, draws: Tensor, num_channels: int) -> Tensor:
+        """draws (b, 2) in [0, 1) -> (b, C, 1, 1): 1 for the first c channels, c uniform from 1 to
+        C, in images whose first draw is below channel_masking (Chen et al. 2025, DC-AE 1.5)."""
+        count = (draws[:, 1] * num_channels).long() + 1
+        count = count.where(draws[:, 0] < self.config.objective.channel_masking, num_channels)
+        mask = torch.arange(num_channels) < count.unsqueeze(1)
+        return mask.float()[:, :, None, None]
 
     def _drawn(
         self,
@@ -276,6 +304,8 @@ class TrainingStep:
         own = {"loss_scale": float(scale.scale), "good_steps": float(scale.good_steps)}
         if self.adversary is not None:
             own["adversarial_weight"] = float(self.adversary.weight)
+        if self.alignment is not None:
+            own["alignment_ratio"] = float(self.alignment.ratio)
         return self.spikes.state() | own
 
     def load(self, tensors: dict[str, dict[str, Tensor]], scalars: dict[str, Any]) -> None:
@@ -288,6 +318,8 @@ class TrainingStep:
         self.loss_scale.good_steps.fill_(scalars["good_steps"])
         if self.adversary is not None:
             self.adversary.load(tensors, scalars.get("adversarial_weight", 0.0))
+        if self.alignment is not None:
+            self.alignment.ratio.fill_(scalars.get("alignment_ratio", 0.0))
 
     def weights_of_every_rank(self) -> dict[str, Tensor]:
         """What all ranks hold alike, bit for bit, where it is not sharded."""
