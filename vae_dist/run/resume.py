@@ -47,7 +47,8 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     previous, config = folder.config(), copy.deepcopy(config)
     if config.training.batch_size % previous.data.slots == 0:  # else its batch is another one
         config.data.slots = config.data.slots or previous.data.slots
-    for name in ("data.window", "training.precision", "perceptual.kind"):
+    width = "objective.alignment_width"
+    for name in ("data.window", "training.precision", "perceptual.kind", width):
         # a term that the run never had is not taken away silently
         if value_of(config, name) == "auto" and value_of(previous, name) != "none":
             set_value(config, name, value_of(previous, name))
