@@ -12,10 +12,10 @@ learned vector at every position of the top level and goes down; at each group (
     KL = log(sigma_p / sigma_q) + (sigma_q^2 + (q_mean - p_mean)^2) / (2 sigma_p^2) - 1/2
 
 sigma(s) is a softplus that is 1 at 0 and grows linearly (Hazami et al. 2022), so that gradients do
-not explode. From level to level a square of `factor` positions becomes one, by a
-convolution of that stride, and one becomes a square; all else is a convolution, so any size works
-that the stride divides. With `aggregate` the likelihood sees a sum of what each group projects, and
-no group can be passed by. Moments, KL and last layers are float32 outside autocast.
+not explode. From level to level a square of `factor` positions becomes one, by a convolution of
+that stride, and one becomes a square; all else is a convolution, so any size works that the stride
+divides. With `aggregate` the likelihood sees a sum of what each group projects, and no group can be
+passed by. Moments, KL and last layers are float32 outside autocast.
 
 All groups lie flat in one latent (B, 1, D), from the top level to the finest.
 
@@ -309,9 +309,7 @@ class LadderVAE(VAE):
         channel_mask: Tensor | None = None,
         half_size: bool = False,
     ) -> VAEOutput:
-        assert latent_noise is None and channel_mask is None and not half_size, (
-            "the checks of a config refuse them"
-        )
+        assert latent_noise is None and channel_mask is None and not half_size  # refused by checks
         lead, draws = noise.shape[:-2], noise.shape[:-2].numel() // len(images)  # (B,) or (B, K)
         taps = self._taps(images, labels, mask, draws)
         params, found = self._down(noise.flatten(0, -2), images.shape, each(labels, draws), taps)

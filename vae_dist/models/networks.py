@@ -38,9 +38,6 @@ from vae_dist.config.errors import ConfigError
 TIMEOUT_S = 30.0
 
 
-# weight files
-
-
 @dataclass(frozen=True)
 class PretrainedFile:
     """`url` ends in the file's name; `sha256` is its whole digest."""
@@ -88,8 +85,16 @@ def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
     says what to fetch from where, and where to put it."""
     folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     if (found := find(file, folder)) is not None:
-        _check_digest(file, found)
-        return found
+        if found.suffix == ".safetensors":  # made from the file: it has a digest of its own
+            return found
+        with open(found, "rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest == file.sha256:
+            return found
+        raise ConfigError(
+            f"{found}: its SHA-256 is {digest}, that of {file.network} {file.sha256}: damaged or "
+            f"another file; remove it and fetch {file.url}"
+        )
     path = folder / file.name
     before = socket.getdefaulttimeout()
     try:
@@ -107,18 +112,6 @@ def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
     finally:
         socket.setdefaulttimeout(before)
     return path
-
-
-def _check_digest(file: PretrainedFile, path: Path) -> None:
-    if path.suffix == ".safetensors":  # made from the file: it has a digest of its own
-        return
-    with open(path, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if digest != file.sha256:
-        raise ConfigError(
-            f"{path}: its SHA-256 is {digest}, that of {file.network} "
-            f"{file.sha256}: damaged or another file; remove it and fetch {file.url}"
-        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
