@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.training import rows, train, weights
+import vae_dist
+from tests.support.training import arguments, rows, train, weights
 from vae_dist.config.load import from_yaml
+from vae_dist.models.build import build_vae
+from vae_dist.run.checkpoint import load_checkpoint
+from vae_dist.run.resume import initial_weights
 
 OPTIONS = (
     "training.steps=4",
@@ -101,3 +105,29 @@ def test_a_discriminator_that_joins_a_run_learns_before_it_is_heard(
     assert train(run, digits, *options, "training.steps=8", "adversarial.start_step=4") == [0]
     assert "train/discriminator_loss" in rows(run)[5]
     assert rows(run)[6]["optim/adversarial_weight"] == 0 < rows(run)[8]["optim/adversarial_weight"]
+
+
+def test_a_second_stage_begins_with_the_discriminator_of_the_first(
+    tmp_path: Path, digits: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adversarial = (
+        "adversarial.weight=0.5",
+        "adversarial.warmup_steps=1",
+        "adversarial.channels=8",
+        "adversarial.layers=2",
+    )
+    first = tmp_path / "first"
+    assert train(first, digits, *OPTIONS, *adversarial) == [0]
+    assert train(tmp_path / "second", digits, *OPTIONS, *adversarial, f"init_from={first}") == [0]
+    assert f"discriminator: that of {first}" in capfd.readouterr().out
+    keys = [*arguments(first, digits, *OPTIONS, *adversarial), f"init_from={first}"]
+    config = vae_dist.config(*keys)
+    found = initial_weights(config, build_vae(config, (28, 28)))
+    stored = load_checkpoint(first / "checkpoints", "latest").tensors["discriminator"]
+    assert stored
+    assert all(torch.equal(found[f"discriminator/{name}"], v) for name, v in stored.items())
+    without = [*arguments(first, digits, *OPTIONS), f"init_from={first}"]
+    for others in ([*keys, "adversarial.channels=16"], without):  # of another shape, or none
+        config = vae_dist.config(*others)
+        found = initial_weights(config, build_vae(config, (28, 28)))
+        assert not any(name.startswith("discriminator/") for name in found)

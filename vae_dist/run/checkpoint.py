@@ -33,6 +33,7 @@ from vae_dist.files import printable, read_bounded, read_json, sync_folder, writ
 
 Tensors = dict[str, torch.Tensor]
 
+DISCRIMINATOR = "discriminator/"  # what names of its tensors begin with, among others
 MAX_MANIFEST_BYTES = 16 * 2**20
 WRITER_NICE = 10  # the writing thread takes a tenth of a core where training wants all of them
 PATIENCE_S = 120.0  # that training waits for the write before
@@ -338,7 +339,7 @@ def load_checkpoint(folder: Path, which: str) -> Checkpoint:
 
 def load_weights(source: Path) -> Tensors:
     """Weights of a run folder (averaged, newest), a checkpoint folder (averaged), a file, or a
-    folder that `export` wrote.
+    folder that `export` wrote; of a checkpoint with a discriminator also its, as DISCRIMINATOR.
 
     Raises ConfigError, blaming `init_from`.
     """
@@ -350,7 +351,9 @@ def load_weights(source: Path) -> Tensors:
         if source.suffix == ".safetensors":
             return safetensors.torch.load_file(source)
         if folder.is_dir():
-            return load_checkpoint(folder, which or "latest").tensors["ema"]
+            tensors = load_checkpoint(folder, which or "latest").tensors
+            others = tensors.get("discriminator", {})
+            return tensors["ema"] | {DISCRIMINATOR + name: v for name, v in others.items()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(f"init_from={source}: cannot be read ({error})") from None
     except ConfigError as error:

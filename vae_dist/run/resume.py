@@ -26,8 +26,9 @@ from vae_dist.models.diffusers import (
     local_source,
     read_published,
 )
+from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.run.checkpoint import Checkpoint, Tensors, load_weights
+from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, Tensors, load_weights
 from vae_dist.run.folder import RunFolder
 
 SHOWN = 12  # tensors that do not fit: a published model has hundreds
@@ -115,12 +116,14 @@ def check_identity(
 
 
 def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
-    """The weights of `init_from`, for this model (of any device, meta as well). Raises ConfigError
-    with all that do not fit."""
+    """The weights of `init_from`, for this model (of any device, meta as well), and where both runs
+    have an adversarial term of the same shape, those of the discriminator, as DISCRIMINATOR. Raises
+    ConfigError with all that do not fit."""
     source = local_source(config.init_from)
     if (published := read_published(source)) is not None:
         return _published_weights(config, published, model)
     weights = load_weights(source)
+    others = {k: weights.pop(k) for k in [*weights] if k.startswith(DISCRIMINATOR)}
     weights = {k: v for k, v in weights.items() if not k.startswith("projection.")}
     weights |= fresh_projection(config)
     if lines := _misfits(weights, model):
@@ -133,7 +136,17 @@ def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
                 "or leave init_from out",
             ]
         )
-    return weights
+    return weights | (others if _fits_discriminator(others, config) else {})
+
+
+def _fits_discriminator(tensors: Tensors, config: TrainConfig) -> bool:
+    if not tensors or not config.adversarial.weight:
+        return False
+    channels = config.data.channels
+    with torch.device("meta"):
+        network = build_discriminator(config.adversarial, image_channels=channels, seed=0)
+    shapes = {DISCRIMINATOR + name: v.shape for name, v in network.state_dict().items()}
+    return shapes == {name: v.shape for name, v in tensors.items()}
 
 
 def fresh_projection(config: TrainConfig) -> Tensors:

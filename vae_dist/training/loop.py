@@ -17,7 +17,7 @@ from torch import Tensor
 from vae_dist.data.loader import Batch
 from vae_dist.distributed import load_full
 from vae_dist.models.vae import VAE
-from vae_dist.run.checkpoint import Checkpoint, CheckpointWriter
+from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, CheckpointWriter
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
@@ -348,6 +348,11 @@ class Trainer:
             self._best = (scalars["best_neg_elbo_nats"], scalars["best_step"])
 
     def initialize(self, weights: dict[str, Tensor]) -> None:
-        """Begin with these weights, of the model's names and shapes."""
-        load_full(self.training_step.vae, weights)
-        self.training_step.ema.load(weights)
+        """Begin with these weights, of the model's names and shapes, and with those of the
+        discriminator where there are some."""
+        own = {k: v for k, v in weights.items() if not k.startswith(DISCRIMINATOR)}
+        load_full(self.training_step.vae, own)
+        self.training_step.ema.load(own)
+        others = {k.removeprefix(DISCRIMINATOR): v for k, v in weights.items() if k not in own}
+        if others and self.training_step.adversary is not None:
+            load_full(self.training_step.adversary.network, others)

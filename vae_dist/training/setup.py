@@ -25,11 +25,12 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data.sources import is_remote
 from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
+from vae_dist.files import printable
 from vae_dist.models.build import build_vae
 from vae_dist.models.networks import lpips_available
 from vae_dist.objectives.alignment import feature_width
 from vae_dist.objectives.perceptual import folder_of
-from vae_dist.run.checkpoint import Checkpoint, Tensors
+from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, Tensors
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import (
     as_in_run_folder,
@@ -275,6 +276,8 @@ class Session:
         runtime.on_main(lambda: self.folder.write_config(config))
         size, vae = trainer.training_step.microbatch_size, trainer.training_step.vae
         lines = plan(config, data, runtime, vae, first_step=start_step, microbatch_size=size)
+        if weights and any(name.startswith(DISCRIMINATOR) for name in weights):
+            lines.append(f"discriminator: that of {printable(config.init_from)}")
         lines += [*runtime.hosts(), f"output {self.folder.path}"]
         for line in lines if runtime.is_main else ():
             trainer.say(line)
