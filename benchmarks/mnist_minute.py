@@ -47,7 +47,7 @@ class Clock:
         self.num_parameters = sum(p.numel() for p in trainer.training_step.vae.parameters())
         began = time.perf_counter()
 
-        def at_the_end(model: object, stop_requested: object) -> dict[str, float]:
+        def at_the_end(*_: object) -> dict[str, float]:
             self.took_s = time.perf_counter() - began
             return {}
 
