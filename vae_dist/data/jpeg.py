@@ -97,7 +97,7 @@ def read_jpeg(
             return out
         scale = 1
         if at_least is not None:
-            scale = _scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
+            scale = dct_scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
         least = (height // scale, width // scale) if scale > 1 else (0, 0)
         pixels = simplejpeg.decode_jpeg(data, space, min_height=least[0], min_width=least[1])
     except Exception as error:
@@ -107,7 +107,7 @@ def read_jpeg(
     return None if stored == 4 else upright(pixels, turn).transpose(2, 0, 1)
 
 
-def _scale(height: int, width: int, needed: tuple[int, int]) -> int:
+def dct_scale(height: int, width: int, needed: tuple[int, int]) -> int:
     """The largest of 1, 2, 4, 8 that divides both sides and leaves twice the needed pixels."""
     for scale in (8, 4, 2):
         is_whole = height % scale == width % scale == 0

@@ -27,11 +27,21 @@ from vae_dist.data.decode import (
     open_by_pillow,
     other_profile,
 )
+from vae_dist.data.jpeg import dct_scale, orientation
 from vae_dist.data.tar import DamagedSampleError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")  # of Pillow
 SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # of what a shard holds
 LOSSY = ("JPEG", "WEBP")
+TURNS = {  # by orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 Box = tuple[float, float, float, float]  # left, upper, right, lower, as Pillow has them
 
 
@@ -100,10 +110,12 @@ def _prepared(
     target = target or ("JPEG" if image_format in LOSSY else "PNG")
     try:
         if command.size and image_format == "JPEG" and not exact:
-            size = command.size
-            shorter = size if isinstance(size, int) else max(size)
-            image.draft(None, (2 * shorter, 2 * shorter))
-        image = _converted(ImageOps.exif_transpose(image), background, profile, target)
+            longest = command.size if isinstance(command.size, int) else max(command.size)
+            scale = dct_scale(image.height, image.width, (longest, longest))
+            image.draft(None, (image.width // scale, image.height // scale))
+        if (turn := TURNS.get(orientation(image.info))) is not None:
+            image = image.transpose(turn)
+        image = _converted(image, background, profile, target)
         image = _resized(image, command.size)
         file = io.BytesIO()
         options: dict[str, Any] = {"quality": command.quality} if target in LOSSY else {}
