@@ -234,3 +234,11 @@ def test_a_shipped_config_is_sound_and_short(path: Path) -> None:
     assert load_train_config([f"config={path}"]).run == f"runs/{path.stem}"
     lines = path.read_text().splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
+
+
+def test_a_message_repeats_what_was_typed() -> None:
+    keys = ["data.resolution=28.0", "model.blocks=2.0", "training.steps=1e2"]
+    with pytest.raises(ConfigError) as caught:
+        load_train_config(["config=plain", *keys])
+    for problem, key in zip(caught.value.problems, keys, strict=True):
+        assert problem.startswith(f"{key} ")

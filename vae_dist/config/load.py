@@ -268,7 +268,7 @@ def _set(tree: Any, key: Key, text: Any) -> str:
         return _wrong_type(key, text)
     if sentence := problem_of(key, value):
         OmegaConf.update(tree, key.name, key.default, merge=False)  # a good one, for other checks
-        return f"{key.name}={shown(value)} {sentence}"
+        return f"{key.name}={shown(text)} {sentence}"
     return ""
 
 
