@@ -20,7 +20,7 @@ from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
 MAX_NPY_HEADER = 10_000  # bytes
 MAX_PAGES = 1000  # of a TIFF
-VALUES_PER_PIXEL = 4  # times max_pixels, where nobody says how many channels there are
+VALUES_PER_PIXEL = 4  # times max_pixels, where no setting says how many channels there are
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
 TIFF_JPEG = 7  # Compression
 

@@ -145,8 +145,8 @@ class SampleReader:
             size = nearest(settings.buckets, aspect(self._stored_size(sample)))
         size = size or settings.size
         at_least = size if settings.resize else None
-        room = None if settings.has_mask else out
-        decode = prepare_sample(sample, settings, at_least=at_least, out=room)
+        buffer = None if settings.has_mask else out
+        decode = prepare_sample(sample, settings, at_least=at_least, out=buffer)
         return Prepared(decode, size, self.label(sample, shard, index), out)
 
     def load(

@@ -229,7 +229,7 @@ def run(
     def work(shards: Sequence[str]) -> None:
         try:
             for shard in shards:
-                if os.getppid() == parent:  # else it was killed, and nobody waits for this one
+                if os.getppid() == parent:  # else it was killed, and none waits for this one
                     write(shard, count)
         except (ConfigError, FinishedElsewhere) as error:
             errors.put(error)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.models.vae import VAE, VAEOutput
+from vae_dist.objectives.adversarial import adaptive_weight
 from vae_dist.objectives.alignment import alignment_distance, load_features, weight_at
 from vae_dist.training.adversarial import Sums
 
@@ -79,6 +80,5 @@ class Alignment:
     def update(self, *, skip: Tensor) -> None:
         """The next step's weight; `skip` = 1 leaves it."""
         main, term = self.runtime.sum_over_ranks(self._squares).sqrt()
-        ratio = main / (term + torch.finfo(torch.float32).tiny)
-        ratio = torch.where(ratio > MAX_RATIO, MAX_RATIO, ratio)
+        ratio = adaptive_weight(main, term, largest=MAX_RATIO)
         self.ratio = torch.where(torch.isfinite(ratio) & (skip == 0), ratio, self.ratio)
