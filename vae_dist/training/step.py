@@ -177,11 +177,12 @@ class TrainingStep:
             beta = beta_at(objective, step)
             terms = loss_terms(output, objective, beta=beta, half_size=half_size)
             loss, value = terms.loss_sum, terms.loss_sum
+            if self.losses is not None or self.alignment is not None:
+                clean = self.vae.likelihood.without_noise(stored, images).detach()
             if self.losses is not None:
-                surrogate, added = self.losses(output, images, stored, self.loss_scale.scale)
+                surrogate, added = self.losses(output, images, clean, self.loss_scale.scale)
                 loss, value = loss + surrogate, value + added
             if self.alignment is not None:
-                clean = self.vae.likelihood.without_noise(stored, images).detach()
                 surrogate, added = self.alignment(output, clean)
                 loss, value = loss + surrogate, value + added
             (loss * self._scale()).backward()
