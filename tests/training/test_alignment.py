@@ -44,12 +44,14 @@ def test_the_latent_comes_nearer_to_the_features(straight: Path) -> None:
     assert weights[0] == 0 and all(weight > 0 for weight in weights[1:])
 
 
-@pytest.mark.parametrize(("world", "microbatch"), [(1, 4), (2, 0)])
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [(1, "training.microbatch_size=4"), (2, "seed=0"), (2, "runtime.parallel=fsdp")],
+)
 def test_ranks_and_microbatches_change_nothing(
-    world: int, microbatch: int, keys: list[str], straight: Path, tmp_path: Path, digits: Path
+    world: int, more: str, keys: list[str], straight: Path, tmp_path: Path, digits: Path
 ) -> None:
     run = tmp_path / "run"
-    more = f"training.microbatch_size={microbatch}"
     assert train(run, digits, *keys, more, world=world) == [0] * world
     torch.testing.assert_close(losses(run), losses(straight), rtol=1e-4, atol=0)
     for name in ("train/alignment", "optim/alignment_weight"):

@@ -101,7 +101,6 @@ CONFLICTS = {
     "objective.alignment!= data.channels!=1|3": "shows its model grey or RGB pictures, and "
     "data.channels={data.channels}",
     "objective.alignment!= data.mask!=none": _PICTURES,
-    "objective.alignment!= runtime.parallel=fsdp": "needs runtime.parallel=ddp",
     "objective.alignment!= training.train_only=decoder": "aligns a latent that does not change",
     "perceptual.kind=auto|lpips|lpips_alex data.channels!=1|3": "compares grey or RGB pictures, "
     "and data.channels={data.channels}; use perceptual.kind=structure",

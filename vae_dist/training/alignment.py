@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.distributed import Runtime
+from vae_dist.distributed import Runtime, full_value
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives.adversarial import adaptive_weight
 from vae_dist.objectives.alignment import alignment_distance, load_features, weight_at
@@ -66,7 +66,7 @@ class Alignment:
             )
         term = distance.sum() * images[0].numel()
         (gradient,) = torch.autograd.grad(term, leaf)
-        at_z = F.conv_transpose2d(gradient, self._projection.weight.detach())
+        at_z = F.conv_transpose2d(gradient, full_value(self._projection.weight.detach()))
         self._squares[1] += at_z.square().sum()
         self._sums.add("train/alignment", distance.sum())
         weight = self.weight
