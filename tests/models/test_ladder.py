@@ -21,26 +21,27 @@ from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.objectives.elbo import importance_terms
 from vae_dist.randomness import torch_generator
 
-SMALL = {"arch": "ladder", "channels": [8, 12], "groups": [2, 1], "factors": 2, "patch": 2}
+SIZE = (20, 28)
+SMALL: dict[str, Any] = {
+    **{"arch": "ladder", "channels": [8, 12], "groups": [2, 1], "factors": 2, "patch": 2},
+    **{"blocks": 1, "norm_groups": 4, "latent_channels": 3},
+}
 
 
-def ladder(size: tuple[int, int] = (20, 28), *, mask: str = "none", **model: Any) -> LadderVAE:
-    """Of random weights, away from where training starts."""
-    options: dict[str, Any] = {"blocks": 1, "norm_groups": 4, "latent_channels": 3}
-    data = DataConfig(channels=3)
-    data.mask = mask  # type: ignore[assignment]
-    found = build_vae(
-        TrainConfig(
-            config="test",
-            data=data,
-            model=ModelConfig(**{**SMALL, **options, **model}),
-            likelihood=LikelihoodConfig(),
-        ),
-        size,
-    )
+def fresh(size: tuple[int, int], mask: str = "none", **model: Any) -> LadderVAE:
+    config = TrainConfig(config="test", data=DataConfig(channels=3))
+    config.data.mask = mask  # type: ignore[assignment]
+    config.model = ModelConfig(**{**SMALL, **model})
+    found = build_vae(config, size)
     assert isinstance(found, LadderVAE)
-    away_from_zero(found)
     return found.eval()
+
+
+def ladder(size: tuple[int, int] = SIZE, **model: Any) -> LadderVAE:
+    """Of random weights, away from where training starts."""
+    found = fresh(size, **model)
+    away_from_zero(found)
+    return found
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -49,10 +50,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def test_one_group_of_a_fresh_ladder_is_the_flat_vae() -> None:
     """Its prior is N(0, I) before training: rate, draws and log ratios are the flat ones."""
-    config = TrainConfig(config="test", data=DataConfig(channels=3))
-    one = {"channels": [8], "groups": [1], "blocks": 1, "norm_groups": 4}
-    config.model = ModelConfig(**{**SMALL, **one})
-    model = build_vae(config, (8, 12))
+    model = fresh((8, 12), channels=[8], groups=[1])
     images, e = inputs(model, 3, 3, (8, 12))
     output = model(images, e)
     flat = output.mean, output.log_variance
@@ -61,13 +59,8 @@ def test_one_group_of_a_fresh_ladder_is_the_flat_vae() -> None:
     ratio = log_ratio_to_prior(output.z.unsqueeze(1), *flat)[:, 0]
     torch.testing.assert_close(output.log_ratio, ratio, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(model.from_prior(e, (8, 12)), e)
-    for name, parameter in model.named_parameters():  # all of them are used
-        (gradient,) = torch.autograd.grad(
-            model(images, e).kl.sum() - model(images, e).log_likelihood.sum(),
-            parameter,
-            allow_unused=True,
-        )
-        assert gradient is not None, name
+    (output.kl.sum() - output.log_likelihood.sum()).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_sigma_is_positive_and_1_at_0() -> None:
@@ -80,8 +73,8 @@ def test_sigma_is_positive_and_1_at_0() -> None:
 
 def test_the_rate_is_the_mean_of_log_ratios() -> None:
     model = ladder()
-    images, _ = inputs(model, 1, 3, (20, 28))
-    output = model(images, noise(1, 1000, *model.latent_shape(20, 28)))
+    images, _ = inputs(model, 1, 3, SIZE)
+    output = model(images, noise(1, 1000, *model.latent_shape(*SIZE)))
     ratios = output.log_ratio[0].double()
     error = ratios.std().item() / math.sqrt(len(ratios))
     assert output.kl.sum().item() == pytest.approx(ratios.mean().item(), abs=4 * error)
@@ -89,66 +82,68 @@ def test_the_rate_is_the_mean_of_log_ratios() -> None:
 
 
 @pytest.mark.parametrize("aggregate", [False, True])
-@pytest.mark.parametrize("size", [(20, 28), (33, 47)])
+@pytest.mark.parametrize("size", [SIZE, (33, 47)])
 def test_any_size(size: tuple[int, int], aggregate: bool) -> None:
     model = ladder(aggregate=aggregate)
     images, e = inputs(model, 2, 3, size)
-    output = model(images, e)
+    output, shape = model(images, e), model.latent_shape(*size)
     assert output.params.shape == (2, model.likelihood.num_params(3), *size)
-    assert output.kl.shape == (2, 3) and output.z.shape == e.shape == (
-        2,
-        *model.latent_shape(*size),
-    )
+    assert output.kl.shape == (2, 3) and output.z.shape == (2, *shape)
     # what was drawn is decoded to the same
     torch.testing.assert_close(model.decode(output.z, size), output.params)
-    # several draws are those of several forwards
-    several = model(images, noise(2, 3, *model.latent_shape(*size)))
-    one = model(images, noise(2, 3, *model.latent_shape(*size))[:, 1])
+    draws = noise(2, 3, *shape)
+    several, one = model(images, draws), model(images, draws[:, 1])
     for field in ("log_likelihood", "log_ratio", "z", "params"):
         torch.testing.assert_close(getattr(several, field)[:, 1], getattr(one, field))
-    means, _ = model.encode(images)
-    torch.testing.assert_close(model(images, torch.zeros_like(e)).z, means)
+    torch.testing.assert_close(model(images, torch.zeros_like(e)).z, model.encode(images)[0])
 
 
 def test_temperature_0_is_one_picture_and_each_level_has_its_own() -> None:
-    model, size = ladder(), (20, 28)
-    shape = model.latent_shape(*size)
-    cold = [model.from_prior(noise(2, *shape, seed=seed), size, temperature=0) for seed in (0, 1)]
-    torch.testing.assert_close(*cold)
-    top = model._sizes(size)[0]
-    first, other = (
-        model.from_prior(noise(2, *shape, seed=seed), size, temperature=[0, 1.0]) for seed in (0, 1)
-    )
+    model = ladder()
+    shape, top = model.latent_shape(*SIZE), model._sizes(SIZE)[0]
+
+    def drawn(seed: int, temperature: Any) -> Tensor:
+        return model.from_prior(noise(2, *shape, seed=seed), SIZE, temperature=temperature)
+
+    torch.testing.assert_close(drawn(0, 0), drawn(1, 0))
+    first, other = drawn(0, [0, 1.0]), drawn(1, [0, 1.0])
     assert torch.equal(first[..., :top], other[..., :top])
     assert not torch.isclose(first[..., top:], other[..., top:]).any(-1).all()
     # the top level alone: the rest at the means of their priors
-    z = model.from_prior(noise(2, *shape), size, temperature=[1.0, 0])
-    e = z + torch.cat([torch.zeros(2, 1, top), torch.ones(2, 1, shape[1] - top)], 2)
-    torch.testing.assert_close(model.decode(e, size, levels=1), model.decode(z, size))
+    z = drawn(0, [1.0, 0])
+    changed = z + torch.cat([torch.zeros(2, 1, top), torch.ones(2, 1, shape[1] - top)], 2)
+    torch.testing.assert_close(model.decode(changed, SIZE, levels=1), model.decode(z, SIZE))
 
 
 def test_with_aggregate_each_group_reaches_the_likelihood() -> None:
-    model, size = ladder(aggregate=True), (20, 28)
-    z = noise(1, *model.latent_shape(*size)).requires_grad_()
-    (gradient,) = torch.autograd.grad(model.decode(z, size).square().sum(), z)
-    assert all(part.abs().sum() > 0 for part in gradient.split(model._sizes(size), 2))
+    model = ladder(aggregate=True)
+    z = noise(1, *model.latent_shape(*SIZE)).requires_grad_()
+    (gradient,) = torch.autograd.grad(model.decode(z, SIZE).square().sum(), z)
+    assert all(part.abs().sum() > 0 for part in gradient.split(model._sizes(SIZE), 2))
 
 
 def test_labels_and_masks_reach_all_that_depends_on_them() -> None:
-    model, size = ladder(num_classes=3, mask="half"), (20, 28)
-    images, e = inputs(model, 2, 3, size)
-    mask = torch.ones(2, 1, *size, dtype=torch.uint8)
+    model = ladder(num_classes=3, mask="half")
+    images, e = inputs(model, 2, 3, SIZE)
+    mask = torch.ones(2, 1, *SIZE, dtype=torch.uint8)
     mask[:, :, :10] = 0
-    labels = torch.tensor([0, -1])
-    output = model(images, e, labels, mask)
+    output, other = (model(images, e, torch.tensor([y, -1]), mask) for y in (0, 1))
     broken = torch.where(mask > 0, images, float("nan"))
-    assert torch.equal(model(broken, e, labels, mask).params, output.params)
-    other = model(images, e, torch.tensor([1, -1]), mask)
-    assert not torch.allclose(other.mean[0], output.mean[0])
-    torch.testing.assert_close(other.mean[1], output.mean[1])
-    drawn = [model.from_prior(e, size, torch.tensor(y)) for y in ([0, 1], [2, 1])]
-    assert not torch.allclose(drawn[0][0], drawn[1][0])
-    torch.testing.assert_close(drawn[0][1], drawn[1][1])
+    assert torch.equal(model(broken, e, torch.tensor([0, -1]), mask).params, output.params)
+    drawn = [model.from_prior(e, SIZE, torch.tensor([y, 1])) for y in (0, 2)]
+    for one, two in ((output.mean, other.mean), drawn):
+        assert not torch.allclose(one[0], two[0])
+        torch.testing.assert_close(one[1], two[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregate": True}, {"num_classes": 3}])
+def test_each_tower_is_one_graph(options: dict[str, Any]) -> None:
+    model = ladder(**options)
+    images, e = inputs(model, 2, 3, SIZE)
+    expected = model(images, e)
+    for tower in (model.encoder, model.decoder):
+        tower.compile(backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(model(images, e).params, expected.params)
 
 
 # two levels of one latent each whose evidence is known
@@ -170,85 +165,60 @@ class LinearLadder(nn.Module):
     def __init__(self, error: float) -> None:
         super().__init__()
         self.error = error
-        self.weight = nn.Parameter(
-            0.3 * torch.randn(6, 2, generator=torch_generator(0, "linear"), dtype=torch.float64)
-        )
+        weight = torch.randn(6, 2, generator=torch_generator(0, "linear"), dtype=torch.float64)
+        self.weight = nn.Parameter(0.3 * weight)
         self.levels = nn.ModuleList([nn.Identity(), nn.Identity()])
+        between = torch.tensor([[1.0, SLOPE], [SLOPE, SLOPE**2 + SPREAD**2]])
+        self.prior_covariance = between.double()
 
     def sizes(self, rows: int, columns: int) -> list[int]:
         return [1, 1]
-
-    @property
-    def prior_covariance(self) -> Tensor:
-        between = torch.tensor([[1.0, SLOPE], [SLOPE, SLOPE**2 + SPREAD**2]])
-        return between.double()
 
     def forward(self, value, top_size, taps=None, condition=None, num_given=0):
         x = taps[0].double()
         precision = self.prior_covariance.inverse() + self.weight.T @ self.weight / SIGMA**2
         covariance = precision.inverse()
-        mean = x @ self.weight @ covariance / SIGMA**2  # (B, 2)
+        means = x @ self.weight @ covariance / SIGMA**2  # (B, 2)
+        mean, mean2 = means.split(1, 1)
         spread = covariance[0, 0].sqrt().expand(len(x), 1)
-        zero = torch.zeros_like(spread)
-        first = draw(
-            value[:, :1].double(), (zero, zero + 1), (mean[:, :1] + self.error * spread, spread)
-        )
-        slope = covariance[1, 0] / covariance[0, 0]
-        mean2 = mean[:, 1:] + slope * (first.z - mean[:, :1])
         spread2 = (1 / precision[1, 1]).sqrt().expand(len(x), 1)
-        second = draw(
-            value[:, 1:].double(),
-            (SLOPE * first.z, zero + SPREAD),
-            (mean2 - self.error * spread2, spread2),
-        )
+        zero, (e, e2) = torch.zeros_like(spread), value.double().split(1, 1)
+        first = draw(e, (zero, zero + 1), (mean + self.error * spread, spread))
+        mean2 = mean2 + covariance[1, 0] / covariance[0, 0] * (first.z - mean)
+        prior2 = SLOPE * first.z, zero + SPREAD
+        second = draw(e2, prior2, (mean2 - self.error * spread2, spread2))
         found = Found.of([first, second])
         return (found.z @ self.weight.T).float().unflatten(1, (1, *DIMS)), found
 
 
 @pytest.mark.parametrize("error", [0.0, 0.6])
 def test_importance_estimates_rise_to_the_known_evidence(error: float) -> None:
-    likelihood = build_likelihood(
-        LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA),
-        DataConfig(channels=1, dequantize=False),
-    )
+    knobs = LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA)
+    likelihood = build_likelihood(knobs, DataConfig(channels=1, dequantize=False))
+    sizes: Any = {"latent_channels": 1, "stride": 1, "image_size": None, "shortcuts": True}
     decoder = LinearLadder(error)
-    model = LadderVAE(
-        NoTaps(), decoder, likelihood, latent_channels=1, stride=1, image_size=None, shortcuts=True
-    )
+    model = LadderVAE(NoTaps(), decoder, likelihood, **sizes)
     x = 0.5 * noise(40, 1, *DIMS)
     covariance = decoder.weight @ decoder.prior_covariance @ decoder.weight.T
-    marginal = MultivariateNormal(
-        torch.zeros(6, dtype=torch.float64), covariance + SIGMA**2 * torch.eye(6)
-    )
-    exact = marginal.log_prob(x.double().flatten(1)).detach()
-    levels = (127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)
+    zero = torch.zeros(6, dtype=torch.float64)
+    marginal = MultivariateNormal(zero, covariance + SIGMA**2 * torch.eye(6))
+    expected = marginal.log_prob(x.double().flatten(1)).mean().item()
+    shown = Inputs((127.5 * (x + 1)).round().clamp(0, 255).byte(), x, list(range(40)))
     with torch.no_grad():
         output = model(x, noise(40, 1, 2))
-        elbo = (output.log_likelihood - output.kl.sum(1)).mean()
         bounds = []
         for count in (1, 20, 2000):
             metric = ImportanceMetric(model, torch.device("cpu"), num_samples=count, seed=0)
-            shown = Inputs(levels, x, list(range(40)))
             found, _ = metric.evidence(shown, output.mean, output.log_variance)
             bounds.append(found[0].mean().item())
-    expected = exact.mean().item()
     if not error:  # each weight is the evidence
         assert bounds == pytest.approx([expected] * 3, abs=1e-3)
         return
     gap = error**2  # KL(q || p(z|x)): half a square of `error` for each latent
-    assert elbo.item() == pytest.approx(expected - gap, abs=0.5)
+    elbo = (output.log_likelihood - output.kl.sum(1)).mean().item()
+    assert elbo == pytest.approx(expected - gap, abs=0.5)
     assert bounds[0] < bounds[1] < expected and bounds[2] == pytest.approx(expected, abs=0.02)
     # training's bound is that of the same weights
     several = model(x, noise(40, 50, 1, 2))
     bound = -importance_terms(several, beta=1.0).neg_bound_sum.item() / 40
     assert expected - 0.5 * gap < bound < expected + 0.05
-
-
-@pytest.mark.parametrize("options", [{}, {"aggregate": True}, {"num_classes": 3}])
-def test_each_tower_is_one_graph(options: dict[str, Any]) -> None:
-    model, size = ladder(**options), (20, 28)
-    images, e = inputs(model, 2, 3, size)
-    expected = model(images, e)
-    for tower in (model.encoder, model.decoder):
-        tower.compile(backend="eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(model(images, e).params, expected.params)

@@ -26,11 +26,14 @@ DENSITIES: list[Knobs] = [
     {"kind": kind, "variance": v} for kind in ("gaussian", "laplace") for v in VARIANCES
 ]
 BINARY: Knobs = {"kind": "bernoulli"}
-ALL = [*DISCRETE, *DENSITIES, BINARY]
 
 
-def name_of(value: object) -> str | None:
-    return "-".join(str(v) for v in value.values()) if isinstance(value, dict) else None
+def of_each(*cases: Knobs) -> Any:
+    names = ["-".join(str(value) for value in knobs.values()) for knobs in cases]
+    return pytest.mark.parametrize("knobs", cases, ids=names)
+
+
+EVERY = of_each(*DISCRETE, *DENSITIES, BINARY)
 
 
 def likelihood(knobs: Knobs, *, bits: int = 8, channels: int = 3, **data: Any) -> Likelihood:
@@ -38,23 +41,26 @@ def likelihood(knobs: Knobs, *, bits: int = 8, channels: int = 3, **data: Any) -
     return build_likelihood(config, DataConfig(bits=bits, channels=channels, **data))
 
 
-def channels_of(knobs: Knobs) -> int:
-    return 1 if knobs["kind"] == "bernoulli" else 3
-
-
-def params_of(model: Likelihood, channels: int, *, scale: float = 1.0, size: int = 2) -> Tensor:
+def outputs(model: Likelihood, channels: int, *, size: int = 2, scale: float = 1.0) -> Tensor:
     shape = (1, model.num_params(channels), size, size)
     return scale * torch.randn(shape, generator=torch_generator(1, "test"))
 
 
-def stored_images(channels: int, size: int = 2, batch: int = 1) -> Tensor:
+def levels_of(channels: int, size: int = 2, batch: int = 1) -> Tensor:
     shape = (batch, channels, size, size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch_generator(0, "test"))
 
 
 def prepared(model: Likelihood, stored: Tensor) -> Tensor:
-    uniform = torch.rand(stored.shape, generator=torch_generator(2, "test"))
-    return model.prepare(stored, uniform if model.needs_uniform else None)
+    return model.prepare(stored, torch.rand(stored.shape, generator=torch_generator(2, "test")))
+
+
+def case(knobs: Knobs, *, size: int = 2, scale: float = 1.0) -> tuple[Likelihood, Tensor, Tensor]:
+    """A likelihood, outputs of a decoder and an image."""
+    channels = 1 if knobs["kind"] == "bernoulli" else 3
+    model = likelihood(knobs, channels=channels)
+    params = outputs(model, channels, size=size, scale=scale)
+    return model, params, prepared(model, levels_of(channels, size))
 
 
 def every_level(bits: int) -> Tensor:
@@ -65,67 +71,58 @@ def every_level(bits: int) -> Tensor:
 # closed forms
 
 
-@pytest.mark.parametrize("knobs", DENSITIES, ids=name_of)
+@of_each(*DENSITIES, BINARY)
 def test_a_density_is_that_of_torch_distributions(knobs: Knobs) -> None:
-    model = likelihood({**knobs, "sigma": 0.2, "min_sigma": 0.05})
-    images, params = prepared(model, stored_images(3, 5)), params_of(model, 3, size=5)
-    mean, variance = params[:, :3], knobs["variance"]
-    if variance == "fixed":
-        deviation = torch.tensor(0.2, dtype=torch.float64)
-    elif variance == "per_pixel":
-        deviation = (0.05**2 + 0.25 * params[:, 3:].double().exp()).sqrt()
+    model, params, images = case({**knobs, "sigma": 0.2, "min_sigma": 0.05}, size=5)
+    mean, images64 = params[:, :3].double(), images.double()
+    if knobs is BINARY:
+        expected = Bernoulli(logits=mean).log_prob((images64 + 1) / 2)
+        torch.testing.assert_close(model.mean(params), 2 * torch.sigmoid(params) - 1)
     else:
-        raw = torch.tensor([-0.1, 0.0, 0.05])[: 1 if variance == "shared" else 3]
-        with torch.no_grad():
-            model.moments.raw_log_variance.copy_(raw)
-        deviation = (0.05**2 + 0.25 * (10 * raw.double()).exp()).sqrt().view(-1, 1, 1)
-    is_laplace = knobs["kind"] == "laplace"
-    scale = deviation / math.sqrt(2) if is_laplace else deviation
-    expected = (Laplace if is_laplace else Normal)(mean.double(), scale).log_prob(images.double())
+        raw = torch.tensor([-0.1, 0.0, 0.05])[: 1 if knobs["variance"] == "shared" else 3]
+        log_variance = 10 * raw.double().view(-1, 1, 1)
+        if knobs["variance"] == "per_pixel":
+            log_variance = params[:, 3:].double()
+        elif knobs["variance"] != "fixed":
+            torch.nn.init.zeros_(model.moments.raw_log_variance).data += raw
+        deviation = (0.05**2 + 0.25 * log_variance.exp()).sqrt()
+        if knobs["variance"] == "fixed":
+            deviation = torch.full((), 0.2, dtype=torch.float64)
+        is_laplace = knobs["kind"] == "laplace"
+        scale = deviation / math.sqrt(2) if is_laplace else deviation
+        expected = (Laplace if is_laplace else Normal)(mean, scale).log_prob(images64)
+        torch.testing.assert_close(model.mean(params), mean.float().clamp(-1, 1))
     found = model.log_prob(params, images)
     assert found.shape == (1,) and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected.flatten(1).sum(1), rtol=1e-5, atol=1e-3)
-    assert torch.equal(model.mean(params), mean.clamp(-1, 1))
-
-
-def test_bernoulli_is_that_of_torch_distributions() -> None:
-    model = likelihood(BINARY, channels=1)
-    images, logits = prepared(model, stored_images(1, 5)), params_of(model, 1, size=5)
-    expected = Bernoulli(logits=logits.double()).log_prob((images.double() + 1) / 2).sum()
-    assert model.log_prob(logits, images).item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(model.mean(logits), 2 * torch.sigmoid(logits) - 1)
 
 
 def test_the_mixture_is_that_of_its_definition() -> None:
     """Salimans et al. 2017, equations 1 to 3, written out in float64."""
     model = likelihood({**MIXTURE, "min_sigma": 1e-9})
-    params = params_of(model, 3).double()
-    x = Levels(8).centers(stored_images(3).clamp(1, 254)).double()
-    logits, rest = params[0, :3], params[0, 3:].unflatten(0, (3, 9))
-    total = 0.0
-    for row, column in itertools.product(range(2), range(2)):
-        r, g, _ = x[0, :, row, column]
-        p = torch.zeros((), dtype=torch.float64)
-        for k, offset in enumerate((-2 / 3, 0.0, 2 / 3)):
-            numbers = rest[k, :, row, column]
-            means, scales = numbers[:3] + offset, 0.25 * numbers[3:6].exp()
-            alpha, beta, gamma = numbers[6:].tanh()
-            centers = torch.stack([means[0], means[1] + alpha * r, means[2] + beta * r + gamma * g])
-            here = x[0, :, row, column] - centers
-            upper, lower = (torch.sigmoid((here + s / 255) / scales) for s in (1, -1))
-            p = p + torch.softmax(logits[:, row, column], 0)[k] * (upper - lower).prod()
-        total += math.log(p)
-    assert model.log_prob(params, x).item() == pytest.approx(total, rel=1e-6)
+    params = outputs(model, 3).double()
+    x = Levels(8).centers(levels_of(3).clamp(1, 254)).double()[0]
+    weights, rest = torch.softmax(params[0, :3], 0), params[0, 3:].unflatten(0, (3, 9))
+    total = torch.zeros(2, 2, dtype=torch.float64)
+    for k, offset in enumerate((-2 / 3, 0.0, 2 / 3)):
+        means, scales = rest[k, :3] + offset, 0.25 * rest[k, 3:6].exp()
+        alpha, beta, gamma = rest[k, 6:].tanh()
+        centers = [means[0], means[1] + alpha * x[0], means[2] + beta * x[0] + gamma * x[1]]
+        here = x - torch.stack(centers)
+        upper, lower = (torch.sigmoid((here + s / 255) / scales) for s in (1, -1))
+        total += weights[k] * (upper - lower).prod(0)
+    assert model.log_prob(params, x[None]).item() == pytest.approx(
+        total.log().sum().item(), rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("knobs", DISCRETE, ids=name_of)
+@of_each(*DISCRETE)
 @pytest.mark.parametrize("bits", [5, 8, 16])
 def test_probabilities_of_levels_sum_to_one(knobs: Knobs, bits: int) -> None:
     floor = {} if knobs.get("variance") == "fixed" else {"min_sigma": 1e-3}
-    model = likelihood({**knobs, **floor}, bits=bits, channels=1)
-    images = every_level(bits)
+    model, images = likelihood({**knobs, **floor}, bits=bits, channels=1), every_level(bits)
     for scale in (0.3, 3.0):
-        params = params_of(model, 1, scale=scale, size=1)
+        params = outputs(model, 1, scale=scale, size=1)
         if params.shape[1] > 1:  # some scales far below a level, some far above the range
             params[:, params.shape[1] // 2 :] *= 4.0
         log_p = model.log_prob(params.expand(len(images), -1, -1, -1), images)
@@ -137,63 +134,53 @@ def test_probabilities_of_levels_sum_to_one(knobs: Knobs, bits: int) -> None:
 @pytest.mark.parametrize("channels", [2, 3])
 def test_a_mixture_over_all_colours_sums_to_one(channels: int) -> None:
     model = likelihood({**MIXTURE, "mixtures": 2}, bits=2, channels=channels)
-    params = params_of(model, channels, size=1)
-    centers = torch.linspace(-1, 1, 4).tolist()
-    colours = torch.tensor(list(itertools.product(centers, repeat=channels)))
-    images = colours.view(-1, channels, 1, 1)
-    log_p = model.log_prob(params.expand(len(images), -1, -1, -1), images)
-    assert log_p.double().exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+    colours = itertools.product(torch.linspace(-1, 1, 4).tolist(), repeat=channels)
+    images = torch.tensor(list(colours)).view(-1, channels, 1, 1)
+    params = outputs(model, channels, size=1).expand(len(images), -1, -1, -1)
+    total = model.log_prob(params, images).double().exp().sum()
+    assert total.item() == pytest.approx(1.0, abs=1e-6)
 
 
 # every likelihood
 
 
-@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+@EVERY
 def test_gradients_against_finite_differences(knobs: Knobs) -> None:
     """By the decoder's outputs and by what the likelihood itself learns, edges included."""
-    channels = channels_of(knobs)
-    model = likelihood(knobs, channels=channels).double()
-    params = params_of(model, channels).double().requires_grad_()
-    stored = torch.tensor([0, 1, 90, 128, 200, 254, 255, 3, 0, 255, 77, 10], dtype=torch.uint8)
-    images = Levels(8).centers(stored.view(1, 3, 2, 2))[:, :channels].double()
-    if knobs is BINARY:
-        images = images.sign()
-    learned = tuple(model.parameters())
-    assert torch.autograd.gradcheck(lambda p, *_: model.log_prob(p, images), (params, *learned))
+    model, params, images = case(knobs)
+    if knobs is not BINARY:
+        stored = torch.tensor([0, 1, 90, 128, 200, 254, 255, 3, 0, 255, 77, 10], dtype=torch.uint8)
+        images = Levels(8).centers(stored.view(1, 3, 2, 2))
+    inputs = params.double().requires_grad_(), *model.double().parameters()
+    assert torch.autograd.gradcheck(lambda p, *_: model.log_prob(p, images.double()), inputs)
 
 
-@pytest.mark.parametrize("knobs", ALL, ids=name_of)
-def test_extreme_outputs_leave_values_and_gradients_finite(knobs: Knobs) -> None:
-    channels = channels_of(knobs)
-    model = likelihood(knobs, channels=channels)
-    images = prepared(model, stored_images(channels))
-    for scale in (30.0, 1e3):
-        params = params_of(model, channels, scale=scale).requires_grad_()
-        log_p = model.log_prob(params, images)
-        log_p.sum().backward()
-        assert torch.isfinite(log_p).all() and torch.isfinite(params.grad).all()
+@EVERY
+@pytest.mark.parametrize("scale", [30.0, 1e3])
+def test_extreme_outputs_leave_values_and_gradients_finite(knobs: Knobs, scale: float) -> None:
+    model, params, images = case(knobs, scale=scale)
+    log_p = model.log_prob(params.requires_grad_(), images)
+    log_p.sum().backward()
+    assert torch.isfinite(log_p).all() and torch.isfinite(params.grad).all()
 
 
-@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+@EVERY
 def test_autocast_changes_nothing(knobs: Knobs) -> None:
-    channels = channels_of(knobs)
-    model = likelihood(knobs, channels=channels)
-    params = params_of(model, channels, size=4).to(torch.bfloat16)
-    images = prepared(model, stored_images(channels, 4))
+    model, params, images = case(knobs, size=4)
+    params = params.to(torch.bfloat16)
     exact = model.log_prob(params.float(), images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.log_prob(params, images), exact)
         assert model.mean(params).dtype == torch.float32
 
 
-@pytest.mark.parametrize("knobs", ALL, ids=name_of)
+@EVERY
 def test_only_observed_values_count(knobs: Knobs) -> None:
-    channels = channels_of(knobs)
-    model = likelihood(knobs, channels=channels)
-    params = params_of(model, channels, size=4).requires_grad_()
-    images = model.sample(params.detach(), torch_generator(0, "draws"))
+    model, params, _ = case(knobs, size=4)
+    images = model.sample(params, torch_generator(0, "draws"))
     mask = (torch.rand(1, 1, 4, 4, generator=torch_generator(0, "mask")) < 0.5).to(torch.uint8)
-    found = model.log_prob(params, torch.where(mask > 0, images, math.nan), mask)
+    broken = torch.where(mask > 0, images, math.nan)
+    found = model.log_prob(params.requires_grad_(), broken, mask)
     expected = (model.log_prob_of_values(params, images) * mask).flatten(1).sum(1)
     torch.testing.assert_close(found, expected)
     found.sum().backward()
@@ -204,11 +191,11 @@ def test_only_observed_values_count(knobs: Knobs) -> None:
             model.log_prob(params, images, mask.expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("knobs", DISCRETE, ids=name_of)
+@of_each(*DISCRETE)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_draws_of_levels_follow_the_probabilities(knobs: Knobs, channels: int) -> None:
     model = likelihood(knobs, bits=5, channels=channels)
-    params = params_of(model, channels, scale=0.3, size=1).expand(-1, -1, 300, 300)
+    params = outputs(model, channels, scale=0.3, size=1).expand(-1, -1, 300, 300)
     draws = model.sample(params, torch_generator(0, "draws"))
     levels = ((draws + 1) * 15.5).round()
     torch.testing.assert_close(draws, levels / 15.5 - 1)
@@ -219,8 +206,7 @@ def test_draws_of_levels_follow_the_probabilities(knobs: Knobs, channels: int) -
     assert model.log_prob(params, draws) > model.log_prob(params + 0.1, draws)
     if channels == 1:
         shares = levels.flatten().long().bincount(minlength=32) / levels.numel()
-        one = params[:, :, :1, :1].expand(32, -1, -1, -1)
-        expected = model.log_prob(one, every_level(5)).exp()
+        expected = model.log_prob(params[:, :, :1, :1].expand(32, -1, -1, -1), every_level(5)).exp()
         torch.testing.assert_close(shares, expected, rtol=0, atol=0.006)
 
 
@@ -231,45 +217,30 @@ def test_draws_of_levels_follow_the_probabilities(knobs: Knobs, channels: int) -
         ({"kind": "laplace", "sigma": 0.1}, 0.25, 0.25, 0.1, 0.1 / math.sqrt(2)),
         (BINARY, math.log(3.0), 0.5, math.sqrt(0.75), 0.75),
     ],
-    ids=name_of,
 )
 def test_draws_of_the_others_have_the_moments(
     knobs: Knobs, value: float, mean: float, deviation: float, absolute: float
 ) -> None:
-    fixed = {} if knobs is BINARY else {"variance": "fixed"}
-    model = likelihood({**knobs, **fixed}, channels=1)
+    model = likelihood({**knobs, "variance": "fixed"}, channels=1)
     draws = model.sample(torch.full((1, 1, 300, 300), value), torch_generator(0, "draws"))
-    assert draws.mean().item() == pytest.approx(mean, abs=0.01)
-    assert draws.std().item() == pytest.approx(deviation, abs=0.01)
-    assert (draws - mean).abs().mean().item() == pytest.approx(absolute, abs=0.01)
+    found = draws.mean(), draws.std(), (draws - mean).abs().mean()
+    assert found == pytest.approx((mean, deviation, absolute), abs=0.01)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "fraction"),
-    [
-        (GAUSSIANS[3], 0.5),
-        ({"variance": "per_pixel"}, 0.5),
-        ({**MIXTURE, "min_sigma": 0.01}, 0.5),
-        ({"variance": "fixed"}, None),
-        (BINARY, None),
-    ],
-    ids=name_of,
+    ("knobs", "first"),
+    [(GAUSSIANS[3], 3), ({"variance": "per_pixel"}, 3), ({**MIXTURE, "min_sigma": 0.01}, 10)],
 )
-def test_the_floor_of_the_variance_is_smooth_and_counted(
-    knobs: Knobs, fraction: float | None
-) -> None:
+def test_the_floor_of_the_variance_is_smooth_and_counted(knobs: Knobs, first: int) -> None:
     model = likelihood(knobs)
     params = torch.zeros(1, model.num_params(3), 2, 2)
-    if fraction is None:
-        assert model.at_floor_fraction(params) is None
-        return
     assert model.at_floor_fraction(params).item() == 0
-    first = 3 if knobs is not MIXTURE and "mixtures" not in knobs else params.shape[1] // 3
     params[:, first:, 0] = -1000.0  # log-scales of one of two rows, and more
-    found = model.at_floor_fraction(params.requires_grad_()).item()
-    assert 0.3 < found <= fraction
+    assert 0.3 < model.at_floor_fraction(params.requires_grad_()).item() <= 0.5
     model.log_prob(params, torch.ones(1, 3, 2, 2)).sum().backward()
     assert torch.isfinite(params.grad).all()
+    for other in (likelihood({"variance": "fixed"}), likelihood(BINARY)):
+        assert other.at_floor_fraction(params) is None
 
 
 # what is stored
@@ -284,20 +255,16 @@ def test_equal_probabilities_have_as_many_bits_as_the_data(bits: int) -> None:
     # a density of 1/2 on [-1, 1), of dequantised levels
     density = likelihood({"kind": "gaussian"}, bits=bits)
     assert density.bits_per_dim(dims * math.log(2), dims) == pytest.approx(bits)
-    assert likelihood(BINARY).bits_per_dim(dims * math.log(2), dims) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("dequantize", "levels_per_unit"), [(True, 128.0), (False, 127.5)])
-def test_level_nats_are_those_of_a_density_per_level(
-    dequantize: bool, levels_per_unit: float
-) -> None:
+@pytest.mark.parametrize(("dequantize", "per_unit"), [(True, 128.0), (False, 127.5)])
+def test_level_nats_are_those_of_a_density_per_level(dequantize: bool, per_unit: float) -> None:
     """The same normal density, written over levels instead of over [-1, 1]."""
     knobs = {"kind": "gaussian", "variance": "fixed", "sigma": 0.1}
     model = likelihood(knobs, dequantize=dequantize)
     params, image = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.05)
     nats = model.discrete_nll_nats(-model.log_prob(params, image).item(), 1)
-    over_levels = Normal(0.0, 0.1 * levels_per_unit)
-    expected = -over_levels.log_prob(torch.tensor(0.05 * levels_per_unit)).item()
+    expected = -Normal(0.0, 0.1 * per_unit).log_prob(torch.tensor(0.05 * per_unit)).item()
     assert nats == pytest.approx(expected, abs=1e-5)
 
 
@@ -310,61 +277,51 @@ def test_what_is_of_no_discrete_data_has_no_bits() -> None:
 
 
 def test_bits_of_stored_values() -> None:
-    def centers(bits: int, values: list[float], dtype: torch.dtype) -> Tensor:
+    for bits, dtype, values, centers in (
+        (5, torch.uint8, [0, 7, 8, 130, 248, 255], [n / 15.5 - 1 for n in (0, 0, 1, 16, 31, 31)]),
+        (8, torch.uint8, [0, 255], [-1, 1]),
+        (16, torch.uint16, [0, 1, 65535], [-1, 2 / 65535 - 1, 1]),
+        (32, torch.float32, [-1.0, 0.3, 1.0], [-1, 0.3, 1]),
+    ):
         model = likelihood({}, bits=bits, dequantize=False)
-        assert not model.needs_uniform
-        return model.prepare(torch.tensor(values, dtype=dtype).view(1, 1, 1, -1), None).flatten()
-
-    five = centers(5, [0, 7, 8, 130, 248, 255], torch.uint8)
-    torch.testing.assert_close(five, torch.tensor([0, 0, 1, 16, 31, 31]) / 15.5 - 1)
-    assert centers(8, [0, 255], torch.uint8).tolist() == [-1.0, 1.0]
-    sixteen = centers(16, [0, 1, 65535], torch.uint16)
-    torch.testing.assert_close(sixteen, torch.tensor([-1.0, 2 / 65535 - 1, 1.0]))
-    floats = [-1.0, 0.30000001192092896, 1.0]
-    assert centers(32, floats, torch.float32).tolist() == floats
+        stored = torch.tensor(values, dtype=dtype).view(1, 1, 1, -1)
+        found = model.prepare(stored, None).flatten()
+        torch.testing.assert_close(found, torch.tensor(centers, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "laplace"])
 def test_dequantised_levels_tile_the_range_and_networks_see_none_of_it(kind: str) -> None:
-    model = likelihood({"kind": kind})
-    stored = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    low = model.prepare(stored, torch.zeros(stored.shape))
-    high = model.prepare(stored, torch.ones(stored.shape))
+    model, stored = likelihood({"kind": kind}), torch.arange(256, dtype=torch.uint8).view(1, 1, -1)
+    low, high = (model.prepare(stored, torch.full(stored.shape, u)) for u in (0.0, 1.0))
     assert low.min() == -1 and high.max() == 1
     assert torch.equal(low.flatten()[1:], high.flatten()[:-1])
     torch.testing.assert_close(model.without_noise(stored, low), stored.float() / 127.5 - 1)
-
-
-@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
-def test_missing_noise_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="uniform"):
-        likelihood({"kind": kind}).prepare(stored_images(3), None)
+    for noisy in (model, likelihood(BINARY)):
+        with pytest.raises(ValueError, match="uniform"):
+            noisy.prepare(stored, None)
 
 
 @pytest.mark.parametrize("binarization", ["dynamic", "static"])
 def test_binarisation_keeps_the_grey_levels_as_probabilities(binarization: str) -> None:
     model = likelihood({**BINARY, "binarization": binarization}, channels=1)
     levels = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).view(4, 1, 1, 1)
-    images = levels.expand(4, 1, 200, 200)
-    share = (prepared(model, images) > 0).double().mean((1, 2, 3))
+    share = (prepared(model, levels.expand(4, 1, 200, 200)) > 0).double().mean((1, 2, 3))
     assert share[0] == 0 and share[3] == 1
     torch.testing.assert_close(share[1:3].float(), torch.tensor([0.2, 0.8]), rtol=0, atol=0.015)
 
 
 def test_static_binarisation_is_one_draw_of_each_image() -> None:
     model = likelihood({**BINARY, "binarization": "static"}, channels=1)
-    assert not model.needs_uniform
-    images = stored_images(1, 16, batch=4)
+    images = levels_of(1, 16, batch=4)
     whole = model.prepare(images, None)
+    assert not model.needs_uniform
     assert torch.equal(model.prepare(images[2:3], None), whole[2:3])  # in any batch
     # images of one grey differ from pixel to pixel, and from each other
     flat = torch.full((2, 1, 64, 64), 128, dtype=torch.uint8)
     flat[1, 0, 0, 0] = 127
     first, second = model.prepare(flat, None) > 0
-    assert first.double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert (first == second).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    neighbours = (first[..., 1:] == first[..., :-1]).double().mean().item()
-    assert neighbours == pytest.approx(0.5, abs=0.03)
+    for equal in (first, first == second, first[..., 1:] == first[..., :-1]):
+        assert equal.double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_threshold_and_soft_targets_are_deterministic() -> None:
@@ -372,10 +329,8 @@ def test_threshold_and_soft_targets_are_deterministic() -> None:
     threshold = likelihood({**BINARY, "binarization": "threshold"}, channels=1)
     assert threshold.prepare(stored, None).flatten().tolist() == [-1, -1, 1, 1]
     soft = likelihood({**BINARY, "binarization": "soft"}, channels=1)
-    logits = params_of(soft, 1)
-    expected = -binary_cross_entropy_with_logits(
-        logits.double(), stored.double() / 255, reduction="sum"
-    )
+    logits, target = outputs(soft, 1), stored.double() / 255
+    expected = -binary_cross_entropy_with_logits(logits.double(), target, reduction="sum")
     found = soft.log_prob(logits, soft.prepare(stored, None))
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -397,9 +352,9 @@ def test_bins_against_quadrature(half_width: float) -> None:
         found = log_probability_of_bin(center, width)
         torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=3e-6)
         assert log_probability_of_bin(-center, width) == found
-    center64 = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
-    width64 = torch.full_like(center64, half_width).requires_grad_()
     if 1e-3 < half_width < 10:
+        center64 = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
+        width64 = torch.full_like(center64, half_width).requires_grad_()
         assert torch.autograd.gradcheck(log_probability_of_bin, (center64, width64))
 
 

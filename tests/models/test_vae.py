@@ -18,7 +18,6 @@ from vae_dist.objectives.elbo import noise_shape
 from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
-
 SIZE = (9, 10)
 SMALL: dict[str, Any] = {"channels": [8, 8, 16], "blocks": 1, "norm_groups": 4}
 KINDS = {
@@ -29,6 +28,7 @@ KINDS = {
     "discretized": LikelihoodConfig(kind="discretized_gaussian", variance="per_pixel"),
     "mixture": LikelihoodConfig(kind="discretized_logistic_mixture", mixtures=2),
 }
+BOTH = pytest.mark.parametrize("latent", ["spatial", "vector"])
 
 
 def small(latent: str, kind: str = "shared", *, seed: int = 0, **model: Any) -> TrainConfig:
@@ -49,6 +49,12 @@ def away_from_zero(model: nn.Module) -> None:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(config: TrainConfig, size: tuple[int, int] = SIZE) -> VAE:
+    model = build_vae(config, size)
+    away_from_zero(model)
+    return model
 
 
 def inputs(model: VAE, batch: int, channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -75,27 +81,21 @@ def test_shapes_types_and_gradients_of_every_parameter(
 ) -> None:
     config, size = small(latent, kind, **options), (18, 21)
     channels, classes = config.data.channels, config.model.num_classes
-    model = build_vae(config, size)
-    away_from_zero(model)
+    model = trained(config, size)
     images, noise = inputs(model, 3, channels, size)
     output = model(images, noise, torch.tensor([0, 2, -1]) if classes else None)
     stride = stride_of(config.model)
     latent_shape = (4,) if latent == "vector" else (4, -(-18 // stride), -(-21 // stride))
     assert model.latent_shape(*size) == latent_shape
     assert output.log_likelihood.shape == (3,) and output.kl.shape == (3, 4)
-    assert output.mean.shape == output.log_variance.shape == (3, *latent_shape)
+    assert output.mean.shape == output.log_variance.shape == output.z.shape == noise.shape
     assert output.params.shape == (3, model.likelihood.num_params(channels), *size)
-    assert output.z.shape == noise.shape
     assert all(tensor.dtype == torch.float32 for tensor in output[:6])
     (output.kl.sum() - output.log_likelihood.sum()).backward()
     # softmax does not see a shift of all keys, so the bias of to_k has no gradient
-    silent = [
-        name
-        for name, parameter in model.named_parameters()
-        if (parameter.grad is None or not parameter.grad.abs().sum() > 1e-6)
-        and not name.endswith("to_k.bias")
-    ]
-    assert silent == []
+    parameters = {k: p for k, p in model.named_parameters() if not k.endswith("to_k.bias")}
+    grads = {name: p.grad for name, p in parameters.items()}
+    assert not [k for k, grad in grads.items() if grad is None or not grad.abs().sum() > 1e-6]
 
 
 def test_dense_towers_have_the_textbook_shapes() -> None:
@@ -104,51 +104,40 @@ def test_dense_towers_have_the_textbook_shapes() -> None:
     assert shapes == [(32, 90), (16, 32), (8, 16), (16, 4), (32, 16), (180, 32)]
 
 
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
+@BOTH
 def test_padding_has_no_part_in_the_likelihood(latent: str) -> None:
     size = (37, 53)
-    model = build_vae(small(latent), size)
-    away_from_zero(model)
+    model = trained(small(latent), size)
     images, noise = inputs(model, 2, 3, size)
     output = model(images, noise)
-    expected = model.likelihood.log_prob(output.params, images)
-    assert output.params.shape[-2:] == size
-    assert torch.equal(output.log_likelihood, expected)
-    # Replicated by hand to the stride's multiple, then cropped: the same posterior and parameters.
-    rows = torch.arange(40).clamp(max=36)
-    columns = torch.arange(56).clamp(max=52)
-    padded = images[:, :, rows][:, :, :, columns]
+    assert torch.equal(output.log_likelihood, model.likelihood.log_prob(output.params, images))
+    # replicated by hand to the stride's multiple, then cropped: the same posterior and parameters
+    padded = images[:, :, torch.arange(40).clamp(max=36)][..., torch.arange(56).clamp(max=52)]
     by_hand = build_vae(small(latent), (40, 56))
     by_hand.load_state_dict(model.state_dict())
-    mean, _ = by_hand.encode(padded)
-    torch.testing.assert_close(mean, output.mean)
+    torch.testing.assert_close(by_hand.encode(padded)[0], output.mean)
     params = by_hand.decode(output.mean, (40, 56))[:, :, :37, :53]
     torch.testing.assert_close(params, model.decode(output.mean, size))
+    if latent == "spatial":
+        other, noise = inputs(model, 1, 3, (20, 28))
+        assert model(other, noise).params.shape == (1, 3, 20, 28)
+    else:
+        with pytest.raises(ValueError, match=r"40x56.*model\.latent=vector.*37x53"):
+            model.encode(padded)
 
 
-def test_a_spatial_model_takes_other_sizes_and_a_vector_one_refuses_them() -> None:
-    spatial, vector = (build_vae(small(latent), (16, 16)) for latent in ("spatial", "vector"))
-    images, noise = inputs(spatial, 1, 3, (20, 28))
-    assert spatial(images, noise).params.shape == (1, 3, 20, 28)
-    with pytest.raises(ValueError, match=r"20x28.*model\.latent=vector.*16x16"):
-        vector.encode(images)
-
-
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
+@BOTH
 def test_several_draws_of_an_image_are_those_of_several_forwards(latent: str) -> None:
-    model = build_vae(small(latent, num_classes=3), (9, 8))
-    away_from_zero(model)
-    images, _ = inputs(model, 2, 3, (9, 8))
+    model = trained(small(latent, num_classes=3))
+    images, _ = inputs(model, 2, 3, SIZE)
     labels = torch.tensor([2, -1])
-    mask = (torch.arange(2 * 72).view(2, 1, 9, 8) % 5 > 0).to(torch.uint8)
-    shape = (2, 3, *model.latent_shape(9, 8))
+    mask = (torch.arange(2 * 90).view(2, 1, *SIZE) % 5 > 0).to(torch.uint8)
+    shape = (2, 3, *model.latent_shape(*SIZE))
     noise = torch.randn(shape, generator=torch_generator(0, "draws"))
     encodings: list[int] = []
     model.encoder.register_forward_hook(lambda _, args, __: encodings.append(len(args[0])))
     several = model(images, noise, labels, mask)
     assert encodings == [2]  # once for each image
-    assert several.log_likelihood.shape == (2, 3) and several.z.shape == shape
-    assert several.params.shape == (2, 3, 3, 9, 8)
     for k in range(3):
         one = model(images, noise[:, k], labels, mask)
         torch.testing.assert_close(several.kl, one.kl)
@@ -158,24 +147,27 @@ def test_several_draws_of_an_image_are_those_of_several_forwards(latent: str) ->
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    first = build_vae(small("spatial"), (8, 8)).state_dict()
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    second = build_vae(small("spatial"), (8, 8)).state_dict()
-    other = build_vae(small("spatial", seed=1), (8, 8)).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    states = []
+    for seed, of_config in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        states.append(build_vae(small("spatial", seed=of_config), (8, 8)).state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    first, same, other = states
+    assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
 
 
-@pytest.mark.parametrize("arch", ["conv", "dense"])
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
-def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, arch: str) -> None:
-    if (latent, arch) == ("spatial", "dense"):
-        latent, options = "spatial", {"dc_shortcuts": True}
-    else:
-        options = {"arch": arch}
+@pytest.mark.parametrize(
+    ("latent", "options"),
+    [
+        ("spatial", {}),
+        ("spatial", {"dc_shortcuts": True}),
+        ("vector", {}),
+        ("vector", {"arch": "dense"}),
+    ],
+)
+def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, options: dict[str, Any]) -> None:
     images = torch.randn(2, 3, 16, 16, generator=torch_generator(0, "test"))
     (mean, usual), (same, narrow) = (
         build_vae(small(latent, initial_sigma=sigma, **options), (16, 16)).encode(images)
@@ -186,30 +178,22 @@ def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, arch: str) -> N
     torch.testing.assert_close(narrow - usual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
+@BOTH
 def test_last_layers_are_float32_under_autocast(latent: str) -> None:
-    model = build_vae(small(latent), (8, 8))
-    seen: dict[str, torch.dtype] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = output.dtype
-
-        return hook
-
-    last = {"conv_in": model.encoder.conv_in, "decoder.conv_out": model.decoder.conv_out}
+    model = trained(small(latent), (8, 8))
+    last = ["decoder.conv_out", "encoder.linear_out"]
     if latent == "spatial":
-        last |= {"encoder.conv_out": model.encoder.conv_out, "quant_conv": model.quant_conv}
-    else:
-        last |= {"encoder.linear_out": model.encoder.linear_out}
-    for name, layer in last.items():
-        layer.register_forward_hook(record(name))
+        last = ["decoder.conv_out", "encoder.conv_out", "quant_conv"]
+    seen: dict[str, torch.dtype] = {}
+    for name in ("encoder.conv_in", *last):
+        model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: seen.update({name: output.dtype})
+        )
     images, noise = inputs(model, 2, 3, (8, 8))
     exact = model(images, noise)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(images, noise)
-    assert seen.pop("conv_in") == torch.bfloat16
-    assert set(seen.values()) == {torch.float32}
+    assert seen == {"encoder.conv_in": torch.bfloat16} | dict.fromkeys(last, torch.float32)
     assert all(tensor.dtype == torch.float32 for tensor in output[:6])
     torch.testing.assert_close(output.log_likelihood, exact.log_likelihood, rtol=0.05, atol=0)
 
@@ -227,10 +211,7 @@ def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
     assert output.params.shape[-2:] == size
 
 
-# labels
-
-
-@pytest.mark.parametrize("latent", ["spatial", "vector"])
+@BOTH
 def test_a_conditional_model_begins_as_the_unconditional_one(latent: str) -> None:
     plain, conditional = (build_vae(small(latent, num_classes=n), SIZE) for n in (0, 3))
     ours, theirs = conditional.state_dict(), plain.state_dict()
@@ -238,21 +219,15 @@ def test_a_conditional_model_begins_as_the_unconditional_one(latent: str) -> Non
     added = ours.keys() - theirs.keys()
     assert added and all("film" in name or name == "label_embedding.weight" for name in added)
     images, noise = inputs(plain, 3, 3, SIZE)
-    labels = torch.tensor([0, 2, -1])
-    for one, other in zip(
-        plain(images, noise)[:6], conditional(images, noise, labels)[:6], strict=True
-    ):
-        assert torch.equal(one, other)
+    outputs = plain(images, noise)[:6], conditional(images, noise, torch.tensor([0, 2, -1]))[:6]
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
 
 
 @pytest.mark.parametrize("arch", ["conv", "dense"])
 def test_both_towers_see_the_label_of_each_image(arch: str) -> None:
-    latent = "vector" if arch == "dense" else "spatial"
-    vae = build_vae(small(latent, arch=arch, num_classes=3), SIZE)
-    away_from_zero(vae)
+    vae = trained(small("vector" if arch == "dense" else "spatial", arch=arch, num_classes=3))
     images, noise = inputs(vae, 3, 3, SIZE)
-    output = vae(images, noise, torch.tensor([0, 2, -1]))
-    other = vae(images, noise, torch.tensor([1, 2, -1]))
+    output, other = (vae(images, noise, torch.tensor([y, 2, -1])) for y in (0, 1))
     assert not torch.allclose(output.mean[0], other.mean[0])
     torch.testing.assert_close(output.params[1:], other.params[1:])
     z = output.mean[:1]
@@ -261,38 +236,23 @@ def test_both_towers_see_the_label_of_each_image(arch: str) -> None:
     torch.testing.assert_close(by_label[0], vae.decode(z, SIZE))  # none is -1
 
 
-# missing pixels
-
-
-def masked_model(mask: str) -> tuple[VAE, Tensor, Tensor, Tensor]:
+@pytest.mark.parametrize("mask", ["none", "half"])
+def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask: str) -> None:
     config = small("spatial")
-    config.data.mask = mask
-    vae = build_vae(config, SIZE)
-    away_from_zero(vae)
+    config.data.mask = mask  # type: ignore[assignment]
+    vae = trained(config)
+    images, noise = inputs(vae, 2, 3, SIZE)
     observed = torch.zeros(2, 1, *SIZE, dtype=torch.uint8)
     observed[:, :, : SIZE[0] // 2] = 1
-    return vae, *inputs(vae, 2, 3, SIZE), observed
-
-
-@pytest.mark.parametrize("mask", ["none", "half"])
-@pytest.mark.parametrize("fill", [0.7, float("nan")])
-def test_missing_pixels_are_not_looked_at(mask: str, fill: float) -> None:
-    vae, images, noise, observed = masked_model(mask)
-    broken = torch.where(observed > 0, images, fill)
-    output, other = vae(images, noise, mask=observed), vae(broken, noise, mask=observed)
-    for one, two in zip(output[:6], other[:6], strict=True):
-        assert torch.equal(one, two)
+    output = vae(images, noise, mask=observed)
+    for fill in (0.7, math.nan):
+        other = vae(torch.where(observed > 0, images, fill), noise, mask=observed)
+        assert all(torch.equal(*pair) for pair in zip(output[:6], other[:6], strict=True))
     grey = vae.encode(torch.where(observed > 0, images, 0.0))[0]
     # an ordinary model sees mid-grey pixels, one that was built for masks that they are missing
     assert torch.allclose(grey, output.mean) == (mask == "none")
-
-
-def test_masks_count_in_the_likelihood_and_are_whole_for_a_complete_image() -> None:
-    vae, images, noise, observed = masked_model("half")
-    output = vae(images, noise, mask=observed)
     parts = [vae.likelihood.log_prob(output.params, images, m) for m in (observed, 1 - observed)]
     torch.testing.assert_close(output.log_likelihood, parts[0])
     torch.testing.assert_close(parts[0] + parts[1], vae.likelihood.log_prob(output.params, images))
     everything = torch.ones_like(observed)
     torch.testing.assert_close(vae(images, noise).mean, vae(images, noise, mask=everything).mean)
-    assert vae.encoder.conv_in.in_channels == 4
