@@ -1,4 +1,7 @@
-"""Aspect buckets: their sizes, which images go together, and the batches of any layout."""
+"""Aspect buckets: their sizes, which images go together, and images of several sizes as they are.
+
+That batches do not depend on the layout is shown in `test_loader`.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,23 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import png
-from tests.data.test_loader import damage, one_process
+from tests.data.conftest import damage, png
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.loader import TrainingStream
-from vae_dist.data.order import Order, make_order
+from vae_dist.data.order import make_order
 from vae_dist.data.settings import image_settings
-from vae_dist.data.tar import ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import write_shards
-
-__all__ = ["one_process"]  # a fixture
 
 RESOLUTION = {"area": 256, "multiple": 4, "max_aspect": 2.0}
 SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), (17, 20)]
 COUNT, SLOTS, PER_SLOT, WINDOW = 90, 8, 2, 8
-BATCH = SLOTS * PER_SLOT
-STEPS = 2 * COUNT // BATCH + 3
+STEPS = 2 * COUNT // (SLOTS * PER_SLOT) + 3
 IN_ORDER = [i for shard in range(3) for i in range(shard, COUNT, 3)]  # as the shards hold them
+LOST = (3, 40, 41)
 
 Shown = dict[tuple[int, int], tuple[tuple[int, int], list[int]]]  # (step, slot) -> size, images
 
@@ -55,46 +54,24 @@ def test_buckets_are_the_largest_sizes_that_fit(
             assert taller * wider > area or too_long
 
 
-def test_the_buckets_of_a_common_choice() -> None:
+def test_images_of_one_aspect_go_together() -> None:
     buckets = make_buckets(area=65536, multiple=16, max_aspect=2.0)
     assert square(buckets) == (256, 256) and len(buckets) == 11
     assert nearest(buckets, math.log(3 / 2)) == (208, 304)
     assert nearest(buckets, math.log(10)) == (176, 352)
-
-
-@given(
-    sizes=st.lists(
-        st.one_of(st.none(), st.tuples(st.integers(1, 90), st.integers(1, 90))), min_size=3
-    ),
-    seed=st.integers(0, 99),
-)
-@hypothesis_settings(max_examples=60, deadline=None)
-def test_an_arrangement_uses_each_image_once(
-    sizes: list[tuple[int, int] | None], seed: int
-) -> None:
-    sizes, buckets = sizes[: len(sizes) // 3 * 3], make_buckets(**RESOLUTION)
-    generator = np.random.default_rng(seed)
-    order, chosen = arrange(sizes, buckets, slot_rows=3, generator=generator)
-    assert sorted(order.tolist()) == list(range(len(sizes)))
-    assert len(chosen) == len(sizes) // 3 and set(chosen) <= set(buckets)
-
-
-def test_images_of_one_aspect_go_together() -> None:
     sizes, buckets = [(10, 20), (20, 10), (16, 16)] * 4, make_buckets(**RESOLUTION)
     orders = set()
     for seed in range(4):
         generator = np.random.default_rng(seed)
         order, chosen = arrange(sizes, buckets, slot_rows=4, generator=generator)
+        assert sorted(order.tolist()) == list(range(12))
         for slot, size in zip(order.reshape(-1, 4), chosen, strict=True):
             assert {nearest(buckets, aspect(sizes[i])) for i in slot} == {size}
         orders.add(tuple(order.tolist()))
     assert len(orders) == 4, "neighbours vary"
 
 
-# batches
-
-
-def make_index(folder: Path) -> ShardIndex:
+def make_index(folder: Path, lost: tuple[int, ...] = ()) -> ShardIndex:
     """Images of one colour, which is their number; three shards."""
     samples = (
         {
@@ -104,7 +81,9 @@ def make_index(folder: Path) -> ShardIndex:
         }
         for i in range(COUNT)
     )
-    write_shards(samples, folder / "s", num_shards=3)
+    paths = write_shards(samples, folder / "s", num_shards=3)
+    for number in lost:
+        damage(str(paths[number % 3]), number // 3, header=number == 40)
     return load_index(str(folder / "s"), key="data.train", create=False)
 
 
@@ -134,22 +113,20 @@ def shown(
             for group in batch.groups:
                 numbers = group.images[:, 0, 0, 0]
                 assert (group.images[:, 0].flatten(1) == numbers[:, None]).all()
-                if not batch.skipped:
-                    assert group.labels.tolist() == numbers.tolist()
+                assert group.labels.tolist() == numbers.tolist()
                 size = (group.images.shape[2], group.images.shape[3])
                 slots = zip(group.slots, numbers.chunk(len(group.slots)), strict=True)
                 for slot, own in slots:
-                    assert slot // (SLOTS // world) == rank and len(own) == per_slot
+                    assert len(own) == per_slot
                     found[batch.step, slot] = (size, own.tolist())
     return found
 
 
-def steps(found: Shown, start: int, stop: int = STEPS) -> Shown:
-    return {key: value for key, value in found.items() if start <= key[0] < stop}
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_slot_has_one_of_the_buckets_whoever_reads_it(index: ShardIndex) -> None:
+def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
+    tmp_path: Path,
+) -> None:
+    index = make_index(tmp_path, LOST)
     settings = settings_of(index, RESOLUTION)
     reference = shown(index, settings)
     assert {size for size, _ in reference.values()} == set(settings.buckets)
@@ -159,23 +136,9 @@ def test_a_slot_has_one_of_the_buckets_whoever_reads_it(index: ShardIndex) -> No
         for number in numbers
     ]
     assert np.median(distance) < 0.25
+    assert {n for _, numbers in reference.values() for n in numbers} == {*range(COUNT)} - {*LOST}
     got = shown(index, settings, world=2, workers=2, start=5, stop_step=8)
-    assert got == steps(reference, 5, 8)
-
-
-def test_what_replaces_a_lost_sample_takes_the_size_of_its_slot(
-    tmp_path: Path, one_process: None
-) -> None:
-    index, lost = make_index(tmp_path), (3, 40, 41)
-    for number in lost:
-        damage(index.paths[number % 3], number // 3, header=number == 40)
-    settings = settings_of(index, RESOLUTION)
-    got = shown(index, settings)
-    numbers = {n for _, numbers in got.values() for n in numbers}
-    assert not numbers & set(lost) and len(numbers) == COUNT - len(lost)
-    for world, workers, start in ((2, 3, 0), (4, 1, 4), (1, 2, 7)):
-        again = shown(index, settings, world=world, workers=workers, start=start)
-        assert again == steps(got, start)
+    assert got == {key: value for key, value in reference.items() if 5 <= key[0] < 8}
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -197,7 +160,7 @@ def test_evaluation_shows_each_image_once_at_its_own_bucket(
     assert seen == dict(enumerate(own))
 
 
-def test_native_images_of_any_size_are_slots_of_their_own_and_else_may_not_differ(
+def test_native_images_of_any_size_are_slots_of_their_own(
     index: ShardIndex, one_process: None
 ) -> None:
     settings = settings_of(index, "native", any_size=True)
@@ -205,8 +168,3 @@ def test_native_images_of_any_size_are_slots_of_their_own_and_else_may_not_diffe
     assert len(found) == 9 * SLOTS
     assert all(size == SHAPES[number % len(SHAPES)] for size, (number,) in found.values())
     assert shown(index, settings, stop_step=9, world=4, workers=2) == found
-    order = Order(index.lengths, lanes=8, window=4, seed=3)
-    keys = {"batch_size": 8, "start_step": 0, "stop_step": 1}
-    stream = TrainingStream(index, order, settings_of(index, "native"), **keys)
-    with pytest.raises(ShardError, match=r"share a size.*aspect buckets.*data\.slots=training"):
-        next(iter(stream))

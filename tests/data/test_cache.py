@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,6 @@ def test_each_image_is_decoded_and_read_once(
     assert len(read) - of_three <= of_three + 3 * 2
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("cache_bytes", [ALL_BYTES - 1, ALL_BYTES, 3 * ALL_BYTES])
 @pytest.mark.parametrize(
     ("keys", "can_be"),
     [
@@ -72,12 +71,12 @@ def test_each_image_is_decoded_and_read_once(
         ({"buckets": ((4, 6), (6, 4))}, False),
     ],
 )
-def test_what_fits_is_cached_and_the_plan_knows_it(
-    keys: dict[str, Any], can_be: bool, cache_bytes: int, workers: int
-) -> None:
-    settings, processes = replace(SETTINGS, **keys), max(1, workers)
-    is_cached = can_be and cache_bytes // processes >= ALL_BYTES
-    found = bytes_cached(NUM, settings, cache_bytes=cache_bytes, workers=workers)
-    assert found == (processes * ALL_BYTES if is_cached else 0) <= cache_bytes
-    cache = ImageCache.if_it_fits(NUM, settings, max_bytes=cache_bytes // processes)
-    assert (cache is not None) == is_cached
+def test_what_fits_is_cached_and_the_plan_knows_it(keys: dict[str, Any], can_be: bool) -> None:
+    settings = replace(SETTINGS, **keys)
+    for workers, limit in product((0, 1, 3), (ALL_BYTES - 1, ALL_BYTES, 3 * ALL_BYTES)):
+        processes = max(1, workers)
+        is_cached = can_be and limit // processes >= ALL_BYTES
+        found = bytes_cached(NUM, settings, cache_bytes=limit, workers=workers)
+        assert found == (processes * ALL_BYTES if is_cached else 0) <= limit
+        cache = ImageCache.if_it_fits(NUM, settings, max_bytes=limit // processes)
+        assert (cache is not None) == is_cached

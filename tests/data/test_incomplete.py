@@ -1,9 +1,12 @@
-"""Masks of samples, from the file to the batch: they stay where their image is."""
+"""Masks of samples, from the file to the batch: they stay where their image is.
+
+That batches with masks do not depend on the layout is shown in `test_same_batches`.
+"""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,10 @@ import torch
 from PIL import Image
 
 from tests.data.conftest import png
+from tests.support.picture_sources import encoded, npy
 from vae_dist.config.schema import DataConfig
 from vae_dist.data import (
     EvaluationStream,
-    ShardError,
     ShardIndex,
     TrainingStream,
     image_settings,
@@ -23,19 +26,12 @@ from vae_dist.data import (
     write_shards,
 )
 from vae_dist.data.decode import decode_sample
-from vae_dist.data.loader import Group
 from vae_dist.data.order import make_order
 from vae_dist.data.tar import DamagedSampleError
 
 SIZE = (12, 16)
 NUM_IMAGES = 12
 GREY = png(np.zeros((4, 4), np.uint8))
-
-
-def npy(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, pixels)
-    return file.getvalue()
 
 
 def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -54,8 +50,6 @@ def sample(kind: str, pixels: np.ndarray, observed: np.ndarray) -> dict[str, byt
         return {"png": png(np.stack([pixels, np.where(observed, 255, 90).astype(np.uint8)], 2))}
     if kind == "nan":
         return {"npy": npy(np.where(observed, pixels / 127.5 - 1, np.nan).astype(np.float32))}
-    if kind == "none":
-        return {"png": png(pixels)}
     return {"png": png(pixels), "mask.png": png(np.where(observed, 255, 0).astype(np.uint8))}
 
 
@@ -79,8 +73,7 @@ def test_colour_with_alpha_and_pictures_without_one() -> None:
     planes = decode_sample(files, channels=3, max_pixels=1000, mask="alpha")
     assert ((planes[3] == 1) == observed).all()
     assert (planes[:3] == coloured.transpose(2, 0, 1))[:, observed].all()
-    Image.fromarray(coloured).save(file := io.BytesIO(), "JPEG")
-    for files in ({"png": png(coloured)}, {"jpg": file.getvalue()}):
+    for files in ({"png": png(coloured)}, {"jpg": encoded(Image.fromarray(coloured), "JPEG")}):
         for mask in ("alpha", "member"):
             assert decode_sample(files, channels=3, max_pixels=1000, mask=mask)[3].all()
 
@@ -102,49 +95,28 @@ def test_masks_that_are_damage(files: dict[str, bytes], mask: str, reason: str) 
         decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=mask)
 
 
-# batches
-
-
 @pytest.fixture(scope="module")
-def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardIndex]:
-    """Of shards with masks of their own ("member") and without ("none"), labels 0, 1, 2."""
-    found = {}
-    for kind in ("member", "none"):
-        folder = tmp_path_factory.mktemp("incomplete") / kind
-        samples = (
-            {"__key__": f"{i:04d}", "cls": str(i % 3).encode(), **sample(kind, *picture)}
-            for i, picture in enumerate(pictures())
-        )
-        write_shards(samples, folder, num_shards=2, name="images")
-        found[kind] = load_index(str(folder), key="data.train", create=True)
-    return found
-
-
-def groups(
-    index: ShardIndex, *, world: int = 1, workers: int = 0, num_classes: int = 0, **keys: Any
-) -> list[list[Group]]:
-    """What each rank sees of six steps."""
-    data = DataConfig(**{"channels": 1, "max_pixels": 10**6, **keys})
-    settings = image_settings(index, data, num_classes=num_classes)
-    order = make_order(index, lanes=4, window=2, seed=1)
-    layout = {"batch_size": 4, "start_step": 0, "stop_step": 6, "world": world, "workers": workers}
-    found = []
-    for rank in range(world):
-        stream = TrainingStream(index, order, settings, rank=rank, **layout)
-        found.append([batch.groups[0] for batch in stream])
-        stream.close()
-    return found
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    folder = tmp_path_factory.mktemp("incomplete") / "s"
+    samples = (
+        {"__key__": f"{i:04d}", **sample("member", *picture)}
+        for i, picture in enumerate(pictures())
+    )
+    write_shards(samples, folder, num_shards=2, name="images")
+    return load_index(str(folder), key="data.train", create=True)
 
 
 @pytest.mark.parametrize("resolution", ["native", [9, 9], [24, 24]])
 def test_masks_follow_their_images_through_crop_mirror_and_resizing(
-    indexes: dict[str, ShardIndex], resolution: Any
+    index: ShardIndex, resolution: Any
 ) -> None:
     """A pixel that counts holds nothing of a missing one, which is white."""
     keys = {"crop": "random"} if resolution != "native" else {}
-    seen = 0
-    (found,) = groups(indexes["member"], mask="member", flip=True, resolution=resolution, **keys)
-    for group in found:
+    keys |= {"mask": "member", "flip": True, "resolution": resolution}
+    settings = image_settings(index, DataConfig(channels=1, max_pixels=10**6, **keys))
+    order, seen = make_order(index, lanes=4, window=2, seed=1), 0
+    for batch in TrainingStream(index, order, settings, batch_size=4, start_step=0, stop_step=6):
+        (group,) = batch.groups
         assert group.masks is not None and group.masks.shape == (4, 1, *group.images.shape[2:])
         observed = group.masks > 0
         if resolution == "native":
@@ -155,30 +127,16 @@ def test_masks_follow_their_images_through_crop_mirror_and_resizing(
     assert seen > 500
 
 
-@pytest.mark.parametrize("mask", ["member", "random", "half"])
-def test_masks_do_not_depend_on_ranks_or_workers(indexes: dict[str, ShardIndex], mask: str) -> None:
-    index = indexes["member" if mask == "member" else "none"]
-    (alone,) = groups(index, mask=mask, flip=True)
-    for world, workers in ((2, 0), (1, 2)) if mask == "member" else ((2, 1),):
-        ranks = groups(index, world=world, workers=workers, mask=mask, flip=True)
-        for group, *parts in zip(alone, *ranks, strict=True):
-            for name in ("images", "masks", "labels"):
-                joined = torch.cat([getattr(part, name) for part in parts])
-                assert torch.equal(joined, getattr(group, name)), name
-
-
-def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(indexes: dict[str, ShardIndex]) -> None:
+def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(tmp_path: Path) -> None:
+    samples = ({"__key__": f"{i}", "png": GREY} for i in range(NUM_IMAGES))
+    write_shards(samples, tmp_path / "s", num_shards=2)
+    index = load_index(str(tmp_path / "s"), key="data.train", create=True)
     data = DataConfig(channels=1, max_pixels=1000, mask="random", mask_fraction=0.25)
-    settings = image_settings(indexes["none"], data)
+    settings = image_settings(index, data)
 
     def masks(batch_size: int) -> torch.Tensor:
-        stream = EvaluationStream(indexes["none"], settings, batch_size=batch_size)
+        stream = EvaluationStream(index, settings, batch_size=batch_size)
         return torch.cat([b.masks[b.weights > 0] for b in stream if b.masks is not None])
 
-    assert torch.equal(masks(12), masks(5))
-    assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
-
-
-def test_a_label_out_of_range_stops_a_stream(indexes: dict[str, ShardIndex]) -> None:
-    with pytest.raises(ShardError, match=r"its label 2 \(\.cls\) is none of the classes 0 to 1"):
-        groups(indexes["member"], mask="member", num_classes=2)
+    assert torch.equal(masks(12), masks(5)) and len(masks(5).unique(dim=0)) > 1
+    assert masks(12).float().mean() == pytest.approx(0.75, abs=0.08)

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import identities, make_shards
+from tests.data.conftest import MARKED, identities, make_shards
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import MixedOrder, Order, make_order, quotas
-from vae_dist.data.transforms import ImageSettings
 
 SHARDS = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
 
@@ -71,13 +70,10 @@ def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
             assert counts.keys() == {(s, i) for s, n in enumerate(lengths) for i in range(n)}
 
 
-def test_lanes_read_their_windows_at_different_steps() -> None:
+def test_a_shard_is_read_front_to_back_by_few_lanes_and_windows_at_different_steps() -> None:
     order = Order([6400], lanes=16, window=8, seed=0)
     ends = Counter(order.window_at(lane, 0).end_row for lane in range(16))
     assert set(ends) == set(range(1, 9)) and max(ends.values()) == 2
-
-
-def test_a_shard_is_read_front_to_back_by_one_or_two_lanes() -> None:
     order = Order([100] * 32, lanes=8, window=10, seed=0)
     readers: dict[int, set[int]] = {}
     for lane in range(8):
@@ -134,14 +130,14 @@ def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(
     prints = {index.fingerprint for index in (alone, load(1, 1), load(1, 2), load(1, 3))}
     assert len(prints) == 4
 
-    index, marked = load(1, 3), ImageSettings(1, (1, 3), False, 100)
+    index = load(1, 3)
     order = make_order(index, lanes=8, window=4, seed=3)
     assert isinstance(order, MixedOrder)
     for half in (order.part_of_lane[:4], order.part_of_lane[4:]):  # of each of two ranks
         assert Counter(half.tolist()) == {0: 1, 1: 3}
     keys = {"batch_size": 8, "start_step": 5, "stop_step": 25, "world": 2}
     for rank in range(2):
-        for batch in TrainingStream(index, order, marked, rank=rank, **keys):
+        for batch in TrainingStream(index, order, MARKED, rank=rank, **keys):
             (group,) = batch.groups
             places = [order.sample_at(8 * batch.step + 4 * rank + lane)[1:] for lane in range(4)]
             # shards are marked by their own folder

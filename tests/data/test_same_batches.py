@@ -4,9 +4,6 @@ places to resume at; for data of all kinds, damaged samples among them."""
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import signal
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -24,11 +21,10 @@ from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SkippedSample
 from vae_dist.data.transforms import ImageSettings
-from vae_dist.data.workers import LoaderDied, deaths_explained
 from vae_dist.data.writer import write_shards
 
 BATCH, SIZE = 4, (8, 6)
-KINDS = ("jpg", "large jpg", "grey jpg", "png", "no image", "cut jpg", "bad label")
+KINDS = ("jpg", "large jpg", "grey jpg", "png", "masked", "no image", "cut jpg", "bad label")
 LOST = ("no image", "cut jpg")  # without classes a label that cannot be read is none
 
 
@@ -42,12 +38,17 @@ def sample_of(kind: str, number: int) -> dict[str, str | bytes]:
     random = np.random.default_rng(number)
     height, width = (3 * SIZE[0], 4 * SIZE[1]) if kind == "large jpg" else SIZE
     image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
-    file, suffix = io.BytesIO(), "png" if kind == "png" else "jpg"
+    file, suffix = io.BytesIO(), "png" if kind in ("png", "masked") else "jpg"
     image = image.convert("L" if kind == "grey jpg" else "RGB")
     image.save(file, "PNG" if suffix == "png" else "JPEG", quality=90)
     data = {"no image": b"none", "cut jpg": file.getvalue()[:-40]}.get(kind, file.getvalue())
     label = "four" if kind == "bad label" else str(number)
-    return {"__key__": f"{number:04d}", suffix: data, "cls": label.encode()}
+    found = {"__key__": f"{number:04d}", suffix: data, "cls": label.encode()}
+    if kind == "masked":
+        mask = random.integers(0, 2, (height, width), np.uint8) * 255
+        Image.fromarray(mask).save(file := io.BytesIO(), "PNG")
+        found["mask.png"] = file.getvalue()
+    return found
 
 
 def shown(
@@ -84,7 +85,8 @@ def check(kinds: list[str], drawn: dict[str, Any], *, world: int, workers: int) 
     for mine, theirs in zip(found, want, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
     if start == 0:
-        lost, epochs = sum(kind in LOST for kind in kinds), stop * BATCH // len(kinds)
+        refused = LOST if drawn["mask"] == "member" else (*LOST, "masked")
+        lost, epochs = sum(kind in refused for kind in kinds), stop * BATCH // len(kinds)
         assert epochs * lost <= skipped.total() <= (epochs + 1) * lost
 
 
@@ -119,29 +121,3 @@ def test_through_loader_processes(
     kinds: list[str], drawn: dict[str, Any], world: int, workers: int
 ) -> None:
     check(kinds, drawn, world=world, workers=workers)
-
-
-def children() -> set[int]:
-    return {process.pid or 0 for process in multiprocessing.active_children()}
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_killed_loader_process_is_an_error_and_ends_the_others(tmp_path: Path) -> None:
-    index = make_index(tmp_path, ["png"] * 12)
-    order, images = (
-        Order(index.lengths, lanes=4, window=2, seed=3),
-        ImageSettings(3, SIZE, True, 99),
-    )
-    keys = {"batch_size": BATCH, "workers": 2, "start_step": 0, "stop_step": 10**6}
-    batches = iter(TrainingStream(index, order, images, **keys))
-    next(batches)
-    before = children()
-    os.kill(max(before), signal.SIGKILL)
-    with (
-        pytest.raises(LoaderDied, match=r"a loader process died .*: ask for more memory"),
-        deaths_explained("ask for more memory"),
-    ):
-        for _ in batches:
-            pass
-    del batches
-    assert not children() & before

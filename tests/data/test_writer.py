@@ -58,9 +58,6 @@ def test_nothing_is_left_by_a_write_that_fails(tmp_path: Path, written: Any, mes
     with pytest.raises(ConfigError, match=message):
         write_shards(written, tmp_path / "out", shard_bytes=2000)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ConfigError, match="exists already"):
         write_shards(samples(1), tmp_path, num_shards=1)

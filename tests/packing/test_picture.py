@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from tests.data.test_decode import jpeg_with
-from tests.support.picture_sources import encoded, npy
+from tests.support.picture_sources import encoded, jpeg_with, npy
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import decode_own
 from vae_dist.data.tar import DamagedSampleError
@@ -18,6 +17,7 @@ COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 GREY, PLANES = COLOUR[:, :, 0], COLOUR.transpose(2, 0, 1)
 UPRIGHT = Image.Exif()
 UPRIGHT[0x0112] = 6
+SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(96)).astype(np.uint8)
 JPEG = encoded(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
 
 
@@ -220,7 +220,7 @@ def test_a_jpeg_that_is_made_small_is_the_full_one_made_small(side: int) -> None
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_pictures_are_turned_as_the_trainer_turns_them(turn: int) -> None:
     for kind, xmp in ((1, 3), (3, 3), (4, 0), (3, 0)):
-        data = jpeg_with(kind, turn, xmp)
+        data = jpeg_with(SMOOTH, kind, turn, xmp)
         remade = decoded(prepare("jpg", data, PackCommand(format="png")).data)
         (own,) = decode_own("jpg", data, max_pixels=10**6)
         assert remade.shape == own.shape == prepare("jpg", data, PackCommand()).shape[1:]

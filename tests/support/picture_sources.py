@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 import warnings
 import zipfile
@@ -31,6 +32,19 @@ def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def jpeg_with(pixels: np.ndarray, kind: int, turn: int, xmp: int = 0) -> bytes:
+    """An orientation of a TIFF type (1 byte, 3 and 4 integers, 2 text), and one in XMP."""
+    value = {1: bytes([turn]), 2: b"%d\0" % turn, 3: struct.pack("<H", turn)}.get(kind)
+    value = (value or struct.pack("<I", turn)).ljust(4, b"\0")
+    entry = struct.pack("<HHI", 0x0112, kind, 2 if kind == 2 else 1) + value
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + bytes(4)
+    packet = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="%d"/>' % xmp
+    records = ([exif] if turn else []) + ([packet] if xmp else [])
+    segments = (b"\xff\xe1" + struct.pack(">H", len(r) + 2) + r for r in records)
+    whole = encoded(pixels, "JPEG")
+    return whole[:2] + b"".join(segments) + whole[2:]
 
 
 def summary(items: list[Item]) -> dict[str, tuple[str | None, object]]:

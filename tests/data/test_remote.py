@@ -1,0 +1,389 @@
+"""Shards from elsewhere: what is read, tried again, named, and refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pickle
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import BATCH, LENGTHS, STEPS, expected, global_batches
+from tests.support.http_shards import EMPTY, RESET, serving
+from tests.support.tiny_run import tiny_config
+from vae_dist.config.errors import ConfigError
+from vae_dist.data import sources
+from vae_dist.data.index import load_index
+from vae_dist.data.indexing import write_index_of_remote
+from vae_dist.data.sources import Range, UnreadableError, read_all, read_range, read_ranges
+from vae_dist.data.tar import ShardError
+from vae_dist.index import main
+from vae_dist.inference.load import open_images
+
+pytestmark = pytest.mark.usefixtures("pauses")
+ALL = "set-{00..09}.tar"
+
+
+@pytest.fixture
+def blob(tmp_path: Path) -> bytes:
+    data = np.random.default_rng(0).bytes(300_000)
+    (tmp_path / "blob").write_bytes(data)
+    return data
+
+
+# the bytes
+
+
+@pytest.mark.parametrize("trouble", [500, 503, 429, RESET, EMPTY, -1000])
+def test_trouble_is_tried_again_with_growing_pauses(
+    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int
+) -> None:
+    with serving(tmp_path, lambda path, n: trouble if n < 4 else None) as server:
+        assert read_range(f"{server.url}/blob", 1000, 50_000) == blob[1000:51_000]
+    assert pauses == [0.2, 0.4, 0.8, 1.6]
+
+
+def test_many_pieces_are_read_at_once_and_each_has_its_own_outcome(
+    tmp_path: Path, blob: bytes
+) -> None:
+    with serving(tmp_path, lambda path, n: 500 if path == "blob" and n < 3 else None) as server:
+        there = [Range(f"{server.url}/blob", 1000 * i, 500) for i in range(20)]
+        *found, lost = read_ranges([*there, Range(f"{server.url}/nothing", 0, 5)])
+        assert found == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
+        assert isinstance(lost, UnreadableError) and lost.is_missing
+        again = pickle.loads(pickle.dumps(lost))  # on its way from a worker
+        assert again.is_missing and str(again) == str(lost)
+        asked = server.asked["blob"]
+        assert read_range(f"{server.url}/blob", 299_000, 5000) == blob[299_000:]
+        assert server.asked["blob"] == asked + 1, "the end of a file is no break"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (404, r"blob: cannot be read \(no such file"),
+        (403, "HTTP 403"),
+        (500, r"in 100 s \(HTTP 500"),
+        ("file:///etc/passwd", "passwd|redirect"),
+        (EMPTY, "sends no byte"),
+    ],
+)
+def test_what_lasts_stops_with_the_address(
+    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int | str, message: str
+) -> None:
+    broken = serving(tmp_path, lambda path, n: trouble)
+    with broken as server, pytest.raises(ShardError, match=message):
+        read_range(f"{server.url}/blob", 0, 10, retry_s=100)
+    assert 60 < sum(pauses) <= 100 if trouble in (500, EMPTY) else not pauses
+
+
+def test_a_redirect_is_followed_on_http_and_never_down_from_https(
+    tmp_path: Path, blob: bytes
+) -> None:
+    from yarl import URL
+
+    with serving(tmp_path) as there:
+        moved = serving(tmp_path, lambda path, n: f"{there.url}/{path}")
+        with moved as server:
+            assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
+    (trace,) = sources._http_options()["client_kwargs"]["trace_configs"]
+    (check,) = trace.on_request_redirect
+    for start, target, is_allowed in (
+        ("https://a/x", "https://b/x", True),
+        ("http://a/x", "https://a/x", True),
+        ("https://a/x", "/y", True),
+        ("https://a/x", "http://a/x", False),
+        ("http://a/x", "ftp://a/x", False),
+    ):
+        response = SimpleNamespace(headers={"Location": target})
+        redirect = check(None, None, SimpleNamespace(url=URL(start), response=response))
+        if is_allowed:
+            asyncio.run(redirect)
+        else:
+            with pytest.raises(ValueError, match="redirected from http"):
+                asyncio.run(redirect)
+
+
+def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(
+    tmp_path: Path, blob: bytes
+) -> None:
+    with serving(tmp_path, ranges=False) as server:
+        with pytest.raises(ShardError, match=r"answers with the whole file .* 'pipe:curl"):
+            read_range(f"{server.url}/blob", 5, 10)
+        assert read_range(f"{server.url}/blob", 0, 10) == blob[:10]
+    for place in (str(tmp_path / "blob"), f"file://{tmp_path}/blob"):
+        assert read_all(place, 300_000) == blob
+        with pytest.raises(ShardError, match="larger than the 299999 bytes"):
+            read_all(place, 299_999)
+    with pytest.raises(ShardError, match="but no index"):
+        read_all(f"pipe:touch {tmp_path}/made", 10)
+    assert not (tmp_path / "made").exists()
+    os.mkfifo(tmp_path / "x.tar")
+    for place in (str(tmp_path / "x.tar"), "/dev/zero", str(tmp_path)):
+        for ask in (lambda place: read_range(place, 0, 10), sources.size_of):
+            with pytest.raises(ShardError, match="no plain file"):
+                ask(place)
+
+
+def test_a_server_that_is_too_slow_or_gone(
+    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ShardError, match=r"attempts in 20 s .*127\.0\.0\.1"):
+        read_range("http://user:word@127.0.0.1:9/x.tar", 0, 1)
+    said = capsys.readouterr().err
+    assert "it is tried again for 20 s" in said and "user:word" not in said
+    monkeypatch.setattr(sources, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sources, "BYTES_PER_MINUTE", 1 << 40)
+    release, calls = threading.Event(), list[int]()
+
+    def wait(path: str, number: int) -> None:
+        calls.append(number)
+        if len(calls) < 6:
+            release.wait(60)
+
+    with serving(tmp_path, wait) as server:
+        assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
+        release.set()
+    assert "less than 1048576 MiB a minute); it is tried again" in capsys.readouterr().err
+
+
+def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
+    place = f"pipe:echo >> {tmp_path}/starts; cat {tmp_path}/blob"
+    for start in (0, 100, 5000, 50):
+        assert read_range(place, start, 50) == blob[start : start + 50]
+    assert (tmp_path / "starts").read_text() == "\n\n"
+    assert read_range(place, 299_990, 50) == blob[-10:]
+    with pytest.raises(ShardError, match=r"attempts .*ended with exit code 3"):
+        read_range("pipe:exit 3", 0, 1)
+
+
+@pytest.mark.parametrize("protocol", ["memory://", "strict://"])
+def test_what_an_object_store_lacks_is_missing_at_once(pauses: list[float], protocol: str) -> None:
+    """Some stores, such as s3, raise where a size is asked of what is not there."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Strict(MemoryFileSystem):
+        protocol = "strict"
+
+        def size(self, path: str) -> int:
+            raise FileNotFoundError(path)
+
+    fsspec.register_implementation("strict", Strict, clobber=True)
+    assert not sources.exists(f"{protocol}nowhere/_info.json")
+    with pytest.raises(ShardError, match="no such file"):
+        read_range(f"{protocol}nowhere/a.tar", 0, 10)
+    assert pauses == []
+
+
+# the shards
+
+
+@pytest.mark.parametrize(
+    ("way", "world", "workers"),
+    [("pattern", 1, 0), ("folder", 8, 3), ("pipe", 2, 3), ("fsspec", 2, 1)],
+)
+def test_the_same_steps_from_everywhere(
+    folder: Path, one_process: None, tmp_path: Path, way: str, world: int, workers: int
+) -> None:
+    start, stop = STEPS // 2, STEPS // 2 + 6
+    with serving(folder) as server:
+        spec: object = {
+            "pattern": f"{server.url}/{ALL}",
+            "folder": server.url,
+            "fsspec": f"file://{folder}/{ALL}",
+        }.get(way)
+        if way == "pipe":
+            urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
+            assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
+            spec = {"path": urls, "index": str(tmp_path / "index")}
+        index = load_index(spec, key="data.train", create=False)
+        assert index.lengths.tolist() == list(LENGTHS)
+        if way == "folder":
+            assert server.asked == {"_info.json": 1}, "one request opens a set"
+            here = load_index(str(folder), key="data", create=False)
+            assert index.fingerprint == here.fingerprint
+        keys = {"world": world, "workers": workers, "start_step": start, "stop_step": stop}
+        assert global_batches(index, **keys) == expected(start, stop)
+        if way == "pattern":  # after a resume two windows of each lane are read
+            server.sent.clear()
+            global_batches(index, start_step=STEPS - 3, stop_step=STEPS - 2)
+            tars = sum(count for path, count in server.sent.items() if path.endswith(".tar"))
+            largest = max(int(np.diff(index.offsets(s)).max()) for s in range(1, 10))
+            assert 0 < tars <= 2 * BATCH * 4 * largest
+
+
+def test_signed_addresses_name_shards(folder: Path) -> None:
+    signature = "?sig=a/b.c&sv=2"
+    here = load_index(str(folder), key="data", create=False)
+    with serving(folder, query=signature) as server:
+        pattern, whole = f"{server.url}/{ALL}{signature}", f"{server.url}/{signature}"
+        for spec in (pattern, whole):
+            index = load_index(spec, key="data.train", create=False)
+            assert index.fingerprint == here.fingerprint
+            assert index.offsets(3).tolist() == here.offsets(3).tolist()
+        (folder / "_info.json").unlink()
+        again = load_index(pattern, key="data.train", create=False)
+    assert again.lengths.tolist() == list(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{url}/set-{{08..11}}.tar", r"set-10\.tar has no index; .*index data='http.*out=FOLDER"),
+        ("{url}/nowhere/", r"no such file.*name the shards"),
+        ("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*index: FOLDER"),
+        ("{url}/set-00.json", "no such file"),
+    ],
+)
+def test_wrong_addresses_are_named(folder: Path, spec: str, message: str) -> None:
+    with serving(folder) as server, pytest.raises(ConfigError, match=message):
+        load_index(spec.format(url=server.url), key="data.train", create=False)
+
+
+def test_what_is_forbidden_counts_as_missing(folder: Path) -> None:
+    """S3 says so of what is not there, to those who may not list it. Only the status says so."""
+    for status in (403, 404, 500):
+        with serving(folder, lambda p, n, s=status: s if p == "_info.json" else None) as server:
+            if status == 500:
+                with pytest.raises(UnreadableError, match="HTTP 500"):
+                    load_index(f"{server.url}/{ALL}", key="data.train", create=False)
+            else:
+                index = load_index(f"{server.url}/{ALL}", key="data.train", create=False)
+                assert index.lengths.tolist() == list(LENGTHS)
+            with pytest.raises(ConfigError, match=r"cannot be read .*name the shards"):
+                load_index(server.url, key="data.train", create=False)
+
+
+# their index
+
+
+def test_the_index_of_remote_shards(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for sidecar in (*folder.glob("*.idx"), folder / "_info.json"):
+        sidecar.unlink()
+    out = tmp_path / "index"
+    with serving(folder) as server:
+        data = f"data={server.url}/{ALL}"
+        assert main([data]) == 2
+        assert "name a folder for their index" in capsys.readouterr().err
+        assert main([data, f"out={out}", "verify=true"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        counts = f"shards=10 indexed_now=10 indexed_before=0 damaged=0 samples={sum(LENGTHS)}"
+        assert lines[-1] == counts and "sizes HxW: 1x3 (122); 1 different" in lines
+        assert any(line.startswith("double keys: 77, the first is") for line in lines)
+        (sidecar,) = out.glob("set-03.tar-*.idx")
+        sidecar.unlink()
+        asked = dict(server.asked)
+        assert main([data, f"out={out}"]) == 0  # goes on with what is missing
+        again = {p for p in asked if server.asked[p] > asked[p] + 2 and p.endswith(".tar")}
+        assert again <= {"set-03.tar"}
+        spec = {"path": f"{server.url}/{ALL}", "index": str(out)}
+        index = load_index(spec, key="data.train", create=False)
+        assert index.lengths.tolist() == list(LENGTHS)
+
+
+def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> None:
+    """Other shards of the same names, or another size, are indexed anew; a damaged shard keeps
+    neither its sidecar nor the list that names it; an unreachable one keeps both."""
+    place, out = tmp_path / "a", tmp_path / "index"
+
+    def made(name: str) -> list[int]:
+        place.mkdir(exist_ok=True)
+        shutil.copy(folder / name, place / "x.tar")
+        url = f"file://{place}/x.tar"
+        damage = write_index_of_remote([url], out)
+        assert set(damage.values()) <= {None}
+        index = load_index({"path": url, "index": str(out)}, key="k", create=False)
+        return [*index.lengths.tolist(), len(damage)]
+
+    assert made("set-03.tar") == [30, 1]
+    assert made("set-03.tar") == [30, 0]  # kept
+    assert made("set-05.tar") == [45, 1]  # another size
+    place = tmp_path / "b"
+    assert made("set-02.tar") == [7, 1]  # another address
+    url = f"file://{place}/x.tar"
+    (place / "x.tar").rename(place / "away")
+    (error,) = write_index_of_remote([url], out, overwrite=True).values()
+    assert "no such file" in str(error) and (out / "shards.json").exists()
+    data = bytearray((folder / "set-02.tar").read_bytes())
+    data[1024:1100] = b"\xff" * 76
+    (place / "x.tar").write_bytes(data)
+    sidecars = len(list(out.glob("*.idx")))
+    (error,) = write_index_of_remote([url], out, overwrite=True).values()
+    assert "damaged tar header" in str(error)
+    assert len(list(out.glob("*.idx"))) == sidecars - 1 and not (out / "shards.json").exists()
+
+
+def test_a_wids_index_of_others_is_read(folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
+    for content, message in (
+        ({"shardlist": shards}, ""),
+        ({"shardlist": [{**shards[3], "nsamples": 31}]}, r"set-03\.tar has 30 samples .* says 31"),
+        ([], "is no list of shards"),
+        ({"shardlist": [{**shards[3], "nsamples": -1}]}, "is no list of shards"),
+        ({"shardlist": [{**shards[3], "nsamples": 10**30}]}, "is no list of shards"),
+    ):
+        (folder / "wids.json").write_text(json.dumps(content))
+        if message:
+            with pytest.raises(ConfigError, match=message):
+                load_index(str(folder / "wids.json"), key="data.train", create=False)
+        else:
+            index = load_index(str(folder / "wids.json"), key="data.train", create=False)
+            assert index.lengths.tolist() == list(LENGTHS)
+
+
+HELD_BACK = r"names .*; a file of shards may name only files beside or below it"
+ELSEWHERE = [
+    "pipe:touch {made}", "file:///etc/passwd", "file:passwd", "/etc/passwd", "../x.tar",
+    "a/../../x.tar", "https://elsewhere.example/x.tar", "s3://bucket/x.tar",
+    "x.tar::file:///etc/passwd",
+]  # fmt: skip
+
+
+def test_an_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_path: Path) -> None:
+    with serving(folder) as server:
+
+        def listed(entry: dict[str, object], place: str) -> int:
+            (folder / "shards.json").write_text(json.dumps({"shardlist": [entry]}))
+            return load_index(f"{place}/shards.json", key="data.train", create=True).num_samples
+
+        for place in (server.url, str(folder)):
+            for name in ELSEWHERE:
+                for field in ("url", "index"):
+                    entry = {"url": "x.tar", "nsamples": 1}
+                    with pytest.raises(ConfigError, match=HELD_BACK):
+                        listed({**entry, field: name.format(made=tmp_path / "made")}, place)
+        own = {"url": f"{server.url}/set-03.tar", "nsamples": 30}  # but its own host
+        assert listed(own, server.url) == 30
+        with pytest.raises(ConfigError, match=HELD_BACK):  # the file here has no host
+            listed(own, str(folder))
+    assert not (tmp_path / "made").exists()
+
+
+def test_names_of_files_and_run_folders_name_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the command line does: `data=`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch made; cat x.tar").touch()
+    with pytest.raises(ConfigError, match="rename it"):
+        load_index(".", key="data.train", create=True)
+    config, command = tiny_config(), "pipe:touch made"
+    for spec in (command, {"path": command, "index": "."}, {"path": "x", "index": command}):
+        config.data.validation, config.data.train = spec, [{"path": spec, "weight": 1}]
+        with pytest.raises(ConfigError, match="only local paths and http"):
+            open_images(config, "", create=True)
+        with pytest.raises(ConfigError, match="only local paths and http"):
+            open_images(config, config.data.train, create=True, key="data.train")
+    with pytest.raises(ConfigError, match="has no index"):
+        open_images(config, command, create=True)
+    assert not (tmp_path / "made").exists()
