@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
+from tests.support.devices import DEVICES, runtime_on
 from tests.support.distributed import run_ranks
 from tests.support.evaluated import (
     CPU,
-    IMAGES,
     NUM_IMAGES,
+    SIZE,
     all_metrics,
     batch_of,
     batches,
+    drawn,
     result_of,
     start,
     tiny_model,
@@ -36,6 +38,7 @@ from vae_dist.evaluation.run import (
     merged_with_earlier,
 )
 from vae_dist.randomness import torch_generator
+from vae_dist.training.compile import use_tensor_float_32
 
 
 def measured(kind: str, batch_size: int) -> EvaluationResult:
@@ -44,39 +47,26 @@ def measured(kind: str, batch_size: int) -> EvaluationResult:
 
 
 def test_figures_against_torch_distributions() -> None:
-    model = tiny_model()
-    distortion = rate = 0.0
-    with torch.no_grad():
-        for sample, image_u8 in enumerate(IMAGES):
-            uniform = torch.rand(1, 6, 5, generator=torch_generator(3, "eval-levels", sample))
-            ink = (uniform < image_u8 / 255).double()
-            mean, log_variance = model.encode(2 * ink.float()[None] - 1)
-            posterior = Normal(mean.double(), (log_variance / 2).exp().double())
-            prior = Normal(torch.zeros_like(posterior.mean), 1.0)
-            generator = torch_generator(3, "eval-posterior", sample)
-            z = posterior.mean + posterior.stddev * torch.randn(3, generator=generator)
-            logits = model.decode(z.float(), (6, 5)).double()
-            distortion -= float(Independent(Bernoulli(logits=logits), 3).log_prob(ink[None]))
-            rate += float(kl_divergence(posterior, prior).sum())
+    model, distortion, rate = tiny_model(), 0.0, 0.0
+    for sample in range(NUM_IMAGES):
+        ink, posterior, z = drawn(model, sample)
+        with torch.no_grad():
+            logits = model.decode(z.float(), SIZE).double()
+        distortion -= float(Independent(Bernoulli(logits=logits), 3).log_prob(ink))
+        rate += float(kl_divergence(posterior, Normal(0.0, 1.0)).sum())
     result = result_of(model)
     found = result.figures
     assert found["distortion_nats"] == pytest.approx(distortion / NUM_IMAGES, rel=1e-6)
     assert found["rate_nats"] == pytest.approx(rate / NUM_IMAGES, rel=1e-5) and rate > 1e-3
     assert found["neg_elbo_nats"] == pytest.approx((distortion + rate) / NUM_IMAGES, rel=1e-6)
     assert found["bits_per_dim"] == pytest.approx(found["neg_elbo_nats"] / (30 * math.log(2)))
+    names = "neg_elbo_nats rate_nats distortion_nats bits_per_dim num_images skipped_samples"
+    of_latent = "active_units active_fraction posterior_variance mutual_information_nats"
     assert set(result.row()) == {  # names that scripts rely on
-        "eval/neg_elbo_nats",
-        "eval/rate_nats",
-        "eval/distortion_nats",
-        "eval/bits_per_dim",
-        "eval/num_images",
-        "eval/skipped_samples",
-        "latent/active_units",
-        "latent/active_fraction",
-        "latent/posterior_variance",
-        "latent/mutual_information_nats",
-        "latent/kl_nats_per_unit",
+        *(f"eval/{name}" for name in names.split()),
+        *(f"latent/{name}" for name in (*of_latent.split(), "kl_nats_per_unit")),
     }
+    assert result_of(model, seed=4).figures != found
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
@@ -92,24 +82,10 @@ def test_batches_padding_and_ranks_do_not_matter(kind: str) -> None:
         assert other.row().keys() == whole.row().keys()
 
 
-def test_bits_per_dim_of_a_density_count_8_bit_levels() -> None:
-    found = result_of(tiny_model(kind="gaussian")).figures
-    # x = (level + u) / 128 - 1: a level is 1/128 wide
-    level_nats = found["neg_elbo_nats"] + 30 * math.log(128)
-    assert found["bits_per_dim"] == pytest.approx(level_nats / (30 * math.log(2)))
-    assert found["variance_at_floor_fraction"] == 0.0
-
-
-def test_the_draws_belong_to_seed_and_sample() -> None:
-    model = tiny_model()
-    assert result_of(model, batch_size=5) == result_of(model, batch_size=5)
-    assert result_of(model, seed=4).figures != result_of(model).figures
-
-
 def test_it_stops_between_batches_when_asked() -> None:
     answers, model = iter([False, True]), tiny_model().train()
-    shares, stop = batches(4), lambda: next(answers)
-    assert evaluate(model, shares, runtime=start(), seed=3, stop_requested=stop) is None
+    stop = lambda: next(answers)  # noqa: E731
+    assert evaluate(model, batches(4), runtime=start(), seed=3, stop_requested=stop) is None
     assert model.training and next(answers, None) is None
 
 
@@ -147,22 +123,48 @@ def test_images_of_two_shapes_count_by_their_values() -> None:
 
     small, large = of_shape(6, 5, [0, 3, 4]), of_shape(8, 12, [1, 2])
     both, first, second = figures_of(small, large), figures_of(small), figures_of(large)
-    for names, (one, two) in (
-        (("bits_per_dim", "is_bits_per_dim"), (3 * 30, 2 * 96)),
-        (("neg_elbo_nats", "is_nll_nats", "rate_nats"), (3, 2)),
+    for one, two, names in (
+        (3 * 30, 2 * 96, ("bits_per_dim", "is_bits_per_dim")),
+        (3, 2, ("neg_elbo_nats", "is_nll_nats", "rate_nats")),
     ):
         for name in names:
             expected = (first[name] * one + second[name] * two) / (one + two)
             assert both[name] == pytest.approx(expected, rel=1e-6), name
+    assert both["variance_at_floor_fraction"] == 0.0
 
 
 def test_pictures_with_missing_pixels_are_not_compared() -> None:
-    model, mask = tiny_model(), torch.ones(4, 1, 6, 5, dtype=torch.uint8)
-    masked = functools.partial(type(next(batches(4)))._replace, masks=mask)
+    model, mask = tiny_model(), torch.ones(4, 1, *SIZE, dtype=torch.uint8)
+    masked = lambda batch: batch._replace(masks=mask)  # noqa: E731
     result = result_of(model, *all_metrics(model), batch_size=4, change=masked)
     assert set(result.notes) == {"psnr_db", "rfid", "fid"}
     assert all("pixels are missing" in note for note in result.notes.values())
     assert "is_nll_nats" in result.figures and "psnr_db" not in result.figures
+
+
+def result_on(device: str, **keys: str) -> EvaluationResult:
+    with runtime_on(device) as runtime:
+        use_tensor_float_32(runtime.device, "bf16")  # as training may have set it
+        model = tiny_model(**keys).to(runtime.device)
+        metrics = all_metrics(model, runtime.device)
+        result = evaluate(model, batches(4), runtime=runtime, seed=3, metrics=metrics)
+        use_tensor_float_32(runtime.device, "no")
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("latent", "kind"), [("vector", "bernoulli"), ("spatial", "gaussian")])
+def test_an_evaluation_is_that_of_the_cpu(device: str, latent: str, kind: str) -> None:
+    expected, found = (result_on(d, latent=latent, kind=kind) for d in ("cpu", device))
+    assert found.figures.keys() == expected.figures.keys()
+    for name, value in expected.figures.items():
+        # pictures are rounded to levels, so that a rounding may move one of them
+        is_of_pictures = name in ("rfid", "fid", "psnr_db")
+        assert found.figures[name] == pytest.approx(value, rel=1e-2 if is_of_pictures else 1e-4)
+    kl = expected.latent.kl_nats_per_unit
+    assert found.latent.kl_nats_per_unit == pytest.approx(kl, rel=1e-4)
+    assert found.statistics.std == pytest.approx(expected.statistics.std, rel=1e-4)
 
 
 # results.json
@@ -171,44 +173,30 @@ def test_pictures_with_missing_pixels_are_not_compared() -> None:
 def record(**figures: float) -> dict[str, Any]:
     figures = {"num_images": 4, "skipped_samples": 0, "neg_elbo_nats": 3.5, **figures}
     conditions = {name: {"importance_samples": 7} for name in figures if name[:3] == "is_"}
-    same = {key: f"this {key}" for key in SAME}
-    return same | {
-        "figures": figures,
-        "conditions": conditions,
-        "notes": {},
-        "metric_weights": {},
-    }
+    same: dict[str, Any] = {key: f"this {key}" for key in SAME}
+    return same | {"figures": figures, "conditions": conditions, "notes": {}, "metric_weights": {}}
 
 
-def written(path: Path, earlier: dict[str, Any]) -> Path:
-    path.write_bytes(as_json(earlier))
-    return path
-
-
-def test_what_was_not_measured_again_stays(tmp_path: Path) -> None:
-    earlier = record(is_nll_nats=2.0, psnr_db=20.0, lpips=0.3)
+def test_what_was_not_measured_again_stays_of_the_same_evaluation(tmp_path: Path) -> None:
+    path, earlier = tmp_path / "r.json", record(is_nll_nats=2.0, psnr_db=20.0, lpips=0.3)
     earlier["notes"] = {"psnr_db": "of 8 bits", "is_nll_nats": "few", "ms_ssim": "too small"}
     earlier["metric_weights"] = {"lpips": "a"}
+    path.write_bytes(as_json(earlier))
     now = record(psnr_db=21.0, ssim=0.5)
-    merged = merged_with_earlier(now, written(tmp_path / "r.json", earlier))
+    merged = merged_with_earlier(now, path)
     assert merged["figures"] == {**earlier["figures"], **now["figures"]}
     assert merged["conditions"] == {"is_nll_nats": {"importance_samples": 7}}
     assert merged["notes"] == {"is_nll_nats": "few", "ms_ssim": "too small"}
     assert merged["metric_weights"] == {"lpips": "a"}
-
-
-@pytest.mark.parametrize("key", [*SAME, *COUNTS])
-def test_nothing_stays_of_another_evaluation(tmp_path: Path, key: str) -> None:
-    earlier, now = record(psnr_db=20.0), record(ssim=0.5)
-    (earlier["figures"] if key in COUNTS else earlier)[key] = "another"
-    assert merged_with_earlier(now, written(tmp_path / "r.json", earlier)) == now
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"figures": 3}', "{", "[" * 10**5])
-def test_nothing_stays_of_what_is_no_record(tmp_path: Path, text: str) -> None:
-    (path := tmp_path / "r.json").write_text(text)
-    assert merged_with_earlier(record(), path) == record()
-    assert merged_with_earlier(record(), tmp_path / "none.json") == record()
+    for key in (*SAME, *COUNTS):
+        other = record(psnr_db=20.0)
+        (other["figures"] if key in COUNTS else other)[key] = "another"
+        path.write_bytes(as_json(other))
+        assert merged_with_earlier(now, path) == now, key
+    for text in ("", "[]", "{}", "null", '{"figures": 3}', "{", "[" * 10**5):
+        path.write_text(text)
+        assert merged_with_earlier(now, path) == now
+    assert merged_with_earlier(now, tmp_path / "none.json") == now
 
 
 def test_numbers_that_json_does_not_know_are_null() -> None:

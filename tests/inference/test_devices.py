@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.evaluation.test_run import tiny_model
+from tests.support.evaluated import tiny_model
 from tests.support.devices import DEVICES
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.inference import tiles

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.evaluation.test_run import NUM_IMAGES, batches, tiny_model
+from tests.support.evaluated import NUM_IMAGES, batches, tiny_model
 from tests.support.tiny_run import tiny_config, write_images, write_run
 from vae_dist.config.commands import SampleCommand
 from vae_dist.config.errors import ConfigError

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.schema import RuntimeConfig
@@ -21,9 +22,9 @@ from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
 CPU = torch.device("cpu")
-NUM_IMAGES = 13
+NUM_IMAGES, SIZE = 13, (6, 5)
 IMAGES = torch.randint(
-    0, 256, (NUM_IMAGES, 1, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    0, 256, (NUM_IMAGES, 1, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
 )
 
 
@@ -32,12 +33,23 @@ def start() -> Runtime:
 
 
 def tiny_model(**keys: str) -> VAE:
-    model = build_vae(tiny_config(**keys), (6, 5))
+    model = build_vae(tiny_config(**keys), SIZE)
     with torch.no_grad():  # leave the symmetric start, so that every term counts
         for number, parameter in enumerate(model.parameters()):
             noise = torch.randn(parameter.shape, generator=torch_generator(number, ""))
             parameter.add_(0.1 * noise)
     return model
+
+
+def drawn(model: VAE, sample: int, seed: int = 3) -> tuple[Tensor, Normal, Tensor]:
+    """An image as an evaluation with this seed shows it, q(z|x) and the draw of z, float64."""
+    uniform = torch.rand(1, 1, *SIZE, generator=torch_generator(seed, "eval-levels", sample))
+    ink = (uniform < IMAGES[[sample]] / 255).double()
+    with torch.no_grad():
+        mean, log_variance = model.encode(2 * ink.float() - 1)
+    posterior = Normal(mean.double(), (log_variance / 2).exp().double())
+    noise = torch.randn(3, generator=torch_generator(seed, "eval-posterior", sample))
+    return ink, posterior, posterior.mean + posterior.stddev * noise
 
 
 def batches(
@@ -75,16 +87,9 @@ def result_of(
 
 
 def all_metrics(model: VAE, device: torch.device = CPU) -> list[Metric]:
+    options: Any = {"of_reconstructions": True, "priors": {"fid": None}, "seed": 3}
     return [
         ImportanceMetric(model, device, num_samples=60, seed=3),
         ReconstructionMetric({"psnr_db": Comparison(psnr_db, 1)}, device),
-        FrechetMetric(
-            lambda images: images.flatten(1)[:, :5].double(),
-            5,
-            model,
-            device,
-            of_reconstructions=True,
-            priors={"fid": None},
-            seed=3,
-        ),
+        FrechetMetric(lambda x: x.flatten(1)[:, :5].double(), 5, model, device, **options),
     ]

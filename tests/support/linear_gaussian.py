@@ -6,11 +6,6 @@ The columns of W are orthogonal, so the exact posterior N(S W'(x - b) / s^2, S) 
 covariance S = (I + W'W / s^2)^-1 and lies in the family of `VAE`: the encoder is linear and exact.
 `encoder_error` moves it away: every posterior mean by that many posterior standard deviations,
 every log-variance by that number of nats. The gap of the ELBO is then known too.
-
-    toy = linear_gaussian()
-    images = toy.images(32)                                   # uint8, as shards would give them
-    x = toy.model.likelihood.prepare(images, None)            # float32 in [-1, 1]
-    toy.log_evidence(x)                                       # exact log p(x), float64 (B,)
 """
 
 from __future__ import annotations
@@ -27,13 +22,9 @@ from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
-NUM_LATENTS = 3
+NUM_LATENTS, NUM_DIMS = 3, 12
 IMAGE_SIZE = (3, 4)
-SCALES = (
-    0.5,
-    0.3,
-    0.05,
-)  # norms of the columns of W: two latents that matter, one that hardly does
+SCALES = (0.5, 0.3, 0.05)  # norms of the columns of W: two latents that matter, one that hardly
 SIGMA = 0.15
 
 
@@ -42,8 +33,8 @@ class LinearEncoder(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, log_variance: Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.log_variance = nn.Parameter(log_variance)
+        self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
+        self.log_variance = nn.Parameter(log_variance.float())
 
     def forward(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
         mean = images.flatten(1) @ self.weight.T + self.bias
@@ -55,7 +46,7 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
 
     def forward(self, z: Tensor, *_: Any, **__: Any) -> Tensor:
         return (z @ self.weight.T + self.bias).unflatten(1, (1, *IMAGE_SIZE))
@@ -71,7 +62,7 @@ class LinearGaussian:
     @property
     def marginal(self) -> MultivariateNormal:
         """p(x), over flattened images."""
-        noise = SIGMA**2 * torch.eye(len(self.bias), dtype=torch.float64)
+        noise = SIGMA**2 * torch.eye(NUM_DIMS, dtype=torch.float64)
         return MultivariateNormal(self.bias, self.weight @ self.weight.T + noise)
 
     def log_evidence(self, x: Tensor) -> Tensor:
@@ -84,35 +75,30 @@ class LinearGaussian:
         e = torch.tensor(self.encoder_error, dtype=torch.float64)
         return float(NUM_LATENTS * 0.5 * (e.square() + torch.expm1(e) - e))
 
-    def images(self, num_images: int, *, seed: int = 0) -> Tensor:
+    def images(self, num_images: int) -> Tensor:
         """Draws of p(x) cut to 8 bits, uint8 (N, 1, H, W)."""
-        generator = torch_generator(seed, "linear-gaussian")
+        generator = torch_generator(0, "linear-gaussian")
         z = torch.randn(num_images, NUM_LATENTS, dtype=torch.float64, generator=generator)
-        noise = torch.randn(num_images, len(self.bias), dtype=torch.float64, generator=generator)
-        x = z @ self.weight.T + self.bias + SIGMA * noise
-        levels = (127.5 * (x + 1)).round().clamp(0, 255)
-        return levels.to(torch.uint8).unflatten(1, (1, *IMAGE_SIZE))
+        noise = torch.randn(num_images, NUM_DIMS, dtype=torch.float64, generator=generator)
+        levels = (127.5 * (z @ self.weight.T + self.bias + SIGMA * noise + 1)).round()
+        return levels.clamp(0, 255).to(torch.uint8).unflatten(1, (1, *IMAGE_SIZE))
+
+    def prepared(self, num_images: int) -> Tensor:
+        """The same, float32 in [-1, 1]."""
+        return self.model.likelihood.prepare(self.images(num_images), None)
 
 
-def linear_gaussian(*, encoder_error: float = 0.0, seed: int = 0) -> LinearGaussian:
-    generator = torch_generator(seed, "linear-gaussian-weights")
-    num_dims = IMAGE_SIZE[0] * IMAGE_SIZE[1]
-    random = torch.randn(num_dims, NUM_LATENTS, dtype=torch.float64, generator=generator)
+def linear_gaussian(*, encoder_error: float = 0.0) -> LinearGaussian:
+    generator = torch_generator(0, "linear-gaussian-weights")
+    random = torch.randn(NUM_DIMS, NUM_LATENTS, dtype=torch.float64, generator=generator)
     weight = torch.linalg.qr(random)[0] * torch.tensor(SCALES, dtype=torch.float64)  # (D, L)
-    bias = 0.1 * torch.randn(num_dims, dtype=torch.float64, generator=generator)
+    bias = 0.1 * torch.randn(NUM_DIMS, dtype=torch.float64, generator=generator)
     variance = 1 / (1 + weight.square().sum(0) / SIGMA**2)  # S, the exact posterior's
     to_mean = variance.unsqueeze(1) * weight.T / SIGMA**2  # (L, D)
     offset = -to_mean @ bias + encoder_error * variance.sqrt()
-    likelihood = build_likelihood(
-        LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA),
-        DataConfig(channels=1, dequantize=False),
-    )
-    model = VAE(
-        LinearEncoder(to_mean.float(), offset.float(), (variance.log() + encoder_error).float()),  # type: ignore[arg-type]
-        LinearDecoder(weight.float(), bias.float()),  # type: ignore[arg-type]
-        likelihood,
-        latent_channels=NUM_LATENTS,
-        stride=1,
-        image_size=IMAGE_SIZE,
-    )
-    return LinearGaussian(model, weight, bias, encoder_error)
+    encoder: Any = LinearEncoder(to_mean, offset, variance.log() + encoder_error)
+    decoder: Any = LinearDecoder(weight, bias)
+    knobs = LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA)
+    likelihood = build_likelihood(knobs, DataConfig(channels=1, dequantize=False))
+    sizes: Any = {"latent_channels": NUM_LATENTS, "stride": 1, "image_size": IMAGE_SIZE}
+    return LinearGaussian(VAE(encoder, decoder, likelihood, **sizes), weight, bias, encoder_error)
