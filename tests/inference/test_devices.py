@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.evaluated import tiny_model
 from tests.support.devices import DEVICES
+from tests.support.evaluated import tiny_model
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.inference import tiles
 from vae_dist.inference.impute import impute
