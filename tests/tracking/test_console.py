@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -11,18 +12,22 @@ from pathlib import Path
 import pytest
 
 from vae_dist.tracking.console import ConsoleSink, is_terminal
+from vae_dist.tracking.metrics import format_duration, format_number, format_row
 
 ROW = {"train/loss": 104.23, "time/images_per_second": 1834.2, "time/left_seconds": 92.0}
+NUMBERS = {104.23456: "104.2", 0.00031: "0.00031", 18342.7: "18343", 3.0: "3", 200: "200"}
+NUMBERS |= {1.5e12: "1.5e+12", math.nan: "nan", math.inf: "inf"}
+DURATIONS = {41.6: "42s", 185: "3m05s", 7800: "2h10m", 356400: "4d03h", math.nan: "?", -1: "?"}
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    return stream
+def test_numbers_durations_and_rows_without_what_goes_without_saying() -> None:
+    assert {value: format_number(value) for value in NUMBERS} == NUMBERS
+    assert {seconds: format_duration(seconds) for seconds in DURATIONS} == DURATIONS
+    row = ROW | {"train/beta": 1.0, "optim/lr": 1e-3, "latent/kl": [1.0], "eval/rate_nats": 9.5}
+    row |= {"data/skipped_samples": 0.0, "time/data_wait_fraction": 0.02}
+    assert format_row(row) == "loss=104.2 images_per_second=1834 left=1m32s eval/rate_nats=9.5"
+    row = {"data/skipped_samples": 2.0, "time/data_wait_fraction": 0.2, "train/loss": math.nan}
+    assert format_row(row) == "data/skipped_samples=2 data_wait_fraction=0.2 loss=nan"
 
 
 def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,16 +52,23 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
-def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    for name, value in (("TERM", "dumb"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv(name, value)
+        assert not is_terminal(terminal)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert is_terminal(terminal) and not is_terminal(io.StringIO())
     sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal)
-    sink.say("output runs/mnist")
     sink.log(200, ROW)
     sink.log(250, {"eval/neg_elbo_nats": 95.5})
     sink.say("[brackets] stay")
     for _ in range(2):
         sink.close("finished")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    assert "output runs/mnist" in text
     assert "200/300" in text and "loss=104.2 images_per_second=1834 left=1m32s" in text
     assert "step=200" not in text and "step=250 eval/neg_elbo_nats=95.5" in text
     assert "[brackets] stay" in text
@@ -64,30 +76,19 @@ def test_a_bar_on_a_terminal(terminal: io.StringIO) -> None:
     assert re.search(r"\d\d step=200 loss=104.2 .* left=1m32s\n$", terminal.getvalue())
 
 
-def test_where_a_progress_bar_belongs(
-    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert is_terminal(terminal) and not is_terminal(io.StringIO())
-    for name, value in (("TERM", "dumb"), ("SLURM_JOB_ID", "7")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert not is_terminal(terminal)
-
-
 @pytest.mark.parametrize("on_a_terminal", [False, True])
 def test_what_takes_no_line_costs_the_lines_alone(
-    on_a_terminal: bool, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    on_a_terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log file of a job on a full disk, and a terminal whose ssh session has ended."""
     monkeypatch.setattr("threading.excepthook", lambda _: None)  # of the thread of the bar
-    if on_a_terminal:
-        master, slave = os.openpty()
-        stream = os.fdopen(slave, "w")
-    else:
-        stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    master, slave = os.openpty()
+    full = os.open("/dev/full", os.O_WRONLY)
+    stream = os.fdopen(slave if on_a_terminal else full, "w", buffering=1)
     console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
-    if on_a_terminal:
-        os.close(master)
+    os.close(master)
     console.advance(1)
     console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
     console.image(1, "images/samples", Path("samples.png"), "")
@@ -95,3 +96,4 @@ def test_what_takes_no_line_costs_the_lines_alone(
     console.close("finished")
     with contextlib.suppress(OSError):
         stream.close()
+    os.close(full if on_a_terminal else slave)

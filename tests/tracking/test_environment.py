@@ -9,12 +9,7 @@ import psutil
 import pytest
 import torch
 
-from vae_dist.tracking.environment import (
-    add_session,
-    describe_environment,
-    launch_command,
-    read_sessions,
-)
+from vae_dist.tracking.environment import add_session, describe_environment, read_sessions
 
 
 def test_what_a_session_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,15 +20,12 @@ def test_what_a_session_records(monkeypatch: pytest.MonkeyPatch) -> None:
     record = describe_environment(first_step=5, world=2, device=torch.device("cpu"))
     assert record["command"].startswith("python3 -m vae_dist.train config=mnist x.api_key=... data")
     assert (record["first_step"], record["processes"]) == (5, 2)
-    assert record["variables"]["SLURM_JOB_ID"] == "77"
-    assert "s3c" not in json.dumps(record)
-
-
-def test_a_launcher_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["/venv/bin/python", "/venv/bin/accelerate", "launch", "-m", "vae_dist.train"]
-    parent = SimpleNamespace(cmdline=lambda: words)
+    assert record["variables"]["SLURM_JOB_ID"] == "77" and "s3c" not in json.dumps(record)
+    typed = ["/venv/bin/python", "/venv/bin/accelerate", "launch", "-m", "vae_dist.train"]
+    parent = SimpleNamespace(cmdline=lambda: typed)
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
-    assert launch_command() == "accelerate launch -m vae_dist.train"
+    record = describe_environment(first_step=5, world=2, device=torch.device("cpu"))
+    assert record["command"] == "accelerate launch -m vae_dist.train"
 
 
 def test_sessions_of_a_requeued_run_and_of_one_that_begins_anew(tmp_path: Path) -> None:

@@ -37,22 +37,24 @@ def test_to_uint8_inverts_the_scaling_of_all_levels() -> None:
     assert to_uint8(wide).tolist() == [0, 0, 1, 1, 254, 255]
 
 
-def test_grid_places_images_row_by_row_at_least_as_wide_as_high() -> None:
+def test_grids_place_images_row_by_row_enlarged_without_blending() -> None:
     picture = np.asarray(grid(flat([10, 20, 30, 40, 50])))
     pitch = 84 + 2  # 28 pixels three times, and a line of two
     assert picture.shape == (2 * pitch + 2, 3 * pitch + 2)
     assert picture[44::pitch, 44::pitch].tolist() == [[10, 20, 30], [40, 50, picture[0, 0]]]
     assert (picture[:, [0, 1, pitch, pitch + 1]] == picture[0, 0]).all()
-    assert grid(flat([1] * 64)).size == (8 * pitch + 2, 8 * pitch + 2)
     assert grid(flat([1], size=64)).size == (68, 68)  # large images are not enlarged
-
-
-def test_enlargement_repeats_pixels_without_blending() -> None:
     image = torch.randint(0, 256, (1, 3, 28, 20), dtype=torch.uint8)
     inner = np.asarray(grid(image))[2:-2, 2:-2]
-    assert inner.shape == (84, 60, 3)
-    assert (inner[1::3, 1::3] == image[0].permute(1, 2, 0).numpy()).all()
-    assert (inner[0::3, 2::3] == inner[2::3, 0::3]).all()
+    assert (inner == image[0].permute(1, 2, 0).numpy().repeat(3, 0).repeat(3, 1)).all()
+    # images of several sizes stand in the middle of their cells
+    picture = np.asarray(grid([flat([10], size=60)[0], flat([20])[0, :, :20, :]]))
+    second = picture[2:62, 64:124]
+    assert picture.shape == (64, 2 * 62 + 2) and (picture[2:62, 2:62] == 10).all()
+    assert (second[20:40, 16:44] == 20).all() and (second == 20).sum() == 20 * 28
+    for shape in ((0, 1, 8, 8), (1, 0, 8, 8), (1, 8, 8)):
+        with pytest.raises(ValueError, match=r"N, C, H, W"):
+            grid(torch.zeros(shape))
 
 
 def test_reconstructions_stand_directly_below_their_inputs() -> None:
@@ -67,29 +69,13 @@ def test_reconstructions_stand_directly_below_their_inputs() -> None:
         side_by_side(flat([1, 2]), flat([1]))
 
 
-def test_images_of_several_sizes_stand_in_the_middle_of_their_cells() -> None:
-    images = [flat([10], size=60)[0], flat([20])[0, :, :20, :]]
-    picture = np.asarray(grid(images))
-    assert picture.shape == (64, 2 * 62 + 2)
-    assert (picture[2:62, 2:62] == 10).all()
-    second = picture[2:62, 64:124]
-    assert (second[20:40, 16:44] == 20).all() and (second == 20).sum() == 20 * 28
-
-
-@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 0, 8, 8), (1, 8, 8)])
-def test_grid_refuses_what_is_no_picture(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"N, C, H, W"):
-        grid(torch.zeros(shape))
-
-
 def test_two_channels_are_magenta_and_green_and_of_many_the_first_three_are_shown() -> None:
-    levels = torch.tensor([10, 200, 30, 40], dtype=torch.uint8).view(1, 4, 1, 1)
-    images = levels.expand(1, 4, 50, 50)
-    assert np.asarray(single(images[0, :2]))[0, 0].tolist() == [10, 200, 10]
-    assert np.asarray(grid(images))[10, 10].tolist() == [10, 200, 30]
+    levels = torch.tensor([10, 200, 30, 40], dtype=torch.uint8).view(4, 1, 1)
+    assert np.asarray(single(levels[:2]))[0, 0].tolist() == [10, 200, 10]
+    assert np.asarray(grid([levels.expand(4, 50, 50)]))[10, 10].tolist() == [10, 200, 30]
 
 
-def test_a_png_has_the_size_of_its_image_and_is_written_whole_or_not_at_all(
+def test_a_png_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
@@ -112,35 +98,30 @@ def test_files_by_name_and_step_and_what_a_caption_says(tmp_path: Path) -> None:
     assert image_caption(3, {"eval/bits_per_dim": None}) == "step 3"
 
 
-def test_the_writer_saves_and_then_shows_the_sinks_on_its_own_thread(tmp_path: Path) -> None:
-    shown: list[tuple[object, ...]] = []
-    thread = threading.current_thread
-    sink: Any = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
-    writer = ImageWriter(tmp_path, [sink], say=print)
-    writer.put(10, "samples", "step 10", grid(flat([0])))
-    writer.close()
-    path = tmp_path / "samples_00000010.png"
-    assert path.exists()
-    assert shown == [(10, "images/samples", path, "step 10", "images")]
-
-
-def test_pictures_that_fail_or_come_too_fast_cost_a_warning(
+def test_the_writer_shows_the_sinks_what_it_saves_and_what_fails_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shown: list[tuple[object, ...]] = []
     said: list[str] = []
-    go_on = threading.Event()
+    thread = threading.current_thread
+    sink: Any = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
     failing: Any = SimpleNamespace(image=lambda *given: [][1])  # an IndexError
     (tmp_path / "file").touch()
+    path = tmp_path / "samples_00000010.png"
     for folder, sinks, reason in (
+        (tmp_path, [sink], ""),
         (tmp_path / "file", [], "File exists"),
         (tmp_path, [failing], "list index out of range"),
     ):
         writer = ImageWriter(folder, sinks, say=said.append)
         for step in (10, 20):  # its thread goes on
-            writer.put(step, "samples", "", grid(flat([0])))
+            writer.put(step, "samples", "a caption", grid(flat([0])))
         writer.close()
-        assert said[1:] == [f"warning: samples of step 20 is not written ({reason})"]
+        assert said[1:] == [f"warning: samples of step 20 is not written ({reason})"] * bool(reason)
         said.clear()
+    assert path.exists() and len(shown) == 2
+    assert shown[0] == (10, "images/samples", path, "a caption", "images")
+    go_on = threading.Event()
     monkeypatch.setattr(images_module, "_QUEUED_IMAGES", 1)
     monkeypatch.setattr(images_module, "save_png", lambda image, path: go_on.wait(10))
     writer = ImageWriter(tmp_path, [], say=said.append)

@@ -1,6 +1,9 @@
+"""The report of runs as training leaves them, and of folders from anywhere."""
+
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,12 +12,46 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from tests.support.report_run import EVALUATED, write_report_run
+from tests.support.tiny_run import tiny_config
 from vae_dist.report import main
-from vae_dist.tracking.images import save_png
+from vae_dist.run.folder import RunFolder
+from vae_dist.tracking.environment import add_session, describe_environment
+from vae_dist.tracking.images import grid, save_png
 from vae_dist.tracking.report import MAX_POINTS, Run, evenly, thinned, write_report
+from vae_dist.tracking.sinks import JsonlSink
+
+EVALUATED = (100, 200, 300, 400)
+
+
+def write_run(path: Path, *, level: float = 90.0) -> RunFolder:
+    """400 steps, a row each 4, evaluated at 100, 200, 300 and 400; `level` is the final -ELBO."""
+    folder = RunFolder(path)
+    folder.create()
+    config = tiny_config()
+    config.run, config.optimizer.lr, config.training.steps = str(path), 1e-3, 400
+    folder.write_config(config)
+    log = JsonlSink(folder.log_path, resume_step=0)
+    for step in range(4, 401, 4):
+        loss = level + 300 * math.exp(-step / 50)
+        row = {"train/neg_elbo_nats": loss, "train/beta": 1.0, "optim/lr": 1e-3}
+        if step in EVALUATED:
+            row |= {"eval/neg_elbo_nats": loss + 1, "eval/bits_per_dim": loss / 543}
+            row |= {"latent/kl_nats_per_unit": [3.0, step / 400, 0.01], "latent/active_units": 2}
+        log.log(step, row)
+    log.close("finished")
+    for step in EVALUATED:
+        for name in ("samples", "reconstructions"):
+            images = torch.full((16, 1, 28, 28), step // 4, dtype=torch.uint8)
+            save_png(grid(images), folder.images / f"{name}_{step:08d}.png")
+    session = describe_environment(first_step=0, world=1, device=torch.device("cpu"))
+    add_session(path / "environment.json", session)
+    folder.write_status("finished", step=400, reason="all steps are done")
+    results = {"step": 400, "weights": "ema", "data": "shards", "figures": {"neg_elbo_nats": level}}
+    (path / "results.json").write_text(json.dumps(results))
+    return folder
 
 
 class Page(HTMLParser):
@@ -40,7 +77,7 @@ class Page(HTMLParser):
 
 
 def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = write_report_run(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     with folder.log_path.open("a") as log:
         log.write('{"step": 404, "eval/neg_elbo_nats": Infinity, "optim/grad_norm": 0.0}\n')
     (tmp_path / "a" / "results_x.json").write_text('{"step": 4, "figures": {"x": NaN, "y": 1.0}}')
@@ -48,39 +85,42 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     text = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
     assert str(tmp_path / "a" / "report.html") in capsys.readouterr().out
     page = Page(text)
-    assert "http" not in text.replace("http-equiv", "")
-    assert "default-src 'none'" in text
+    assert "http" not in text.replace("http-equiv", "") and "default-src 'none'" in text
     samples = [image for image in page.all("img") if image["data-step"]][: len(EVALUATED)]
     assert [int(image["data-step"] or 0) for image in samples] == list(EVALUATED)
     assert str(samples[-1]["alt"]).startswith("step 400 | 91.1 nats | ")
     assert json.loads(page.all("input")[0]["data-steps"] or "") == list(EVALUATED)
-    assert "<title>a eval/neg_elbo_nats, step 400: 91.1</title>" in text
-    assert "<title>a latent/kl_nats_per_unit, unit 3: 0.01</title>" in text
-    assert "<td>optimizer.lr</td><td>0.001</td>" in text
-    assert "<td>neg_elbo_nats</td><td>90</td>" in text
-    assert "<td>x</td><td>-</td>" in text and "eval/neg_elbo_nats, step 404" not in text
+    for part in (
+        "<title>a eval/neg_elbo_nats, step 400: 91.1</title>",
+        "<title>a latent/kl_nats_per_unit, unit 3: 0.01</title>",
+        "<td>optimizer.lr</td><td>0.001</td>",
+        "<td>neg_elbo_nats</td><td>90</td>",
+        "<td>x</td><td>-</td>",
+    ):
+        assert part in text
+    assert "eval/neg_elbo_nats, step 404" not in text
     titles = re.findall(r"<h3>(.*?) <small>", text)
-    assert re.findall(r"<small>(\w+/neg_elbo_nats) </small>", text) == [
-        "train/neg_elbo_nats",
-        "eval/neg_elbo_nats",
-    ]
+    keys = re.findall(r"<small>(\w+/neg_elbo_nats) </small>", text)
+    assert keys == ["train/neg_elbo_nats", "eval/neg_elbo_nats"]
     assert titles == ["-ELBO", "Bits/dim", "Rate per unit"]  # what is constant is left out
 
 
-def test_several_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_runs_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name, level in (("a/seed_0", 95.0), ("b/seed_0", 90.0), ("b/seed_1", 92.0)):
-        write_report_run(tmp_path / name, level=level)
+        write_run(tmp_path / name, level=level)
     assert main(["run=a/seed_0,b/seed_0,b/seed_1"]) == 0
     text = Path("report.html").read_text(encoding="utf-8")
     assert "<title>a/seed_0, b/seed_0, b/seed_1 - " in text
     overview = text[: text.index("<h2>")]
-    assert re.findall(r"</span>(\w/seed_\d)</span>", overview) == [
-        "b/seed_0",
-        "b/seed_1",
-        "a/seed_0",
-    ]
+    best_first = ["b/seed_0", "b/seed_1", "a/seed_0"]
+    assert re.findall(r"</span>(\w/seed_\d)</span>", overview) == best_first
     assert len(Page(text).all("figure")) == 3 * 2
+    for wrong in ("run=nothing", "run=,"):
+        assert main([wrong]) == 2
+        assert wrong.removesuffix(",") in capsys.readouterr().err
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&\x1b[31m\u202e"
@@ -88,7 +128,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&\x
 
 def test_a_folder_from_anywhere(tmp_path: Path) -> None:
     """Texts are escaped; pictures and files of other forms and sizes are left out."""
-    folder = write_report_run(tmp_path / "a<b>")
+    folder = write_run(tmp_path / "a<b>")
     results = {"data": HOSTILE, "source": "https://me:s3cret@host/x", "figures": {HOSTILE: 1.0}}
     folder.path.joinpath("results.json").write_text(json.dumps(results))
     folder.path.joinpath("results_x.json").write_text("[" * 10**5)
@@ -114,17 +154,8 @@ def test_a_folder_from_anywhere(tmp_path: Path) -> None:
     assert not set(text) & {"\x1b", "\u202e"} and r"\x1b[31m\u202e" in text
 
 
-@pytest.mark.parametrize("given", ["run=nothing", "run=,"])
-def test_what_is_no_run_is_refused(
-    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(given.split(" ")) == 2
-    assert given.split(" ")[-1].split(",")[0] in capsys.readouterr().err
-
-
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    folder = write_report_run(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     for path in (folder.log_path, folder.status_path, tmp_path / "a" / "results.json"):
         path.unlink()
     (tmp_path / "a" / "environment.json").write_text('{"sessions": [{"first')
@@ -145,17 +176,13 @@ def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown() -> N
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs headless Chromium")
 def test_the_slider_shows_the_images_of_its_step(tmp_path: Path) -> None:
     """In Chromium, without a warning of its content security policy."""
-    for name in "ab":
-        write_report_run(tmp_path / name)
-    text = write_report([tmp_path / "a", tmp_path / "b"])
+    folders = [write_run(tmp_path / name).path for name in "ab"]
     move = "<script>slider.value = 1; slider.oninput();</script></body>"
-    (tmp_path / "page.html").write_text(text.replace("</body>", move))
+    (tmp_path / "page.html").write_text(write_report(folders).replace("</body>", move))
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    browser += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     page = f"file://{tmp_path / 'page.html'}"
-    answer = subprocess.run(
-        [*browser, profile, "--dump-dom", page], capture_output=True, text=True, timeout=60
-    )
+    answer = subprocess.run([*browser, page], capture_output=True, text=True, timeout=60)
     images = Page(answer.stdout).all("img")
     assert [image["data-step"] for image in images if "hidden" not in image] == ["200"] * 4
     assert len(re.findall("<figcaption>step 200 ", answer.stdout)) == 4

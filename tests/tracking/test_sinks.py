@@ -1,4 +1,4 @@
-"""log.jsonl over resumes, kills and full disks."""
+"""log.jsonl over resumes, kills and full disks; TensorBoard over resumes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import contextlib
 import json
 import math
 import resource
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vae_dist.config.errors import ConfigError
+from vae_dist.tracking.images import grid, save_png
 from vae_dist.tracking.sinks import JsonlSink, read_rows
+from vae_dist.tracking.tensorboard import TensorBoardSink
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -55,22 +59,13 @@ def test_what_is_made_up_after_a_resume_joins_the_row_of_its_step(tmp_path: Path
     assert rows(path)[2] == {"step": 3, "train/loss": 1.5, "eval/loss": 0.5, "eval/best": None}
 
 
-@contextlib.contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond the limit, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("stays_full", [False, True])
 def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path: Path, stays_full: bool) -> None:
+    """The kernel refuses to let a file grow beyond a limit, as a full disk does."""
     path = tmp_path / "log.jsonl"
-    sink = JsonlSink(path, resume_step=0)
-    with files_of_at_most(100):  # a row has some 30 bytes
+    sink, before = JsonlSink(path, resume_step=0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # a row has some 30 bytes
+    try:
         for step in range(1, 501):  # more than the buffer of a file holds
             with contextlib.suppress(OSError):
                 sink.log(step, {"train/loss": step / 2})
@@ -78,6 +73,8 @@ def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path: Path, stays_full:
         if stays_full:
             with pytest.raises(OSError):
                 sink.close("finished")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     if not stays_full:
         sink.log(501, {"train/loss": 5.5})
     sink.close("finished")
@@ -90,3 +87,32 @@ def test_whole_rows_of_a_log_that_is_being_written(tmp_path: Path) -> None:
     assert list(read_rows(log)) == list(read_rows(Path("/dev/zero"))) == []
     log.write_text('{"step": 1, "a": 2}\n[3]\n{"a": 1}\n{"step": 2, "a": NaN}\n{"step": 3, "a"')
     assert list(read_rows(log)) == [(1, {"a": 2}), (2, {"a": None})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resume_step", [20, 0])  # 0: killed before its first checkpoint
+def test_tensorboard_has_each_point_of_a_resumed_run_once(tmp_path: Path, resume_step: int) -> None:
+    reason = "needs the extra tensorboard"
+    accumulator: Any = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason=reason
+    )
+    png = save_png(grid(torch.zeros(4, 1, 8, 8)), tmp_path / "grid.png")
+    for session, first in ((1.0, 0), (2.0, resume_step)):
+        sink = TensorBoardSink(tmp_path / "tensorboard", resume_step=first)
+        for step in range(first + 10, 41, 10):
+            kl = [[0.0, 1.0], [float("nan")], [float("inf"), 1e30]][step % 3]
+            sink.log(step, {"train/loss": session, "latent/kl_nats_per_unit": kl})
+        sink.image(40, "images/samples", png, "")
+        for _ in range(2):
+            sink.close("finished")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(step, 2.0 if step > resume_step else 1.0) for step in (10, 20, 30, 40)]
+    assert events.Tags()["images"] == ["images/samples"]
+    assert events.Tags()["histograms"] == ["latent/kl_nats_per_unit"]
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vae_dist\[tensorboard\]'"):
+        TensorBoardSink(tmp_path, resume_step=0)

@@ -31,33 +31,25 @@ def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
     assert 3 * 2.0 < row["time/left_seconds"] < 3 * 4.0
 
 
-def step(optimizer: torch.optim.Optimizer, weight: torch.Tensor, gradient: list[float]) -> None:
-    weight.grad = torch.tensor(gradient)
-    optimizer.step()
-
-
-def test_update_ratio_of_the_armed_step_alone() -> None:
+def test_update_ratio_of_the_armed_step_alone_and_0_of_a_skipped_one() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     ratio = UpdateRatio(optimizer, rows_every=6)
     assert ratio.every == 102  # with a row, each hundredth step at most
-    step(optimizer, weight, [1.0, 0.0])
-    assert ratio.row() == {}
+    expected = 1 / (1.4**2 + 3.2**2) ** 0.5  # a change of length 1, to (1.4, 3.2)
+    for gradient, is_armed in (([1.0, 0.0], False), ([0.6, 0.8], True), ([0.1, 0.1], False)):
+        weight.grad = torch.tensor(gradient)
+        if is_armed:
+            ratio.arm()
+        optimizer.step()
+        row = {"optim/update_ratio": pytest.approx(expected, rel=1e-6)}
+        assert ratio.row() == (row if is_armed else {})
+    skipping = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    ratio = UpdateRatio(skipping)
+    skipping.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    weight.grad = torch.tensor([1.0, float("nan")])
     ratio.arm()
-    step(optimizer, weight, [0.6, 0.8])  # of length 1, to (1.4, 3.2)
-    expected = 1 / (1.4**2 + 3.2**2) ** 0.5
-    assert ratio.row() == {"optim/update_ratio": pytest.approx(expected, rel=1e-6)}
-    step(optimizer, weight, [0.1, 0.1])
-    assert ratio.row() == {}
-
-
-def test_a_skipped_update_has_ratio_zero() -> None:
-    weight = torch.nn.Parameter(torch.ones(4))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    ratio = UpdateRatio(optimizer)
-    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
-    ratio.arm()
-    step(optimizer, weight, [1.0, 1.0, 1.0, float("nan")])
+    skipping.step()
     assert ratio.row() == {"optim/update_ratio": 0.0}
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -20,83 +21,43 @@ from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.wandb import WandbSink
 
 
-class FakeRun:
-    def __init__(self, asked: dict[str, Any], summary: dict[str, Any]) -> None:
-        self.asked, self.id, self.entity, self.project = asked, asked["id"], "e", "p"
-        self.rows: list[dict[str, Any]] = []
-        self.exit_code: int | None = None
-        self.on_log = self.on_finish = lambda: None
-        part = Path(asked["dir"]) / "wandb" / f"offline-run-{time.monotonic_ns()}-{self.id}"
-        part.mkdir()
-        self.settings, self.is_preempting = SimpleNamespace(sync_dir=str(part)), False
-        self.summary, self.resumed = summary, bool(summary)
-
-    def define_metric(self, name: str, step_metric: str | None = None, hidden: bool = False):
-        assert step_metric == ("trainer/step" if name == "*" else None)
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.on_log()
-        self.rows.append(row)
-
-    def mark_preempting(self) -> None:
-        self.is_preempting = True
-
-    def finish(self, *, exit_code: int) -> None:
-        self.exit_code = exit_code
-        self.on_finish()
-
-    def sent(self) -> list[tuple[int, str]]:
-        """(step, key) of each value that is not a step."""
-        return [(row["trainer/step"], key) for row in self.rows for key in row if "step" not in key]
-
-
-class FakeWandb:
-    """What WandbSink uses of wandb; `fails` are the modes whose init raises."""
-
-    Settings = SimpleNamespace
-    Image = staticmethod(lambda path, *, caption: ("image", path, caption))
-    Histogram = staticmethod(lambda values: ("histogram", values))
-    setup = staticmethod(lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
-
-    def __init__(self) -> None:
-        self.logged_in = self.is_stopped = False
-        self.fails: tuple[str, ...] = ()
-        self.runs: list[FakeRun] = []
-        self.summary: dict[str, Any] = {}  # what the server has of a resumed run
-        self.num_teardowns = 0
-
-    def login(self, *, prompt: bool, verify: bool) -> bool:
-        assert not prompt
-        return self.logged_in
-
-    def init(self, **asked: Any) -> FakeRun:
-        if asked["mode"] in self.fails:
-            raise ConnectionError("no way\nsecond line")
-        self.runs.append(FakeRun(asked, self.summary))
-        return self.runs[-1]
-
-    def Api(self, *, timeout: int) -> SimpleNamespace:
-        def answer(query: str, *, variables: dict[str, str], timeout: float) -> dict[str, Any]:
-            assert variables["id"] == self.runs[-1].id
-            return {"project": {"run": {"stopped": self.is_stopped}}}
-
-        return SimpleNamespace(_service_api=SimpleNamespace(execute_graphql=answer))
-
-    def teardown(self, exit_code: int | None = None) -> None:
-        self.num_teardowns += 1
-
-
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+def fake(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """What WandbSink uses of wandb, without a login; `runs` are those that were begun, `summary`
+    what the server has of a resumed one."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     # setdefault in the sink writes to os.environ: have monkeypatch take that back
     for name in ("WANDB_SILENT", "WANDB_ERROR_REPORTING"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    fake = FakeWandb()
+    fake = MagicMock(runs=[], summary={}, Settings=SimpleNamespace)
+    fake.setup.return_value.settings.mode = "online"
+    fake.login.return_value = False
+    fake.Image = lambda path, *, caption: ("image", path, caption)
+    fake.Histogram = lambda values: ("histogram", values)
+
+    def init(**asked: Any) -> MagicMock:
+        summary = dict(fake.summary)
+        run = MagicMock(asked=asked, id=asked["id"], summary=summary, resumed=bool(summary))
+        part = Path(asked["dir"]) / "wandb" / f"offline-run-{time.monotonic_ns()}-{run.id}"
+        part.mkdir()
+        run.settings.sync_dir = str(part)
+        fake.runs.append(run)
+        return run
+
+    fake.init.side_effect = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
+
+
+def rows(run: MagicMock) -> list[dict[str, Any]]:
+    return [call.args[0] for call in run.log.call_args_list]
+
+
+def sent(run: MagicMock) -> list[tuple[int, str]]:
+    """(step, key) of each value that is not a step."""
+    return [(row["trainer/step"], key) for row in rows(run) for key in row if "step" not in key]
 
 
 def start(folder: Path, mode: str = "auto", **more: Any) -> tuple[WandbSink, list[str]]:
@@ -106,11 +67,16 @@ def start(folder: Path, mode: str = "auto", **more: Any) -> tuple[WandbSink, lis
     return WandbSink(config, folder, say=said.append, **more), said
 
 
-def raise_(error: Exception) -> None:
-    raise error
+def lived(folder: Path, steps: range, status: str = "finished", **more: Any) -> list[str]:
+    """What a session says whose rows are those of `steps`."""
+    sink, said = start(folder, **more)
+    for step in steps:
+        sink.log(step, {"train/loss": 1.0})
+    sink.close(status)
+    return said
 
 
-def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path: Path) -> None:
+def test_offline_without_login_says_once_how_to_upload(fake: MagicMock, tmp_path: Path) -> None:
     sink, said = start(tmp_path, environment={"command": "train token=s3cret"})
     nan, inf = math.nan, math.inf  # wandb.Histogram raises on them
     kl: list[Any] = [[nan, inf], [None, 2.0, nan]]  # null stands for them in log.jsonl
@@ -123,10 +89,12 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
     assert "there is no login: run `wandb login`" in said[0]
     assert said[0].endswith(f"wandb sync {run.settings.sync_dir}")
     keys = ["train/loss", "train/nll", "latent/b", "images/samples"]
-    assert run.sent() == [(50, key) for key in keys]
-    assert run.rows[0]["latent/b"] == ("histogram", [2.0])
-    assert run.rows[1]["images/samples"] == ("image", str(tmp_path / "s.png"), "step 50")
-    assert (run.exit_code, fake.num_teardowns) == (0, 1)
+    assert sent(run) == [(50, key) for key in keys]
+    assert rows(run)[0]["latent/b"] == ("histogram", [2.0])
+    assert rows(run)[1]["images/samples"] == ("image", str(tmp_path / "s.png"), "step 50")
+    run.finish.assert_called_once_with(exit_code=0)
+    run.define_metric.assert_called_with("*", step_metric="trainer/step")
+    assert fake.teardown.call_count == 1
     assert (run.asked["dir"], run.asked["resume"]) == (str(tmp_path), "allow")
     assert run.asked["config"]["optimizer.lr"] == TrainConfig().optimizer.lr
     assert run.asked["config"]["data.train"] == ["https://...@host/{0..9}.tar", "pipe:..."]
@@ -134,28 +102,34 @@ def test_offline_without_login_says_once_how_to_upload(fake: FakeWandb, tmp_path
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
 
 
+FAILED = "offline: W&B could not start a run (ConnectionError: no way); upload"
+
+
 @pytest.mark.parametrize(
     ("obstacle", "says"),
     [
-        ("login", "W&B is offline: there is no login"),
-        ("init", "W&B is offline: W&B could not start a run (ConnectionError: no way); upload"),
-        ("folder", "W&B is off: W&B cannot be used with"),
-        ("import", "W&B is off: W&B cannot be used with"),
+        ("login", "offline: there is no login"),
+        ("init", FAILED),
+        ("folder", "off: W&B cannot be used with"),
+        ("import", "off: W&B cannot be used with"),
     ],
 )
 def test_where_no_run_can_be_online(
-    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str, says: str
+    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str, says: str
 ) -> None:
     """auto goes offline or off; online, asked for by name, is refused before training."""
     folder = tmp_path / "file" if obstacle == "folder" else tmp_path
     (tmp_path / "file").write_text("in the way")
-    fake.logged_in, fake.fails = obstacle != "login", ("online",) * (obstacle == "init")
+    fake.login.return_value, init = obstacle != "login", fake.init.side_effect
+    if obstacle == "init":
+        error = ConnectionError("no way\nsecond line")
+        fake.init.side_effect = lambda mode, **asked: (
+            init(mode=mode, **asked) if mode == "offline" else raise_(error)
+        )
     if obstacle == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
-    sink, said = start(folder)
-    sink.log(1, {"train/loss": 1.0})
-    sink.close("finished")
-    assert len(said) == 1 and said[0].startswith(says)
+    (said,) = lived(folder, range(1, 2))
+    assert said.startswith(f"W&B is {says}")
     with pytest.raises(ConfigError, match=r"wandb\.mode=online .* but .*set offline or auto"):
         start(folder, "online")
     monkeypatch.setenv("WANDB_MODE", "online")
@@ -163,8 +137,12 @@ def test_where_no_run_can_be_online(
         start(folder, "disabled")
 
 
+def raise_(error: Exception) -> None:
+    raise error
+
+
 def test_what_the_environment_says(
-    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("PROJECT", "mine"), ("NAME", "first"), ("DIR", str(tmp_path / "w"))):
         monkeypatch.setenv(f"WANDB_{name}", value)
@@ -181,46 +159,41 @@ def test_what_the_environment_says(
     for name, value in (("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")):
         monkeypatch.setenv("WANDB_MODE", "online")
         monkeypatch.setenv(name, value)
-        sink, said = start(tmp_path / "none", "online")
-        sink.log(1, {"train/loss": 1.0})
-        sink.close("finished")
-        assert (sink.mode, said, (tmp_path / "none").exists()) == ("disabled", [], False)
+        assert lived(tmp_path / "none", range(1, 2), mode="online") == []
+        assert not (tmp_path / "none").exists()
 
 
-def test_a_dead_core_ends_tracking_and_nothing_else(fake: FakeWandb, tmp_path: Path) -> None:
-    sink, said = start(tmp_path)
-    fake.runs[0].on_log = lambda: raise_(ConnectionResetError("gone"))
-    for step in range(5):
-        sink.log(step, {"train/loss": 1.0})
-    sink.close("finished")
-    assert [line for line in said if "stopped working" in line] == [
+def test_a_dead_or_hanging_core_ends_tracking_and_nothing_else(
+    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go, init = threading.Event(), fake.init.side_effect
+
+    def begun(on_log: Any, status: str) -> list[str]:
+        def broken(**asked: Any) -> MagicMock:
+            run = init(**asked)
+            run.log.side_effect = on_log
+            return run
+
+        fake.init.side_effect = broken
+        said = lived(tmp_path, range(100), status)
+        let_go.set()
+        assert fake.teardown.call_count == len(fake.runs)  # takes wandb's exit hook away
+        assert said[-1].endswith(f"wandb sync {fake.runs[-1].settings.sync_dir}")
+        return said
+
+    assert begun(ConnectionResetError("gone"), "finished")[1:-1] == [
         "W&B stopped working (ConnectionResetError: gone); training goes on without it and "
         "log.jsonl has every metric."
     ]
-    assert said[-1].endswith(f"wandb sync {fake.runs[0].settings.sync_dir}")
-    assert fake.num_teardowns == 1  # takes wandb's exit hook away
-
-
-def test_a_hanging_core_blocks_neither_log_nor_close(
-    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(sink_module, "_INTERRUPTED_SECONDS", 0.05)
     monkeypatch.setattr(sink_module, "_QUEUED_TASKS", 10)
-    sink, said = start(tmp_path)
-    let_go = threading.Event()
-    fake.runs[0].on_log = lambda: let_go.wait(10)
-    began = time.monotonic()
-    for step in range(100):
-        sink.log(step, {"train/loss": 1.0})
-    sink.close("interrupted")
-    let_go.set()
-    assert time.monotonic() - began < 2
-    assert "stopped working" in said[1] and "did not get everything" in said[2]
+    said = begun(lambda row: let_go.wait(600), "interrupted")
+    assert "it hangs" in said[1] and "did not get everything" in said[2]
 
 
-def record(folder: Path, steps: range, *, resume_step: int = 0) -> None:
+def record(folder: Path, steps: range) -> None:
     """As training leaves it: rows, and an image at each tenth step."""
-    log = JsonlSink(folder / "log.jsonl", resume_step=resume_step)
+    log = JsonlSink(folder / "log.jsonl", resume_step=0)
     (folder / "images").mkdir(exist_ok=True)
     for step in steps:
         log.log(step, {"train/loss": step / 2})
@@ -229,87 +202,80 @@ def record(folder: Path, steps: range, *, resume_step: int = 0) -> None:
 
 
 def test_a_resumed_online_run_sends_what_the_server_lacks(
-    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake.logged_in = True
-    start(tmp_path)[0].close("interrupted")
+    fake.login.return_value = True
+    lived(tmp_path, range(0), "interrupted")
     record(tmp_path, range(1, 41))
     fake.summary = {"trainer/step": 39}
     monkeypatch.setattr(sink_module, "_IMAGES_SENT_AGAIN", 2)
-    sink, said = start(tmp_path, resume_step=40)
-    sink.log(41, {"train/loss": 1.0})
-    sink.close("finished")
+    assert lived(tmp_path, range(41, 42), resume_step=40) == []
     first, second = fake.runs
-    assert (sink.mode, said) == ("online", [])
     assert first.id == second.id == (tmp_path / "wandb_id").read_text()
-    rows, images = [39, 40], [20, 30, 40]  # two that the server may have without their files
-    expected = [(step, "train/loss") for step in rows] + [(s, "images/samples") for s in images]
-    assert second.sent() == [*expected, (41, "train/loss")]
-    assert second.rows[2]["images/samples"][2] == "step 20"
+    images = [20, 30, 40]  # two that the server may have without their files
+    expected = [(step, "train/loss") for step in (39, 40)] + [(s, "images/samples") for s in images]
+    assert sent(second) == [*expected, (41, "train/loss")]
+    assert rows(second)[2]["images/samples"][2] == "step 20"
     fake.summary = {"trainer/step": 61}  # beyond the checkpoint
     sink, said = start(tmp_path, resume_step=41)
-    fake.runs[2].on_finish = lambda: raise_(TimeoutError("finish_timeout"))
+    fake.runs[2].finish.side_effect = TimeoutError("finish_timeout")
     for step in range(42, 63):
         sink.log(step, {"train/loss": 1.0})
     sink.close("finished")
-    assert [step for step, key in fake.runs[2].sent() if key == "train/loss"] == [61, 62]
+    assert [step for step, key in sent(fake.runs[2]) if key == "train/loss"] == [61, 62]
     command = f"wandb sync --include-online {fake.runs[2].settings.sync_dir}"
     assert said == [f"W&B did not get everything; upload the rest with: {command}"]
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(
-    fake: FakeWandb, tmp_path: Path, is_whole: bool
+    fake: MagicMock, tmp_path: Path, is_whole: bool
 ) -> None:
-    start(tmp_path)[0].close("interrupted")
+    lived(tmp_path, range(0), "interrupted")
     record(tmp_path, range(1, 21))
     sink, said = start(tmp_path, resume_step=20)
     if not is_whole:
-        fake.runs[1].on_finish = lambda: raise_(OSError("No space left on device"))
+        fake.runs[1].finish.side_effect = OSError("No space left on device")
     sink.log(21, {"train/loss": 1.0})
     sink.close("finished")
     part = fake.runs[1].settings.sync_dir
     assert said[0].endswith(f"wandb sync {part}")
-    assert [step for step, _ in fake.runs[1].sent()] == [*range(1, 21), 10, 20, 21]
+    assert [step for step, _ in sent(fake.runs[1])] == [*range(1, 21), 10, 20, 21]
     assert len(list((tmp_path / "wandb").iterdir())) == (1 if is_whole else 2)
     assert Path(part).exists()
 
 
 def test_a_run_from_the_start_is_another_wandb_run(
-    fake: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for given in ("", "", "sweep123"):  # by a sweep's agent
         monkeypatch.setenv("WANDB_RUN_ID", given)
-        start(tmp_path)[0].close("failed")
+        lived(tmp_path, range(0), "failed")
     ids = [run.id for run in fake.runs]
-    assert len(set(ids)) == 3 and ids[2] == "sweep123" and fake.runs[2].exit_code == 1
+    assert len(set(ids)) == 3 and ids[2] == "sweep123"
+    fake.runs[2].finish.assert_called_once_with(exit_code=1)
 
 
-@pytest.mark.parametrize(
-    ("status", "sweep", "stopped"),
-    [
-        ("interrupted", "s1", ""),
-        ("interrupted", "s1", "button"),
-        ("interrupted", "s1", "sweep"),  # its agent sends SIGTERM; the server knows why
-        ("interrupted", "", ""),
-        ("finished", "s1", ""),
-    ],
-)
 def test_a_preempted_trial_goes_back_to_its_sweep(
-    fake: FakeWandb,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    status: str,
-    sweep: str,
-    stopped: str,
+    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if sweep:
+    fake.login.return_value = True
+    for status, sweep, stopped, goes_back in (
+        ("interrupted", "s1", "", True),
+        ("interrupted", "s1", "button", False),
+        ("interrupted", "s1", "sweep", False),  # its agent sends SIGTERM; the server knows why
+        ("finished", "s1", "", False),
+        ("interrupted", "", "", False),
+    ):
         monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
-    fake.logged_in, fake.is_stopped = True, stopped == "sweep"
-    pressed: list[int] = []
-    sink, _ = start(tmp_path, on_stop=lambda: pressed.append(1))
-    if stopped == "button":
-        fake.runs[0].asked["settings"].stop_fn()
-    sink.close(status)
-    assert pressed == [1] * (stopped == "button")
-    assert fake.runs[0].is_preempting == ((status, sweep, stopped) == ("interrupted", "s1", ""))
+        if not sweep:
+            monkeypatch.delenv("WANDB_SWEEP_ID")
+        answer = {"project": {"run": {"stopped": stopped == "sweep"}}}
+        fake.Api.return_value._service_api.execute_graphql.return_value = answer
+        pressed: list[int] = []
+        sink, _ = start(tmp_path, on_stop=lambda pressed=pressed: pressed.append(1))
+        if stopped == "button":
+            fake.runs[-1].asked["settings"].stop_fn()
+        sink.close(status)
+        assert pressed == [1] * (stopped == "button")
+        assert fake.runs[-1].mark_preempting.called == goes_back, (status, sweep, stopped)
