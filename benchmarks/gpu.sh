@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu.sh [WHEELS] [PART ...]
 #
-# Parts: tests celeba64 imagenet256 autoencoder celeba256 f16 blocks profile (default: all, in this
-# order).
+# Parts: tests losses mnist celeba64 imagenet256 autoencoder f16 profile blocks celeba256 ladder
+# (default: all, in this order; ladder takes the time that is left).
 # What no longer fits into BUDGET_S is left out and named; give those parts to a second call.
 # WHEELS is a folder for machines without network and without all packages, made beforehand by
 #
@@ -25,9 +25,10 @@
 # They are installed into a temporary folder, so nothing of the machine changes.
 #
 # Variables: OUT (results, default gpu-results: a log for each part, machine.log, and results.jsonl
-# with the last line of each benchmark), BUDGET_S (540), PYTHON (python3), PHOTOS (a folder that
-# `python -m vae_dist.pack` wrote; else synthetic pictures), SMALL=1 (a rehearsal on a CPU: one step
-# of each benchmark, narrow networks).
+# with the last line of each benchmark, and the run folder of the ladder), BUDGET_S (540), PYTHON
+# (python3), PHOTOS and MNIST (folders that `python -m vae_dist.pack` wrote; else synthetic pictures
+# and the bundled digits), SMALL=1 (a rehearsal on a CPU: one step of each benchmark, narrow
+# networks, no limit of a part).
 set -uo pipefail
 wheels=
 if [[ -d ${1:-} ]]; then
@@ -41,7 +42,7 @@ python=${PYTHON:-python3}
 budget=${BUDGET_S:-540}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-all=(tests celeba64 imagenet256 autoencoder celeba256 f16 blocks profile)
+all=(tests losses mnist celeba64 imagenet256 autoencoder f16 profile blocks celeba256 ladder)
 
 parts=("${@:-${all[@]}}")
 for part in "${parts[@]}"; do
@@ -79,7 +80,7 @@ run() {
     echo "LEFT OUT, no time: $*" | tee -a "$log"
     return
   fi
-  ((limit > left)) && limit=$left
+  ((limit > left)) || [[ -n ${SMALL:-} ]] && limit=$left
   one=$(mktemp)
   local began=$SECONDS
   timeout --kill-after=5 "$limit" "$python" -m "$@" >"$one" 2>&1 || code=$?
@@ -108,6 +109,9 @@ batch=(training.batch_size=32 data.slots=32)
 one_batch=(training.batch_size=16 data.slots=16)
 pool=(pool=256 num_images=32)
 by_block=(runtime.compile=blocks)
+losses=(steps=50)
+digits=(steps=3400)
+ladder=(evaluation.every=500 log.every=50)
 if [[ -n ${SMALL:-} ]]; then
   narrow=(model.norm_groups=4 "model.channels=[8,8,8,8]" data.workers=0 data.resolution=64)
   narrow+=(model.latent_channels=4 training.microbatch_size=0 runtime.threads=1)
@@ -122,12 +126,24 @@ if [[ -n ${SMALL:-} ]]; then
   one_batch=(training.batch_size=2 data.slots=2)
   pool=(pool=4 num_images=2)
   by_block=() # which takes minutes on a CPU
+  losses=(configs=debug steps=2 runtime.threads=1)
+  digits=(config=debug steps=2 runtime.threads=1)
+  ladder=(training.steps=2 training.batch_size=4 data.slots=4 "model.channels=[8,8,8]" model.norm_groups=4
+    evaluation.every=0 log.every=1 data.workers=0 runtime.threads=1)
 fi
 
 part_tests() {
   local files
   mapfile -t files < <(grep -rlE 'support.devices|mark.gpu' tests --include='test_*.py')
-  run 210 tests.log pytest -m gpu -p no:cacheprovider --durations=10 -q "${files[@]}"
+  run 90 tests.log pytest -m gpu -p no:cacheprovider --durations=10 -q "${files[@]}"
+}
+
+part_losses() {
+  run 60 losses.log benchmarks.same_losses "${losses[@]}"
+}
+
+part_mnist() {
+  run 60 mnist.log benchmarks.mnist_minute "${digits[@]}"
 }
 
 # step_twice LIMIT_S EAGER_LIMIT_S WORD ...: compiled, then eager
@@ -135,20 +151,20 @@ step_twice() {
   local limit=$1 eager_limit=$2
   shift 2
   run "$limit" step.log benchmarks.step "$@"
-  run "$eager_limit" step.log benchmarks.step "$@" runtime.compile=false
+  [[ -n ${SMALL:-} ]] || run "$eager_limit" step.log benchmarks.step "$@" runtime.compile=false
 }
 
 part_celeba64() {
-  step_twice 100 60 shapes=celeba64 "${small[@]}" "${loading[@]}"
+  step_twice 60 30 shapes=celeba64 "${small[@]}" "${loading[@]}"
 }
 
 part_imagenet256() {
-  step_twice 130 60 shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" "${batch[@]}" \
+  step_twice 90 40 shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" "${batch[@]}" \
     "${sixteen[@]}"
 }
 
 part_autoencoder() {
-  run 200 autoencoder.log benchmarks.autoencoder arms=ours,shortcuts,diffusers threads=8 \
+  run 120 autoencoder.log benchmarks.autoencoder arms=ours,shortcuts,diffusers threads=8 \
     "${turns[@]}" "${pool[@]}" "${photos[@]}" image_pixels=288 config=imagenet256_kl_f8 \
     "${bound[@]}" \
     "${loading[@]}" "${one_batch[@]}" "${sixteen[@]}"
@@ -159,7 +175,7 @@ part_celeba256() {
 }
 
 part_f16() {
-  step_twice 100 45 shapes=imagenet256_f16_dc "${slice[@]}" "${loading[@]}" "${batch[@]}" \
+  step_twice 70 30 shapes=imagenet256_f16_dc "${slice[@]}" "${loading[@]}" "${batch[@]}" \
     "${sixteen[@]}"
 }
 
@@ -179,9 +195,17 @@ part_profile() {
     "$python" -c 'import sys; from pathlib import Path; from benchmarks.setting import shards
 shards("", Path(sys.argv[1]), size=(300, 280), num_images=128)' "$shards"
   fi
-  run 90 profile.log benchmarks.profile config=imagenet256_kl_f8 "${profiled[@]}" "${data[@]}" \
+  run 60 profile.log benchmarks.profile config=imagenet256_kl_f8 "${profiled[@]}" "${data[@]}" \
     "${bound[@]}" "${loading[@]}" "${one_batch[@]}" "${sixteen[@]}"
   rm -rf "$shards"
+}
+
+# SIGTERM at the end of the time: the run saves, and its log.jsonl holds the curve
+part_ladder() {
+  local data=(data.bundled=digits "data.train=$out/digits/train" "data.validation=$out/digits/validation")
+  [[ -n ${MNIST:-} ]] && data=("data.train=$MNIST/train" "data.validation=$MNIST/validation")
+  run "$((budget - SECONDS))" ladder.log vae_dist.train config=mnist_ladder_full "run=$out/ladder" \
+    wandb.mode=disabled "${data[@]}" "${ladder[@]}"
 }
 
 {

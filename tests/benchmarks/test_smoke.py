@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,6 @@ import pytest
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["runtime.threads=1", "runtime.device=cpu"]
-LATENTS = [
-    "config=photos64",
-    "runtime.device=cpu",
-    "data.workers=0",
-    "model.latent=spatial",
-    "model.latent_channels=4",
-    "model.channels=[8,8]",
-    "model.patch=1",
-    "model.blocks=1",
-    "model.norm_groups=4",
-    "training.batch_size=4",
-]
 
 
 def last_line(name: str, *words: str, **variables: str) -> Any:
@@ -41,20 +30,28 @@ def last_line(name: str, *words: str, **variables: str) -> Any:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def test_step() -> None:
-    shapes = "shapes=mnist,celeba64"
-    found = last_line("step", shapes, "rounds=2", "steps=1", "warmup=1", *SMALL)
-    assert [row["shape"] for row in found["rows"]] == ["mnist", "celeba64"]
-    assert all(row["ratio"] > 0 for row in found["rows"])
-
-
-def test_profile(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    words = ["config=debug", f"trace={trace}", "steps=2", "warmup=2", *SMALL]
-    words += [f"data.{part}={tmp_path}/data/{part}" for part in ("train", "validation")]
-    found = last_line("profile", *words)
-    assert any("conv" in row["operator"] for row in found["top"])
-    assert json.loads(trace.read_text())["traceEvents"]
+def test_what_a_gpu_is_asked_for_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    """Each part of benchmarks/gpu.sh, with its own words, so that no minute of a GPU is lost."""
+    parts = "losses mnist celeba64 imagenet256 autoencoder f16 profile blocks celeba256 ladder"
+    ended = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", *parts.split()],
+        env={**os.environ, "SMALL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+        | {"OMP_NUM_THREADS": "1", "BUDGET_S": "900", "PEERS_PYTHON": ""},
+        capture_output=True,
+        text=True,
+    )
+    codes = re.findall(r"-> exit code (\d+)", ended.stdout)
+    assert codes == ["0"] * len(parts.split()), ended.stdout[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    shapes = [
+        row["rows"][0]["shape"] for row in rows if "rows" in row and "shape" in row["rows"][0]
+    ]
+    assert shapes == [
+        "celeba64", "imagenet256_kl_f8", "imagenet256_f16_dc", "imagenet256_kl_f8",
+        "celeba256_kl_f8",
+    ]  # fmt: skip
+    assert len(rows) == len(parts.split()) - 1  # the ladder leaves its run folder
+    assert (tmp_path / "ladder" / "log.jsonl").stat().st_size > 0
 
 
 def test_heap() -> None:
@@ -68,23 +65,6 @@ def test_scaling() -> None:
     found = last_line("scaling", *words)
     assert [arm["arm"] for arm in found["arms"]] == ["1 process", "2 processes", "2 alone"]
     assert all(arm["efficiency"] > 0 for arm in found["arms"])
-
-
-def test_mnist_minute() -> None:
-    found = last_line("mnist_minute", "steps=110", *SMALL)
-    assert found["num_images"] == 1000
-    assert 100 < found["neg_elbo_nats"] < 400
-    assert not found["reached"]
-
-
-def test_autoencoder_without_its_peer() -> None:
-    words = ["seconds=1", "turn_s=0.5", "pool=16", "num_images=4", "arms=ours,diffusers"]
-    found = last_line("autoencoder", *words, *LATENTS, PEERS_PYTHON="")
-    (arm,) = found["arms"]
-    assert arm["arm"] == "ours"
-    assert arm["steps"] > 0
-    assert 0 < arm["psnr_db"] < 60
-    assert "PEERS_PYTHON is not set" in found["missing"]["diffusers"]
 
 
 def test_peers_that_are_not_there_are_left_out() -> None:
