@@ -11,8 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.encoding import samples_of, source_image, tensors_of
-from tests.support.latent_data import SIZES, write_photos, write_spatial_run
+from tests.support.latent_data import (
+    SIZES,
+    samples_of,
+    source_image,
+    tensors_of,
+    write_photos,
+    write_spatial_run,
+)
 from tests.support.tiny_run import random_pixels, tiny_config, write_images, write_run
 from vae_dist import decode, encode
 from vae_dist.config.commands import CheckpointCommand

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ from PIL import Image
 
 from vae_dist.data import evaluation, loader, sources
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.indexing import write_info
-from vae_dist.data.loader import TrainingStream
-from vae_dist.data.order import Order
+from vae_dist.data.indexing import index_shard, write_info, write_sidecar
+from vae_dist.data.order import MixedOrder, Order
 from vae_dist.data.transforms import ImageSettings
-from vae_dist.data.workers import Work
-from vae_dist.data.writer import write_shards
+from vae_dist.data.writer import ShardWriter, write_shards
 
 LENGTHS = (0, 1, 7, 30, 2, 45, 19, 5, 1, 12)
 BATCH, WINDOW, SEED = 8, 4, 5
@@ -30,8 +28,7 @@ Step = list[tuple[int, int]]
 
 
 def png(pixels: np.ndarray) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
+    Image.fromarray(pixels).save(data := io.BytesIO(), "PNG")
     return data.getvalue()
 
 
@@ -44,30 +41,41 @@ def identities(images: np.ndarray) -> list[tuple[int, int]]:
     return [(int(s), 256 * int(high) + int(low)) for s, high, low in images.reshape(-1, 3)]
 
 
+def load(spec: object, *, create: bool = False) -> ShardIndex:
+    spec = str(spec) if isinstance(spec, Path) else spec
+    return load_index(spec, key="data.train", create=create)
+
+
+def written(
+    folder: Path, samples: Iterable[Mapping[str, str | bytes]], num_shards: int = 1
+) -> ShardIndex:
+    """The samples, which get keys in their order, as shards in that folder."""
+    keyed = ({"__key__": f"{i:04d}", **sample} for i, sample in enumerate(samples))
+    write_shards(keyed, folder, num_shards=num_shards)
+    return load(folder)
+
+
 def make_shards(folder: Path, lengths: Sequence[int] = LENGTHS) -> None:
-    """One tar for each length, with sidecars, in a folder of their own."""
+    """One tar for each length, with sidecars."""
     folder.mkdir()
     for shard, length in enumerate(lengths):
-        samples = (
-            {"__key__": f"{i:04d}", "png": marked_png(shard, i), "cls": str(shard).encode()}
-            for i in range(length)
-        )
-        (written,) = write_shards(samples, folder / "part", num_shards=1)
-        for suffix in ("", ".idx"):
-            Path(f"{written}{suffix}").rename(folder / f"set-{shard:02d}.tar{suffix}")
-        shutil.rmtree(folder / "part")
+        writer = ShardWriter(folder / f"set-{shard:02d}.tar")
+        for i in range(length):
+            label = str(shard).encode()
+            writer.write({"__key__": f"{i:04d}", "png": marked_png(shard, i), "cls": label})
+        writer.close()
+        write_sidecar(writer.path, index_shard(writer.path))
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("shards") / "set"
-    make_shards(folder)
+    make_shards(folder := tmp_path_factory.mktemp("shards") / "set")
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def index(shards: str) -> ShardIndex:
-    return load_index(shards, key="data.train", create=False)
+    return load(shards)
 
 
 @pytest.fixture
@@ -102,8 +110,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 class InterleavedPool:
     """What loader processes do, in one process: each worker's shares, in turn."""
 
-    def __init__(self, work: Work, *, num_workers: int) -> None:
-        self.work, self.num_workers = work, num_workers
+    def __init__(self, work: Any, *, num_workers: int) -> None:
+        self.work, self.num_workers, self.close = work, num_workers, lambda: None
 
     def __iter__(self) -> Iterator[Any]:
         count = max(1, self.num_workers)
@@ -115,9 +123,6 @@ class InterleavedPool:
                 except StopIteration:
                     turns.remove(turn)
 
-    def close(self) -> None:
-        pass
-
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +130,9 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "WorkerPool", InterleavedPool)
 
 
-def open_stream(index: ShardIndex, settings: ImageSettings = MARKED, **keys: Any) -> TrainingStream:
+def open_stream(index: ShardIndex, settings: ImageSettings = MARKED, **keys: Any) -> Any:
     order = Order(index.lengths, lanes=BATCH, window=WINDOW, seed=SEED)
-    return TrainingStream(index, order, settings, batch_size=BATCH, **keys)
+    return loader.TrainingStream(index, order, settings, batch_size=BATCH, **keys)
 
 
 def global_batches(index: ShardIndex, *, world: int = 1, **keys: Any) -> dict[int, Step]:
@@ -136,16 +141,19 @@ def global_batches(index: ShardIndex, *, world: int = 1, **keys: Any) -> dict[in
     for rank in range(world):
         for batch in open_stream(index, rank=rank, world=world, **keys):
             (group,) = batch.groups
-            share = BATCH // world
-            assert group.slots == tuple(range(rank * share, (rank + 1) * share))
             steps.setdefault(batch.step, []).extend(identities(group.images.numpy()))
     return steps
+
+
+def sample_at(order: Order | MixedOrder, g: int) -> tuple[int, int, int]:
+    """(epoch, shard, index in the shard) of sample number g of the run."""
+    row, lane = divmod(g, order.lanes)
+    window = order.window_at(lane, row)
+    return window.place(int(window.order[row - window.first_row]))
 
 
 def expected(start: int = 0, stop: int = STEPS) -> dict[int, Step]:
     """The oracle: sample by sample from the order's arithmetic."""
     order = Order(LENGTHS, lanes=BATCH, window=WINDOW, seed=SEED)
-    return {
-        k: [order.sample_at(g)[1:] for g in range(k * BATCH, (k + 1) * BATCH)]
-        for k in range(start, stop)
-    }
+    of_step = {k: range(k * BATCH, (k + 1) * BATCH) for k in range(start, stop)}
+    return {k: [sample_at(order, g)[1:] for g in numbers] for k, numbers in of_step.items()}

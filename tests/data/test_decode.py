@@ -119,29 +119,19 @@ def test_channels_become_what_is_asked() -> None:
 @pytest.mark.parametrize("background", ["white", "black"])
 def test_transparent_pixels_lie_on_the_background(background: str) -> None:
     ground = Image.new("RGBA", CLEAR.size, background)
-    expected = np.asarray(Image.alpha_composite(ground, CLEAR).convert("RGB")).transpose(2, 0, 1)
-    got = decode(encoded(CLEAR), channels=3, background=background)
-    assert np.abs(got.astype(int) - expected).max() <= 1
+    expected = Image.alpha_composite(ground, CLEAR).convert("RGB")
+    got = decode(encoded(CLEAR), channels=3, background=background).transpose(1, 2, 0)
+    np.testing.assert_allclose(got, np.asarray(expected), atol=1)
     grey = decode(encoded(CLEAR), channels=1, background=background)
-    luma = np.asarray(Image.fromarray(got.transpose(1, 2, 0)).convert("L"))
-    np.testing.assert_array_equal(grey[0], luma)
+    np.testing.assert_array_equal(grey[0], np.asarray(Image.fromarray(got).convert("L")))
     assert decode(encoded(CLEAR), channels=4, background=background).shape == (4, 5, 7)
     deep = decode(png_by_hand(DEEP), channels=3, bits=16, background=background)
     alpha = DEEP[:, :, 3:] / 65535
     wanted = DEEP[:, :, :3] * alpha + (1 - alpha) * 65535 * (background == "white")
-    assert np.abs(deep.transpose(1, 2, 0) - wanted).max() <= 1
+    np.testing.assert_allclose(deep.transpose(1, 2, 0), wanted, atol=1)
 
 
 # JPEG and PNG
-
-
-def test_lossy_files_are_close() -> None:
-    for suffix, image_format in (("jpg", "JPEG"), ("view.jpg", "JPEG"), ("webp", "WEBP")):
-        data = encoded(SMOOTH, image_format, quality=95)
-        assert np.median(np.abs(decode(data, suffix)[0].astype(int) - SMOOTH)) <= 3
-    data = encoded(Image.fromarray(COLOUR).resize((64, 48)), "JPEG", quality=90)
-    by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
-    np.testing.assert_allclose(decode(data, "jpg", channels=3), by_pillow, atol=2)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +156,8 @@ def test_a_jpeg_that_is_made_small_may_be_decoded_at_a_part_of_its_size(
         for at_least in ((32, 32), None)
     )
     assert small.shape[1:] == decoded and full.shape[1:] == size
+    by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+    np.testing.assert_allclose(full, by_pillow, atol=2)
     small, full = (transform(x, settings, seed=0, epoch=0, sample=0) for x in (small, full))
     assert np.square(small.astype(float) - full).mean() < 255**2 / 1e4
 
@@ -193,16 +185,15 @@ def test_damaged_pixels_of_a_jpeg_are_refused() -> None:
 def test_a_jpeg_with_harmless_warnings_is_read() -> None:
     whole = encoded(SMOOTH, "JPEG")
     tables, scan = whole.index(b"\xff\xc4"), whole.index(b"\xff\xda")
-    harmless = {
-        "between segments": whole[:tables] + b"abc" + whole[tables:],
-        "behind the pixels": whole[:-2] + bytes(20) + whole[-2:],
-        "odd parameters": whole[: scan + 8] + b"\x3e" + whole[scan + 9 :],
-        "JFIF revision": whole[:11] + b"\x09" + whole[12:],
-    }
-    for name, data in harmless.items():
+    for data in (
+        whole[:tables] + b"abc" + whole[tables:],  # between segments
+        whole[:-2] + bytes(20) + whole[-2:],  # behind the pixels
+        whole[: scan + 8] + b"\x3e" + whole[scan + 9 :],  # odd parameters
+        whole[:11] + b"\x09" + whole[12:],  # JFIF revision
+    ):
         with pytest.raises(ValueError):
             simplejpeg.decode_jpeg(data, "GRAY")
-        assert (decode(data, "jpg") == decode(whole, "jpg")).all(), name
+        assert (decode(data, "jpg") == decode(whole, "jpg")).all()
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -265,9 +256,8 @@ def test_what_the_values_of_a_tiff_mean() -> None:
         "MINISWHITE": tiff(FLOATS[0], photometric="miniswhite"),
     }
     for name, data in refused.items():
-        for channels in (1, 3, 4):
-            with pytest.raises(DamagedSampleError, match=f"PhotometricInterpretation {name}|chann"):
-                decode(data, "tif", channels=channels, bits=32 if name == "MINISWHITE" else 8)
+        with pytest.raises(DamagedSampleError, match=f"PhotometricInterpretation {name}"):
+            decode_own("tif", data, max_pixels=1000)
         with pytest.raises(DamagedSampleError, match=name):
             size_of_sample({"tif": data}, max_pixels=1000)
 
@@ -305,7 +295,6 @@ def test_a_tiff_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"png": png_by_hand(DEEP)[:80]}, 16, "damaged PNG"),
         ({"png": png_by_hand(DEEP)}, 16, r"transparent pixels; set data\.background=white"),
         ({"png": encoded(GREY)}, 16, "of uint8, but data.bits=16 reads uint16"),
-        ({"jpg": encoded(GREY, "JPEG")}, 16, "of uint8, but data.bits=16 reads uint16"),
         ({"png": encoded(CLEAR)}, 8, "transparent pixels; set data.background=white"),
         ({"png": encoded(GREY, transparency=int(GREY[0, 0]))}, 8, "transparent"),
         ({"png": encoded(np.zeros((101, 100), np.uint8))}, 8, "data.max_pixels=10000"),

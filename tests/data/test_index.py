@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +15,16 @@ import pytest
 import webdataset as wds
 from webdataset.tariterators import base_plus_ext
 
-from tests.data.conftest import LENGTHS, MARKED
+from tests.data.conftest import LENGTHS, MARKED, identities, load, marked_png
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import MAX_SAMPLE_BYTES, ShardError, load_index
-from vae_dist.data.indexing import (
-    NUM_PIECES,
-    PIECE_BYTES,
-    digest_of,
-    index_shard,
-    write_index,
-    write_info,
-)
+from vae_dist.data import ShardError
+from vae_dist.data.index import MAX_SAMPLE_BYTES
+from vae_dist.data.indexing import NUM_PIECES, PIECE_BYTES, digest_of, index_shard, write_index
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.shards import locate
 from vae_dist.data.tar import DamagedSampleError, files_of_tar, key_and_suffix, sample_starts
 
 NAMES = [f"set-{i:02d}.tar" for i in range(10)]
-
-
-def load(folder: Path | str, *, create: bool = False) -> list[int]:
-    return load_index(str(folder), key="data.train", create=create).lengths.tolist()
 
 
 def paths(spec: object) -> list[str]:
@@ -51,7 +40,6 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(
     for spec in (
         f"{shards}/set-{{00..09}}.tar",
         [f"{shards}/set-00.tar", f"{shards}/set-{{01..09}}.tar"],
-        f"{shards}/set-*.tar",
         f"{shards}/set-0[0-9].tar",
         "~/set",
         ["~/set/set-0?.tar"],
@@ -74,16 +62,15 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(
     ],
 )
 def test_wrong_specs_are_named(shards: str, tmp_path: Path, spec: object, message: str) -> None:
-    if isinstance(spec, str):
-        spec = spec.format(shards=shards, empty=tmp_path)
+    spec = spec.format(shards=shards, empty=tmp_path) if isinstance(spec, str) else spec
     with pytest.raises(ConfigError, match=message):
-        load_index(spec, key="data.train", create=False)
+        load(spec)
 
 
 # tars
 
 
-def write_tar(path: Path, names: list[str], *, tar_format: int = tarfile.USTAR_FORMAT) -> None:
+def write_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORMAT) -> None:
     with tarfile.open(path, "w", format=tar_format) as tar:
         for number, name in enumerate(names):
             member = tarfile.TarInfo(name)
@@ -95,7 +82,7 @@ def write_tar(path: Path, names: list[str], *, tar_format: int = tarfile.USTAR_F
 def test_files_and_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int) -> None:
     path, keys = tmp_path / "a.tar", ("x/a", "x/" + "b" * 120, "x/\u00e4", "\u00e4" * 200, "x/d")
     names = [f"{key}.{suffix}" for key in keys for suffix in ("png", "cls", "json")]
-    write_tar(path, names, tar_format=tar_format)
+    write_tar(path, names, tar_format)
     with tarfile.open(path) as tar:
         files = tar.getmembers()
     found = [(file.name, file.offset_data, file.size) for file in files]
@@ -106,7 +93,7 @@ def test_files_and_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int)
 
 
 METADATA = ["__meta__", "__meta__/a.json", "__meta__.json", "__MACOSX/a.png", "__a.png", "__.png"]
-NAMES_OF_FILES = ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a.", "a/"]
+ODD = ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a.", "", "a/"]
 
 
 @pytest.mark.parametrize("name", [*METADATA, "._a.png", ".DS_Store"])
@@ -115,15 +102,15 @@ def test_samples_and_metadata_are_what_webdataset_says(tmp_path: Path, name: str
         names = ["a.png", "b.png"]
         names.insert(place, name)
         write_tar(path := tmp_path / f"{place}.tar", names)
-        index = load_index(str(path), key="k", create=True)
-        reader = SampleReader(index, MARKED, seed=0)
-        found = [single_sample(d, "a.tar") for d in reader.read(0, 0, index.num_samples)]
+        index = load(path, create=True)
+        samples = SampleReader(index, MARKED, seed=0).read(0, 0, index.num_samples)
+        found = [single_sample(data, "a.tar") for data in samples]
         expected = list(wds.WebDataset(str(path), shardshuffle=False))
         shown = [(s["__key__"], s.keys() - {"__url__"}) for s in found]
         assert shown == [(s["__key__"], s.keys() - {"__url__", "__local_path__"}) for s in expected]
-    for name in ("", *NAMES_OF_FILES):
-        base, suffix = base_plus_ext(name)
-        assert key_and_suffix(name) == (base, suffix or "")
+    for odd in ODD:
+        base, suffix = base_plus_ext(odd)
+        assert key_and_suffix(odd) == (base, suffix or "")
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
@@ -149,16 +136,27 @@ def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path: Path, tar_format
                 assert single_sample(zeroed, "a.tar").keys() >= {"png", "cls"}
 
 
-def test_members_that_do_not_lie_together_are_named(tmp_path: Path) -> None:
+def test_members_that_do_not_lie_together_are_named_and_names_are_only_names(
+    tmp_path: Path,
+) -> None:
     write_tar(path := tmp_path / "a.tar", ["a.png", "b.png", "a.cls", "b.cls"])
     with pytest.raises(ShardError, match=r"members of sample a do not .*pack source=.*a\.tar out"):
         index_shard(path)
     write_tar(path, ["a.png", "a.cls", "b.png", "a.png", "a.cls"])  # equal keys are no sample
     assert len(index_shard(path)) == 4
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("../../evil.png")
+        member.size = len(marked_png(1, 2))
+        tar.addfile(member, io.BytesIO(marked_png(1, 2)))
+    assert [name for name, _, _ in files_of_tar(str(path))] == ["../../evil.png"]
+    reader = SampleReader(load(path, create=True), MARKED, seed=0)
+    image = reader.load(reader.read(0, 0, 1)[0], 0, 0, epoch=0).image
+    assert identities(image) == [(1, 2)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["_info.json", "a.tar", "a.tar.idx"]
 
 
-def header(name: str = "a.png", size: bytes = b"", kind: bytes = b"0") -> bytes:
-    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+def header(size: bytes, kind: bytes = b"0") -> bytes:
+    block = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
     block[124 : 124 + len(size)], block[156:157] = size, kind
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
@@ -168,13 +166,15 @@ def header(name: str = "a.png", size: bytes = b"", kind: bytes = b"0") -> bytes:
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (header(size=b"\x80" + bytes(3) + b"\xff" * 8), "the tar ends inside a file"),  # base 256
-        (header(size=b"\xff" * 12), "damaged tar header"),  # base 256, below zero
-        (header(size=b"-0000001000"), "damaged tar header"),
-        (header(size=b"00010000000\0", kind=b"L") + bytes(2**22), "an attribute of 2097152 bytes"),
-        (header(size=b"00000000005\0", kind=b"x") + b"9 a=b" + bytes(507), "damaged pax header"),
+        (header(b"\x80" + bytes(3) + b"\xff" * 8), "the tar ends inside a file"),  # base 256
+        (header(b"\xff" * 12), "damaged tar header"),  # base 256, below zero
+        (header(b"-0000001000"), "damaged tar header"),
+        (header(b"00010000000\0", b"L") + bytes(2**22), "an attribute of 2097152 bytes"),
+        (header(b"00010000000\0", b"x"), "the tar ends inside a file"),
+        (header(b"00000000005\0", b"x") + b"9 a=b" + bytes(507), "damaged pax header"),
+        (header(b"00000000005\0", b"x") + b"0 a=b" + bytes(507), "damaged pax header"),
         (
-            header(size=b"00000000020\0", kind=b"x") + b"16 size=9999999\n" + bytes(496) + header(),
+            header(b"00000000020\0", b"x") + b"16 size=9999999\n" + bytes(496) + header(b""),
             "the tar ends inside a file",
         ),
     ],
@@ -205,8 +205,7 @@ def test_loading_makes_what_is_missing_and_then_reads_it(
         patch.setattr("vae_dist.data.indexing.write_durably", refuse)
         with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied.*copy the s"):
             load(copied, create=True)
-    after = load_index(str(copied), key="data.train", create=True)
-    again = load_index(str(copied), key="data.train", create=False)
+    after, again = load(copied, create=True), load(copied)
     assert after.lengths.tolist() == list(LENGTHS) and after.fingerprint == again.fingerprint
     sizes = sum(path.stat().st_size for path in copied.glob("*.tar"))
     assert after.mean_sample_bytes == pytest.approx(sizes / sum(LENGTHS))
@@ -214,69 +213,60 @@ def test_loading_makes_what_is_missing_and_then_reads_it(
     assert info["shard_lengths"] == list(LENGTHS) and info["num_samples"] == sum(LENGTHS)
     assert info["filenames"] == NAMES
     whole = again.offsets(5)
-    assert len(whole) == LENGTHS[5] + 1
-    np.testing.assert_array_equal(again.offsets(5, 10, 14), whole[10:15])
+    assert len(whole) == LENGTHS[5] + 1 and (again.offsets(5, 10, 14) == whole[10:15]).all()
 
 
 def test_what_a_folder_does_not_say_or_says_otherwise(
-    copied: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(*, create: bool = True, shard: str = "") -> str:
-        load(copied / shard, create=create)
+        load(folder / shard, create=create)
         return capsys.readouterr().err
 
-    info = copied / "_info.json"
-    info.write_text("theirs")
-    (copied / "set-03.tar.idx").unlink()
-    assert not said() and info.read_text() == "theirs"
-    write_info(sorted(copied.glob("*.tar")), split="train")
+    info = folder / "_info.json"
     assert not said()
     content = json.loads(info.read_text())
     content["splits"]["train"]["shard_lengths"][3] = 99
     info.write_text(json.dumps(content))
     message = "_info.json does not say what the sidecars of 1 shards do, the first is set-03.tar"
     assert message in said() and not said(create=False) and not said(shard="set-04.tar")
-    (copied / "set-10.tar.gz").touch()
+    (folder / "set-10.tar.gz").touch()
     assert "1 compressed shards are left out, the first is set-10.tar.gz" in said()
-
-    (copied / "set-03.tar").unlink()
+    (folder / "set-03.tar").unlink()
     with pytest.raises(ConfigError, match=r"1 of the 10 shards .* are missing: set-03\.tar; copy"):
-        paths(str(copied))
-    rest = paths(f"{copied}/*.tar")
+        paths(str(folder))
+    rest = paths(f"{folder}/*.tar")
     write_index(rest, overwrite=True)
-    assert paths(str(copied)) == rest
+    assert paths(str(folder)) == rest
+    info.write_text("theirs")
+    load(folder, create=True)
+    assert info.read_text() == "theirs"
 
 
-def test_a_data_set_is_its_bytes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fingerprint(*, create: bool = False) -> str:
-        return load_index(str(copied), key="data.train", create=create).fingerprint
-
-    before = fingerprint()
-    write_info(sorted(copied.glob("*.tar")), split="train")
-    whole, shard = fingerprint(), copied / "set-05.tar"
-    assert whole != before
+def test_a_data_set_is_its_bytes(folder: Path) -> None:
+    whole, shard, info = load(folder).fingerprint, folder / "set-05.tar", folder / "_info.json"
     os.utime(shard, (4e9, 4e9))  # younger than the index, but the same
-    assert fingerprint() == whole
+    assert load(folder).fingerprint == whole
     data = bytearray(shard.read_bytes())
     data[int(index_shard(shard)[3]) + 600] ^= 1
     shard.write_bytes(data)
     os.utime(shard, (4e9, 4e9))
-    changed = fingerprint(create=True)
-    assert changed != whole
+    assert load(folder, create=True).fingerprint != whole
     os.utime(shard, (1e9, 1e9))
-    os.utime(copied / "_info.json", (2e9, 2e9))
-    assert fingerprint() == whole, "the index is believed where it is younger"
-    info = json.loads((copied / "_info.json").read_text())
-    del info["splits"]["train"]["shard_digests"]  # of an earlier version
-    (copied / "_info.json").write_text(json.dumps(info))
-    assert fingerprint() == before
-    (copied / "_info.json").unlink()
-    (copied / "set-09.tar").unlink()
-    assert fingerprint() != before
+    os.utime(info, (2e9, 2e9))
+    assert load(folder).fingerprint == whole, "the index is believed where it is younger"
+    content = json.loads(info.read_text())
+    del content["splits"]["train"]["shard_digests"]  # of an earlier version
+    info.write_text(json.dumps(content))
+    without = load(folder).fingerprint
+    info.unlink()
+    assert load(folder).fingerprint == without != whole
+    (folder / "set-09.tar").unlink()
+    assert load(folder).fingerprint != without
 
 
-def test_digests_that_were_right_are_taken_anew_once(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
+def test_digests_are_of_pieces_and_taken_anew_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[str] = []
 
@@ -284,16 +274,12 @@ def test_digests_that_were_right_are_taken_anew_once(
         taken.extend(paths)
         return [digest_of(path, os.path.getsize(path)) for path in paths]
 
-    write_info(sorted(copied.glob("*.tar")), split="train")
-    os.utime(copied / "_info.json", (1e9, 1e9))
+    os.utime(folder / "_info.json", (1e9, 1e9))
     monkeypatch.setattr("vae_dist.data.index.digests_of", counted)
     for create, shard, count in ((True, "set-05.tar", 1), (True, "", 10), (False, "", 0)):
-        load(copied / shard, create=create)
+        load(folder / shard, create=create)
         assert len(taken) == count
         taken.clear()
-
-
-def test_the_digest_of_a_large_shard_is_of_pieces(tmp_path: Path) -> None:
     path, size = tmp_path / "large.tar", 2 * NUM_PIECES * PIECE_BYTES
     path.write_bytes(bytes(size))
     before = digest_of(str(path), size)
@@ -309,13 +295,11 @@ def test_damage_is_reported_with_its_byte(copied: Path) -> None:
     whole = {name: (copied / name).read_bytes() for name in NAMES}
     end = int(index_shard(copied / "set-05.tar")[-1])
     at = int(index_shard(copied / "set-05.tar")[20])
+    sixth = whole["set-06.tar"][:7168] + b"\xff" * 512 + whole["set-06.tar"][7680:]
     cases = {
         "set-03.tar": (whole["set-03.tar"][:10340], "byte 10240: the tar ends inside a header"),
         "set-05.tar": (whole["set-05.tar"][:10240], "byte 10240: the tar ends without its end"),
-        "set-06.tar": (
-            whole["set-06.tar"][:7168] + b"\xff" * 512 + whole["set-06.tar"][7680:],
-            "byte 7168: damaged tar header",
-        ),
+        "set-06.tar": (sixth, "byte 7168: damaged tar header"),
     }
     for name, (data, _) in cases.items():
         (copied / name).write_bytes(data)
@@ -334,34 +318,21 @@ def test_damage_is_reported_with_its_byte(copied: Path) -> None:
         assert index_shard(path)[-1] == end
 
 
-def resized(by: int) -> Callable[[Path], None]:
-    return lambda sidecar: os.truncate(sidecar, max(0, sidecar.stat().st_size + by))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda s: shutil.copy(s.with_name("set-03.tar"), s.with_suffix("")),  # another shard
-        lambda s: shutil.copy(s.with_name("set-09.tar.idx"), s),
-        resized(-24),
-        resized(-3),
-        resized(-(10**6)),
-    ],
-)
-def test_a_sidecar_that_does_not_fit_is_refused(
-    copied: Path, damage: Callable[[Path], object]
-) -> None:
-    damage(copied / "set-05.tar.idx")
-    with pytest.raises(ShardError, match=r"set-05\.tar\.idx does not fit .*overwrite=true"):
+def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copied: Path) -> None:
+    sidecar, misfit = copied / "set-05.tar.idx", r"set-05\.tar\.idx does not fit .*overwrite=true"
+    whole, index = sidecar.read_bytes(), load(copied)
+    for data in ((copied / "set-09.tar.idx").read_bytes(), whole[:-24], whole[:-3], b""):
+        sidecar.write_bytes(data)
+        with pytest.raises(ShardError, match=misfit):
+            load(copied, create=True)
+    sidecar.write_bytes(whole)
+    shutil.copy(copied / "set-03.tar", copied / "set-05.tar")
+    with pytest.raises(ShardError, match=misfit):
         load(copied, create=True)
-
-
-def test_offsets_that_cannot_be_are_refused(copied: Path) -> None:
-    offsets = np.fromfile(copied / "set-05.tar.idx", "<u8")
-    index = load_index(str(copied), key="data.train", create=False)
+    offsets = np.frombuffer(whole, "<u8").copy()
     for value in (0, 2**63 + 5, 2**64 - 1, MAX_SAMPLE_BYTES + 2**33):
         offsets[7] = value
-        offsets.tofile(copied / "set-05.tar.idx")
+        offsets.tofile(sidecar)
         for stop in (7, 9):
             with pytest.raises(ShardError, match=f"offsets 5 to {stop} are damaged"):
                 index.offsets(5, 5, stop)

@@ -15,29 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import (
-    BATCH,
-    LENGTHS,
-    SEED,
-    STEPS,
-    WINDOW,
-    damage,
-    expected,
-    global_batches,
-    identities,
-    open_stream,
-)
-from vae_dist.data import evaluation as evaluation_module
-from vae_dist.data import loader as stream_module
-from vae_dist.data import windows as lane_module
+from tests.data import conftest as shared
+from tests.data.conftest import identities, load, open_stream
+from vae_dist.data import EvaluationStream, ImageSettings, Order, ShardIndex, TrainingStream
 from vae_dist.data.buckets import make_buckets
-from vae_dist.data.evaluation import EvaluationStream
-from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import TrainingStream
-from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader
 from vae_dist.data.tar import DamagedSampleError, ShardError
-from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import LoaderDied, deaths_explained
 
 Place = tuple[int, int]  # shard, index in it
@@ -82,8 +65,8 @@ class Memory(SampleReader):
 
 @pytest.fixture
 def in_memory(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (stream_module, evaluation_module):
-        monkeypatch.setattr(module, "SampleReader", Memory)
+    for module in ("loader", "evaluation"):
+        monkeypatch.setattr(f"vae_dist.data.{module}.SampleReader", Memory)
 
 
 def index_of(lengths: list[int]) -> ShardIndex:
@@ -96,16 +79,16 @@ def by_the_rule(order: Order, stop: int, is_lost: Any) -> list[list[Place]]:
     nearest earlier one, else the nearest later one."""
     lanes: list[list[Place]] = []
     for lane in range(order.lanes):
-        windows: list[list[Place]] = []
+        parts: list[list[Place]] = []
         donors: list[Place | None] = []
         row = 0
         while row < stop or not any(donors):
             window = order.window_at(lane, row)
             row = window.end_row
-            windows.append([window.sample(int(position)) for position in window.order])
-            donors.append(next((s for s in windows[-1] if not is_lost(s)), None))
+            parts.append([window.sample(int(position)) for position in window.order])
+            donors.append(next((s for s in parts[-1] if not is_lost(s)), None))
         rows: list[Place] = []
-        for k, places in enumerate(windows):
+        for k, places in enumerate(parts):
             nearest = [*donors[k::-1], *donors[k:]]
             donor = next(d for d in nearest if d is not None)
             rows += [donor if is_lost(place) else place for place in places]
@@ -115,7 +98,7 @@ def by_the_rule(order: Order, stop: int, is_lost: Any) -> list[list[Place]]:
 
 LENGTHS_OF_ANY = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
 IN_MEMORY = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -168,7 +151,7 @@ def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
     assert lost == Counter({k: n for k, n in whole[1].items() if k[0] >= start})
     assert shards == {k for k in whole[2] if k[0] >= start}
     for step, want in enumerate([] if bucketed else by_the_rule(order, stop, Memory.is_lost)):
-        places = [order.sample_at(g)[1:] for g in range(step * batch, (step + 1) * batch)]
+        places = [shared.sample_at(order, g)[1:] for g in range(step * batch, (step + 1) * batch)]
         assert [place for slot in range(slots) for place in whole[0][step, slot][0]] == want
         of_step = Counter((step, str(s), i) for s, i in places if Memory.is_lost((s, i)))
         assert of_step == Counter({k: n for k, n in whole[1].items() if k[0] == step})
@@ -215,8 +198,8 @@ def test_loader_processes(index: ShardIndex, world: int, workers: int) -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    got = global_batches(index, world=world, workers=workers, start_step=7, stop_step=12)
-    assert got == expected(7, 12)
+    got = shared.global_batches(index, world=world, workers=workers, start_step=7, stop_step=12)
+    assert got == shared.expected(7, 12)
     assert torch.equal(torch.get_rng_state(), state)
     assert (np.random.get_state()[1] == numpy_state).all()
 
@@ -224,12 +207,12 @@ def test_loader_processes(index: ShardIndex, world: int, workers: int) -> None:
 def test_lost_samples_are_named_each_time_and_replaced(copied: Path) -> None:
     lost = {(3, 4), (5, 41)}
     for shard, i in lost:
-        damage(str(copied / f"set-{shard:02d}.tar"), i, header=i % 2 == 0)
-    damaged = load_index(str(copied), key="data.train", create=False)
-    order = Order(LENGTHS, lanes=BATCH, window=WINDOW, seed=SEED)
-    rule, undamaged = by_the_rule(order, STEPS, lost.__contains__), expected()
+        shared.damage(str(copied / f"set-{shard:02d}.tar"), i, header=i % 2 == 0)
+    damaged = load(copied)
+    order = Order(shared.LENGTHS, lanes=shared.BATCH, window=shared.WINDOW, seed=shared.SEED)
+    rule, undamaged = by_the_rule(order, shared.STEPS, lost.__contains__), shared.expected()
     skipped = []
-    for batch in open_stream(damaged, start_step=0, stop_step=STEPS):
+    for batch in open_stream(damaged, start_step=0, stop_step=shared.STEPS):
         assert identities(batch.groups[0].images.numpy()) == rule[batch.step]
         assert len(batch.skipped) == sum(sample in lost for sample in undamaged[batch.step])
         skipped += batch.skipped
@@ -240,8 +223,8 @@ def test_lost_samples_are_named_each_time_and_replaced(copied: Path) -> None:
 
 
 def test_a_cut_shard_loses_its_tail_only_and_one_that_is_gone_stops_the_run(copied: Path) -> None:
-    index = load_index(str(copied), key="data.train", create=False)
-    steps = {"start_step": 0, "stop_step": sum(LENGTHS) // BATCH}
+    index = load(copied)
+    steps = {"start_step": 0, "stop_step": sum(shared.LENGTHS) // shared.BATCH}
     os.truncate(index.paths[5], int(index.offsets(5)[20]) + 100)
     batches = list(open_stream(index, **steps))
     skipped = [s.index for batch in batches for s in batch.skipped]
@@ -279,7 +262,7 @@ def test_any_error_of_the_reading_thread_reaches_who_waits(
 def test_data_of_the_wrong_kind_stops_the_run(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch, images: ImageSettings, message: str
 ) -> None:
-    monkeypatch.setattr(lane_module, "MAX_LOST_IN_A_ROW", 20)
+    monkeypatch.setattr("vae_dist.data.windows.MAX_LOST_IN_A_ROW", 20)
     with pytest.raises(ShardError, match=message):  # as it was raised in the loader process
         next(iter(open_stream(index, images, start_step=0, stop_step=1, workers=1)))
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import MARKED, identities, make_shards
+from tests.data.conftest import MARKED, identities, load, make_shards, sample_at
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import TrainingStream
+from vae_dist.data import ShardIndex, TrainingStream
 from vae_dist.data.order import MixedOrder, Order, make_order, quotas
 
 SHARDS = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
@@ -61,8 +60,6 @@ def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
                     epoch, shard, i = found.place(position)
                     assert epoch == ((row + position) * len(mine) + rank) // total
                     seen[epoch, shard - int(first_shard[part]), i] += 1
-                g = row * lanes + lane
-                assert order.sample_at(g) == found.place(int(found.order[0]))
                 row = found.end_row
         for epoch in range(2):
             counts = {(s, i): n for (e, s, i), n in seen.items() if e == epoch}
@@ -93,10 +90,10 @@ def test_a_shard_is_read_front_to_back_by_few_lanes_and_windows_at_different_ste
 def test_class_sorted_shards_are_mixed_and_many_cost_little() -> None:
     """A batch of 64 holds nearly 64 classes; of 10^8 samples any is found without the others."""
     order = Order([20] * 1000, lanes=64, window=8, seed=0)
-    classes = [len({order.sample_at(g)[1] for g in range(64 * k, 64 * k + 64)}) for k in (0, 9)]
+    classes = [len({sample_at(order, g)[1] for g in range(64 * k, 64 * k + 64)}) for k in (0, 9)]
     assert min(classes) >= 60
     order = Order([10_000] * 10_000, lanes=1024, window=32, seed=0)
-    epoch, shard, index = order.sample_at(7 * 10**8 + 12345)
+    epoch, shard, index = sample_at(order, 7 * 10**8 + 12345)
     assert epoch == 7 and 0 <= shard < 10_000 and 0 <= index < 10_000
 
 
@@ -121,16 +118,15 @@ def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(
     for name, lengths in (("a", first), ("b", second)):
         make_shards(tmp_path / name, lengths)
 
-    def load(*weights: int) -> ShardIndex:
-        names = zip("ab", weights, strict=False)
-        spec = [{"path": str(tmp_path / name), "weight": weight} for name, weight in names]
-        return load_index(spec, key="data.train", create=False)
+    def mixed(*weights: int) -> ShardIndex:
+        names = zip("ab", weights, strict=True)
+        return load([{"path": str(tmp_path / name), "weight": weight} for name, weight in names])
 
-    alone = load_index(str(tmp_path / "a"), key="data.train", create=False)
-    prints = {index.fingerprint for index in (alone, load(1, 1), load(1, 2), load(1, 3))}
+    alone = load(tmp_path / "a")
+    prints = {index.fingerprint for index in (alone, mixed(1, 1), mixed(1, 2), mixed(1, 3))}
     assert len(prints) == 4
 
-    index = load(1, 3)
+    index = mixed(1, 3)
     order = make_order(index, lanes=8, window=4, seed=3)
     assert isinstance(order, MixedOrder)
     for half in (order.part_of_lane[:4], order.part_of_lane[4:]):  # of each of two ranks
@@ -139,7 +135,7 @@ def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(
     for rank in range(2):
         for batch in TrainingStream(index, order, MARKED, rank=rank, **keys):
             (group,) = batch.groups
-            places = [order.sample_at(8 * batch.step + 4 * rank + lane)[1:] for lane in range(4)]
+            places = [sample_at(order, 8 * batch.step + 4 * rank + lane)[1:] for lane in range(4)]
             # shards are marked by their own folder
             want = [(shard if shard < len(first) else shard - len(first), i) for shard, i in places]
             assert identities(group.images.numpy()) == want

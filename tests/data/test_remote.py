@@ -14,20 +14,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.data.conftest import BATCH, LENGTHS, STEPS, expected, global_batches
+from tests.data.conftest import BATCH, LENGTHS, STEPS, expected, global_batches, load
 from tests.support.http_shards import EMPTY, RESET, serving
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import sources
-from vae_dist.data.index import load_index
+from vae_dist.data import ShardError, sources
 from vae_dist.data.indexing import write_index_of_remote
 from vae_dist.data.sources import Range, UnreadableError, read_all, read_range, read_ranges
-from vae_dist.data.tar import ShardError
 from vae_dist.index import main
 from vae_dist.inference.load import open_images
 
 pytestmark = pytest.mark.usefixtures("pauses")
 ALL = "set-{00..09}.tar"
+Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -37,16 +36,12 @@ def blob(tmp_path: Path) -> bytes:
     return data
 
 
+def refused(spec: object, message: str, *, create: bool = False) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(spec, create=create)
+
+
 # the bytes
-
-
-@pytest.mark.parametrize("trouble", [500, 503, 429, RESET, EMPTY, -1000])
-def test_trouble_is_tried_again_with_growing_pauses(
-    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int
-) -> None:
-    with serving(tmp_path, lambda path, n: trouble if n < 4 else None) as server:
-        assert read_range(f"{server.url}/blob", 1000, 50_000) == blob[1000:51_000]
-    assert pauses == [0.2, 0.4, 0.8, 1.6]
 
 
 def test_many_pieces_are_read_at_once_and_each_has_its_own_outcome(
@@ -62,6 +57,15 @@ def test_many_pieces_are_read_at_once_and_each_has_its_own_outcome(
         asked = server.asked["blob"]
         assert read_range(f"{server.url}/blob", 299_000, 5000) == blob[299_000:]
         assert server.asked["blob"] == asked + 1, "the end of a file is no break"
+
+
+@pytest.mark.parametrize("trouble", [500, 503, 429, RESET, EMPTY, -1000])
+def test_trouble_is_tried_again_with_growing_pauses(
+    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int
+) -> None:
+    with serving(tmp_path, lambda path, n: trouble if n < 4 else None) as server:
+        assert read_range(f"{server.url}/blob", 1000, 50_000) == blob[1000:51_000]
+    assert pauses == [0.2, 0.4, 0.8, 1.6]
 
 
 @pytest.mark.parametrize(
@@ -88,26 +92,20 @@ def test_a_redirect_is_followed_on_http_and_never_down_from_https(
 ) -> None:
     from yarl import URL
 
-    with serving(tmp_path) as there:
-        moved = serving(tmp_path, lambda path, n: f"{there.url}/{path}")
-        with moved as server:
-            assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
+    with serving(tmp_path) as there, serving(tmp_path, lambda p, n: f"{there.url}/{p}") as server:
+        assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
     (trace,) = sources._http_options()["client_kwargs"]["trace_configs"]
     (check,) = trace.on_request_redirect
-    for start, target, is_allowed in (
-        ("https://a/x", "https://b/x", True),
-        ("http://a/x", "https://a/x", True),
-        ("https://a/x", "/y", True),
-        ("https://a/x", "http://a/x", False),
-        ("http://a/x", "ftp://a/x", False),
-    ):
+
+    def redirect(start: str, target: str) -> None:
         response = SimpleNamespace(headers={"Location": target})
-        redirect = check(None, None, SimpleNamespace(url=URL(start), response=response))
-        if is_allowed:
-            asyncio.run(redirect)
-        else:
-            with pytest.raises(ValueError, match="redirected from http"):
-                asyncio.run(redirect)
+        asyncio.run(check(None, None, SimpleNamespace(url=URL(start), response=response)))
+
+    for start, target in (("https", "https://b/x"), ("http", "https://a/x"), ("https", "/y")):
+        redirect(f"{start}://a/x", target)
+    for start, target in (("https", "http://a/x"), ("http", "ftp://a/x")):
+        with pytest.raises(ValueError, match="redirected from http"):
+            redirect(f"{start}://a/x", target)
 
 
 def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(
@@ -121,9 +119,6 @@ def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(
         assert read_all(place, 300_000) == blob
         with pytest.raises(ShardError, match="larger than the 299999 bytes"):
             read_all(place, 299_999)
-    with pytest.raises(ShardError, match="but no index"):
-        read_all(f"pipe:touch {tmp_path}/made", 10)
-    assert not (tmp_path / "made").exists()
     os.mkfifo(tmp_path / "x.tar")
     for place in (str(tmp_path / "x.tar"), "/dev/zero", str(tmp_path)):
         for ask in (lambda place: read_range(place, 0, 10), sources.size_of):
@@ -131,8 +126,8 @@ def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(
                 ask(place)
 
 
-def test_a_server_that_is_too_slow_or_gone(
-    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_is_gone_or_too_slow(
+    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
     with pytest.raises(ShardError, match=r"attempts in 20 s .*127\.0\.0\.1"):
         read_range("http://user:word@127.0.0.1:9/x.tar", 0, 1)
@@ -161,25 +156,9 @@ def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
     assert read_range(place, 299_990, 50) == blob[-10:]
     with pytest.raises(ShardError, match=r"attempts .*ended with exit code 3"):
         read_range("pipe:exit 3", 0, 1)
-
-
-@pytest.mark.parametrize("protocol", ["memory://", "strict://"])
-def test_what_an_object_store_lacks_is_missing_at_once(pauses: list[float], protocol: str) -> None:
-    """Some stores, such as s3, raise where a size is asked of what is not there."""
-    import fsspec
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Strict(MemoryFileSystem):
-        protocol = "strict"
-
-        def size(self, path: str) -> int:
-            raise FileNotFoundError(path)
-
-    fsspec.register_implementation("strict", Strict, clobber=True)
-    assert not sources.exists(f"{protocol}nowhere/_info.json")
-    with pytest.raises(ShardError, match="no such file"):
-        read_range(f"{protocol}nowhere/a.tar", 0, 10)
-    assert pauses == []
+    with pytest.raises(ShardError, match="but no index"):
+        read_all(f"pipe:touch {tmp_path}/made", 10)
+    assert not (tmp_path / "made").exists()
 
 
 # the shards
@@ -194,21 +173,20 @@ def test_the_same_steps_from_everywhere(
 ) -> None:
     start, stop = STEPS // 2, STEPS // 2 + 6
     with serving(folder) as server:
-        spec: object = {
+        urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
+        if way == "pipe":
+            assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
+        specs: dict[str, object] = {
             "pattern": f"{server.url}/{ALL}",
             "folder": server.url,
             "fsspec": f"file://{folder}/{ALL}",
-        }.get(way)
-        if way == "pipe":
-            urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
-            assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
-            spec = {"path": urls, "index": str(tmp_path / "index")}
-        index = load_index(spec, key="data.train", create=False)
+            "pipe": {"path": urls, "index": str(tmp_path / "index")},
+        }
+        index = load(specs[way])
         assert index.lengths.tolist() == list(LENGTHS)
         if way == "folder":
             assert server.asked == {"_info.json": 1}, "one request opens a set"
-            here = load_index(str(folder), key="data", create=False)
-            assert index.fingerprint == here.fingerprint
+            assert index.fingerprint == load(folder).fingerprint
         keys = {"world": world, "workers": workers, "start_step": start, "stop_step": stop}
         assert global_batches(index, **keys) == expected(start, stop)
         if way == "pattern":  # after a resume two windows of each lane are read
@@ -219,54 +197,36 @@ def test_the_same_steps_from_everywhere(
             assert 0 < tars <= 2 * BATCH * 4 * largest
 
 
-def test_signed_addresses_name_shards(folder: Path) -> None:
-    signature = "?sig=a/b.c&sv=2"
-    here = load_index(str(folder), key="data", create=False)
+def test_addresses_with_a_signature_and_wrong_ones(folder: Path) -> None:
+    """S3 forbids what is not there, to those who may not list it: only the status says so."""
+    signature, here = "?sig=a/b.c&sv=2", load(folder)
     with serving(folder, query=signature) as server:
         pattern, whole = f"{server.url}/{ALL}{signature}", f"{server.url}/{signature}"
         for spec in (pattern, whole):
-            index = load_index(spec, key="data.train", create=False)
+            index = load(spec)
             assert index.fingerprint == here.fingerprint
             assert index.offsets(3).tolist() == here.offsets(3).tolist()
         (folder / "_info.json").unlink()
-        again = load_index(pattern, key="data.train", create=False)
-    assert again.lengths.tolist() == list(LENGTHS)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("{url}/set-{{08..11}}.tar", r"set-10\.tar has no index; .*index data='http.*out=FOLDER"),
-        ("{url}/nowhere/", r"no such file.*name the shards"),
-        ("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*index: FOLDER"),
-        ("{url}/set-00.json", "no such file"),
-    ],
-)
-def test_wrong_addresses_are_named(folder: Path, spec: str, message: str) -> None:
-    with serving(folder) as server, pytest.raises(ConfigError, match=message):
-        load_index(spec.format(url=server.url), key="data.train", create=False)
-
-
-def test_what_is_forbidden_counts_as_missing(folder: Path) -> None:
-    """S3 says so of what is not there, to those who may not list it. Only the status says so."""
+        assert load(pattern).lengths.tolist() == list(LENGTHS)
     for status in (403, 404, 500):
         with serving(folder, lambda p, n, s=status: s if p == "_info.json" else None) as server:
+            refused(server.url, r"cannot be read .*name the shards")
             if status == 500:
-                with pytest.raises(UnreadableError, match="HTTP 500"):
-                    load_index(f"{server.url}/{ALL}", key="data.train", create=False)
+                refused(f"{server.url}/{ALL}", "HTTP 500")
             else:
-                index = load_index(f"{server.url}/{ALL}", key="data.train", create=False)
-                assert index.lengths.tolist() == list(LENGTHS)
-            with pytest.raises(ConfigError, match=r"cannot be read .*name the shards"):
-                load_index(server.url, key="data.train", create=False)
+                assert load(f"{server.url}/{ALL}").lengths.tolist() == list(LENGTHS)
+    with serving(folder) as server:
+        missing = r"set-10\.tar has no index; .*index data='http.*out=FOLDER"
+        refused(f"{server.url}/set-{{08..11}}.tar", missing)
+        refused(f"{server.url}/nowhere/", r"no such file.*name the shards")
+        refused(f"{server.url}/set-00.json", "no such file")
+    refused("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*index: FOLDER")
 
 
 # their index
 
 
-def test_the_index_of_remote_shards(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_index_of_remote_shards(folder: Path, tmp_path: Path, capsys: Said) -> None:
     for sidecar in (*folder.glob("*.idx"), folder / "_info.json"):
         sidecar.unlink()
     out = tmp_path / "index"
@@ -285,60 +245,37 @@ def test_the_index_of_remote_shards(
         assert main([data, f"out={out}"]) == 0  # goes on with what is missing
         again = {p for p in asked if server.asked[p] > asked[p] + 2 and p.endswith(".tar")}
         assert again <= {"set-03.tar"}
-        spec = {"path": f"{server.url}/{ALL}", "index": str(out)}
-        index = load_index(spec, key="data.train", create=False)
+        index = load({"path": f"{server.url}/{ALL}", "index": str(out)})
         assert index.lengths.tolist() == list(LENGTHS)
 
 
 def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> None:
     """Other shards of the same names, or another size, are indexed anew; a damaged shard keeps
     neither its sidecar nor the list that names it; an unreachable one keeps both."""
-    place, out = tmp_path / "a", tmp_path / "index"
+    out = tmp_path / "index"
 
-    def made(name: str) -> list[int]:
-        place.mkdir(exist_ok=True)
-        shutil.copy(folder / name, place / "x.tar")
-        url = f"file://{place}/x.tar"
-        damage = write_index_of_remote([url], out)
+    def made(place: str, name: str) -> list[int]:
+        (shard := tmp_path / place / "x.tar").parent.mkdir(exist_ok=True)
+        shutil.copy(folder / name, shard)
+        damage = write_index_of_remote([f"file://{shard}"], out)
         assert set(damage.values()) <= {None}
-        index = load_index({"path": url, "index": str(out)}, key="k", create=False)
+        index = load({"path": f"file://{shard}", "index": str(out)})
         return [*index.lengths.tolist(), len(damage)]
 
-    assert made("set-03.tar") == [30, 1]
-    assert made("set-03.tar") == [30, 0]  # kept
-    assert made("set-05.tar") == [45, 1]  # another size
-    place = tmp_path / "b"
-    assert made("set-02.tar") == [7, 1]  # another address
-    url = f"file://{place}/x.tar"
-    (place / "x.tar").rename(place / "away")
-    (error,) = write_index_of_remote([url], out, overwrite=True).values()
+    assert made("a", "set-03.tar") == [30, 1]
+    assert made("a", "set-03.tar") == [30, 0]  # kept
+    assert made("a", "set-05.tar") == [45, 1]  # another size
+    assert made("b", "set-02.tar") == [7, 1]  # another address
+    shard, sidecars = tmp_path / "b/x.tar", len(list(out.glob("*.idx")))
+    data = bytearray(shard.read_bytes())
+    shard.unlink()
+    (error,) = write_index_of_remote([f"file://{shard}"], out, overwrite=True).values()
     assert "no such file" in str(error) and (out / "shards.json").exists()
-    data = bytearray((folder / "set-02.tar").read_bytes())
     data[1024:1100] = b"\xff" * 76
-    (place / "x.tar").write_bytes(data)
-    sidecars = len(list(out.glob("*.idx")))
-    (error,) = write_index_of_remote([url], out, overwrite=True).values()
+    shard.write_bytes(data)
+    (error,) = write_index_of_remote([f"file://{shard}"], out, overwrite=True).values()
     assert "damaged tar header" in str(error)
     assert len(list(out.glob("*.idx"))) == sidecars - 1 and not (out / "shards.json").exists()
-
-
-def test_a_wids_index_of_others_is_read(folder: Path) -> None:
-    names = sorted(path.name for path in folder.glob("*.tar"))
-    shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
-    for content, message in (
-        ({"shardlist": shards}, ""),
-        ({"shardlist": [{**shards[3], "nsamples": 31}]}, r"set-03\.tar has 30 samples .* says 31"),
-        ([], "is no list of shards"),
-        ({"shardlist": [{**shards[3], "nsamples": -1}]}, "is no list of shards"),
-        ({"shardlist": [{**shards[3], "nsamples": 10**30}]}, "is no list of shards"),
-    ):
-        (folder / "wids.json").write_text(json.dumps(content))
-        if message:
-            with pytest.raises(ConfigError, match=message):
-                load_index(str(folder / "wids.json"), key="data.train", create=False)
-        else:
-            index = load_index(str(folder / "wids.json"), key="data.train", create=False)
-            assert index.lengths.tolist() == list(LENGTHS)
 
 
 HELD_BACK = r"names .*; a file of shards may name only files beside or below it"
@@ -349,23 +286,33 @@ ELSEWHERE = [
 ]  # fmt: skip
 
 
-def test_an_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_path: Path) -> None:
+def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_path: Path) -> None:
+    lists = folder / "shards.json"
+    names = sorted(path.name for path in folder.glob("*.tar"))
+    shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
+    lists.write_text(json.dumps({"shardlist": shards}))
+    assert load(lists).lengths.tolist() == list(LENGTHS)
+    lists.write_text("[]")
+    refused(lists, "is no list of shards")
     with serving(folder) as server:
 
-        def listed(entry: dict[str, object], place: str) -> int:
-            (folder / "shards.json").write_text(json.dumps({"shardlist": [entry]}))
-            return load_index(f"{place}/shards.json", key="data.train", create=True).num_samples
+        def listed(entry: dict[str, object], place: str, message: str) -> None:
+            entry = {"url": "set-03.tar", "nsamples": 30, **entry}
+            lists.write_text(json.dumps({"shardlist": [entry]}))
+            if message:
+                refused(f"{place}/shards.json", message, create=True)
+            else:
+                assert load(f"{place}/shards.json").num_samples == 30
 
+        listed({"nsamples": 31}, str(folder), r"set-03\.tar has 30 samples .* says 31")
+        for nsamples in (-1, 10**30):
+            listed({"nsamples": nsamples}, str(folder), "is no list of shards")
         for place in (server.url, str(folder)):
             for name in ELSEWHERE:
                 for field in ("url", "index"):
-                    entry = {"url": "x.tar", "nsamples": 1}
-                    with pytest.raises(ConfigError, match=HELD_BACK):
-                        listed({**entry, field: name.format(made=tmp_path / "made")}, place)
-        own = {"url": f"{server.url}/set-03.tar", "nsamples": 30}  # but its own host
-        assert listed(own, server.url) == 30
-        with pytest.raises(ConfigError, match=HELD_BACK):  # the file here has no host
-            listed(own, str(folder))
+                    listed({field: name.format(made=tmp_path / "made")}, place, HELD_BACK)
+        listed({"url": f"{server.url}/set-03.tar"}, server.url, "")  # its own host
+        listed({"url": f"{server.url}/set-03.tar"}, str(folder), HELD_BACK)  # which a file has not
     assert not (tmp_path / "made").exists()
 
 
@@ -375,15 +322,13 @@ def test_names_of_files_and_run_folders_name_no_command(
     """But the command line does: `data=`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe:touch made; cat x.tar").touch()
-    with pytest.raises(ConfigError, match="rename it"):
-        load_index(".", key="data.train", create=True)
+    refused(".", "rename it", create=True)
     config, command = tiny_config(), "pipe:touch made"
     for spec in (command, {"path": command, "index": "."}, {"path": "x", "index": command}):
         config.data.validation, config.data.train = spec, [{"path": spec, "weight": 1}]
-        with pytest.raises(ConfigError, match="only local paths and http"):
-            open_images(config, "", create=True)
-        with pytest.raises(ConfigError, match="only local paths and http"):
-            open_images(config, config.data.train, create=True, key="data.train")
+        for data, keys in (("", {}), (config.data.train, {"key": "data.train"})):
+            with pytest.raises(ConfigError, match="only local paths and http"):
+                open_images(config, data, create=True, **keys)
     with pytest.raises(ConfigError, match="has no index"):
         open_images(config, command, create=True)
     assert not (tmp_path / "made").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.conftest import png
+from tests.data.conftest import png, written
+from tests.support.picture_sources import encoded
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
+from vae_dist.data import ImageSettings, ShardIndex, image_settings
 from vae_dist.data import settings as settings_module
-from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.settings import DataSet, check_data_sets, image_settings, sampled_sizes
+from vae_dist.data.settings import DataSet, check_data_sets, sampled_sizes
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import ImageSettings, Need
-from vae_dist.data.writer import write_shards
+from vae_dist.data.transforms import Need
 
 NEEDS = (Need("perceptual.kind=structure", shorter=11), Need("model.norm_groups=8", longer=13))
 SMALL = {"any_size": True, "needs": NEEDS}
@@ -27,31 +26,18 @@ SMALL = {"any_size": True, "needs": NEEDS}
 
 def shards(folder: Path, *sizes: tuple[int, int], num_shards: int = 2) -> ShardIndex:
     """An image of each size, in turn, with labels 0, 1, 2; (0, 0) is no image."""
-    samples = (
-        {
-            "__key__": f"{number:04d}",
-            "png": png(np.zeros((*size, 3), np.uint8)) if any(size) else b"no PNG",
-            "cls": str(number % 3).encode(),
-        }
-        for number, size in enumerate(sizes)
-    )
-    write_shards(samples, folder, num_shards=num_shards)
-    return load_index(str(folder), key="data.train", create=False)
+    images = [png(np.zeros((*size, 3), np.uint8)) if any(size) else b"no PNG" for size in sizes]
+    samples = ({"png": image, "cls": str(n % 3).encode()} for n, image in enumerate(images))
+    return written(folder, samples, num_shards)
 
 
-def settings_of(index: ShardIndex, keys: Any, **options: Any) -> ImageSettings:
-    return image_settings(index, DataConfig(**{"max_pixels": 10**6, **keys}), **options)
+def settings_of(index: ShardIndex, **options: Any) -> ImageSettings:
+    keys = {"max_pixels": 10**6, **options.pop("keys", {})}
+    return image_settings(index, DataConfig(**keys), **options)
 
 
-def check(
-    train: ShardIndex,
-    validation: ShardIndex,
-    *,
-    limit: float = 0.01,
-    keys: Any = {},  # noqa: B006 (only read)
-    **options: Any,
-) -> None:
-    settings = settings_of(train, keys, **options)
+def check(train: ShardIndex, validation: ShardIndex, limit: float = 0.01, **options: Any) -> None:
+    settings = settings_of(train, **options)
     sets = [("data.train", train, settings), ("data.validation", validation, settings)]
     check_data_sets([DataSet(*one) for one in sets], max_skipped_fraction=limit)
 
@@ -74,25 +60,23 @@ def test_small_images_are_lost_and_too_many_of_them_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = shards(tmp_path / "a", (8, 16), (12, 12), (30, 10), (12, 16), num_shards=1)
+    low = "8 x 16 pixels, and perceptual.kind=structure needs 11 on the shorter side"
     with pytest.raises(ConfigError) as refused:
         check(index, index, limit=0.5, **SMALL)
-    said = str(refused.value)
-    first = "sample 0: 8 x 16 pixels, and perceptual.kind=structure needs 11 on the shorter side"
-    assert "data.train: 3 of 4 images that were looked at are too small" in said and first in said
-    assert "data.max_skipped_fraction=0.5" in said and "data.resolution=N" in said
+    small = "data.train: 3 of 4 images that were looked at are too small"
+    for part in (small, f"sample 0: {low}", "data.max_skipped_fraction=0.5", "data.resolution=N"):
+        assert part in str(refused.value)
     check(index, index, limit=0.75, **SMALL)
 
-    settings = settings_of(index, {}, **SMALL)
+    settings = settings_of(index, **SMALL)
     assert settings.size == (12, 16), "a small image is no example of the others"
     reader = SampleReader(index, settings, seed=0)
-    for number, problem in (
-        (0, "8 x 16 pixels, and perceptual.kind=structure needs 11 on the shorter side"),
-        (1, "12 x 12 pixels, and model.norm_groups=8 needs 13 on the longer side"),
-    ):
+    narrow = "12 x 12 pixels, and model.norm_groups=8 needs 13 on the longer side"
+    for number, problem in enumerate((low, narrow)):
         with pytest.raises(DamagedSampleError, match=f"^too small: {problem}$"):
             reader.load(reader.read(0, number, number + 1)[0], 0, number, epoch=0)
     with pytest.raises(ConfigError, match=r"resolution=native: none of .*sample 0: too small: 8 x"):
-        settings_of(index, {}, any_size=True, needs=(Need("x", shorter=99),))
+        settings_of(index, any_size=True, needs=(Need("x", shorter=99),))
     monkeypatch.setattr(settings_module, "sampled_sizes", None)  # where nothing can fail
     check(index, index, any_size=True)
     check(index, index, keys={"resolution": 8}, limit=0)
@@ -102,7 +86,7 @@ def test_what_is_looked_at_lies_evenly_and_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = shards(tmp_path / "a", *[(4, 4 + number) for number in range(21)], num_shards=3)
-    settings = settings_of(index, {})
+    settings = settings_of(index)
 
     def widths() -> list[int]:
         return [size[1] - 4 for _, size in sampled_sizes(index, settings)]
@@ -112,13 +96,10 @@ def test_what_is_looked_at_lies_evenly_and_is_bounded(
     with monkeypatch.context() as patch:  # a shard that can only be read front to back
         patch.setattr(settings_module, "is_pipe", lambda path: path == index.paths[1])
         assert widths() == in_order[:7] + in_order[14:]
-    for name, value, found in (
-        ("NUM_LOOKED_AT", 5, in_order[::5]),
-        ("MAX_BYTES", 3 * index.mean_sample_bytes, in_order[::10]),
-        ("MAX_BYTES", 0, [in_order[0], in_order[-1]]),
-    ):
-        monkeypatch.setattr(settings_module, name, value)
-        assert widths() == found
+    monkeypatch.setattr(settings_module, "NUM_LOOKED_AT", 5)
+    assert widths() == in_order[::5]
+    monkeypatch.setattr(settings_module, "MAX_BYTES", 3 * index.mean_sample_bytes)
+    assert widths() == in_order[::10]
 
 
 def test_what_cannot_be_read_or_has_no_labels_is_refused(
@@ -133,12 +114,10 @@ def test_what_cannot_be_read_or_has_no_labels_is_refused(
     with pytest.raises(ConfigError, match=r"none of the first 4 images of data\.train"):
         check(whole, whole, num_classes=3, keys={"label_key": "attributes.Smiling"})
     assert capsys.readouterr().err == ""
-    frames = [Image.fromarray(np.full((8, 8, 3), shade, np.uint8)) for shade in (0, 90, 180)]
-    frames[0].save(file := io.BytesIO(), "WEBP", save_all=True, append_images=frames[1:])
-    samples = [{"__key__": f"{i}", "webp": file.getvalue(), "cls": b"0"} for i in range(3)]
-    write_shards(samples, tmp_path / "c", num_shards=1)
-    index = load_index(str(tmp_path / "c"), key="data.train", create=False)
+    first, *others = [Image.fromarray(np.full((8, 8, 3), n, np.uint8)) for n in (0, 90, 180)]
+    animated = encoded(first, "WEBP", save_all=True, append_images=others)
+    index = written(tmp_path / "c", [{"webp": animated}] * 3)
     check(index, index, keys={"resolution": 8})
-    first, _ = capsys.readouterr().err.splitlines()  # of each data set
-    assert first.startswith("warning: data.train: ") and first.endswith("(and so for 2 more)")
-    assert "sample 0: it is animated, its first frame is taken" in first
+    said, _ = capsys.readouterr().err.splitlines()  # once for each data set
+    assert said.startswith("warning: data.train: ") and said.endswith("(and so for 2 more)")
+    assert "sample 0: it is animated, its first frame is taken" in said

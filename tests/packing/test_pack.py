@@ -1,27 +1,157 @@
+"""Jobs that write shards: resumable, by any number of processes, without locks; and `pack`, through
+its entry point, with what the trainer reads of its shards."""
+
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
 import shutil
-import tarfile
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import vae_dist.packing.pack as packing
-from tests.support.picture_sources import encoded, png, write
+from tests.support.latent_data import samples_of
+from tests.support.picture_sources import contents, encoded, png, write
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
-from vae_dist.data.index import load_index
+from vae_dist.data import image_settings, load_index
+from vae_dist.data.indexing import write_info
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.settings import image_settings
 from vae_dist.pack import main
+from vae_dist.packing import jobs
 from vae_dist.packing.items import Item, Place
+from vae_dist.packing.jobs import Count, FinishedElsewhere, ShardJob, cut, run
+
+PLAN = {"seed": 0, "pictures": "a digest"}
+SHARDS = [f"s-{k:06d}.tar" for k in range(6)]
+
+
+def write_shard(job: ShardJob, name: str, count: Count = lambda number: None) -> None:
+    with job.shard(name) as (writer, report):
+        for i in range(3):
+            writer.write({"__key__": f"{i}", "txt": f"{name} {i}".encode()})
+            count(1)
+        report["samples"] = 3
+
+
+def run_all(write: Any, shards: list[str], workers: int) -> None:
+    run(write, shards, workers=workers, progress=lambda done: None)
+
+
+def complete(job: ShardJob) -> dict[str, Any]:
+    def describe() -> dict[str, Any]:
+        reports = [job.report(name) for name in SHARDS]
+        write_info([job.out / name for name in SHARDS], split="s")
+        return {"samples": sum(report["samples"] for report in reports)}
+
+    return job.finish(describe)
+
+
+def begun(out: Path) -> ShardJob:
+    job = ShardJob(out, "done.json", PLAN)
+    assert job.finished() is None
+    job.begin()
+    return job
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> ShardJob:
+    return begun(tmp_path / "out")
+
+
+def test_a_job_is_shards_index_and_summary(job: ShardJob) -> None:
+    for name in SHARDS:
+        write_shard(job, name)
+    assert complete(job) == {"samples": 18, "identity": PLAN} == job.finished()
+    assert not job.work.exists()
+    assert load_index(str(job.out), key="data", create=False).num_samples == 18
+    with pytest.raises(ConfigError, match=r"out=.*: made with another seed \(0 there, 1 here\)"):
+        ShardJob(job.out, "done.json", {**PLAN, "seed": 1}).finished()
+    (job.out / "done.json").write_bytes(b"[" * 10**5)
+    with pytest.raises(ConfigError, match=r"done\.json: no JSON"):
+        job.finished()
+    for out in (job.out, job.out / "done.json"):
+        with pytest.raises(ConfigError, match="is in use; give another one"):
+            ShardJob(out, "other.json", PLAN).finished()
+
+
+def test_a_shard_that_ends_early_is_not_there(job: ShardJob) -> None:
+    write_shard(job, SHARDS[0])
+    with pytest.raises(KeyboardInterrupt), job.shard(SHARDS[1]) as (writer, _):
+        writer.write({"__key__": "0", "txt": b"x"})
+        raise KeyboardInterrupt
+    assert [name for name in SHARDS if job.is_done(name)] == SHARDS[:1]
+    assert not list((job.work / "partial").iterdir())
+    with pytest.raises(ConfigError, match=r"not finished; give it, with out=.*, again: it goes on"):
+        load_index(str(job.out), key="data.train", create=True)
+    with pytest.raises(ConfigError, match="made with another pictures"):
+        ShardJob(job.out, "done.json", {**PLAN, "pictures": "others"}).begin()
+
+
+def test_parts_in_any_order_write_the_same_bytes(tmp_path: Path) -> None:
+    for out, parts in (("one", [(0, 1)]), ("three", [(2, 3), (0, 3), (1, 3)])):
+        for i, n in parts:
+            seen, job = [0], begun(tmp_path / out)
+            run(partial(write_shard, job), SHARDS[i::n], workers=2, progress=seen.append)
+            assert seen[-1] == 3 * len(SHARDS[i::n])
+        complete(job)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert cut(7, 3, at_least=8) == [(0, 2), (2, 4), (4, 7)]
+    assert cut(2, 3, at_least=8) == [(0, 1), (1, 2)]
+    assert len(cut(1024, 1, at_least=8)) == 8 and len(cut(1024, 9, at_least=8)) == 9
+
+
+def test_who_comes_late_finds_the_job_finished(job: ShardJob) -> None:
+    """Two write the same shards and describe the folder: the one that is quicker removes .job."""
+    for name in SHARDS:
+        write_shard(job, name)
+    with pytest.raises(FinishedElsewhere), job.shard(SHARDS[4]) as (writer, _):
+        writer.write({"__key__": "0", "txt": b"x"})
+        finished = complete(job)
+    for workers in (1, 2):
+        with pytest.raises(FinishedElsewhere):
+            run_all(partial(write_shard, job), SHARDS[4:], workers)
+    with pytest.raises(FinishedElsewhere):
+        complete(job)
+    assert job.finished() == finished
+
+
+def test_what_the_disk_refuses_is_said_once(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "write_sidecar", full)
+    for workers in (1, 2):
+        with pytest.raises(ConfigError, match=r"No space left.*the same command goes on"):
+            run_all(partial(write_shard, job), SHARDS, workers)
+    assert not any(map(job.is_done, SHARDS))
+
+
+def test_a_killed_process_is_named_and_the_others_end(job: ShardJob) -> None:
+    def write_or_die(name: str, count: Count) -> None:
+        if name == SHARDS[3]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_shard(job, name, count)
+
+    with pytest.raises(ConfigError, match=r"a process .* code -9.*the same command goes on"):
+        run_all(write_or_die, SHARDS, 2)
+    assert not multiprocessing.active_children()
+
+
+# pack
 
 COUNT = 60
+Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -41,20 +171,15 @@ def pack_all(source: Path, out: Path, *more: str) -> int:
     return pack(source, out, "validation=0", "shuffle=false", "shard_mb=1", *more)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def loaded(folder: Path, **keys: Any) -> list[tuple[np.ndarray, int]]:
     """Images and labels, as the trainer reads them."""
     index = load_index(str(folder), key="data.train", create=False)
     config = DataConfig(**{"channels": 3, "resolution": "native", "max_pixels": 1000, **keys})
     reader = SampleReader(index, image_settings(index, config), seed=0)
     return [
-        (image, label)
-        for shard, length in enumerate(index.lengths.tolist())
-        for i, data in enumerate(reader.read(shard, 0, length))
-        for image, label in [reader.load(data, shard, i, epoch=0)]
+        tuple(reader.load(data, run.shard, i, epoch=0))
+        for run in reader.in_order(0, index.num_samples)
+        for i, data in enumerate(reader.read(*run), run.start)
     ]
 
 
@@ -62,14 +187,7 @@ def levels(folder: Path) -> list[tuple[int, int]]:
     return [(int(image[0, 0, 0]), label) for image, label in loaded(folder)]
 
 
-def members(out: Path) -> dict[str, bytes]:
-    with tarfile.open(out / "train/train-000000.tar") as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-
-
-def test_the_trainer_reads_each_picture_once(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_trainer_reads_each_picture_once(pictures: Path, tmp_path: Path, capsys: Said) -> None:
     out = tmp_path / "out"
     assert pack(pictures, out, "validation=0.1") == 0
     train, validation = levels(out / "train"), levels(out / "validation")
@@ -93,38 +211,28 @@ def test_the_trainer_reads_each_picture_once(
 
 
 def test_kills_workers_and_job_arrays_write_the_same_bytes(
-    pictures: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pack(pictures, tmp_path / "whole") == 0
     for i in (1, 0):
         assert not (tmp_path / "array/pack.json").exists()
         assert pack(pictures, tmp_path / "array", f"shard_range={i}/2", f"workers={i + 1}") == 0
-    prepare, calls = packing.prepare, []
-
-    def killed(*args: Any, **options: Any) -> object:
-        calls.append(args)
-        if len(calls) == COUNT + 25:  # the first ones measure sizes
-            raise KeyboardInterrupt
-        return prepare(*args, **options)
-
-    monkeypatch.setattr(packing, "prepare", killed)
+    calls = Mock(wraps=packing.prepare)
+    monkeypatch.setattr(packing, "prepare", calls)
+    # the first ones measure sizes
+    calls.side_effect = [*[DEFAULT] * (COUNT + 24), KeyboardInterrupt]
     assert pack(pictures, tmp_path / "killed") == 130
     assert 1 <= len(list((tmp_path / "killed/train").glob("*.tar"))) < 5
+    calls.side_effect = None
     assert pack(pictures, tmp_path / "killed", "seed=1") == 2
-    assert "another seed (0 there, 1 here)" in capsys.readouterr().err
-    before = len(calls)
+    calls.reset_mock()
     assert pack(pictures, tmp_path / "killed") == 0
-    assert len(calls) - before < 2 * COUNT
+    assert calls.call_count < 2 * COUNT
     whole = contents(tmp_path / "whole")
     assert contents(tmp_path / "array") == contents(tmp_path / "killed") == whole
 
 
-def test_every_loss_counts_and_is_named(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_loss_counts_and_is_named(pictures: Path, tmp_path: Path, capsys: Said) -> None:
     (pictures / "cat/001.png").write_bytes(b"broken")
     (pictures / "dog/000.png").write_bytes((pictures / "dog/003.png").read_bytes()[:45])
     (pictures / "cat/empty\x1b[2J.png").touch()
@@ -154,39 +262,25 @@ def test_every_loss_counts_and_is_named(
         ("source=[]", "no picture can be packed"),
     ],
 )
-def test_wrong_keys(
-    pictures: Path, tmp_path: Path, keys: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = [] if keys.startswith("source") else [f"source={pictures}"]
-    assert main([*source, f"out={tmp_path / 'out'}", keys]) == 2
+def test_wrong_keys(pictures: Path, tmp_path: Path, keys: str, message: str, capsys: Said) -> None:
+    assert main([f"source={pictures}", f"out={tmp_path / 'out'}", keys]) == 2
     assert message in capsys.readouterr().err
 
 
-ITEM = Item("a.png", Place("x"), 10, None, 3, {"age": 4})
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        ITEM._replace(extra={"age": 5}),
-        ITEM._replace(category=4),
-        ITEM._replace(companions=(("mask.png", ITEM._replace(name="a.mask.png")),)),
-    ],
-)
-def test_what_a_sample_says_is_part_of_the_plan(other: Item) -> None:
-    same = ITEM._replace(place=Place("y"))
-    assert packing._digest([ITEM]) == packing._digest([same]) != packing._digest([other])
-
-
-def test_a_source_without_training_pictures_is_refused() -> None:
+def test_what_a_sample_says_is_part_of_the_plan() -> None:
+    item = Item("a.png", Place("x"), 10, None, 3, {"age": 4})
+    same, mask = item._replace(place=Place("y")), item._replace(name="a.mask.png")
+    for keys in ({"extra": {"age": 5}}, {"category": 4}, {"companions": (("mask.png", mask),)}):
+        other = item._replace(**keys)
+        assert packing._digest([item]) == packing._digest([same]) != packing._digest([other])
     with pytest.raises(ConfigError, match="pictures are of validation or test; add some to train"):
-        packing.make_plan([ITEM._replace(split="test")], PackCommand())
+        packing.make_plan([item._replace(split="test")], PackCommand())
 
 
 # what lies beside the pictures
 
 
-def test_the_trainer_reads_packed_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_trainer_reads_packed_masks(tmp_path: Path, capsys: Said) -> None:
     mask = np.full((12, 20), 255, np.uint8)
     mask[:, :10] = 0
     files = {f"{i}.png": encoded(np.full((12, 20), 40 * i, np.uint8)) for i in range(3)}
@@ -205,31 +299,26 @@ def test_fields_of_a_tar_are_kept_and_joined_with_those_of_a_table(tmp_path: Pat
     files = {"0.png": png(), "0.json": b'{"label":3}', "0.txt": b"a cat"}
     source, labels = write(tmp_path / "in.tar", files), tmp_path / "labels.csv"
     assert pack_all(source, tmp_path / "plain") == 0
-    assert members(tmp_path / "plain") == {f"00000000{n}": data for n, data in files.items()}
+    (kept,) = samples_of(tmp_path / "plain/train")
+    assert [kept[n] for n in ("png", "json", "txt")] == list(files.values())
     labels.write_text("path,age\n0.png,4\n")
     assert pack_all(source, tmp_path / "joined", f"labels={labels}") == 0
-    fields = members(tmp_path / "joined")["000000000.json"]
-    assert json.loads(fields) == {"label": 3, "age": "4"}
+    (joined,) = samples_of(tmp_path / "joined/train")
+    assert json.loads(joined["json"]) == {"label": 3, "age": "4"}
 
 
-@pytest.mark.parametrize("kind", ["csv", "celeba"])
-def test_other_labels_are_another_pack(
-    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, table, keys = write(tmp_path / "in", {"0.jpg": png()}), tmp_path / "labels.csv", []
-    texts = [f"path,label\n0.jpg,{n}\n" for n in (1, 2)]
-    if kind == "csv":
-        keys = [f"labels={table}"]
-    else:
-        (source / "list_eval_partition.txt").write_text("0.jpg 0\n")
-        table, texts = source / "list_attr_celeba.txt", ["1\nA B\n0.jpg 1 1", "1\nA B\n0.jpg 1 -1"]
-    table.write_text(texts[0])
-    assert pack_all(source, tmp_path / "out", *keys) == 0
-    assert pack_all(source, tmp_path / "out", *keys) == 0
-    assert "finished already" in capsys.readouterr().out
-    table.write_text(texts[1])
-    assert pack_all(source, tmp_path / "out", *keys) == 2
-    assert "another labels" in capsys.readouterr().err
-    if kind == "celeba":
-        shutil.rmtree(source)  # the lists are gone with the source
-        assert pack_all(source, tmp_path / "out") == 0
+def test_other_labels_are_another_pack(tmp_path: Path, capsys: Said) -> None:
+    source = write(tmp_path / "in", {"0.jpg": png(), "list_eval_partition.txt": b"0.jpg 0\n"})
+    for table, keys, texts in (
+        (tmp_path / "labels.csv", True, [f"path,label\n0.jpg,{n}\n" for n in (1, 2)]),
+        (source / "list_attr_celeba.txt", False, [f"1\nA B\n0.jpg 1 {n}" for n in (1, -1)]),
+    ):
+        words = [source, tmp_path / table.stem, *([f"labels={table}"] if keys else [])]
+        table.write_text(texts[0])
+        assert pack_all(*words) == pack_all(*words) == 0
+        assert "finished already" in capsys.readouterr().out
+        table.write_text(texts[1])
+        assert pack_all(*words) == 2
+        assert "another labels" in capsys.readouterr().err
+    shutil.rmtree(source)  # the lists are gone with the source
+    assert pack_all(*words) == 0

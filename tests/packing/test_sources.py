@@ -1,3 +1,5 @@
+"""What a source holds: splits, classes and samples of folders and archives, and their tables."""
+
 from __future__ import annotations
 
 import os
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.picture_sources import opened, png, summary, write
+from tests.support.picture_sources import opened, png, refused, write
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.packing.items import Item, Listing, Place, read, split_of
@@ -15,11 +17,14 @@ from vae_dist.packing.pack import _check
 from vae_dist.packing.sources import number_classes, with_splits_and_categories
 
 HARD, SYMBOLIC, FIFO = tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE
-ONLY = "only .cls, .json, .mask.png, .txt of a picture's name are taken along"
 
 
 def item(name: str, category: str | int | None = None) -> Item:
     return Item(name, Place("x"), 1, category=category)
+
+
+def summary(listing: Listing) -> dict[str, tuple[str | None, object]]:
+    return {item.name: (item.split, item.category) for item in listing.items}
 
 
 # splits and classes
@@ -42,28 +47,19 @@ def test_splits_and_categories_are_read_off_the_paths(paths: str, want: list[obj
     assert [(i.split, i.category) for i in found] == want
 
 
-def test_a_split_between_classes_is_refused() -> None:
+def test_splits_of_archives_and_numbers_of_classes() -> None:
     mixed = with_splits_and_categories([item("train/a.png"), item("bus/b.png")], ())
     with pytest.raises(ConfigError, match=r"1 pictures belong to a split .* and 1 to none"):
         _check(PackCommand(), Listing(mixed))
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
+    for name, split in (
         ("test-00000-of-00002.parquet", "test"),
         ("default/validation/0000.parquet", "validation"),
         ("train.zip", "train"),
         ("imagenet-val-000012.tar", "validation"),
         ("crash-test-dummies.tar", None),
         ("0000.parquet", None),
-    ],
-)
-def test_the_split_of_an_archive_is_read_off_its_path(name: str, split: str | None) -> None:
-    assert split_of(name) == split
-
-
-def test_names_of_classes_become_numbers_in_their_order() -> None:
+    ):
+        assert split_of(name) == split
     for names, classes, want in (
         (("dog", "cat", None), ("cat", "dog"), [1, 0, None]),
         (("10", "9"), ("9", "10"), [1, 0]),
@@ -87,32 +83,29 @@ def test_pictures_masks_and_what_is_neither(tmp_path: Path, kind: str) -> None:
         "dog/c.mask.png": png(), "dog/empty.png": b"", "dog/e.heic": png(3),
         "dog/f": png(4), "README": b"x", "g.psd": b"x",
     }  # fmt: skip
+    evil = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "C:/evil.png"]
+    evil += ["..\\evil.png"] if kind == "in.zip" else []
+    files |= {} if kind == "in" else dict.fromkeys(evil, png())
     listing, data = opened(write(tmp_path / kind, files), tmp_path / "work")
-    assert summary(listing.items) == {
+    assert summary(listing) == {
         "cat/a.PNG": (None, "cat"), "dog/b.jpg": (None, "dog"), "dog/e.heic": (None, "dog"),
         "dog/f": (None, "dog"),
     }  # fmt: skip
     assert data == [png(0), png(2), png(3), png(4)]
     companions = [{m: read(f.place) for m, f in i.companions} for i in listing.items]
     assert companions == [{"mask.png": png(1)}, {}, {}, {}]
-    assert listing.lost == [("dog/empty.png", "an empty file")]
-    text = f"1 files; {ONLY}" if kind == "in.tar" else "1 files that are no pictures"
+    lost = dict(listing.lost)
+    assert lost.pop("dog/empty.png") == "an empty file"
+    if kind != "in":
+        assert len(listing.lost) == 1 + len(evil)
+        assert lost.pop("/etc/evil.png") == lost.pop("C:/evil.png") == "an absolute path"
+        assert lost == dict.fromkeys(("../evil.png", "a/../../evil.png"), "a path with ..")
+    only = "only .cls, .json, .mask.png, .txt of a picture's name are taken along"
+    text = f"1 files; {only}" if kind == "in.tar" else "1 files that are no pictures"
     others = [("files without suffix", text), ("*.psd", text)]
     assert listing.left_out == [("dog/c.mask.png", "the mask of no picture"), *others]
     kinds = ("files without suffix", "*.heic")
     assert listing.notes == [f"{kind}: 1 files are decoded by their content" for kind in kinds]
-
-
-@pytest.mark.parametrize("kind", ["in.zip", "in.tar"])
-def test_members_of_evil_names_are_refused(tmp_path: Path, kind: str) -> None:
-    names = ["/etc/evil.png", "../evil.png", "a/../../evil.png", "C:/evil.png"]
-    names += ["..\\evil.png"] if kind == "in.zip" else []
-    files = {**dict.fromkeys(names, png()), "a.png": png(1)}
-    listing, _ = opened(write(tmp_path / kind, files), tmp_path / "work")
-    assert [i.name for i in listing.items] == ["a.png"] and len(listing.lost) == len(names)
-    reasons = dict(listing.lost)
-    assert reasons["/etc/evil.png"] == reasons["C:/evil.png"] == "an absolute path"
-    assert reasons["a/../../evil.png"] == reasons["../evil.png"] == "a path with .."
 
 
 @pytest.mark.parametrize(
@@ -155,42 +148,31 @@ def test_folders_that_are_links_are_followed_once_and_devices_never(tmp_path: Pa
     os.mkfifo(tmp_path / "in/train/fifo.jpg")
     os.mkfifo(tmp_path / "in/fifo.tar")
     listing, _ = opened(tmp_path / "in", tmp_path / "work")
-    assert summary(listing.items) == {
-        "test/a/1.png": ("test", "a"),
-        "train/a/0.png": ("train", "a"),
-    }
-    assert listing.lost == [
-        ("train/dangling.jpg", "cannot be read (No such file or directory)"),
-        ("train/fifo.jpg", "no regular file"),
-    ]
+    assert summary(listing) == {"test/a/1.png": ("test", "a"), "train/a/0.png": ("train", "a")}
+    missing = ("train/dangling.jpg", "cannot be read (No such file or directory)")
+    assert listing.lost == [missing, ("train/fifo.jpg", "no regular file")]
     link = ("train/loop/", "a link to a folder that is listed already")
     assert listing.left_out == [("fifo.tar", "no regular file"), link]
-    with pytest.raises(ConfigError, match=r"fifo\.tar: no regular file"):
-        opened(tmp_path / "in/fifo.tar", tmp_path / "work")
+    refused(tmp_path / "in/fifo.tar", tmp_path / "work", r"fifo\.tar: no regular file")
 
 
-def test_pictures_beside_archives_are_packed_too(tmp_path: Path) -> None:
-    write(tmp_path / "in", {"pics/0.png": png(0)})
-    write(tmp_path / "in/extra.tar", {"x.png": png(1)})
-    write(tmp_path / "in/more.tar.gz", {"y.png": png(2)}, "w:gz")
-    write(tmp_path / "last.zip", {"z.png": png(3)}).rename(tmp_path / "in/last.ZIP")
-    assert opened(tmp_path / "in", tmp_path / "work")[1] == [png(0), png(1), png(3), png(2)]
-
-
-def test_a_folder_of_splits_with_shards_is_packed_again(tmp_path: Path) -> None:
+def test_archives_and_shards_in_folders_and_parts_of_a_download(tmp_path: Path) -> None:
+    write(tmp_path / "a", {"pics/0.png": png(0)})
+    write(tmp_path / "a/extra.tar", {"x.png": png(1)})
+    write(tmp_path / "a/more.tar.gz", {"y.png": png(2)}, "w:gz")
+    write(tmp_path / "last.zip", {"z.png": png(3)}).rename(tmp_path / "a/last.ZIP")
+    assert opened(tmp_path / "a", tmp_path / "work")[1] == [png(0), png(1), png(3), png(2)]
+    ours = {"pack.json": b"{}", "names.txt": b"", "contact-sheet.png": png(), "_info.json": b""}
+    write(tmp_path / "b", ours)
     for split in ("train", "val"):
-        (tmp_path / "in" / split).mkdir(parents=True)
-        write(tmp_path / "in" / split / "s-0.tar", {"0.png": png(), "0.cls": b"3"})
-    written = {"pack.json": b"{}", "names.txt": b"", "contact-sheet.png": png(), "_info.json": b""}
-    listing, _ = opened(write(tmp_path / "in", written), tmp_path / "work")
+        (tmp_path / "b" / split).mkdir()
+        write(tmp_path / "b" / split / "s-0.tar", {"0.png": png(), "0.cls": b"3"})
+    listing, _ = opened(tmp_path / "b", tmp_path / "work")
     assert [(i.split, i.category) for i in listing.items] == [("train", 3), ("validation", 3)]
     assert not listing.lost and not listing.left_out
-
-
-def test_parts_of_a_download_are_no_classes(tmp_path: Path) -> None:
     files = {f"0000{k}/{k}.jpg": png(k) for k in range(2)}
     files |= {f"0000{k}_stats.json": b"{}" for k in range(2)}
-    listing, _ = opened(write(tmp_path, files), tmp_path / "work")
+    listing, _ = opened(write(tmp_path / "c", files), tmp_path / "work")
     assert [i.category for i in listing.items] == [None, None]
 
 
@@ -215,7 +197,7 @@ def test_a_zip_of_double_names_backslashes_encryption_and_bombs(tmp_path: Path) 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("train\\cat\\a.png", png(0))
         archive.writestr("train\\cat\\b.png", png(1))
-        archive.writestr("bomb.png", bytes(1 << 27))
+        archive.writestr("bomb.png", bytes((1 << 26) + 1))
         archive.writestr("secret.png", png())
     data = bytearray(path.read_bytes())
     for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
@@ -229,19 +211,16 @@ def test_a_zip_of_double_names_backslashes_encryption_and_bombs(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_a_tar_of_every_compression(tmp_path: Path, mode: str) -> None:
+def test_a_tar_of_every_compression_that_does_not_fill_the_disk(tmp_path: Path, mode: str) -> None:
     path = tmp_path / f"in.tar{mode[1:].replace(':', '.')}"
     write(path, {"./x/a.png": png(0), "./x/a.cls": b"7", "./x/b.png": png(1)}, mode)
     listing, files = opened(path, tmp_path / "work")
     assert [i.category for i in listing.items] == [7, None] and files == [png(0), png(1)]
-
-
-@pytest.mark.parametrize("mode", ["w:gz", "w:bz2"])
-def test_a_small_archive_does_not_fill_the_disk(tmp_path: Path, mode: str) -> None:
-    path = write(tmp_path / "in.tar.gz", {"a.png": bytes(70 << 20)}, mode)
-    with pytest.raises(ConfigError, match="bytes hold more than 67108864; unpack it by hand"):
-        opened(path, tmp_path / "work")
-    assert not list((tmp_path / "work").iterdir())
+    if mode == "w:gz":
+        write(tmp_path / "bomb.tar.gz", {"a.png": bytes(65 << 20)}, mode)
+        problem = "bytes hold more than 67108864; unpack it by hand"
+        refused(tmp_path / "bomb.tar.gz", tmp_path / "other", problem)
+        assert not list((tmp_path / "other").iterdir())
 
 
 def test_links_of_a_tar_are_read_or_named_and_what_follows_its_end(tmp_path: Path) -> None:
@@ -262,21 +241,80 @@ def test_links_of_a_tar_are_read_or_named_and_what_follows_its_end(tmp_path: Pat
     assert left_out[0] == "in.tar" and "more follows its end mark at byte" in left_out[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
+def test_damaged_archives_are_named(tmp_path: Path) -> None:
+    for name, data, message in (
         ("in.zip", b"PK\x03\x04 no", r"in\.zip: no readable zip file"),
         ("in.tar", b"no tar" * 1000, r"in\.tar: byte 0: damaged tar header"),
         ("in.tar.gz", b"\x1f\x8b\x08" + bytes(9), r"in\.tar\.gz: cannot be unpacked"),
         ("in.tgz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 9, r"in\.tgz: cannot be unpacked"),
         ("in.rar", b"x", "is nothing that can be packed; give a folder of pictures"),
         ("in.parquet", b"x", r"in\.parquet: cannot be read"),
-    ],
-)
-def test_damaged_archives_are_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=message):
-        opened(tmp_path / name, tmp_path / "work")
-    assert not (tmp_path / "work").exists() or not list((tmp_path / "work").iterdir())
-    with pytest.raises(ConfigError, match=r"nowhere: no such file; give a folder of pictures"):
-        opened(tmp_path / "nowhere", tmp_path)
+    ):
+        (tmp_path / name).write_bytes(data)
+        refused(tmp_path / name, tmp_path / "work", message)
+    assert not list(tmp_path.glob("work/*"))
+    nowhere = r"nowhere: no such file; give a folder of pictures"
+    refused(tmp_path / "nowhere", tmp_path / "work", nowhere)
+
+
+# tables
+
+
+def labelled(folder: Path, text: str, names: list[str], **keys: str) -> Listing:
+    source = write(folder / "in", dict.fromkeys(names, png()))
+    (folder / "labels.csv").write_text(text)
+    return opened(source, folder / "work", labels=str(folder / "labels.csv"), **keys)[0]
+
+
+def test_celeba_after_its_lists(tmp_path: Path) -> None:
+    names = [f"{i:06d}.jpg" for i in range(1, 5)]
+    pictures = {f"img_align_celeba/{name}": png(i) for i, name in enumerate(names, 1)}
+    write(tmp_path / "img_align_celeba.zip", pictures)
+    partition = [f"{name} {split}\n" for split, name in enumerate(names[:3])]
+    (tmp_path / "list_eval_partition.txt").write_text("".join(partition))
+    attributes = ["4\nSmiling Young \n"] + [f"{name}  1 -1\n" for name in names]
+    (tmp_path / "list_attr_celeba.txt").write_text("".join(attributes))
+    for path in (tmp_path, tmp_path / "img_align_celeba.zip"):
+        listing, files = opened(path, tmp_path / "work")
+        assert [item.split for item in listing.items] == ["train", "validation", "test"]
+        assert listing.items[1].extra == {"attributes": {"Smiling": 1, "Young": -1}}
+        assert files[0] == png(1)
+        assert [name for name, _ in listing.left_out] == ["img_align_celeba/000004.jpg"]
+
+
+def test_labels_from_a_csv_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "file,label,split,age\n0.png,tabby,train,3\n1.png,siam,val,4\n"
+    listing = labelled(tmp_path, text, ["0.png", "1.png", "2.png", "0.mask.png"])
+    assert summary(listing) == {"0.png": ("train", "tabby"), "1.png": ("validation", "siam")}
+    assert listing.items[0].extra == {"age": "3"} and len(listing.items[0].companions) == 1
+    assert listing.left_out == [("2.png", f"not in labels={tmp_path / 'labels.csv'}")]
+    species = "path,species\n0.png,4\n"
+    assert labelled(tmp_path, species, ["0.png"]).items[0].category is None
+    assert "hold no label or class or category: no classes" in capsys.readouterr().err
+    (found,) = labelled(tmp_path, species, ["0.png"], label_column="species").items
+    assert found.category == 4 and not found.extra
+    for labels, want in (  # numbers where all are
+        (["5", "", "7"], [5, None, 7]),
+        (["b", " ", "a"], ["b", None, "a"]),
+        (["10.0", "", "3.0"], [10, None, 3]),
+        (["1.5", "2.0"], ["1.5", "2.0"]),
+    ):
+        text = "path,label\n" + "\n".join(f"{i}.png,{label}" for i, label in enumerate(labels))
+        listing = labelled(tmp_path / "a", text, [f"{i}.png" for i in range(len(labels))])
+        assert [item.category for item in listing.items] == want
+    text = "path,label\nbus/0.png,1\nbus/0.png,1\n0.png,2\n"  # a path wins over a name
+    listing = labelled(tmp_path / "b", text, ["bus/0.png", "car/0.png"])
+    assert [item.category for item in listing.items] == [1, 2]
+
+
+def test_wrong_csv_files_are_refused(tmp_path: Path) -> None:
+    for text, message in (
+        ("a,b\n1,2\n", r"hold none of path, file"),
+        ("path,label\nx.png\n", "line 2 has another number of columns"),
+        ("path,split\n0.png,holdout\n", "line 2: split 'holdout' is unknown"),
+        ("path,label\nx.png,1\n", r"none of the 2 pictures: it has x\.png, the source bus/0\."),
+        ("path,label\n0.png,1\n", r"0\.png fits bus/0\.png and car/0\.png; name each picture by"),
+        ("path,label\n0.png,1\n0.png,2\n", r"line 3: 0\.png is there twice, and the lines diff"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            labelled(tmp_path, text, ["bus/0.png", "car/0.png"])

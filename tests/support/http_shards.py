@@ -40,10 +40,8 @@ class ShardServer:
             request.end_headers()
             return
         status = 403 if not request.path.endswith(self.query) else trouble or 0
-        if status <= 0 and not file.is_file():
-            status = 404
-        if status > 0:
-            request.send_error(status)
+        if status > 0 or not file.is_file():
+            request.send_error(status if status > 0 else 404)
             return
         data = file.read_bytes()
         total, asked = len(data), re.match(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))

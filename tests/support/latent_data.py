@@ -6,8 +6,12 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
+import webdataset as wds
 from PIL import Image
 
 from tests.support.tiny_run import tiny_config, write_run
@@ -50,3 +54,19 @@ def write_spatial_run(folder: Path, data: Path, *, kind: str = "gaussian") -> Pa
     config.data.train = config.data.validation = str(data)
     write_run(folder, config, SIZES[0])
     return folder
+
+
+def samples_of(folder: Path) -> list[dict[str, Any]]:
+    """As a plain webdataset user reads them."""
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    return list(wds.WebDataset(shards, shardshuffle=False))
+
+
+def tensors_of(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [safetensors.torch.load(s["latent.safetensors"]) for s in samples_of(folder)]
+
+
+def source_image(photos: Path, number: int) -> torch.Tensor:
+    """The image of a sample, uint8 (1, C, H, W), read by webdataset and Pillow."""
+    pixels = np.array(Image.open(io.BytesIO(samples_of(photos)[number]["png"])))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()

@@ -10,10 +10,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vae_dist.config.commands import PackCommand
-from vae_dist.packing.items import Item, Listing, read
+from vae_dist.config.errors import ConfigError
+from vae_dist.packing.items import Listing, read
 from vae_dist.packing.sources import list_source
 
 
@@ -47,8 +49,8 @@ def jpeg_with(pixels: np.ndarray, kind: int, turn: int, xmp: int = 0) -> bytes:
     return whole[:2] + b"".join(segments) + whole[2:]
 
 
-def summary(items: list[Item]) -> dict[str, tuple[str | None, object]]:
-    return {item.name: (item.split, item.category) for item in items}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def opened(source: object, work: Path, **keys: str) -> tuple[Listing, list[bytes]]:
@@ -56,6 +58,11 @@ def opened(source: object, work: Path, **keys: str) -> tuple[Listing, list[bytes
     spec = str(source) if isinstance(source, Path) else source
     listing = list_source(PackCommand(source=spec, **keys), work=work)
     return listing, [read(item.place) for item in listing.items]
+
+
+def refused(source: object, work: Path, message: str, **keys: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        opened(source, work, **keys)
 
 
 def write(path: Path, files: dict[str, bytes], mode: str = "w", **links: tuple[bytes, str]) -> Path:

@@ -126,10 +126,6 @@ class Order:
         generator = numpy_generator(self.seed, "window", lane, number)
         return Window(low, tuple(runs), tuple(epochs), generator.permutation(high - low))
 
-    def sample_at(self, g: int) -> tuple[int, int, int]:
-        """(epoch, shard, index in the shard) of sample number g of the run."""
-        return _sample_at(self, g)
-
     def _epoch(self, lane: int, row: int) -> int:
         return (row * self.lanes + lane) // self.num_samples
 
@@ -205,10 +201,6 @@ class MixedOrder:
             window, runs=tuple(run._replace(shard=run.shard + base) for run in window.runs)
         )
 
-    def sample_at(self, g: int) -> tuple[int, int, int]:
-        """(epoch of its data set, shard, index in the shard) of sample number g of the run."""
-        return _sample_at(self, g)
-
 
 def make_order(
     index: ShardIndex, *, lanes: int, window: int, seed: int, slot_rows: int = 0
@@ -217,12 +209,6 @@ def make_order(
     if not index.parts:
         return Order(index.lengths, lanes=lanes, window=window, seed=seed, slot_rows=slot_rows)
     return MixedOrder(index, lanes=lanes, window=window, seed=seed, slot_rows=slot_rows)
-
-
-def _sample_at(order: Order | MixedOrder, g: int) -> tuple[int, int, int]:
-    row, lane = divmod(g, order.lanes)
-    window = order.window_at(lane, row)
-    return window.place(int(window.order[row - window.first_row]))
 
 
 def quotas(weights: Sequence[float], lanes: int, *, key: str = "training.batch_size") -> list[int]:

@@ -170,11 +170,6 @@ class _Encoder:
         speed = num_images / max(time.monotonic() - started, 1e-9)
         print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
 
-    def _skipped_of_done(self, plan: Sequence[PlannedShard]) -> dict[str, list[str]]:
-        """What was left out of the shards that are there, by their names."""
-        done = [shard.name for shard in plan if self.job.is_done(shard.name)]
-        return {name: self.job.report(name)["skipped"] for name in done}
-
     def _plan(self) -> list[PlannedShard]:
         """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
         bytes of some samples."""

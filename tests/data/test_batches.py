@@ -1,0 +1,284 @@
+"""Batches of files of all kinds: the same from any layout, cached or decoded; at the sizes of
+aspect buckets, or at their own."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.data.conftest import damage, load, png, written
+from tests.support.picture_sources import encoded
+from vae_dist.config.schema import DataConfig
+from vae_dist.data import EvaluationStream, ImageSettings, Order, ShardIndex, TrainingStream
+from vae_dist.data import image_settings as settings_of_data
+from vae_dist.data import reader as reader_module
+from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
+from vae_dist.data.cache import ImageCache, bytes_cached
+from vae_dist.data.reader import SampleReader, SkippedSample
+
+BATCH, SIZE = 4, (8, 6)
+KINDS = ("jpg", "large jpg", "grey jpg", "png", "masked", "no image", "cut jpg", "bad label")
+LOST = ("no image", "cut jpg")  # without classes a label that cannot be read is none
+
+
+def sample_of(kind: str, number: int) -> dict[str, str | bytes]:
+    random = np.random.default_rng(number)
+    height, width = (3 * SIZE[0], 4 * SIZE[1]) if kind == "large jpg" else SIZE
+    image = random.integers(0, 256, (height, width, 3), np.uint8)
+    suffix = "png" if kind in ("png", "masked") else "jpg"
+    image = image[:, :, 0] if kind == "grey jpg" else image
+    data = png(image) if suffix == "png" else encoded(image, "JPEG", quality=90)
+    data = {"no image": b"none", "cut jpg": data[:-40]}.get(kind, data)
+    label = "four" if kind == "bad label" else str(number)
+    mask = png(random.integers(0, 2, (height, width), np.uint8) * 255)
+    return {suffix: data, "cls": label.encode(), **({"mask.png": mask} if kind == "masked" else {})}
+
+
+def shown(
+    index: ShardIndex, images: ImageSettings, order: Order, *, world: int = 1, **kwargs: Any
+) -> tuple[list[list[torch.Tensor]], Counter[SkippedSample]]:
+    """Images, labels and masks of the global batches, and what they say of damage."""
+    skipped: Counter[SkippedSample] = Counter()
+    ranks = []
+    for rank in range(world):
+        keys = {"batch_size": BATCH, "rank": rank, "world": world, **kwargs}
+        stream, mine = TrainingStream(index, order, images, **keys), []
+        for batch in stream:
+            (group,) = batch.groups
+            of_batch = (group.images, group.labels, group.masks)
+            mine.append([tensor.clone() for tensor in of_batch if tensor is not None])
+            skipped.update(batch.skipped)
+        stream.close()
+        ranks.append(mine)
+    steps = zip(*ranks, strict=True)
+    return [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps], skipped
+
+
+def check(draw: Any, *, world: int, workers: int) -> None:
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=BATCH, max_size=14))
+    kinds.append("jpg")  # which can replace what is lost
+    start, stop = draw(st.integers(0, 3)), 3 * len(kinds) // BATCH + 2
+    mask = draw(st.sampled_from(["none", "random", "half", "member"]))
+    with tempfile.TemporaryDirectory() as folder:
+        samples = [sample_of(kind, number) for number, kind in enumerate(kinds)]
+        index = written(Path(folder) / "set", samples, 2)
+        images = ImageSettings(3, SIZE, True, 2**16, flip=draw(st.booleans()), mask=mask)
+        window, seed = draw(st.integers(1, 5)), draw(st.integers(0, 99))
+        order = Order(index.lengths, lanes=BATCH, window=window, seed=seed)
+        steps = {"start_step": start, "stop_step": stop}
+        want, skipped = shown(index, images, order, **steps)
+        layout = {"world": world, "workers": workers}
+        layout["cache_bytes"] = draw(st.sampled_from([0, 2**20]))
+        found, damaged = shown(index, images, order, **steps, **layout)
+    assert len(found) == len(want) and damaged == skipped
+    for mine, theirs in zip(found, want, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
+    if start == 0:
+        refused = LOST if mask == "member" else (*LOST, "masked")
+        lost, epochs = sum(kind in refused for kind in kinds), stop * BATCH // len(kinds)
+        assert epochs * lost <= skipped.total() <= (epochs + 1) * lost
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_batches_do_not_depend_on_cache_and_world(data: st.DataObject) -> None:
+    check(data.draw, world=data.draw(st.sampled_from([1, 2, 4])), workers=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_nor_on_loader_processes(data: st.DataObject) -> None:
+    world, workers = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    check(data.draw, world=world, workers=workers)
+
+
+# the cache
+
+NUM = 12
+ALL_BYTES = NUM * (3 * SIZE[0] * SIZE[1] + 8)
+CACHED = ImageSettings(3, SIZE, True, 2**16, flip=True)
+
+
+def test_each_image_is_decoded_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ["no image" if number == 5 else "large jpg" for number in range(NUM)]
+    index = written(tmp_path / "set", [sample_of(kind, n) for n, kind in enumerate(kinds)], 2)
+    decoded = Mock(wraps=reader_module.prepare_sample)
+    read = Mock(wraps=SampleReader.read_many)
+    monkeypatch.setattr(reader_module, "prepare_sample", decoded)
+    monkeypatch.setattr(SampleReader, "read_many", lambda self, parts: read(self, parts))
+
+    def num_read(epochs: int) -> int:
+        read.reset_mock()
+        order = Order(index.lengths, lanes=BATCH, window=2, seed=3)
+        steps = {"start_step": 0, "stop_step": epochs * NUM // BATCH}
+        keys = {"batch_size": BATCH, "cache_bytes": ALL_BYTES, **steps}
+        assert len(list(TrainingStream(index, order, CACHED, **keys))) == steps["stop_step"]
+        return sum(len(call.args[1]) for call in read.call_args_list)
+
+    of_three = num_read(epochs=3)
+    keys = [call.args[0]["__key__"] for call in decoded.call_args_list]
+    # what replaces a lost sample is decoded as such, too
+    assert NUM - 1 <= len([key for key in keys if key != "0005"]) <= NUM + 2
+    # after an epoch only the window of the damaged sample is read again
+    assert num_read(epochs=6) <= of_three + 3 * 2
+
+
+def test_what_fits_is_cached_and_the_plan_knows_it() -> None:
+    for keys, workers, limit in product(
+        ({}, {"crop": "random"}, {"any_size": True}, {"buckets": ((4, 6), (6, 4))}),
+        (0, 1, 3),
+        (ALL_BYTES - 1, ALL_BYTES, 3 * ALL_BYTES),
+    ):
+        images, processes = replace(CACHED, **keys), max(1, workers)
+        is_cached = not keys and limit // processes >= ALL_BYTES
+        found = bytes_cached(NUM, images, cache_bytes=limit, workers=workers)
+        assert found == (processes * ALL_BYTES if is_cached else 0) <= limit
+        cache = ImageCache.if_it_fits(NUM, images, max_bytes=limit // processes)
+        assert (cache is not None) == is_cached
+
+
+# aspect buckets: that layouts show the same is tested in `test_loader`
+
+RESOLUTION = {"area": 256, "multiple": 4, "max_aspect": 2.0}
+SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), (17, 20)]
+COUNT, SLOTS, PER_SLOT = 90, 8, 2
+STEPS = 2 * COUNT // (SLOTS * PER_SLOT) + 3
+IN_ORDER = [i for shard in range(3) for i in range(shard, COUNT, 3)]  # as the shards hold them
+
+
+@given(area=st.integers(1, 5000), multiple=st.integers(1, 40), max_aspect=st.floats(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_buckets_are_the_largest_sizes_that_fit(
+    area: int, multiple: int, max_aspect: float
+) -> None:
+    buckets = make_buckets(area=area, multiple=multiple, max_aspect=max_aspect)
+    assert bool(buckets) == (area >= multiple * multiple)
+    assert {(w, h) for h, w in buckets} == set(buckets), "upright and lying images count alike"
+    assert [aspect(size) for size in buckets] == sorted(aspect(size) for size in buckets)
+    for h, w in buckets:
+        assert h * w <= area and h % multiple == w % multiple == 0
+        assert max(h, w) <= max_aspect * min(h, w) + 1e-6
+        for taller, wider in ((h + multiple, w), (h, w + multiple)):
+            too_long = max(taller, wider) > max_aspect * min(taller, wider)
+            assert taller * wider > area or too_long
+
+
+def test_images_of_one_aspect_go_together() -> None:
+    buckets = make_buckets(area=65536, multiple=16, max_aspect=2.0)
+    assert square(buckets) == (256, 256) and len(buckets) == 11
+    assert nearest(buckets, math.log(3 / 2)) == (208, 304)
+    assert nearest(buckets, math.log(10)) == (176, 352)
+    sizes, buckets, orders = [(10, 20), (20, 10), (16, 16)] * 4, make_buckets(**RESOLUTION), set()
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        order, chosen = arrange(sizes, buckets, slot_rows=4, generator=generator)
+        for slot, size in zip(order.reshape(-1, 4), chosen, strict=True):
+            assert {nearest(buckets, aspect(sizes[i])) for i in slot} == {size}
+        orders.add(tuple(order.tolist()))
+    assert len(orders) == 4, "neighbours vary"
+
+
+def colours() -> Iterable[dict[str, str | bytes]]:
+    """Images of one colour, which is their number."""
+    for i in range(COUNT):
+        pixels = np.full((*SHAPES[i % len(SHAPES)], 3), (i, i // 2, 7), np.uint8)
+        yield {"png": png(pixels), "cls": str(i).encode()}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return written(tmp_path_factory.mktemp("buckets") / "s", colours(), 3)
+
+
+def images_at(index: ShardIndex, resolution: Any, **options: Any) -> ImageSettings:
+    data = DataConfig(channels=3, resolution=resolution, max_pixels=10**6)
+    return settings_of_data(index, data, **options)
+
+
+def by_slot(index: ShardIndex, images: ImageSettings, *, world: int = 1, **keys: Any) -> Any:
+    """Size and images of each slot of each step."""
+    per_slot = PER_SLOT if images.buckets else 1
+    slot_rows = per_slot if images.buckets else 0
+    order = Order(index.lengths, lanes=SLOTS, window=8, seed=3, slot_rows=slot_rows)
+    keys = {"start_step": 0, "stop_step": STEPS, **keys, "slots": SLOTS, "world": world}
+    found = {}
+    for rank in range(world):
+        keys |= {"batch_size": SLOTS * per_slot, "rank": rank}
+        for batch in TrainingStream(index, order, images, **keys):
+            shapes = [group.images.shape[1:] for group in batch.groups]
+            assert len(set(shapes)) == len(shapes)
+            for group in batch.groups:
+                numbers = group.images[:, 0, 0, 0]
+                assert (group.images[:, 0].flatten(1) == numbers[:, None]).all()
+                assert group.labels.tolist() == numbers.tolist()
+                for slot, own in zip(group.slots, numbers.view(-1, per_slot), strict=True):
+                    found[batch.step, slot] = (tuple(group.images.shape[2:]), own.tolist())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
+    tmp_path: Path,
+) -> None:
+    paths, lost = written(tmp_path / "s", colours(), 3).paths, {3, 40, 41}
+    for number in lost:
+        damage(paths[number % 3], number // 3, header=number == 40)
+    index = load(tmp_path / "s")
+    images = images_at(index, RESOLUTION)
+    reference = by_slot(index, images)
+    assert {size for size, _ in reference.values()} == set(images.buckets)
+    distance = [
+        abs(aspect(size) - aspect(SHAPES[number % len(SHAPES)]))
+        for size, numbers in reference.values()
+        for number in numbers
+    ]
+    assert np.median(distance) < 0.25
+    assert {n for _, numbers in reference.values() for n in numbers} == {*range(COUNT)} - lost
+    got = by_slot(index, images, world=2, workers=2, start_step=5, stop_step=8)
+    assert got == {key: value for key, value in reference.items() if 5 <= key[0] < 8}
+
+
+def test_evaluation_shows_each_image_once_at_its_own_bucket(
+    index: ShardIndex, one_process: None
+) -> None:
+    images = images_at(index, RESOLUTION).without_augmentation()
+    own = [nearest(images.buckets, aspect(SHAPES[n % len(SHAPES)])) for n in IN_ORDER]
+    for world in (1, 2):
+        seen: dict[int, tuple[int, int]] = {}
+        for rank in range(world):
+            keys = {"batch_size": 16, "rank": rank, "world": world, "workers": 2}
+            batches = list(stream := EvaluationStream(index, images, **keys))
+            assert Counter(batch.is_first for batch in batches)[True] == len(stream)
+            for batch in batches:
+                assert (batch.weights == 1).all() and len(batch.images) == len(batch.samples)
+                for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
+                    assert int(image[0, 0, 0]) == IN_ORDER[sample] and sample not in seen
+                    seen[sample] = (image.shape[1], image.shape[2])
+        assert seen == dict(enumerate(own))
+
+
+def test_native_images_of_any_size_are_slots_of_their_own(
+    index: ShardIndex, one_process: None
+) -> None:
+    images = images_at(index, "native", any_size=True)
+    found = by_slot(index, images, stop_step=9)
+    assert len(found) == 9 * SLOTS
+    assert all(size == SHAPES[number % len(SHAPES)] for size, (number,) in found.values())
+    assert by_slot(index, images, stop_step=9, world=4, workers=2) == found
