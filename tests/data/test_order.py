@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,13 @@ def test_class_sorted_shards_are_mixed_and_many_cost_little() -> None:
 
 
 # several data sets
+
+
+def test_each_seed_data_set_and_epoch_has_its_own_permutation() -> None:
+    index = replace(index_of([[64], [64]]), parts=((1, 1.0), (1, 1.0)))
+    orders = [make_order(index, lanes=2, window=64, seed=seed) for seed in (0, 1)]
+    windows = [order.window_at(lane, row) for order in orders for lane in (0, 1) for row in (0, 64)]
+    assert len({tuple(window.order.tolist()) for window in windows}) == 8
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(6, 300))

@@ -23,6 +23,7 @@ from tests.support.picture_sources import encoded, npy
 from vae_dist.config.schema import DataConfig
 from vae_dist.data import EvaluationStream, ImageSettings, Order, TrainingStream, image_settings
 from vae_dist.data.decode import decode_sample
+from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import DRAWN, draw_mask, label_of, resized_mask, transform
 
@@ -81,6 +82,15 @@ def test_crops_and_mirrors_are_drawn_for_each_epoch_and_sample() -> None:
     assert run(PHOTO, ImageSettings(3, (40, 60), False, 10**6, crop="random")) is PHOTO
     with pytest.raises(DamagedSampleError, match="before the crop"):
         run(np.zeros((1, 1, 400_000), np.uint8), ImageSettings(1, (64, 64), True, 2**20))
+
+
+def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path: Path) -> None:
+    image = png(np.arange(256, dtype=np.uint8)[None])
+    index = written(tmp_path / "set", [{"png": image}] * 8, num_shards=2)
+    reader = SampleReader(index, ImageSettings(1, (1, 4), True, 10**6, crop="random"), seed=0)
+    places = [(shard, i) for shard in range(2) for i in range(4)]
+    found = [reader.load(reader.read(s, i, i + 1)[0], s, i, epoch=0).image for s, i in places]
+    assert len({crop.tobytes() for crop in found}) == 8
 
 
 # masks
