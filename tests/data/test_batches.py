@@ -22,8 +22,14 @@ from hypothesis import strategies as st
 from tests.data.conftest import damage, load, png, written
 from tests.support.picture_sources import encoded
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import EvaluationStream, ImageSettings, Order, ShardIndex, TrainingStream
-from vae_dist.data import image_settings as settings_of_data
+from vae_dist.data import (
+    EvaluationStream,
+    ImageSettings,
+    Order,
+    ShardIndex,
+    TrainingStream,
+    image_settings,
+)
 from vae_dist.data import reader as reader_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
 from vae_dist.data.cache import ImageCache, bytes_cached
@@ -107,8 +113,6 @@ def test_nor_on_loader_processes(data: st.DataObject) -> None:
     check(data.draw, world=world, workers=workers)
 
 
-# the cache
-
 NUM = 12
 ALL_BYTES = NUM * (3 * SIZE[0] * SIZE[1] + 8)
 CACHED = ImageSettings(3, SIZE, True, 2**16, flip=True)
@@ -153,8 +157,6 @@ def test_what_fits_is_cached_and_the_plan_knows_it() -> None:
         cache = ImageCache.if_it_fits(NUM, images, max_bytes=limit // processes)
         assert (cache is not None) == is_cached
 
-
-# aspect buckets: that layouts show the same is tested in `test_loader`
 
 RESOLUTION = {"area": 256, "multiple": 4, "max_aspect": 2.0}
 SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), (17, 20)]
@@ -207,20 +209,18 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return written(tmp_path_factory.mktemp("buckets") / "s", colours(), 3)
 
 
-def images_at(index: ShardIndex, resolution: Any, **options: Any) -> ImageSettings:
-    data = DataConfig(channels=3, resolution=resolution, max_pixels=10**6)
-    return settings_of_data(index, data, **options)
+def bucketed(index: ShardIndex) -> ImageSettings:
+    data = DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6)
+    return image_settings(index, data)
 
 
 def by_slot(index: ShardIndex, images: ImageSettings, *, world: int = 1, **keys: Any) -> Any:
     """Size and images of each slot of each step."""
-    per_slot = PER_SLOT if images.buckets else 1
-    slot_rows = per_slot if images.buckets else 0
-    order = Order(index.lengths, lanes=SLOTS, window=8, seed=3, slot_rows=slot_rows)
+    order = Order(index.lengths, lanes=SLOTS, window=8, seed=3, slot_rows=PER_SLOT)
     keys = {"start_step": 0, "stop_step": STEPS, **keys, "slots": SLOTS, "world": world}
     found = {}
     for rank in range(world):
-        keys |= {"batch_size": SLOTS * per_slot, "rank": rank}
+        keys |= {"batch_size": SLOTS * PER_SLOT, "rank": rank}
         for batch in TrainingStream(index, order, images, **keys):
             shapes = [group.images.shape[1:] for group in batch.groups]
             assert len(set(shapes)) == len(shapes)
@@ -228,7 +228,7 @@ def by_slot(index: ShardIndex, images: ImageSettings, *, world: int = 1, **keys:
                 numbers = group.images[:, 0, 0, 0]
                 assert (group.images[:, 0].flatten(1) == numbers[:, None]).all()
                 assert group.labels.tolist() == numbers.tolist()
-                for slot, own in zip(group.slots, numbers.view(-1, per_slot), strict=True):
+                for slot, own in zip(group.slots, numbers.view(-1, PER_SLOT), strict=True):
                     found[batch.step, slot] = (tuple(group.images.shape[2:]), own.tolist())
     return found
 
@@ -241,7 +241,7 @@ def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
     for number in lost:
         damage(paths[number % 3], number // 3, header=number == 40)
     index = load(tmp_path / "s")
-    images = images_at(index, RESOLUTION)
+    images = bucketed(index)
     reference = by_slot(index, images)
     assert {size for size, _ in reference.values()} == set(images.buckets)
     distance = [
@@ -258,7 +258,7 @@ def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
 def test_evaluation_shows_each_image_once_at_its_own_bucket(
     index: ShardIndex, one_process: None
 ) -> None:
-    images = images_at(index, RESOLUTION).without_augmentation()
+    images = bucketed(index).without_augmentation()
     own = [nearest(images.buckets, aspect(SHAPES[n % len(SHAPES)])) for n in IN_ORDER]
     for world in (1, 2):
         seen: dict[int, tuple[int, int]] = {}
@@ -272,13 +272,3 @@ def test_evaluation_shows_each_image_once_at_its_own_bucket(
                     assert int(image[0, 0, 0]) == IN_ORDER[sample] and sample not in seen
                     seen[sample] = (image.shape[1], image.shape[2])
         assert seen == dict(enumerate(own))
-
-
-def test_native_images_of_any_size_are_slots_of_their_own(
-    index: ShardIndex, one_process: None
-) -> None:
-    images = images_at(index, "native", any_size=True)
-    found = by_slot(index, images, stop_step=9)
-    assert len(found) == 9 * SLOTS
-    assert all(size == SHAPES[number % len(SHAPES)] for size, (number,) in found.values())
-    assert by_slot(index, images, stop_step=9, world=4, workers=2) == found

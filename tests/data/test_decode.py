@@ -131,35 +131,31 @@ def test_transparent_pixels_lie_on_the_background(background: str) -> None:
     np.testing.assert_allclose(deep.transpose(1, 2, 0), wanted, atol=1)
 
 
-# JPEG and PNG
-
-
-@pytest.mark.parametrize(
-    ("size", "decoded"),
-    [
+def test_a_jpeg_that_is_made_small_may_be_decoded_at_a_part_of_its_size() -> None:
+    """Which divides it, and leaves twice the pixels that are wanted: 40 dB."""
+    for size, decoded in (
         ((512, 768), (64, 96)),
         ((320, 480), (80, 120)),  # 1/8 would leave 40 rows
         ((257, 257), (257, 257)),  # no scale divides both
         ((514, 514), (257, 257)),
         ((127, 150), (127, 150)),
-    ],
-)
-def test_a_jpeg_that_is_made_small_may_be_decoded_at_a_part_of_its_size(
-    size: tuple[int, int], decoded: tuple[int, int]
-) -> None:
-    """Which divides it, and leaves twice the pixels that are wanted: 40 dB."""
-    noise = np.random.default_rng(4).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
-    data, settings = encoded(picture, "JPEG", quality=95), ImageSettings(3, (32, 32), True, 10**6)
-    small, full = (
-        decode(data, "jpg", channels=3, max_pixels=10**6, at_least=at_least)
-        for at_least in ((32, 32), None)
-    )
-    assert small.shape[1:] == decoded and full.shape[1:] == size
-    by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
-    np.testing.assert_allclose(full, by_pillow, atol=2)
-    small, full = (transform(x, settings, seed=0, epoch=0, sample=0) for x in (small, full))
-    assert np.square(small.astype(float) - full).mean() < 255**2 / 1e4
+    ):
+        noise = np.random.default_rng(4).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
+        data, settings = (
+            encoded(picture, "JPEG", quality=95),
+            ImageSettings(3, (32, 32), True, 10**6),
+        )
+        small, full = (
+            decode(data, "jpg", channels=3, max_pixels=10**6, at_least=at_least)
+            for at_least in ((32, 32), None)
+        )
+        assert small.shape[1:] == decoded and full.shape[1:] == size
+        by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+        np.testing.assert_allclose(full, by_pillow, atol=2)
+        settings = ImageSettings(3, (32, 32), True, 10**6)
+        small, full = (transform(x, settings, seed=0, epoch=0, sample=0) for x in (small, full))
+        assert np.square(small.astype(float) - full).mean() < 255**2 / 1e4
 
 
 def test_damaged_pixels_of_a_jpeg_are_refused() -> None:
@@ -209,9 +205,6 @@ def test_a_touched_byte_of_a_png_is_refused(bits: int) -> None:
     assert (decode(whole[:-12], bits=bits) == right).all()  # no end mark
     with pytest.raises(DamagedSampleError, match="cut off"):
         decode(whole[:-13], bits=bits)
-
-
-# TIFF, and what is upright
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -277,12 +270,8 @@ def test_a_tiff_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> Non
         size_of_sample({"tif": five}, max_pixels=71)
 
 
-# what is refused
-
-
-@pytest.mark.parametrize(
-    ("files", "bits", "reason"),
-    [
+def test_what_must_not_be_decoded_is_refused() -> None:
+    for files, bits, reason in (
         ({"png": encoded(GREY)[:60]}, 8, "damaged PNG|no readable PNG"),
         ({"png": b"not an image"}, 8, "no readable PNG"),
         ({"png": b""}, 8, "an empty file"),
@@ -314,13 +303,9 @@ def test_a_tiff_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"tif": tiff(GREY)[:40]}, 8, "damaged tif"),
         ({"pyd": b"cos\nsystem\n(S'x'\ntR."}, 8, "no .png"),
         ({"a.png": b"", "b.png": b""}, 8, "this one has a.png, b.png"),
-    ],
-)
-def test_what_must_not_be_decoded_is_refused(
-    files: dict[str, bytes], bits: int, reason: str
-) -> None:
-    with pytest.raises(DamagedSampleError, match=reason):
-        decode_sample({"__key__": "k", **files}, channels=1, max_pixels=10_000, bits=bits)
+    ):
+        with pytest.raises(DamagedSampleError, match=reason):
+            decode_sample({"__key__": "k", **files}, channels=1, max_pixels=10_000, bits=bits)
 
 
 def bare_tiff(height: int, width: int, following: int) -> bytes:

@@ -89,9 +89,6 @@ def test_damaged_bytes_have_a_named_outcome(
         assert str(path) in str(error)
 
 
-# a fixed budget of damage for every reader of untrusted bytes
-
-
 def pictures() -> dict[str, bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
     planes = pixels.transpose(2, 0, 1).copy()
@@ -134,6 +131,10 @@ def read_picture(name: str, data: bytes) -> np.ndarray | None:
     return pixels
 
 
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 PICTURES = pictures()
 VALUES = (0, 1, 2**16, 2**24, 2**31 - 1, 2**32 - 1)
 
@@ -167,10 +168,6 @@ def test_damaged_pictures(name: str, caplog: pytest.LogCaptureFixture) -> None:
         with contextlib.suppress(DamagedSampleError):
             decode_own(name, data, max_pixels=10**5)
     assert peak_megabytes() - before < 300
-
-
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @pytest.mark.slow

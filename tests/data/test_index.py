@@ -47,9 +47,8 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(
         assert paths(spec) == folder
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
+def test_wrong_specs_are_named(shards: str, tmp_path: Path) -> None:
+    for spec, message in (
         ("nowhere", r"^data\.train=nowhere: no such folder; put WebDataset shards there"),
         ("{shards}/set-{{08..17}}.tar", r"8 of 10 shards are missing: .*set-10\.tar.* and 3 more"),
         ("{shards}/set-{{08..17.tar", r"data\.train=.*set-\{08"),
@@ -59,15 +58,10 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(
         ("{shards}/set-00.tar", "hold no sample"),
         (7, "data.train=7 is no path"),
         ([], "names no shard"),
-    ],
-)
-def test_wrong_specs_are_named(shards: str, tmp_path: Path, spec: object, message: str) -> None:
-    spec = spec.format(shards=shards, empty=tmp_path) if isinstance(spec, str) else spec
-    with pytest.raises(ConfigError, match=message):
-        load(spec)
-
-
-# tars
+    ):
+        spec = spec.format(shards=shards, empty=tmp_path) if isinstance(spec, str) else spec
+        with pytest.raises(ConfigError, match=message):
+            load(spec)
 
 
 def write_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORMAT) -> None:
@@ -163,9 +157,8 @@ def header(size: bytes, kind: bytes = b"0") -> bytes:
     return bytes(block)
 
 
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
+def test_what_a_header_says_is_compared_with_what_is_there(tmp_path: Path) -> None:
+    for data, problem in (
         (header(b"\x80" + bytes(3) + b"\xff" * 8), "the tar ends inside a file"),  # base 256
         (header(b"\xff" * 12), "damaged tar header"),  # base 256, below zero
         (header(b"-0000001000"), "damaged tar header"),
@@ -177,19 +170,12 @@ def header(size: bytes, kind: bytes = b"0") -> bytes:
             header(b"00000000020\0", b"x") + b"16 size=9999999\n" + bytes(496) + header(b""),
             "the tar ends inside a file",
         ),
-    ],
-)
-def test_what_a_header_says_is_compared_with_what_is_there(
-    tmp_path: Path, data: bytes, problem: str
-) -> None:
-    (path := tmp_path / "a.tar").write_bytes(data + bytes(1024))
-    with pytest.raises(ShardError, match=problem):
-        index_shard(path)
-    with pytest.raises(DamagedSampleError, match=problem):
-        single_sample(data, "a.tar")
-
-
-# the index
+    ):
+        (path := tmp_path / "a.tar").write_bytes(data + bytes(1024))
+        with pytest.raises(ShardError, match=problem):
+            index_shard(path)
+        with pytest.raises(DamagedSampleError, match=problem):
+            single_sample(data, "a.tar")
 
 
 def test_loading_makes_what_is_missing_and_then_reads_it(
@@ -286,9 +272,6 @@ def test_digests_are_of_pieces_and_taken_anew_once(
     for at in (0, size - 1):
         path.write_bytes(bytes(at) + b"1" + bytes(size - at - 1))
         assert digest_of(str(path), size) != before
-
-
-# damage
 
 
 def test_damage_is_reported_with_its_byte(copied: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,11 +28,8 @@ Place = tuple[int, int]  # shard, index in it
 BUCKETS = make_buckets(area=64, multiple=2, max_aspect=2.0)
 
 
-# any shape of a data set, in memory
-
-
 class Memory(SampleReader):
-    """Samples that are their own place. Some are lost; with buckets each has its own shape."""
+    """Samples that are their own place. Some are lost; each has its own shape, where it may."""
 
     lost_of = 0  # one in so many is lost
 
@@ -51,7 +49,8 @@ class Memory(SampleReader):
         if self.is_lost((shard, index)):
             raise DamagedSampleError("lost")
         marks = np.frombuffer(data, np.uint8)[:, None, None]
-        return np.broadcast_to(marks, (3, *(size or self.settings.size)))
+        own = shape_of((shard, index)) if self.settings.any_size else self.settings.size
+        return np.broadcast_to(marks, (3, *(size or own)))
 
     def load(self, sample: Any, shard: int, index: int, *, epoch: int) -> LoadedSample:
         if isinstance(sample, memoryview):
@@ -59,8 +58,12 @@ class Memory(SampleReader):
         return LoadedSample(sample, shard)
 
     def size_or_none(self, data: Any, shard: int, index: int) -> tuple[int, int] | None:
-        place = shard * 31 + index * 7
-        return None if self.is_lost((shard, index)) else (10 + place % 13, 10 + place % 17)
+        return None if self.is_lost((shard, index)) else shape_of((shard, index))
+
+
+def shape_of(place: Place) -> tuple[int, int]:
+    number = place[0] * 31 + place[1] * 7
+    return 10 + number % 13, 10 + number % 17
 
 
 @pytest.fixture
@@ -114,9 +117,11 @@ def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
     places = [(shard, i) for shard, n in enumerate(lengths) for i in range(n)]
     if all(map(Memory.is_lost, places)):
         return  # nothing can replace anything
-    slots, per_slot = draw(st.sampled_from([1, 2, 4, 8])), draw(st.integers(1, 4))
-    bucketed, start, batch = draw(st.booleans()), draw(st.integers(0, 30)), slots * per_slot
-    images = ImageSettings(3, (8, 8), True, 100, buckets=BUCKETS if bucketed else ())
+    kind, start = draw(st.sampled_from(["one", "any", "buckets"])), draw(st.integers(0, 30))
+    slots, bucketed = draw(st.sampled_from([1, 2, 4, 8])), kind == "buckets"
+    per_slot = 1 if kind == "any" else draw(st.integers(1, 4))
+    batch, buckets = slots * per_slot, BUCKETS if bucketed else ()
+    images = ImageSettings(3, (8, 8), kind != "any", 100, buckets=buckets, any_size=kind == "any")
     lanes, rows = (slots, per_slot) if bucketed else (batch, 0)
     window = per_slot * draw(st.integers(1, 5))
     order = Order(lengths, lanes=lanes, window=window, seed=1, slot_rows=rows)
@@ -134,9 +139,10 @@ def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
                 shards.update((part.step, shard) for shard in part.shards)
                 for group in part.groups:
                     size = tuple(group.images.shape[2:])
-                    assert size in images.buckets or size == images.size
                     marks = [(s, i) for s, i in group.images[:, [0, 2], 0, 0].tolist()]
                     assert group.labels.tolist() == [shard for shard, _ in marks]
+                    own = {"buckets": BUCKETS, "any": tuple(map(shape_of, marks))}
+                    assert size in own.get(kind, [images.size])
                     for n, slot in enumerate(group.slots):
                         assert slot // (slots // world) == rank and (part.step, slot) not in found
                         found[part.step, slot] = marks[n * per_slot : (n + 1) * per_slot], size
@@ -188,9 +194,6 @@ def test_an_evaluation_shows_each_image_once(in_memory: None, data: st.DataObjec
         assert seen == {n: p for n, p in enumerate(places) if p not in skipped}
 
 
-# shards on disk
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 3)])
 def test_loader_processes(index: ShardIndex, world: int, workers: int) -> None:
@@ -238,17 +241,15 @@ def test_a_cut_shard_loses_its_tail_only_and_one_that_is_gone_stops_the_run(copi
 def test_any_error_of_the_reading_thread_reaches_who_waits(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: SampleReader, parts: Any) -> Any:
-        raise MemoryError("no memory for a window")
-
-    monkeypatch.setattr(SampleReader, "read_many", fail)
-    with pytest.raises(MemoryError, match="no memory for a window"):
+    monkeypatch.setattr(SampleReader, "read_many", Mock(side_effect=MemoryError("no memory")))
+    with pytest.raises(MemoryError, match="no memory"):
         next(iter(open_stream(index, start_step=0, stop_step=1)))
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
+def test_data_of_the_wrong_kind_stops_the_run(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for images, message in (
         (
             ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=2),
             r"20 samples in a row .*data\.max_pixels=2",
@@ -257,17 +258,10 @@ def test_any_error_of_the_reading_thread_reaches_who_waits(
             ImageSettings(channels=1, size=(2, 5), resize=False, max_pixels=100),
             r"^\S+ sample \d+: the image is 1 x 3 .* 2 x 5; .*share a size.*aspect buckets.*slots=",
         ),
-    ],
-)
-def test_data_of_the_wrong_kind_stops_the_run(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, images: ImageSettings, message: str
-) -> None:
-    monkeypatch.setattr("vae_dist.data.windows.MAX_LOST_IN_A_ROW", 20)
-    with pytest.raises(ShardError, match=message):  # as it was raised in the loader process
-        next(iter(open_stream(index, images, start_step=0, stop_step=1, workers=1)))
-
-
-# loader processes
+    ):
+        monkeypatch.setattr("vae_dist.data.windows.MAX_LOST_IN_A_ROW", 20)
+        with pytest.raises(ShardError, match=message):  # as it was raised in the loader process
+            next(iter(open_stream(index, images, start_step=0, stop_step=1, workers=1)))
 
 
 def test_workers_ignore_the_signals_of_their_group_and_end_with_close(index: ShardIndex) -> None:

@@ -98,9 +98,6 @@ def test_class_sorted_shards_are_mixed_and_many_cost_little() -> None:
     assert epoch == 7 and 0 <= shard < 10_000 and 0 <= index < 10_000
 
 
-# several data sets
-
-
 def test_each_seed_data_set_and_epoch_has_its_own_permutation() -> None:
     index = replace(index_of([[64], [64]]), parts=((1, 1.0), (1, 1.0)))
     orders = [make_order(index, lanes=2, window=64, seed=seed) for seed in (0, 1)]

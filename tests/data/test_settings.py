@@ -16,7 +16,7 @@ from vae_dist.config.schema import DataConfig
 from vae_dist.data import ImageSettings, ShardIndex, image_settings
 from vae_dist.data import settings as settings_module
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.settings import DataSet, check_data_sets, sampled_sizes
+from vae_dist.data.settings import DataSet, check_data_sets
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import Need
 
@@ -80,26 +80,6 @@ def test_small_images_are_lost_and_too_many_of_them_refused(
     monkeypatch.setattr(settings_module, "sampled_sizes", None)  # where nothing can fail
     check(index, index, any_size=True)
     check(index, index, keys={"resolution": 8}, limit=0)
-
-
-def test_what_is_looked_at_lies_evenly_and_is_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index = shards(tmp_path / "a", *[(4, 4 + number) for number in range(21)], num_shards=3)
-    settings = settings_of(index)
-
-    def widths() -> list[int]:
-        return [size[1] - 4 for _, size in sampled_sizes(index, settings)]
-
-    in_order = widths()
-    assert sorted(in_order) == list(range(21))
-    with monkeypatch.context() as patch:  # a shard that can only be read front to back
-        patch.setattr(settings_module, "is_pipe", lambda path: path == index.paths[1])
-        assert widths() == in_order[:7] + in_order[14:]
-    monkeypatch.setattr(settings_module, "NUM_LOOKED_AT", 5)
-    assert widths() == in_order[::5]
-    monkeypatch.setattr(settings_module, "MAX_BYTES", 3 * index.mean_sample_bytes)
-    assert widths() == in_order[::10]
 
 
 def test_what_cannot_be_read_or_has_no_labels_is_refused(

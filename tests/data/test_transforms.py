@@ -93,9 +93,6 @@ def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path: Path) -
     assert len({crop.tobytes() for crop in found}) == 8
 
 
-# masks
-
-
 def drawn(kind: str, *, fraction: float = 0.5, sample: int = 0, epoch: int = 0) -> np.ndarray:
     return draw_mask(kind, (28, 20), fraction, seed=3, epoch=epoch, sample=sample)
 
@@ -196,21 +193,18 @@ def test_a_sample_says_what_is_missing(kind: str) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("files", "mask", "reason"),
-    [
+def test_masks_that_are_damage() -> None:
+    for files, mask, reason in (
         ({"png": GREY, "mask.png": png(np.zeros((4, 5), np.uint8))}, "member", "4 x 5 .* 4 x 4"),
         ({"png": GREY, "mask.png": b"no png"}, "member", "readable PNG"),
         ({"png": GREY, "mask.png": b""}, "none", "set data.mask=member"),
         ({"png": GREY}, "nan", "a .png holds no NaN"),
         ({"npy": npy(np.full((4, 4), np.inf, np.float32))}, "nan", "lie in"),
         ({"npy": npy(np.full((4, 4), np.nan, np.float32))}, "none", "lie in"),
-    ],
-)
-def test_masks_that_are_damage(files: dict[str, bytes], mask: str, reason: str) -> None:
-    bits = 32 if "npy" in files else 8
-    with pytest.raises(DamagedSampleError, match=reason):
-        decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=mask)
+    ):
+        bits = 32 if "npy" in files else 8
+        with pytest.raises(DamagedSampleError, match=reason):
+            decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=mask)
 
 
 @pytest.mark.parametrize("resolution", ["native", [9, 9]])
@@ -247,8 +241,6 @@ def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(tmp_path: Path) -> Non
     assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
 
 
-# labels
-
 RECORD: dict[str, Any] = {
     "class": 3,
     "attributes": {"Smiling": -1, "Male": True, "Bald": None},
@@ -256,9 +248,8 @@ RECORD: dict[str, Any] = {
 FIELDS = {"json": json.dumps(RECORD).encode(), "cls": b"9"}
 
 
-@pytest.mark.parametrize(
-    ("sample", "key", "num_classes", "label"),
-    [
+def test_labels() -> None:
+    for sample, key, num_classes, label in (
         ({"cls": b" 12\n"}, "cls", 13, 12),
         ({"cls": b"-1"}, "cls", 13, -1),
         ({}, "cls", 13, -1),
@@ -269,15 +260,13 @@ FIELDS = {"json": json.dumps(RECORD).encode(), "cls": b"9"}
         (FIELDS, "attributes.Male", 2, 1),
         (FIELDS, "attributes.Bald", 2, -1),
         (FIELDS, "attributes.Hat", 2, -1),
-    ],
-)
-def test_labels(sample: dict[str, bytes], key: str, num_classes: int, label: int) -> None:
-    assert label_of(sample, key=key, num_classes=num_classes) == label
+    ):
+        assert label_of(sample, key=key, num_classes=num_classes) == label
 
 
-@pytest.mark.parametrize(
-    ("sample", "key", "reason"),
-    [
+def test_what_is_no_label() -> None:
+    """Damage, or where no class has it a config that does not fit the data."""
+    for sample, key, reason in (
         ({"cls": b"cat"}, "cls", ".cls is no integer: b'cat'"),
         ({"cls": b"99999999999999999999999"}, "cls", "64 bits"),
         ({"json": b"{"}, "class", ".json is no JSON"),
@@ -286,10 +275,7 @@ def test_labels(sample: dict[str, bytes], key: str, num_classes: int, label: int
         ({"cls": b"10"}, "cls", "its label 10.*none of the classes 0 to 9"),
         ({"cls": b"-2"}, "cls", "its label -2.*none of the classes 0 to 9"),
         ({"json": b'{"class": -1}'}, "class", "its label -1.*none of the classes 0 to 9"),
-    ],
-)
-def test_what_is_no_label(sample: dict[str, bytes], key: str, reason: str) -> None:
-    """Damage, or where no class has it a config that does not fit the data."""
-    with pytest.raises(ValueError, match=reason) as raised:
-        label_of(sample, key=key, num_classes=10)
-    assert isinstance(raised.value, DamagedSampleError) == ("classes" not in reason)
+    ):
+        with pytest.raises(ValueError, match=reason) as raised:
+            label_of(sample, key=key, num_classes=10)
+        assert isinstance(raised.value, DamagedSampleError) == ("classes" not in reason)

@@ -67,9 +67,6 @@ def test_nothing_is_left_by_a_write_that_fails(tmp_path: Path) -> None:
         write_shards(samples(1), tmp_path, num_shards=1)
 
 
-# digits
-
-
 def stored(folder: Path) -> tuple[list[bytes], list[int]]:
     index, data = load(folder), DataConfig(channels=1, resolution="native", max_pixels=10**6)
     batches = list(EvaluationStream(index, image_settings(index, data), batch_size=1000))

@@ -179,9 +179,6 @@ def test_sixteen_bits_and_masks(tmp_path: Path) -> None:
         torch.testing.assert_close(hidden[name], mean[0].detach(), rtol=1e-4, atol=1e-5)
 
 
-# damage, kills, and several processes
-
-
 def test_too_much_damage_stops(run: Path, straight: Path, tmp_path: Path, capsys: Said) -> None:
     out = tmp_path / "out"
     assert encode.main(keys(run, out, "max_skipped_fraction=0.05")) == 2

@@ -148,8 +148,6 @@ def test_a_killed_process_is_named_and_the_others_end(job: ShardJob) -> None:
     assert not multiprocessing.active_children()
 
 
-# pack
-
 COUNT = 60
 Said = pytest.CaptureFixture[str]
 
@@ -249,9 +247,8 @@ def test_every_loss_counts_and_is_named(pictures: Path, tmp_path: Path, capsys: 
     assert len(levels(tmp_path / "out/train")) + len(levels(tmp_path / "out/validation")) == 58
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
+def test_wrong_keys(pictures: Path, tmp_path: Path, capsys: Said) -> None:
+    for keys, message in (
         ("shard_range=3/3", "shard_range=3/3 is not i/n with 0 <= i < n"),
         ("shard_range=a/2", "shard_range=a/2 is not i/n with 0 <= i < n"),
         ("size=big", "size=big is none of"),
@@ -260,11 +257,9 @@ def test_every_loss_counts_and_is_named(pictures: Path, tmp_path: Path, capsys: 
         ("quality=101", "quality=101 must be at most 100"),
         ("shard_mb=0", "shard_mb=0 must be more than 0"),
         ("source=[]", "no picture can be packed"),
-    ],
-)
-def test_wrong_keys(pictures: Path, tmp_path: Path, keys: str, message: str, capsys: Said) -> None:
-    assert main([f"source={pictures}", f"out={tmp_path / 'out'}", keys]) == 2
-    assert message in capsys.readouterr().err
+    ):
+        assert main([f"source={pictures}", f"out={tmp_path / 'out'}", keys]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_a_sample_says_is_part_of_the_plan() -> None:
@@ -275,9 +270,6 @@ def test_what_a_sample_says_is_part_of_the_plan() -> None:
         assert packing._digest([item]) == packing._digest([same]) != packing._digest([other])
     with pytest.raises(ConfigError, match="pictures are of validation or test; add some to train"):
         packing.make_plan([item._replace(split="test")], PackCommand())
-
-
-# what lies beside the pictures
 
 
 def test_the_trainer_reads_packed_masks(tmp_path: Path, capsys: Said) -> None:

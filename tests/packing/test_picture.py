@@ -27,9 +27,8 @@ def decoded(data: bytes | None) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-@pytest.mark.parametrize(
-    ("suffix", "data", "channels"),
-    [
+def test_what_needs_no_change_is_kept_byte_for_byte() -> None:
+    for suffix, data, channels in (
         ("png", encoded(COLOUR), 3),
         ("jpg", encoded(GREY, "JPEG"), 1),
         ("webp", encoded(COLOUR, "WEBP"), 3),
@@ -37,14 +36,10 @@ def decoded(data: bytes | None) -> np.ndarray:
         ("npy", npy(PLANES[:2].astype(np.uint16) * 255), 2),
         ("npy", npy(PLANES.astype(np.float32) / 255), 3),
         ("png", encoded(GREY.astype(np.uint16) * 255), 1),
-    ],
-)
-def test_what_needs_no_change_is_kept_byte_for_byte(
-    suffix: str, data: bytes, channels: int
-) -> None:
-    for called in (suffix, "bmp"):  # a suffix that lies is put right
-        picture = prepare(called, data, PackCommand())
-        assert picture == (suffix, data, (channels, 12, 20), True, None, "")
+    ):
+        for called in (suffix, "bmp"):  # a suffix that lies is put right
+            picture = prepare(called, data, PackCommand())
+            assert picture == (suffix, data, (channels, 12, 20), True, None, "")
 
 
 @pytest.mark.parametrize(
@@ -73,9 +68,9 @@ def test_formats_and_background() -> None:
         prepare("png", clear, PackCommand(format="jpg"))
 
 
-@pytest.mark.parametrize(
-    ("suffix", "data", "reason"),
-    [
+def test_what_cannot_be_read_is_refused() -> None:
+    """Whatever is asked for."""
+    for suffix, data, reason in (
         ("png", b"", "an empty file"),
         ("png", b"no picture", "no readable PNG"),
         ("png", encoded(np.zeros((40, 30), np.uint8)), "more than data.max_pixels=1000"),
@@ -85,14 +80,11 @@ def test_formats_and_background() -> None:
         ("jpg", JPEG[: len(JPEG) // 2] + b"\xff\xd9", "JPEG"),
         ("jpg", JPEG[:2000] + bytes(512) + JPEG[2512:], "JPEG"),
         ("png", encoded(COLOUR)[:-30], "PNG"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(suffix: str, data: bytes, reason: str) -> None:
-    """Whatever is asked for."""
-    max_pixels = 10**6 if suffix == "jpg" else 1000
-    for keys in ({}, {"size": 8}, {"format": "png"}) if suffix == "jpg" else ({},):
-        with pytest.raises(DamagedSampleError, match=reason):
-            prepare(suffix, data, PackCommand(max_pixels=max_pixels, **keys))
+    ):
+        max_pixels = 10**6 if suffix == "jpg" else 1000
+        for keys in ({}, {"size": 8}, {"format": "png"}) if suffix == "jpg" else ({},):
+            with pytest.raises(DamagedSampleError, match=reason):
+                prepare(suffix, data, PackCommand(max_pixels=max_pixels, **keys))
 
 
 def test_wide_levels_are_not_resized_and_have_thumbnails() -> None:
@@ -152,9 +144,6 @@ def test_pictures_and_masks_are_turned_as_the_trainer_turns_them(turn: int) -> N
         assert np.abs(decoded(remade.data).astype(int) - own).mean() < 1
         small = decoded(prepare("jpg", data, PackCommand(size=32), mask=encoded(mask)).mask)
         assert not small[:16].any() and small[18:].all()
-
-
-# masks
 
 
 @pytest.mark.parametrize("size", [7, [8, 8], [5, 16], [12, 13], [24, 20], [9, 31]])

@@ -107,9 +107,6 @@ def test_pickles_and_parts_of_cifar_are_refused(
     assert capsys.readouterr().out == ""
 
 
-# parquet
-
-
 def write_parquet(
     path: Path,
     labels: list[Any],
@@ -173,9 +170,6 @@ def test_labels_of_parquet(tmp_path: Path) -> None:
         problem = r"a\.parquet: row 0: the label .* is neither an integer nor a name"
         refused(path, tmp_path / "b", problem)
         assert not list((tmp_path / "b").iterdir())
-
-
-# the hub
 
 
 def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,12 +27,8 @@ def summary(listing: Listing) -> dict[str, tuple[str | None, object]]:
     return {item.name: (item.split, item.category) for item in listing.items}
 
 
-# splits and classes
-
-
-@pytest.mark.parametrize(
-    ("paths", "want"),
-    [
+def test_splits_and_categories_are_read_off_the_paths() -> None:
+    for paths, want in (
         ("a.png b.png", [(None, None)] * 2),
         ("cat/a.png dog/x/b.png", [(None, "cat"), (None, "dog")]),
         ("faces/a.png faces/b.png", [(None, None)] * 2),
@@ -40,11 +36,9 @@ def summary(listing: Listing) -> dict[str, tuple[str | None, object]]:
         ("train/a.png", [("train", None)]),
         ("cup/train/good/a.png nut/test/bad/b.png", [("train", "cup"), ("test", "nut")]),
         ("cat/train/a.png dog/b.png", [(None, "cat"), (None, "dog")]),
-    ],
-)
-def test_splits_and_categories_are_read_off_the_paths(paths: str, want: list[object]) -> None:
-    found = with_splits_and_categories(list(map(item, paths.split())), ())
-    assert [(i.split, i.category) for i in found] == want
+    ):
+        found = with_splits_and_categories(list(map(item, paths.split())), ())
+        assert [(i.split, i.category) for i in found] == want
 
 
 def test_splits_of_archives_and_numbers_of_classes() -> None:
@@ -70,9 +64,6 @@ def test_splits_of_archives_and_numbers_of_classes() -> None:
         assert ([i.category for i in listing.items], listing.classes) == (want, classes)
     with pytest.raises(ConfigError, match="some classes are named and some are numbers"):
         number_classes(Listing([item("a", "cat"), item("b", 1)]))
-
-
-# the same rules for folders, zip files and tars
 
 
 @pytest.mark.parametrize("kind", ["in", "in.zip", "in.tar"])
@@ -136,9 +127,6 @@ def test_one_picture_of_a_sample_is_packed(
     assert len(listing.notes) == (not image_key)  # of img.1 and img.2
 
 
-# folders
-
-
 def test_folders_that_are_links_are_followed_once_and_devices_never(tmp_path: Path) -> None:
     write(tmp_path / "in/train", {"a/0.png": png()})
     write(tmp_path / "elsewhere", {"a/1.png": png(1)})
@@ -187,9 +175,6 @@ def test_patterns_lists_homes_and_names(tmp_path: Path, monkeypatch: pytest.Monk
         file.write(png())
     monkeypatch.chdir(tmp_path)
     assert opened(2024, tmp_path / "work")[1] == [png()]
-
-
-# archives
 
 
 def test_a_zip_of_double_names_backslashes_encryption_and_bombs(tmp_path: Path) -> None:
@@ -255,9 +240,6 @@ def test_damaged_archives_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("work/*"))
     nowhere = r"nowhere: no such file; give a folder of pictures"
     refused(tmp_path / "nowhere", tmp_path / "work", nowhere)
-
-
-# tables
 
 
 def labelled(folder: Path, text: str, names: list[str], **keys: str) -> Listing:
