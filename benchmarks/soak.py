@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.faults import Ranks, is_running, last_step
+from tests.support.faults import Ranks, last_step
 from tests.support.training import arguments, rows, same_weights, status
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.digits import make_digits
@@ -69,6 +69,8 @@ def options(run: Path, digits: Path, steps: int) -> list[str]:
         run,
         digits,
         f"training.steps={steps}",
+        f"training.batch_size={BATCH_SIZE}",
+        "data.slots=16",
         f"checkpoint.every={CHECKPOINT_EVERY}",
         "evaluation.every=200",
         "log.num_images=4",
@@ -184,6 +186,10 @@ def judge(report: Report, run: Path, reference: Path, keys: Path, digits: Path) 
             "problems": problems,
         }
     )
+
+
+def is_running(run: Path) -> bool:
+    return (run / "status.json").exists() and status(run)["status"] == "running"
 
 
 def record(folder: Path) -> Callable[[int], None]:

@@ -31,46 +31,28 @@ exit_process(75)
 )
 def test_the_end_of_a_process(world, said):
     """Exit code and output arrive; one rank of several skips the interpreter's shutdown."""
-    ended = subprocess.run(
-        [sys.executable, "-c", ENDING],
-        env={**os.environ, "WORLD_SIZE": world},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 75
-    assert ended.stdout.splitlines() == said
-    assert not ended.stderr
+    environment = {**os.environ, "WORLD_SIZE": world}
+    command = [sys.executable, "-c", ENDING]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (75, said, "")
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("name", "value", "expected"),
     [
-        ({}, "1000"),
-        ({"GOMP_SPINCOUNT": "infinity"}, "infinity"),
-        ({"OMP_WAIT_POLICY": "active"}, None),
+        ("NOTHING", "", "1000"),
+        ("GOMP_SPINCOUNT", "infinity", "infinity"),
+        ("OMP_WAIT_POLICY", "active", None),
     ],
 )
-def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch, given, expected):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(
+    monkeypatch, name, value, expected
+):
+    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
     set_environment()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
-
-
-@pytest.mark.parametrize("argument", ["--help", "no.such=key"])
-def test_help_and_refusals_load_no_torch_and_the_environment_is_set_before(argument):
-    code = (
-        "import os, sys\n"
-        "os.environ.pop('GOMP_SPINCOUNT', None)\n"
-        "from vae_dist.train import main\n"
-        "main(['config=debug', sys.argv[1]])\n"
-        "assert 'torch' not in sys.modules\n"
-        "print(os.environ['GOMP_SPINCOUNT'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "1000", done.stderr
 
 
 def test_errors_are_printed_a_line_each_without_secrets(capsys):
@@ -84,12 +66,10 @@ def test_errors_are_printed_a_line_each_without_secrets(capsys):
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
 def test_a_rank_that_is_left_over_silences_nothing(monkeypatch, capsys, name):
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(variable, "1")
-    monkeypatch.delenv("WORLD_SIZE")
-    assert train(["config=nope"]) == 2 and "config=nope" in capsys.readouterr().err
-    monkeypatch.setenv(name, "1")
-    assert sample(["run=nope"]) == 2 and "run=nope" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for main, key in ((train, "config=nope"), (sample, "run=nope")):
+        monkeypatch.setenv(name, "1")
+        assert main([key]) == 2 and key in capsys.readouterr().err
 
 
 def test_what_a_terminal_cannot_show_is_escaped():

@@ -11,6 +11,12 @@ from vae_dist.config.launcher import launcher_problems, threads_of_user
 from vae_dist.config.schema import RuntimeConfig
 from vae_dist.distributed import RankFailed, Runtime
 
+HOST = socket.gethostname()
+
+
+def start():
+    return Runtime.start(RuntimeConfig(threads=1), precision="no")
+
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
@@ -21,40 +27,34 @@ def no_launcher(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "training.microbatch_size"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "runtime.compile"),
-        ({"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}, "MULTI_CPU"),
-        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4", "training.microbatch_size"),
+        ("ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_USE_DEEPSPEED"),
+        ("ACCELERATE_USE_FSDP=true", "--use_fsdp"),
+        ("ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "runtime.compile"),
+        ("ACCELERATE_USE_CPU=True MASTER_PORT=29500", "MULTI_CPU"),
+        ("WORLD_SIZE=2", "RANK, MASTER_ADDR, MASTER_PORT not"),
     ],
 )
 def test_a_launcher_that_asks_for_something_else_is_refused(monkeypatch, variables, message):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    assert launcher_problems() == []
+    for setting in variables.split():
+        monkeypatch.setenv(*setting.split("="))
     (problem,) = launcher_problems()
     assert message in problem
 
 
-def test_a_launcher_of_another_precision_is_refused(monkeypatch):
-    assert launcher_problems() == []
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ConfigError, match=r"asks for mixed precision fp16 but.*precision=fp16"):
-        Runtime.use_precision(None, "bf16")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(ConfigError, match=r"mixed precision fp8 but.*leave the launcher's out$"):
-        Runtime.use_precision(None, "bf16")
-
-
-def test_threads_that_the_user_names_count_and_those_of_a_launcher_do_not(monkeypatch):
+def test_a_launcher_of_another_precision_is_refused_and_its_threads_do_not_count(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     assert threads_of_user() == 3
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert threads_of_user() == 0
+    for asked, words in (("fp16", "or set training.precision=fp16"), ("fp8", "leave the launcher")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        with pytest.raises(ConfigError, match=f"asks for mixed precision {asked} but.*{words}"):
+            Runtime.use_precision(None, "bf16")
+        assert threads_of_user() == 0
 
 
-def collectives() -> tuple[int, float, list[bool], str]:
-    runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
+def collectives():
+    runtime = start()
     total = runtime.sum_over_ranks(torch.tensor(float(runtime.rank + 1), dtype=torch.float64))
     flags = [runtime.any_rank(runtime.rank == 1), runtime.any_rank(False)]
     result = runtime.on_main(lambda: f"from rank {runtime.rank}")
@@ -62,7 +62,7 @@ def collectives() -> tuple[int, float, list[bool], str]:
     found = runtime.broadcast_tensors({"w": torch.ones(2)} if runtime.is_main else None)
     assert torch.equal(found["w"], torch.ones(2))
     line = ", ".join(f"rank {rank} cpu" for rank in range(runtime.world))
-    assert runtime.hosts() == [f"on {socket.gethostname()}: {line}"]
+    assert runtime.hosts() == [f"on {HOST}: {line}"]
     return runtime.world, float(total), flags, result
 
 
@@ -77,56 +77,53 @@ ERRORS = {
     "disk": lambda rank: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/log"),
     "bug": lambda rank: KeyError("a bug"),
 }
-FULL = f"/run/log: No space left on device (on {socket.gethostname()})"
-BUG, SENT = "KeyError: 'a bug'", "RankFailed: rank {}: KeyError: 'a bug'"
+FULL = f"/run/log: No space left on device (on {HOST})"
+BOTH, BUG, SENT = "first\n  second", "KeyError: 'a bug'", "RankFailed: rank {}: KeyError: 'a bug'"
+CASES = [  # kind, ranks that fail, what each of three raises on all, and on the main process
+    ("config", [], ["returned 1"] * 3, "returned 1"),
+    ("config", [1], [f"ConfigError: rank 1: {BOTH}"] * 3, "returned 1"),
+    ("config", [0, 1, 2], [f"ConfigError: {BOTH}"] * 3, f"ConfigError: {BOTH}"),
+    ("own", [0, 2], ["ConfigError: rank 0: from 0\nrank 2: from 2"] * 3, "ConfigError: from 0"),
+    ("config", [0, 2], ["ConfigError: ranks 0, 2: first"] * 3, f"ConfigError: {BOTH}"),
+    ("disk", [0], [f"ConfigError: rank 0: {FULL}"] * 3, f"ConfigError: {FULL}; see to that"),
+    ("bug", [1], [SENT.format(1), BUG, SENT.format(1)], "returned 1"),
+    ("bug", [0], [BUG, SENT.format(0), SENT.format(0)], ""),
+]
 
 
-def attempts(kind: str, ranks: list[int]) -> list[str]:
-    """What each rank raises after `ranks` failed: in `on_all_ranks`, and on the main process."""
-    runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
+def attempts():
+    """What this rank raises in each case: in `on_all_ranks`, and in `on_main`."""
+    runtime = start()
 
-    def fail() -> int:
+    def fail(kind, ranks):
         if runtime.rank in ranks:
             raise ERRORS[kind](runtime.rank)
         return 1
 
     raised = []
-    for call in (runtime.on_all_ranks, runtime.on_main):
-        try:
-            raised.append(f"returned {call(fail)}")
-        except Exception as error:
-            raised.append(f"{type(error).__name__}: {error}")
+    for kind, ranks, *_ in CASES:
+        for call in (runtime.on_all_ranks, runtime.on_main):
+            try:
+                raised.append(f"returned {call(lambda k=kind, r=ranks: fail(k, r))}")
+            except Exception as error:
+                raised.append(f"{type(error).__name__}: {error}")
     return raised
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks", "on_all", "on_main"),
-    [
-        ("config", [], ["returned 1"] * 3, "returned 1"),
-        ("config", [1], ["ConfigError: rank 1: first\n  second"] * 3, "returned 1"),
-        ("config", [0, 1, 2], ["ConfigError: first\n  second"] * 3, "ConfigError: first\n  second"),
-        ("own", [0, 2], ["ConfigError: rank 0: from 0\nrank 2: from 2"] * 3, "ConfigError: from 0"),
-        ("config", [0, 2], ["ConfigError: ranks 0, 2: first"] * 3, "ConfigError: first\n  second"),
-        ("disk", [0], [f"ConfigError: rank 0: {FULL}"] * 3, f"ConfigError: {FULL}; see to that"),
-        ("bug", [1], [SENT.format(1), BUG, SENT.format(1)], "returned 1"),
-        ("bug", [0], [BUG, SENT.format(0), SENT.format(0)], ""),
-    ],
-)
-def test_what_goes_wrong_on_some_ranks_is_raised_on_all(kind, ranks, on_all, on_main):
-    for expected, (of_all, of_main) in zip(
-        on_all, run_ranks(3, attempts, kind, ranks), strict=True
-    ):
-        assert of_all.startswith(expected)
-        assert of_main.startswith(on_main or expected)
+def test_what_goes_wrong_on_some_ranks_is_raised_on_all():
+    for rank, raised in enumerate(run_ranks(3, attempts)):
+        for case, (_, _, on_all, on_main) in enumerate(CASES):
+            assert raised[2 * case].startswith(on_all[rank])
+            assert raised[2 * case + 1].startswith(on_main or on_all[rank])
 
 
-def with_another_backend() -> list[object]:
+def with_another_backend():
     """What the ranks tell each other where the backend of the gradients is not gloo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.distributed.get_backend", lambda *group: "nccl")
-        runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
-    assert runtime.control is not None and runtime.control.name() == "gloo"
-    used: list[object] = []
+        runtime = start()
+    assert runtime.control.name() == "gloo"
+    used = []
 
     def noted(name):
         function = getattr(torch.distributed, name)
@@ -142,44 +139,42 @@ def with_another_backend() -> list[object]:
     work, answer = runtime.ask_any_rank(runtime.rank == 1)
     work.wait()
     found = [answer.device.type, answer.item(), runtime.any_rank(False)]
-    found += [runtime.broadcast(runtime.rank), runtime.gather(runtime.rank), all(used), len(used)]
+    found += [runtime.broadcast(runtime.rank), runtime.gather(runtime.rank), used]
     runtime.barrier()
     return found
 
 
 def test_flags_and_objects_go_over_gloo_in_cpu_memory_beside_another_backend():
-    expected = ["cpu", 1, False, 0, [0, 1], True, 4]
+    expected = ["cpu", 1, False, 0, [0, 1], [True] * 4]
     assert run_ranks(2, with_another_backend) == [expected] * 2
 
 
-def come_late(absent: int) -> str:
+def come_late(absent):
     if int(os.environ["RANK"]) == absent:
         return "absent"
     try:
         Runtime.join(RuntimeConfig(threads=1, timeout_s=1))
     except RankFailed as problem:
         return str(problem)
-    return ""
 
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_rank_that_does_not_come_ends_the_wait_of_the_others(absent):
     for rank, text in enumerate(run_ranks(3, come_late, absent)):
-        message = f"rank {rank} on {socket.gethostname()}: not all 3 ranks met within 1 s"
+        message = f"rank {rank} on {HOST}: not all 3 ranks met within 1 s"
         assert text == "absent" if rank == absent else message in text
 
 
-def half_launched() -> str:
+def half_launched():
     os.environ["WORLD_SIZE"] = "1"  # what Accelerate sees ...
     from accelerate import Accelerator
 
     Accelerator(cpu=True)
     os.environ["WORLD_SIZE"] = "2"  # ... and what was launched
     try:
-        Runtime.start(RuntimeConfig(threads=1), precision="no")
+        start()
     except ConfigError as problem:
         return str(problem)
-    return ""
 
 
 def test_a_single_process_accelerator_under_a_launcher_of_two_is_refused():

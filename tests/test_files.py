@@ -9,7 +9,7 @@ import pytest
 from vae_dist.files import printable, printable_lines, read_bounded, read_json, redacted
 
 
-def test_bounded_read_takes_plain_files_alone(tmp_path: Path) -> None:
+def test_bounded_read_takes_plain_files_alone(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_bounded(path, 5) == b"12345"
@@ -39,9 +39,7 @@ def test_bounded_read_takes_plain_files_alone(tmp_path: Path) -> None:
         (b'{"a": "' + b"x" * 100_000 + b'"}', "larger than the 100000 bytes"),
     ],
 )
-def test_json_that_is_not_as_expected_is_one_kind_of_error(
-    data: bytes, reason: str, tmp_path: Path
-) -> None:
+def test_json_that_is_not_as_expected_is_one_kind_of_error(data, reason, tmp_path):
     path = tmp_path / "some.json"
     path.write_bytes(data)
     for source in (path, data):
@@ -49,13 +47,11 @@ def test_json_that_is_not_as_expected_is_one_kind_of_error(
             read_json(source, 100_000, name="some.json")
 
 
-def test_json_of_a_file_or_bytes(tmp_path: Path) -> None:
-    value = {"a": [1, None, {"b": "\u00e9"}], "c": {}}
-    path = tmp_path / "some.json"
+def test_json_of_a_file_or_bytes(tmp_path):
+    value, path = {"a": [1, None, {"b": "\u00e9"}], "c": {}}, tmp_path / "some.json"
     path.write_text(json.dumps(value), "utf-8")
     assert read_json(path, 1000) == read_json(path.read_bytes(), 1000) == value
     assert read_json(b"[1]", 10, kind=list) == [1]
-    assert read_json(b"3", 10, kind=object) == 3
 
 
 @pytest.mark.parametrize(
@@ -69,12 +65,12 @@ def test_json_of_a_file_or_bytes(tmp_path: Path) -> None:
         (Path("a/b"), "a/b"),
     ],
 )
-def test_printable_escapes_what_does_not_show(text: object, shown: str) -> None:
+def test_printable_escapes_what_does_not_show(text, shown):
     assert printable(text) == shown
     assert printable(text).encode()  # no surrogate is left
 
 
-def test_lines_keep_their_ends() -> None:
+def test_lines_keep_their_ends():
     assert printable_lines("failed: a\x1b[2J\n  s3://me:pw@b") == "failed: a\\x1b[2J\n  s3://...@b"
 
 
@@ -101,6 +97,6 @@ def test_lines_keep_their_ends() -> None:
         ({"a": ["ftp://u:p@h", 1, None]}, {"a": ["ftp://...@h", 1, None]}),
     ],
 )
-def test_redacted_takes_secrets_out_of_addresses(text: object, shown: object) -> None:
+def test_redacted_takes_secrets_out_of_addresses(text, shown):
     assert redacted(text) == shown
     assert redacted(redacted(text)) == shown

@@ -4,29 +4,23 @@ import torch
 from vae_dist.randomness import derive_seed, numpy_generator, torch_generator
 
 
-def test_the_same_position_gives_the_same_draw():
-    a = torch.randn(4, generator=torch_generator(3, "posterior", 10, 2))
-    b = torch.randn(4, generator=torch_generator(3, "posterior", 10, 2))
-    assert torch.equal(a, b)
+def test_a_draw_is_a_function_of_seed_purpose_and_every_part_of_the_position():
+    one, two = (torch.randn(4, generator=torch_generator(3, "posterior", 10, 2)) for _ in range(2))
+    assert torch.equal(one, two)
     one, two = (numpy_generator(3, "order", 1).integers(1 << 60) for _ in range(2))
     assert one == two
-
-
-def test_every_part_of_the_position_matters():
     seeds = {
         derive_seed(seed, purpose, *position)
         for seed in range(4)
         for purpose in ("posterior", "levels")
         for position in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2**40, 1)]
     }
-    assert len(seeds) == 4 * 2 * 7
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 4 * 2 * 7 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_neighbouring_draws_are_independent():
-    draws = torch.stack(
-        [torch.randn(64, generator=torch_generator(0, "posterior", step)) for step in range(2000)]
-    )
+    generators = (torch_generator(0, "posterior", step) for step in range(2000))
+    draws = torch.stack([torch.randn(64, generator=one) for one in generators])
     correlation = np.corrcoef(draws[:-1].flatten(), draws[1:].flatten())[0, 1]
     assert abs(correlation) < 0.01
     assert abs(draws.mean()) < 0.01 and abs(draws.std() - 1) < 0.01

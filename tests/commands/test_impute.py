@@ -1,10 +1,6 @@
 """`impute` through its entry point: what it writes, and what it leaves as it was."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,29 +11,24 @@ from vae_dist.impute import main
 
 SIZE = (12, 10)  # of the images of `conditional_run`
 PIXELS = random_pixels(6, *SIZE)
-Printed = pytest.CaptureFixture[str]
 
 
-def impute(run: Path, out: Path, *keys: str) -> list[dict[str, Any]]:
+def impute(run, out, *keys):
     assert main([f"run={run}", f"out={out}", "device=cpu", *keys]) == 0
-    found: list[dict[str, Any]] = json.loads((out / "imputed.json").read_text())["images"]
-    return found
+    return json.loads((out / "imputed.json").read_text())["images"]
 
 
-def array(out: Path, record: dict[str, Any], name: str) -> np.ndarray:
-    found: np.ndarray = np.load(out / record["folder"] / f"{name}.npy")
-    return found
+def array(out, record, name):
+    return np.load(out / record["folder"] / f"{name}.npy")
 
 
-def save(pixels: np.ndarray, path: Path) -> None:
+def save(pixels, path):
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 @pytest.mark.parametrize("method", ["importance", "gibbs", "single"])
-def test_observed_pixels_stay_and_missing_ones_are_filled(
-    conditional_run: Path, tmp_path: Path, method: str
-) -> None:
+def test_observed_pixels_stay_and_missing_ones_are_filled(conditional_run, tmp_path, method):
     out, keys = tmp_path / "out", ("draws=3", "num_images=3", f"method={method}")
     records = impute(conditional_run, out, *keys, *(["samples=40"] * (method != "single")))
     assert [record["key"] for record in records] == ["0000", "0001", "0002"]
@@ -64,12 +55,15 @@ def test_observed_pixels_stay_and_missing_ones_are_filled(
     assert Image.open(out / "overview.png").size == size
 
 
-def test_a_folder_of_pictures_with_masks_or_alpha(conditional_run: Path, tmp_path: Path) -> None:
+def test_pictures_with_masks_or_alpha_are_called_by_their_names(
+    conditional_run, tmp_path, capsys, monkeypatch
+):
     first, second = PIXELS[:2]
     observed = np.ones(SIZE, bool)
     observed[2:9, 3:8] = False
     save(first, tmp_path / "masks" / "a cat.png")
     save(255 * observed, tmp_path / "masks" / "a cat.mask.png")
+    (tmp_path / "masks" / "b.png").write_bytes(b"")
     save(second, tmp_path / "masks" / "whole.png")
     save(np.stack([first, 255 * observed], 2), tmp_path / "alpha" / "a cat.png")
     found = {}
@@ -80,46 +74,28 @@ def test_a_folder_of_pictures_with_masks_or_alpha(conditional_run: Path, tmp_pat
         found[name] = array(out, records[0], "mean")[0]
         assert (found[name][observed] == first[observed]).all()
     np.testing.assert_allclose(found["masks"], found["alpha"], rtol=1e-4)
-    whole = np.load(tmp_path / "masks-out" / "000001-whole" / "mean.npy")[0]
-    assert (whole == second).all()
-
-
-def test_pictures_are_called_by_their_names_and_only_those_of_data_are_taken(
-    conditional_run: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "holes"
-    for name in ("a", "c"):
-        save(PIXELS[0], folder / f"{name}.png")
-    save(255 * np.eye(*SIZE), folder / "a.mask.png")
-    (folder / "b.png").write_bytes(b"")
-    impute(conditional_run, tmp_path / "out", f"data={folder}", "samples=40")
+    (whole,) = (tmp_path / "masks-out").glob("*-whole/mean.npy")
+    assert (np.load(whole)[0] == second).all()
     assert "1 images are left out; the first: b: " in capsys.readouterr().err
-    monkeypatch.chdir(folder)  # without data=, those of the run
+    monkeypatch.chdir(tmp_path / "masks")  # without data=, the images are those of the run
     records = impute(conditional_run, tmp_path / "own", "num_images=2", "samples=40")
     assert [record["missing_fraction"] for record in records] == [0.5, 0.5]
 
 
-def test_a_run_on_complete_images_needs_a_mask(
-    spatial_run: Path, tmp_path: Path, capsys: Printed
-) -> None:
-    assert main([f"run={spatial_run}", f"out={tmp_path}/o", "device=cpu"]) == 2
-    assert "trained on complete images" in capsys.readouterr().err
-    keys = ("mask=rectangle", "mask_fraction=0.25", "num_images=2", "samples=40")
-    records = impute(spatial_run, tmp_path / "o", *keys)
-    assert all(abs(record["missing_fraction"] - 0.25) < 0.05 for record in records)
-
-
-def test_what_impute_refuses(conditional_run: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_what_impute_refuses(conditional_run, spatial_run, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     save(PIXELS[0], tmp_path / "whole" / "cat.png")
-    for keys, reason in (
-        (["method=single", "samples=7"], "samples=7 has no effect with method=single"),
-        (["samples=1"], "samples=1 must be at least 2"),
-        (["mask_fraction=0.2"], "mask_fraction=0.2 has no effect with mask=auto"),
-        ([f"out={tmp_path}/full"], "exists already"),
-        ([f"data={tmp_path}/whole", "samples=40"], "no pixel of the 1 images of"),
+    for run, key, reason in (
+        (conditional_run, "samples=1", "samples=1 must be at least 2"),
+        (conditional_run, "mask_fraction=0.2", "mask_fraction=0.2 has no effect with mask=auto"),
+        (conditional_run, f"out={tmp_path}/full", "exists already"),
+        (conditional_run, f"data={tmp_path}/whole", "no pixel of the 1 images of"),
+        (spatial_run, "samples=40", "trained on complete images"),
     ):
-        assert main([f"run={conditional_run}", f"out={tmp_path}/new", "device=cpu", *keys]) == 2
+        assert main([f"run={run}", f"out={tmp_path}/new", "device=cpu", key]) == 2
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    keys = ("mask=rectangle", "mask_fraction=0.25", "num_images=2", "samples=40")
+    records = impute(spatial_run, tmp_path / "new", *keys)
+    assert all(abs(record["missing_fraction"] - 0.25) < 0.05 for record in records)

@@ -1,20 +1,14 @@
-from __future__ import annotations
-
 import io
 import os
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.data.conftest import marked_png, png
 from vae_dist.data.writer import write_shards
 from vae_dist.index import main
 
-Said = pytest.CaptureFixture[str]
 
-
-def test_shards_are_indexed_and_counted_and_damage_is_named(tmp_path: Path, capsys: Said) -> None:
+def test_shards_are_indexed_and_counted_and_damage_is_named(tmp_path, capsys):
     folder = tmp_path / "set"
     write_shards(({"__key__": f"{i:03d}", "cls": b"1"} for i in range(10)), folder, num_shards=2)
     for sidecar in folder.glob("*.idx"):
@@ -30,9 +24,11 @@ def test_shards_are_indexed_and_counted_and_damage_is_named(tmp_path: Path, caps
     out, err = capsys.readouterr()
     assert "shard-000001.tar: byte 1024: the tar ends without its end mark" in err
     assert out.endswith("indexed_now=1 indexed_before=0 damaged=1 samples=5\n")
+    assert main(["data=nowhere"]) == 2
+    assert "data=nowhere: no such folder" in capsys.readouterr().err
 
 
-def test_verify_decodes_every_sample(tmp_path: Path, capsys: Said) -> None:
+def test_verify_decodes_every_sample(tmp_path, capsys):
     pixels, mask = np.zeros((3, 4), np.uint8), np.full((3, 4), 255, np.uint8)
     np.save(array := io.BytesIO(), np.full((3, 4), np.nan, np.float32))
     samples = [
@@ -40,27 +36,24 @@ def test_verify_decodes_every_sample(tmp_path: Path, capsys: Said) -> None:
         {"__key__": "b", "npy": array.getvalue()},
         {"__key__": "c", "png": marked_png(0, 1), "depth.png": png(pixels)},
     ]
+
+    def verified(folder, *keys):
+        code = main([f"data={tmp_path / folder}", "verify=true", *keys])
+        return code, *capsys.readouterr()
+
     write_shards(samples, tmp_path / "whole", num_shards=1)
-    assert main([f"data={tmp_path / 'whole'}", "verify=true"]) == 0
-    out, err = capsys.readouterr()
-    assert "damaged" not in err and "sizes HxW: 3x4 (2), 1x3 (1); 2 different" in out
+    code, out, err = verified("whole")
+    assert (code, "damaged" in err) == (0, False)
+    assert "sizes HxW: 3x4 (2), 1x3 (1); 2 different" in out
     assert "channels: 1 (3)" in out and out.endswith("damaged=0 samples=3\n")
     for kind in ("member", "nan"):
         assert f"incomplete: 1 samples, which data.mask={kind} reads" in out
     samples[0]["mask.png"], samples[1]["npy"] = png(mask[:2]), b"no picture\x1b[2J"
     write_shards(samples, tmp_path / "damaged", num_shards=2)
-    assert main([f"data={tmp_path / 'damaged'}", "verify=true"]) == 1
-    out, err = capsys.readouterr()
+    code, out, err = verified("damaged")
     assert "shard-000000.tar sample 0: its mask is 2 x 4 pixels, but the image 3 x 4" in err
     assert "shard-000001.tar sample 0: " in err and "\x1b" not in err
-    assert out.endswith("damaged=2 samples=3\n")
-    assert main([f"data={tmp_path / 'whole'}", "verify=true", "image_key=depth.png"]) == 1
-    out, err = capsys.readouterr()
-    assert "sizes HxW: 3x4 (1); 1 different" in out and "this one has no .depth.png" in err
-
-
-def test_wrong_keys_and_help(capsys: Said) -> None:
-    assert main(["data=nowhere"]) == 2
-    assert "data=nowhere: no such folder" in capsys.readouterr().err
-    assert main(["--help"]) == 0
-    assert "overwrite=false" in capsys.readouterr().out
+    assert code == 1 and out.endswith("damaged=2 samples=3\n")
+    code, out, err = verified("whole", "image_key=depth.png")
+    assert code == 1 and "sizes HxW: 3x4 (1); 1 different" in out
+    assert "this one has no .depth.png" in err

@@ -1,8 +1,7 @@
-"""What a command imports before it answers: torch and trackers only where they are needed."""
-
-from __future__ import annotations
+"""What a command decides before torch is there: what launchers promised, and what it imports."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -10,68 +9,91 @@ import types
 import pytest
 
 from vae_dist import train
+from vae_dist.train import launch_problem
 
-WATCHED = ("torch", "accelerate", "wandb", "webdataset", "sympy", "torch._dynamo")
-
-
-def imported_by(*argv: str, module: str = "vae_dist.train", folder) -> tuple[set[str], int]:
-    """Which of the watched modules a command has imported at its end, and its exit code."""
-    code = (
-        "import json, sys\n"
-        f"from {module} import main\n"
-        f"code = main({list(argv)!r})\n"
-        f"names = [name for name in {WATCHED!r} if name in sys.modules]\n"
-        "print('\\n' + json.dumps([names, code]))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
-    )
-    names, exit_code = json.loads(result.stdout.splitlines()[-1])
-    return set(names), exit_code
-
-
-@pytest.fixture(autouse=True)
-def _package_is_found(monkeypatch, request):
-    monkeypatch.setenv("PYTHONPATH", str(request.config.rootpath))
-
-
-@pytest.mark.parametrize("module", ["vae_dist.train", "vae_dist.evaluate", "vae_dist.sample"])
-def test_help_needs_no_torch(module, tmp_path):
-    assert imported_by("--help", module=module, folder=tmp_path) == (set(), 0)
-
-
-def test_config_errors_need_no_torch(tmp_path):
-    found = imported_by("config=mnist", "optimizer.rate=1", folder=tmp_path)
-    assert found == (set(), 2)
+BATCH = "ENVIRONMENT=BATCH SLURM_JOB_ID=1"
+AGENT = "SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "rank", "loaded", "said"),
+    ("environment", "message"),
     [
-        ((), "0", False, "config debug: loading torch ...\n"),
-        ((), "1", False, ""),
-        ((), "0", True, ""),
-        (("optimizer.rate=1",), "0", False, None),
+        ("", ""),
+        ("WORLD_SIZE=4 EXPECTED_WORLD_SIZE=4", ""),
+        ("WORLD_SIZE=4 SLURM_NTASKS=4 SLURM_STEP_ID=0", ""),
+        (f"{AGENT} WORLD_SIZE=16 GROUP_WORLD_SIZE=2", ""),  # a launcher on each node
+        ("SLURM_JOB_ID=1 SLURM_NTASKS=8", ""),  # a shell of salloc, no step, or one of one task
+        ("SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_ID=4294967290", ""),
+        (f"{BATCH} SLURM_NTASKS=1", ""),
+        (f"{BATCH} SLURM_NTASKS=8 WORLD_SIZE=8", ""),  # a launcher in the batch script
+        (f"{BATCH} SLURM_NTASKS=8 EXPECTED_WORLD_SIZE=1", ""),
+        ("EXPECTED_WORLD_SIZE=1 SLURM_NTASKS=4 SLURM_STEP_ID=0", ""),  # meant so
+        ("EXPECTED_WORLD_SIZE=4", "EXPECTED_WORLD_SIZE=4 processes were promised"),
+        ("EXPECTED_WORLD_SIZE=4 WORLD_SIZE=2", "--num_processes 4"),
+        ("SLURM_NTASKS=4 SLURM_STEP_ID=0", "each task would train alone"),
+        ("SLURM_NTASKS=4 SLURM_STEP_ID=0 WORLD_SIZE=2", "srun started 4 tasks"),
+        (f"{BATCH} SLURM_NTASKS=8", "its script starts one process, without srun"),
+        (f"{AGENT} WORLD_SIZE=2 GROUP_WORLD_SIZE=1", "each with a launcher of its own"),
     ],
 )
-def test_training_says_what_it_waits_for(overrides, rank, loaded, said, monkeypatch, capsys):
+def test_what_a_launcher_promised_is_held_against_the_processes(environment, message):
+    found = launch_problem(dict(setting.split("=") for setting in environment.split()))
+    assert message in found if message else found == ""
+
+
+@pytest.mark.parametrize(("rank", "pauses"), [("0", []), ("1", [train.REFUSAL_PAUSE_S])])
+def test_other_ranks_leave_after_the_one_that_prints_the_reason(monkeypatch, capsys, rank, pauses):
+    found = []
+    monkeypatch.setattr(train.time, "sleep", found.append)
+    variables = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["config=debug", "optimizer.lrr=1"]) == 2
+    assert found == pauses
+    assert ("did you mean" in capsys.readouterr().err) == (rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_loaded", "said"),
+    [("0", False, "config debug: loading torch ...\n"), ("1", False, ""), ("0", True, "")],
+)
+def test_training_says_what_it_waits_for(rank, is_loaded, said, monkeypatch, capsys):
     """On the main process, where torch is not loaded yet, once the config is found right."""
-    session = types.ModuleType("vae_dist.training.setup")
-    heard = []
-    session.run_session = lambda *_: heard.append(capsys.readouterr()) or 0
+    session, heard = types.ModuleType("vae_dist.training.setup"), []
+    session.run_session = lambda *_: heard.append(capsys.readouterr().err) or 0
     monkeypatch.setitem(sys.modules, "vae_dist.training.setup", session)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    if not loaded:
+    if not is_loaded:
         monkeypatch.delitem(sys.modules, "torch", raising=False)
-    code = train.main(["config=debug", *overrides])
-    assert [(shown.out, shown.err) for shown in heard] == ([] if said is None else [("", said)])
-    assert code == (2 if said is None else 0)
-    assert "loading torch" not in capsys.readouterr().err
+    assert train.main(["config=debug"]) == 0 and heard == [said]
 
 
-def test_dry_run_imports_no_tracker(tmp_path):
-    found, code = imported_by("config=mnist", "dry_run=true", folder=tmp_path)
-    assert code == 0
-    assert "torch" in found
-    assert not found & {"wandb", "torchvision"}
+CODE = """
+import json, os, sys
+os.environ.pop("GOMP_SPINCOUNT", None)
+import vae_dist
+assert vae_dist.config("config=debug").training.steps > 0 and vae_dist.__version__
+assert callable(vae_dist.train)
+import vae_dist.config.schema
+assert callable(vae_dist.config) and set(vae_dist.__all__) <= set(dir(vae_dist))
+from vae_dist import decode, encode, evaluate, export, impute, index, pack, reconstruct, report
+from vae_dist import sample, train
+verbs = (decode, encode, evaluate, export, impute, index, pack, reconstruct, report, sample, train)
+assert all(verb.main(["--help"]) == 0 for verb in verbs)
+assert train.main(["config=mnist", "no.such=key"]) == 2
+assert os.environ["GOMP_SPINCOUNT"] == "1000"  # it is read when torch is loaded
+light = sorted({"torch", "accelerate", "wandb", "webdataset", "sympy"} & sys.modules.keys())
+assert vae_dist.load.__doc__ and vae_dist.write_shards.__doc__
+assert train.main(["config=debug", "dry_run=true", *sys.argv[1:]]) == 0
+print(json.dumps([light, sorted({"torch", "wandb", "torchvision"} & sys.modules.keys())]))
+"""
+
+
+def test_help_refusals_and_the_api_need_no_torch_and_a_dry_run_no_tracker(request, digits):
+    environment = {**os.environ, "PYTHONPATH": str(request.config.rootpath)}
+    words = (f"data.train={digits}/train", f"data.validation={digits}/validation")
+    argv = [sys.executable, "-c", CODE, *words, "data.bundled=none"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], ["torch"]]

@@ -1,9 +1,6 @@
 """A working folder with configs/plain.yaml, a sound config; the shipped ones are out of sight."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,20 +10,20 @@ from vae_dist.config.schema import TrainConfig
 DATA = "data:\n  train: shards/train\n  validation: shards/validation\n"
 
 
-def write(path: str, text: str) -> None:
+def write(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "PACKAGE", tmp_path / "installed")
     write("configs/plain.yaml", DATA)
     return tmp_path
 
 
-def sound(**values: Any) -> TrainConfig:
+def sound(**values):
     """A sound config with `section__key=value` changes."""
     made = TrainConfig(config="plain", run="runs/plain")
     made.data.train, made.data.validation = "shards/train", "shards/validation"

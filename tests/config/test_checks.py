@@ -1,11 +1,9 @@
 """Every refusal of a value or of values together."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.config.conftest import sound
-from vae_dist.config.checks import CONFLICTS, broken_rules, without_effect
+from vae_dist.config.checks import CONFLICTS, broken_rules, problem_of, without_effect
 from vae_dist.config.commands import EncodeCommand, EvaluateCommand, ImputeCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import conditions, keys, set_value, shown
@@ -13,6 +11,7 @@ from vae_dist.config.load import load_command, load_train_config
 from vae_dist.config.schema import TrainConfig
 
 BUCKETS = "data.resolution={area:·65536,·multiple:·16,·max_aspect:·2.0}"  # here · is a space
+LADDER = "model.arch=ladder model.groups=[1,1,1]"
 ON, FSDP = "adversarial.weight=0.5", "runtime.parallel=fsdp"
 COMMANDS = {
     "sample": (SampleCommand, "run=r"),
@@ -22,7 +21,7 @@ COMMANDS = {
 }
 
 
-def load(overrides: str) -> object:
+def load(overrides):
     """Words of the command line, after the name of a command if it is not train."""
     words = [word.replace("·", " ") for word in overrides.split()]
     if words and words[0] in COMMANDS:
@@ -31,29 +30,22 @@ def load(overrides: str) -> object:
     return load_train_config(["config=plain", *words])
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        f"{BUCKETS} data.crop=random data.slots=32 data.window=64",
-        f"{BUCKETS} {FSDP} training.microbatch_size=4",
-        "data.train=[a,b-{0..3}.tar] data.resolution=[178,218] data.channels=2 data.bits=16",
-        "data.train=[{path:·2024,·weight:·2},{path:·b}] data.validation={path:·a,·index:·i}",
-        "data.mask=nan data.bits=32 likelihood.kind=laplace",
-        "likelihood.kind=bernoulli data.channels=1 likelihood.binarization=static",
-        "likelihood.variance=fixed likelihood.sigma=0.3",
-        "likelihood.kind=discretized_logistic_mixture likelihood.mixtures=5 data.window=4",
-        "likelihood.kind=laplace likelihood.variance=per_pixel data.dequantize=false",
-        "objective.importance_samples=5 objective.gradient=doubly_reparameterized",
-        "objective.free_bits=0.5 objective.beta_warmup_steps=100 objective.beta_cycles=4",
-        "objective.scale_equivariance=0.25 objective.latent_noise=0.5 data.bundled=digits",
-        "training.microbatch_size=12 data.slots=64 optimizer.final_lr_fraction=0.1",
-        f"{ON} perceptual.kind=auto perceptual.weights=weights",
-        f"{ON} adversarial.r1=1 adversarial.r1_every=4 {FSDP}",
-        "perceptual.kind=structure data.channels=5 perceptual.weight=0.1",
-        f"training.train_only=decoder init_from=runs/first {ON} objective.beta=1e-6",
-    ],
-)
-def test_a_sound_config_passes(overrides: str) -> None:
+SOUND = f"""
+{BUCKETS} data.crop=random data.slots=32 data.window=64
+{BUCKETS} {FSDP} training.microbatch_size=4
+data.train=[a,b-{{0..3}}.tar] data.resolution=[178,218] data.channels=2 data.bits=16
+data.train=[{{path:·2024,·weight:·2}},{{path:·b}}] data.validation={{path:·a,·index:·i}}
+likelihood.kind=bernoulli data.channels=1 likelihood.binarization=static
+likelihood.kind=laplace likelihood.variance=per_pixel data.dequantize=false
+objective.free_bits=0.5 objective.beta_warmup_steps=100 objective.beta_cycles=4
+objective.scale_equivariance=0.25 objective.latent_noise=0.5 data.bundled=digits
+{ON} adversarial.r1=1 adversarial.r1_every=4 {FSDP}
+training.train_only=decoder init_from=runs/first {ON} objective.beta=1e-6
+"""
+
+
+@pytest.mark.parametrize("overrides", SOUND.strip().splitlines())
+def test_a_sound_config_passes(overrides):
     assert load(overrides)
 
 
@@ -61,32 +53,25 @@ REFUSED = {
     # keys and arguments
     "model.chanels=[1]": "model.chanels: there is no such key; did you mean model.channels?",
     "steps=5": "steps: there is no such key; did you mean training.steps?",
-    "--seed=3": "--seed: there is no such key; did you mean seed?",
     "data=3": "data is a section; set its keys, for example data.train",
     "base=plain": "base belongs in a YAML file",
     "seed": "'seed' is not key=value",
     "data.train=[a,'${seed}']": "data.train: ${...} is not evaluated",
     # types
     "training.steps=1e5": "training.steps=1e5 is not a whole number; write training.steps=100000",
-    "seed=": "seed= is not a whole number",
     "seed=1_000": "seed=1_000 is not a whole number",
     "optimizer.lr=.nan": "optimizer.lr=.nan is not a number",
     "data.flip=on": "data.flip=on is not true or false",
     "training.precision=bf17": "is not one of auto, no, bf16, fp16; did you mean bf16?",
-    "model.channels=[a]": "model.channels=[a] is not a list of whole numbers, as in",
     # numbers and forms
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] must be two numbers",
-    "data.train=''": "data.train= is none of a folder of",
     "data.validation=[null]": "data.validation=[null] is none of a folder of",
     "data.train=[{path:·a,·weight:·-1}]": "weight: -1}] is none of a folder of",
     "data.resolution=big": "data.resolution=big is none of native, N or [H, W] in pixels, aspect",
     BUCKETS.replace("16", "300"): "area >= multiple^2",
     BUCKETS.replace("2.0", "0.5"): "max_aspect >= 1",
-    "data.window=0": "data.window=0 is none of auto, a count",
     "training.microbatch_size=some": "training.microbatch_size=some is none of auto, 0, a count",
     "model.blocks=[1,0,1]": "model.blocks=[1, 0, 1] is none of a count",
-    "sample checkpoint=newest": "checkpoint=newest is none of latest, best, a step",
-    "sample label=true": "label=true is none of auto",
     "sample prior=gmm": "prior=gmm is none of normal, gmm:K, gmm:K:full, gmm:K:diagonal; try",
     "evaluate metrics=psnr,fidd": "metrics=psnr,fidd is none of one or several of",
     # without effect
@@ -102,6 +87,8 @@ REFUSED = {
     f"{BUCKETS} {FSDP}": "fsdp with aspect buckets needs training.microbatch_size=4",
     f"{BUCKETS} data.slots=32 data.window=20": "data.window=20 is not a multiple of the 8 images",
     "model.channels=[64,80]": "model.norm_groups=32 does not divide every width of",
+    f"{LADDER} model.groups=[1,1]": "model.groups=[1, 1] must be 3 counts for the 3 levels",
+    f"{LADDER} model.factors=[2]": "model.factors=[2] must be 2 counts for the 3 levels",
     "model.blocks=[1]": "model.blocks=[1] must be one count for each of the 3 levels",
     "model.dc_shortcuts=true model.channels=[32,160]": "has no shortcut from 32 to 160 channels",
     "model.dc_shortcuts=true model.latent_channels=3": "does not divide the last width, 256",
@@ -114,14 +101,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
-def test_what_is_wrong_is_refused_with_its_key(overrides: str) -> None:
+def test_what_is_wrong_is_refused_with_its_key(overrides):
     with pytest.raises(ConfigError) as caught:
         load(overrides)
     (problem,) = caught.value.problems
     assert REFUSED[overrides] in problem
 
 
-def put_where(config: TrainConfig, condition: tuple[str, bool, list[str]], *, holds: bool) -> None:
+def put_where(config, condition, *, holds):
     """Give a key of a condition a value with which it holds, or does not."""
     name, is_not, values = condition
     key = keys(TrainConfig)[name]
@@ -129,30 +116,21 @@ def put_where(config: TrainConfig, condition: tuple[str, bool, list[str]], *, ho
     set_value(config, name, next(c for c in choices if ((shown(c) in values) != is_not) == holds))
 
 
-def said_of(config: TrainConfig, name: str) -> str:
+def said_of(config, name):
     (found,) = [text for text in broken_rules(config) if text.startswith(f"{name}=")]
     return found
 
 
-def test_a_number_outside_its_range_is_refused() -> None:
+def test_a_number_outside_its_range_is_refused():
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    for name, key in keys(TrainConfig).items():
+    for key in keys(TrainConfig).values():
         for rule, step in {"ge": -1, "gt": 0, "le": 1, "lt": 0}.items():
             if (bound := getattr(key, rule)) is not None:
-                number = shown(bound + step)
-                with pytest.raises(ConfigError) as caught:
-                    load(
-                        f"{name}=[{number},{number}]"
-                        if "list" in str(key.type)
-                        else f"{name}={number}"
-                    )
-                assert f"{name}=" in str(caught.value)
-                assert f"{number} must be {words[rule]} {shown(bound)}" in str(
-                    caught.value
-                ).replace("]", "")
+                wrong = [bound + step] if "list" in str(key.type) else bound + step
+                assert problem_of(key, wrong) == f"must be {words[rule]} {shown(bound)}"
 
 
-def test_a_knob_without_effect_is_refused() -> None:
+def test_a_knob_without_effect_is_refused():
     others = {int: 7, float: 0.03125, str: "elsewhere", list[float]: [0.25, 0.75]}
     for key in keys(TrainConfig).values():
         for condition in conditions(key.when):
@@ -166,7 +144,7 @@ def test_a_knob_without_effect_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rule", CONFLICTS)
-def test_what_may_not_come_together_is_refused(rule: str) -> None:
+def test_what_may_not_come_together_is_refused(rule):
     config, parts = sound(), conditions(rule)
     if "model.arch=dense" in rule and "model.latent" not in rule:
         config.model.latent = "vector"  # else that is wrong already

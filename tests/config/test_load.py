@@ -1,7 +1,5 @@
 """What a person types, and what comes out: values, precedence, and what is said of wrong files."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def refused(*argv: str) -> list[str]:
+def refused(*argv):
     with pytest.raises(ConfigError) as caught:
         load_train_config(list(argv))
     return list(caught.value.problems)
@@ -30,7 +28,7 @@ def refused(*argv: str) -> list[str]:
 # ---- values ----
 
 
-def test_arguments_win_over_file_over_base_over_defaults() -> None:
+def test_arguments_win_over_file_over_base_over_defaults():
     write("configs/parent.yaml", DATA + "seed: 1\ntraining: {steps: 500, batch_size: 32}\n")
     write("configs/child.yaml", "base: parent\nseed: 2\ntraining: {steps: 600}\nlog:\n")
     config = load_train_config(["config=child", "seed=4", "seed=3"])
@@ -43,35 +41,23 @@ def test_arguments_win_over_file_over_base_over_defaults() -> None:
     ("argument", "value"),
     [
         ("optimizer.lr=3e-4", 3e-4),
-        ("optimizer.lr=010", 10.0),
-        ("optimizer.betas=[0.5,1e-1]", [0.5, 0.1]),
-        ("training.precision=no", "no"),
         ("runtime.compile=true", "true"),
-        ("data.flip=true", True),
-        ("data.bits=16", 16),
         ("run=007", "007"),
-        ("run=a: b #c", "a: b #c"),
         ("run='a b'", "a b"),
-        ("run=a=b", "a=b"),
         ("run=~/a", str(Path.home() / "a")),
         ("run=~a", "~a"),
         ("seed=010", 10),
         ("seed=0o17", 15),
-        ("seed=0x1F", 31),
         ('seed="10"', 10),
-        ("data.window=032", 32),
         ('data.resolution="64"', 64),
         ("data.resolution=[178, 218]", [178, 218]),
         ("data.train=2024", "2024"),
         ("data.train=[010, on]", ["010", "on"]),
         ("data.train=x-{000..009}.tar", "x-{000..009}.tar"),
-        ("data.train={a,b}-{0..9}.tar", "{a,b}-{0..9}.tar"),
-        ("wandb.tags=[010, on]", ["010", "on"]),
-        ("wandb.group=1_000", "1_000"),
         ("wandb.entity=null", None),
     ],
 )
-def test_values_follow_yaml_except_where_text_is_wanted(argument: str, value: object) -> None:
+def test_values_follow_yaml_except_where_text_is_wanted(argument, value):
     found = flatten(load_train_config(["config=plain", argument]))[argument.partition("=")[0]]
     assert found == value and type(found) is type(value)
 
@@ -87,9 +73,7 @@ def test_values_follow_yaml_except_where_text_is_wanted(argument: str, value: ob
         ("config=useless seed=3", "adversarial.channels=32 has no effect with"),
     ],
 )
-def test_what_is_switched_off_takes_along_what_was_tuned_before(
-    arguments: str, expected: tuple[int, int] | str
-) -> None:
+def test_what_is_switched_off_takes_along_what_was_tuned_before(arguments, expected):
     recipe = "adversarial: {weight: 0.5, channels: 32, r1: 1.0, r1_every: 8}\n"
     write("configs/recipe.yaml", DATA + recipe)
     write("configs/plainer.yaml", "base: recipe\nadversarial: {weight: 0}\n")
@@ -104,7 +88,7 @@ def test_what_is_switched_off_takes_along_what_was_tuned_before(
 # ---- files ----
 
 
-def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it() -> None:
+def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it():
     for path, text in (
         ("installed/configs/plain.yaml", DATA + "seed: 5\n"),
         ("installed/configs/shipped.yaml", DATA + "seed: 6\n"),
@@ -128,14 +112,14 @@ def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it() 
         ("config=orphan", "configs/orphan.yaml: base=nobody: no config has this name"),
     ],
 )
-def test_a_config_that_is_not_found_is_named(argument: str, sentence: str) -> None:
+def test_a_config_that_is_not_found_is_named(argument, sentence):
     for name, base in (("a", "b"), ("b", "a"), ("orphan", "nobody")):
         write(f"configs/{name}.yaml", f"base: {base}\n")
     (problem,) = refused(argument)
     assert problem.startswith(sentence)
 
 
-def test_all_problems_come_at_once() -> None:
+def test_all_problems_come_at_once():
     write("configs/bad.yaml", "sede: 1\ntraining: {steps: many, batch_size: 100}\ndata: {slots: 7}")
     problems = refused("config=bad", "optimizer.lr=-1", "data.validation=v", "oops")
     assert len(problems) == 6
@@ -158,7 +142,6 @@ def test_all_problems_come_at_once() -> None:
         ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML: found seed twice"),
         ("- seed\n", "configs/odd.yaml: holds no keys"),
         ("base: [a, b]\n", "base=[a, b] is not the name or path of one config"),
-        ("data: 3\n", "configs/odd.yaml: data is a section"),
         ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
         ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
         ("seed: " + "[" * 20 + "]" * 20, "odd.yaml: not readable as YAML: more than"),
@@ -169,12 +152,12 @@ def test_all_problems_come_at_once() -> None:
         ("run: gr\udcf6\udcdfe\n", "configs/odd.yaml: cannot be read as UTF-8 text"),
     ],
 )
-def test_a_damaged_file_is_named(text: str, expected: str) -> None:
+def test_a_damaged_file_is_named(text, expected):
     Path("configs/odd.yaml").write_text(text, errors="surrogateescape")
     assert any(expected in problem for problem in refused("config=odd"))
 
 
-def test_yaml_gives_back_the_same_config() -> None:
+def test_yaml_gives_back_the_same_config():
     config = TrainConfig(config="plain", run="1:30")
     config.data.train = ["0", "010", "0o17", "1e3", "on", "a: b", "x #y", "größe", "'q'", "[a]"]
     config.data.validation, config.wandb.tags = "{a}.tar", [" left", "1_000", ""]
@@ -182,7 +165,7 @@ def test_yaml_gives_back_the_same_config() -> None:
     assert from_yaml(to_yaml(config)) == config
 
 
-def test_a_run_folders_yaml_is_checked() -> None:
+def test_a_run_folders_yaml_is_checked():
     text = b"config: a\ncolour: blue\nmodel: {towers: conv, patch: 0}\n"
     with pytest.raises(ConfigError) as caught:
         from_yaml(text, origin="old")
@@ -192,7 +175,12 @@ def test_a_run_folders_yaml_is_checked() -> None:
         assert problem.startswith(f"old: {start}")
 
 
-def test_changed_numbers_leaves_neutral_keys_out() -> None:
+def test_a_message_repeats_what_was_typed():
+    for key in ("data.resolution=28.0", "model.blocks=2.0", "training.steps=1e2"):
+        assert refused("config=plain", key)[0].startswith(f"{key} ")
+
+
+def test_changed_numbers_leaves_neutral_keys_out():
     old = load_train_config(["config=plain"])
     new = load_train_config(["config=plain", "optimizer.lr=0.001", "log.every=7"])
     assert changed_numbers(old, new) == ["optimizer.lr: 0.0002 -> 0.001"]
@@ -201,7 +189,7 @@ def test_changed_numbers_leaves_neutral_keys_out() -> None:
 # ---- other commands and help ----
 
 
-def test_commands_load_and_refuse_alike() -> None:
+def test_commands_load_and_refuse_alike():
     argv = ["run=runs/mnist", "checkpoint=1000", "resolution=[8, 9]", "label=0"]
     command = load_command(SampleCommand, argv)
     assert (command.checkpoint, command.resolution, command.label) == ("1000", [8, 9], 0)
@@ -215,7 +203,7 @@ def test_commands_load_and_refuse_alike() -> None:
     )
 
 
-def test_help_lists_every_key_with_default_and_description() -> None:
+def test_help_lists_every_key_with_default_and_description():
     assert all(wants_help([word]) for word in ("-h", "--help", "help")) and not wants_help(["a=-h"])
     text = help_text(TrainConfig, usage="train config=NAME", intro="Trains.")
     assert max(map(len, text.splitlines())) <= 100
@@ -229,16 +217,8 @@ def test_help_lists_every_key_with_default_and_description() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_a_shipped_config_is_sound_and_short(path: Path) -> None:
+def test_a_shipped_config_is_sound_and_short(path):
     assert {"debug", "mnist", "celeba64"} <= {path.stem for path in CONFIGS}
     assert load_train_config([f"config={path}"]).run == f"runs/{path.stem}"
     lines = path.read_text().splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
-
-
-def test_a_message_repeats_what_was_typed() -> None:
-    keys = ["data.resolution=28.0", "model.blocks=2.0", "training.steps=1e2"]
-    with pytest.raises(ConfigError) as caught:
-        load_train_config(["config=plain", *keys])
-    for problem, key in zip(caught.value.problems, keys, strict=True):
-        assert problem.startswith(f"{key} ")

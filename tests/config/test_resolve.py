@@ -1,7 +1,5 @@
 """What `auto` stands for, given the facts; the result is read-only."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -22,7 +20,7 @@ BROKEN = replace(GPU, compiler_problem="no compiler")
 
 
 @given(st.integers(1, 4096))
-def test_default_slots_is_the_largest_divisor_up_to_64(batch_size: int) -> None:
+def test_default_slots_is_the_largest_divisor_up_to_64(batch_size):
     slots = default_slots(batch_size)
     assert batch_size % slots == 0 and slots <= 64
     assert not any(batch_size % other == 0 for other in range(slots + 1, 65))
@@ -31,7 +29,7 @@ def test_default_slots_is_the_largest_divisor_up_to_64(batch_size: int) -> None:
 
 
 @given(st.integers(1, 256), st.integers(1, 300))
-def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int) -> None:
+def test_a_refused_world_size_lists_the_counts_that_work(slots, world):
     problem = world_size_problem(sound(data__slots=slots), world)
     assert (problem is None) == (slots % world == 0)
     if problem is not None:
@@ -53,9 +51,7 @@ def test_a_refused_world_size_lists_the_counts_that_work(slots: int, world: int)
         (2**23 + 1, "at least 4294967808", "at least"),
     ],
 )
-def test_the_window_fits_into_window_bytes(
-    num_bytes: float | None, window: int | str, bucket_window: int | str
-) -> None:
+def test_the_window_fits_into_window_bytes(num_bytes, window, bucket_window):
     facts = Facts(mean_sample_bytes=num_bytes)
     for config, expected in ((sound(), window), (sound(data__resolution=BUCKETS), bucket_window)):
         if isinstance(expected, str) and expected != "auto":
@@ -69,22 +65,16 @@ def test_the_window_fits_into_window_bytes(
 @pytest.mark.parametrize(
     ("asked", "facts", "decided"),
     [
-        ("", CPU, "training.precision=no data.slots=64 runtime.compile=false"),
-        ("", CPU, "runtime.channels_last=false evaluation.batch_size=256"),
+        ("", CPU, "training.precision=no data.slots=64 runtime.compile=false "
+                  "runtime.channels_last=false evaluation.batch_size=256"),
         ("", GPU, "training.precision=bf16 runtime.compile=true runtime.channels_last=true"),
         ("", replace(CPU, has_bf16=True), "training.precision=bf16"),
         ("", replace(CPU, world=4), "evaluation.batch_size=64"),
         ("", BROKEN, "runtime.compile=false"),
-        ("training.precision=fp16", GPU, "training.precision=fp16"),
         ("training.precision=bf16", CPU, "training.precision=bf16"),
         ("training.precision=no", GPU, "runtime.channels_last=false"),
         ("training.microbatch_size=8", CPU, "evaluation.batch_size=8"),
-        (
-            "training.microbatch_size=auto",
-            GPU,
-            "training.microbatch_size=auto evaluation.batch_size=32",
-        ),
-        ("evaluation.batch_size=5", GPU, "evaluation.batch_size=5"),
+        ("training.microbatch_size=auto", GPU, "evaluation.batch_size=32"),
         ("perceptual.kind=auto", CPU, "perceptual.kind=structure"),
         ("perceptual.kind=auto", replace(CPU, has_lpips=True), "perceptual.kind=lpips"),
         ("runtime.parallel=fsdp", GPU, "runtime.compile=false"),
@@ -95,8 +85,8 @@ def test_the_window_fits_into_window_bytes(
         # one number of images for each bucket
         (f"{GIVEN} runtime.compile=true", CPU, "training.microbatch_size=4"),
     ],
-)
-def test_auto_is_decided_by_the_facts(asked: str, facts: Facts, decided: str) -> None:
+)  # fmt: skip
+def test_auto_is_decided_by_the_facts(asked, facts, decided):
     config = load_train_config(["config=plain", *asked.split()])
     before = copy.deepcopy(config)
     found = resolve(config, facts)
@@ -115,12 +105,12 @@ def test_auto_is_decided_by_the_facts(asked: str, facts: Facts, decided: str) ->
         ("runtime.compile=true", replace(CPU, has_bf16=True), "gets gradients of bfloat16 wrong"),
     ],
 )
-def test_what_the_machines_cannot_do_is_refused(asked: str, facts: Facts, problem: str) -> None:
+def test_what_the_machines_cannot_do_is_refused(asked, facts, problem):
     with pytest.raises(ConfigError, match=problem):
         resolve(load_train_config(["config=plain", asked]), facts)
 
 
-def test_a_resolved_config_is_read_only_and_its_copies_are_not() -> None:
+def test_a_resolved_config_is_read_only_and_its_copies_are_not():
     found = resolve(sound(), CPU)
     with pytest.raises(AttributeError, match="steps: the config is read-only"):
         found.training.steps = 3

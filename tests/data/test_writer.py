@@ -75,8 +75,10 @@ def stored(folder: Path) -> tuple[list[bytes], list[int]]:
 
 
 def test_the_shards_hold_each_digit_that_ships_once(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    digits = tmp_path / "made" / "digits"
+    assert bundled.make_digits(digits) is True
     images, labels = bundled.load_digits()
     assert images.shape == (10_000, 28, 28) and images.dtype == np.uint8
     assert hashlib.md5(images.tobytes()).hexdigest() == "eb2514c9b94be0fa2ad6f5eeeb6692e1"
@@ -97,4 +99,4 @@ def test_the_shards_hold_each_digit_that_ships_once(
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="cannot write the digits"):
         bundled.make_digits(tmp_path / "mine.txt" / "mnist10k")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "mine.txt"]

@@ -1,7 +1,5 @@
 """`wandb agent` runs launch/sweep.yaml on the stand-in server; a preempted trial goes on."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -10,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.support.tiny_run import write_images
+from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import rows, status
 from tests.support.wandb_server import ENTITY, WandbServer
 from tests.support.wandb_sweep import Sweep
@@ -27,18 +24,11 @@ OPTIONS = (
 )
 
 
-def sweep_yaml() -> str:
-    """The shipped sweep, on a small config."""
+@pytest.mark.slow
+def test_a_preempted_trial_goes_on_in_its_folder(tmp_path):
+    write_images(tmp_path / "images", random_pixels(16, 8, 8))
     text = (ROOT / "launch" / "sweep.yaml").read_text()
     assert text.count("config=mnist") == 1
-    return text.replace("config=mnist", OPTIONS)
-
-
-@pytest.mark.slow
-def test_a_preempted_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
-    write_images(
-        tmp_path / "images", np.random.default_rng(0).integers(1, 256, (16, 8, 8), dtype=np.uint8)
-    )
     trials = {
         "trial1": {"optimizer.lr": 0.001, "objective.beta": 0.5},
         "trial2": {"optimizer.lr": 0.002, "model.latent_channels": 4},
@@ -46,15 +36,11 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
     with WandbServer() as server:
         environment = server.environment(tmp_path)
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        sweep = Sweep(server, "sweep1", sweep_yaml(), trials)
+        sweep = Sweep(server, "sweep1", text.replace("config=mnist", OPTIONS), trials)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep1"]
         agent = subprocess.Popen(
-            [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep1"],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, cwd=tmp_path, env=environment, stderr=subprocess.STDOUT, **pipes
         )
         folder = tmp_path / "runs" / "sweep" / "trial1"
         end = time.monotonic() + 180
@@ -66,16 +52,12 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
         assert agent.returncode == 0, said
         assert sweep.handed_out == ["trial1", "trial1", "trial2"], said
         for run_id, values in trials.items():
-            folder = tmp_path / "runs" / "sweep" / run_id
+            folder, run = tmp_path / "runs" / "sweep" / run_id, server.runs[run_id]
             assert status(folder)["status"] == "finished"
-            run = server.runs[run_id]
             assert (run.complete, run.exit_code) == (True, 0)
             assert {key: run.user_config[key] for key in values} == values
-            assert (
-                sorted(set(run.steps("train/loss")))
-                == list(range(1, STEPS + 1))
-                == sorted(rows(folder))
-            )
+            steps = sorted(set(run.steps("train/loss")))
+            assert steps == list(range(1, STEPS + 1)) == sorted(rows(folder))
             assert "eval/neg_elbo_nats" in run.summary  # what the sweep looks at
         sessions = json.loads((tmp_path / "runs/sweep/trial1/environment.json").read_text())
         assert len(sessions["sessions"]) == 2

@@ -11,19 +11,8 @@ from vae_dist.run import checkpoint as checkpoint_module
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter, TornCheckpoint, load_checkpoint
 
 
-def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
+def tensors(value):
     return {"model": {"w": torch.full((3, 2), value)}, "ema": {"w": torch.full((3, 2), -value)}}
-
-
-HEADER = b'{"w": {"dtype": "F32", "shape": [1000000000, 9], "data_offsets": [0, 24]}}'
-HUGE = len(HEADER).to_bytes(8, "little") + HEADER
-
-
-def forge(path, start: bytes) -> None:
-    """Another beginning of the file, which keeps its size."""
-    path.write_bytes(
-        (start + path.read_bytes()[-24:]).ljust(path.stat().st_size)[: path.stat().st_size]
-    )
 
 
 @pytest.fixture
@@ -35,44 +24,71 @@ def checkpoints(tmp_path):
     return folder
 
 
-def test_what_is_saved_comes_back_and_the_newest_ones_are_kept(checkpoints):
-    assert checkpoints.steps() == [20, 30]
-    assert (checkpoints.folder / "latest").read_text() == "step_00000030"
-    assert not list(checkpoints.folder.glob(".*"))
+def test_what_is_saved_comes_back_and_the_newest_ones_are_kept(checkpoints, tmp_path):
+    folder = checkpoints.folder
+    assert checkpoints.steps() == [20, 30] and not list(folder.glob(".*"))
+    assert (folder / "latest").read_text() == "step_00000030"
     checkpoints.amend(30, {"scalars": {"skipped": 7}}, best_step=30)
     for step, skipped in ((20, 20), (30, 7)):
         loaded = checkpoints.load(step)
         assert loaded.step == step and loaded.state["scalars"] == {"skipped": skipped}
         assert torch.equal(loaded.tensors["model"]["w"], torch.full((3, 2), float(step)))
         assert torch.equal(loaded.tensors["ema"]["w"], torch.full((3, 2), -float(step)))
-    assert checkpoints.best_step() == 30
+    chosen = [load_checkpoint(folder, which).step for which in ("20", "latest", "best")]
+    assert chosen == [20, 30, 30]
+    with pytest.raises(ConfigError, match=r"checkpoint=25.*20, 30"):
+        load_checkpoint(folder, "25")
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path, "latest")
+
+
+HEADER = b'{"w": {"dtype": "F32", "shape": [1000000000, 9], "data_offsets": [0, 24]}}'
+HUGE = len(HEADER).to_bytes(8, "little") + HEADER
+
+
+def forge(path, start):
+    """Another beginning of the file, which keeps its size."""
+    size = path.stat().st_size
+    path.write_bytes((start + path.read_bytes()[-24:]).ljust(size)[:size])
+
+
+def replace_by_a_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_a_file(path):
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1])),
-        ("model.safetensors", lambda path: path.unlink()),
-        ("model.safetensors", lambda path: path.write_bytes(b"x" * path.stat().st_size)),
-        ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:-9])),
-        ("manifest.json", lambda path: path.unlink()),
-        ("manifest.json", lambda path: path.write_text("[1]")),
-        ("manifest.json", lambda path: path.write_text("[" * 9999)),
-        ("manifest.json", lambda path: (path.unlink(), os.mkfifo(path))),
-        ("model.safetensors", lambda path: (path.unlink(), os.mkfifo(path))),
-        ("model.safetensors", lambda path: forge(path, b"\xff" * 8)),  # a header of 2**64 bytes
-        ("model.safetensors", lambda path: forge(path, HUGE)),
-        ("manifest.json", lambda path: path.write_text('{"step": 30, "files": 7}')),
-        ("manifest.json", lambda path: path.write_text('{"step": 30, "files": {"../x": 1}}')),
-        ("", lambda path: (shutil.rmtree(path), path.write_text(""))),
+        (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        (WEIGHTS, lambda path: path.unlink()),
+        (WEIGHTS, lambda path: path.write_bytes(b"x" * path.stat().st_size)),
+        (WEIGHTS, replace_by_a_fifo),
+        (WEIGHTS, lambda path: forge(path, b"\xff" * 8)),  # a header of 2**64 bytes
+        (WEIGHTS, lambda path: forge(path, HUGE)),
+        (MANIFEST, lambda path: path.write_bytes(path.read_bytes()[:-9])),
+        (MANIFEST, lambda path: path.unlink()),
+        (MANIFEST, lambda path: path.write_text("[1]")),
+        (MANIFEST, lambda path: path.write_text("[" * 9999)),
+        (MANIFEST, replace_by_a_fifo),
+        (MANIFEST, lambda path: path.write_text('{"step": 30, "files": 7}')),
+        (MANIFEST, lambda path: path.write_text('{"step": 30, "files": {"../x": 1}}')),
+        ("", replace_by_a_file),
     ],
 )
 def test_a_torn_checkpoint_falls_back_to_the_one_before(checkpoints, capsys, name, damage):
     damage(checkpoints.folder / "step_00000030" / name)
     with pytest.raises(TornCheckpoint, match="step_00000030"):
         checkpoints.load(30)
-    newest = checkpoints.load_newest()
-    assert newest is not None and newest.step == 20
+    assert checkpoints.load_newest().step == 20
     assert "step_00000030" in capsys.readouterr().err
     if name:
         checkpoints.save(30, tensors(31), {}, keep_last=2)
@@ -93,15 +109,6 @@ def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
     assert checkpoints.load_newest().step == 30
 
 
-def test_choosing_a_checkpoint(checkpoints, tmp_path):
-    assert load_checkpoint(checkpoints.folder, "20").step == 20
-    assert load_checkpoint(checkpoints.folder, "latest").step == 30
-    with pytest.raises(ConfigError, match=r"checkpoint=25.*20, 30"):
-        load_checkpoint(checkpoints.folder, "25")
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
-        load_checkpoint(tmp_path, "latest")
-
-
 def test_checkpoints_behind_a_link_are_refused(checkpoints, tmp_path):
     (tmp_path / "link").symlink_to(checkpoints.folder)
     with pytest.raises(ConfigError, match="link is a link; give the run folder"):
@@ -113,88 +120,92 @@ def test_checkpoints_behind_a_link_are_refused(checkpoints, tmp_path):
 # in training
 
 
-def writer(checkpoints: Checkpoints) -> tuple[CheckpointWriter, list[str]]:
-    warnings: list[str] = []
-    return CheckpointWriter(checkpoints, keep_last=2, warn=warnings.append), warnings
+@pytest.fixture
+def warnings():
+    return []
 
 
-def submit(one: CheckpointWriter, step: int, best_step: int | None = None, **options) -> None:
-    one.submit(step, tensors(step), {"scalars": {}}, best_step=best_step, **options)
+@pytest.fixture
+def writer(checkpoints, warnings):
+    return CheckpointWriter(checkpoints, keep_last=2, warn=warnings.append)
 
 
-def test_training_may_change_the_weights_while_the_disk_is_busy(checkpoints, monkeypatch):
-    one, warnings = writer(checkpoints)
-    go_on, save = threading.Event(), checkpoints.save
+def submit(writer, step, best_step=None, **options):
+    writer.submit(step, tensors(step), {"scalars": {}}, best_step=best_step, **options)
+
+
+def test_training_may_change_the_weights_while_the_disk_is_busy(
+    checkpoints, writer, warnings, monkeypatch
+):
+    go_on, save, weights = threading.Event(), checkpoints.save, torch.ones(3)
 
     def slow(*args, **kwargs):
         assert go_on.wait(10)
         return save(*args, **kwargs)
 
     monkeypatch.setattr(checkpoints, "save", slow)
-    weights = torch.ones(3)
-    one.submit(40, {"model": {"w": weights}}, {"scalars": {}}, best_step=None)
-    assert one.written_step == -1  # it returned, and nothing is written
+    writer.submit(40, {"model": {"w": weights}}, {"scalars": {}}, best_step=None)
+    assert writer.written_step == -1  # it returned, and nothing is written
     weights.zero_()
     monkeypatch.setattr(checkpoint_module, "PATIENCE_S", 0.02)
-    submit(one, 50)  # a disk that hangs costs this one, not the run
+    submit(writer, 50)  # a disk that hangs costs this one, not the run
     assert "step_00000050 is left out" in warnings[0]
     go_on.set()
-    assert one.wait() and one.written_step == 40
+    assert writer.wait() and writer.written_step == 40
     assert torch.equal(checkpoints.load(40).tensors["model"]["w"], torch.ones(3))
 
 
-def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(checkpoints, monkeypatch):
-    one, warnings = writer(checkpoints)
-    submit(one, 40)
-    assert one.wait()
+def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(
+    checkpoints, writer, warnings, monkeypatch
+):
+    submit(writer, 40)
+    assert writer.wait()
 
     def full(path, data):
         (checkpoints.folder / ".step_00000050.tmp" / "half").write_bytes(b"torn")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module, "write_durably", full)
-    submit(one, 50)
+    submit(writer, 50)
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
-    one.poll()  # says so without waiting for the next checkpoint
+    writer.poll()  # says so without waiting for the next checkpoint
     assert "step_00000050: No space left" in warnings[0] and "step_00000040" in warnings[0]
-    assert not list(checkpoints.folder.glob(".*"))
-    assert checkpoints.load_newest().step == 40
+    assert not list(checkpoints.folder.glob(".*")) and checkpoints.load_newest().step == 40
     monkeypatch.undo()
-    submit(one, 60)
-    assert one.wait() and checkpoints.steps() == [40, 60] and len(warnings) == 1
+    submit(writer, 60)
+    assert writer.wait() and checkpoints.steps() == [40, 60] and len(warnings) == 1
 
 
-def test_a_folder_that_is_gone_is_not_made_again_and_costs_a_warning(checkpoints, tmp_path):
-    one, warnings = writer(checkpoints)
-    submit(one, 40)
-    assert one.wait()
+def test_a_folder_that_is_gone_is_not_made_again_and_costs_a_warning(
+    checkpoints, writer, warnings, tmp_path
+):
+    submit(writer, 40)
+    assert writer.wait()
     shutil.rmtree(checkpoints.folder / "step_00000040")
-    one.amend(40, {"scalars": {}}, best_step=40)
-    assert not one.wait() and "step_00000040 has no manifest.json" in warnings[0]
+    writer.amend(40, {"scalars": {}}, best_step=40)
+    assert not writer.wait() and "step_00000040 has no manifest.json" in warnings[0]
     checkpoints.folder.rename(tmp_path / "away")
-    submit(one, 50)
-    assert not one.wait() and "No such file" in warnings[1] and not checkpoints.folder.exists()
+    submit(writer, 50)
+    assert not writer.wait() and "No such file" in warnings[1] and not checkpoints.folder.exists()
 
 
-def test_what_is_no_disk_problem_is_an_error(checkpoints):
-    one, _ = writer(checkpoints)
-    one.submit(40, {}, {"scalars": object()}, best_step=None)
+def test_what_is_no_disk_problem_is_an_error(writer):
+    writer.submit(40, {}, {"scalars": object()}, best_step=None)
     with pytest.raises(TypeError):
-        one.wait()
+        writer.wait()
 
 
-def test_the_best_one_is_kept_beside_the_newest(checkpoints):
-    one, _ = writer(checkpoints)
+def test_the_best_one_is_kept_beside_the_newest(checkpoints, writer):
     for step, best in ((40, None), (50, 50), (60, 50), (70, 55), (80, 50)):  # 55: a full disk
-        submit(one, step, best)
-    assert one.wait()
+        submit(writer, step, best)
+    assert writer.wait()
     assert checkpoints.steps() == [50, 70, 80] and checkpoints.best_step() == 50
-    submit(one, 90)
-    one.amend(90, {"scalars": {}}, best_step=90)
-    submit(one, 95)
-    assert one.wait() and checkpoints.steps() == [90, 95] and checkpoints.best_step() == 90
+    submit(writer, 90)
+    writer.amend(90, {"scalars": {}}, best_step=90)
+    submit(writer, 95)
+    assert writer.wait() and checkpoints.steps() == [90, 95] and checkpoints.best_step() == 90
     for step in (100, 110, 120):  # a streak of skipped steps
-        submit(one, step, keep_all=True)
-    assert one.wait() and checkpoints.steps() == [90, 95, 100, 110, 120]
+        submit(writer, step, keep_all=True)
+    assert writer.wait() and checkpoints.steps() == [90, 95, 100, 110, 120]

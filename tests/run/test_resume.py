@@ -1,9 +1,5 @@
 """What `auto` becomes in a run that goes on, and what is refused there."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -21,7 +17,7 @@ ADDED = {  # keys that runs of earlier versions lack
 }
 
 
-def folder_of(path: Path, config: TrainConfig) -> RunFolder:
+def folder_of(path, config):
     folder = RunFolder(path)
     folder.create()
     folder.write_config(config)
@@ -29,17 +25,16 @@ def folder_of(path: Path, config: TrainConfig) -> RunFolder:
     return folder
 
 
-def made(kind: str) -> TrainConfig:
-    config = TrainConfig()
-    config.config, config.perceptual.kind = "photos64", kind  # type: ignore[assignment]
+def made(kind):
+    config = TrainConfig(config="photos64")
+    config.perceptual.kind, config.training.precision = kind, "no"
     config.data.train, config.data.validation = "d/train", "d/validation"
     config.data.slots, config.data.window = 16, 32
-    config.training.precision = "no"
     return config
 
 
 @pytest.mark.parametrize("kind", ["structure", "lpips"])
-def test_what_is_automatic_stays_that_of_the_run(tmp_path: Path, kind: str) -> None:
+def test_what_is_automatic_stays_that_of_the_run(tmp_path, kind):
     previous, again = made(kind), made("auto")
     previous.perceptual.weights = again.perceptual.weights = "weights"  # empty for structure
     again.data.slots, again.data.window, again.training.precision = 0, "auto", "auto"
@@ -48,9 +43,7 @@ def test_what_is_automatic_stays_that_of_the_run(tmp_path: Path, kind: str) -> N
     assert as_in_run_folder(again, folder) == previous
 
 
-def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(
-    tmp_path: Path,
-) -> None:
+def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(tmp_path):
     folder, config = folder_of(tmp_path, made("none")), made("auto")
     with pytest.raises(ConfigError, match=r"perceptual\.kind"):
         as_in_run_folder(config, folder)
@@ -58,7 +51,7 @@ def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(
     assert as_in_run_folder(config, folder).perceptual.kind == "auto"
 
 
-def test_a_run_from_before_the_added_terms_goes_on(tmp_path: Path) -> None:
+def test_a_run_from_before_the_added_terms_goes_on(tmp_path):
     folder = folder_of(tmp_path, made("none"))
     old = yaml.safe_load(folder.config_path.read_text())
     del old["perceptual"], old["adversarial"]
@@ -69,7 +62,7 @@ def test_a_run_from_before_the_added_terms_goes_on(tmp_path: Path) -> None:
     assert as_in_run_folder(made("none"), folder) == made("none")
 
 
-def test_a_config_that_is_lost_is_named(tmp_path: Path) -> None:
+def test_a_config_that_is_lost_is_named(tmp_path):
     folder, config = folder_of(tmp_path, made("structure")), made("structure")
     folder.config_path.unlink()
     with pytest.raises(ConfigError, match=r"config.yaml is lost, and 1 checkpoints are there"):

@@ -76,12 +76,11 @@ def float32_without_tricks() -> Iterator[None]:
 @contextlib.contextmanager
 def no_waiting(device: str) -> Iterator[None]:
     """An error where the host waits for a CUDA device."""
-    if device == "cpu":
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")

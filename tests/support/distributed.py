@@ -1,4 +1,4 @@
-"""Run a function on N ranks: forked processes, gloo, rendezvous through a file.
+"""Run a function on N ranks: forked processes, gloo, rendezvous through a port.
 
 `torch._dynamo` is imported in the parent before the fork: the wrapped optimizers of torch import it
 at their first use, which costs seconds in each child.
@@ -22,13 +22,9 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
+FORK = multiprocessing.get_context("fork")
 LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "ACCELERATE_MIXED_PRECISION",
 )
 
@@ -46,41 +42,31 @@ def run_ranks(
 
     The function makes its own Runtime (or Accelerator). Raises with the first rank's traceback.
     """
-    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+        port, paths = free_port(), [Path(folder) / str(rank) for rank in range(world)]
         ranks = [
-            context.Process(
-                target=_rank_main, args=(rank, world, port, Path(folder), timeout_s, function, args)
-            )
-            for rank in range(world)
+            FORK.Process(target=_rank, args=(rank, world, port, path, timeout_s, function, args))
+            for rank, path in enumerate(paths)
         ]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join(timeout_s + 10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        outcomes = [_outcome(Path(folder) / str(rank), rank) for rank in range(world)]
-    failures = [text for ok, text in outcomes if not ok]
+            process.kill()
+            process.join()
+        outcomes = [pickle.loads(path.read_bytes()) for path in paths if path.exists()]
+    failures = [text for is_good, text in outcomes if not is_good]
+    failures += ["a rank ended without a result (killed, or timed out)"] * (world - len(outcomes))
     if failures:
         raise AssertionError("\n".join(failures))
     return [result for _, result in outcomes]
 
 
-def _outcome(path: Path, rank: int) -> tuple[bool, Any]:
-    if not path.exists():
-        return False, f"rank {rank} ended without a result (killed, or timed out)"
-    outcome: tuple[bool, Any] = pickle.loads(path.read_bytes())
-    return outcome
-
-
-def _rank_main(
+def _rank(
     rank: int,
     world: int,
     port: int,
-    folder: Path,
+    path: Path,
     timeout_s: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -92,9 +78,8 @@ def _rank_main(
         outcome = (True, function(*args))
     except BaseException:
         outcome = (False, f"rank {rank}:\n{traceback.format_exc()}")
-    target = folder / f"{rank}.tmp"
-    target.write_bytes(pickle.dumps(outcome))
-    target.rename(folder / str(rank))
+    path.with_suffix(".tmp").write_bytes(pickle.dumps(outcome))
+    path.with_suffix(".tmp").rename(path)
     sys.stdout.flush()
     sys.stderr.flush()
     if outcome[0] and dist.is_initialized():
@@ -105,14 +90,8 @@ def _rank_main(
 def become_rank(rank: int, world: int, port: int) -> None:
     """Make this forked process what a launcher would have started: one thread, its environment."""
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    values = (rank, rank, world, world, "127.0.0.1", port)
+    os.environ.update({k: str(v) for k, v in zip(LAUNCHER_VARIABLES, values, strict=False)})
     reset_accelerate()
 
 

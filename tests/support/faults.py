@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,42 +17,30 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from tests.support.distributed import become_rank, free_port
-from tests.support.training import status
+from tests.support.distributed import FORK, become_rank, free_port
 from vae_dist.run import checkpoint
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
 from vae_dist.training.watch import RankWatch
 
 assert setup  # what the command would import in each process
+Prepare = Callable[[int], None]  # called with its rank in each process before the command
 
 
 class Ranks:
-    """`world` processes of one training; use as a context manager, which leaves none behind.
-
-    `prepare` is called in each process before the command: the place for monkeypatches.
-    """
+    """`world` processes of one training; use as a context manager, which leaves none behind."""
 
     def __init__(
-        self,
-        world: int,
-        argv: list[str],
-        *,
-        output: Path,
-        prepare: Callable[[int], None] | None = None,
+        self, world: int, argv: list[str], *, output: Path, prepare: Prepare = lambda rank: None
     ) -> None:
-        context = multiprocessing.get_context("fork")
         port = free_port()
         output.mkdir(parents=True, exist_ok=True)
         self.run = Path(next(word[4:] for word in argv if word.startswith("run=")))
         self.output = [output / f"rank{rank}.log" for rank in range(world)]
         self._processes = [
-            context.Process(target=_rank, args=(rank, world, port, log, argv, prepare))
+            FORK.Process(target=_rank, args=(rank, world, port, log, argv, prepare))
             for rank, log in enumerate(self.output)
         ]
-        self._family: set[psutil.Process] = set()
         for process in self._processes:
             process.start()
 
@@ -65,45 +52,53 @@ class Ranks:
             process.kill()
             process.join()
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
     def signal(self, number: signal.Signals, *ranks: int) -> None:
         """To these ranks alone; none given: to all."""
-        self._note_family()
         for rank in ranks or range(len(self._processes)):
-            pid = self._processes[rank].pid
-            assert pid is not None
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(self.pids[rank], number)
 
     def wait(self, *ranks: int, timeout_s: float = 60) -> list[int | None]:
         """Exit codes of these ranks, or of all; None for one that still runs after the timeout."""
         end = time.monotonic() + timeout_s
         chosen = [self._processes[rank] for rank in ranks or range(len(self._processes))]
-        while any(p.is_alive() for p in chosen) and time.monotonic() < end:
-            self._note_family()
-            time.sleep(0.02)
+        for process in chosen:
+            process.join(max(0, end - time.monotonic()))
         return [process.exitcode for process in chosen]
 
     def wait_for_step(self, step: int, *, timeout_s: float = 60) -> None:
         """Until the log has a row of that step or a later one, or a rank has ended."""
+        self.wait_until(lambda: last_step(self.run) >= step, timeout_s=timeout_s)
+
+    def wait_until(self, is_so: Callable[[], bool], *, timeout_s: float = 60) -> None:
+        """Or until a rank has ended."""
         end = time.monotonic() + timeout_s
-        while last_step(self.run) < step and all(p.is_alive() for p in self._processes):
+        while not is_so() and all(p.is_alive() for p in self._processes):
             assert time.monotonic() < end, self.text()
             time.sleep(0.01)
 
     def text(self) -> str:
         return "\n".join(log.read_text() for log in self.output if log.exists())
 
-    def orphans(self, *, timeout_s: float = 20) -> list[psutil.Process]:
-        """Processes that the ranks started and that outlive them."""
+    def orphans(self, *, timeout_s: float = 20) -> list[int]:
+        """Ended ranks of which a process that they started lives: they are of one group."""
         end = time.monotonic() + timeout_s
-        while (left := [p for p in self._family if p.is_running()]) and time.monotonic() < end:
-            time.sleep(0.05)
+        left = [process.pid or 0 for process in self._processes if not process.is_alive()]
+        while left and time.monotonic() < end:
+            time.sleep(0.02)
+            left = [group for group in left if _has_members(group)]
         return left
 
-    def _note_family(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(psutil.Error):
-                self._family.update(psutil.Process(process.pid).children(recursive=True))
+
+def _has_members(group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
 
 
 def last_step(run: Path) -> int:
@@ -117,17 +112,13 @@ def last_step(run: Path) -> int:
     return int(rows[-1][9:].split(b",", 1)[0].rstrip(b"}")) if rows else -1
 
 
-def is_running(run: Path) -> bool:
-    return (run / "status.json").exists() and status(run)["status"] == "running"
-
-
 # faults at a chosen point, from inside a rank
 
 
 def at_place(
-    place: str, action: Callable[[], object], *, ranks: tuple[int, ...], visit: int = 1
-) -> Callable[[int], None]:
-    """For `prepare`: these ranks do something when they come to a place for the nth time.
+    place: str, action: Callable[[], object], *, ranks: tuple[int, ...] = (0,), visit: int = 1
+) -> Prepare:
+    """These ranks do something when they come to a place for the nth time.
 
     The places are those of `training.loop`: of start-up ("shards", ...) and of a step.
     """
@@ -147,11 +138,9 @@ def at_place(
     return prepare
 
 
-def in_the_middle_of_a_write(
-    action: Callable[[], object], *, after_step: int
-) -> Callable[[int], None]:
-    """For `prepare`: done on the main process, in the thread that writes a checkpoint beyond this
-    step, with one of its files on the disk."""
+def in_the_middle_of_a_write(action: Callable[[], object], *, after_step: int) -> Prepare:
+    """Done on the main process, in the thread that writes a checkpoint beyond this step, with one
+    of its files on the disk."""
 
     def prepare(rank: int) -> None:
         write = checkpoint.write_durably
@@ -175,20 +164,8 @@ def signal_oneself(number: signal.Signals = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
-def starve(until: Path) -> None:
-    """The loader delivers nothing until the file is there."""
-    while not until.exists():
-        time.sleep(0.01)
-
-
-def _rank(
-    rank: int,
-    world: int,
-    port: int,
-    log: Path,
-    argv: list[str],
-    prepare: Callable[[int], None] | None,
-) -> None:
+def _rank(rank: int, world: int, port: int, log: Path, argv: list[str], prepare: Prepare) -> None:
+    os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -197,8 +174,7 @@ def _rank(
     become_rank(rank, world, port)
     code = 1
     try:
-        if prepare is not None:
-            prepare(rank)
+        prepare(rank)
         code = main(argv)
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
@@ -18,14 +20,14 @@ SHAPES = ((8, 8), (8, 8), (4, 12), *((8, 8),) * 5)  # of each slot of a mixed ba
 
 
 def config(
-    *, microbatch_size: int = 0, objective: ObjectiveConfig | None = None, precision: str = "no"
+    *, microbatch_size: Any = 0, objective: ObjectiveConfig | None = None, precision: Any = "no"
 ) -> TrainConfig:
     made = TrainConfig(objective=objective or ObjectiveConfig())
     made.data.channels, made.data.slots = 3, SLOTS
     made.model.channels, made.model.blocks = [8, 8], 1
     made.model.norm_groups, made.model.attention = 4, False
     made.training.batch_size, made.training.microbatch_size = BATCH_SIZE, microbatch_size
-    made.training.precision = precision  # type: ignore[assignment]
+    made.training.precision = precision
     return made
 
 
@@ -47,24 +49,14 @@ def batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(step)
     width = 12 if mixed else 8
     images = torch.randint(256, (BATCH_SIZE, 3, 8, width), generator=generator, dtype=torch.uint8)
-    share = SLOTS // runtime.world
-    mine = range(runtime.rank * share, (runtime.rank + 1) * share)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for slot in mine:
+    share, groups = SLOTS // runtime.world, dict[tuple[int, int], list[int]]()
+    for slot in range(runtime.rank * share, (runtime.rank + 1) * share):
         groups.setdefault(SHAPES[slot] if mixed else SIZE, []).append(slot)
-    return Batch(
-        step,
-        tuple(
-            Group(
-                tuple(slots),
-                torch.cat([images[2 * k : 2 * k + 2, :, : size[0], : size[1]] for k in slots]),
-                torch.zeros(2 * len(slots), dtype=torch.int64),
-            )
-            for size, slots in groups.items()
-        ),
-        ("a.tar",),
-        (),
-    )
+    parts = []
+    for (height, width), slots in groups.items():
+        shown = torch.cat([images[2 * k : 2 * k + 2, :, :height, :width] for k in slots])
+        parts.append(Group(tuple(slots), shown, torch.zeros(len(shown), dtype=torch.int64)))
+    return Batch(step, tuple(parts), ("a.tar",), ())
 
 
 def first_step(step: TrainingStep, batch: Batch) -> tuple[dict[str, torch.Tensor], StepReport]:
@@ -87,20 +79,17 @@ def wrong_gradients(
 ) -> list[str]:
     """Names of those that differ by more than this part of their norm; below a thousandth of the
     largest norm gradients are rounding themselves."""
-    largest = max(float(gradient.norm()) for gradient in expected.values())
-    return [
-        name
-        for name, gradient in expected.items()
-        if float((found.get(name, 0.0) - gradient).norm())
-        > rounding * max(float(gradient.norm()), 1e-3 * largest)
-    ]
+    norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
+    least = 1e-3 * max(norms.values())
+    errors = {name: float((found.get(name, 0.0) - g).norm()) for name, g in expected.items()}
+    return [name for name in norms if errors[name] > rounding * max(norms[name], least)]
 
 
 def poison(step: TrainingStep, at: int, *, discriminator: bool = False) -> None:
     """A gradient of step `at` of this rank is not finite: of the VAE, or of the discriminator."""
     drawn, number = step._drawn, -1
 
-    def poisoned(purpose, group, step_number, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def poisoned(purpose: str, group: Group, step_number: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal number
         number = step_number
         noise = drawn(purpose, group, step_number, *args, **kwargs)

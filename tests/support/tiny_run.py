@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +19,16 @@ STEPS = (10, 20)
 
 
 def tiny_config(
-    *, latent: str = "vector", kind: str = "bernoulli", channels: int = 1, num_classes: int = 0
+    *, latent: Any = "vector", kind: Any = "bernoulli", channels: int = 1, num_classes: int = 0
 ) -> TrainConfig:
-    config = TrainConfig()
-    config.config = "tiny"
+    config = TrainConfig(config="tiny")
     config.data.train = config.data.validation = "shards"
-    config.data.channels = channels
+    config.data.channels, config.data.workers = channels, 0
     config.data.max_skipped_fraction = 0.5  # an image of `plain_run` is lost
-    config.data.workers = 0
-    config.model.latent = latent  # type: ignore[assignment]
-    config.model.latent_channels = 3
-    config.model.channels = [8, 8]
-    config.model.blocks = 1
-    config.model.attention = False
-    config.model.norm_groups = 4
-    config.model.num_classes = num_classes
-    config.likelihood.kind = kind  # type: ignore[assignment]
+    config.model.latent, config.model.latent_channels = latent, 3
+    config.model.channels, config.model.norm_groups = [8, 8], 4
+    config.model.blocks, config.model.attention = 1, False
+    config.model.num_classes, config.likelihood.kind = num_classes, kind
     return config
 
 
@@ -66,24 +61,20 @@ def _run(folder: Path, config: TrainConfig, pixels: np.ndarray) -> Path:
     return folder / "run"
 
 
-def write_images(folder: Path, images: np.ndarray, *, num_classes: int = 0) -> None:
-    """uint8 (N, H, W) or (N, H, W, 3) as one shard; an image of zeros is written as no PNG. Labels
-    are 0, 1, ..., num_classes - 1, 0, ..."""
-
-    def encode(image: np.ndarray) -> bytes:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        return file.getvalue()
+def write_images(
+    folder: Path, images: np.ndarray, *, num_classes: int = 0, num_shards: int = 1
+) -> None:
+    """uint8 (N, H, W) or (N, H, W, 3); an image of zeros is written as no PNG. Labels are 0, 1,
+    ..., num_classes - 1, 0, ..."""
 
     def sample(number: int, image: np.ndarray) -> dict[str, str | bytes]:
+        Image.fromarray(image).save(file := io.BytesIO(), "PNG")
         found: dict[str, str | bytes] = {"__key__": f"{number:04d}"}
-        found["png"] = encode(image) if image.any() else b"no PNG"
-        if num_classes:
-            found["cls"] = str(number % num_classes).encode()
-        return found
+        found["png"] = file.getvalue() if image.any() else b"no PNG"
+        return found | ({"cls": str(number % num_classes).encode()} if num_classes else {})
 
     samples = (sample(number, image) for number, image in enumerate(images))
-    write_shards(samples, folder, num_shards=1, name="images")
+    write_shards(samples, folder, num_shards=num_shards, name="images")
 
 
 def write_run(folder: Path, config: TrainConfig, image_size: tuple[int, int]) -> RunFolder:

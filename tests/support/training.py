@@ -1,4 +1,4 @@
-"""Short training runs of the real `train` command, in forked processes."""
+"""Short training runs of the real `train` command, and what they leave."""
 
 from __future__ import annotations
 
@@ -18,23 +18,18 @@ from vae_dist.training.loop import Trainer
 
 
 def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
-    """config=debug on real digits, no loader processes, no W&B, one thread."""
-    return [
-        "config=debug",
-        f"run={run}",
-        f"data.train={digits}/train",
-        f"data.validation={digits}/validation",
-        "data.bundled=none",
-        "data.workers=0",
-        "wandb.mode=disabled",
-        "optimizer.warmup_steps=2",
-        "runtime.threads=1",
-        *overrides,
-    ]
+    """config=debug in small batches, no loader processes, no W&B, one thread."""
+    fixed = (
+        *("data.bundled=none", "data.workers=0", "data.slots=8", "training.batch_size=16"),
+        *("optimizer.warmup_steps=2", "log.num_images=2"),
+        *("wandb.mode=disabled", "runtime.threads=1"),
+    )
+    data = (f"data.train={digits}/train", f"data.validation={digits}/validation")
+    return ["config=debug", f"run={run}", *data, *fixed, *overrides]
 
 
 def train(run: Path, digits: Path, *overrides: str, world: int = 1) -> list[int]:
-    """Exit code of each rank."""
+    """In forked processes; the exit code of each rank."""
     return run_ranks(world, main, arguments(run, digits, *overrides), timeout_s=100)
 
 
@@ -78,8 +73,7 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
 def same_weights(one: Path, other: Path, step: int) -> bool:
     """Whether all tensors of two runs' checkpoints are equal bit for bit."""
     for path in sorted((other / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
-        name = path.stem
-        ours, theirs = weights(one, step, name), weights(other, step, name)
+        ours, theirs = weights(one, step, path.stem), weights(other, step, path.stem)
         assert ours and ours.keys() == theirs.keys()
         if not all(torch.equal(ours[key], theirs[key]) for key in ours):
             return False

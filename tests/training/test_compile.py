@@ -1,7 +1,5 @@
 """Compilation, memory layout and what `auto` makes of them; compiled steps equal eager ones."""
 
-from __future__ import annotations
-
 import copy
 import functools
 
@@ -21,12 +19,11 @@ from tests.support.steps import (
     one_process,
     wrong_gradients,
 )
-from vae_dist.config.schema import TrainConfig
 from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
+from vae_dist.models.conv import Decoder, Encoder
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensors
-from vae_dist.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -39,20 +36,20 @@ def test_a_missing_compiler_is_named(monkeypatch):
     assert "C++ compiler" not in str(compiler_problem(CPU))
 
 
-def stepper(runtime, *, channels_last="false", compiled="false", settings=None):
-    settings = settings or config()
+def stepper(runtime, *, channels_last="false", compiled="false"):
+    settings = config()
     settings.runtime.channels_last, settings.runtime.compile = channels_last, compiled
-    return make_step(settings, runtime, (8, 8))
-
-
-def losses(step, runtime, num_steps=5):
-    return [float(step(batch(runtime, k), k).sums["train/loss"]) for k in range(num_steps)]
+    return make_step(settings, runtime, SIZE)
 
 
 def test_channels_last_changes_the_layout_and_no_number():
     runtime = one_process()
     plain, other = stepper(runtime), stepper(runtime, channels_last="true")
-    assert losses(other, runtime) == pytest.approx(losses(plain, runtime), rel=1e-5)
+    losses = [
+        [float(step(batch(runtime, k), k).sums["train/loss"]) for k in range(3)]
+        for step in (plain, other)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     name = "encoder.down_blocks.0.resnets.0.conv1.weight"
     weight = dict(other.vae.named_parameters())[name]
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
@@ -64,6 +61,16 @@ def test_channels_last_changes_the_layout_and_no_number():
     assert torch.equal(moment, saved[f"exp_avg/{name}"])
 
 
+def test_what_is_compiled_is_what_was_asked_for(monkeypatch):
+    asked = set()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: asked.add(type(self)))
+    stepper(one_process(), compiled="true")
+    assert asked >= {Encoder, Decoder} and not any(issubclass(kind, Block) for kind in asked)
+    asked.clear()
+    stepper(one_process(), compiled="blocks")
+    assert asked and all(issubclass(kind, Block) for kind in asked)
+
+
 @pytest.fixture
 def front_end(monkeypatch):
     """Graphs as the compiler's front end makes them; code, which takes minutes, is not written."""
@@ -71,29 +78,22 @@ def front_end(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
 
 
-def settings_of(kind: str) -> TrainConfig:
-    if kind.startswith("discriminator"):
-        made = adversarial_config()
-        made.training.microbatch_size = 4
-    else:
-        made = config(objective=IWAE if kind == "importance-weighted" else None)
+def numbers(kind, compiled):
+    """Losses and norms of three steps, and the lambda of an adversary; the step."""
+    runtime, has_adversary = one_process(), kind.startswith("discriminator")
+    settings = config(objective=IWAE if kind == "importance-weighted" else None)
+    if has_adversary:
+        settings = adversarial_config()
+        settings.training.microbatch_size = 4
     if kind.startswith("blocks"):
-        made.model.blocks, made.model.attention = 3, True
-    made.model.gradient_checkpointing = kind.endswith("checkpointed")
-    return made
-
-
-def numbers(kind: str, compiled: str) -> tuple[list[float], TrainingStep]:
-    """Losses and norms of three steps, and the lambda of an adversary."""
-    runtime, settings = one_process(), settings_of(kind)
-    settings.runtime.compile = compiled  # type: ignore[assignment]
-    has_adversary = settings.adversarial.weight > 0
-    step = make_step(settings, runtime, PICTURE_SIZE if has_adversary else SIZE)
-    found = []
+        settings.model.blocks, settings.model.attention = 3, True
+    settings.model.gradient_checkpointing = kind.endswith("checkpointed")
+    settings.runtime.compile = compiled
+    step, found = make_step(settings, runtime, PICTURE_SIZE if has_adversary else SIZE), []
     for k in range(3):
         report = step((picture_batch if has_adversary else batch)(runtime, k), k)
         found += [*runtime.sum_numbers([report.sums["train/loss"]]), float(report.grad_norm)]
-        found += [float(step.adversary.weight)] if step.adversary is not None else []
+        found += [float(step.adversary.weight)] if has_adversary else []
     return found, step
 
 
@@ -104,8 +104,7 @@ def numbers(kind: str, compiled: str) -> tuple[list[float], TrainingStep]:
         ("importance-weighted", "true", 2),  # one of each tower
         ("blocks", "blocks", 5),  # residual blocks at 8x8 and 4x4, attention, down, up
         ("blocks checkpointed", "blocks", 5),
-        ("discriminator", "true", 3),  # encoder; decoder, watched; decoder at half size
-        ("discriminator checkpointed", "true", 3),
+        ("discriminator checkpointed", "true", 3),  # encoder; decoder, watched; at half size
     ],
 )
 def test_compiled_steps_equal_eager_ones(front_end, kind, compiled, graphs):
@@ -129,7 +128,7 @@ def test_compiled_steps_on_two_ranks_equal_eager_ones_on_one(front_end):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def compiled_numbers() -> list[float]:
+def compiled_numbers():
     return numbers("bound", "true")[0]
 
 

@@ -3,11 +3,6 @@
 Each body is a function of the device, so that the CPU runs all of them in every test run.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any, Literal
-
 import pytest
 import torch
 
@@ -21,21 +16,17 @@ from tests.support.devices import (
     runtime_on,
 )
 from tests.support.steps import batch, config, first_step, make_step, wrong_gradients
-from vae_dist.config.schema import TrainConfig
-from vae_dist.data.loader import Batch
-from vae_dist.distributed import Runtime
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 from vae_dist.training.guards import SkipGuard
 from vae_dist.training.memory import fit_microbatch, step_cost
-from vae_dist.training.step import LossScale, StepReport, TrainingStep
 
 KINDS = ("bound", "discriminator")
 
 
-def settings_of(kind: str, precision: str = "no") -> TrainConfig:
+def settings_of(kind, precision="no"):
     """Clipping, guard, microbatches; in `bound` labels of which some are hidden, and holes."""
     settings = adversarial_config() if kind == "discriminator" else config(microbatch_size=8)
-    settings.training.precision = precision  # type: ignore[assignment]
+    settings.training.precision = precision
     settings.training.spike_factor = 100.0
     settings.optimizer.clip_grad_norm = 1.0
     settings.optimizer.eps = 1e-3  # Adam does not divide by the root of rounding errors
@@ -50,11 +41,11 @@ def settings_of(kind: str, precision: str = "no") -> TrainConfig:
     return settings
 
 
-def size_of(kind: str) -> tuple[int, int]:
+def size_of(kind):
     return SIZE if kind == "discriminator" else (8, 8)
 
 
-def batch_of(kind: str, runtime: Runtime, step: int) -> Batch:
+def batch_of(kind, runtime, step):
     if kind == "discriminator":
         return pinned(picture_batch(runtime, step), runtime.device.type)
     made = batch(runtime, step)
@@ -66,7 +57,7 @@ def batch_of(kind: str, runtime: Runtime, step: int) -> Batch:
     return pinned(made._replace(groups=(group,)), runtime.device.type)
 
 
-def flat(step: TrainingStep) -> dict[str, torch.Tensor]:
+def flat(step):
     return {
         f"{group}/{name}": tensor.detach().cpu().clone()
         for group, tensors in step.tensors().items()
@@ -74,7 +65,7 @@ def flat(step: TrainingStep) -> dict[str, torch.Tensor]:
     }
 
 
-def run_steps(kind: str, device: str, num_steps: int) -> tuple[list[list[float]], dict[str, Any]]:
+def run_steps(kind, device, num_steps):
     """Sums and norm of each step, and what a checkpoint holds after the last."""
     with float32_without_tricks(), runtime_on(device) as runtime:
         step = make_step(settings_of(kind), runtime, size_of(kind))
@@ -89,7 +80,7 @@ def run_steps(kind: str, device: str, num_steps: int) -> tuple[list[list[float]]
 
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_those_of_the_cpu(kind: str, device: str) -> None:
+def test_steps_are_those_of_the_cpu(kind, device):
     expected, expected_tensors = run_steps(kind, "cpu", 6)
     found, found_tensors = run_steps(kind, device, 6)
     for mine, theirs in zip(found, expected, strict=True):
@@ -102,7 +93,7 @@ def test_steps_are_those_of_the_cpu(kind: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_goes_on_bit_for_bit(kind: str, device: str, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_bit_for_bit(kind, device, tmp_path):
     settings, size = settings_of(kind), size_of(kind)
     with float32_without_tricks(), runtime_on(device) as runtime:
         whole = make_step(settings, runtime, size)
@@ -125,14 +116,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(kind: str, device: str, tmp_path: Pat
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_in_a_step_waits_for_the_device(kind: str, device: str) -> None:
+def test_nothing_in_a_step_waits_for_the_device(kind, device):
     with runtime_on(device, "bf16") as runtime:
         settings = settings_of(kind, "bf16")
         settings.data.dequantize = True
         step = make_step(settings, runtime, size_of(kind))
         guard = SkipGuard(runtime.device, max_consecutive=100)
 
-        def one(k: int) -> StepReport:
+        def one(k):
             report = step(batch_of(kind, runtime, k), k)
             guard.observe(k, report.found_inf, report.spike, ("a.tar",))
             return report
@@ -146,7 +137,7 @@ def test_nothing_in_a_step_waits_for_the_device(kind: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(device: str) -> None:
+def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(device):
     # a CPU has no fp16 to train in, but it has the scale
     with runtime_on(device, "no" if device == "cpu" else "fp16") as runtime:
         step = make_step(settings_of("bound", "fp16"), runtime, (8, 8))
@@ -154,6 +145,8 @@ def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(device: str) -> Non
         assert float(step(batch_of("bound", runtime, 0), 0).found_inf) == 0.0
         before = flat(step)
         step.loss_scale.scale.fill_(2.0**127)
+        with no_waiting(device):
+            step.loss_scale.update(torch.zeros((), device=device))
         report = step(batch_of("bound", runtime, 1), 1)
         assert float(report.found_inf) == 1.0 and not torch.isfinite(report.grad_norm)
         assert float(step.loss_scale.scale) == 2.0**126
@@ -166,21 +159,9 @@ def test_an_overflow_of_fp16_is_skipped_and_halves_the_scale(device: str) -> Non
         )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_scale_of_fp16_stays_on_the_device(device: str) -> None:
-    scale = LossScale(torch.device(device), enabled=True)
-    good, bad = torch.zeros((), device=device), torch.ones((), device=device)
-    with no_waiting(device):
-        for found_inf in (good, bad):
-            scale.update(found_inf)
-    assert (float(scale.scale), float(scale.good_steps)) == (32768.0, 0.0)
-
-
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("compiled", ["true", "blocks"])
-def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(
-    device: str, compiled: Literal["true", "blocks"]
-) -> None:
+def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(device, compiled):
     with runtime_on(device, "bf16") as runtime:
         settings = settings_of("bound", "bf16")
         settings.training.microbatch_size = 0
@@ -201,9 +182,9 @@ def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_automatic_microbatches_fit_and_the_estimate_is_near(device: str) -> None:
+def test_automatic_microbatches_fit_and_the_estimate_is_near(device):
     with runtime_on(device, "bf16") as runtime:
-        settings = config(microbatch_size="auto", precision="bf16")  # type: ignore[arg-type]
+        settings = config(microbatch_size="auto", precision="bf16")
         settings.model.channels, settings.model.attention = [64, 128], True
         size = (128, 128)
         step = make_step(settings, runtime, size)

@@ -1,7 +1,5 @@
 """The estimate of a step against the step itself on CPU, and the microbatch that fits."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 
@@ -21,18 +19,11 @@ from tests.support.steps import SIZE as SMALL_SIZE
 from tests.support.steps import batch, config, make_step, one_process
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import load_train_config
-from vae_dist.data.loader import Group
 from vae_dist.training import memory
 from vae_dist.training.memory import candidates, fit_microbatch, step_cost
 from vae_dist.training.step import TrainingStep
 
 CPU = torch.device("cpu")
-SMALL = ("model.channels=[8,16]", "model.norm_groups=4", "model.latent_channels=4")
-
-
-def config_of(*options):
-    shards = ("data.train=d/train", "data.validation=d/validation")
-    return load_train_config(["config=celeba64", *shards, *SMALL, *options])
 
 
 def peak_of(run):
@@ -54,12 +45,9 @@ def test_the_estimate_is_near_the_worst_moment_of_a_step(kind):
     settings = adversarial_config()
     settings.adversarial.r1, settings.objective.latent_noise = 0.0, 0.0
     settings.adversarial.channels = 32
-    if kind != "discriminator":
-        settings.adversarial.weight = 0.0
-    if kind != "structure":
-        settings.perceptual.kind = "none"
-    if kind == "checkpointed":
-        settings.model.gradient_checkpointing = True
+    settings.adversarial.weight *= kind == "discriminator"
+    settings.perceptual.kind = "structure" if kind == "structure" else "none"
+    settings.model.gradient_checkpointing = kind == "checkpointed"
     runtime = start()
     step = adversarial_step(settings, runtime)
     for number in range(3):
@@ -74,27 +62,26 @@ def test_the_estimate_is_near_the_worst_moment_of_a_step(kind):
 
 
 def test_memory_and_operations_follow_the_config():
-    plain = step_cost(config_of("training.precision=no"), (32, 32), CPU)
-    half = step_cost(config_of("training.precision=bf16"), (32, 32), CPU)
+    def cost(*options):
+        small = ("model.channels=[8,16]", "model.norm_groups=4", "model.latent_channels=4")
+        shards = ("data.train=d/train", "data.validation=d/validation")
+        return step_cost(load_train_config(["config=celeba64", *shards, *small, *options]),
+                         (32, 32), CPU)  # fmt: skip
+
+    plain, half = cost("training.precision=no"), cost("training.precision=bf16")
     assert half.image_bytes < 0.6 * plain.image_bytes
     assert half.forward_flops == plain.forward_flops
-    lean = step_cost(
-        config_of("training.precision=bf16", "model.gradient_checkpointing=true"), (32, 32), CPU
-    )
+    lean = cost("training.precision=bf16", "model.gradient_checkpointing=true")
     assert lean.image_bytes < 0.7 * half.image_bytes
     assert half.step_flops < lean.step_flops <= half.step_flops + half.forward_flops
     frozen = ("model.latent=spatial", "training.train_only=decoder", "init_from=runs/first")
-    assert step_cost(config_of(*frozen), (32, 32), CPU).state_bytes < plain.state_bytes
-
-
-def test_candidates_cut_the_share_of_a_rank_evenly():
-    settings = config()  # 16 images in 8 slots
-    assert candidates(settings, 1) == [16, 8, 6, 4, 2]
-    assert candidates(settings, 4) == [4, 2]
+    assert cost(*frozen).state_bytes < plain.state_bytes
 
 
 @pytest.mark.parametrize("num_images", [16, 6, 2])
 def test_on_a_cpu_the_largest_whose_estimate_fits_is_chosen(monkeypatch, num_images):
+    """Of even cuts of a rank's share: 16 images in 8 slots."""
+    assert candidates(config(), 1) == [16, 8, 6, 4, 2] and candidates(config(), 4) == [4, 2]
     step = make_step(config(microbatch_size="auto"), one_process(), SMALL_SIZE)
     room = step_cost(step.config, SIZE, CPU).peak_bytes(num_images)
     monkeypatch.setattr(memory, "free_bytes", lambda device: room)
@@ -127,53 +114,42 @@ class OnCuda:
     device = torch.device("cuda")
 
     def __init__(self, runtime):
-        self._runtime = runtime
+        self.runtime = runtime
 
     def __getattr__(self, name):
-        return getattr(self._runtime, name)
+        return getattr(self.runtime, name)
 
 
 def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
-    runtime = one_process()
+    runtime, tried, rehearse = one_process(), [], TrainingStep.rehearse
     step = make_step(config(microbatch_size="auto"), runtime, SMALL_SIZE)
     before = {name: p.clone() for name, p in step.vae.named_parameters()}
-    tried = []
-    rehearse = TrainingStep.rehearse
+    room = 6  # images
 
-    def scarce(step: TrainingStep, group: Group) -> None:
+    def scarce(step, group):
         tried.append(len(group.images))
         step.runtime = runtime
         rehearse(step, group)
         step.runtime = OnCuda(runtime)
-        if len(group.images) > 6:
+        if len(group.images) > room:
             raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(TrainingStep, "rehearse", scarce)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     step.runtime = OnCuda(runtime)
     fit_microbatch(step, (8, 8))
-    step.runtime = runtime
     assert (step.microbatch_size, tried) == (4, [16, 8, 4])
-    assert all(p.grad is None for p in step.vae.parameters())
-    assert not step.optimizer.state
+    room = 0
+    with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
+        fit_microbatch(step, (8, 8))
+    step.runtime = runtime
+    assert all(p.grad is None for p in step.vae.parameters()) and not step.optimizer.state
     for name, parameter in step.vae.named_parameters():
         assert torch.equal(parameter, before[name])
     # the step after a trial is that of a run without one
     fresh = make_step(config(microbatch_size=4), runtime, SMALL_SIZE)
     reports = [one(batch(runtime, 0), 0) for one in (step, fresh)]
     assert reports[0].sums["train/loss"] == reports[1].sums["train/loss"]
-
-
-def test_not_even_a_slot_is_an_error(monkeypatch):
-    def none(*_):
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(TrainingStep, "rehearse", none)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    step = make_step(config(microbatch_size="auto"), one_process(), SMALL_SIZE)
-    step.runtime = OnCuda(step.runtime)
-    with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
-        fit_microbatch(step, (8, 8))
 
 
 @pytest.mark.parametrize(("variable", "calls"), [("NOTHING", 2), ("MALLOC_ARENA_MAX", 0)])
