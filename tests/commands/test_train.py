@@ -168,6 +168,8 @@ def test_corrupt_samples_are_replaced_counted_and_named_up_to_a_limit(tmp_path, 
     assert rows(run)[epoch]["eval/num_images"] == 62
     output = capfd.readouterr().out
     assert "images-000002.tar sample 17" in output and "in its place" in output
+    assert trained(run, copy, epoch + 1, "data.max_skipped_fraction=0.05") == 0
+    assert rows(run)[epoch + 1]["data/skipped_samples"] >= 12  # those before it stopped count
     assert trained(tmp_path / "other", copy, epoch, "data.max_skipped_fraction=0.02") == 1
     assert "data.max_skipped_fraction" in status(tmp_path / "other")["reason"]
 

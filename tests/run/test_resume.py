@@ -5,8 +5,9 @@ import yaml
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
+from vae_dist.run.checkpoint import Checkpoint
 from vae_dist.run.folder import RunFolder
-from vae_dist.run.resume import as_in_run_folder
+from vae_dist.run.resume import as_in_run_folder, is_finished
 
 ADDED = {  # keys that runs of earlier versions lack
     "objective": ["scale_equivariance", "latent_noise"],
@@ -71,3 +72,14 @@ def test_a_config_that_is_lost_is_named(tmp_path):
         as_in_run_folder(config, folder)
     config.resume.allow_changes = True
     assert as_in_run_folder(config, folder) is config
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "expected"),
+    [(8, 8, True), (8, 6, False), (8, -1, False), (9, 6, True), (6, 6, False)],
+)
+def test_a_run_is_finished_once_its_last_step_is_evaluated(step, evaluated, expected):
+    config = made("none")
+    config.training.steps = 8
+    state = {"scalars": {"evaluated_step": evaluated}}
+    assert is_finished(config, Checkpoint(step, {}, state)) is expected
