@@ -7,11 +7,13 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.data.conftest import BATCH, LENGTHS, STEPS, expected, global_batches, load
@@ -146,7 +148,9 @@ def test_a_server_that_is_gone_or_too_slow(
     assert "less than 1048576 MiB a minute); it is tried again" in capsys.readouterr().err
 
 
-def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
+def test_pipes_go_on_and_start_again(
+    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = f"pipe:echo >> {tmp_path}/starts; cat {tmp_path}/blob"
     for start in (0, 100, 5000, 50):
         assert read_range(place, start, 50) == blob[start : start + 50]
@@ -157,6 +161,18 @@ def test_pipes_go_on_and_start_again(tmp_path: Path, blob: bytes) -> None:
     with pytest.raises(ShardError, match="but no index"):
         read_all(f"pipe:touch {tmp_path}/made", 10)
     assert not (tmp_path / "made").exists()
+    monkeypatch.setattr(sources, "MAX_PIPES", 1)
+    assert read_range("pipe:yes", 0, 2) == b"y\n"  # the others end
+    (pipe,) = sources._pipes.values()
+    sources._end(pipe)
+    assert "cat" not in [child.name() for child in psutil.Process().children(recursive=True)]
+
+
+def test_what_http_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources._http_options.cache_clear()
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ShardError, match=r"pip install 'vae_dist\[remote\]'\)$"):
+        read_range("http://127.0.0.1:9/x.tar", 0, 1)
 
 
 @pytest.mark.parametrize(

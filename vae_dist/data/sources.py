@@ -217,7 +217,8 @@ def _with_retries(
 def _of_remote(place: str, error: Exception, count: int, retry_s: float) -> UnreadableError:
     reason, is_lasting, is_missing = _diagnosis(error)
     if is_lasting:
-        return UnreadableError(f"{place}: cannot be read ({reason}); check the address", is_missing)
+        way = "" if isinstance(error, ImportError) else "; check the address"
+        return UnreadableError(f"{place}: cannot be read ({reason}){way}", is_missing)
     return UnreadableError(
         f"{place}: cannot be read after {count} attempts in {retry_s:g} s ({reason}); when the "
         "server answers again, run the same command"
@@ -307,7 +308,8 @@ def _http_options() -> dict[str, Any]:
     try:
         import aiohttp
     except ImportError:
-        raise ImportError("aiohttp is missing: pip install 'vae_dist[remote]'") from None
+        extra = "http needs the extra `remote`: pip install 'vae_dist[remote]'"
+        raise ImportError(extra) from None
 
     class Answer(aiohttp.ClientResponse):
         """No more of a body than the piece that was asked for."""
@@ -370,6 +372,12 @@ def _read_pipes(pieces: list[Range]) -> list[Any]:
         return [error]
     if len(data) == piece.num_bytes:
         while len(_pipes) >= MAX_PIPES:
-            _pipes.pop(next(iter(_pipes))).proc.kill()
+            _end(_pipes.pop(next(iter(_pipes))))
         _pipes[*mine, piece.start + len(data)] = pipe
     return [data]
+
+
+def _end(pipe: Any) -> None:
+    pipe.proc.kill()  # the shell; what it has started finds nobody who reads
+    pipe.stream.close()
+    pipe.proc.wait()
