@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ def test_a_forged_image_size_is_refused(tmp_path: Path, size: Any) -> None:
     run.checkpoints.amend(20, {"image_size": size}, best_step=None)
     with pytest.raises(ConfigError, match="do not fit the model"):
         load_model(command(tmp_path))
+
+
+def test_no_more_loader_processes_are_taken_from_a_config_than_there_are_cores(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config()
+    config.data.workers = 10**6
+    write_run(tmp_path, config, (8, 6))
+    assert load_model(command(tmp_path)).config.data.workers <= (os.cpu_count() or 1)
 
 
 def test_images_come_from_the_validation_shards_or_those_given(tmp_path: Path) -> None:

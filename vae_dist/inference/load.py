@@ -11,6 +11,7 @@ and only as local paths or over http(s).
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ def load_model(command: CheckpointCommand, *, device: torch.device | None = None
             f"of its config.yaml; was that file edited? {error}"
         ) from None
     model.to(device or torch.device("cpu"))
+    config.data.workers = min(config.data.workers, len(os.sched_getaffinity(0)))
     return LoadedModel(model, config, checkpoint.step, (height, width))
 
 
