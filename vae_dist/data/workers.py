@@ -16,6 +16,7 @@ import math
 import mmap
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,8 +40,7 @@ class LoaderDied(CommandFailed):
 
 @contextlib.contextmanager
 def deaths_explained(remedy: str) -> Iterator[None]:
-    """Around all that goes on beside loader processes: torch's handler of SIGCHLD raises the news
-    wherever the main thread happens to be. Raises LoaderDied, with what to do."""
+    """Around whatever waits for loader processes. Raises LoaderDied, with what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -104,7 +104,11 @@ class WorkerPool:
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
+        handler = signal.getsignal(signal.SIGCHLD)
         self._iterator = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch's would raise amid an update, too; a wait for data learns of a death as well
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         try:
             while self._iterator is not None:
                 part = next(self._iterator, None)

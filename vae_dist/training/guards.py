@@ -123,6 +123,7 @@ class DamageGuard:
     def __init__(self, *, limit: float, num_samples: int, warn: Callable[[str], None]) -> None:
         self.limit, self.num_samples, self.warn = limit, num_samples, warn
         self.before = 0  # over all ranks, before this process started
+        self.forgiven = 0  # of these, when they last ended the run: now the shards are repaired
         self.since = 0  # over all ranks since then, as far as they have summed
         self.here = 0  # on this rank since then
         self._named: set[tuple[str, int]] = set()
@@ -143,7 +144,8 @@ class DamageGuard:
         self.since = since
         # of an epoch at least: one bad sample in the first batch is no reason to stop
         seen = max(images_seen, self.num_samples)
-        if self.total > self.limit * seen:
+        if self.total - self.forgiven > self.limit * seen:
+            self.forgiven = self.total
             raise TrainingFailed(
                 f"{self.total} of {seen} samples could not be read (data.max_skipped_fraction="
                 f"{self.limit}); the warnings above name them. Repair the shards, or raise the "

@@ -328,6 +328,7 @@ class Trainer:
             "best_neg_elbo_nats": best,
             "best_step": best_step,
             "skipped_samples": self.damage.total,
+            "forgiven_samples": self.damage.forgiven,
             "evaluated_step": self._evaluated_step,
         }
 
@@ -340,6 +341,7 @@ class Trainer:
         self.training_step.load(checkpoint.tensors, scalars)
         self.guard.load_state(scalars)
         self.damage.before = scalars["skipped_samples"]
+        self.damage.forgiven = scalars.get("forgiven_samples", 0)
         self._evaluated_step = scalars["evaluated_step"]
         self._pending_row = checkpoint.state["pending_row"]
         self.step = self.writer.written_step = checkpoint.step

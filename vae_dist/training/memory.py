@@ -258,10 +258,10 @@ def memory_explained(knob: str) -> Iterator[None]:
     """Raises CommandFailed, which names the knob, where memory runs out inside."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         words = str(error).partition("\n")[0]
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and "not enough memory" not in words:  # as torch says of a CPU
+        if not is_memory and "allocate memory" not in words:  # as torch and fork say of a CPU's
             raise
         raise CommandFailed(
             f"memory ran out ({words or 'MemoryError'}); lower {knob}, then give the same command"
