@@ -44,6 +44,7 @@ from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 from vae_dist.training.compile import exact_float32
+from vae_dist.training.memory import keep_freed_memory
 
 
 class EvaluationResult(NamedTuple):
@@ -86,6 +87,8 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
+            if runtime.device.type == "cpu":
+                keep_freed_memory()  # once the loader processes run
             if batch.is_first and stop_requested is not None and stop_requested():
                 return None
             skipped += batch.skipped
