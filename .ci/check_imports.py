@@ -41,9 +41,9 @@ LAYERS: tuple[frozenset[str], ...] = (  # from the top
 )
 
 
-def layer_of(room: str) -> int | None:
-    """The place of a room from the top, 0 for commands; None when it has no place yet."""
-    return next((place for place, rooms in enumerate(LAYERS) if room in rooms), None)
+def layer_of(part: str) -> int | None:
+    """The place of a part from the top, 0 for commands; None when it has no place yet."""
+    return next((place for place, parts in enumerate(LAYERS) if part in parts), None)
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -51,7 +51,7 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str:
+def part_of(module: str) -> str:
     """The folder or file right under the package; empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
@@ -76,18 +76,18 @@ def imported(tree: ast.AST, modules: set[str]) -> Iterator[tuple[int, str]]:
 
 
 def wrong_direction(importer: str, target: str) -> str | None:
-    """Why a module of one room may not import a module of another, or None when it may."""
-    room, other = room_of(importer), room_of(target)
-    if room == other:
+    """Why a module of one part may not import a module of another, or None when it may."""
+    part, other = part_of(importer), part_of(target)
+    if part == other:
         return None
-    if not room:
+    if not part:
         return None  # the package's own __init__ stands above the layers
     if not other:
         return f"{importer} imports {target}: the package's own __init__ stands above the layers"
-    above, below = layer_of(room), layer_of(other)
+    above, below = layer_of(part), layer_of(other)
     if above is None or below is None:
-        return None  # reported once for the room
-    return f"{room} lies below {other}, so it cannot import it" if above > below else None
+        return None  # reported once for the part
+    return f"{part} lies below {other}, so it cannot import it" if above > below else None
 
 
 def circle(edges: dict[str, set[str]]) -> list[str] | None:
@@ -113,9 +113,9 @@ def problems(root: Path) -> list[str]:
     files = {module_name(path, root): path for path in sorted(root.rglob("*.py"))}
     found: list[str] = []
     edges: dict[str, set[str]] = {module: set() for module in files}
-    for room in sorted({room_of(module) for module in files} - {""}):
-        if layer_of(room) is None:
-            found.append(f"{root / room}: has no layer yet; give it one in .ci/check_imports.py")
+    for part in sorted({part_of(module) for module in files} - {""}):
+        if layer_of(part) is None:
+            found.append(f"{root / part}: has no layer yet; give it one in .ci/check_imports.py")
     for module, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         for line, target in imported(tree, set(files)):

@@ -17,7 +17,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 
 MAX_AUTOMATIC_SLOTS = 64
-MAX_AUTOMATIC_WINDOW = 32  # samples of a lane; with aspect buckets slots of a lane
+MAX_AUTOMATIC_WINDOW = 32  # rows; with aspect buckets slots
 MIN_IMAGES_OF_BUCKET = 4  # of a slot, which goes through the model as one shape
 MIN_SLOTS_OF_WINDOW = 4  # with aspect buckets: enough to sort by aspect
 EVALUATION_BATCH = 32  # images at most, where the microbatch is found while training
@@ -129,7 +129,7 @@ def world_size_problem(config: TrainConfig, world: int) -> str | None:
 
 
 def _automatic_window(config: TrainConfig, mean_sample_bytes: float) -> int:
-    # Twice: a lane reads its next window while the present one is being used up.
+    # Twice: the next window is read while the present one is being used up.
     row_bytes = 2 * config.training.batch_size * mean_sample_bytes
     smallest = MIN_SLOTS_OF_WINDOW if has_buckets(config) else 1
     window = MAX_AUTOMATIC_WINDOW
@@ -137,7 +137,7 @@ def _automatic_window(config: TrainConfig, mean_sample_bytes: float) -> int:
         window //= 2
     if window * row_bytes > config.data.window_bytes:
         raise ConfigError(
-            f"data.window_bytes={config.data.window_bytes} is too small for two windows of each "
-            f"lane; data.window=auto needs at least {math.ceil(smallest * row_bytes)}"
+            f"data.window_bytes={config.data.window_bytes} is too small for two windows; "
+            f"data.window=auto needs at least {math.ceil(smallest * row_bytes)}"
         )
     return window * images_per_slot(config) if has_buckets(config) else window

@@ -61,7 +61,9 @@ class DataConfig(Section):
         True, "add uniform noise of one level", when="likelihood.kind=gaussian|laplace bits!=32"
     )
     slots: int = knob(0, "parts of a batch; the processes divide it (0: automatic)", ge=0)
-    window: Any = knob("auto", "samples of a lane in a shuffle (auto: to 32)", form="auto COUNT")
+    window: Any = knob(
+        "auto", "samples of each sequence in a shuffle (auto: to 32)", form="auto COUNT"
+    )
     window_bytes: int = knob(4 * 2**30, "bytes that window=auto may hold, over all processes", ge=1)
     cache_bytes: int = knob(2**28, "for decoded images of a rank, if all fit", neutral=True, ge=0)
     retry_s: float = knob(600.0, "seconds that a remote read is tried again", neutral=True, ge=0)

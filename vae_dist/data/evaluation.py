@@ -64,8 +64,8 @@ class EvaluationStream:
         self._num_batches = -(-self.num_images // (batch_size * world))
         self._has_mask = settings.has_mask
         reader = SampleReader(index, settings.without_augmentation(), seed=0, retry_s=retry_s)
-        work = _Work(reader, self.num_images, batch_size, rank, world)
-        self._pool = WorkerPool(work, num_workers=min(workers, self._num_batches))
+        make_parts = _EvaluationParts(reader, self.num_images, batch_size, rank, world)
+        self._pool = WorkerPool(make_parts, num_workers=min(workers, self._num_batches))
         self.close = weakref.finalize(self, self._pool.close)
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ _Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[SkippedSample
 
 
 @dataclass
-class _Work:
+class _EvaluationParts:
     """What one worker does: every num_workers-th batch of its rank."""
 
     reader: SampleReader

@@ -3,7 +3,7 @@
 In: the index of the shards, their order, how to make images of them.
 Out: `Batch`: this rank's images of a step in groups of one shape, each in slot order.
 
-Step k takes the next sample of each of the order's sequences (lanes). A rank owns neighbouring
+Step k takes the next sample of each of the order's sequences. A rank owns neighbouring
 ones, batch_size / world of them, and its loader workers share these. With aspect buckets a slot
 owns one sequence, and step k takes its next batch_size / slots samples, which share a size
 (`vae_dist.data.windows`). So who reads what depends on the machine, but what step k shows does not.
@@ -61,8 +61,8 @@ class Batch(NamedTuple):
 class TrainingStream:
     """Iterates over the batches start_step, ..., stop_step - 1 of one rank.
 
-    slots: of a step over all ranks (0: one for each image). The order must have batch_size lanes,
-    or with slot_rows as many as slots. `workers` loader processes (0: this process) decode.
+    slots: of a step over all ranks (0: one for each image). The order has batch_size
+    sequences, with slot_rows as many as slots. `workers` loader processes (0: this process) decode.
     Iterating raises ShardError when the data cannot be used; close() ends the workers.
     """
 
@@ -105,8 +105,8 @@ class TrainingStream:
             shape = (share, *settings.size, settings.planes)
             self._memory = BatchMemory(shape, settings.dtype, is_shared=workers > 0)
         sequences = range(rank * share, (rank + 1) * share)
-        work = _TrainingWork(reader, order, sequences, self._steps, self._memory)
-        self._pool = WorkerPool(work, num_workers=workers)
+        make_parts = _TrainingParts(reader, order, sequences, self._steps, self._memory)
+        self._pool = WorkerPool(make_parts, num_workers=workers)
         self.close = weakref.finalize(self, self._pool.close)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -154,7 +154,7 @@ class _Part(NamedTuple):
     skipped: list[SkippedSample]
 
 
-class _TrainingWork:
+class _TrainingParts:
     """What one worker does: its sequences' part of each step."""
 
     def __init__(

@@ -1,11 +1,11 @@
-"""Runs work in loader processes, or in this one, with one meaning for both.
+"""Iterators in loader processes, or in this one, with one meaning for both.
 
-In: `work(worker, num_workers)`, an iterator of parts. Out: the parts, worker by worker in turn:
-worker 0's first, worker 1's first, ..., worker 0's second, ...
+In: `make_parts(worker, num_workers)`, an iterator of parts. Out: the parts, worker by worker in
+turn: worker 0's first, worker 1's first, ..., worker 0's second, ...
 
-Processes are forked, whatever Python's default is: work and its shared memory come to them as they
-are. That memory is anonymous and parts are pickled without tensors, so that nothing is taken from
-/dev/shm, which is small in containers.
+Processes are forked, whatever Python's default is: what they need comes to them as it is, shared
+memory too. That memory is anonymous and parts are pickled without tensors, so that nothing is taken
+from /dev/shm, which is small in containers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 
-Work = Callable[[int, int], Iterator[Any]]
+MakeParts = Callable[[int, int], Iterator[Any]]
 # libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the caches, which costs 6% of
 # its time, and the reading that follows.
 AHEAD_BYTES = 16
@@ -81,21 +81,21 @@ class BatchMemory:
 
 
 class WorkerPool:
-    """Iterates over the parts of `num_workers` processes; 0 works in this process.
+    """Iterates over the parts of `num_workers` processes; 0: in this process.
 
-    Raises what `work` raises, and what `deaths_explained` explains.
+    Raises what `make_parts` raises, and what `deaths_explained` explains.
     """
 
-    def __init__(self, work: Work, *, num_workers: int) -> None:
-        self.num_workers, self._work = num_workers, work
+    def __init__(self, make_parts: MakeParts, *, num_workers: int) -> None:
+        self.num_workers, self._make_parts = num_workers, make_parts
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         if self.num_workers == 0:
-            yield from self._work(0, 1)
+            yield from self._make_parts(0, 1)
             return
         loader = DataLoader(
-            _Work(self._work),
+            _Parts(self._make_parts),
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=PREFETCHED,
@@ -128,15 +128,15 @@ class WorkerPool:
             iterator._shutdown_workers()
 
 
-class _Work(IterableDataset[Any]):
-    def __init__(self, work: Work) -> None:
-        self.work = work
+class _Parts(IterableDataset[Any]):
+    def __init__(self, make_parts: MakeParts) -> None:
+        self.make_parts = make_parts
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         assert info is not None
         try:
-            yield from self.work(info.id, info.num_workers)
+            yield from self.make_parts(info.id, info.num_workers)
         except ConfigError as error:
             yield error  # as a value: raised here it would arrive wrapped in a traceback
 

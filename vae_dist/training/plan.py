@@ -121,16 +121,15 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
     parts = ", ".join(f"{name} {number:,}" for name, number in sizes.items() if number)
     share = config.training.batch_size // runtime.world
     images = min(size or share, share)
-    # a lane is an image of a step, with aspect buckets a slot
-    lanes = config.data.slots if data.settings.buckets else config.training.batch_size
-    window_bytes = 2 * config.data.window * lanes * data.train.mean_sample_bytes
-    kept_bytes = bytes_cached(
+    sequences = config.data.slots if data.settings.buckets else config.training.batch_size
+    window_bytes = 2 * config.data.window * sequences * data.train.mean_sample_bytes
+    cached_bytes = bytes_cached(
         data.train.num_samples,
         data.settings,
         cache_bytes=config.data.cache_bytes,
-        workers=min(config.data.workers, lanes // runtime.world),
+        workers=min(config.data.workers, sequences // runtime.world),
     )
-    kept = f", decoded images that are kept {_megabytes(kept_bytes)}" if kept_bytes else ""
+    cached = f", decoded images {_megabytes(cached_bytes)}" if cached_bytes else ""
     worlds = ", ".join(str(world) for world in divisors(config.data.slots))
     return [
         *plan(config, data, runtime, vae, first_step=0, microbatch_size=size),
@@ -140,7 +139,7 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
         f"memory of one process: about {_megabytes(cost.peak_bytes(images))} of tensors: weights, "
         f"gradients, moments and average {_megabytes(cost.state_bytes)}, a microbatch of {images} "
         f"images {_megabytes(images * cost.image_bytes)}; undecoded samples "
-        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window}){kept}",
+        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window}){cached}",
         f"numbers of processes that divide data.slots={config.data.slots}: {worlds}",
         "dry run: nothing was trained",
     ]
@@ -179,13 +178,13 @@ def notes(config: TrainConfig, data: Data) -> Iterator[str]:
             f"training.steps={enough} makes {MANY_EPOCHS:,}"
         )
     key = "data.slots" if data.settings.buckets else "training.batch_size"
-    lanes, weights = value_of(config, key), [weight for _, weight in data.train.parts]
-    given = quotas(weights, lanes, key=key) if weights else []
-    shares = [weight / sum(weights) * lanes for weight in weights]
+    number, weights = value_of(config, key), [weight for _, weight in data.train.parts]
+    given = quotas(weights, number, key=key) if weights else []
+    shares = [weight / sum(weights) * number for weight in weights]
     if any(abs(n - m) > ROUNDING * m for n, m in zip(given, shares, strict=True)):
-        asked, gets = (":".join(f"{number:g}" for number in ns) for ns in (weights, given))
+        asked, gets = (":".join(f"{n:g}" for n in ns) for ns in (weights, given))
         yield (
-            f"{key}={lanes} cannot be divided by the weights {asked} of data.train; the data sets "
+            f"{key}={number} cannot be divided by the weights {asked} of data.train; the data sets "
             f"get {gets} of it instead; raise {key}, or weigh them so"
         )
 
