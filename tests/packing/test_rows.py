@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -172,34 +177,65 @@ def test_labels_of_parquet(tmp_path: Path) -> None:
         assert not list((tmp_path / "b").iterdir())
 
 
-def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The files of a folder as the data set o/r of a hub on the loopback."""
+    root = tmp_path / "hub"
+    root.mkdir()
 
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def answer(self, code: int, body: bytes, **headers: str) -> None:
+            self.send_response(code)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")}
+            path = self.path.split("?")[0]
+            if re.match(r"/api/datasets/o/r/tree/main", path):
+                tree = [{"type": "file", "path": n, "size": len(d), "oid": "a" * 40}
+                        for n, d in files.items()]  # fmt: skip
+                return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+            found = re.fullmatch(r"/datasets/o/r/resolve/[^/]+/(.*)", path)
+            if not found or found[1] not in files:
+                return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
+            tag = f'"{found[1]}"'.replace("/", "-")
+            return self.answer(200, files[found[1]], ETag=tag, X_Repo_Commit="b" * 40)
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    from huggingface_hub import constants
+
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # other tests set it before the import
+    yield root
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path) -> None:
     for split, count in (("train", 2), ("test", 1)):
-        write_parquet(tmp_path / f"hub/plain/{split}-00000-of-00001.parquet", [1] * count)
-
-    class Hub:
-        """The files of a folder as the data set o/r."""
-
-        def list_repo_files(self, name: str, *, revision: str | None, repo_type: str) -> list[str]:
-            assert repo_type == "dataset" and revision in (None, "main", "refs/convert/parquet")
-            if name != "o/r":
-                raise OSError("404 Client Error")
-            files = tmp_path.glob("hub/**/*.parquet")
-            return ["README.md", *(str(path.relative_to(tmp_path / "hub")) for path in files)]
-
-        def hf_hub_download(self, name: str, file: str, **keys: object) -> str:
-            return str(tmp_path / "hub" / file)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+        write_parquet(hub / f"plain/{split}-00000-of-00001.parquet", [1] * count)
     for spec in ("hf://datasets/o/r", "hf://datasets/o/r@main/plain"):
         listing, files = opened(spec, tmp_path / "work")
         assert [i.split for i in listing.items] == ["test", "train", "train"]
         assert files == [png(0), png(0), png(1)]
-    write_parquet(tmp_path / "hub/other/train-0.parquet", [1])
+    write_parquet(hub / "other/train-0.parquet", [1])
     for spec, message in (
         ("hf://datasets/o/r", r"several sets: other, plain; name one: hf://.*/FOLDER"),
-        ("hf://datasets/o/none", r"the hub does not give it \(404 Client Error\)"),
+        ("hf://datasets/o/none", r"the hub does not give it \(.*404"),
         ("hf://o/r", r"write it like hf://datasets/OWNER/NAME"),
         ("hf://datasets/o/r/none", "no parquet file is there; download"),
     ):
