@@ -231,8 +231,9 @@ class TrainingStep:
         config, likelihood = self.config, self.vae.likelihood
         latent = self.vae.latent_shape(*stored.shape[-2:])
         shape = noise_shape(config.objective, len(stored), latent)
-        # latents are small: drawn on the CPU, the same on every device
-        noise = self._drawn("posterior", group, step, shape, NORMAL)
+        # drawn on the CPU, the same on every device, but for a ladder's: 22 million values a step
+        is_small = not self.vae.num_levels
+        noise = self._drawn("posterior", group, step, shape, NORMAL, on_host=is_small)
         uniform, labels, mask = None, None, group.masks
         if likelihood.needs_uniform:
             uniform = self._drawn("levels", group, step, stored.shape, UNIFORM, on_host=False)
@@ -254,7 +255,8 @@ class TrainingStep:
         if self.alignment is not None:  # its gradient is that of the decoder's loss at z
             more["latent_noise"] = Alignment.probe(more.get("latent_noise"), shape, self.device)
         images = likelihood.prepare(stored.contiguous(), uniform)
-        return (images, self._sent(noise), labels, mask), more
+        noise = self._sent(noise) if is_small else noise
+        return (images, noise, labels, mask), more
 
     def _channel_mask(self, draws: Tensor, num_channels: int) -> Tensor:
         """draws (b, 2) in [0, 1) -> (b, C, 1, 1): 1 for the first c channels, c uniform from 1 to
