@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 from vae_dist.cli import exit_process, run_command, writing
 from vae_dist.config.checks import LATENT_METRICS, metric_names
 from vae_dist.config.commands import EvaluateCommand
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import shown
 
 if TYPE_CHECKING:
     from vae_dist.data.evaluation import EvaluationBatch
     from vae_dist.distributed import Runtime
+    from vae_dist.evaluation.diffusability import LatentSample
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.load import Images, LoadedModel
@@ -72,14 +75,13 @@ def evaluate(command: EvaluateCommand) -> None:
 
 def _evaluate_latents(command: EvaluateCommand) -> None:
     """Figures of stored latents; one process reads them, all have the result."""
-    from vae_dist.evaluation.diffusability import LatentSample
     from vae_dist.evaluation.run import as_json
     from vae_dist.files import redacted, write_durably
     from vae_dist.inference.latents import open_latents, read_latents
     from vae_dist.inference.load import open_run_on_ranks
 
-    sample = LatentSample(metric_names(command.metrics))
     with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
+        sample = _latent_sample(command, loaded)
 
         def read() -> str:
             shards = open_latents(loaded.config, command.latents)
@@ -104,6 +106,17 @@ def _evaluate_latents(command: EvaluateCommand) -> None:
         lines = [f"latents {data}", *_table(report.figures)]
         lines += [*(f"  {note}" for note in report.notes.values()), f"written to {out}"]
         print("\n".join(lines))
+
+
+def _latent_sample(command: EvaluateCommand, loaded: LoadedModel) -> LatentSample:
+    from vae_dist.evaluation.diffusability import LatentSample
+
+    if loaded.model.num_levels:
+        raise ConfigError(
+            f"metrics={shown(command.metrics)}: the latents of a ladder are no map of channels; "
+            f"leave out {', '.join(LATENT_METRICS)}"
+        )
+    return LatentSample(metric_names(command.metrics))
 
 
 def _batches(
@@ -177,7 +190,7 @@ def _metrics(
             )
         )
     if set(names) & set(LATENT_METRICS):
-        asked.append(diffusability.LatentSample(names))
+        asked.append(_latent_sample(command, loaded))
     if "lattice" in names:
         channels = loaded.config.data.channels
         asked.append(diffusability.LatticeMetric(model, loaded.image_size, channels=channels))

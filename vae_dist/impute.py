@@ -39,7 +39,7 @@ def impute(command: ImputeCommand) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"out={out} exists already: remove it, or choose another folder")
     with open_run(command, device=command.device) as loaded, TemporaryDirectory() as scratch:
-        if loaded.model.num_levels > 1 and command.method != "importance":
+        if loaded.model.num_levels and command.method != "importance":
             raise ConfigError(f"method={command.method}: a ladder is filled by method=importance")
         filled = _filled(command, loaded, Path(scratch))
     records = [one.record() for one in filled]

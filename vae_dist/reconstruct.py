@@ -9,7 +9,6 @@ import sys
 
 from vae_dist.cli import run_command, writing
 from vae_dist.config.commands import ReconstructCommand
-from vae_dist.config.errors import ConfigError
 
 USAGE = "python -m vae_dist.reconstruct run=FOLDER [key=value ...]"
 INTRO = "Write a PNG grid of images, each above its reconstruction by a trained model."
@@ -24,11 +23,6 @@ def reconstruct(command: ReconstructCommand) -> None:
     with open_run(command, device=command.device) as loaded:
         images = images_to_show(loaded, command.data)
         vae = BatchedVAE(loaded.model, command.batch_size, command.tile)
-        if command.levels > loaded.model.num_levels:
-            raise ConfigError(
-                f"levels={command.levels}: this model has {loaded.model.num_levels} levels of "
-                "latents; leave it out for all of them"
-            )
         for pixels, labels, masks, _ in first_examples_by_shape(images, command.num_images):
             inputs += list(with_holes(pixels, masks))
             shown = vae.reconstruct(pixels, labels, masks, levels=command.levels or None)

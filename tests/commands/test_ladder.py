@@ -103,12 +103,16 @@ def test_the_python_api(run):
     assert vae.neg_elbo(images).isfinite().all()
     with pytest.raises(ValueError, match="temperature has 3 values, and this model 2 levels"):
         vae.sample(1, temperature=[1, 1, 1])
+    for levels in (-1, 0, 3):
+        with pytest.raises(ValueError, match=f"levels={levels}: this model is a ladder of 2"):
+            vae.reconstruct(images, levels=levels)
 
 
 @pytest.mark.parametrize(
     ("command", "keys"),
     [
         (encode, "content=moments data=x out=y"),
+        (evaluate, "metrics=viv,psnr max_images=4"),
         (reconstruct, "tile=64"),
         (reconstruct, "levels=3"),
         (impute, "method=gibbs mask=half out=filled"),

@@ -12,14 +12,15 @@ from torch.distributions import MultivariateNormal
 
 from tests.models.test_vae import away_from_zero, inputs
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
-from vae_dist.evaluation.importance import ImportanceMetric
-from vae_dist.evaluation.metrics import Inputs
+from vae_dist.evaluation.importance import ImportanceMetric, weighted_draws
+from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs
 from vae_dist.models.build import build_vae
 from vae_dist.models.ladder import Found, LadderVAE, draw, sigma
 from vae_dist.models.latent import kl_to_standard_normal, log_ratio_to_prior, sample_posterior
 from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.objectives.elbo import importance_terms
 from vae_dist.randomness import torch_generator
+from vae_dist.tracking.images import to_uint8
 
 SIZE = (20, 28)
 SMALL: dict[str, Any] = {
@@ -79,6 +80,20 @@ def test_the_rate_is_the_mean_of_log_ratios() -> None:
     error = ratios.std().item() / math.sqrt(len(ratios))
     assert output.kl.sum().item() == pytest.approx(ratios.mean().item(), abs=4 * error)
     assert output.kl.sum().item() > 10 * error
+
+
+def test_a_ladder_of_one_level_is_none_the_less_one() -> None:
+    """Its prior is learned and its second group depends on the first."""
+    model = ladder(channels=[8], groups=[2])
+    images, e = inputs(model, 2, 3, SIZE)
+    output, stored = model(images, e), (127.5 * (images + 1)).round().clamp(0, 255).byte()
+    found = weighted_draws(model, images, e.unsqueeze(1), output.mean, output.log_variance)
+    expected = (output.log_likelihood - output.log_ratio).double()
+    torch.testing.assert_close(found.log_weights[0, :, 0], expected)
+    # reconstructions of an evaluation are those of `reconstruct`: on the path of the means
+    _, shown = EvaluatedBatch(model, Inputs(stored, images, [0, 1]), e, output).pictures
+    means = model.likelihood.mean(model(images, torch.zeros_like(e)).params)
+    torch.testing.assert_close(shown, to_uint8(means).float() / 255)
 
 
 @pytest.mark.parametrize("aggregate", [False, True])
@@ -154,8 +169,8 @@ SIGMA, SPREAD, SLOPE, DIMS = 0.2, 0.5, 0.8, (2, 3)
 class NoTaps(nn.Module):
     """The image itself."""
 
-    def forward(self, images: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (images.flatten(1),)
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images.flatten(1)]
 
 
 class LinearLadder(nn.Module):

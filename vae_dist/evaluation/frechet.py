@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import EvaluatedBatch, Report, in_colour
+from vae_dist.models.ladder import LadderVAE
 from vae_dist.models.latent import LatentPrior, drawn_labels, prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.tracking.images import to_uint8
@@ -127,7 +128,7 @@ class FrechetMetric:
             labels = drawn_labels(self._model.num_classes, count, seed=self._seed, first=first)
             labels = None if labels is None else labels.to(self._device)
             z = z.to(self._device)
-            if self._model.num_levels > 1:
+            if isinstance(self._model, LadderVAE):
                 z = self._model.from_prior(z, size, labels)
             params = self._model.decode(z, size, labels)
             self._add(moments, to_uint8(self._model.likelihood.mean(params)).float() / 255)

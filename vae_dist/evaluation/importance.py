@@ -26,7 +26,7 @@ from torch import Tensor
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, Report, Sums, mean_and_error
 from vae_dist.models.latent import LatentPrior, sample_posterior
-from vae_dist.models.vae import VAE
+from vae_dist.models.vae import VAE, each
 from vae_dist.randomness import torch_generator
 
 FEW = 3  # effective samples of an image, on average
@@ -92,20 +92,16 @@ def weighted_draws(
     """Decodes z of noise (n, s, *latent) and weighs them; `mean`, `log_variance` (n, *latent) of
     q(z|x), images, labels and mask of each image."""
     shape = noise.shape[:2]  # (n, s)
-
-    def of_each(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.repeat_interleave(shape[1], 0)
-
     noise = noise.to(mean.device, non_blocking=True)
-    if model.num_levels > 1:  # moments of a group depend on the draws above it
+    if model.num_levels:  # moments of a group depend on the draws above it
         output = model(images, noise, labels, mask)
         log_weights = output.log_likelihood.double() - output.log_ratio.double()
         return WeightedDraws(output.params.flatten(0, 1), log_weights.unsqueeze(0))
     z = sample_posterior(mean, log_variance, noise).flatten(0, 1)
     height, width = images.shape[-2:]
-    params = model.decode(z, (height, width), of_each(labels))
-    images = images.repeat_interleave(shape[1], 0)
-    log_likelihood = model.likelihood.log_prob(params, images, of_each(mask)).double()
+    params = model.decode(z, (height, width), each(labels, shape[1]))
+    images, mask = each(images, shape[1]), each(mask, shape[1])
+    log_likelihood = model.likelihood.log_prob(params, images, mask).double()
     noise, log_variance = noise.flatten(2).double(), log_variance.flatten(1).double()
     # both without the d/2 log 2 pi that cancels between N(0, I) and q
     log_q = -0.5 * (noise.square().sum(2) + log_variance.sum(1, keepdim=True))  # (n, s)

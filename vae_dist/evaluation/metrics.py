@@ -83,11 +83,18 @@ class EvaluatedBatch:
     output: VAEOutput
 
     @cached_property
+    def means(self) -> Tensor:
+        """(b, *latent) of q(z|x); of a ladder, whose `output.mean` is given the draws above, on the
+        path of the means."""
+        shown = self.inputs.images, self.inputs.labels, self.inputs.mask
+        return self.model.encode(*shown)[0] if self.model.num_levels else self.output.mean
+
+    @cached_property
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Images and their reconstructions E[x | z = E[z|x]], float32 (b, C, H, W) in [0, 1]; where
         images have 8 bits, both are rounded to them, as a PNG of them is. Of images that are cut to
         fewer bits, what is left is the original: the model has seen no other."""
-        params = self.model.decode(self.output.mean, self.inputs.image_size, self.inputs.labels)
+        params = self.model.decode(self.means, self.inputs.image_size, self.inputs.labels)
         means = self.model.likelihood.mean(params)
         levels = self.inputs.levels
         if levels.dtype == torch.uint8:
@@ -330,20 +337,20 @@ class LadderSums:
     """The same of a ladder, whose units are its groups: their posteriors depend on the draws above
     them, so that there is no KL to N(0, I) and no q(z_i|x_j)."""
 
-    def __init__(self, num_groups: int, device: torch.device) -> None:
-        self._kl = torch.zeros(num_groups, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self._kl: Tensor | float = 0.0  # of each group, on the CPU; a rank may have no image
         self._sums = Sums(device, "variance", "images")
 
     def update(self, output: VAEOutput) -> None:
-        self._kl += output.kl.double().sum(0)
+        self._kl = self._kl + output.kl.double().sum(0).cpu()
         variance = output.log_variance.double().exp().flatten(1).mean(1)
         self._sums.add(variance=variance, images=torch.ones_like(variance))
 
     def compute(self, runtime: Runtime) -> LatentReport:
         sums = self._sums.over_ranks(runtime)
-        rates = (runtime.sum_over_ranks(self._kl) / max(1.0, sums["images"])).tolist()
+        rates = torch.as_tensor(sum(runtime.gather(self._kl)) / sums["images"]).tolist()
         active = sum(rate > ACTIVE_NATS for rate in rates)
-        spread = sums["variance"] / max(1.0, sums["images"])
+        spread = sums["variance"] / sums["images"]
         return LatentReport(active, active / len(rates), spread, None, rates)
 
 

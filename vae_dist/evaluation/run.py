@@ -169,9 +169,7 @@ class _Bound:
         self._likelihood, units = model.likelihood, model.latent_channels
         names = ("distortion", "rate", "square", "at_floor", "with_floor", "images", "dims")
         self._sums = Sums(device, *names)
-        self._latents: LatentSums | LadderSums = LatentSums(units, device)
-        if model.num_levels > 1:
-            self._latents = LadderSums(model.num_units, device)
+        self._latents = LadderSums(device) if model.num_levels else LatentSums(units, device)
         self._moments = LatentMoments(units, device)
 
     def update(self, batch: EvaluatedBatch) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from vae_dist.config.errors import ConfigError
 from vae_dist.evaluation.run import with_noise
 from vae_dist.inference import tiles
+from vae_dist.models.ladder import LadderVAE
 from vae_dist.models.latent import LatentPrior, prior_latents
 from vae_dist.models.vae import NO_LABEL, VAE
 from vae_dist.randomness import draws
@@ -61,6 +62,11 @@ class BatchedVAE:
         self, z: Tensor, size: Size, labels: Tensor | None = None, *, levels: int | None = None
     ) -> Tensor:
         """E[x|z] of latents (N, *latent); of a ladder those of the top `levels` levels alone."""
+        if levels is not None and not 1 <= levels <= self.model.num_levels:
+            raise ConfigError(
+                f"levels={levels}: this model is a ladder of {self.model.num_levels} levels (0: it "
+                "is none); leave it out to decode all of a latent"
+            )
         images = []
         for latents, known in self._batches(z, labels):
             if levels is None:
@@ -69,17 +75,6 @@ class BatchedVAE:
                 params = self.model.decode(latents, size, known, levels)
             images.append(self.model.likelihood.mean(params).cpu())
         return torch.cat(images)
-
-    @torch.inference_mode()
-    def rates(
-        self, images: Tensor, labels: Tensor | None = None, masks: Tensor | None = None
-    ) -> Tensor:
-        """KL of each group of a ladder on the path of the means, nats (N, groups)."""
-        shape, found = self.model.latent_shape(images.shape[-2], images.shape[-1]), []
-        for shown, known, seen in self._batches(images, labels, masks):
-            noise = torch.zeros(len(shown), *shape, device=shown.device)
-            found.append(self.model(self.model.likelihood.noise_free(shown), noise, known, seen).kl)
-        return torch.cat(found)
 
     def reconstruct(
         self,
@@ -93,6 +88,7 @@ class BatchedVAE:
         mean, _ = self.encode(images, labels, masks)
         return self.decode(mean, (images.shape[-2], images.shape[-1]), labels, levels=levels)
 
+    @torch.inference_mode()
     def sample(
         self,
         num_images: int,
@@ -107,32 +103,22 @@ class BatchedVAE:
         """Images of `num_images` draws of the prior; with `classes` those of each of them, class by
         class, from the same noise, so that columns of a grid share it. `temperature`: one, or, of a
         ladder, one for each level from the top."""
-        shape, num_levels = self.model.latent_shape(*size), self.model.num_levels
-        if isinstance(temperature, Sequence) and len(temperature) != num_levels:
+        model, shape, factor = self.model, self.model.latent_shape(*size), 1.0
+        if not isinstance(temperature, Sequence):
+            factor = 1.0 if model.num_levels else temperature
+        elif len(temperature) != model.num_levels:
             raise ConfigError(
-                f"temperature has {len(temperature)} values, and this model {num_levels} levels of "
-                "latents; give one number, or one for each level of a ladder from the top"
+                f"temperature has {len(temperature)} values, and this model {model.num_levels} "
+                "levels; give one number, or one for each level of a ladder from the top"
             )
-        if isinstance(temperature, Sequence) and num_levels == 1:
-            temperature = temperature[0]
-        if prior is not None:
-            assert isinstance(temperature, int | float)
-            z = prior_latents(shape, num_images, seed=seed, temperature=temperature, prior=prior)
-        else:
-            z = prior_latents(shape, num_images, seed=seed)
+        z = prior_latents(shape, num_images, seed=seed, temperature=factor, prior=prior)
         if classes:
             z = z.repeat(len(classes), *[1] * len(shape))
             labels = torch.tensor(classes).repeat_interleave(num_images)
-        if prior is None:
-            z = self._from_noise(z, size, labels, temperature)
+        if isinstance(model, LadderVAE):
+            batches = self._batches(z, labels)
+            z = torch.cat([model.from_prior(e, size, y, temperature) for e, y in batches])
         return self.decode(z, size, labels)
-
-    @torch.inference_mode()
-    def _from_noise(
-        self, noise: Tensor, size: Size, labels: Tensor | None, temperature: float | Sequence[float]
-    ) -> Tensor:
-        batches = self._batches(noise, labels)
-        return torch.cat([self.model.from_prior(e, size, y, temperature) for e, y in batches])
 
     def interpolate(
         self,
@@ -153,7 +139,7 @@ class BatchedVAE:
         if labels is not None:
             is_first = torch.arange(num_points) < num_points / 2  # (K,)
             nearer = torch.where(is_first, labels[0].unsqueeze(1), labels[1].unsqueeze(1)).flatten()
-        levels = None if self.model.num_levels == 1 else 1
+        levels = 1 if self.model.num_levels else None
         return self.decode(z.flatten(0, 1), size, nearer, levels=levels)
 
     def traverse(

@@ -95,7 +95,7 @@ def tile_side(model: VAE, tile: int) -> int:
             f"tile={tile}: a vector latent holds the whole image; tiles are for model.latent="
             "spatial"
         )
-    if tile and model.num_levels > 1:
+    if tile and model.num_levels:
         raise ConfigError(f"tile={tile}: the latents of a ladder are not cut; leave tile out")
     side = tile // model.stride
     if tile and side < 8:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate
+from operator import floordiv
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from vae_dist.config.schema import ModelConfig, TrainConfig
 from vae_dist.models.blocks import recompute_in_backward
 from vae_dist.models.conv import Decoder, Encoder, TowerOptions
 from vae_dist.models.dense import DenseDecoder, DenseEncoder
-from vae_dist.models.ladder import LadderDecoder, LadderEncoder, LadderOptions, LadderVAE
+from vae_dist.models.ladder import LadderDecoder, LadderEncoder, LadderVAE
 from vae_dist.models.likelihoods import build_likelihood
 from vae_dist.models.vae import LABEL_DIMS, VAE
 from vae_dist.randomness import derive_seed
@@ -81,10 +84,8 @@ def stride_of(model: ModelConfig) -> int:
 
 def factors_of(model: ModelConfig) -> list[int]:
     """Sides of the squares that become one position, between each level and the next."""
-    count = len(model.channels) - 1
-    if model.arch != "ladder":
-        return [2] * count
-    return list(model.factors) if isinstance(model.factors, list) else [model.factors] * count
+    factors = model.factors
+    return list(factors) if isinstance(factors, list) else [factors] * (len(model.channels) - 1)
 
 
 @torch.no_grad()
@@ -105,23 +106,10 @@ def blocks_of_levels(model: ModelConfig) -> list[int]:
 def _ladder(
     model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
 ) -> tuple[LadderEncoder, LadderDecoder]:
-    factors = factors_of(model)
-    sides = [
-        min(image_size) // model.patch // math.prod(factors[:i]) for i in range(len(factors) + 1)
-    ]
-    options = LadderOptions(
-        channels=model.channels,
-        blocks=blocks_of_levels(model),
-        groups=model.groups,
-        factors=factors,
-        kernels=[3 if side > SMALL_MAP else 1 for side in sides],
-        latent_channels=model.latent_channels,
-        norm_groups=model.norm_groups,
-        patch=model.patch,
-        aggregate=model.aggregate,
-        condition_dims=LABEL_DIMS if model.num_classes else 0,
-    )
-    return LadderEncoder(channels, options), LadderDecoder(num_params, options)
+    options = replace(model, factors=factors_of(model), blocks=blocks_of_levels(model))
+    sides = accumulate(options.factors, floordiv, initial=min(image_size) // model.patch)
+    kernels = [3 if side > SMALL_MAP else 1 for side in sides]
+    return LadderEncoder(channels, options, kernels), LadderDecoder(num_params, options, kernels)
 
 
 def _towers(

@@ -19,23 +19,23 @@ passed by. Moments, KL and last layers are float32 outside autocast.
 
 All groups lie flat in one latent (B, 1, D), from the top level to the finest.
 
-Legend: B images, K draws, L levels from the top, G groups of a level, c channels of a group, D
-values of a latent.
+Legend: B images, K draws, G groups of a level, c channels of a group, D values of a latent. Lists
+of the config (`factors` and `blocks` one number a step and a level) go from the finest level up.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae_dist.config.schema import ModelConfig
 from vae_dist.models.blocks import Block, group_norm, in_float32, zeroed
-from vae_dist.models.vae import VAE, VAEOutput, each
+from vae_dist.models.vae import LABEL_DIMS, VAE, VAEOutput, each
 
 SIGMA_FLOOR = 1e-3
 LOG_2 = math.log(2.0)
@@ -46,25 +46,9 @@ def sigma(s: Tensor) -> Tensor:
     return SIGMA_FLOOR + (1 - SIGMA_FLOOR) / LOG_2 * F.softplus(LOG_2 * s)
 
 
-@dataclass(frozen=True)
-class LadderOptions:
-    """What encoder and decoder agree on; lists go from the finest level to the top."""
-
-    channels: Sequence[int]  # width of each level
-    blocks: Sequence[int]  # of each level of the encoder
-    groups: Sequence[int]  # of each level
-    factors: Sequence[int]  # between a level and the next
-    kernels: Sequence[int]  # of the blocks of each level: 1 on small maps
-    latent_channels: int  # of a group
-    norm_groups: int
-    patch: int
-    aggregate: bool
-    condition_dims: int
-
-    @property
-    def share(self) -> float:
-        """Of one group in what all of them add up to."""
-        return sum(self.groups) ** -0.5
+def share_of_a_group(options: ModelConfig) -> float:
+    """In what all of them add up to."""
+    return sum(options.groups) ** -0.5
 
 
 class LadderBlock(Block):
@@ -124,27 +108,27 @@ def draw(value: Tensor, prior: Gaussian, posterior: Gaussian, *, is_latent: bool
 class Group(nn.Module):
     """One rung of the ladder at features x (B, w, h, w)."""
 
-    def __init__(self, options: LadderOptions, level: int, *, is_last: bool) -> None:
+    def __init__(self, options: ModelConfig, level: int, kernel: int, *, is_last: bool) -> None:
         super().__init__()
-        width, kernel = options.channels[level], options.kernels[level]
-        self.latent = latent = options.latent_channels
-        self.prior = Head(width, 2 * latent + width, kernel, options.norm_groups)
+        width, latent, norms = options.channels[level], options.latent_channels, options.norm_groups
+        self.prior = Head(width, 2 * latent + width, kernel, norms)
         zeroed(self.prior.conv)
-        self.posterior = Head(2 * width, 2 * latent, kernel, options.norm_groups)
+        self.posterior = Head(2 * width, 2 * latent, kernel, norms)
         self.collect = nn.Conv2d(latent, width, 1) if options.aggregate else None
         self.has_block = not (is_last and options.aggregate)  # whose output nothing would see
         if self.has_block:
             self.project = nn.Conv2d(latent, width, 1)
             with torch.no_grad():
-                self.project.weight *= options.share
-            self.block = LadderBlock(width, kernel, options.norm_groups)
+                self.project.weight *= share_of_a_group(options)
+            self.block = LadderBlock(width, kernel, norms)
 
     def forward(
-        self, x: Tensor, value: Tensor, tap: Tensor | None, is_latent: bool
-    ) -> tuple[Tensor, Tensor | None, Found]:
+        self, x: Tensor, collected: Tensor, value: Tensor, tap: Tensor | None, is_latent: bool
+    ) -> tuple[Tensor, Tensor, Found]:
         """Features below, what is collected, and the latent: `value` (B, c, h, w) is the noise of a
         draw, of the posterior where there is a tap, or `is_latent`: z itself."""
-        mean, s, h = self.prior(x).split([self.latent, self.latent, x.shape[1]], 1)
+        latent = value.shape[1]
+        mean, s, h = self.prior(x).split([latent, latent, x.shape[1]], 1)
         prior = posterior = mean, sigma(s)
         if tap is not None:
             mean, s = self.posterior(torch.cat([x, tap], 1)).chunk(2, 1)
@@ -153,7 +137,9 @@ class Group(nn.Module):
         z = found.z.view_as(value)
         if self.has_block:
             x = self.block(x + h + self.project(z))
-        return x, None if self.collect is None else self.collect(z), found
+        if self.collect is not None:
+            collected = collected + self.collect(z)
+        return x, collected, found
 
 
 class Rise(nn.Module):
@@ -171,94 +157,77 @@ class Rise(nn.Module):
 class DecoderLevel(nn.Module):
     """The way down to this level, unless it is the top one, then its groups."""
 
-    def __init__(self, options: LadderOptions, level: int) -> None:
+    def __init__(self, options: ModelConfig, level: int, kernel: int) -> None:
         super().__init__()
         widths, is_top = options.channels, level + 1 == len(options.channels)
         change = () if is_top else (widths[level + 1], widths[level], options.factors[level])
         self.rise = Rise(*change) if change else None
         self.collected = Rise(*change) if change and options.aggregate else None
-        count = options.groups[level]
+        last = options.groups[level] - 1
         self.groups = nn.ModuleList(
-            Group(options, level, is_last=level == 0 and number + 1 == count)
-            for number in range(count)
+            Group(options, level, kernel, is_last=level == 0 and number == last)
+            for number in range(last + 1)
         )
-        self.latent = options.latent_channels
 
     def forward(
-        self,
-        x: Tensor,
-        collected: Tensor | None,
-        value: Tensor,
-        tap: Tensor | None,
-        is_latent: bool,
-    ) -> tuple[Tensor, Tensor | None, Found]:
+        self, x: Tensor, collected: Tensor, value: Tensor, tap: Tensor | None, is_latent: bool
+    ) -> tuple[Tensor, Tensor, Found]:
         """`value` (B, G c h w) as a group's, one group after the other."""
-        if self.rise is not None:
-            x = self.rise(x)
-        if self.collected is not None and collected is not None:
-            collected = self.collected(collected)
-        values = value.unflatten(1, (len(self.groups), self.latent, *x.shape[-2:]))
-        parts = []
+        x = x if self.rise is None else self.rise(x)
+        collected = collected if self.collected is None else self.collected(collected)
+        values, parts = value.unflatten(1, (len(self.groups), -1, *x.shape[-2:])), []
         for number, group in enumerate(self.groups):
-            x, part, found = group(x, values[:, number], tap, is_latent)
+            x, collected, found = group(x, collected, values[:, number], tap, is_latent)
             parts.append(found)
-            if part is not None:
-                collected = part if collected is None else collected + part
         return x, collected, Found.of(parts)
 
 
 class LadderEncoder(nn.Module):
     """Images (B, C, H, W), sides multiples of the stride -> a tap of each level, the top first."""
 
-    def __init__(self, in_channels: int, options: LadderOptions) -> None:
+    def __init__(self, in_channels: int, options: ModelConfig, kernels: Sequence[int]) -> None:
         super().__init__()
-        self.patch, widths, groups = options.patch, options.channels, options.norm_groups
-        first = nn.Conv2d(in_channels * options.patch**2, widths[0], 3, padding=1)
-        changes = [first] + [
+        self.patch, widths, norms = options.patch, options.channels, options.norm_groups
+        changes = [nn.Conv2d(in_channels * self.patch**2, widths[0], 3, padding=1)] + [
             nn.Conv2d(above, below, factor, stride=factor)
             for above, below, factor in zip(widths, widths[1:], options.factors, strict=False)
         ]
         self.levels = nn.ModuleList(
-            nn.Sequential(change, *(LadderBlock(width, kernel, groups) for _ in range(count)))
+            nn.Sequential(change, *(LadderBlock(width, kernel, norms) for _ in range(count)))
             for change, width, kernel, count in zip(
-                changes, widths, options.kernels, options.blocks, strict=True
+                changes, widths, kernels, options.blocks, strict=True
             )
         )
 
-    def forward(self, images: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         x, taps = F.pixel_unshuffle(images, self.patch), []
         for level in self.levels:
             x = level(x)
             taps.append(x)
-        return tuple(reversed(taps))
+        return taps[::-1]
 
 
 class LadderDecoder(nn.Module):
     """The way down, and the float32 parameters of the likelihood at its end."""
 
-    def __init__(self, num_params: int, options: LadderOptions) -> None:
+    def __init__(self, num_params: int, options: ModelConfig, kernels: Sequence[int]) -> None:
         super().__init__()
-        top, finest = options.channels[-1], options.channels[0]
+        finest, top, norms = options.channels[0], options.channels[-1], options.norm_groups
         self.options = options
         self.start = nn.Parameter(torch.zeros(1, top, 1, 1))
-        self.label_in = (
-            zeroed(nn.Linear(options.condition_dims, top)) if options.condition_dims else None
-        )
-        order = reversed(range(len(options.channels)))
-        self.levels = nn.ModuleList(DecoderLevel(options, level) for level in order)
-        count = 2 if options.aggregate else 1
-        self.last_blocks = nn.Sequential(
-            *(LadderBlock(finest, options.kernels[0], options.norm_groups) for _ in range(count))
-        )
-        self.head = Head(finest, num_params * options.patch**2, 3, options.norm_groups)
+        self.label_in = zeroed(nn.Linear(LABEL_DIMS, top)) if options.num_classes else None
+        order = reversed(list(enumerate(kernels)))
+        self.levels = nn.ModuleList(DecoderLevel(options, *level) for level in order)
+        blocks = (LadderBlock(finest, kernels[0], norms) for _ in range(1 + options.aggregate))
+        self.last_blocks = nn.Sequential(*blocks)
+        self.head = Head(finest, num_params * options.patch**2, 3, norms)
 
     def sizes(self, rows: int, columns: int) -> list[int]:
         """Values of each level's latents, the top first, for a top level of rows x columns."""
-        options, sizes = self.options, []
-        for level in reversed(range(len(options.channels))):
-            sizes.append(options.groups[level] * options.latent_channels * rows * columns)
-            factor = options.factors[level - 1] if level else 1
-            rows, columns = rows * factor, columns * factor
+        options, sizes, values = self.options, [], rows * columns * self.options.latent_channels
+        for groups, factor in zip(options.groups[::-1], [1, *options.factors[::-1]], strict=True):
+            values *= factor**2
+            sizes.append(groups * values)
         return sizes
 
     def forward(
@@ -271,16 +240,16 @@ class LadderDecoder(nn.Module):
     ) -> tuple[Tensor, Found]:
         """`value` (B, D): z at the first `num_given` levels, noise at the others, of the posterior
         with `taps` and of the prior without."""
-        x = self.start.expand(len(value), -1, *top_size)
-        if self.label_in is not None and condition is not None:
+        x: Tensor = self.start.expand(len(value), -1, *top_size)
+        if self.label_in is not None:
             x = x + self.label_in(condition)[:, :, None, None]
-        collected, parts = None, []
+        collected, parts = value.new_zeros(()), []
         for number, part in enumerate(value.split(self.sizes(*top_size), 1)):
             tap = None if taps is None else taps[number]
             x, collected, found = self.levels[number](x, collected, part, tap, number < num_given)
             parts.append(found)
-        if collected is not None:
-            x = collected * self.options.share
+        if self.options.aggregate:
+            x = collected * share_of_a_group(self.options)
         x = self.head(self.last_blocks(x))
         return F.pixel_shuffle(x, self.options.patch), Found.of(parts)
 
@@ -295,26 +264,18 @@ class LadderVAE(VAE):
     def num_levels(self) -> int:
         return len(self.decoder.levels)
 
-    @property
-    def num_units(self) -> int:
-        return sum(self.decoder.options.groups)
-
-    def forward(
+    def forward(  # type: ignore[override]  # checks refuse what else a VAE takes
         self,
         images: Tensor,
         noise: Tensor,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
-        latent_noise: Tensor | None = None,
-        channel_mask: Tensor | None = None,
-        half_size: bool = False,
     ) -> VAEOutput:
-        assert latent_noise is None and channel_mask is None and not half_size  # refused by checks
         lead, draws = noise.shape[:-2], noise.shape[:-2].numel() // len(images)  # (B,) or (B, K)
-        taps = self._taps(images, labels, mask, draws)
-        params, found = self._down(noise.flatten(0, -2), images.shape, each(labels, draws), taps)
-        images = images.repeat_interleave(draws, 0)
-        log_likelihood = self.likelihood.log_prob(params, images, each(mask, draws))
+        taps = [each(tap, draws) for tap in self.encoder(self._shown(images, mask))]
+        value, known = noise.flatten(0, -2), each(labels, draws)
+        params, found = self._down(value, images.shape, known, taps=taps)
+        log_likelihood = self.likelihood.log_prob(params, each(images, draws), each(mask, draws))
         kl = found.kl.unflatten(0, lead)  # (B, [K,] groups)
         mean, log_variance, z = (
             part.unsqueeze(1).unflatten(0, lead)
@@ -335,8 +296,9 @@ class LadderVAE(VAE):
     ) -> tuple[Tensor, Tensor]:
         """Means and log-variances (B, 1, D) on the path of the means: of each group given the means
         of those above."""
-        noise = images.new_zeros(len(images), self.latent_shape(*images.shape[-2:])[1])
-        _, found = self._down(noise, images.shape, labels, self._taps(images, labels, mask, 1))
+        noise = images.new_zeros(len(images), sum(self._sizes(images.shape)))
+        taps = self.encoder(self._shown(images, mask))
+        _, found = self._down(noise, images.shape, labels, taps=taps)
         return found.mean.unsqueeze(1), found.log_variance.unsqueeze(1)
 
     def decode(
@@ -362,12 +324,10 @@ class LadderVAE(VAE):
     ) -> Tensor:
         """Draws z (B, 1, D) of the prior from normal noise; a temperature of all levels, or of each
         from the top, scales the standard deviations."""
-        sizes = self._sizes(image_size)
-        factors = (
-            [temperature] * len(sizes) if isinstance(temperature, int | float) else temperature
-        )
-        scaled = [part * t for part, t in zip(noise[:, 0].split(sizes, 1), factors, strict=True)]
-        return self._down(torch.cat(scaled, 1), image_size, labels)[1].z.unsqueeze(1)
+        parts = noise[:, 0].split(self._sizes(image_size), 1)
+        factors = temperature if isinstance(temperature, Sequence) else [temperature] * len(parts)
+        value = torch.cat([part * t for part, t in zip(parts, factors, strict=True)], 1)
+        return self._down(value, image_size, labels)[1].z.unsqueeze(1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         return (1, sum(self._sizes((height, width))))
@@ -376,24 +336,12 @@ class LadderVAE(VAE):
         return self.decoder.sizes(*self._top_size(image_size))
 
     def _top_size(self, image_size: Sequence[int]) -> tuple[int, int]:
-        return math.ceil(image_size[-2] / self.stride), math.ceil(image_size[-1] / self.stride)
-
-    def _taps(
-        self, images: Tensor, labels: Tensor | None, mask: Tensor | None, draws: int
-    ) -> list[Tensor]:
-        """Of the top level first, once for each draw."""
-        taps = self.encoder(self._shown(images, mask), self._condition(labels, len(images)))
-        return [tap if draws == 1 else tap.repeat_interleave(draws, 0) for tap in taps]
+        return -(-image_size[-2] // self.stride), -(-image_size[-1] // self.stride)
 
     def _down(
-        self,
-        value: Tensor,
-        image_size: Sequence[int],
-        labels: Tensor | None,
-        taps: Sequence[Tensor] | None = None,
-        num_given: int = 0,
+        self, value: Tensor, image_size: Sequence[int], labels: Tensor | None, **more: Any
     ) -> tuple[Tensor, Found]:
         condition = self._condition(labels, len(value))
         top_size = self._top_size(image_size)
-        params, found = self.decoder(value, top_size, taps, condition, num_given)
+        params, found = self.decoder(value, top_size, condition=condition, **more)
         return params[..., : image_size[-2], : image_size[-1]], found

@@ -26,8 +26,7 @@ before the likelihood sees them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +63,8 @@ class VAE(nn.Module):
 
     @property
     def num_levels(self) -> int:
-        """Of the latent; more in a ladder."""
-        return 1
-
-    @property
-    def num_units(self) -> int:
-        """Columns of the output's `kl`."""
-        return self.latent_channels
+        """Of a ladder of latents; 0: there is none, the units of z are independent."""
+        return 0
 
     def __init__(
         self,
@@ -121,7 +115,7 @@ class VAE(nn.Module):
             draws = z.shape[1]
             flat = self.decode(z.flatten(0, 1), size, each(labels, draws))  # (B K, ...)
             log_likelihood = self.likelihood.log_prob(
-                flat, images.repeat_interleave(draws, 0), each(mask, draws)
+                flat, each(images, draws), each(mask, draws)
             ).unflatten(0, (-1, draws))
             params = flat.unflatten(0, (-1, draws))
         kl = kl_to_standard_normal(mean, log_variance)
@@ -174,8 +168,8 @@ class VAE(nn.Module):
         labels: Tensor | None = None,
         levels: int | None = None,
     ) -> Tensor:
-        """z (B, *latent_shape) -> float32 parameters of p(x|z) for images of size (H, W). `levels`
-        are those of a ladder that are decoded; here there is one."""
+        """z (B, *latent_shape) -> float32 parameters of p(x|z) for images of size (H, W); `levels`
+        is for a ladder."""
         height, width = image_size
         self._check_size(height, width)
         condition = self._condition(labels, len(z))
@@ -194,17 +188,6 @@ class VAE(nn.Module):
         embedded: Tensor = table(torch.where(labels == NO_LABEL, self.num_classes, labels))
         return embedded
 
-    def from_prior(
-        self,
-        noise: Tensor,
-        image_size: tuple[int, int],
-        labels: Tensor | None = None,
-        temperature: float | Sequence[float] = 1.0,
-    ) -> Tensor:
-        """z of the prior from normal noise (B, *latent_shape), its spread times `temperature`."""
-        assert isinstance(temperature, int | float), "one for each level is for a ladder"
-        return temperature * noise
-
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one image's latent, for images of height x width pixels."""
         self._check_size(height, width)
@@ -222,6 +205,6 @@ class VAE(nn.Module):
             )
 
 
-def each(tensor: Tensor | None, draws: int) -> Tensor | None:
-    """(B, ...) -> (B K, ...): once for each draw of an image."""
-    return None if tensor is None else tensor.repeat_interleave(draws, 0)
+def each(tensor: Any, draws: int) -> Any:
+    """(B, ...) -> (B K, ...): once for each draw of an image; None stays None."""
+    return tensor if tensor is None or draws == 1 else tensor.repeat_interleave(draws, 0)

@@ -89,7 +89,7 @@ def encode(command: EncodeCommand) -> None:
                 "out"
             )
         tiles.tile_side(loaded.model, command.tile)  # refuses before anything is written
-        if loaded.model.num_levels > 1 and command.content != "mean":
+        if loaded.model.num_levels and command.content != "mean":
             raise ConfigError(
                 f"content={command.content}: a group of a ladder has other moments for each draw "
                 "of the groups above it; give content=mean"

@@ -94,10 +94,8 @@ class ImageLogger:
             yield "samples_by_class", grid(samples, columns=NUM_POINTS), ""
         stored, labels, masks, _ = self._examples
         mean, log_variance = vae.encode(stored, labels, masks)
-        outputs, losses = _reconstructions(vae, self._examples, mean)
-        inputs, is_ladder = to_uint8(with_holes(stored, masks)), model.num_levels > 1
-        flat = kl_to_standard_normal(mean, log_variance)
-        kl = vae.rates(stored, labels, masks) if is_ladder else flat
+        outputs, losses = _reconstructions(vae, self._examples, mean, log_variance)
+        inputs = to_uint8(with_holes(stored, masks))
         yield "reconstructions", side_by_side(inputs[:shown], outputs[:shown]), ""
         if num_rows := min(NUM_ROWS, len(inputs) // 2):
             first, second = (slice(start, 2 * num_rows, 2) for start in (0, 1))
@@ -106,11 +104,12 @@ class ImageLogger:
             lines = to_uint8(line).unflatten(0, (num_rows, points))
             rows = [inputs[first].unsqueeze(1), lines, inputs[second].unsqueeze(1)]
             yield "interpolations", grid(torch.cat(rows, 1).flatten(0, 1), columns=NUM_POINTS), ""
-        if is_ladder:
+        if model.num_levels:
             few, counts = slice(0, NUM_POINTS), range(1, model.num_levels + 1)
             rows = [to_uint8(vae.decode(mean[few], size, labels[few], levels=n)) for n in counts]
             yield "levels", grid(torch.cat([inputs[few], *rows]), columns=len(rows[0])), ""
         else:
+            kl = kl_to_standard_normal(mean, log_variance)
             units = kl.mean(0).argsort(descending=True).tolist()[:NUM_ROWS]
             values, label = torch.linspace(-3, 3, NUM_POINTS), int(labels[0])
             moved = vae.traverse(mean[0], size, units=units, values=values, label=label)
@@ -119,16 +118,17 @@ class ImageLogger:
         searched = f"first {len(inputs)} of {self._data.validation.num_samples} images"
         if (pairs := _by_class(inputs, outputs, labels)) is not None:
             yield "by_class", grid(pairs, columns=2 * NUM_PAIRS), f"from the {searched}"
-        losses = losses + kl.sum(1)
         worst = losses.argsort(descending=True)[:shown].cpu()
         most, least = (format_number(float(losses[worst[i]])) for i in (0, -1))
         note = f"worst {len(worst)} of the {searched}: {most} to {least} nats"
         yield "worst", side_by_side(inputs[worst], outputs[worst]), note
 
 
-def _reconstructions(vae: BatchedVAE, examples: Examples, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The means of p(x | z = E[z|x]), uint8 on CPU, and -log p(x|z) of each image in nats, without
-    the noise of training."""
+def _reconstructions(
+    vae: BatchedVAE, examples: Examples, mean: Tensor, log_variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The means of p(x | z = E[z|x]), uint8 on CPU, and -ELBO of each image at this z in nats,
+    without the noise of training."""
     model, likelihood = vae.model, vae.model.likelihood
     outputs, losses = [], []
     for start in range(0, len(mean), vae.batch_size):
@@ -136,10 +136,14 @@ def _reconstructions(vae: BatchedVAE, examples: Examples, mean: Tensor) -> tuple
         images, z = examples.images[part].to(mean.device), mean[part]
         mask = None if examples.masks is None else examples.masks[part].to(mean.device)
         half = torch.full(images.shape, 0.5, device=z.device)
-        size = (images.shape[-2], images.shape[-1])
-        params = model.decode(z, size, examples.labels[part].to(z.device))
+        size, labels = (images.shape[-2], images.shape[-1]), examples.labels[part].to(z.device)
+        params = model.decode(z, size, labels)
         outputs.append(to_uint8(likelihood.mean(params)).cpu())
-        losses.append(-likelihood.log_prob(params, likelihood.prepare(images, half), mask))
+        kl = kl_to_standard_normal(z, log_variance[part])
+        if model.num_levels:  # on the path of the means
+            kl = model(likelihood.noise_free(images), torch.zeros_like(z), labels, mask).kl
+        found = likelihood.log_prob(params, likelihood.prepare(images, half), mask)
+        losses.append(kl.sum(1) - found)
     return torch.cat(outputs), torch.cat(losses)
 
 
