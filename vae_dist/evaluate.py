@@ -248,6 +248,7 @@ def _report(
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
     statistics, mask = result.statistics, loaded.config.data.mask
+    rates = result.latent.kl_nats_per_unit
     of = {"step": loaded.step, "weights": command.weights}
     fitted = prior.description if prior else ""
     record = {
@@ -261,13 +262,15 @@ def _report(
         "mask": mask,  # figures count what it leaves
         "figures": result.figures,
         "conditions": _conditions(result.figures, command.samples, fitted),
-        "latents": statistics.record(),
+        "latents": {**statistics.record(), "kl_nats_per_unit": rates},
         "notes": result.notes,
         **facts,
     }
     lines = [f"{command.run}, step {loaded.step}, {command.weights} weights, float32"]
     lines += [fitted] * bool(fitted)
     lines += [*_table(result.figures), *(f"  {note}" for note in result.notes.values())]
+    if loaded.model.num_levels:
+        lines.append(f"rate of each group, from the top: {' '.join(f'{r:.2f}' for r in rates)}")
     if mask != "none":
         lines.append(f"of observed pixels only (data.mask={mask})")
     out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))

@@ -66,7 +66,10 @@ def test_evaluate_bounds_and_importance_samples(run, tmp_path):
     def figures(name, *keys):
         out = tmp_path / name
         assert done(evaluate, run, "max_images=20", "samples=60", f"out={out}", *keys) == 0
-        return json.loads(out.read_text())["figures"]
+        record = json.loads(out.read_text())
+        rates = record["latents"]["kl_nats_per_unit"]
+        assert len(rates) == 3 and sum(rates) == pytest.approx(record["figures"]["rate_nats"])
+        return record["figures"]
 
     found = figures("whole.json", "metrics=psnr")
     assert found["is_nll_nats"] < found["neg_elbo_nats"]
