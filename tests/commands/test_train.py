@@ -381,12 +381,19 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(tmp_path, digits, monkeypat
     assert figures["rate_nats"] == pytest.approx(rows(run)[best]["eval/rate_nats"], rel=1e-5)
 
 
-def test_a_checkpoint_is_written_before_its_evaluation(tmp_path, digits, monkeypatch):
+def test_a_checkpoint_is_written_before_its_evaluation_and_then_names_it(
+    tmp_path, digits, monkeypatch
+):
     run, error = tmp_path / "run", RuntimeError("can't allocate memory")
     with monkeypatch.context() as patch:
         patch.setattr("vae_dist.training.build.evaluate", raising(error))
         assert trained(run, digits, 4, "evaluation.every=2") == 1
     assert steps_of(run) == [2] and "lower evaluation.batch_size" in status(run)["reason"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_next", raising(error))  # once that evaluation is done
+        assert trained(run, digits, 4, "evaluation.every=2") == 1
+    manifest = json.loads((run / "checkpoints" / "step_00000002" / "manifest.json").read_text())
+    assert manifest["scalars"]["evaluated_step"] == 2
     assert trained(run, digits, 4, "evaluation.every=2") == 0
     assert "train/loss" in rows(run)[2] and "eval/neg_elbo_nats" in rows(run)[2]
 
