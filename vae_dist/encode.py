@@ -1,7 +1,9 @@
-"""Encode a data set: shards of images to shards of latents, for training on latents.
+"""Encode a data set: shards of images to shards of latents, for training on latents; or to the same
+shards with features of a vision model, for training with objective.alignment.
 
     python -m vae_dist.encode run=runs/photos data=data/photos/train out=data/photos-latents
     accelerate launch --multi_gpu --num_processes 8 -m vae_dist.encode run=... data=... out=...
+    python -m vae_dist.encode features=facebook/dinov2-base data=... resolution=256 out=...
 
 The shards are the same for any number of processes. Killed, the same command goes on from the
 shards that are done.
@@ -12,15 +14,21 @@ from __future__ import annotations
 from vae_dist.cli import exit_process, run_command
 from vae_dist.config.commands import EncodeCommand
 
-USAGE = "python -m vae_dist.encode run=FOLDER data=SHARDS out=FOLDER [key=value ...]"
+USAGE = "python -m vae_dist.encode run=FOLDER|features=MODEL data=SHARDS out=FOLDER [key=value ...]"
 INTRO = (
     "Write the latents of a data set as WebDataset shards, with keys, labels and other members, "
-    "their index, and latents.json: scaling_factor and shift_factor."
+    "their index, and latents.json: scaling_factor and shift_factor. With features=MODEL, write "
+    "the same samples again with patch features of a vision model, for objective.alignment."
 )
 
 
 def _encode(command: EncodeCommand) -> None:
-    from vae_dist.packing.encode import encode  # torch, once the keys are right
+    # torch, once the keys are right
+    if command.features:
+        from vae_dist.packing.features import encode_features
+
+        return encode_features(command)
+    from vae_dist.packing.encode import encode
 
     encode(command)
 

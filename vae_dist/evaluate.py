@@ -47,7 +47,7 @@ def evaluate(command: EvaluateCommand) -> None:
 
     if command.latents:
         return _evaluate_latents(command)
-    with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
+    with open_run_on_ranks(command) as (loaded, runtime):
         images = images_to_show(loaded, command.data, runtime=runtime)
         prior = None
         if command.prior != "normal":
@@ -80,7 +80,7 @@ def _evaluate_latents(command: EvaluateCommand) -> None:
     from vae_dist.inference.latents import open_latents, read_latents
     from vae_dist.inference.load import open_run_on_ranks
 
-    with open_run_on_ranks(command, remedy="ask for more memory") as (loaded, runtime):
+    with open_run_on_ranks(command) as (loaded, runtime):
         sample = _latent_sample(command, loaded)
 
         def read() -> str:

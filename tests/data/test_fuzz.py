@@ -68,7 +68,7 @@ def test_damaged_bytes_have_a_named_outcome(
     reader, damaged = SampleReader(index, MARKED, seed=0), 0
     for i, sample in enumerate(reader.read(0, 0, COUNT)):
         try:
-            image, _ = reader.load(sample, 0, i, epoch=0)
+            image = reader.load(sample, 0, i, epoch=0).image
         except DamagedSampleError:
             damaged += 1
             continue

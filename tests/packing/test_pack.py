@@ -175,7 +175,7 @@ def loaded(folder: Path, **keys: Any) -> list[tuple[np.ndarray, int]]:
     config = DataConfig(**{"channels": 3, "resolution": "native", "max_pixels": 1000, **keys})
     reader = SampleReader(index, image_settings(index, config), seed=0)
     return [
-        tuple(reader.load(data, run.shard, i, epoch=0))
+        reader.load(data, run.shard, i, epoch=0)[:2]
         for run in reader.in_order(0, index.num_samples)
         for i, data in enumerate(reader.read(*run), run.start)
     ]

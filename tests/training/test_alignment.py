@@ -5,8 +5,11 @@ import torch
 
 import vae_dist
 from tests.support.steps import batch, config, make_step, one_process
-from tests.support.training import losses, rows, same_weights, stop_after, train
+from tests.support.training import arguments, losses, rows, same_weights, stop_after, train
+from vae_dist import encode
 from vae_dist.config.errors import ConfigError
+from vae_dist.train import main
+from vae_dist.training import alignment, build, setup
 
 SPATIAL = (
     *("model.latent=spatial", "model.latent_channels=4", "model.initial_sigma=0.1"),
@@ -21,9 +24,26 @@ def keys(vision):
 
 
 @pytest.fixture(scope="module")
-def straight(keys, tmp_path_factory, digits):
+def stored(vision, tmp_path_factory, digits):
+    """The digits with their features."""
+    folder = tmp_path_factory.mktemp("stored")
+    (folder / "validation").symlink_to(digits / "validation")
+    data = (f"data={digits}/train", f"out={folder}/train", "device=cpu", "threads=1")
+    assert encode.main([f"features={vision}", *data]) == 0
+    return folder
+
+
+def look_for_none(patch):
+    """The same shards, whose features are not looked for."""
+    patch.setattr(build, "with_features", lambda index, settings, **_: settings)
+
+
+@pytest.fixture(scope="module")
+def straight(keys, tmp_path_factory, stored):
     run = tmp_path_factory.mktemp("aligned") / "run"
-    assert train(run, digits, *keys) == [0]
+    with pytest.MonkeyPatch.context() as patch:
+        look_for_none(patch)
+        assert train(run, stored, *keys) == [0]
     return run
 
 
@@ -42,21 +62,52 @@ def test_the_latent_comes_nearer_to_the_features(straight):
         pytest.param("runtime.parallel=fsdp", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_and_microbatches_change_nothing(more, keys, straight, tmp_path, digits):
+def test_ranks_and_microbatches_change_nothing(more, keys, straight, tmp_path, stored, monkeypatch):
+    look_for_none(monkeypatch)
     run = tmp_path / "run"
-    assert train(run, digits, *keys, more, world=2) == [0, 0]
+    assert train(run, stored, *keys, more, world=2) == [0, 0]
+    check_same(run, straight)
+
+
+@pytest.mark.parametrize(("world", "more"), [(1, "data.workers=2"), (2, "data.cache_bytes=0")])
+def test_stored_features_change_nothing(world, more, keys, straight, tmp_path, stored, monkeypatch):
+    """Nor is the vision model looked for."""
+    monkeypatch.setattr(alignment, "load_features", None)
+    monkeypatch.setattr(setup, "feature_width", None)
+    run = tmp_path / "run"
+    assert train(run, stored, *keys, more, world=world) == [0] * world
+    check_same(run, straight)
+
+
+def check_same(run, straight):
     torch.testing.assert_close(losses(run), losses(straight), rtol=1e-4, atol=0)
+    found, expected = rows(run), rows(straight)
+    name = "train/alignment"
+    assert found[1][name] == pytest.approx(expected[1][name], rel=1e-3)
     for name in ("train/alignment", "optim/alignment_weight"):
-        assert rows(run)[6][name] == pytest.approx(rows(straight)[6][name], rel=1e-2)
+        assert found[6][name] == pytest.approx(expected[6][name], rel=1e-2)
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(keys, straight, tmp_path, digits, monkeypatch):
-    run = tmp_path / "run"
+def test_a_resumed_run_is_the_same_bit_for_bit(keys, tmp_path, stored, monkeypatch):
+    """With stored features, mirrored as their images are."""
+    run, straight, flipped = tmp_path / "run", tmp_path / "straight", [*keys, "data.flip=true"]
+    assert train(straight, stored, *flipped) == [0]
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
-        train(run, digits, *keys)
-    assert train(run, digits, *keys) == [0]
+        train(run, stored, *flipped)
+    assert train(run, stored, *flipped) == [0]
     assert torch.equal(losses(run), losses(straight)) and same_weights(run, straight, 8)
+
+
+def test_the_plan_says_where_features_come_from(keys, digits, stored, tmp_path, capsys):
+    def said(data, code, *more):
+        assert main(arguments(tmp_path, data, *keys, "dry_run=true", *more)) == code
+        return "".join(capsys.readouterr())
+
+    assert "whose features are in the shards\n" in said(stored, 0)
+    assert "whose features are in the shards" not in said(digits, 0)
+    assert "alignment_width=8: the features of" in said(stored, 2, "objective.alignment_width=8")
+    assert "of an image of 28x28 pixels" in said(stored, 2, "objective.alignment=other")
 
 
 def test_the_run_is_used_without_its_vision_model(straight, tmp_path, digits):

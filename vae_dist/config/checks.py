@@ -27,6 +27,7 @@ METRICS = (
     *LATENT_METRICS,
     "lattice",
 )
+OF_RUN = ("run", "checkpoint", "weights", "tile")  # what `encode features=` has no use for
 PRIOR = "normal|gmm:([1-9][0-9]*)(?::(full|diagonal))?"
 BOUNDS = {
     "ge": (operator.ge, "at least"),
@@ -231,6 +232,12 @@ def _broken(config: Any) -> Iterator[tuple[str, str]]:
         yield "latents metrics", f"is for metrics={','.join(LATENT_METRICS)}, some or all of them"
     if getattr(config, "metric_weights", "") and not metrics & {"lpi", "rfi", "fid"}:
         yield "metric_weights metrics", "has no effect without lpips, lpips_alex, rfid or fid"
+    if features := getattr(config, "features", None):
+        for name in OF_RUN:
+            if value_of(config, name) != keys(type(config))[name].default:
+                yield f"{name} features", f"has no effect with features={features}; remove it"
+    elif features == "" and not config.run:
+        yield "run features", "is missing; give the run's folder, or features=MODEL"
     for key, other in without_effect(config):
         sentence = f"has no effect with {_given(config, other)}; remove it"
         yield f"{key.name} {other}", f"{sentence} (default {shown(key.default)})"

@@ -138,23 +138,36 @@ class ExportCommand(CheckpointCommand):
     push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
 
+LATENTS = "run!="  # not features of a vision model
+
+
 @dataclass
 class EncodeCommand(TiledCommand):
-    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
+    run: str = knob("", "run folder whose latents are written, for example runs/photos64_kl_f4")
+    features: str = knob(
+        "", "instead, vision model whose features are: a folder, or OWNER/NAME on the hub"
+    )
+    seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1, when="content=sample")
     data: Any = knob("???", "shards of images, as data.train of a run", is_text=True)
-    out: str = knob("???", "folder to write: shards of latents, their index, latents.json")
+    out: str = knob("???", "folder to write: shards, their index, latents.json")
     content: Literal["moments", "mean", "sample"] = knob(
-        "moments", "of q(z|x): mean and log-variance, the mean, or one draw for each image"
+        "moments",
+        "of q(z|x): mean and log-variance, the mean, or one draw for each image",
+        when=LATENTS,
     )
-    dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the stored values")
-    flip: bool = knob(False, "store the latents of the mirrored images too")
+    dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the latents", when=LATENTS)
+    flip: bool = knob(False, "store the latents of the mirrored images too", when=LATENTS)
     resolution: Any = knob(
-        "trained", "trained, native, N or [H, W], pixels", form="trained native SIZE"
+        "trained",
+        "trained (with features=: native), native, N or [H, W], pixels",
+        form="trained native SIZE",
     )
-    keep_images: bool = knob(False, "carry the images over too, as all other members are")
-    shard_mb: float = knob(64.0, "bytes of a shard of latents, megabytes, about", gt=0)
+    keep_images: bool = knob(False, "keep the images, as all other members", when=LATENTS)
+    shard_mb: float = knob(64.0, "bytes of a shard, megabytes, about", gt=0)
     max_skipped_fraction: float = knob(0.01, "largest part of damaged images", ge=0, le=1)
-    precision: Literal["no", "bf16"] = knob("no", "no: float32; bf16: autocast, on accelerators")
+    precision: Literal["no", "bf16"] = knob(
+        "no", "no: float32; bf16: autocast, on accelerators", when=LATENTS
+    )
     batch_size: int = knob(32, "images per forward of one process", ge=1)
     threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
 

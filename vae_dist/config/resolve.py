@@ -33,7 +33,7 @@ class Facts:
     has_bf16: bool = False  # every rank's device computes in it rather than emulating it
     has_lpips: bool = False  # every rank finds the weights of LPIPS without a network
     compiler_problem: str | None = None  # what some rank lacks for torch.compile
-    alignment_width: int = 0  # of the features of objective.alignment
+    alignment_width: int = 0  # of the features of objective.alignment; 0 until it is known
     mean_sample_bytes: float | None = None  # of the training shards; None until they are known
     world: int = 1  # processes
 
@@ -51,8 +51,13 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
         data.window = _automatic_window(config, facts.mean_sample_bytes)
     if config.perceptual.kind == "auto":
         config.perceptual.kind = "lpips" if facts.has_lpips else "structure"
-    if config.objective.alignment_width == "auto" and facts.alignment_width:
-        config.objective.alignment_width = facts.alignment_width
+    asked, width = config.objective.alignment_width, facts.alignment_width
+    if width and asked not in ("auto", width):
+        raise ConfigError(
+            f"objective.alignment_width={asked}: the features of {config.objective.alignment} have "
+            f"{width} values; leave it out"
+        )
+    config.objective.alignment_width = width or asked
     if training.precision == "auto":
         training.precision = "bf16" if facts.has_bf16 else "no"
     is_on_16_bits = facts.has_accelerator and training.precision in SIXTEEN_BITS

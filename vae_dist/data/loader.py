@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vae_dist.data.features import TYPE
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.order import MixedOrder, Order
 from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
@@ -36,13 +37,14 @@ class Group(NamedTuple):
     images: torch.Tensor  # (b, C, H, W) as stored, in memory as (b, H, W, C)
     labels: torch.Tensor  # int64 (b,), -1 where there is none
     masks: torch.Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all are
+    features: torch.Tensor | None = None  # float16 (b, W, h, w) of a vision model, where stored
 
     def part(self, start: int, stop: int) -> Group:
         """The slots at places start, ..., stop - 1 of this group."""
         per_slot = len(self.images) // len(self.slots)
         part = slice(start * per_slot, stop * per_slot)
-        masks = None if self.masks is None else self.masks[part]
-        return Group(self.slots[start:stop], self.images[part], self.labels[part], masks)
+        more = [None if tensor is None else tensor[part] for tensor in self[3:]]
+        return Group(self.slots[start:stop], self.images[part], self.labels[part], *more)
 
 
 class Batch(NamedTuple):
@@ -91,10 +93,10 @@ class TrainingStream:
         assert share % slots == 0, (share, slots)
         # with images of any size, those of a slot could not go through together
         assert not settings.any_size or share == slots, (share, slots)
-        self._per_slot = share // slots  # sequences
+        self._share, self._per_slot = share, share // slots  # sequences
         self._first_slot = rank * slots
         self._paths, self._pin_memory = index.paths, pin_memory
-        self._has_mask, self._steps = settings.has_mask, range(start_step, stop_step)
+        self._settings, self._steps = settings, range(start_step, stop_step)
         workers = min(workers, share)
         own_cache = cache_bytes // max(1, workers)
         reader = SampleReader(
@@ -102,8 +104,12 @@ class TrainingStream:
         )
         self._memory: BatchMemory | None = None
         if not settings.sizes_differ:
-            shape = (share, *settings.size, settings.planes)
-            self._memory = BatchMemory(shape, settings.dtype, is_shared=workers > 0)
+            self._memory = BatchMemory(
+                ((share, *settings.size, settings.planes), settings.dtype),
+                ((share,), np.int64),
+                ((share, *settings.features), TYPE),
+                is_shared=workers > 0,
+            )
         sequences = range(rank * share, (rank + 1) * share)
         make_parts = _TrainingParts(reader, order, sequences, self._steps, self._memory)
         self._pool = WorkerPool(make_parts, num_workers=workers)
@@ -120,8 +126,7 @@ class TrainingStream:
                     by_shape.setdefault(shape, {}).update(sequences)
             groups = sorted(map(self._stacked, by_shape.values()), key=lambda group: group.slots)
             if self._memory is not None:
-                images, labels = self._memory[step]
-                groups = [self._group(range(len(images)), images, labels)]
+                groups = [self._group(range(self._share), *self._memory[step])]
             shards = sorted({self._paths[shard] for part in of_step for shard in part.shards})
             skipped = [sample for part in of_step for sample in part.skipped]
             yield Batch(step, tuple(groups), tuple(shards), tuple(skipped))
@@ -131,9 +136,16 @@ class TrainingStream:
         numbers = sorted(by_sequence)
         samples = [sample for number in numbers for sample in by_sequence[number]]
         images = np.stack([sample.image.transpose(1, 2, 0) for sample in samples])
-        return self._group(numbers, images, np.array([sample.label for sample in samples]))
+        labels = np.array([sample.label for sample in samples])
+        return self._group(numbers, images, labels, np.stack([s.features for s in samples]))
 
-    def _group(self, numbers: range | list[int], images: np.ndarray, labels: np.ndarray) -> Group:
+    def _group(
+        self,
+        numbers: range | list[int],
+        images: np.ndarray,
+        labels: np.ndarray,
+        features: np.ndarray,
+    ) -> Group:
         """numbers: of the sequences, among the rank's. images: (b, H, W, planes)."""
         pixels = torch.from_numpy(images)
         if self._pin_memory:
@@ -141,8 +153,10 @@ class TrainingStream:
         elif self._memory is not None and self._memory.is_shared:
             pixels = pixels.clone()
         slots = dict.fromkeys(self._first_slot + n // self._per_slot for n in numbers)
-        planes, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=self._has_mask)
-        return Group(tuple(slots), planes, torch.from_numpy(labels.copy()), masks)
+        has_mask, vision = self._settings.has_mask, self._settings.vision
+        planes, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=has_mask)
+        found = torch.from_numpy(features.copy()) if vision else None
+        return Group(tuple(slots), planes, torch.from_numpy(labels.copy()), masks, found)
 
 
 class _Part(NamedTuple):
@@ -184,16 +198,16 @@ class _TrainingParts:
                 if self.memory is None:
                     self._of_any_size(mine, rows, part)
                 else:
-                    images, labels = (part[worker::num_workers] for part in self.memory[step])
-                    self._of_one_size(list(mine.values()), images, labels, part)
+                    arrays = [array[worker::num_workers] for array in self.memory[step]]
+                    self._of_one_size(list(mine.values()), arrays, part)
                 yield part
         finally:
             read_ahead.close()
 
     def _of_one_size(
-        self, readers: list[WindowReader], images: np.ndarray, labels: np.ndarray, part: _Part
+        self, readers: list[WindowReader], arrays: list[np.ndarray], part: _Part
     ) -> None:
-        """A sample of each into `images` (b, H, W, C) and `labels`.
+        """A sample of each into images (b, H, W, C), labels and features.
 
         All samples are prepared before the first one is decoded: the interpreter is several times
         slower just after a decoder has filled the caches with its own.
@@ -201,17 +215,16 @@ class _TrainingParts:
         places = [(reader, reader.advance(1).start) for reader in readers]
         numbers = np.array([reader.numbers[place] for reader, place in places])
         part.shards.update(self.reader.shards_of(numbers))
-        cached = self.reader.take_cached(numbers, out=images)
-        if cached is not None:
-            labels[:] = cached
+        if self.reader.take_cached(numbers, out=arrays):
             return
+        images, labels, features = arrays
         outs = list(images.transpose(0, 3, 1, 2))  # (C, H, W) each
         prepared = [
             reader.prepare(place, out=out)
             for (reader, place), out in zip(places, outs, strict=True)
         ]
         for i, (reader, place) in enumerate(places):
-            image, labels[i] = reader.load(place, prepared[i], part.skipped)
+            image, labels[i], features[i] = reader.load(place, prepared[i], part.skipped)
             if image is not outs[i]:
                 outs[i][:] = image
 
@@ -222,8 +235,9 @@ class _TrainingParts:
             numbers = np.array([reader.numbers[place] for place in places])
             part.shards.update(self.reader.shards_of(numbers))
             loaded = [reader.load(p, reader.prepare(p), part.skipped) for p in places]
-            shape = loaded[0].image.shape
-            assert all(sample.image.shape == shape for sample in loaded), shape
+            size = loaded[0].image.shape
+            assert all(sample.image.shape == size for sample in loaded), size
+            shape = (*size, *loaded[0].features.shape)
             part.loaded.setdefault(shape, {})[number] = loaded
 
 

@@ -1,9 +1,9 @@
 """One sample of a data set: from its place in the index to an image and a label.
 
 In: (shard, index), or runs of these, which are read together. Out: undecoded samples; from one of
-them the image (C, H, W) of the wanted size and the label, at once (`load`) or in two steps
-(`prepare`, then `load`). What cannot be used is damaged (DamagedSampleError) or ends the run
-(ShardError); that is decided here and in the decoder alone.
+them the image (C, H, W) of the wanted size, the label and stored features, at once (`load`) or in
+two steps (`prepare`, then `load`). What cannot be used is damaged (DamagedSampleError) or ends the
+run (ShardError); that is decided here and in the decoder alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from vae_dist.data.buckets import Size, aspect, nearest
 from vae_dist.data.cache import ImageCache
 from vae_dist.data.decode import prepare_sample, size_of_sample
+from vae_dist.data.features import MEMBER, NO_FEATURES, Features, in_text
 from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.sources import START_RETRY_S, Range, read_ranges
 from vae_dist.data.tar import DamagedSampleError, ShardError, is_metadata, key_and_suffix, members
@@ -26,6 +27,7 @@ from vae_dist.data.transforms import (
     NO_LABEL,
     ImageSettings,
     UnknownClassError,
+    is_mirrored,
     label_of,
     transform,
 )
@@ -50,6 +52,7 @@ class SkippedSample:
 class LoadedSample(NamedTuple):
     image: np.ndarray  # (C, H, W), uint8, uint16 or float32 after data.bits; with a mask one more
     label: int
+    features: np.ndarray = NO_FEATURES  # float16 (W, h, w), where they are asked for
 
 
 class Prepared(NamedTuple):
@@ -59,6 +62,7 @@ class Prepared(NamedTuple):
     size: Size  # that its image is brought to
     label: int
     out: np.ndarray | None
+    features: memoryview | None  # undecoded
 
 
 class SampleReader:
@@ -147,7 +151,8 @@ class SampleReader:
         at_least = size if settings.resize else None
         buffer = None if settings.has_mask else out
         decode = prepare_sample(sample, settings, at_least=at_least, out=buffer)
-        return Prepared(decode, size, self.label(sample, shard, index), out)
+        label = self.label(sample, shard, index)
+        return Prepared(decode, size, label, out, sample.get(MEMBER))
 
     def load(
         self,
@@ -157,10 +162,11 @@ class SampleReader:
         *,
         epoch: int,
     ) -> LoadedSample:
-        """One sample, prepared or undecoded, as image and label. None: its image is in the cache.
+        """One sample, prepared or undecoded. None: it is in the cache.
 
         Raises DamagedSampleError when it is unreadable, and ShardError for what no replacement
-        repairs: a label that is no class, native images that differ in size although they must not.
+        repairs: a label that is no class, native images that differ in size although they must not,
+        features of another model or image.
         """
         number = self._first_number[shard] + index
         place = {"seed": self.seed, "epoch": epoch, "sample": number}
@@ -175,12 +181,39 @@ class SampleReader:
             if image is not sample.out or not self._is_final:
                 image = transform(image, self._constant, size=sample.size, **place)
                 self._check_size(image, sample.size, shard, index)
-            found = LoadedSample(image, sample.label)
+            features = self._features(sample.features, image, shard, index)
+            found = LoadedSample(image, sample.label, features)
             if self._cache is not None:
                 self._cache.put(number, *found)
-        if self._cache is None or not self._is_drawn:
-            return found
-        return LoadedSample(transform(found.image, self.settings.drawn, **place), found.label)
+        if self._cache is not None and self._is_drawn:
+            found = found._replace(image=transform(found.image, self.settings.drawn, **place))
+        if self.settings.vision and is_mirrored(self.settings, **place):
+            found = found._replace(features=found.features[..., ::-1])
+        return found
+
+    def _features(
+        self, member: memoryview | None, image: np.ndarray, shard: int, index: int
+    ) -> np.ndarray:
+        settings, size = self.settings, in_text((image.shape[1], image.shape[2]))
+        if not settings.vision:
+            return NO_FEATURES
+        if member is None:
+            raise ShardError(
+                f"{self.name(shard, index)}: it has no .{MEMBER}, and the first sample has; mix no "
+                "shards with features and without"
+            )
+        found = Features.from_bytes(bytes(member))
+        if (found.model, found.image_size) != (settings.vision, size):
+            raise ShardError(
+                f"{self.name(shard, index)}: its features are those of {found.model} of an image "
+                f"of {found.image_size} pixels, and objective.alignment={settings.vision} here "
+                f"has images of {size}; make them with `encode features=` and `resolution=` as in "
+                "this run, or give the shards without"
+            )
+        same = 1 if settings.sizes_differ else 3  # dimensions
+        if found.values.shape[:same] != settings.features[:same]:
+            raise DamagedSampleError(f"features of shape {found.values.shape}")
+        return found.values
 
     def _check_size(self, image: np.ndarray, wanted: Size, shard: int, index: int) -> None:
         size = image.shape[1], image.shape[2]
@@ -241,12 +274,13 @@ class SampleReader:
     def are_cached(self, numbers: np.ndarray) -> bool:
         return self._cache is not None and self._cache.has_all(numbers)
 
-    def take_cached(self, numbers: np.ndarray, *, out: np.ndarray) -> np.ndarray | None:
-        """The labels of samples whose images the cache has as they are shown, and which then are
-        in `out` (b, H, W, C); else None."""
+    def take_cached(self, numbers: np.ndarray, *, out: Sequence[np.ndarray]) -> bool:
+        """Whether the cache has all of these samples as they are shown; then their images (b, H, W,
+        C), labels and features are in `out`."""
         if self._cache is None or self._is_drawn or not self._cache.has_all(numbers):
-            return None
-        return self._cache.take(numbers, out=out)
+            return False
+        self._cache.take(numbers, out=out)
+        return True
 
 
 def _cut(data: bytes | ShardError, offsets: np.ndarray) -> Samples | ShardError:

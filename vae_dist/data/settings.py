@@ -19,6 +19,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.buckets import Size, make_buckets, square
 from vae_dist.data.decode import note_of
+from vae_dist.data.features import MEMBER, Features
 from vae_dist.data.index import NUM_THREADS, ShardIndex
 from vae_dist.data.reader import (
     LoadedSample,
@@ -76,6 +77,28 @@ def image_settings(
     image = _first_readable(index, probe, key="data.resolution=native").image
     size = (image.shape[1], image.shape[2])
     return replace(common, size=size, resize=False, any_size=any_size, needs=needs)
+
+
+def with_features(
+    index: ShardIndex, settings: ImageSettings, *, vision: str, key: str
+) -> ImageSettings:
+    """The settings that read the features of the model `vision`, if the first readable sample has
+    any. Raises ConfigError where they would not be those of the images that are shown."""
+    for shard, _, data in _first_samples(SampleReader(index, settings, seed=0)):
+        with contextlib.suppress(DamagedSampleError):
+            sample = single_sample(data, index.paths[shard])
+            if MEMBER not in sample:
+                return settings
+            shape = Features.from_bytes(bytes(sample[MEMBER])).values.shape
+            if settings.buckets or (settings.resize and settings.crop == "random"):
+                choice = "aspect buckets" if settings.buckets else "data.crop=random"
+                raise ConfigError(
+                    f"{key}: the shards hold features of a vision model, of whole images or their "
+                    f"centres, and {choice} shows other parts; set data.resolution and "
+                    "data.crop=center, or give the shards without"
+                )
+            return replace(settings, vision=vision, features=shape)
+    return settings
 
 
 def check_data_sets(sets: Sequence[DataSet], *, max_skipped_fraction: float) -> None:

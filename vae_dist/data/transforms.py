@@ -75,6 +75,8 @@ class ImageSettings:
     needs: tuple[Need, ...] = ()  # of images as they are stored, with any_size
     background: str = "none"  # behind transparent pixels: white, black; none: they are refused
     image_key: str = ""  # suffix of the member that is the image; empty: the one there is
+    vision: str = ""  # model whose stored features come with each image; empty: none do
+    features: tuple[int, ...] = (0,)  # their shape (W, h, w), of a typical image where sizes differ
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -108,7 +110,8 @@ class ImageSettings:
         return replace(self, resize=False)
 
     def without_augmentation(self) -> ImageSettings:
-        return replace(self, crop="center", flip=False)
+        """As evaluation takes images, which has no use for features."""
+        return replace(self, crop="center", flip=False, vision="", features=(0,))
 
     def too_small(self, size: Size) -> str:
         """Why a stored size (H, W) will not do; empty: it will."""
@@ -164,6 +167,11 @@ def transform(
         drawn = draw_mask(settings.mask, (height, width), settings.mask_fraction, **place)
         image = np.concatenate([image, drawn.astype(image.dtype)])
     return image
+
+
+def is_mirrored(settings: ImageSettings, *, seed: int, epoch: int, sample: int) -> bool:
+    """Whether `transform` mirrors an image of which it draws no crop."""
+    return settings.flip and numpy_generator(seed, "augment", epoch, sample).random() < 0.5
 
 
 def _mirrored(image: np.ndarray) -> np.ndarray:

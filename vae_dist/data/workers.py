@@ -54,30 +54,34 @@ def deaths_explained(remedy: str) -> Iterator[None]:
 
 
 class BatchMemory:
-    """Memory for images and labels of a step: new for each, or shared by the workers of a rank.
+    """Memory for the arrays of a step: new for each, or shared by the workers of a rank.
 
     Of shared memory step k has buffer k mod (PREFETCHED + 1). DataLoader asks a worker for its part
     of step k + PREFETCHED + 1 when the trainer takes that of step k + 1, after it copied step k.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_shared: bool) -> None:
-        """shape: (b, H, W, C)."""
-        self._shape, self._dtype, self.is_shared = shape, dtype, is_shared
-        self._num_bytes = math.prod(shape) * dtype.itemsize + AHEAD_BYTES
+    def __init__(self, *arrays: tuple[tuple[int, ...], Any], is_shared: bool) -> None:
+        """arrays: shape and type of each."""
+        self._arrays = [(shape, math.prod(shape), np.dtype(dtype)) for shape, dtype in arrays]
+        self._sizes = [count * dtype.itemsize + AHEAD_BYTES for _, count, dtype in self._arrays]
+        self.is_shared = is_shared
         count = PREFETCHED + 1 if is_shared else 0
-        self._buffers: list[Any] = [
-            (mmap.mmap(-1, self._num_bytes), mmap.mmap(-1, 8 * shape[0])) for _ in range(count)
+        self._buffers: list[list[Any]] = [
+            [mmap.mmap(-1, size) for size in self._sizes] for _ in range(count)
         ]
         self._step = -1  # that the one buffer of this process is for
 
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images (b, H, W, C) and labels, int64 (b,), to be written and read."""
+    def __getitem__(self, step: int) -> list[np.ndarray]:
+        """The arrays, to be written and read."""
         if not self.is_shared and step != self._step:
             self._step = step
-            self._buffers = [(np.empty(self._num_bytes, np.uint8), np.empty(self._shape[0], "i8"))]
-        images, labels = self._buffers[step % len(self._buffers)]
-        flat = np.frombuffer(images, self._dtype, math.prod(self._shape), AHEAD_BYTES)
-        return flat.reshape(self._shape), np.frombuffer(labels, np.int64)
+            self._buffers = [[np.empty(size, np.uint8) for size in self._sizes]]
+        return [
+            np.frombuffer(buffer, dtype, count, AHEAD_BYTES).reshape(shape)
+            for buffer, (shape, count, dtype) in zip(
+                self._buffers[step % len(self._buffers)], self._arrays, strict=True
+            )
+        ]
 
 
 class WorkerPool:

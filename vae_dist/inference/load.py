@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae_dist.config.commands import CheckpointCommand, EncodeCommand, EvaluateCommand
 from vae_dist.config.errors import ConfigError
@@ -76,11 +76,8 @@ def open_run(command: CheckpointCommand, *, device: str = "auto") -> Iterator[Lo
 
 
 @contextmanager
-def open_run_on_ranks(
-    command: EvaluateCommand | EncodeCommand, *, remedy: str
-) -> Iterator[tuple[LoadedModel, Runtime]]:
-    """The same for a verb that several processes share. `remedy`: what helps when a loader process
-    dies. Raises ConfigError, the same on every rank."""
+def open_ranks(command: EvaluateCommand | EncodeCommand) -> Iterator[Runtime]:
+    """The ranks of a verb that several processes share; TensorFloat-32 is off meanwhile."""
     from vae_dist.distributed import Runtime  # brings accelerate along
 
     runtime = Runtime.start(
@@ -89,10 +86,19 @@ def open_run_on_ranks(
         launcher_decides_nothing=True,
     )
     try:
-        with deaths_explained(remedy), exact_float32(runtime.device):
-            yield runtime.on_all_ranks(lambda: load_model(command, device=runtime.device)), runtime
+        with deaths_explained("ask for more memory"), exact_float32(runtime.device):
+            yield runtime
     finally:
         runtime.stop()
+
+
+@contextmanager
+def open_run_on_ranks(
+    command: EvaluateCommand | EncodeCommand,
+) -> Iterator[tuple[LoadedModel, Runtime]]:
+    """`open_run` for such a verb. Raises ConfigError, the same on every rank."""
+    with open_ranks(command) as runtime:
+        yield runtime.on_all_ranks(lambda: load_model(command, device=runtime.device)), runtime
 
 
 def load_model(command: CheckpointCommand, *, device: torch.device | None = None) -> LoadedModel:
@@ -158,7 +164,7 @@ def _built(
     return model.eval()
 
 
-def weights_digest(model: VAE) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Of the weights: a step number alone may come again with others."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):

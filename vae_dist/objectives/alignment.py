@@ -64,13 +64,19 @@ class VisionFeatures(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        self.patch: int = model.config.patch_size  # type: ignore[union-attr, assignment]
+        config: Any = model.config
+        self.patch, self.width = int(config.patch_size), int(config.hidden_size)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        rows, columns = (max(1, round(side / self.patch)) for side in (height, width))
+        return rows, columns
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        rows, columns = (max(1, round(side / self.patch)) for side in images.shape[-2:])
+        rows, columns = self.grid(*images.shape[-2:])
         size = rows * self.patch, columns * self.patch
         images = images.float().expand(-1, 3, -1, -1)
         if images.shape[-2:] != size:

@@ -20,7 +20,12 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime, full_value
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives.adversarial import adaptive_weight
-from vae_dist.objectives.alignment import alignment_distance, load_features, weight_at
+from vae_dist.objectives.alignment import (
+    VisionFeatures,
+    alignment_distance,
+    load_features,
+    weight_at,
+)
 from vae_dist.training.adversarial import Sums
 
 MAX_RATIO = 1e4  # of the two gradients, where the term's is nearly zero
@@ -29,12 +34,17 @@ MAX_RATIO = 1e4  # of the two gradients, where the term's is nearly zero
 class Alignment:
     """Each step: `start_step`; a call and `record_main` for each microbatch; then `update`."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, vae: VAE) -> None:
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, vae: VAE, *, has_features: bool
+    ) -> None:
+        """has_features: they come with the images, so the vision model is not needed."""
         self.runtime, self.objective = runtime, config.objective
         self._num_steps = config.training.steps
         assert isinstance(vae.projection, nn.Conv2d)
-        self._projection = vae.projection
-        self._features = load_features(self.objective.alignment, runtime.device)
+        self._projection, self._levels = vae.projection, vae.likelihood.levels
+        self._model: VisionFeatures | None = None
+        if not has_features:
+            self._model = load_features(self.objective.alignment, runtime.device)
         self.ratio = torch.zeros((), device=runtime.device)  # lambda, of the next step
         self.start_step(0, Sums())
 
@@ -51,20 +61,26 @@ class Alignment:
         self._sums = sums
         self._squares = torch.zeros(2, device=self.runtime.device)  # of main, of the term
 
-    def __call__(self, output: VAEOutput, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, output: VAEOutput, stored: Tensor, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(what to add to the loss for its gradient, what it adds to the loss as a number), sums
-        over the images, nats. images (b, C, H, W) in [-1, 1] without noise."""
+        over the images, nats. stored: these (b, C, H, W); features (b, W, h, w) that came with
+        them, if they did."""
         assert output.projected is not None
         leaf = output.projected.detach().requires_grad_()
         cosine_margin, distance_margin = self.objective.alignment_margins
         with torch.autocast(leaf.device.type, enabled=False):
+            if features is None:
+                assert self._model is not None
+                features = self._model(self._levels.centers(stored))
             distance = alignment_distance(
                 leaf,
-                self._features(images),
+                features.to(leaf.device, non_blocking=True),
                 cosine_margin=cosine_margin,
                 distance_margin=distance_margin,
             )
-        term = distance.sum() * images[0].numel()
+        term = distance.sum() * stored[0].numel()
         (gradient,) = torch.autograd.grad(term, leaf)
         at_z = F.conv_transpose2d(gradient, full_value(self._projection.weight.detach()))
         self._squares[1] += at_z.square().sum()

@@ -17,7 +17,7 @@ from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import make_order
-from vae_dist.data.settings import DataSet, check_data_sets, image_settings
+from vae_dist.data.settings import DataSet, check_data_sets, image_settings, with_features
 from vae_dist.data.transforms import Need
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.run import evaluate
@@ -79,6 +79,8 @@ def _loaded(config: TrainConfig, *, create: bool) -> Data:
         any_size=has_any_size(config),
         needs=_size_needs(config),
     )
+    if vision := config.objective.alignment:
+        settings = with_features(train, settings, vision=vision, key="data.train")
     return Data(train, validation, settings, any_size=config.model.latent == "spatial")
 
 
@@ -147,7 +149,8 @@ def build_trainer(
     config: TrainConfig, runtime: Runtime, folder: RunFolder, data: Data, trackers: Trackers
 ) -> Trainer:
     """Model, step and validation; at the weights of the config's seed. Every rank takes part."""
-    step = TrainingStep(config, runtime, data.image_size)
+    stored = data.settings.features if data.settings.vision else ()
+    step = TrainingStep(config, runtime, data.image_size, features=stored)
     fit_microbatch(step, data.largest_size)
     # sizes by numbers of images of a microbatch (its last one may be smaller), twice at half size,
     # twice where the decoder is watched for a discriminator

@@ -39,10 +39,12 @@ class ReconstructionLosses:
             self.adversary.start_step(step, sums)
 
     def __call__(
-        self, output: VAEOutput, images: Tensor, clean: Tensor, loss_scale: Tensor
+        self, output: VAEOutput, images: Tensor, stored: Tensor, loss_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(what to add to the loss for its gradient, what it adds to the loss as a number), sums
-        over the images, nats. `images`: those of the forward; `clean`: the same without noise."""
+        over the images, nats. `images`: those of the forward, as `prepare` made them of `stored`.
+        """
+        clean = self.vae.likelihood.without_noise(stored, images).detach()
         reconstructions = self.vae.likelihood.mean(output.params)
         leaf = reconstructions.detach().requires_grad_()
         value = torch.zeros((), device=leaf.device)

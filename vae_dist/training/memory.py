@@ -238,6 +238,7 @@ def _fits(step: TrainingStep, num_images: int, image_size: tuple[int, int]) -> b
         torch.zeros(num_images, data.channels, *image_size, dtype=stored),
         torch.zeros(num_images, dtype=torch.int64),
         torch.ones(num_images, 1, *image_size, dtype=torch.uint8) if data.mask != "none" else None,
+        torch.zeros(num_images, *step.features, dtype=torch.float16) if step.features else None,
     )
     try:
         step.rehearse(group)

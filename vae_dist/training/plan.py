@@ -98,7 +98,7 @@ def plan(
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {device}{threads}, "
         f"{', '.join(arithmetic(config, runtime, microbatch_size))}",
-        *_added_terms(config),
+        *_added_terms(config, data),
         *(f"note: {note}" for note in notes(config, data)),
     ]
 
@@ -204,7 +204,7 @@ def arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> I
         yield f"microbatches of {microbatch_size}"
 
 
-def _added_terms(config: TrainConfig) -> Iterator[str]:
+def _added_terms(config: TrainConfig, data: Data) -> Iterator[str]:
     """Of the loss beside the bound; `perceptual.kind` is resolved."""
     parts, perceptual, adversarial = [], config.perceptual, config.adversarial
     if perceptual.kind != "none":
@@ -221,7 +221,8 @@ def _added_terms(config: TrainConfig) -> Iterator[str]:
     if config.objective.channel_masking:
         parts.append(f"channels masked in {config.objective.channel_masking:.0%} of the images")
     if config.objective.alignment:
-        parts.append(f"alignment with {printable(config.objective.alignment)}")
+        stored = ", whose features are in the shards" if data.settings.vision else ""
+        parts.append(f"alignment with {printable(config.objective.alignment)}{stored}")
     if parts:
         yield f"beside the bound: {', '.join(parts)}"
     if config.training.train_only == "decoder":

@@ -120,15 +120,11 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
         strict=True,
     )
     problem = next(filter(None, problems), None)
-    vision, width = config.objective.alignment, config.objective.alignment_width
-    if vision and width == "auto":
-        width = runtime.on_main(lambda: feature_width(vision))
     return Facts(
         on_gpu,
         has_bf16=all(bf16),
         has_lpips=all(lpips),
         compiler_problem=problem,
-        alignment_width=width if vision else 0,
         world=runtime.world,
     )
 
@@ -138,7 +134,11 @@ def resolved_with_data(
 ) -> tuple[TrainConfig, Data]:
     """What the shards hold, and the config with what they and the free memory make of `auto`."""
     data = load_data(config, runtime)
-    facts = replace(facts, mean_sample_bytes=data.train.mean_sample_bytes)
+    width = 0
+    if vision := config.objective.alignment:
+        stored = data.settings.features[0]  # then the model need not be here
+        width = stored or runtime.on_main(lambda: feature_width(vision))
+    facts = replace(facts, mean_sample_bytes=data.train.mean_sample_bytes, alignment_width=width)
     resolved = runtime.on_all_ranks(lambda: resolve(config, facts))
     runtime.on_all_ranks(lambda: check_image_sizes(resolved, data))
     return resolved, data

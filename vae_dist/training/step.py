@@ -91,8 +91,15 @@ class TrainingStep:
     of the config's seed. Raises ConfigError on every rank where those of LPIPS are missing on one.
     """
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, image_size: tuple[int, int]) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        image_size: tuple[int, int],
+        features: tuple[int, ...] = (),
+    ) -> None:
+        """features: shape (W, h, w) of those that come with each image for its alignment."""
+        self.config, self.runtime, self.features = config, runtime, features
         self.device = device = runtime.device
         self.vae = build_vae(config, image_size).to(device)
         if config.training.train_only == "decoder":
@@ -113,7 +120,9 @@ class TrainingStep:
             self.losses = ReconstructionLosses(self.vae, perceptual, self.adversary)
         self.alignment: Alignment | None = None
         if config.objective.alignment:
-            self.alignment = runtime.on_all_ranks(lambda: Alignment(config, runtime, self.vae))
+            self.alignment = runtime.on_all_ranks(
+                lambda: Alignment(config, runtime, self.vae, has_features=bool(features))
+            )
         # images of one forward, 0: all of a rank; `auto` is found by vae_dist.training.memory
         asked = config.training.microbatch_size
         self.microbatch_size = 0 if asked == "auto" else int(asked)
@@ -177,13 +186,11 @@ class TrainingStep:
             beta = beta_at(objective, step)
             terms = loss_terms(output, objective, beta=beta, half_size=half_size)
             loss, value = terms.loss_sum, terms.loss_sum
-            if self.losses is not None or self.alignment is not None:
-                clean = self.vae.likelihood.without_noise(stored, images).detach()
             if self.losses is not None:
-                surrogate, added = self.losses(output, images, clean, self.loss_scale.scale)
+                surrogate, added = self.losses(output, images, stored, self.loss_scale.scale)
                 loss, value = loss + surrogate, value + added
             if self.alignment is not None:
-                surrogate, added = self.alignment(output, clean)
+                surrogate, added = self.alignment(output, stored, group.features)
                 loss, value = loss + surrogate, value + added
             (loss * self._scale()).backward()
         if self.alignment is not None:

@@ -1,0 +1,90 @@
+"""What `encode features=` writes, through its entry point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.distributed import run_ranks
+from tests.support.latent_data import SIZES, samples_of, write_photos
+from vae_dist import encode
+from vae_dist.data.features import MEMBER, Features
+from vae_dist.data.index import load_index
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.transforms import ImageSettings
+from vae_dist.objectives.alignment import load_features
+
+COUNT, DAMAGED = 23, (4, 11)
+SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cpu", "threads=1")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    write_photos(folder, COUNT, damaged=DAMAGED)
+    return folder
+
+
+def keys(vision: Path, photos: Path, out: Path, *more: str) -> list[str]:
+    return [f"features={vision}", f"data={photos}", f"out={out}", *SMALL, *more]
+
+
+@pytest.mark.parametrize("resolution", ["native", "[14,21]"])
+def test_the_same_samples_with_features_of_what_training_shows(
+    resolution: str, vision: Path, photos: Path, tmp_path: Path
+) -> None:
+    source = write_photos(tmp_path / "again", COUNT)
+    assert encode.main(keys(vision, photos, tmp_path / "out", f"resolution={resolution}")) == 0
+    summary = json.loads((tmp_path / "out" / "encode.json").read_text())
+    assert (summary["samples"], summary["width"]) == (COUNT - 2, 16) and summary["shards"] > 3
+    numbers = [number for number in range(COUNT) if number not in DAMAGED]
+    model, index = (
+        load_features(str(vision), torch.device("cpu")),
+        load_index(str(photos), key="data", create=False),
+    )
+    size = None if resolution == "native" else (14, 21)
+    settings = ImageSettings(3, size or SIZES[0], size is not None, 2**16, any_size=size is None)
+    reader = SampleReader(index, settings, seed=0)
+    for number, found in zip(numbers, samples_of(tmp_path / "out"), strict=True):
+        expected = source[number]
+        assert all(found[name] == expected[name] for name in expected)
+        assert set(found) - {"__url__", "__local_path__"} == {*expected, MEMBER}
+        of_image = Features.from_bytes(found[MEMBER])
+        height, width = size or SIZES[number % 3]
+        assert of_image[1:] == (str(vision), f"{height}x{width}")
+        (run,) = reader.in_order(number, number + 1)
+        image = reader.load(reader.read(*run)[0], run.shard, run.start, epoch=0).image
+        values = model(torch.from_numpy(image.copy())[None] / 127.5 - 1)[0]
+        torch.testing.assert_close(
+            torch.from_numpy(of_image.values).float(), values, rtol=2e-3, atol=2e-3
+        )
+
+
+def test_any_number_of_processes_writes_the_same(
+    vision: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert encode.main(keys(vision, photos, tmp_path / "one")) == 0
+    assert run_ranks(2, encode.main, keys(vision, photos, tmp_path / "two")) == [0, 0]
+    for one, two in zip(samples_of(tmp_path / "one"), samples_of(tmp_path / "two"), strict=True):
+        values = [Features.from_bytes(sample.pop(MEMBER)).values for sample in (one, two)]
+        np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-3)  # kernels decide the last digit
+        assert {name: one[name] for name in one if name[0] != "_"}.items() <= two.items()
+
+
+def test_refusals(
+    vision: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in {
+        f"features={tmp_path}": f"{tmp_path}: no vision model can be loaded from there",
+        "features=": "run= is missing; give the run's folder, or features=MODEL",
+        "run=runs/a": "run=runs/a has no effect with features=",
+        "tile=64": "tile=64 has no effect with features=",
+        "dtype=fp32": "dtype=fp32 has no effect with run=",
+    }.items():
+        assert encode.main(keys(vision, photos, tmp_path / "out", more)) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

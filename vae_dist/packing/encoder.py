@@ -1,0 +1,297 @@
+"""Shards of a data set once more, with a member that a network makes of each image.
+
+In: shards of images, and a subclass of `Encoder` that knows the network. Out: in the folder of the
+job, `NAME-000000.tar`, ... with their offsets and `_info.json`, and last the summary: what was
+done, what is left out.
+
+Any number of processes share the work. Images of one shape go through the network together:
+neighbours of one shard, in batches that the keys decide, so that the values do not depend on who
+writes what.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from vae_dist.config.commands import EncodeCommand
+from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import shown
+from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
+from vae_dist.data.indexing import write_info
+from vae_dist.data.reader import SkippedSample
+from vae_dist.data.sources import is_pipe
+from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
+from vae_dist.distributed import Runtime
+from vae_dist.files import ProgressBar, printable, redacted
+from vae_dist.inference.load import Images
+from vae_dist.packing.items import suffix_of
+from vae_dist.packing.jobs import (
+    FinishedElsewhere,
+    Report,
+    ShardJob,
+    check_lost,
+    cut,
+    print_left_out,
+)
+
+MIN_SHARDS = 32  # of a large set: so that many processes have work
+NUM_PROBED = 64  # samples whose bytes are measured
+WINDOW_BATCHES = 8  # that images of several shapes are sorted within
+
+
+class PlannedShard(NamedTuple):
+    name: str
+    first: int  # number of its first sample in index order
+    stop: int
+
+
+class Sample(NamedTuple):
+    number: int  # in index order
+    key: str
+    members: dict[str, bytes]  # that the output has beside the latents
+    label: int
+    planes: np.ndarray  # the image (C, H, W), with a mask as its last plane
+
+
+class Encoder(ABC):
+    """Reads samples, encodes their images, and writes the shards of one rank."""
+
+    name: str  # of the shards
+    member: str  # suffix of what is added to a sample
+    keeps_images = False
+
+    def __init__(
+        self,
+        job: ShardJob,
+        images: Images,
+        command: EncodeCommand,
+        runtime: Runtime,
+        *,
+        threads: int,
+    ) -> None:
+        """threads: that read and decode."""
+        self.job, self.command, self.runtime = job, command, runtime
+        self.settings = images.settings.without_augmentation()
+        self.num_samples = images.index.num_samples
+        self.reader = images.reader()
+        is_in_order = any(map(is_pipe, images.index.paths))  # a command gives its bytes once
+        self.threads = 1 if is_in_order else max(1, threads)
+        self.skipped: list[str] = []  # of all shards that this process knows of
+
+    @abstractmethod
+    def num_bytes(self, sample: Sample) -> int:
+        """Of what is added to it, about."""
+
+    @abstractmethod
+    def encoded(self, samples: Sequence[Sample]) -> list[bytes]:
+        """What is added to each; their images share a shape. Raises ConfigError."""
+
+    def facts_of_shard(self) -> Report:
+        """What is to be kept of the shard that was just written."""
+        return {}
+
+    @abstractmethod
+    def describe(self, reports: Sequence[Report]) -> Report:
+        """What the summary says beside samples and bytes, of the reports of all shards."""
+
+    @abstractmethod
+    def lines(self, summary: Report) -> list[str]:
+        """What is said of it at the end."""
+
+    def run(self) -> None:
+        """Write what is missing in the folder: each rank its shards, without waiting for the
+        others; the last one describes them. Raises ConfigError."""
+        job, runtime = self.job, self.runtime
+        if summary := runtime.on_main(job.finished):
+            if runtime.is_main:
+                self._print(summary)
+                print("finished already; nothing is left to do")
+            return
+        runtime.on_main(job.begin)
+        runtime.on_all_ranks(job.check_visible)
+        try:
+            self._encode()
+        except FinishedElsewhere:
+            return
+        except ConfigError as error:
+            if not runtime.is_main:  # the command line shows those of rank 0 alone
+                print(f"rank {runtime.rank}: {printable(error)}", file=sys.stderr)
+            raise
+
+    def _encode(self) -> None:
+        started, runtime = time.monotonic(), self.runtime
+        plan = self._plan()
+        # asked once for all ranks: one that is late sees shards that others have just written
+        done: dict[str, list[str]] = runtime.on_main(
+            lambda: {
+                s.name: self.job.report(s.name)["skipped"] for s in plan if self.job.is_done(s.name)
+            }
+        )
+        missing = [shard for shard in plan if shard.name not in done]
+        self.skipped = [text for skipped in done.values() for text in skipped]
+        mine = missing[runtime.rank :: runtime.world]
+        total = sum(shard.stop - shard.first for shard in mine)
+        with ProgressBar("encoded", total, unit="images") as progress:
+            self._write(mine, progress if runtime.is_main else lambda done: None)
+        if not all(self.job.is_done(shard.name) for shard in plan):
+            return
+        self._print(self.job.finish(lambda: self._summary(plan)))
+        num_images = sum(shard.stop - shard.first for shard in missing)
+        speed = num_images / max(time.monotonic() - started, 1e-9)
+        print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
+
+    def _plan(self) -> list[PlannedShard]:
+        """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
+        bytes of some samples."""
+        sizes, command, num_samples = [], self.command, self.num_samples
+        for number in range(0, num_samples, max(1, num_samples // NUM_PROBED)):
+            for sample in self._read((number, number + 1)):
+                if isinstance(sample, Sample):
+                    lengths = [self.num_bytes(sample), *map(len, sample.members.values())]
+                    sizes.append(sum(BLOCK + -(-length // BLOCK) * BLOCK for length in lengths))
+        total = sum(sizes) / max(1, len(sizes)) * num_samples
+        count = math.ceil(total / (command.shard_mb * 1e6))
+        parts = enumerate(cut(num_samples, count, at_least=MIN_SHARDS))
+        return [PlannedShard(f"{self.name}-{k:06d}.tar", *part) for k, part in parts]
+
+    # reading
+
+    def _read(self, piece: tuple[int, int]) -> list[Sample | str]:
+        """Samples by their numbers in the index; of unreadable ones the text. Raises ShardError."""
+        found: list[Sample | str] = []
+        runs = self.reader.in_order(*piece)
+        places = [(run.shard, place) for run in runs for place in range(run.start, run.stop)]
+        samples = zip(places, self.reader.read_runs(runs), strict=True)
+        for number, ((shard, place), data) in enumerate(samples, piece[0]):
+            try:
+                image, label, _ = self.reader.load(data, shard, place, epoch=0)
+                key, others = carried(data, self.member, keep_images=self.keeps_images)
+            except DamagedSampleError as error:
+                path = self.reader.index.paths[shard]
+                found.append(str(SkippedSample(path, place, str(error), None)))
+            else:
+                found.append(Sample(number, key, others, label, image))
+        return found
+
+    def _read_ahead(self, pieces: Iterable[tuple[int, int]]) -> Iterator[list[Sample | str]]:
+        """`_read` of the pieces, in their order, by threads that are some pieces ahead."""
+        waiting: deque[Future[list[Sample | str]]] = deque()
+        with ThreadPoolExecutor(self.threads) as pool:
+            for piece in pieces:
+                waiting.append(pool.submit(self._read, piece))
+                if len(waiting) > 2 * self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    # writing
+
+    def _write(self, shards: Sequence[PlannedShard], progress: Callable[[int], None]) -> None:
+        """Raises ConfigError for what the disk refuses and when too much cannot be read."""
+        count = self.command.batch_size
+        at_once = WINDOW_BATCHES if self.settings.sizes_differ else 1  # so few batches are small
+        starts = {s: range(s.first, s.stop, count) for s in shards}
+        pieces = self._read_ahead((at, min(at + count, s.stop)) for s in shards for at in starts[s])
+        num_done = 0
+        for shard in shards:
+            sizes: Counter[str] = Counter()
+            skipped: list[str] = []
+            with self.job.shard(shard.name) as (writer, report):
+                for start in range(0, len(starts[shard]), at_once):
+                    num_pieces = len(starts[shard][start : start + at_once])
+                    window = [found for piece in islice(pieces, num_pieces) for found in piece]
+                    lost = [found for found in window if isinstance(found, str)]
+                    samples = [found for found in window if isinstance(found, Sample)]
+                    for sample, file in zip(samples, self._by_shape(samples), strict=True):
+                        height, width = sample.planes.shape[1:]
+                        sizes[f"{height}x{width}"] += 1
+                        found = {**sample.members, self.member: file}
+                        writer.write({"__key__": sample.key, **found})
+                    skipped += lost
+                    self.skipped += lost
+                    check_lost(self.command, "data", self.skipped, total=self.num_samples)
+                    num_done += len(window)
+                    progress(num_done)
+                report |= {"samples": sizes.total(), "skipped": skipped, "sizes": sizes}
+                report |= self.facts_of_shard()
+
+    def _by_shape(self, samples: Sequence[Sample]) -> list[bytes]:
+        """`encoded` of each sample, in order; images of one shape are encoded together."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for place, sample in enumerate(samples):
+            by_shape.setdefault(sample.planes.shape, []).append(place)
+        found: dict[int, bytes] = {}
+        count = self.command.batch_size
+        for places in by_shape.values():
+            for start in range(0, len(places), count):
+                rows = places[start : start + count]
+                files = self.encoded([samples[row] for row in rows])
+                found |= zip(rows, files, strict=True)
+        return [found[place] for place in range(len(samples))]
+
+    # the end
+
+    def _summary(self, plan: Sequence[PlannedShard]) -> Report:
+        """Write the index; what was done."""
+        out, command = self.job.out, self.command
+        reports = [self.job.report(shard.name) for shard in plan]
+        skipped = [name for report in reports for name in report["skipped"]]
+        check_lost(command, "data", skipped, total=self.num_samples)
+        num_samples = sum(report["samples"] for report in reports)
+        if not num_samples:
+            raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
+        sizes: Counter[str] = Counter()
+        for report in reports:
+            sizes.update(report["sizes"])
+        facts = self.describe(reports)
+        write_info([out / shard.name for shard in plan], split=self.name)
+        return {
+            **facts,
+            "data": redacted(command.data),
+            "samples": num_samples,
+            "skipped": skipped,
+            "shards": len(plan),
+            "bytes": sum((out / shard.name).stat().st_size for shard in plan),
+            "image_sizes": dict(sizes.most_common(20)),
+        }
+
+    def _print(self, summary: Report) -> None:
+        out, skipped = self.job.out, summary["skipped"]
+        print_left_out(skipped, summary=out / self.job.summary)
+        first, *more = self.lines(summary)
+        print(
+            f"{out}: {self.name} of {summary['samples']:,} images ({len(skipped)} left out) in "
+            f"{summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB, {first}"
+        )
+        for line in more:
+            print(line)
+
+
+def carried(
+    data: bytes | memoryview, member: str, *, keep_images: bool
+) -> tuple[str, dict[str, bytes]]:
+    """Key and members of a sample, by their suffixes as they are written; `member` will be added.
+    Raises DamagedSampleError."""
+    found: dict[str, bytes] = {}
+    sample_key = ""
+    for name, content in members(data):
+        key, suffix = key_and_suffix(name)
+        if key is None or is_metadata(name):
+            continue
+        is_image = suffix_of(f".{suffix}") in SUFFIXES and suffix.lower() != MASK_MEMBER
+        if keep_images or not is_image:
+            found[suffix] = bytes(content)
+        sample_key = key
+    if member in found:
+        raise DamagedSampleError(f"it has a .{member} already")
+    return sample_key, found
