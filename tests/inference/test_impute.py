@@ -9,9 +9,8 @@ from torch import Tensor
 from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, LinearGaussian, linear_gaussian
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.commands import ImputeCommand
-from vae_dist.inference.impute import Imputed, _summed, impute
+from vae_dist.inference.impute import Imputed, impute
 from vae_dist.models.build import build_vae
-from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
 NUM_IMAGES = 5
@@ -20,14 +19,10 @@ MASK[:, :, :, IMAGE_SIZE[1] // 2 :] = 0
 METHODS = pytest.mark.parametrize("method", ["single", "importance", "gibbs"])
 
 
-def prepared(toy: LinearGaussian) -> Tensor:
-    return toy.model.likelihood.prepare(toy.images(NUM_IMAGES), None)
-
-
 def exact(toy: LinearGaussian) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of g(z) = W z + b given the observed pixels, float64 (n, D)."""
     observed = MASK[0].flatten().bool()
-    weight, x = toy.weight[observed], prepared(toy).double().flatten(1)[:, observed]
+    weight, x = toy.weight[observed], toy.prepared(NUM_IMAGES).double().flatten(1)[:, observed]
     precision = torch.eye(weight.shape[1], dtype=torch.float64) + weight.T @ weight / SIGMA**2
     covariance = torch.linalg.inv(precision)
     mean_z = (x - toy.bias[observed]) @ weight @ covariance / SIGMA**2  # (n, L)
@@ -45,7 +40,7 @@ def run(
     **options: int,
 ) -> Imputed:
     how = ImputeCommand(method=method, batch_size=batch_size, **options)  # type: ignore[arg-type]
-    shown = (prepared(toy) if images is None else images)[part]
+    shown = (toy.prepared(NUM_IMAGES) if images is None else images)[part]
     return impute(toy.model, shown, MASK[part], how, numbers=range(NUM_IMAGES)[part])
 
 
@@ -75,8 +70,7 @@ def test_draws_have_the_probabilities_of_their_weights() -> None:
     found = run(toy, "importance", part=slice(0, 1), samples=6000, draws=400)
     draws = found.draws[0].flatten(1).double()  # (J, D)
     assert ((draws.mean(0) - mean[0]).abs() < 0.3 * deviation[0]).all()
-    ratio = draws.std(0) / deviation[0]
-    assert (ratio > 0.7).all() and (ratio < 1.3).all()
+    torch.testing.assert_close(draws.std(0), deviation[0], rtol=0.3, atol=0)
 
 
 def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact() -> None:
@@ -85,51 +79,32 @@ def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact() ->
     mean, deviation = exact(toy)
     found = run(toy, "gibbs", samples=150, draws=60)
     assert ((found.mean.flatten(1) - mean).abs() < 0.25 * deviation).all()
-    ratio = found.deviation.flatten(1) / deviation
-    assert (ratio > 0.8).all() and (ratio < 1.2).all()
-
-
-def test_values_without_weight_count_nothing_wherever_they_stand() -> None:
-    """Also where they come first, and all others have weights that exp() alone calls 0."""
-    values = torch.arange(8.0).view(1, 4, 2)
-    log_weights = torch.tensor([[-torch.inf, -torch.inf, -1000.0, -1000.0]])
-    no_draws = torch.zeros(1, 1, 0)
-    for order in ([0, 1, 2, 3], [2, 0, 1, 3], [2, 3, 0, 1]):
-        parts = [(values[:, i : i + 1], log_weights[:, i : i + 1], no_draws) for i in order]
-        found = _summed(parts, torch.zeros(1, 2), 0)
-        assert found.mean.tolist() == [[5.0, 6.0]] and found.deviation.tolist() == [[1.0, 1.0]]
-        assert found.effective_samples.item() == 2
+    torch.testing.assert_close(found.deviation.flatten(1).double(), deviation, rtol=0.2, atol=0)
 
 
 @METHODS
 def test_neither_batch_nor_chunk_nor_missing_values_matter(method: str) -> None:
     toy = linear_gaussian()
-    options = {"samples": 70, "draws": 3}
-    whole = run(toy, method, **options)
-    broken = torch.where(MASK > 0, prepared(toy), float("nan"))
+    whole = run(toy, method, samples=70, draws=3)
+    broken = torch.where(MASK > 0, toy.prepared(NUM_IMAGES), float("nan"))
     for images, part, chunk in (
-        (None, slice(None), 7),
+        (None, slice(5), 7),
         (None, slice(2, 4), 9),
         (broken, slice(5), 99),
     ):
-        found = run(toy, method, images=images, part=part, batch_size=chunk, **options)
+        found = run(toy, method, images=images, part=part, batch_size=chunk, samples=70, draws=3)
         for one, two in zip(found, whole, strict=True):
             torch.testing.assert_close(one, two[part], rtol=1e-4, atol=1e-5)
 
 
-def conditional_model() -> VAE:
+@METHODS
+def test_labels_and_masks_reach_the_model(method: str) -> None:
     config = tiny_config(num_classes=2)
     config.data.mask = "half"
-    model = build_vae(config, (8, 8)).eval()
+    model, images = build_vae(config, (8, 8)).eval(), torch.ones(2, 1, 8, 8)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch_generator(0, "t")))
-    return model
-
-
-@METHODS
-def test_labels_and_masks_reach_the_model(method: str) -> None:
-    model, images = conditional_model(), torch.ones(2, 1, 8, 8)
     mask = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     mask[:, :, :4] = 1
     how = ImputeCommand(method=method, samples=4, draws=2)  # type: ignore[arg-type]

@@ -51,10 +51,12 @@ def test_a_known_mixture_is_found(covariance: str) -> None:
     assert torch.equal(fit_mixture(z, 3, covariance, seed=0).mixture.means, found.means)
     order = torch.cdist(truth.means, found.means).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
-    close = {"rtol": 0, "atol": 0.05}
-    torch.testing.assert_close(found.log_weights[order].exp(), truth.log_weights.exp(), **close)
-    torch.testing.assert_close(found.means[order], truth.means, **close)
-    torch.testing.assert_close(found.factors[order], truth.factors, **close)
+    for ours, theirs in (
+        (found.log_weights[order].exp(), truth.log_weights.exp()),
+        (found.means[order], truth.means),
+        (found.factors[order], truth.factors),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
     # the maximum lies above the truth on the very draws, by little
     assert 0 < float(found.log_prob(z).mean() - truth.log_prob(z).mean()) < 2e-3
 
@@ -70,13 +72,9 @@ def test_the_density_of_one_component_is_the_closed_form(covariance: str) -> Non
     squares = (centred @ torch.linalg.inv(scatter) * centred).sum(1)
     expected = -0.5 * squares - math.log(2 * math.pi) - 0.5 * torch.logdet(scatter)
     torch.testing.assert_close(mixture.log_prob(z), expected)
-
-
-@BOTH
-def test_degenerate_latents_leave_it_finite(covariance: str) -> None:
-    mixture = fit_mixture(torch.ones(10, 3), 4, covariance, seed=0).mixture
-    assert torch.isfinite(mixture.log_prob(torch.ones(1, 3))).all()
-    assert torch.isfinite(draws(mixture, 20)).all()
+    degenerate = fit_mixture(torch.ones(10, 3), 4, covariance, seed=0).mixture
+    assert torch.isfinite(degenerate.log_prob(torch.ones(1, 3))).all()
+    assert torch.isfinite(draws(degenerate, 20)).all()
 
 
 def test_draws_are_a_function_of_seed_and_number_and_temperature_scales_components() -> None:
@@ -84,7 +82,6 @@ def test_draws_are_a_function_of_seed_and_number_and_temperature_scales_componen
     some = prior_latents((2,), 7, seed=1, prior=mixture)
     assert torch.equal(some[3:], prior_latents((2,), 4, seed=1, first=3, prior=mixture))
     cold = prior_latents((2,), 7, seed=1, temperature=0.0, prior=mixture)
-    assert all(any(torch.equal(z, mean) for mean in mixture.means.float()) for z in cold)
     components = [int((mixture.means.float() == z).all(1).nonzero()) for z in cold]
     noise = prior_latents((2,), 7, seed=1)  # the same, moved
     torch.testing.assert_close(some, cold + mixture.factors[components].float() * noise)
@@ -98,59 +95,46 @@ def test_one_draw_of_each_image_whatever_the_batch() -> None:
     assert z.shape == (NUM_IMAGES, 3)
     torch.testing.assert_close(aggregate_posterior(model, batches(4), seed=4), z)
     assert not torch.allclose(aggregate_posterior(model, batches(4), seed=5), z)
-    with torch.no_grad():  # a posterior of known moments
-        for parameter in model.encoder.parameters():
-            parameter.zero_()
+    for parameter in model.encoder.parameters():  # a posterior of known moments
+        parameter.data.zero_()
     z = torch.cat([aggregate_posterior(model, batches(13), seed=seed) for seed in range(60)])
     assert float(z.mean()) == pytest.approx(0, abs=0.05)
     assert float(z.var()) == pytest.approx(1, abs=0.05)
 
 
-def command(run: Path, **keys: object) -> SampleCommand:
-    found = SampleCommand(run=str(run), device="cpu", prior="gmm:2")
-    for name, value in keys.items():
-        setattr(found, name, value)
-    return found
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+def test_what_was_fitted_is_kept_for_what_it_belongs_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(1, 256, (40, 8, 8), dtype=np.uint8)
     write_images(tmp_path / "images", pixels)
-    config = tiny_config()
+    config, run = tiny_config(), tmp_path / "run"
     config.data.train = config.data.validation = str(tmp_path / "images")
-    write_run(tmp_path / "run", config, (8, 8))
-    return tmp_path / "run"
-
-
-def test_what_was_fitted_is_kept_for_what_it_belongs_to(run: Path) -> None:
-    loaded = load_model(command(run))
-    first = fitted_prior(loaded, command(run))
+    write_run(run, config, (8, 8))
+    command = SampleCommand(run=str(run), device="cpu", prior="gmm:2")
+    loaded = load_model(command)
+    first = fitted_prior(loaded, command)
     assert "fitted to 40 training images" in first.description and "kept in" in first.description
-    again = fitted_prior(loaded, command(run))
+    again = fitted_prior(loaded, command)
     assert "from" in again.description
     assert torch.equal(again.mixture.means, first.mixture.means)
     # other weights at the same step, then other images
-    with torch.no_grad():
-        next(loaded.model.parameters()).add_(0.1)
-    assert "kept in" in fitted_prior(loaded, command(run)).description
-    assert "kept in" in fitted_prior(loaded, command(run, prior_images=30)).description
+    next(loaded.model.parameters()).data += 0.1
+    assert "kept in" in fitted_prior(loaded, command).description
+    command.prior_images = 30
+    assert "kept in" in fitted_prior(loaded, command).description
     # a file that is damaged, or of another shape, is replaced
     files = list((run / "priors").iterdir())
     other = next(file for file in files if "_step_" in file.name).read_bytes()
     for data in (b"torn", other.replace(b"[2,3]", b"[3,2]")):
         for file in files:
             file.write_bytes(data)
-        assert "kept in" in fitted_prior(loaded, command(run, prior_images=30)).description
-
-
-def test_a_run_folder_that_cannot_be_written_costs_only_the_file(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        assert "kept in" in fitted_prior(loaded, command).description
+    # a folder that cannot be written costs only the file
+    (run / "priors").rename(run / "elsewhere")
     (run / "priors").write_text("in the way")
-    assert "not kept" in fitted_prior(load_model(command(run)), command(run)).description
+    assert "not kept" in fitted_prior(loaded, command).description
     # the missing package is named before images are encoded
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
     monkeypatch.setattr("vae_dist.inference.mixture.aggregate_posterior", None)
     with pytest.raises(ConfigError, match=r"scikit-learn: pip install 'vae_dist\[metrics\]'"):
-        fitted_prior(load_model(command(run)), command(run))
+        fitted_prior(loaded, command)

@@ -1,31 +1,29 @@
-"""`BatchedVAE`: what each image depends on, and what it is the mean of."""
+"""`BatchedVAE`: what each image depends on, and what it is the mean of, on every device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.support.tiny_run import tiny_config
+from tests.support.devices import DEVICES
+from tests.support.evaluated import SIZE, tiny_model
+from vae_dist.config.commands import ImputeCommand
+from vae_dist.inference import tiles
+from vae_dist.inference.impute import impute
 from vae_dist.inference.sampling import BatchedVAE
-from vae_dist.models.build import build_vae
-from vae_dist.models.latent import prior_latents
+from vae_dist.models.latent import kl_to_standard_normal, prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
-
-SIZE = (8, 6)
+from vae_dist.training.compile import use_tensor_float_32
 
 
 @pytest.fixture(scope="module", params=["vector", "spatial"])
 def model(request: pytest.FixtureRequest) -> VAE:
-    model = build_vae(tiny_config(latent=request.param), SIZE).eval()
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            noise = torch.randn(parameter.shape, generator=torch_generator(number, ""))
-            parameter.add_(0.3 * noise)
-    return model
+    return tiny_model(latent=request.param).eval()
 
 
-def pixels(count: int) -> torch.Tensor:
+def pixels(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 1, *SIZE), generator=torch_generator(0, "x")).byte()
 
 
@@ -39,14 +37,10 @@ def test_sample_i_depends_on_seed_and_i_alone(model: VAE) -> None:
         torch.testing.assert_close(again, images[:num_images], rtol=0, atol=1e-5)
     assert (BatchedVAE(model).sample(7, SIZE, seed=2) - images).abs().max() > 0.01
     cold = BatchedVAE(model).sample(3, SIZE, seed=0, temperature=0.0)
-    assert torch.equal(cold[0], cold[2])
-
-
-def test_latents_are_standard_normal_times_temperature(model: VAE) -> None:
+    torch.testing.assert_close(cold[0], cold[2])
     shape = model.latent_shape(*SIZE)
     z = prior_latents(shape, 500, seed=0)
-    assert z.mean().abs() < 0.1
-    assert z.std() == pytest.approx(1.0, abs=0.05)
+    assert z.mean().abs() < 0.1 and z.std() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(prior_latents(shape, 500, seed=0, temperature=0.5), 0.5 * z)
     assert torch.equal(prior_latents(shape, 2, seed=0, first=3), z[3:5])
 
@@ -65,13 +59,13 @@ def test_a_reconstruction_is_the_mean_at_the_posterior_mean(model: VAE) -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "laplace", "discretized_gaussian"])
 def test_a_posterior_is_that_of_the_very_image(kind: str) -> None:
     """Without the noise of dequantisation that training adds; as diffusers encodes it."""
-    model = build_vae(tiny_config(latent="spatial", kind=kind), SIZE).eval()
+    model = tiny_model(latent="spatial", kind=kind).eval()
     with torch.no_grad():
         expected = model.encode(pixels(3) / 127.5 - 1)
     torch.testing.assert_close(BatchedVAE(model).encode(pixels(3)), expected)
 
 
-def test_paths_between_latents(model: VAE) -> None:
+def test_paths_between_latents_and_traversals(model: VAE) -> None:
     shape, vae = model.latent_shape(*SIZE), BatchedVAE(model)
     a, b = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0))
     paths = vae.interpolate(a, b, SIZE, num_points=3).unflatten(0, (2, 3))
@@ -79,14 +73,53 @@ def test_paths_between_latents(model: VAE) -> None:
         latents = torch.stack([a[pair], (a[pair] + b[pair]) / 2, b[pair]])
         torch.testing.assert_close(paths[pair], vae.decode(latents, SIZE))
     assert not torch.equal(paths[0, 0], paths[0, 2])
-
-
-def test_a_traversal_sets_a_dimension_or_raises_a_channel(model: VAE) -> None:
-    z, vae = torch.randn(model.latent_shape(*SIZE)), BatchedVAE(model)
-    rows = vae.traverse(z, SIZE, units=[2, 0], values=torch.tensor([-3.0, 0.5]))
+    # a traversal sets a dimension of a vector, or raises a channel
+    rows = vae.traverse(a[0], SIZE, units=[2, 0], values=torch.tensor([-3.0, 0.5]))
     expected = []
     for unit, value in ((2, -3.0), (2, 0.5), (0, -3.0), (0, 0.5)):
-        moved = z.clone()
-        moved[unit] = value if z.ndim == 1 else moved[unit] + value
+        moved = a[0].clone()
+        moved[unit] = value if moved.ndim == 1 else moved[unit] + value
         expected.append(moved)
     torch.testing.assert_close(rows, vae.decode(torch.stack(expected), SIZE))
+
+
+def pictures_of(model: VAE) -> dict[str, Tensor]:
+    stored, vae, device = pixels(4), BatchedVAE(model), next(model.parameters()).device
+    mean, log_variance = vae.encode(stored)
+    unit = int(kl_to_standard_normal(mean, log_variance).mean(0).argmax())
+    mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
+    half = torch.full(stored.shape, 0.5, device=device)
+    prepared = model.likelihood.prepare(stored.to(device), half)
+    found = {
+        "samples": BatchedVAE(model, 2).sample(5, SIZE, seed=1),
+        "reconstructions": vae.reconstruct(stored),
+        "interpolations": vae.interpolate(mean[:2], mean[2:], SIZE, num_points=3),
+        "traversals": vae.traverse(mean[0], SIZE, units=[unit], values=torch.linspace(-3, 3, 4)),
+    }
+    for method in ("single", "importance", "gibbs"):
+        how = ImputeCommand(method=method, samples=8, draws=2, seed=1, batch_size=3)
+        found[f"{method} mean"] = impute(model, prepared, mask, how).mean
+    return {name: 127.5 * tensor for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("latent", "kind"), [("vector", "bernoulli"), ("spatial", "laplace")])
+def test_pictures_and_tiles_are_those_of_the_cpu(device: str, latent: str, kind: str) -> None:
+    model = tiny_model(latent=latent, kind=kind).eval()
+    image = 2 * torch.rand((1, 1, 40, 36), generator=torch.Generator().manual_seed(0)) - 1
+
+    def tiled() -> list[Tensor]:
+        if latent == "vector":
+            return []
+        with torch.inference_mode():
+            mean, _ = tiles.encode(model, image.to(next(model.parameters()).device), tile=16)
+            return [mean.cpu(), tiles.decode(model, mean, (40, 36), tile=16).cpu()]
+
+    expected, expected_tiles = pictures_of(model), tiled()
+    use_tensor_float_32(torch.device(device), "no")  # as load_model does
+    model.to(device)
+    torch.testing.assert_close(tiled(), expected_tiles, rtol=1e-4, atol=1e-4)
+    for name, tensor in pictures_of(model).items():
+        assert tensor.device.type == "cpu", name
+        if name != "gibbs mean" or device == "cpu":  # draws of its chains are of the device
+            assert float((tensor - expected[name]).abs().max()) <= 1.0, name

@@ -1,0 +1,252 @@
+"""From our runs to diffusers' AutoencoderKL and FLUX.2's, with the real package."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tests.support.tiny_run import tiny_config, write_run
+from vae_dist import export
+from vae_dist.config.commands import CheckpointCommand
+from vae_dist.config.schema import TrainConfig
+from vae_dist.distributed import load_full
+from vae_dist.inference.load import load_model
+from vae_dist.models import latent
+from vae_dist.models.build import build_vae
+from vae_dist.models.latent import LatentMoments
+from vae_dist.models.vae import VAE
+from vae_dist.randomness import torch_generator
+from vae_dist.run.resume import initial_weights
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
+diffusers = pytest.importorskip("diffusers")
+EXACT = {"rtol": 0, "atol": 1e-5}
+Printed = pytest.CaptureFixture[str]
+
+
+def spatial_config(source: Path | str = "", **model: object) -> TrainConfig:
+    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
+    config.init_from = str(source)
+    options = {"channels": [8, 12, 12], "attention": True, "latent_channels": 4, **model}
+    for name, value in options.items():
+        setattr(config.model, name, value)
+    return config
+
+
+def exported(run: Path, out: Path, *keys: str) -> Path:
+    assert export.main([f"run={run}", f"out={out}", *keys]) == 0
+    return out
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return settings
+
+
+def loaded(run: Path, **keys: Any) -> VAE:
+    return load_model(CheckpointCommand(run=str(run), **keys)).model
+
+
+def images(number: int = 2, size: tuple[int, int] = (16, 24)) -> Tensor:
+    return torch.rand(number, 3, *size, generator=torch_generator(0, "pixels")) * 2 - 1
+
+
+@torch.no_grad()
+def assert_same(ours: VAE, theirs: Any) -> None:
+    """Means, log-variances and decoded images agree for images of several sizes."""
+    for size in ((16, 16), (24, 32), (8, 40)):
+        mean, log_variance = ours.encode(images(size=size))
+        found = theirs.encode(images(size=size)).latent_dist
+        assert mean.std() > 0.01
+        torch.testing.assert_close(found.mean, mean, **EXACT)
+        unclamped = found.parameters.chunk(2, dim=1)[1]
+        torch.testing.assert_close(latent.bounded(unclamped), log_variance, rtol=0, atol=2e-5)
+        usual = (unclamped > -20) & (unclamped < 10)
+        assert usual.any() and (found.logvar - log_variance)[usual].abs().max() < 2e-4
+        z = mean + torch.randn(mean.shape, generator=torch_generator(0, "z"))
+        expected = ours.decode(z, size)[:, :3]
+        assert expected.std() > 0.01
+        torch.testing.assert_close(theirs.decode(z).sample, expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("channels", "attention"), [([8], True), ([8, 12, 12], False), ([8, 8, 16, 24], True)]
+)
+def test_an_exported_run_is_the_same_model(
+    tmp_path: Path, channels: list[int], attention: bool, capsys: Printed
+) -> None:
+    options = {"channels": channels, "attention": attention, "latent_channels": 5, "blocks": 2}
+    config = spatial_config(**options)
+    config.likelihood.variance = "shared" if attention else "per_pixel"
+    write_run(tmp_path / "run", config, (16, 24))
+    weights = "ema" if attention else "model"
+    out = exported(tmp_path / "run", tmp_path / "out", f"weights={weights}")
+    assert ("cut off: 3 of 6 decoder outputs" in capsys.readouterr().out) == (not attention)
+    theirs = diffusers.AutoencoderKL.from_pretrained(out).eval()
+    assert_same(loaded(tmp_path / "run", weights=weights), theirs)
+
+
+def test_what_the_format_has_no_place_for_is_named(tmp_path: Path, capsys: Printed) -> None:
+    config = spatial_config(patch=2, dc_shortcuts=True, num_classes=4, blocks=[1, 1, 2])
+    config.likelihood.kind = "discretized_logistic_mixture"
+    config.data.mask = "member"
+    write_run(tmp_path / "run", config, (16, 16))
+    write_run(tmp_path / "vector", tiny_config(channels=1), (16, 16))
+    named = ("patch=2", "dc_shortcuts=true", "num_classes=4", "blocks=[1, 1, 2]", "mask=member")
+    for run, keys in (
+        ("run", (*named, "kind=discretized_logistic_mixture", "format=safetensors writes any")),
+        ("vector", ("model.latent=vector", "likelihood.kind=bernoulli")),
+    ):
+        assert export.main([f"run={tmp_path}/{run}", f"out={tmp_path}/out"]) == 2
+        errors = capsys.readouterr().err
+        assert all(key in errors for key in keys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_file_of_any_model_begins_another_run(plain_run: Path, tmp_path: Path) -> None:
+    file = exported(plain_run, tmp_path / "out", "format=safetensors") / "model.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["step"]) == 20 and metadata["likelihood"] == "bernoulli"
+    assert json.loads(metadata["config"])["model"]["channels"] == [8, 8]
+    assert "shards" not in metadata["config"]  # no paths
+    config = tiny_config()
+    config.init_from = str(file)
+    model = build_vae(config, (28, 28))
+    load_full(model, initial_weights(config, model))
+    assert torch.equal(model.encoder.conv_in.weight, loaded(plain_run).encoder.conv_in.weight)
+
+
+def test_nothing_but_an_export_is_written_over(
+    tmp_path: Path, spatial_run: Path, capsys: Printed
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    assert export.main([f"run={spatial_run}", f"out={out}"]) == 2
+    assert "holds README.md, but no diffusion_pytorch_model" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == "mine"
+    (out / "README.md").unlink()
+    for _ in range(2):
+        exported(spatial_run, out)
+    checkpoint = max((spatial_run / "checkpoints").glob("step_*"))
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert export.main([f"run={spatial_run}", f"out={checkpoint}", "format=safetensors"]) == 2
+    assert "is among the checkpoints" in capsys.readouterr().err
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+
+
+def test_a_push_uploads_what_was_written(
+    spatial_run: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Api:
+        def __init__(self, token: str) -> None:
+            assert token == "secret"
+
+        def create_repo(self, repo: str, *, exist_ok: bool) -> None:
+            calls.append(("create", repo, exist_ok))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> object:
+            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    keys = [f"run={spatial_run}", f"out={tmp_path}/out"]
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for push, reason in (("me/model", "there is no login"), ("a/b/c", "give OWNER/NAME")):
+        assert export.main([*keys, f"push={push}"]) == 2
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()  # refused before any work
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert export.main([*keys, "push=me/model"]) == 0
+    names = ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert calls == [("create", "me/model", True), ("upload", "me/model", names)]
+    text = capsys.readouterr().out
+    assert "pushed: https://hub/commit" in text and "secret" not in text
+
+
+# latents, normalised as diffusers' own pipelines do it
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose channels of latents differ by 100, with their measured statistics."""
+    folder = tmp_path_factory.mktemp("normalization") / "run"
+    write_run(folder, spatial_config(channels=[8, 8]), (16, 16))
+    scales = torch.tensor([100.0, 1.0, 2.0, 1.0]).view(4, 1, 1, 1)
+    for file in folder.glob("checkpoints/*/*.safetensors"):
+        with safetensors.safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = safetensors.torch.load_file(file)
+        weight = tensors["quant_conv.weight"]
+        weight[:4] *= scales / weight[:4].std()
+        safetensors.torch.save_file(tensors, file, metadata)  # of the same size
+    moments = LatentMoments(4)
+    with torch.no_grad():
+        moments.add(*loaded(folder).encode(images(8)))
+    record = moments.statistics().record() | {"step": 20}
+    (folder / "latents.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_channels_are_normalised_and_back_as_sdxl_does_it(measured: Path, tmp_path: Path) -> None:
+    assert settings_of(exported(measured, tmp_path / "out"))["scaling_factor"] == 1.0
+    vae, model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval(), loaded(measured)
+    with torch.no_grad():
+        z = vae.encode(images(8)).latent_dist.mean
+        mean, std = (
+            torch.tensor(values).view(1, 4, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = (z - mean) / std * vae.config.scaling_factor
+        # mean 0 and variance 1 in each channel, but for the posterior's own variance
+        assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+        std_of_each = latents.std((0, 2, 3))
+        assert 0.9 < float(std_of_each.min()) <= float(std_of_each.max()) < 1.01
+        back = latents * std / vae.config.scaling_factor + mean  # StableDiffusionXLPipeline
+        decoded = vae.decode(back).sample.clamp(-1, 1)  # as its image processor
+        expected = model.likelihood.mean(model.decode(model.encode(images(8))[0], (16, 24)))
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=2e-5)
+
+
+def test_the_scalar_pair_stays_to_be_had(measured: Path, tmp_path: Path, capsys: Printed) -> None:
+    record, out = json.loads((measured / "latents.json").read_text()), tmp_path / "out"
+    settings = settings_of(exported(measured, out, "normalization=scalar"))
+    found = settings["latents_mean"], settings["scaling_factor"], settings["shift_factor"]
+    assert found == (None, record["scaling_factor"], record["shift_factor"]) and found[1] != 1.0
+    assert export.main([f"run={measured}", f"out={out}/2", "format=flux2", "normalization=scalar"])
+    write_run(tmp_path / "run", spatial_config(), (16, 24))
+    for text, factors, said in (
+        (None, (1.0, 0.0), "latents.json is not there"),
+        (json.dumps(record | {"step": 10}), found[1:], "at step 10, the weights are of 20"),
+        ('{"scaling_factor": "much"}', (1.0, 0.0), "cannot be read"),
+    ):
+        if text is not None:
+            (tmp_path / "run" / "latents.json").write_text(text)
+        settings = settings_of(exported(tmp_path / "run", out, "normalization=scalar"))
+        assert (settings["scaling_factor"], settings["shift_factor"]) == factors
+        assert said in capsys.readouterr().out
+
+
+def test_flux2s_format_has_the_statistics_of_blocks(measured: Path, tmp_path: Path) -> None:
+    exported(measured, tmp_path / "out", "format=flux2")
+    vae = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        z = vae.encode(images(8)).latent_dist.mean
+        mean, _ = loaded(measured).encode(images(8))
+    torch.testing.assert_close(z, mean, rtol=0, atol=1e-5 * float(mean.abs().max()))
+    latents = diffusers.Flux2Pipeline._patchify_latents(z)
+    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
+    latents = (latents - vae.bn.running_mean.view(1, -1, 1, 1)) / deviation
+    by_channel = latents.view(8, 4, 4, *latents.shape[2:])
+    assert by_channel.mean((0, 2, 3, 4)).abs().max() < 1e-3
