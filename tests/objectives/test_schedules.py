@@ -1,4 +1,4 @@
-"""Schedules at their edges."""
+"""Schedules at their edges: learning rate, beta, adversarial ramp, weight of the alignment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from vae_dist.config.schema import ObjectiveConfig, OptimizerConfig
+from vae_dist.config.schema import AdversarialConfig, ObjectiveConfig, OptimizerConfig
+from vae_dist.objectives.adversarial import ramp_at
+from vae_dist.objectives.alignment import weight_at
 from vae_dist.objectives.schedules import beta_at, lr_at
 
 STEPS = 1000
@@ -28,38 +30,38 @@ def test_cosine_falls_from_the_peak_to_its_last_value(final: float) -> None:
         fall = 0.5 * (1 + math.cos(math.pi * fraction))
         expected = 0.01 * (final + (1 - final) * fall)
         assert lr_at(config, STEPS, step) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (5, 5)])
-def test_short_runs_have_a_finite_rate(warmup: int, steps: int) -> None:
-    config = OptimizerConfig(lr=0.01, warmup_steps=warmup)
-    assert all(0 <= lr_at(config, steps, step) <= 0.01 for step in range(steps))
+    for warmup, steps in ((0, 1), (1, 1), (5, 5)):
+        config.warmup_steps = warmup
+        assert all(0 <= lr_at(config, steps, step) <= 0.01 for step in range(steps))
 
 
 QUARTER = 1 - math.cos(math.pi / 4)
 RISE, HOLD = [0.0, 0.25, 0.5, 0.75], [1.0] * 4
+COSINE = {"beta": 2.0, "beta_warmup_steps": 8, "beta_warmup": "cosine"}
+CYCLES = {"beta": 1.0, "beta_warmup_steps": 4, "beta_cycles": 3}
 
 
 @pytest.mark.parametrize(
-    ("config", "steps", "expected"),
+    ("knobs", "steps", "expected"),
     [
-        (ObjectiveConfig(beta=0.5), [0], [0.5]),
-        (
-            ObjectiveConfig(beta=4.0, beta_warmup_steps=10),
-            [0, 5, 10, 11, 10**6],
-            [0.0, 2.0, 4.0, 4.0, 4.0],
-        ),
-        (
-            ObjectiveConfig(beta=2.0, beta_warmup_steps=8, beta_warmup="cosine"),
-            [0, 2, 4, 6, 8, 9],
-            [0.0, QUARTER, 1.0, 2 - QUARTER, 2.0, 2.0],
-        ),
-        (
-            ObjectiveConfig(beta=1.0, beta_warmup_steps=4, beta_cycles=3),
-            list(range(40)),
-            RISE + HOLD + RISE + HOLD + RISE + [1.0] * 20,
-        ),
+        ({"beta": 0.5}, [0], [0.5]),
+        ({"beta": 4.0, "beta_warmup_steps": 10}, [0, 5, 10, 11, 10**6], [0.0, 2.0, 4.0, 4.0, 4.0]),
+        (COSINE, [0, 2, 4, 6, 8, 9], [0.0, QUARTER, 1.0, 2 - QUARTER, 2.0, 2.0]),
+        (CYCLES, list(range(40)), (RISE + HOLD) * 2 + RISE + [1.0] * 20),
     ],
 )
-def test_beta_at_steps(config: ObjectiveConfig, steps: list[int], expected: list[float]) -> None:
+def test_beta_at_steps(knobs: dict, steps: list[int], expected: list[float]) -> None:
+    config = ObjectiveConfig(**knobs)
     assert [beta_at(config, step) for step in steps] == pytest.approx(expected)
+
+
+def test_the_ramp_begins_after_the_discriminators_warm_up() -> None:
+    config = AdversarialConfig(start_step=10, warmup_steps=5, ramp_steps=4)
+    ramp = [ramp_at(config, step) for step in range(14, 21)]
+    assert ramp == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert ramp_at(AdversarialConfig(start_step=0, warmup_steps=0, ramp_steps=0), 0) == 1.0
+
+
+def test_the_weight_of_the_alignment_falls_linearly() -> None:
+    weights = [weight_at(0.5, 0.1, step=step, num_steps=5) for step in (0, 1, 2, 4, 9)]
+    assert weights == pytest.approx([0.5, 0.4, 0.3, 0.1, 0.1])
