@@ -15,7 +15,6 @@ from vae_dist.models import build_vae
 from vae_dist.models.blocks import (
     AttentionBlock,
     Downsample,
-    Film,
     ResidualBlock,
     Upsample,
     convolution_of_doubled,
@@ -40,14 +39,6 @@ def test_blocks_start_as_the_identity_and_attention_is_softmax_attention() -> No
     weights = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1)
     expected = x + block.to_out[0](weights @ v).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_film_is_a_scale_and_a_shift_for_each_channel() -> None:
-    film, x, condition = Film(3, 2), image(4, 2, 5, 6), image(4, 3)
-    assert torch.equal(film(x, condition), x)  # zeros
-    away_from_zero(film)
-    scale, shift = (condition @ film.weight.T + film.bias).view(4, 2, 2, 1, 1).unbind(1)
-    torch.testing.assert_close(film(x, condition), (1 + scale) * x + shift)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -9,9 +9,9 @@ from vae_dist.config.schema import AdversarialConfig
 from vae_dist.models.discriminator import PatchDiscriminator, build_discriminator, smallest_side
 
 
-def network(layers: int = 2, channels: int = 8, seed: int = 3) -> PatchDiscriminator:
+def network(layers: int = 2, channels: int = 8) -> PatchDiscriminator:
     config = AdversarialConfig(channels=channels, layers=layers)
-    return build_discriminator(config, image_channels=3, seed=seed)
+    return build_discriminator(config, image_channels=3, seed=3)
 
 
 def test_the_default_one_has_the_weights_of_the_published_network() -> None:
@@ -45,11 +45,3 @@ def test_a_logit_sees_a_patch_and_smaller_images_are_refused(layers: int, pixels
     (gradient,) = torch.autograd.grad(logits[0, 0, middle, middle], images)
     rows = gradient.abs().sum((0, 1, 3)).nonzero()
     assert int(rows.max() - rows.min()) + 1 == pixels
-
-
-def test_weights_are_a_function_of_the_seed() -> None:
-    before = torch.random.get_rng_state()
-    one, same, other = (network(seed=seed).state_dict() for seed in (3, 3, 4))
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
