@@ -29,8 +29,17 @@ from tests.support.distributed import LAUNCHER_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTITY, KEY = "tester", "0123456789" * 4
-HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
+HISTORY, SUMMARY, EVENTS = "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl"
+EACH_SECOND = (
+    *("FILE_STREAM_TRANSMIT_INTERVAL", "FILE_STREAM_RETRY_WAIT_MIN_SECONDS"),
+    *("FILE_STREAM_RETRY_WAIT_MAX_SECONDS", "GRAPHQL_RETRY_WAIT_MAX_SECONDS"),
+    "FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS",
+)
 
+USER = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
+VIEWER = USER | {"flags": "{}", "teams": {"edges": []}}
+VERSIONS = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None}
+SERVER_INFO = {"serverInfo": {"features": [], **VERSIONS}}
 Answer = tuple[int, dict[str, Any] | bytes]
 
 
@@ -69,6 +78,27 @@ class Run:
     def steps(self, key: str) -> list[int]:
         """The trainer's steps of the rows that have `key`, in the order of arrival."""
         return [row["trainer/step"] for row in self.history if key in row]
+
+    @property
+    def bucket(self) -> dict[str, Any]:
+        """As the client asks for it at its start and at a resume."""
+        history, events = self.stream(HISTORY), self.stream(EVENTS)
+        return {
+            "id": base64.b64encode(f"Run:v1:{self.id}".encode()).decode(),
+            "name": self.id,
+            "displayName": self.name,
+            **dict.fromkeys(("description", "notes", "sweepName")),
+            "tags": self.tags,
+            "config": json.dumps(self.config),
+            "project": _project(self.project),
+            "summaryMetrics": json.dumps(self.summary),
+            "historyLineCount": len(history),
+            "eventsLineCount": len(events),
+            "logLineCount": len(self.stream("output.log")),
+            "historyTail": json.dumps(history[-1:]),  # a list of lines, each JSON in itself
+            "eventsTail": json.dumps(events[-1:]),
+            "wandbConfig": json.dumps({"t": 1}),
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -136,17 +166,14 @@ class WandbServer:
         self._lock = threading.RLock()
         self._listener: Listener | None = None
         self.answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-            "Viewer": self._viewer,
-            "GetDefaultEntity": self._viewer,
-            "ServerFeaturesQuery": self._features,
-            "ServerInfo": self._features,
+            **dict.fromkeys(("Viewer", "GetDefaultEntity"), lambda _: {"viewer": VIEWER}),
+            **dict.fromkeys(("ServerFeaturesQuery", "ServerInfo"), lambda _: SERVER_INFO),
             "UpsertBucket": self._upsert,
             "RunResumeStatus": self._resume_status,
-            "RunStoppedStatus": self._stopped_status,
-            "Stopped": self._stopped_status,
+            **dict.fromkeys(("RunStoppedStatus", "Stopped"), self._stopped_status),
             "CreateRunFiles": self._create_files,
-            "MarkRunFilesUploaded": lambda variables: {"markRunFilesUploaded": {"success": True}},
-            "OrganizationCoreWeaveOrganizationID": lambda variables: {},
+            "MarkRunFilesUploaded": lambda _: {"markRunFilesUploaded": {"success": True}},
+            "OrganizationCoreWeaveOrganizationID": lambda _: {},
         }
 
     def start(self) -> WandbServer:
@@ -180,22 +207,14 @@ class WandbServer:
 
     def environment(self, home: Path) -> dict[str, str]:
         """No settings and no login but those that lead here, with a client that sends and retries
-        each second.
-
-        Whole seconds: wandb-core reads a fraction as 0, which is its default of 15 s or more.
-        """
+        each second (a fraction is read as 0, which is the default of 15 s or more)."""
         clean = {
             key: value
             for key, value in os.environ.items()
             if key not in LAUNCHER_VARIABLES and not key.startswith("WANDB_")
         }
-        each_second = (
-            *("FILE_STREAM_TRANSMIT_INTERVAL", "FILE_STREAM_RETRY_WAIT_MIN_SECONDS"),
-            *("FILE_STREAM_RETRY_WAIT_MAX_SECONDS", "GRAPHQL_RETRY_WAIT_MAX_SECONDS"),
-            "FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS",
-        )
+        clean |= {f"WANDB__{name}": "1" for name in EACH_SECOND}
         clean |= {"HOME": str(home), "NETRC": str(home / "none"), "PYTHONPATH": str(ROOT)}
-        clean |= {f"WANDB__{name}": "1" for name in each_second}
         return clean | {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
 
     def only_run(self) -> Run:
@@ -211,8 +230,6 @@ class WandbServer:
                     return True
             time.sleep(0.02)
         return False
-
-    # answers
 
     def answer(self, method: str, path: str, body: bytes) -> Answer:
         status = next((s for part, s in list(self.fail.items()) if part in path), None)
@@ -260,16 +277,9 @@ class WandbServer:
             return {}
         return self.answers[operation](variables)
 
-    def _viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
-        user = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
-        return {"viewer": user | {"flags": "{}", "teams": {"edges": []}}}
-
-    def _features(self, variables: dict[str, Any]) -> dict[str, Any]:
-        versions = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None}
-        return {"serverInfo": {"features": [], **versions}}
-
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
-        name = variables.get("name") or _run_of(variables["id"])
+        node = base64.b64decode(variables.get("id") or "").decode()
+        name = variables.get("name") or node.removeprefix("Run:v1:")
         is_new = name not in self.runs
         project = variables.get("project") or "uncategorized"
         run = self.runs.setdefault(name, Run(project, name, name))
@@ -280,11 +290,11 @@ class WandbServer:
             run.config = json.loads(variables["config"])
         if variables.get("summaryMetrics"):
             run.lines.setdefault(SUMMARY, {})[0] = variables["summaryMetrics"]
-        return {"upsertBucket": {"bucket": _bucket(run), "inserted": is_new}}
+        return {"upsertBucket": {"bucket": run.bucket, "inserted": is_new}}
 
     def _resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(variables["name"])
-        bucket = _bucket(run) if run is not None else None
+        bucket = None if run is None else run.bucket
         return {"model": _project(variables.get("project", "")) | {"bucket": bucket}}
 
     def _stopped_status(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -299,30 +309,3 @@ class WandbServer:
 
 def _project(name: str) -> dict[str, Any]:
     return {"id": "UHJv", "name": name, "entity": {"id": "RW50", "name": ENTITY}}
-
-
-def _run_of(node: str) -> str:
-    return base64.b64decode(node).decode().removeprefix("Run:v1:")
-
-
-def _bucket(run: Run) -> dict[str, Any]:
-    """A run as the client asks for it at its start and at a resume."""
-    history, events = run.stream(HISTORY), run.stream("wandb-events.jsonl")
-    return {
-        "id": base64.b64encode(f"Run:v1:{run.id}".encode()).decode(),
-        "name": run.id,
-        "displayName": run.name,
-        "description": None,
-        "notes": None,
-        "sweepName": None,
-        "tags": run.tags,
-        "config": json.dumps(run.config),
-        "project": _project(run.project),
-        "summaryMetrics": json.dumps(run.summary),
-        "historyLineCount": len(history),
-        "eventsLineCount": len(events),
-        "logLineCount": len(run.stream("output.log")),
-        "historyTail": json.dumps(run.stream(HISTORY)[-1:]),  # a list of lines, each JSON in itself
-        "eventsTail": json.dumps(run.stream("wandb-events.jsonl")[-1:]),
-        "wandbConfig": json.dumps({"t": 1}),
-    }
