@@ -1,28 +1,21 @@
 from __future__ import annotations
 
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
 import pytest
 
+import benchmarks
 from benchmarks.mnist_minute import FIRST_EPOCH_STEPS, SAFETY, Clock, steps_within
-from benchmarks.report import median_ratio, split_options, table
+from benchmarks.turns import Arm, take_turns
 
 
-def test_own_options_are_taken_out_of_the_words() -> None:
-    options, keys = split_options(
-        ["rounds=7", "config=mnist", "optimizer.lr=1e-3", "data="], {"rounds": "5", "data": "x"}
-    )
-    assert options == {"rounds": "7", "data": ""}
-    assert keys == ["config=mnist", "optimizer.lr=1e-3"]
-
-
-def test_table() -> None:
-    lines = table(["arm", "rate"], [["ours", 12345.6], ["bare", 0.97123]]).splitlines()
-    assert lines == ["| arm | rate |", "|---|---|", "| ours | 12,346 |", "| bare | 0.9712 |"]
-
-
-def test_ratio_is_the_median_of_the_rounds() -> None:
-    assert median_ratio([1.0, 2.0, 9.0], [2.0, 2.0, 3.0]) == 1.0
-    with pytest.raises(ValueError):
-        median_ratio([1.0], [1.0, 2.0])
+def test_each_benchmark_can_be_imported() -> None:
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        importlib.import_module(f"benchmarks.{module.name}")
 
 
 def test_steps_that_fit_into_the_seconds() -> None:
@@ -32,3 +25,41 @@ def test_steps_that_fit_into_the_seconds() -> None:
     clock.at_s += [3.0 + 0.02 * step for step in range(1, 80)]
     steps = steps_within(60.0, clock)
     assert 3.0 + 0.02 * (steps - FIRST_EPOCH_STEPS) == pytest.approx(60 * SAFETY, abs=0.02)
+
+
+# an arm of 2 images a step
+ARM = """
+import json
+from benchmarks.turns import Finished, Turn
+turn = Turn(num_images_per_step=2)
+print("not part of the protocol")
+turn.ready(speed=1)
+steps = 0
+try:
+    while True:
+        turn.before_step()
+        steps += 1
+except Finished as finished:
+    open(finished.path, "w").write(json.dumps(steps))
+"""
+
+
+def make_arm(folder: Path, name: str, code: str = ARM) -> Arm:
+    return Arm(name, [sys.executable, "-c", code], threads=1, log=folder / f"{name}.log")
+
+
+def test_arms_train_in_turn_and_say_what_they_did(tmp_path: Path) -> None:
+    arms = [make_arm(tmp_path, name) for name in ("a", "b")]
+    try:
+        turns = list(take_turns(arms, seconds=0.05, turn_s=0.02))
+        assert turns == pytest.approx([0.02, 0.04, 0.05])
+        for arm in arms:
+            assert arm.options == {"speed": 1} and len(arm.rates) == 3
+            assert arm.images == 2 * arm.steps and arm.seconds >= 0.05
+            arm.finish(tmp_path / "steps")
+            assert json.loads((tmp_path / "steps").read_text()) == arm.steps
+    finally:
+        for arm in arms:
+            arm.close()
+    with pytest.raises(SystemExit, match=r"a ended early[\s\S]*no such network"):
+        make_arm(tmp_path, "a", "raise SystemExit('no such network')")

@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["runtime.threads=1", "runtime.device=cpu"]
 
 
-def last_line(name: str, *words: str, **variables: str) -> Any:
+def last_line(name: str, *words: str) -> Any:
     ended = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PEERS_PYTHON": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     return json.loads(ended.stdout.splitlines()[-1])
@@ -55,7 +55,7 @@ def test_what_a_gpu_is_asked_for_runs_small_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_heap() -> None:
-    found = last_line("heap", "seconds=1", "turn_s=0.5", "config=debug", *SMALL)
+    found = last_line("heap", "seconds=0.2", "turn_s=0.1", "config=debug", *SMALL)
     assert [row["arm"] for row in found["rows"]] == ["kept", "returned"]
     assert found["ratio"] > 0
 
@@ -68,13 +68,15 @@ def test_scaling() -> None:
 
 
 def test_peers_that_are_not_there_are_left_out() -> None:
-    found = last_line("peers", "seconds=8", "parts=mnist", "threads=1", PEERS_PYTHON="")
+    """Ours is a tiny model: the speed of the machine is measured first."""
+    tiny = ["model.channels=[8,8]", "model.norm_groups=4", "model.blocks=1"]
+    tiny += ["training.batch_size=8", "data.slots=8"]
+    found = last_line("peers", "seconds=6", "parts=mnist", "threads=1", *tiny)
     (row,) = found["mnist"]
     assert row["model"] == "ours, config=mnist"
 
 
-@pytest.mark.parametrize("name", ["step", "scaling", "soak"])
-def test_help_is_what_the_file_says(name: str) -> None:
-    asked = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
+def test_help_is_what_the_file_says() -> None:
+    asked = [sys.executable, "-m", "benchmarks.step", "--help"]
     ended = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"python -m benchmarks.{name}" in ended.stdout
+    assert "python -m benchmarks.step" in ended.stdout
