@@ -33,59 +33,30 @@ from vae_dist import encode, evaluate, export, pack, train
 from vae_dist.models.vae import VAE
 
 WHOLE = "evaluation.batch_size=256"  # the digests of inputs are of batches
-DIGITS = [
-    "log.num_images=8",
-    "training.batch_size=16",
-    "data.slots=8",
-    "training.steps=6",
-    WHOLE,
-]
-PHOTOS = [
-    "data.train=photos/train",
-    "data.validation=photos/validation",
-    "training.batch_size=8",
-    "log.num_images=4",
-    "evaluation.batch_size=4",
-    "data.workers=0",
-]
+DIGITS = f"log.num_images=8 training.batch_size=16 data.slots=8 training.steps=6 {WHOLE}"
+PHOTOS = (
+    "data.train=photos/train data.validation=photos/validation training.batch_size=8 "
+    "log.num_images=4 evaluation.batch_size=4 data.workers=0"
+)
+BUCKETS = 'data.resolution={"area":4096,"multiple":8,"max_aspect":2.0}'
+ADVERSARIAL = " ".join(
+    f"adversarial.{key}"
+    for key in ("weight=0.5", "start_step=1", "warmup_steps=1", "ramp_steps=1", "channels=16")
+)
 # name -> (config, overrides, whether a second run on two processes is written down too)
-TRAININGS: dict[str, tuple[str, list[str], bool]] = {
-    "debug": ("debug", ["training.steps=20", "evaluation.every=10", WHOLE], True),
+TRAININGS: dict[str, tuple[str, str, bool]] = {
+    "debug": ("debug", f"training.steps=20 evaluation.every=10 {WHOLE}", True),
     "conditional": ("mnist_conditional", DIGITS, False),
     "missing": ("mnist_missing", DIGITS, True),
-    "photos64": ("photos64", [*PHOTOS, "training.steps=2", "model.channels=[32,32,64]"], False),
+    "photos64": ("photos64", f"{PHOTOS} training.steps=2 model.channels=[32,32,64]", False),
     "buckets": (
         "photos_buckets",
-        [
-            *PHOTOS,
-            "data.slots=4",
-            "training.steps=3",
-            "model.channels=[32,32,32]",
-            "data.resolution={area: 4096, multiple: 8, max_aspect: 2.0}",
-        ],
+        f"{PHOTOS} data.slots=4 training.steps=3 model.channels=[32,32,32] {BUCKETS}",
         True,
     ),
-    "adversarial": (
-        "photos64_kl_f4",
-        [
-            *PHOTOS,
-            "training.steps=5",
-            "adversarial.weight=0.5",
-            "adversarial.start_step=1",
-            "adversarial.warmup_steps=1",
-            "adversarial.ramp_steps=1",
-            "adversarial.channels=16",
-        ],
-        True,
-    ),
+    "adversarial": ("photos64_kl_f4", f"{PHOTOS} training.steps=5 {ADVERSARIAL}", True),
 }
-FIXED = [
-    "log.every=1",
-    "evaluation.batch_size=256",
-    "wandb.mode=disabled",
-    "training.precision=no",
-    "runtime.threads=1",
-]
+FIXED = f"log.every=1 {WHOLE} wandb.mode=disabled training.precision=no runtime.threads=1"
 OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
 
 
@@ -103,9 +74,14 @@ def tensor_bytes(value: Any) -> bytes:
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()
 
 
-def tensors_digest(path: Path) -> str:
-    tensors = load_file(path)
-    return digest(name.encode() + tensor_bytes(tensors[name]) for name in sorted(tensors))
+def tensors_of(folder: Path) -> dict[str, str]:
+    """Digests of the tensors of each safetensors file."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        parts = (name.encode() + tensor_bytes(tensors[name]) for name in sorted(tensors))
+        found[path.name] = digest(parts)
+    return found
 
 
 def draw_pictures(folder: Path, count: int = 60) -> None:
@@ -119,24 +95,21 @@ def draw_pictures(folder: Path, count: int = 60) -> None:
         pixels[top : top + 25, left : left + 25] = rng.integers(0, 256, 3)
         noise = rng.integers(-12, 13, pixels.shape)
         image = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
-        if number % 15 == 0:
-            image = image.convert("L")
         path = folder / "abc"[number % 3] / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()
-        image.save(file, "JPEG", quality=92)
+        (image if number % 15 else image.convert("L")).save(file, "JPEG", quality=92)
         path.write_bytes(file.getvalue())
 
 
 def _traced_training(arguments: list[str]) -> list[str]:
-    """Train in this process; a digest of each forward's inputs and outcome."""
+    """Train in this process; a digest of each forward's inputs."""
     seen: list[str] = []
     forward = VAE.forward
 
     def traced(self: VAE, *args: Any, **kwargs: Any) -> Any:
-        named = [*args, *(kwargs[name] for name in sorted(kwargs) if kwargs[name] is not None)]
-        given = [tensor_bytes(value) for value in named if value is not None]
-        seen.append(digest(given))
+        given = [*args, *(kwargs[name] for name in sorted(kwargs))]
+        seen.append(digest(tensor_bytes(value) for value in given if value is not None))
         return forward(self, *args, **kwargs)
 
     VAE.forward = traced  # type: ignore[method-assign]
@@ -145,107 +118,70 @@ def _traced_training(arguments: list[str]) -> list[str]:
     return seen
 
 
-def _alone(function: Any, *args: Any) -> None:
-    """In a process of its own, as a launched rank: some settings hold for a whole process."""
-    run_ranks(1, function, *args, timeout_s=500)
-
-
-def training(name: str, *, world: int) -> dict[str, Any]:
+def training(name: str, world: int) -> dict[str, Any]:
     config, overrides, _ = TRAININGS[name]
     run = f"runs/{name}_{world}"
-    arguments = [f"config={config}", f"run={run}", *FIXED, *overrides]
+    arguments = [f"config={config}", f"run={run}", *FIXED.split(), *overrides.split()]
     inputs = run_ranks(world, _traced_training, arguments, timeout_s=500)
-    rows = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    print(f"{name} on {world}: done", file=sys.stderr, flush=True)
     logged = {
         f"{row['step']}:{key}": value
-        for row in rows
+        for row in map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
         for key, value in row.items()
         if key.startswith(OF_THE_STEP)
     }
     last = Path(run, "checkpoints", Path(run, "checkpoints", "latest").read_text().strip())
-    names = sorted(path.name for path in last.glob("*.safetensors"))
-    return {
-        "inputs": inputs,
-        "logged": logged,
-        "weights": {file: tensors_digest(last / file) for file in names},
-    }
+    return {"inputs": inputs, "logged": logged, "weights": tensors_of(last)}
 
 
-def _run(command: Any, arguments: list[str]) -> None:
+def _checked(command: Any, arguments: list[str]) -> None:
     code = command(arguments)
     assert code == 0, f"{arguments}: exit code {code}"
+
+
+def run(command: Any, arguments: str) -> None:
+    """In a process of its own, as a launched rank: some settings hold for a whole process."""
+    run_ranks(1, _checked, command, arguments.split(), timeout_s=500)
+
+
+def bytes_of(folder: str, *, by_path: bool = False) -> dict[str, str]:
+    paths = sorted(Path(folder).rglob("*.tar"))
+    return {str(path) if by_path else path.name: digest([path.read_bytes()]) for path in paths}
 
 
 def everything() -> dict[str, Any]:
     """All values; writes below the current folder."""
     draw_pictures(Path("pictures"))
-    _alone(
-        _run, pack.main, ["source=pictures", "out=photos", "validation=12", "size=96", "workers=1"]
-    )
-    values: dict[str, Any] = {
-        "packed": {
-            str(path): digest([path.read_bytes()]) for path in sorted(Path("photos").rglob("*.tar"))
-        }
-    }
+    run(pack.main, "source=pictures out=photos validation=12 size=96 workers=1")
+    values: dict[str, Any] = {"packed": bytes_of("photos", by_path=True)}
     for name, (_, _, on_two) in TRAININGS.items():
         for world in (1, 2) if on_two else (1,):
-            values[f"{name}_{world}"] = training(name, world=world)
-            print(f"{name} on {world}: done", file=sys.stderr, flush=True)
+            values[f"{name}_{world}"] = training(name, world)
+    one = "threads=1 device=cpu"
     for name in ("debug", "missing", "buckets"):
-        _alone(
-            _run,
-            evaluate.main,
-            [
-                f"run=runs/{name}_1",
-                "samples=7",
-                "max_images=20",
-                "threads=1",
-                "device=cpu",
-                f"out=results_{name}.json",
-            ],
-        )
-        found = json.loads(Path(f"results_{name}.json").read_text())
+        out = f"results_{name}.json"
+        run(evaluate.main, f"run=runs/{name}_1 samples=7 max_images=20 {one} out={out}")
+        found = json.loads(Path(out).read_text())
         values[f"evaluate_{name}"] = {k: v for k, v in found.items() if isinstance(v, float)}
-    _alone(_run, export.main, ["run=runs/adversarial_1", "out=exported"])
-    values["export"] = {
-        "config": json.loads(Path("exported/config.json").read_text()),
-        **{path.name: tensors_digest(path) for path in sorted(Path("exported").glob("*.saf*"))},
-    }
-    _alone(
-        _run,
-        encode.main,
-        [
-            "run=runs/adversarial_1",
-            "data=photos/validation",
-            "out=latents",
-            "threads=1",
-            "device=cpu",
-            "batch_size=4",
-        ],
-    )
-    values["encoded"] = {
-        path.name: digest([path.read_bytes()]) for path in sorted(Path("latents").glob("*.tar"))
-    }
-    return values
+    run(export.main, "run=runs/adversarial_1 out=exported")
+    config = json.loads(Path("exported/config.json").read_text())
+    values["export"] = {"config": config, **tensors_of(Path("exported"))}
+    data = "data=photos/validation out=latents"
+    run(encode.main, f"run=runs/adversarial_1 {data} {one} batch_size=4")
+    return values | {"encoded": bytes_of("latents")}
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[str]:
     """Where two values differ; floats count as equal only when all their bits are."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
     if isinstance(one, dict) and isinstance(other, dict):
-        found = [
-            f"{place}/{key}: only {'before' if key in one else 'now'}"
-            for key in sorted(one.keys() ^ other.keys())
-        ]
+        only = {key: "before" if key in one else "now" for key in one.keys() ^ other.keys()}
+        found = [f"{place}/{key}: only {where}" for key, where in sorted(only.items())]
         for key in one:
             if key in other:
                 found += differences(one[key], other[key], f"{place}/{key}")
         return found
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return [
-            line
-            for number, pair in enumerate(zip(one, other, strict=True))
-            for line in differences(*pair, f"{place}[{number}]")
-        ]
     both_nan = one != one and other != other
     return [] if one == other or both_nan else [f"{place}: {one} before, {other} now"]
 
