@@ -94,7 +94,7 @@ def test_a_first_step_and_the_last_write_may_take_long(tmp_path, digits):
         ("shards", 1, (1,), 0),
         ("evaluation", 2, (1,), 8),
         pytest.param("step", 7, (0, 1), 7, marks=SLOW),
-        pytest.param("checkpoint", 2, (0,), 10, marks=SLOW),
+        pytest.param("checkpoint", 3, (0,), 10, marks=SLOW),
     ],
 )
 def test_a_signal_stops_all_ranks_at_one_step_whenever_it_comes(
