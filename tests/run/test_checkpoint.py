@@ -81,6 +81,7 @@ WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
         (MANIFEST, replace_by_a_fifo),
         (MANIFEST, lambda path: path.write_text('{"step": 30, "files": 7}')),
         (MANIFEST, lambda path: path.write_text('{"step": 30, "files": {"../x": 1}}')),
+        (MANIFEST, lambda path: path.write_text('{"step": Infinity, "files": {}}')),
         ("", replace_by_a_file),
     ],
 )

@@ -196,7 +196,9 @@ def _write_manifest(
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
-        int(manifest["step"]), manifest["files"].items()
+        if manifest["step"] != int(folder.name[5:]):
+            raise ValueError("it is of another step")
+        manifest["files"].items()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise TornCheckpoint(f"{folder} has no manifest.json ({error})") from None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
