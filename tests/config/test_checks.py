@@ -59,7 +59,7 @@ REFUSED = {
     "data.train=[a,'${seed}']": "data.train: ${...} is not evaluated",
     # types
     "training.steps=1e5": "training.steps=1e5 is not a whole number; write training.steps=100000",
-    "seed=1_000": "seed=1_000 is not a whole number",
+    "seed=1_000": "seed=1_000 is not a whole number; write seed=1000",
     "optimizer.lr=.nan": "optimizer.lr=.nan is not a number",
     "data.flip=on": "data.flip=on is not true or false",
     "training.precision=bf17": "is not one of auto, no, bf16, fp16; did you mean bf16?",

@@ -304,8 +304,11 @@ def _unknown(cls: type, name: str) -> str:
 def _wrong_type(key: Key, text: Any) -> str:
     choices = [str(choice) for choice in key.choices]
     words = f"one of {', '.join(choices)}" if choices else EXPECTED.get(key.type, "text")
-    sentence, value = f"{key.name}={shown(text)} is not {words}", _scalar(str(text))
-    if key.type is int and isinstance(value, float) and value.is_integer():  # 1e5
+    sentence, value = (
+        f"{key.name}={shown(text)} is not {words}",
+        _scalar(str(text).replace("_", "")),
+    )
+    if key.type is int and type(value) in (int, float) and value == int(value):  # 1e5, 1_000
         return f"{sentence}; write {key.name}={int(value)}"
     return sentence + _did_you_mean(*get_close_matches(str(text), choices, n=1))
 
