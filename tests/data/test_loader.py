@@ -164,6 +164,19 @@ def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
         assert {k for k in whole[2] if k[0] == step} == {(step, str(s)) for s, _ in places}
 
 
+def test_a_window_without_a_readable_sample_takes_the_nearest_earlier_one(
+    in_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Memory, "lost_of", 2)
+    order, images = Order([40], lanes=2, window=1, seed=1), ImageSettings(3, (8, 8), True, 100)
+    keys = {"batch_size": 2, "start_step": 0, "stop_step": 40}
+    parts = [
+        part.groups[0].images for part in TrainingStream(index_of([40]), order, images, **keys)
+    ]
+    got = [[(s, i) for s, i in part[:, [0, 2], 0, 0].tolist()] for part in parts]
+    assert got == by_the_rule(order, 40, Memory.is_lost)
+
+
 @given(data=st.data())
 @IN_MEMORY
 def test_an_evaluation_shows_each_image_once(in_memory: None, data: st.DataObject) -> None:
