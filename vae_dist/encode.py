@@ -24,13 +24,9 @@ INTRO = (
 
 def _encode(command: EncodeCommand) -> None:
     # torch, once the keys are right
-    if command.features:
-        from vae_dist.packing.features import encode_features
+    from vae_dist.packing.encode import encode, encode_features
 
-        return encode_features(command)
-    from vae_dist.packing.encode import encode
-
-    encode(command)
+    (encode_features if command.features else encode)(command)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,10 +49,12 @@ def test_verify_decodes_every_sample(tmp_path, capsys):
     for kind in ("member", "nan"):
         assert f"incomplete: 1 samples, which data.mask={kind} reads" in out
     samples[0]["mask.png"], samples[1]["npy"] = png(mask[:2]), b"no picture\x1b[2J"
+    samples[2]["features.safetensors"] = b""
     write_shards(samples, tmp_path / "damaged", num_shards=2)
     code, out, err = verified("damaged")
     assert "shard-000000.tar sample 0: its mask is 2 x 4 pixels, but the image 3 x 4" in err
     assert "shard-000001.tar sample 0: " in err and "\x1b" not in err
+    assert "no features in .features.safetensors" in err
     assert code == 1 and out.endswith("damaged=2 samples=3\n")
     code, out, err = verified("whole", "image_key=depth.png")
     assert code == 1 and "sizes HxW: 3x4 (1); 1 different" in out

@@ -96,8 +96,9 @@ def test_shards_without_have_none(index: ShardIndex, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "vision", "message"),
     [
-        (SETTINGS, "other", "features are those of model of an image of 8x8 pixels, and .*=other"),
-        (replace(SETTINGS, size=(6, 4)), "model", "has images of 6x4; make them with"),
+        (SETTINGS, "other", r"are those of model of an image of 8x8 pixels \(.*\), and .*=other"),
+        (replace(SETTINGS, size=(6, 4)), "model", "has images of 6x4 .*; make them with"),
+        (replace(SETTINGS, image_key="png"), "model", r"8x8 \(data.image_key=png\); make them"),
         (replace(SETTINGS, crop="random"), "model", "data.crop=random shows other parts"),
         (replace(SETTINGS, buckets=(SIZE, (4, 16))), "model", "aspect buckets shows other parts"),
     ],

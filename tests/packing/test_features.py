@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.distributed import run_ranks
 from tests.support.latent_data import SIZES, samples_of, write_photos
@@ -15,8 +17,11 @@ from vae_dist import encode
 from vae_dist.data.features import MEMBER, Features
 from vae_dist.data.index import load_index
 from vae_dist.data.reader import SampleReader
+from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.writer import write_shards
 from vae_dist.objectives.alignment import load_features
+from vae_dist.packing.encoder import carried
 
 COUNT, DAMAGED = 23, (4, 11)
 SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cpu", "threads=1")
@@ -55,7 +60,7 @@ def test_the_same_samples_with_features_of_what_training_shows(
         assert set(found) - {"__url__", "__local_path__"} == {*expected, MEMBER}
         of_image = Features.from_bytes(found[MEMBER])
         height, width = size or SIZES[number % 3]
-        assert of_image[1:] == (str(vision), f"{height}x{width}")
+        assert of_image[1:] == (str(vision), f"{height}x{width}", "")
         (run,) = reader.in_order(number, number + 1)
         image = reader.load(reader.read(*run)[0], run.shard, run.start, epoch=0).image
         values = model(torch.from_numpy(image.copy())[None] / 127.5 - 1)[0]
@@ -73,6 +78,32 @@ def test_any_number_of_processes_writes_the_same(
         values = [Features.from_bytes(sample.pop(MEMBER)).values for sample in (one, two)]
         np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-3)  # kernels decide the last digit
         assert {name: one[name] for name in one if name[0] != "_"}.items() <= two.items()
+
+
+def test_of_several_images_and_transparent_ones(
+    vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (28, 28), (9, 9, 9, 0)).save(file, "PNG")
+    write_shards(
+        [{"__key__": "0", "a.png": file.getvalue(), "b.png": b""}], tmp_path / "set", num_shards=1
+    )
+    for more in ((), ("image_key=a.png",), ("image_key=a.png", "background=white")):
+        arguments = keys(vision, tmp_path / "set", tmp_path / "out", *more)
+        assert encode.main(arguments) == 2 * (len(more) < 2)
+    err = capsys.readouterr().err
+    assert "choose with data.image_key=a.png" in err and "transparent" in err
+    (found,) = samples_of(tmp_path / "out")
+    assert Features.from_bytes(found[MEMBER])[1:] == (str(vision), "28x28", "a.png")
+
+
+@pytest.mark.parametrize("suffix", [MEMBER, MEMBER.title()])
+def test_features_are_not_added_twice(suffix: str, vision: Path, tmp_path: Path) -> None:
+    write_shards([{"__key__": "0", "png": b"", suffix: b""}], tmp_path / "set", num_shards=1)
+    index = load_index(str(tmp_path / "set"), key="data", create=False)
+    (data,) = SampleReader(index, ImageSettings(3, (8, 8), True, 99), seed=0).read(0, 0, 1)
+    with pytest.raises(DamagedSampleError, match=f"it has a .{MEMBER} already"):
+        carried(data, MEMBER, keep_images=True)
 
 
 def test_refusals(

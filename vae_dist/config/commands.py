@@ -138,7 +138,7 @@ class ExportCommand(CheckpointCommand):
     push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
 
-LATENTS = "run!="  # not features of a vision model
+LATENTS, OF_FEATURES = "run!=", "features!="
 
 
 @dataclass
@@ -161,6 +161,10 @@ class EncodeCommand(TiledCommand):
         "trained",
         "trained (with features=: native), native, N or [H, W], pixels",
         form="trained native SIZE",
+    )
+    image_key: str = knob("", "which of several images, as data.image_key", when=OF_FEATURES)
+    background: Literal["none", "white", "black"] = knob(
+        "none", "colour behind transparent pixels, as data.background", when=OF_FEATURES
     )
     keep_images: bool = knob(False, "keep the images, as all other members", when=LATENTS)
     shard_mb: float = knob(64.0, "bytes of a shard, megabytes, about", gt=0)

@@ -4,7 +4,8 @@
 
     features    float16 (W, h, w): W values of each patch of the image, neither cropped at random
                 nor mirrored
-    metadata    model: the name of the vision model; image_size: "HxW", of the image in pixels
+    metadata    model: the name of the vision model; image_size: "HxW", of the image in pixels;
+                image_key: which of several images of the sample, as data.image_key
 
 In: an array, or the bytes of a member, which may come from anybody. Out: the other.
 """
@@ -30,9 +31,10 @@ class Features(NamedTuple):
     values: np.ndarray  # float16 (W, h, w)
     model: str
     image_size: str  # HxW
+    image_key: str = ""
 
     def to_bytes(self) -> bytes:
-        facts = {"model": self.model, "image_size": self.image_size}
+        facts = {name: str(getattr(self, name)) for name in self._fields[1:]}
         values = np.ascontiguousarray(self.values)  # safetensors writes memory as it lies
         return safetensors.numpy.save({"features": values}, metadata=facts)
 
@@ -49,7 +51,8 @@ class Features(NamedTuple):
                 raise ValueError(f"{values.dtype} {values.shape} is no float16 (W, h, w)")
             if not np.isfinite(values).all():
                 raise ValueError("its values are no finite numbers")
-            return cls(values, str(facts["model"]), str(facts["image_size"]))
+            key = str(facts.get("image_key", ""))
+            return cls(values, str(facts["model"]), str(facts["image_size"]), key)
         except Exception as error:  # whatever a decoder raises is damage
             raise DamagedSampleError(f"no features in .{MEMBER} ({error})") from None
 

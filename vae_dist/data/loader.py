@@ -147,16 +147,20 @@ class TrainingStream:
         features: np.ndarray,
     ) -> Group:
         """numbers: of the sequences, among the rank's. images: (b, H, W, planes)."""
-        pixels = torch.from_numpy(images)
-        if self._pin_memory:
-            pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True).copy_(pixels)
-        elif self._memory is not None and self._memory.is_shared:
-            pixels = pixels.clone()
+        pixels = self._own(images)
         slots = dict.fromkeys(self._first_slot + n // self._per_slot for n in numbers)
         has_mask, vision = self._settings.has_mask, self._settings.vision
         planes, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=has_mask)
-        found = torch.from_numpy(features.copy()) if vision else None
+        found = self._own(features) if vision else None
         return Group(tuple(slots), planes, torch.from_numpy(labels.copy()), masks, found)
+
+    def _own(self, array: np.ndarray) -> torch.Tensor:
+        """Not of memory that workers share."""
+        tensor = torch.from_numpy(array)
+        if self._pin_memory:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        is_shared = self._memory is not None and self._memory.is_shared
+        return tensor.clone() if is_shared else tensor
 
 
 class _Part(NamedTuple):

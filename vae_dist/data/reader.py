@@ -203,12 +203,13 @@ class SampleReader:
                 "shards with features and without"
             )
         found = Features.from_bytes(bytes(member))
-        if (found.model, found.image_size) != (settings.vision, size):
+        if found[1:] != (settings.vision, size, settings.image_key):
             raise ShardError(
                 f"{self.name(shard, index)}: its features are those of {found.model} of an image "
-                f"of {found.image_size} pixels, and objective.alignment={settings.vision} here "
-                f"has images of {size}; make them with `encode features=` and `resolution=` as in "
-                "this run, or give the shards without"
+                f"of {found.image_size} pixels (image_key={found.image_key}), and "
+                f"objective.alignment={settings.vision} here has images of {size} "
+                f"(data.image_key={settings.image_key}); make them with `encode features=`, "
+                "`resolution=` and `image_key=` as in this run, or give the shards without"
             )
         same = 1 if settings.sizes_differ else 3  # dimensions
         if found.values.shape[:same] != settings.features[:same]:

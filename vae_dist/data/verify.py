@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vae_dist.data.decode import MASK_MEMBER, decode_mask, decode_own, image_of
+from vae_dist.data.features import MEMBER, Features
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, ShardError
@@ -65,6 +66,8 @@ def _findings(reader: SampleReader, shard: int) -> Findings:
                     pixels = decode_own(suffix, image, max_pixels=settings.max_pixels)
                     size = pixels.shape[1], pixels.shape[2]
                     decode_mask(sample, size, max_pixels=settings.max_pixels)
+                    if MEMBER in sample:
+                        Features.from_bytes(bytes(sample[MEMBER]))
                 except DamagedSampleError as error:
                     found.problems.append(f"{path} sample {number}: {error}")
                     continue

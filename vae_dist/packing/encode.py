@@ -1,7 +1,8 @@
-"""The latents of a data set, as shards (vae_dist.packing.encoder).
+"""The latents of a data set, or features of a vision model, as shards (vae_dist.packing.encoder).
 
-In: a run, shards of images, the keys of `encode`. Out: in the folder `out`, `latents-000000.tar`,
-..., `latents.json` (mean and spread), and last `encode.json`.
+In: a run or the vision model, shards of images, the keys of `encode`. Out: in the folder `out`,
+`latents-000000.tar`, ..., `latents.json` (mean and spread), and last `encode.json`; or
+`features-000000.tar`, ...: the samples as they were, each with a member more.
 """
 
 from __future__ import annotations
@@ -12,32 +13,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.schema import TrainConfig
+from vae_dist.data import features
 from vae_dist.data.loader import split_mask
-from vae_dist.distributed import Runtime
 from vae_dist.inference import tiles
 from vae_dist.inference.latents import MEMBER, MIRRORED, TYPES, num_bytes, to_bytes
 from vae_dist.inference.load import (
     Images,
     LoadedModel,
     images_to_show,
+    open_images,
+    open_ranks,
     open_run_on_ranks,
     weights_digest,
 )
 from vae_dist.models import latent
+from vae_dist.models.likelihoods.base import Levels
+from vae_dist.objectives.alignment import VisionFeatures, load_features
 from vae_dist.packing.encoder import Encoder, Sample
 from vae_dist.packing.jobs import Report, ShardJob
 from vae_dist.randomness import draws
 
 NOT_OF_SHARDS = (
     *("run", "checkpoint", "device", "data", "out", "max_skipped_fraction", "threads"),
-    "features",
+    *("features", "image_key", "background"),
 )
+FEATURE_THREADS = 4  # that read and decode
+HEADER_BYTES = 256  # of the member of features, about
 
 
 def encode(command: EncodeCommand) -> None:
@@ -58,7 +65,8 @@ def encode(command: EncodeCommand) -> None:
             loaded.config.data.resolution = command.resolution
         images = images_to_show(loaded, command.data, runtime=runtime)
         job = ShardJob(Path(command.out), "encode.json", identity(images, loaded, command))
-        LatentEncoder(job, loaded, images, command, runtime).run()
+        threads, keeps_images = loaded.config.data.workers, command.keep_images
+        LatentEncoder(loaded, job, images, command, runtime, threads, keeps_images).run()
 
 
 def identity(images: Images, loaded: LoadedModel, command: EncodeCommand) -> dict[str, Any]:
@@ -77,18 +85,12 @@ def identity(images: Images, loaded: LoadedModel, command: EncodeCommand) -> dic
 
 class LatentEncoder(Encoder):
     name, member = "latents", MEMBER
+    network: LoadedModel
 
-    def __init__(
-        self,
-        job: ShardJob,
-        loaded: LoadedModel,
-        images: Images,
-        command: EncodeCommand,
-        runtime: Runtime,
-    ) -> None:
-        super().__init__(job, images, command, runtime, threads=loaded.config.data.workers)
-        self.loaded, self.model, self.keeps_images = loaded, loaded.model, command.keep_images
-        self.moments = latent.LatentMoments(self.model.latent_channels, runtime.device)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.model = self.network.model
+        self.moments = latent.LatentMoments(self.model.latent_channels, self.runtime.device)
 
     def num_bytes(self, sample: Sample) -> int:
         command, size = self.command, sample.planes.shape[1:]
@@ -100,15 +102,11 @@ class LatentEncoder(Encoder):
         )
 
     @torch.inference_mode()
-    def encoded(self, samples: Sequence[Sample]) -> list[bytes]:
-        command, device = self.command, self.runtime.device
-        # one layout in memory: it decides the last digits
-        planes = np.ascontiguousarray(np.stack([sample.planes for sample in samples]))
-        levels, mask = split_mask(
-            torch.from_numpy(planes).to(device), has_mask=self.settings.has_mask
-        )
+    def encoded(self, samples: Sequence[Sample], planes: Tensor) -> list[bytes]:
+        command = self.command
+        levels, mask = split_mask(planes, has_mask=self.settings.has_mask)
         images = self.model.likelihood.noise_free(levels)
-        labels = torch.tensor([sample.label for sample in samples], device=device)
+        labels = torch.tensor([sample.label for sample in samples], device=planes.device)
         mean, log_variance = self._posterior(images, labels, mask)
         self.moments.add(mean, None if command.content == "mean" else log_variance)
         stored = self._stored(samples, mean, log_variance, "encode-posterior")
@@ -153,21 +151,19 @@ class LatentEncoder(Encoder):
                     )
         return stored
 
-    # the end
-
     def facts_of_shard(self) -> Report:
         sums = self.moments.sums.tolist()
         self.moments = latent.LatentMoments(self.model.latent_channels, self.runtime.device)
         return {"sums": sums}
 
     def describe(self, reports: Sequence[Report]) -> Report:
-        command, loaded = self.command, self.loaded
+        command = self.command
         moments = latent.LatentMoments(self.model.latent_channels)
         for report in reports:  # in the order of the shards
             moments.add_sums(report["sums"])
         facts = {
             "run": str(Path(command.run).resolve()),
-            "step": loaded.step,
+            "step": self.network.step,
             "weights": command.weights,
             "of": "means" if command.content == "mean" else "samples",
         }
@@ -188,4 +184,53 @@ class LatentEncoder(Encoder):
             f"at step {summary['step']} ({summary['weights']} weights)",
             f"scaling_factor={statistics['scaling_factor']:.5f} "
             f"shift_factor={statistics['shift_factor']:.5f} (latents.json)",
+        ]
+
+
+def encode_features(command: EncodeCommand) -> None:
+    """The same with features of a vision model. Raises ConfigError."""
+    config = TrainConfig()  # grey pictures too have their features in colour
+    config.data.image_key, config.data.background = command.image_key, command.background
+    if command.resolution != "trained":
+        config.data.resolution = command.resolution
+    with open_ranks(command) as runtime:
+        model = runtime.on_all_ranks(lambda: load_features(command.features, runtime.device))
+        runtime.on_main(lambda: open_images(config, command.data, create=True))
+        images = runtime.on_all_ranks(lambda: open_images(config, command.data, create=False))
+        facts = {
+            **{key: getattr(command, key) for key in ("features", "shard_mb", "batch_size")},
+            "model": weights_digest(model),
+            "data": images.index.fingerprint,
+            "images": repr(dataclasses.astuple(images.settings)),
+        }
+        job = ShardJob(Path(command.out), "encode.json", facts)
+        FeatureEncoder(model, job, images, command, runtime, FEATURE_THREADS, True).run()
+
+
+class FeatureEncoder(Encoder):
+    name, member = "features", features.MEMBER
+    network: VisionFeatures
+
+    def num_bytes(self, sample: Sample) -> int:
+        num_values = self.network.width * math.prod(self.network.grid(*sample.planes.shape[1:]))
+        return num_values * features.TYPE.itemsize + HEADER_BYTES
+
+    def encoded(self, samples: Sequence[Sample], planes: Tensor) -> list[bytes]:
+        values = self.network(Levels(self.settings.bits).centers(planes)).half().cpu()
+        if not values.isfinite().all():
+            raise ConfigError(
+                f"features={self.command.features}: float16 does not hold those of sample "
+                f"{samples[0].key} or one of the {len(samples)} after it; take another model"
+            )
+        size = features.in_text((planes.shape[2], planes.shape[3]))
+        facts = self.command.features, size, self.command.image_key
+        return [features.Features(value, *facts).to_bytes() for value in values.numpy()]
+
+    def describe(self, reports: Sequence[Report]) -> Report:
+        return {"features": self.command.features, "width": self.network.width}
+
+    def lines(self, summary: Report) -> list[str]:
+        return [
+            f"{summary['width']} values of {summary['features']} for each patch",
+            f"train with data.train={self.command.out} objective.alignment={summary['features']}",
         ]

@@ -18,10 +18,13 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vae_dist.config.commands import EncodeCommand
 from vae_dist.config.errors import ConfigError
@@ -63,29 +66,26 @@ class Sample(NamedTuple):
     planes: np.ndarray  # the image (C, H, W), with a mask as its last plane
 
 
+@dataclass
 class Encoder(ABC):
     """Reads samples, encodes their images, and writes the shards of one rank."""
 
-    name: str  # of the shards
-    member: str  # suffix of what is added to a sample
-    keeps_images = False
+    network: Any  # as the subclass knows it
+    job: ShardJob
+    images: Images
+    command: EncodeCommand
+    runtime: Runtime
+    threads: int  # that read and decode
+    keeps_images: bool
+    name: ClassVar[str]  # of the shards
+    member: ClassVar[str]  # suffix of what is added to a sample
 
-    def __init__(
-        self,
-        job: ShardJob,
-        images: Images,
-        command: EncodeCommand,
-        runtime: Runtime,
-        *,
-        threads: int,
-    ) -> None:
-        """threads: that read and decode."""
-        self.job, self.command, self.runtime = job, command, runtime
-        self.settings = images.settings.without_augmentation()
-        self.num_samples = images.index.num_samples
-        self.reader = images.reader()
-        is_in_order = any(map(is_pipe, images.index.paths))  # a command gives its bytes once
-        self.threads = 1 if is_in_order else max(1, threads)
+    def __post_init__(self) -> None:
+        self.settings = self.images.settings.without_augmentation()
+        self.num_samples = self.images.index.num_samples
+        self.reader = self.images.reader()
+        is_in_order = any(map(is_pipe, self.images.index.paths))  # a command gives its bytes once
+        self.threads = 1 if is_in_order else max(1, self.threads)
         self.skipped: list[str] = []  # of all shards that this process knows of
 
     @abstractmethod
@@ -93,8 +93,8 @@ class Encoder(ABC):
         """Of what is added to it, about."""
 
     @abstractmethod
-    def encoded(self, samples: Sequence[Sample]) -> list[bytes]:
-        """What is added to each; their images share a shape. Raises ConfigError."""
+    def encoded(self, samples: Sequence[Sample], planes: Tensor) -> list[bytes]:
+        """What is added to each; planes: theirs, on the device. Raises ConfigError."""
 
     def facts_of_shard(self) -> Report:
         """What is to be kept of the shard that was just written."""
@@ -235,7 +235,10 @@ class Encoder(ABC):
         for places in by_shape.values():
             for start in range(0, len(places), count):
                 rows = places[start : start + count]
-                files = self.encoded([samples[row] for row in rows])
+                part = [samples[row] for row in rows]
+                # one layout in memory: it decides the last digits
+                planes = np.ascontiguousarray(np.stack([sample.planes for sample in part]))
+                files = self.encoded(part, torch.from_numpy(planes).to(self.runtime.device))
                 found |= zip(rows, files, strict=True)
         return [found[place] for place in range(len(samples))]
 
@@ -292,6 +295,6 @@ def carried(
         if keep_images or not is_image:
             found[suffix] = bytes(content)
         sample_key = key
-    if member in found:
+    if member in map(str.lower, found):  # as readers take it
         raise DamagedSampleError(f"it has a .{member} already")
     return sample_key, found
