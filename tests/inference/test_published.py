@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_flux2_is_the_same_here_and_after_another_export(tmp_path: Path) -> None
         torch.testing.assert_close(params, theirs.decode(z).sample, **EXACT)
     found = read_published(tmp_path / "vae")
     assert found is not None
-    again, bn = found.norm.packed(4), theirs.bn
+    again, bn = replace(found.norm, blocks=()).packed(4), theirs.bn
     by_channel = bn.running_mean.view(4, 4)
     means = by_channel.mean(1)
     torch.testing.assert_close(again["bn.running_mean"], means.repeat_interleave(4))
@@ -171,8 +172,31 @@ def test_flux2_is_the_same_here_and_after_another_export(tmp_path: Path) -> None
     write_run(tmp_path / "run", config, (16, 16))
     out = exported(tmp_path / "run", tmp_path / "out", "format=flux2")
     vae = diffusers.AutoencoderKLFlux2.from_pretrained(out)
-    torch.testing.assert_close(vae.bn.running_mean.view(4, 4).mean(1), means)
-    assert vae.bn.running_var.std() > 0.01
+    torch.testing.assert_close(vae.bn.state_dict(), bn.state_dict(), rtol=1e-6, atol=0)
+
+
+def test_a_factor_beside_deviations_of_channels_is_not_lost(tmp_path: Path) -> None:
+    """(z - latents_mean) / latents_std * scaling_factor, as published ones have it."""
+    published(tmp_path, latents_mean=[1.0] * 4, latents_std=[2.0] * 4, scaling_factor=0.5)
+    found = read_published(tmp_path)
+    assert found is not None
+    settings = found.norm.settings("channel")
+    assert (settings["scaling_factor"], settings["latents_std"]) == (1.0, [4.0] * 4)
+
+
+def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path: Path) -> None:
+    """As in Stable Diffusion's first autoencoders."""
+    published(tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in known.items() if k != "scaling_factor"}))
+    config = spatial_config(tmp_path / "vae", channels=WIDTHS)
+    config.training.train_only = "decoder"
+    write_run(tmp_path / "run", config, (16, 16))
+    out = exported(tmp_path / "run", tmp_path / "out", "normalization=scalar")
+    theirs, ours = (diffusers.AutoencoderKL.from_pretrained(f) for f in (file.parent, out))
+    assert ours.config.scaling_factor == theirs.config.scaling_factor == 0.18215
+    assert not ours.config.shift_factor and ours.config.latents_mean is None
 
 
 def test_an_address_of_the_hub_is_read_from_its_cache(

@@ -49,6 +49,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 AUTOENCODER, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 BN_EPS = 1e-4  # diffusers' default for FLUX.2
+SCALING_FACTOR = 0.18215  # diffusers' default; sd-vae-ft-mse and others of its age do not say it
 PACKED = 4  # positions of a block of 2x2
 
 # Likelihoods whose first decoder outputs are the mean of the image.
@@ -86,6 +87,7 @@ class LatentNorm:
     shift_factor: float = 0.0
     mean: tuple[float, ...] = ()  # of each channel; empty: not known
     std: tuple[float, ...] = ()
+    blocks: tuple[tuple[float, ...], ...] = ()  # FLUX.2's own mean and variance, where published
 
     def settings(self, normalization: Literal["channel", "scalar"]) -> dict[str, Any]:
         """The keys of an AutoencoderKL's `config.json`."""
@@ -97,12 +99,17 @@ class LatentNorm:
         return dict(zip(keys, (1.0, 0.0, list(self.mean), list(self.std)), strict=True))
 
     def packed(self, latent_channels: int) -> Tensors:
-        """The tensors of FLUX.2's `bn`, the same for the positions of a block."""
-        mean = torch.tensor(self.mean or (0.0,) * latent_channels)
-        std = torch.tensor(self.std or (1.0,) * latent_channels)
+        """The tensors of FLUX.2's `bn`: as published, else the same for the positions of a
+        block."""
+        if self.blocks:
+            mean, variance = torch.tensor(self.blocks, dtype=torch.float64)
+        else:
+            mean = torch.tensor(self.mean or (0.0,) * latent_channels).repeat_interleave(PACKED)
+            std = torch.tensor(self.std or (1.0,) * latent_channels)
+            variance = std.square().repeat_interleave(PACKED)
         return {
-            "bn.running_mean": mean.repeat_interleave(PACKED),
-            "bn.running_var": (std.square() - BN_EPS).clamp(min=0).repeat_interleave(PACKED),
+            "bn.running_mean": mean.float(),
+            "bn.running_var": (variance - BN_EPS).clamp(min=0).float(),
             "bn.num_batches_tracked": torch.tensor(0),
         }
 
@@ -217,18 +224,21 @@ def read_published(source: Path) -> Published | None:
 
 
 def _norm(config: dict[str, Any], tensors: Tensors) -> LatentNorm:
-    """Of FLUX.2's blocks the mean over positions of their moments."""
+    """Of FLUX.2's blocks also the mean over positions of their moments."""
     if "bn.running_mean" in tensors:
         mean = tensors["bn.running_mean"].double().view(-1, PACKED)
         variance = tensors["bn.running_var"].double().view(-1, PACKED)
+        variance = variance + config.get("batch_norm_eps", BN_EPS)
         spread = (mean - mean.mean(1, keepdim=True)).square() + variance
-        std = (spread.mean(1) + config.get("batch_norm_eps", BN_EPS)).sqrt()
-        return LatentNorm(mean=tuple(mean.mean(1).tolist()), std=tuple(std.tolist()))
+        blocks = tuple(mean.flatten().tolist()), tuple(variance.flatten().tolist())
+        means, std = (tuple(part.tolist()) for part in (mean.mean(1), spread.mean(1).sqrt()))
+        return LatentNorm(mean=means, std=std, blocks=blocks)
+    factor = config.get("scaling_factor", SCALING_FACTOR) or 1.0
     return LatentNorm(
-        scaling_factor=config.get("scaling_factor") or 1.0,
+        scaling_factor=factor,
         shift_factor=config.get("shift_factor") or 0.0,
         mean=tuple(config.get("latents_mean") or ()),
-        std=tuple(config.get("latents_std") or ()),
+        std=tuple(std / factor for std in config.get("latents_std") or ()),  # then it is 1
     )
 
 
