@@ -197,6 +197,9 @@ def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path: Path) -
     theirs, ours = (diffusers.AutoencoderKL.from_pretrained(f) for f in (file.parent, out))
     assert ours.config.scaling_factor == theirs.config.scaling_factor == 0.18215
     assert not ours.config.shift_factor and ours.config.latents_mean is None
+    file.write_text(json.dumps(known | {"latents_std": "much"}))
+    with pytest.raises(ConfigError, match=r"safetensors cannot be read"):
+        read_published(file.parent)
 
 
 def test_an_address_of_the_hub_is_read_from_its_cache(

@@ -50,6 +50,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 AUTOENCODER, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 BN_EPS = 1e-4  # diffusers' default for FLUX.2
 SCALING_FACTOR = 0.18215  # diffusers' default; sd-vae-ft-mse and others of its age do not say it
+NO_NORM = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)  # of a forged config
 PACKED = 4  # positions of a block of 2x2
 
 # Likelihoods whose first decoder outputs are the mean of the image.
@@ -216,9 +217,9 @@ def read_published(source: Path) -> Published | None:
     file = source if source.suffix == ".safetensors" else _weights_file(folder, blame)
     try:
         tensors = safetensors.torch.load(file.read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
+        norm = _norm(config, tensors)
+    except (OSError, safetensors.SafetensorError, *NO_NORM) as error:
         raise ConfigError(f"{blame}: {file} cannot be read ({error})") from None
-    norm = _norm(config, tensors)
     tensors = {name: value for name, value in tensors.items() if not name.startswith("bn.")}
     return Published(folder, config, _by_current_names(tensors), norm)
 
@@ -233,7 +234,7 @@ def _norm(config: dict[str, Any], tensors: Tensors) -> LatentNorm:
         blocks = tuple(mean.flatten().tolist()), tuple(variance.flatten().tolist())
         means, std = (tuple(part.tolist()) for part in (mean.mean(1), spread.mean(1).sqrt()))
         return LatentNorm(mean=means, std=std, blocks=blocks)
-    factor = config.get("scaling_factor", SCALING_FACTOR) or 1.0
+    factor = float(config.get("scaling_factor", SCALING_FACTOR) or 1.0)
     return LatentNorm(
         scaling_factor=factor,
         shift_factor=config.get("shift_factor") or 0.0,

@@ -22,7 +22,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.data import features
 from vae_dist.data.loader import split_mask
 from vae_dist.inference import tiles
-from vae_dist.inference.latents import MEMBER, MIRRORED, TYPES, num_bytes, to_bytes
+from vae_dist.inference.latents import HEADER_BYTES, MEMBER, MIRRORED, TYPES, num_bytes, to_bytes
 from vae_dist.inference.load import (
     Images,
     LoadedModel,
@@ -44,7 +44,6 @@ NOT_OF_SHARDS = (
     *("features", "image_key", "background"),
 )
 FEATURE_THREADS = 4  # that read and decode
-HEADER_BYTES = 256  # of the member of features, about
 
 
 def encode(command: EncodeCommand) -> None:
@@ -96,9 +95,7 @@ class LatentEncoder(Encoder):
         command, size = self.command, sample.planes.shape[1:]
         return num_bytes(
             math.prod(self.model.latent_shape(*size)),
-            content=command.content,
-            dtype=command.dtype,
-            flip=command.flip,
+            **{key: getattr(command, key) for key in ("content", "dtype", "flip")},
         )
 
     @torch.inference_mode()
@@ -157,8 +154,7 @@ class LatentEncoder(Encoder):
         return {"sums": sums}
 
     def describe(self, reports: Sequence[Report]) -> Report:
-        command = self.command
-        moments = latent.LatentMoments(self.model.latent_channels)
+        command, moments = self.command, latent.LatentMoments(self.model.latent_channels)
         for report in reports:  # in the order of the shards
             moments.add_sums(report["sums"])
         facts = {
