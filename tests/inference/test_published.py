@@ -197,6 +197,13 @@ def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path: Path) -
     theirs, ours = (diffusers.AutoencoderKL.from_pretrained(f) for f in (file.parent, out))
     assert ours.config.scaling_factor == theirs.config.scaling_factor == 0.18215
     assert not ours.config.shift_factor and ours.config.latents_mean is None
+    config.init_from = str(tmp_path / "run")
+    write_run(tmp_path / "second", config, (16, 16))
+    again = exported(tmp_path / "second", tmp_path / "again", "normalization=scalar")
+    assert diffusers.AutoencoderKL.from_pretrained(again).config.scaling_factor == 0.18215
+    config.init_from = str(tmp_path / "loop")
+    write_run(tmp_path / "loop", config, (16, 16))
+    exported(tmp_path / "loop", tmp_path / "out")
     file.write_text(json.dumps(known | {"latents_std": "much"}))
     with pytest.raises(ConfigError, match=r"safetensors cannot be read"):
         read_published(file.parent)

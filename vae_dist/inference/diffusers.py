@@ -34,6 +34,7 @@ from vae_dist.models.diffusers import (
     FLUX2,
     WEIGHTS_NAME,
     LatentNorm,
+    Published,
     diffusers_config,
     export_problems,
     local_source,
@@ -41,10 +42,12 @@ from vae_dist.models.diffusers import (
     to_diffusers,
 )
 from vae_dist.models.latent import STATISTICS_FILE
+from vae_dist.run.folder import RunFolder
 
 PLAIN_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 STATISTICS_BYTES = 2**20
+MAX_STAGES = 16  # runs that begin from one another
 CARD = """---
 library_name: diffusers
 tags: [autoencoder, vae]
@@ -142,10 +145,9 @@ def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
 def latent_norm(run: Path, config: TrainConfig, *, step: int) -> tuple[LatentNorm, list[str]]:
     """How latents of this run are normalised, and where that is from: not at all where nothing was
     measured."""
-    if config.training.train_only == "decoder":
-        with contextlib.suppress(ConfigError):
-            if (published := read_published(local_source(config.init_from))) is not None:
-                return published.norm, [f"latents are normalised as those of {published.path}"]
+    with contextlib.suppress(ConfigError):
+        if (published := _published_origin(config)) is not None:
+            return published.norm, [f"latents are normalised as those of {published.path}"]
     path = run / STATISTICS_FILE
     try:
         record = read_json(path, STATISTICS_BYTES)
@@ -161,6 +163,20 @@ def latent_norm(run: Path, config: TrainConfig, *, step: int) -> tuple[LatentNor
         of = f"measured at step {measured}, the weights are of {step}"
         lines.append(f"warning: {path} was {of}")
     return LatentNorm(scale, shift, mean, std), lines
+
+
+def _published_origin(config: TrainConfig) -> Published | None:
+    """Whose latents decoders that were trained alone, one after the other, left as they are. Raises
+    ConfigError."""
+    for _ in range(MAX_STAGES):
+        if config.training.train_only != "decoder":
+            return None
+        source = local_source(config.init_from)
+        if (published := read_published(source)) is not None:
+            return published
+        is_step = source.name.startswith("step_")
+        config = RunFolder(source.parent.parent if is_step else source).config()
+    return None
 
 
 def _cuts(loaded: LoadedModel) -> Iterator[str]:
