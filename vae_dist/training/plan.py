@@ -14,9 +14,11 @@ from vae_dist.config.keys import value_of
 from vae_dist.config.resolve import COMPILED, divisors
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.cache import bytes_cached
+from vae_dist.data.features import TYPE
 from vae_dist.data.index import ShardIndex
 from vae_dist.data.order import quotas
 from vae_dist.data.transforms import ImageSettings
+from vae_dist.data.workers import PREFETCHED
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.files import printable
 from vae_dist.models.build import build_vae
@@ -130,6 +132,10 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
         workers=min(config.data.workers, sequences // runtime.world),
     )
     cached = f", decoded images {_megabytes(cached_bytes)}" if cached_bytes else ""
+    # those of the next steps in the memory of the loader, and this step's
+    num_features = (PREFETCHED + 2) * share * math.prod(data.settings.features)
+    if num_features:
+        cached += f", features of batches {_megabytes(num_features * TYPE.itemsize)}"
     worlds = ", ".join(str(world) for world in divisors(config.data.slots))
     return [
         *plan(config, data, runtime, vae, first_step=0, microbatch_size=size),
