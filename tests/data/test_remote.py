@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import pickle
 import shutil
@@ -313,7 +314,7 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_
                 assert load(f"{place}/shards.json").num_samples == 30
 
         listed({"nsamples": 31}, str(folder), r"set-03\.tar has 30 samples .* says 31")
-        for nsamples in (-1, 10**30):
+        for nsamples in (-1, 10**30, math.inf):
             listed({"nsamples": nsamples}, str(folder), "is no list of shards")
         for place in (server.url, str(folder)):
             for name in ELSEWHERE:

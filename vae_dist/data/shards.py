@@ -198,7 +198,7 @@ def read_list(place: str) -> list[Shard]:
             columns = split.get("shard_bytes", nothing), split.get("shard_digests", nothing)
             rows += zip(names, nothing, split["shard_lengths"], *columns, strict=True)
         return [_checked(*row) for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{place} is no list of shards ({error!r})") from error
 
 
