@@ -69,7 +69,7 @@ def test_a_perfect_reconstruction_is_perfect_at_any_bits(bits: int) -> None:
     stored, levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), Levels(bits)
     images = levels.centers(stored)
     likelihood = SimpleNamespace(levels=levels, mean=lambda params: params)
-    model: Any = SimpleNamespace(likelihood=likelihood, decode=lambda *_: images)
+    model: Any = SimpleNamespace(likelihood=likelihood, num_levels=0, decode=lambda *_: images)
     output: Any = SimpleNamespace(mean=0)
     both = EvaluatedBatch(model, Inputs(stored, images, [0]), images, output).pictures
     assert psnr_db(*both).tolist() == [100]
