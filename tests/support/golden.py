@@ -161,7 +161,7 @@ def everything() -> dict[str, Any]:
     for name in ("debug", "missing", "buckets"):
         out = f"results_{name}.json"
         run(evaluate.main, f"run=runs/{name}_1 samples=7 max_images=20 {one} out={out}")
-        found = json.loads(Path(out).read_text())
+        found = json.loads(Path(out).read_text())["figures"]
         values[f"evaluate_{name}"] = {k: v for k, v in found.items() if isinstance(v, float)}
     run(export.main, "run=runs/adversarial_1 out=exported")
     config = json.loads(Path("exported/config.json").read_text())
