@@ -75,7 +75,7 @@ def steps_within(seconds: float, trial: Clock) -> int:
     first_epoch_s = trial.at_s[FIRST_EPOCH_STEPS]
     later = len(trial.at_s) - 1 - FIRST_EPOCH_STEPS
     step_s = (trial.at_s[-1] - first_epoch_s) / later
-    return FIRST_EPOCH_STEPS + int((seconds * SAFETY - first_epoch_s) / step_s)
+    return max(1, FIRST_EPOCH_STEPS + int((seconds * SAFETY - first_epoch_s) / step_s))
 
 
 def main(arguments: list[str]) -> int:

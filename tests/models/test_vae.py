@@ -238,3 +238,11 @@ def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask: str) -> 
     torch.testing.assert_close(parts[0] + parts[1], vae.likelihood.log_prob(output.params, images))
     everything = torch.ones_like(observed)
     torch.testing.assert_close(vae(images, noise).mean, vae(images, noise, mask=everything).mean)
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    one, again, other = (
+        build_vae(small("vector", seed=seed), SIZE).state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["encoder.conv_in.weight"], other["encoder.conv_in.weight"])
