@@ -56,9 +56,9 @@ class ImageCache:
 
     def take(self, samples: np.ndarray, *, out: Sequence[np.ndarray]) -> None:
         """Of samples that are all here, images (b, H, W, planes), labels and features."""
-        for kept, place in zip((self._images, self._labels, self._features), out, strict=True):
+        for array, place in zip((self._images, self._labels, self._features), out, strict=True):
             # "clip" as numpy otherwise copies twice; all numbers are of samples
-            np.take(kept, samples, axis=0, out=place, mode="clip")
+            np.take(array, samples, axis=0, out=place, mode="clip")
 
 
 def bytes_cached(

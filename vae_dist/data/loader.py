@@ -3,9 +3,9 @@
 In: the index of the shards, their order, how to make images of them.
 Out: `Batch`: this rank's images of a step in groups of one shape, each in slot order.
 
-Step k takes the next sample of each of the order's sequences. A rank owns neighbouring
-ones, batch_size / world of them, and its loader workers share these. With aspect buckets a slot
-owns one sequence, and step k takes its next batch_size / slots samples, which share a size
+Step k takes the next sample of each of the order's sequences. A rank owns neighbouring ones,
+batch_size / world of them, and its loader workers share these. With aspect buckets a slot owns one
+sequence, and step k takes its next batch_size / slots samples, which share a size
 (`vae_dist.data.windows`). So who reads what depends on the machine, but what step k shows does not.
 """
 

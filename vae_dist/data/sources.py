@@ -378,6 +378,6 @@ def _read_pipes(pieces: list[Range]) -> list[Any]:
 
 
 def _end(pipe: Any) -> None:
-    pipe.proc.kill()  # the shell; what it has started finds nobody who reads
+    pipe.proc.kill()  # the shell; what it has started ends at its next write
     pipe.stream.close()
     pipe.proc.wait()
