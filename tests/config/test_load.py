@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import DATA, write
-from vae_dist.config.commands import IndexCommand, SampleCommand
+from vae_dist.config.commands import SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import changed_numbers, flatten, help_text, keys, wants_help
 from vae_dist.config.load import from_yaml, load_command, load_train_config, to_yaml
@@ -15,8 +15,7 @@ from vae_dist.config.schema import TrainConfig
 LAUGHS = "a: &a [x]\n" + "".join(
     f"{b}: &{b} [{', '.join(9 * ['*' + a])}]\n" for a, b in pairwise("abcdefghijkl")
 )
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 
 def refused(*argv):
@@ -37,29 +36,30 @@ def test_arguments_win_over_file_over_base_over_defaults():
     assert config.run == "runs/child"
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("optimizer.lr=3e-4", 3e-4),
-        ("runtime.compile=true", "true"),
-        ("run=007", "007"),
-        ("run='a b'", "a b"),
-        ("run=~/a", str(Path.home() / "a")),
-        ("run=~a", "~a"),
-        ("seed=010", 10),
-        ("seed=0o17", 15),
-        ('seed="10"', 10),
-        ('data.resolution="64"', 64),
-        ("data.resolution=[178, 218]", [178, 218]),
-        ("data.train=2024", "2024"),
-        ("data.train=[010, on]", ["010", "on"]),
-        ("data.train=x-{000..009}.tar", "x-{000..009}.tar"),
-        ("wandb.entity=null", None),
-    ],
-)
-def test_values_follow_yaml_except_where_text_is_wanted(argument, value):
+VALUES = {
+    "optimizer.lr=3e-4": 3e-4,
+    "optimizer.lr=1": 1.0,
+    "training.steps=1e5": 100_000,
+    "runtime.compile=true": "true",
+    "run=007": "007",
+    "run='a b'": "a b",
+    "run=~/a": str(Path.home() / "a"),
+    "run=~a": "~a",
+    "seed=010": 10,
+    'data.resolution="64"': 64,
+    "data.resolution=[178, 218]": [178, 218],
+    "data.train=2024": "2024",
+    "data.train=[010, on]": ["010", "on"],
+    "data.train=x-{000..009}.tar": "x-{000..009}.tar",
+    "data.train=${HOME}/x": "${HOME}/x",
+    "wandb.entity=null": None,
+}
+
+
+@pytest.mark.parametrize("argument", VALUES)
+def test_values_follow_yaml_except_where_text_is_wanted(argument):
     found = flatten(load_train_config(["config=plain", argument]))[argument.partition("=")[0]]
-    assert found == value and type(found) is type(value)
+    assert found == VALUES[argument] and type(found) is type(VALUES[argument])
 
 
 @pytest.mark.parametrize(
@@ -104,16 +104,15 @@ def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it():
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("config=a", "configs/a.yaml: base leads back to the file itself: a.yaml -> b.yaml -> a."),
-        ("config=plan", "config=plan: no config has this name; did you mean plain? (there are: a"),
+        ("config=a", "configs/a.yaml: base leads back to the file itself"),
+        ("config=plan", "config=plan: there is no such config; did you mean plain? (there are: a"),
         ("seed=1", "config is missing; give a name or a path, as in config=mnist"),
-        ("config=no/such.yaml", "config=no/such.yaml: no such file: no/such.yaml"),
-        ("config=plain.yaml", "config=plain.yaml: no such file: plain.yaml; did you mean plain?"),
-        ("config=orphan", "configs/orphan.yaml: base=nobody: no config has this name"),
+        ("config=no/plain.yaml", "config=no/plain.yaml: there is no such config; did you mean pla"),
+        ("config=orphan", "configs/orphan.yaml: base=['nobody']: there is no such config"),
     ],
 )
 def test_a_config_that_is_not_found_is_named(argument, sentence):
-    for name, base in (("a", "b"), ("b", "a"), ("orphan", "nobody")):
+    for name, base in (("a", "b"), ("b", "a"), ("orphan", "[nobody]")):
         write(f"configs/{name}.yaml", f"base: {base}\n")
     (problem,) = refused(argument)
     assert problem.startswith(sentence)
@@ -141,15 +140,11 @@ def test_all_problems_come_at_once():
         ("seed: 1\nlog: every: 2\n", "mapping values are not allowed here at line 2"),
         ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML: found seed twice"),
         ("- seed\n", "configs/odd.yaml: holds no keys"),
-        ("base: [a, b]\n", "base=[a, b] is not the name or path of one config"),
-        ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
         ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
-        ("seed: " + "[" * 20 + "]" * 20, "odd.yaml: not readable as YAML: more than"),
-        ("a: &a [*a]\n", "odd.yaml: not readable as YAML: found unconstructable recursive"),
-        (LAUGHS, "odd.yaml: not readable as YAML: more than 100000 values or 16 levels"),
+        (LAUGHS, "odd.yaml: not readable as YAML: aliases"),
         pytest.param("#" * 2**20 + "\n", "odd.yaml: larger than the 1048576 bytes", id="large"),
         ("seed: !!python/object/apply:os.getcwd []\n", "odd.yaml: seed=[] is not a whole number"),
-        ("run: gr\udcf6\udcdfe\n", "configs/odd.yaml: cannot be read as UTF-8 text"),
+        ("run: gr\udcf6\udcdfe\n", "odd.yaml: not readable as YAML: 'utf-8' codec"),
     ],
 )
 def test_a_damaged_file_is_named(text, expected):
@@ -159,7 +154,7 @@ def test_a_damaged_file_is_named(text, expected):
 
 def test_yaml_gives_back_the_same_config():
     config = TrainConfig(config="plain", run="1:30")
-    config.data.train = ["0", "010", "0o17", "1e3", "on", "a: b", "x #y", "größe", "'q'", "[a]"]
+    config.data.train = ["0", "010", "1e3", "on", "a: b", "x #y", "größe", "'q'", "[a]", "${x}"]
     config.data.validation, config.wandb.tags = "{a}.tar", [" left", "1_000", ""]
     config.data.resolution, config.training.precision, config.optimizer.lr = [8, 9], "no", 3e-4
     assert from_yaml(to_yaml(config)) == config
@@ -169,15 +164,10 @@ def test_a_run_folders_yaml_is_checked():
     text = b"config: a\ncolour: blue\nmodel: {towers: conv, patch: 0}\n"
     with pytest.raises(ConfigError) as caught:
         from_yaml(text, origin="old")
-    starts = "data.train is", "data.validation is", "colour: there is no", "model.towers: there"
-    starts += ("model.patch=0 must be at least 1",)
+    starts = "old: colour: there is no", "old: model.towers: there", "old: model.patch=0 must be at"
+    starts += ("data.train is missing", "data.validation is missing")
     for problem, start in zip(caught.value.problems, starts, strict=True):
-        assert problem.startswith(f"old: {start}")
-
-
-def test_a_message_repeats_what_was_typed():
-    for key in ("data.resolution=28.0", "model.blocks=2.0", "training.steps=1e2"):
-        assert refused("config=plain", key)[0].startswith(f"{key} ")
+        assert problem.startswith(start)
 
 
 def test_changed_numbers_leaves_neutral_keys_out():
@@ -196,10 +186,10 @@ def test_commands_load_and_refuse_alike():
     with pytest.raises(ConfigError) as caught:
         load_command(SampleCommand, ["checkpoint=newest", "num_image=3", "batch_size=0"])
     assert caught.value.problems == (
-        "run is missing: run folder, for example runs/mnist; give run=...",
-        "checkpoint=newest is none of latest, best, a step number",
+        "checkpoint=newest is none of latest, best, a number 0, 1, ...",
         "num_image: there is no such key; did you mean num_images? (--help lists all)",
         "batch_size=0 must be at least 1",
+        "run is missing: run folder, for example runs/mnist; give run=...",
     )
 
 
@@ -208,17 +198,14 @@ def test_help_lists_every_key_with_default_and_description():
     text = help_text(TrainConfig, usage="train config=NAME", intro="Trains.")
     assert max(map(len, text.splitlines())) <= 100
     words = " ".join(text.split())
-    assert all(
-        f"  {name}=" in text and key.help in words for name, key in keys(TrainConfig).items()
-    )
+    known = keys(TrainConfig).items()
+    assert all(f"  {name}=" in text and key.help in words for name, key in known)
     assert "training.precision=auto" in text and "[auto | no | bf16 | fp16]" in words
     assert "data.train=... required:" in words
-    assert "overwrite=false" in help_text(IndexCommand, usage="index", intro="")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_a_shipped_config_is_sound_and_short(path):
-    assert {"debug", "mnist", "celeba64"} <= {path.stem for path in CONFIGS}
     assert load_train_config([f"config={path}"]).run == f"runs/{path.stem}"
     lines = path.read_text().splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100

@@ -17,7 +17,7 @@ class CheckpointCommand:
     """Which weights of which run."""
 
     run: str = knob("???", "run folder, for example runs/mnist")
-    checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best STEP")
+    checkpoint: str = knob("latest", "latest, best, or a step number", form="latest best INDEX")
     weights: Literal["ema", "model"] = knob("ema", "averaged weights, or those of the last step")
 
 
@@ -58,13 +58,13 @@ class SampleCommand(PriorCommand):
     label: Any = knob(
         "auto",
         "a class; all: a row for each; none: without; auto: drawn",
-        form="auto all none CLASS",
+        form="auto all none INDEX",
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of images")
     temperature: Any = knob(
         1.0,
         "spread of the prior draws, part of the prior's; [T, ...]: of each level of a ladder",
-        form="TEMPERATURE",
+        form="NUMBER NUMBERS",
     )
     compare: bool = knob(False, "draws of N(0, I) left, of the mixture right", when="prior!=normal")
     resolution: Any = knob("trained", "trained, N or [H, W], pixels", form="trained SIZE")
@@ -73,7 +73,7 @@ class SampleCommand(PriorCommand):
 
 @dataclass
 class ReconstructCommand(TiledCommand):
-    data: Any = knob("", "shards of images (default: the run's validation shards)", is_text=True)
+    data: Any = knob("", "shards of images (default: the run's validation shards)", form="PATHS")
     num_images: int = knob(32, "images to reconstruct, from the first on", ge=1)
     levels: int = knob(0, "latents of so many levels of a ladder, from the top (0: all)", ge=0)
     out: str = knob("reconstructions.png", "PNG grid to write: inputs above their reconstructions")
@@ -83,7 +83,7 @@ class ReconstructCommand(TiledCommand):
 @dataclass
 class ImputeCommand(RunCommand):
     seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
-    data: Any = knob("", "shards, or folder of pictures (default: validation shards)", is_text=True)
+    data: Any = knob("", "shards, or folder of pictures (default: validation shards)", form="PATHS")
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "auto",
         "what is missing, as data.mask; auto: as in training, in a folder as its files say",
@@ -101,7 +101,7 @@ class ImputeCommand(RunCommand):
 
 @dataclass
 class EvaluateCommand(PriorCommand):
-    data: Any = knob("", "shards to evaluate (default: the run's validation shards)", is_text=True)
+    data: Any = knob("", "shards to evaluate (default: the run's validation shards)", form="PATHS")
     max_images: int = knob(0, "images to evaluate, from the first on (0: all)", ge=0)
     samples: int = knob(0, "draws of q(z|x) for importance-sampled log p(x) (0: leave out)", ge=0)
     chunk: int = knob(0, "images x draws of a forward (0: by size)", ge=0, when="samples!=0")
@@ -112,11 +112,14 @@ class EvaluateCommand(PriorCommand):
         form="METRICS",
     )
     latents: Any = knob(
-        "", "shards that encode wrote: viv, lnc and sec of these, not of data", is_text=True
+        "", "shards that encode wrote: viv, lnc and sec of these, not of data", form="PATHS"
     )
     metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
     max_skipped_fraction: Any = knob(
-        "trained", "largest part of damaged images; trained: as the run's", form="trained FRACTION"
+        "trained",
+        "largest part of damaged images; trained: as the run's",
+        form="trained NUMBER",
+        le=1,
     )
     out: str = knob("", "JSON file to write (default: in the run folder, results*.json)")
     batch_size: int = knob(256, "images per forward of one process", ge=1)
@@ -148,7 +151,7 @@ class EncodeCommand(TiledCommand):
         "", "instead, vision model whose features are: a folder, or OWNER/NAME on the hub"
     )
     seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1, when="content=sample")
-    data: Any = knob("???", "shards of images, as data.train of a run", is_text=True)
+    data: Any = knob("???", "shards of images, as data.train of a run", form="PATHS")
     out: str = knob("???", "folder to write: shards, their index, latents.json")
     content: Literal["moments", "mean", "sample"] = knob(
         "moments",
@@ -178,7 +181,7 @@ class EncodeCommand(TiledCommand):
 
 @dataclass
 class DecodeCommand(TiledCommand):
-    data: Any = knob("???", "shards of latents that vae_dist.encode wrote", is_text=True)
+    data: Any = knob("???", "shards of latents that vae_dist.encode wrote", form="PATHS")
     num_images: int = knob(64, "images to decode, from the first on", ge=1)
     out: str = knob("decoded.png", "PNG grid to write; a name without .png: a folder of images")
     batch_size: int = knob(32, "images per forward", ge=1)
@@ -186,7 +189,7 @@ class DecodeCommand(TiledCommand):
 
 @dataclass
 class IndexCommand:
-    data: Any = knob("???", "folder of *.tar, brace pattern, or list of these", is_text=True)
+    data: Any = knob("???", "folder of *.tar, brace pattern, or list of these", form="PATHS")
     out: str = knob("", "folder for the index of shards that lie elsewhere (URLs, pipes)")
     overwrite: bool = knob(False, "index shards again that have an index already")
     verify: bool = knob(False, "decode every sample; report damage, double keys and image sizes")
@@ -200,7 +203,7 @@ class PackCommand:
         "???",
         "folder of pictures or archives, archive, pattern or list of these, MNIST or CIFAR-10 "
         "files, CelebA folder, parquet files, hf://datasets/OWNER/NAME, mnist or cifar10",
-        is_text=True,
+        form="PATHS",
     )
     out: str = knob("???", "folder to write: OUT/train, OUT/validation, OUT/test")
     labels: str = knob("", "CSV file with the columns path, label and, if wanted, split")
@@ -223,7 +226,7 @@ class PackCommand:
 
 @dataclass
 class ReportCommand:
-    run: Any = knob("???", "run folder, or several: runs/a,runs/b", is_text=True)
+    run: str = knob("???", "run folder, or several: runs/a,runs/b")
     out: str = knob("", "HTML file to write (default: report.html in the run folder)")
 
 

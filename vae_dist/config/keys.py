@@ -30,7 +30,6 @@ class Key:
     le: float | None = None
     lt: float | None = None
     form: str = ""  # words and kinds (vae_dist.config.checks), one of which the value is
-    is_text: bool = False  # numbers in the value are read as text
 
     @property
     def choices(self) -> tuple[Any, ...]:

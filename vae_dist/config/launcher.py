@@ -9,36 +9,40 @@ from __future__ import annotations
 import os
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate
-TRUE = ("1", "true", "yes")
+FSDP = "set runtime.parallel=fsdp instead of --use_fsdp"
+# (variable of accelerate, values that ask for nothing, remedy)
+UNUSED = (
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1 auto", "set training.microbatch_size"),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "set runtime.compile"),
+    *(
+        (f"ACCELERATE_USE_{name}", "0 no false", FSDP)
+        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+    ),
+)
 
 
 def launcher_problems() -> list[str]:
     """What the launcher offers and vae_dist does not use."""
-    asked = os.environ.get
-    accumulation = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    compiler = asked("ACCELERATE_DYNAMO_BACKEND", "no")
-    world, on_cpu = int(asked("WORLD_SIZE", "1")), asked("ACCELERATE_USE_CPU", "").lower() == "true"
+    found = [
+        f"the launcher sets {name}={value}; launch without it and {remedy}"
+        for name, nothing, remedy in UNUSED
+        if (value := os.environ.get(name, "")) and value.lower() not in nothing.split()
+    ]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    problems = {
-        f"the launcher asks for gradient_accumulation_steps={accumulation}; set "
-        "training.microbatch_size instead": accumulation not in ("1", "auto"),
-        f"the launcher asks for dynamo_backend={compiler}; leave it out and set runtime.compile": (
-            compiler.lower() not in ("", "no")
-        ),
-        f"WORLD_SIZE={world} is set but {', '.join(missing)} not, so each would train alone; start "
-        f"with `accelerate launch --multi_gpu --num_processes {world} -m vae_dist.train ...` or "
-        "unset WORLD_SIZE": world > 1 and bool(missing),
-        "accelerate was asked for several processes on CPUs (MULTI_CPU), of which it starts one; "
-        "start with `torchrun --nproc_per_node N -m vae_dist.train ...`, or ask for one": (
-            on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ
-        ),
-    }
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        problems[
-            f"the launcher sets ACCELERATE_USE_{name}; launch without it (vae_dist trains with "
-            "DDP; instead of --use_fsdp set runtime.parallel=fsdp)"
-        ] = asked(f"ACCELERATE_USE_{name}", "").lower() in TRUE
-    return [sentence for sentence, is_so in problems.items() if is_so]
+    if world > 1 and missing:
+        found.append(
+            f"WORLD_SIZE={world} is set but {', '.join(missing)} not, so each would train alone; "
+            f"start with `accelerate launch --multi_gpu --num_processes {world} -m vae_dist.train "
+            "...` or unset WORLD_SIZE"
+        )
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        found.append(
+            "accelerate was asked for several processes on CPUs (MULTI_CPU), of which it starts "
+            "one; start with `torchrun --nproc_per_node N -m vae_dist.train ...`, or ask for one"
+        )
+    return found
 
 
 def precision_problem(precision: str) -> str:
@@ -46,10 +50,9 @@ def precision_problem(precision: str) -> str:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked in ("no", precision):
         return ""
-    remedy = f", or set training.precision={asked}" if asked in ("bf16", "fp16") else ""
     return (
-        f"the launcher asks for mixed precision {asked} but training.precision={precision}; "
-        f"leave the launcher's out{remedy}"
+        f"the launcher asks for mixed precision {asked} but training.precision={precision}; leave "
+        "the launcher's out, or set the same"
     )
 
 

@@ -4,13 +4,12 @@ In: a config, and facts of machines and data that are the same on all ranks. Out
 changes no more. What is found out while training (a microbatch that fits) is state of the run.
 
     the number of processes divides data.slots,
-    2 * data.window * training.batch_size * mean sample bytes <= data.window_bytes
+    2 * data.window * training.batch_size * mean sample bytes <= WINDOW_BYTES, if it can be
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 from vae_dist.config.errors import ConfigError
@@ -18,6 +17,7 @@ from vae_dist.config.schema import TrainConfig
 
 MAX_AUTOMATIC_SLOTS = 64
 MAX_AUTOMATIC_WINDOW = 32  # rows; with aspect buckets slots
+WINDOW_BYTES = 4 * 2**30  # that automatic windows hold, over all processes
 MIN_IMAGES_OF_BUCKET = 4  # of a slot, which goes through the model as one shape
 MIN_SLOTS_OF_WINDOW = 4  # with aspect buckets: enough to sort by aspect
 EVALUATION_BATCH = 32  # images at most, where the microbatch is found while training
@@ -53,10 +53,7 @@ def resolve(config: TrainConfig, facts: Facts) -> TrainConfig:
         config.perceptual.kind = "lpips" if facts.has_lpips else "structure"
     asked, width = config.objective.alignment_width, facts.alignment_width
     if width and asked not in ("auto", width):
-        raise ConfigError(
-            f"objective.alignment_width={asked}: the features of {config.objective.alignment} have "
-            f"{width} values; leave it out"
-        )
+        raise ConfigError(f"objective.alignment_width={asked}: the features have {width} values")
     config.objective.alignment_width = width or asked
     if training.precision == "auto":
         training.precision = "bf16" if facts.has_bf16 else "no"
@@ -138,11 +135,6 @@ def _automatic_window(config: TrainConfig, mean_sample_bytes: float) -> int:
     row_bytes = 2 * config.training.batch_size * mean_sample_bytes
     smallest = MIN_SLOTS_OF_WINDOW if has_buckets(config) else 1
     window = MAX_AUTOMATIC_WINDOW
-    while window > smallest and window * row_bytes > config.data.window_bytes:
+    while window > smallest and window * row_bytes > WINDOW_BYTES:
         window //= 2
-    if window * row_bytes > config.data.window_bytes:
-        raise ConfigError(
-            f"data.window_bytes={config.data.window_bytes} is too small for two windows; "
-            f"data.window=auto needs at least {math.ceil(smallest * row_bytes)}"
-        )
     return window * images_per_slot(config) if has_buckets(config) else window

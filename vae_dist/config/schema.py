@@ -25,10 +25,9 @@ class DataConfig(Section):
         "training shards: folder of *.tar, brace pattern, URL, list of these; {path: SHARDS, "
         "index: FOLDER}; or to mix data sets [{path: SHARDS, weight: NUMBER}, ...]",
         neutral=True,
-        form="SHARDS MIXTURE",
-        is_text=True,
+        form="PATHS MIXTURE",
     )
-    validation: Any = knob("???", "as data.train", neutral=True, form="SHARDS", is_text=True)
+    validation: Any = knob("???", "as data.train", neutral=True, form="PATHS")
     bundled: Literal["none", "digits"] = knob("none", "digits: write those that ship")
     channels: int = knob(3, "image channels (1 grey, 3 RGB; any number in .npy and TIFF)", ge=1)
     image_key: str = knob(
@@ -62,9 +61,8 @@ class DataConfig(Section):
     )
     slots: int = knob(0, "parts of a batch; the processes divide it (0: automatic)", ge=0)
     window: Any = knob(
-        "auto", "samples of each sequence in a shuffle (auto: to 32)", form="auto COUNT"
+        "auto", "samples of each sequence in a shuffle (auto: up to 32)", form="auto COUNT"
     )
-    window_bytes: int = knob(4 * 2**30, "bytes that window=auto may hold, over all processes", ge=1)
     cache_bytes: int = knob(2**28, "for decoded images of a rank, if all fit", neutral=True, ge=0)
     retry_s: float = knob(600.0, "seconds that a remote read is tried again", neutral=True, ge=0)
     workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
@@ -162,9 +160,6 @@ class ObjectiveConfig(Section):
     beta_warmup_steps: int = knob(
         0, "steps over which beta rises from 0", ge=0, when="training.train_only=all"
     )
-    beta_warmup: Literal["linear", "cosine"] = knob(
-        "linear", "shape of that rise", when="beta_warmup_steps!=0"
-    )
     beta_cycles: int = knob(
         1, "rises of beta, each but the last held as long", ge=1, when="beta_warmup_steps!=0"
     )
@@ -200,7 +195,10 @@ class ObjectiveConfig(Section):
     )
     alignment_final_weight: float = knob(0.1, "at the last step", ge=0, when=ALIGNED)
     alignment_margins: list[float] = knob(
-        [0.5, 0.25], "of cosines with features, of cosines between positions", ge=0, when=ALIGNED
+        [0.5, 0.25],
+        "of cosines with features, of cosines between positions",
+        form="PAIR",
+        when=ALIGNED,
     )
     alignment_width: Any = knob(
         "auto", "values of a feature (auto: as the model says)", form="auto COUNT", when=ALIGNED
@@ -232,7 +230,7 @@ class AdversarialConfig(Section):
         10.0, "largest adaptive weight, nats of each value for a logit of 1", gt=0
     )
     lr: float = knob(2e-4, "peak learning rate, on optimizer's schedule", gt=0)
-    betas: list[float] = knob([0.5, 0.9], "decay rates of Adam's two moments", ge=0, lt=1)
+    betas: list[float] = knob([0.5, 0.9], "decay rates of Adam's moments", form="PAIR", lt=1)
     clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)", ge=0)
     channels: int = knob(64, "width of its first layer; later ones double it up to 8 times", ge=1)
     layers: int = knob(3, "strided: a logit sees 16, 34, 70, 142 pixels with 1 to 4", ge=1, le=8)
@@ -248,7 +246,7 @@ class OptimizerConfig(Section):
     final_lr_fraction: float = knob(
         0.0, "learning rate at the last step, part of lr", ge=0, le=1, when="schedule=cosine"
     )
-    betas: list[float] = knob([0.9, 0.999], "decay rates of Adam's two moments", ge=0, lt=1)
+    betas: list[float] = knob([0.9, 0.999], "decay rates of Adam's moments", form="PAIR", lt=1)
     eps: float = knob(1e-8, "added to the denominator of Adam", gt=0)
     weight_decay: float = knob(0.01, "decoupled weight decay of matrices and kernels", ge=0)
     clip_grad_norm: float = knob(0.0, "largest gradient norm, nats per image (0: any)", ge=0)

@@ -2,7 +2,7 @@
 
     lr(k)   = lr * (k + 1) / warmup                                       k < warmup
             = lr * (f + (1 - f) * (1 + cos(pi * t)) / 2)                  after it, schedule=cosine
-    beta(k) = beta * rise(r)                    rise(r) = r, or (1 - cos(pi r)) / 2
+    beta(k) = beta * r
 
 with t = (k + 1 - warmup) / (steps - warmup) and f = final_lr_fraction: the rate is lr at the end of
 the warm-up and f * lr at the last step. beta rises `beta_cycles` times from 0 (Fu et al. 2019), r
@@ -37,6 +37,4 @@ def beta_at(config: ObjectiveConfig, step: int) -> float:
     since = step - last_rise if step >= last_rise else step % (2 * warmup)
     if since >= warmup:
         return config.beta
-    if config.beta_warmup == "cosine":
-        return config.beta * 0.5 * (1 - math.cos(math.pi * since / warmup))
     return config.beta * since / warmup

@@ -171,9 +171,9 @@ def _megabytes(num_bytes: float) -> str:
 def notes(config: TrainConfig, data: Data) -> Iterator[str]:
     """What a config says that its writer may not have meant."""
     steps, batch_size = config.training.steps, config.training.batch_size
-    for key in ("optimizer.warmup_steps", "objective.beta_warmup_steps"):
-        if (warmup := value_of(config, key)) > steps:
-            yield f"the last step, {steps}, comes before the end of {key}={warmup}"
+    for key in ("optimizer.warmup_steps", "objective.beta_warmup_steps", "adversarial.start_step"):
+        if (needed := value_of(config, key)) > steps:
+            yield f"the last step, {steps}, comes before {key}={needed} is reached"
     shown, num_samples = steps * batch_size, data.train.num_samples
     if shown < num_samples:
         yield f"the run ends within its first epoch, after {shown:,} of {num_samples:,} images"
