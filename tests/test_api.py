@@ -165,7 +165,7 @@ def test_a_folder_of_diffusers(spatial_run, spatial, tmp_path):
         ({"_class_name": "UNet2DModel"}, "only AutoencoderKL"),
         ({"layers_per_block": 10**9}, "describes no model"),
         ({"block_out_channels": "wide"}, "describes no model"),
-        ({"block_out_channels": [8, 2**24]}, "differ"),
+        ({"block_out_channels": [8, 2**24]}, "do not fit"),
     ):
         (out / "config.json").write_text(json.dumps(written | forged))
         with pytest.raises(ConfigError, match=fragment):

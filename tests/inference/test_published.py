@@ -117,7 +117,7 @@ def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path: Pa
     assert all(f"'model.{key}'" in found[-1] for key in keys)
     # what changes no shape changes the model all the same
     first, *_, last = problems(spatial_config(tmp_path, channels=WIDTHS, norm_groups=2))
-    assert "0 of its tensors differ" in first and "model.norm_groups=4" in last
+    assert "0 of its tensors do not fit" in first and "model.norm_groups=4" in last
     config = spatial_config(tmp_path, channels=WIDTHS)
     config.likelihood.kind = "discretized_logistic_mixture"
     assert "which likelihood.kind=discretized" in problems(config)[0]

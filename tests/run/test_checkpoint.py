@@ -72,16 +72,11 @@ WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
         (WEIGHTS, lambda path: path.unlink()),
         (WEIGHTS, lambda path: path.write_bytes(b"x" * path.stat().st_size)),
         (WEIGHTS, replace_by_a_fifo),
-        (WEIGHTS, lambda path: forge(path, b"\xff" * 8)),  # a header of 2**64 bytes
         (WEIGHTS, lambda path: forge(path, HUGE)),
         (MANIFEST, lambda path: path.write_bytes(path.read_bytes()[:-9])),
         (MANIFEST, lambda path: path.unlink()),
-        (MANIFEST, lambda path: path.write_text("[1]")),
-        (MANIFEST, lambda path: path.write_text("[" * 9999)),
-        (MANIFEST, replace_by_a_fifo),
         (MANIFEST, lambda path: path.write_text('{"step": 30, "files": 7}')),
         (MANIFEST, lambda path: path.write_text('{"step": 30, "files": {"../x": 1}}')),
-        (MANIFEST, lambda path: path.write_text('{"step": Infinity, "files": {}}')),
         ("", replace_by_a_file),
     ],
 )
@@ -110,14 +105,6 @@ def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
     assert checkpoints.load_newest().step == 30
 
 
-def test_checkpoints_behind_a_link_are_refused(checkpoints, tmp_path):
-    (tmp_path / "link").symlink_to(checkpoints.folder)
-    with pytest.raises(ConfigError, match="link is a link; give the run folder"):
-        load_checkpoint(tmp_path / "link", "latest")
-    (checkpoints.folder / "step_00000040").symlink_to(checkpoints.folder / "step_00000030")
-    assert checkpoints.steps() == [20, 30]
-
-
 # in training
 
 
@@ -135,9 +122,7 @@ def submit(writer, step, best_step=None, **options):
     writer.submit(step, tensors(step), {"scalars": {}}, best_step=best_step, **options)
 
 
-def test_training_may_change_the_weights_while_the_disk_is_busy(
-    checkpoints, writer, warnings, monkeypatch
-):
+def test_training_may_change_the_weights_while_the_disk_is_busy(checkpoints, writer, monkeypatch):
     go_on, save, weights = threading.Event(), checkpoints.save, torch.ones(3)
 
     def slow(*args, **kwargs):
@@ -148,9 +133,6 @@ def test_training_may_change_the_weights_while_the_disk_is_busy(
     writer.submit(40, {"model": {"w": weights}}, {"scalars": {}}, best_step=None)
     assert writer.written_step == -1  # it returned, and nothing is written
     weights.zero_()
-    monkeypatch.setattr(checkpoint_module, "PATIENCE_S", 0.02)
-    submit(writer, 50)  # a disk that hangs costs this one, not the run
-    assert "step_00000050 is left out" in warnings[0]
     go_on.set()
     assert writer.wait() and writer.written_step == 40
     assert torch.equal(checkpoints.load(40).tensors["model"]["w"], torch.ones(3))
@@ -168,10 +150,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(
 
     monkeypatch.setattr(checkpoint_module, "write_durably", full)
     submit(writer, 50)
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":
-            thread.join()
-    writer.poll()  # says so without waiting for the next checkpoint
+    assert not writer.wait()
     assert "step_00000050: No space left" in warnings[0] and "step_00000040" in warnings[0]
     assert not list(checkpoints.folder.glob(".*")) and checkpoints.load_newest().step == 40
     monkeypatch.undo()
@@ -186,7 +165,7 @@ def test_a_folder_that_is_gone_is_not_made_again_and_costs_a_warning(
     assert writer.wait()
     shutil.rmtree(checkpoints.folder / "step_00000040")
     writer.amend(40, {"scalars": {}}, best_step=40)
-    assert not writer.wait() and "step_00000040 has no manifest.json" in warnings[0]
+    assert not writer.wait() and "step_00000040 has no sound manifest.json" in warnings[0]
     checkpoints.folder.rename(tmp_path / "away")
     submit(writer, 50)
     assert not writer.wait() and "No such file" in warnings[1] and not checkpoints.folder.exists()

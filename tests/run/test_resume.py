@@ -63,17 +63,6 @@ def test_a_run_from_before_the_added_terms_goes_on(tmp_path):
     assert as_in_run_folder(made("none"), folder) == made("none")
 
 
-def test_a_config_that_is_lost_is_named(tmp_path):
-    folder, config = folder_of(tmp_path, made("structure")), made("structure")
-    folder.config_path.unlink()
-    with pytest.raises(ConfigError, match=r"config.yaml is lost, and 1 checkpoints are there"):
-        folder.config()
-    with pytest.raises(ConfigError, match=r"resume.allow_changes=true"):
-        as_in_run_folder(config, folder)
-    config.resume.allow_changes = True
-    assert as_in_run_folder(config, folder) is config
-
-
 @pytest.mark.parametrize(
     ("step", "evaluated", "expected"),
     [(8, 8, True), (8, 6, False), (8, -1, False), (9, 6, True), (6, 6, False)],

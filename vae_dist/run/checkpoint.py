@@ -36,7 +36,6 @@ Tensors = dict[str, torch.Tensor]
 DISCRIMINATOR = "discriminator/"  # what names of its tensors begin with, among others
 MAX_MANIFEST_BYTES = 16 * 2**20
 WRITER_NICE = 10  # the writing thread takes a tenth of a core where training wants all of them
-PATIENCE_S = 120.0  # that training waits for the write before
 
 
 class TornCheckpoint(ValueError):
@@ -63,14 +62,8 @@ class Checkpoints:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Steps of all complete-looking folders, oldest first. Raises ConfigError at a link: what
-        is replaced and removed here would lie elsewhere."""
-        if self.folder.is_symlink():
-            raise ConfigError(
-                f"{self.folder} is a link; give the run folder that it lies in as run="
-            )
-        paths = self.folder.glob("step_" + "[0-9]" * 8)
-        return sorted(int(path.name[5:]) for path in paths if not path.is_symlink())
+        """Steps of all complete-looking folders, oldest first."""
+        return sorted(int(path.name[5:]) for path in self.folder.glob("step_" + "[0-9]" * 8))
 
     def save(
         self,
@@ -120,11 +113,10 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step that `best` names, if its checkpoint is there."""
-        try:
-            name = read_bounded(self.folder / "best", 100)
-        except (OSError, ValueError):
-            return None
-        return next((step for step in self.steps() if step_name(step).encode() == name), None)
+        with contextlib.suppress(OSError, ValueError):
+            step = int(read_bounded(self.folder / "best", 100).removeprefix(b"step_"))
+            return step if step in self.steps() else None
+        return None
 
     def load(self, step: int) -> Checkpoint:
         """Read one checkpoint. Raises TornCheckpoint."""
@@ -142,7 +134,7 @@ class Checkpoints:
                 tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path)
             except safetensors.SafetensorError as error:
                 raise TornCheckpoint(f"{path} is damaged ({error})") from None
-        return Checkpoint(step=int(manifest["step"]), tensors=tensors, state=manifest)
+        return Checkpoint(step, tensors, state=manifest)
 
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; torn ones are named on stderr and left behind.
@@ -196,13 +188,9 @@ def _write_manifest(
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
-        if manifest["step"] != int(folder.name[5:]):
-            raise ValueError("it is of another step")
         manifest["files"].items()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise TornCheckpoint(f"{folder} has no manifest.json ({error})") from None
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise TornCheckpoint(f"{folder}/manifest.json is damaged ({error!r})") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, KeyError) as error:
+        raise TornCheckpoint(f"{folder} has no sound manifest.json ({error!r})") from None
     return manifest
 
 
@@ -221,7 +209,7 @@ class CheckpointWriter:
         self.stall_s = 0.0  # that training has waited for checkpoints since the start
         self.written_step = -1  # of the newest checkpoint that is on the disk
         self.problem = ""  # of the last write, empty when it went well
-        self._warn = warn
+        self._warn = warn  # the thread calls it
         self._thread: threading.Thread | None = None
         self._unexpected: BaseException | None = None
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
@@ -234,31 +222,16 @@ class CheckpointWriter:
         *,
         best_step: int | None,
         keep_all: bool = False,
-        urgent: bool = False,
     ) -> None:
-        """Copy what is given and write it, after the write before it.
-
-        Where that one hangs on its disk this one is left out, with a warning, unless it is
-        `urgent`: then nothing goes on beside it. `keep_all`: remove no older ones.
-        """
+        """Copy what is given and write it, after the write before it. `keep_all`: remove no older
+        ones."""
         begun = time.perf_counter()
-        if self._thread is not None and not urgent:
-            self._thread.join(PATIENCE_S)
-        if self._thread is not None and self._thread.is_alive() and not urgent:
-            self._warn(
-                f"warning: the disk of {self.checkpoints.folder} has not taken the checkpoint "
-                f"before this one yet; {step_name(step)} is left out, training goes on"
-            )
-        else:
-            self.wait()
-            copies, state = self._copied(tensors), dict(state)
-            keep_last = 0 if keep_all else self.keep_last
-            save = self.checkpoints.save
-            self._start(
-                step,
-                lambda: save(step, copies, state, keep_last=keep_last, best_step=best_step),
-                nice=0 if urgent else WRITER_NICE,
-            )
+        self.wait()
+        copies, state = self._copied(tensors), dict(state)
+        keep_last, save = 0 if keep_all else self.keep_last, self.checkpoints.save
+        self._start(
+            step, lambda: save(step, copies, state, keep_last=keep_last, best_step=best_step)
+        )
         self.stall_s += time.perf_counter() - begun
 
     def amend(self, step: int, state: Mapping[str, Any], *, best_step: int | None) -> None:
@@ -266,36 +239,28 @@ class CheckpointWriter:
         self.wait()
         if self.written_step == step:
             state, amend = dict(state), self.checkpoints.amend
-            self._start(step, lambda: amend(step, state, best_step=best_step), nice=WRITER_NICE)
+            self._start(step, lambda: amend(step, state, best_step=best_step))
 
     def wait(self) -> bool:
-        """Until the write under way is done; whether the last one went well. Warns otherwise."""
+        """Until the write under way is done; whether the last one went well."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self._unexpected is not None:
-                raise self._unexpected
-            if self.problem:
-                last = self.written_step
-                safe = f"the last good one is {step_name(last)}" if last >= 0 else "there is none"
-                self._warn(f"warning: cannot write {self.problem}; {safe}; training goes on")
+        if self._unexpected is not None:
+            raise self._unexpected
         return not self.problem
 
-    def poll(self) -> None:
-        """Warn at once, not at the next checkpoint, of a write that has failed."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-
-    def _start(self, step: int, write: Callable[[], object], *, nice: int) -> None:
+    def _start(self, step: int, write: Callable[[], object]) -> None:
         def run() -> None:
-            if nice:
-                with contextlib.suppress(OSError):  # Linux: of this thread alone
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            with contextlib.suppress(OSError):  # Linux: of this thread alone
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
             try:
                 write()
             except (OSError, TornCheckpoint) as error:  # the latter: one to amend that is gone
-                reason = getattr(error, "strerror", None) or error
+                reason, last = getattr(error, "strerror", None) or error, self.written_step
                 self.problem = f"checkpoint {step_name(step)}: {reason}"
+                safe = f"the last good one is {step_name(last)}" if last >= 0 else "there is none"
+                self._warn(f"warning: cannot write {self.problem}; {safe}; training goes on")
             except BaseException as error:
                 self._unexpected = error
             else:
@@ -331,8 +296,7 @@ def load_checkpoint(folder: Path, which: str) -> Checkpoint:
     step = checkpoints.best_step() if which == "best" else int(which) if which.isdigit() else None
     if step not in steps:
         have = ", ".join(map(str, steps))
-        hint = " (written by evaluations with checkpoint.keep_best=true)" if which == "best" else ""
-        raise ConfigError(f"checkpoint={which}{hint} is not in {folder}; there are: latest, {have}")
+        raise ConfigError(f"checkpoint={which} is not in {folder}; there are: latest, {have}")
     try:
         return checkpoints.load(step)
     except TornCheckpoint as torn:

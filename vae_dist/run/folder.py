@@ -33,28 +33,21 @@ class RunFolder:
     """Paths and small files of a run folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.checkpoints = Checkpoints(Path(path) / "checkpoints")
-        self.move(Path(path))
-
-    def move(self, path: Path) -> None:
-        """The folder has this name now."""
-        self.path = path
-        self.config_path = path / "config.yaml"
-        self.log_path = path / "log.jsonl"
-        self.status_path = path / "status.json"
-        self.stop_path = path / "STOP"
-        self.lock_path = path / "lock"
-        self.images = path / "images"
-        self.checkpoints.folder = path / "checkpoints"
+        self.path = Path(path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.config_path = self.path / "config.yaml"
+        self.log_path = self.path / "log.jsonl"
+        self.status_path = self.path / "status.json"
+        self.stop_path = self.path / "STOP"
+        self.lock_path = self.path / "lock"
+        self.images = self.path / "images"
 
     def create(self) -> None:
-        """Make the folders. Raises ConfigError when they cannot be written."""
+        """Make the folders and the lock. Raises ConfigError when they cannot be written."""
         try:
             for folder in (self.path, self.images, self.checkpoints.folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe.{os.getpid()}.tmp"
-            probe.write_bytes(b"")
-            probe.unlink()
+            self.lock_path.touch()
         except OSError as error:
             raise ConfigError(
                 f"run={self.path}: cannot be written ({error.strerror}); "
@@ -82,27 +75,13 @@ class RunFolder:
     def config(self) -> TrainConfig:
         """The resolved config of the run. Raises ConfigError when this is no run folder."""
         try:
-            return from_yaml(read_bounded(self.config_path, MAX_FILE_BYTES))
-        except OSError:
+            data = read_bounded(self.config_path, MAX_FILE_BYTES)
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                self.lost_config()
-                or f"run={self.path}: no run folder (it has no config.yaml); "
-                "give the folder that vae_dist.train wrote, for example runs/mnist"
+                f"run={self.path}: no run folder ({error}); give the folder that vae_dist.train "
+                "wrote, for example runs/mnist"
             ) from None
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"run={self.path}: {error}") from None
-
-    def lost_config(self) -> str:
-        """That checkpoints are there without their config; empty where it is not so."""
-        steps = self.checkpoints.steps()
-        if self.config_path.exists() or not steps:
-            return ""
-        return (
-            f"run={self.path}: its config.yaml is lost, and {len(steps)} checkpoints are there; "
-            "put it back from a copy"
-        )
+        return from_yaml(data)
 
     def write_config(self, config: TrainConfig) -> None:
         write_durably(self.config_path, to_yaml(config))
@@ -149,10 +128,8 @@ class RunLock:
 
     def __init__(self, folder: RunFolder, *, say: Callable[[str], None] = print) -> None:
         self.holder = ""  # this process, once it has the lock
-        self._folder, self._path = folder, folder.lock_path
-        self._say = say
-        self._held = contextlib.ExitStack()  # the open file
-        self._descriptor = -1
+        self._folder, self._say = folder, say
+        self._descriptor = -1  # of the open file
         self._begun = time.monotonic()
 
     def attempt(self) -> bool:
@@ -160,8 +137,9 @@ class RunLock:
 
         Raises ConfigError with the holder's name where it goes on.
         """
-        self._path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        self._folder.create()
+        path = self._folder.lock_path
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         with contextlib.ExitStack() as opened:
             opened.callback(os.close, descriptor)
             try:
@@ -173,38 +151,31 @@ class RunLock:
                 if error.errno not in NO_LOCKS:
                     raise
                 self._say(
-                    f"warning: run={self._path.parent}: its file system has no locks "
+                    f"warning: run={path.parent}: its file system has no locks "
                     f"({error.strerror}); see to it that no other trainer uses this folder"
                 )
-            is_there = self._path.exists()  # else a starter that was refused has removed it
-            if not is_there or not os.path.samestat(os.fstat(descriptor), self._path.stat()):
+            # a starter that was refused may have removed the file
+            if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
                 return False
             job = os.environ.get("SLURM_JOB_ID", "")
-            holder = (
+            self.holder = (
                 f"process {os.getpid()} on {socket.gethostname()}{job and f', job {job}'}, "
                 f"since {time.strftime('%F %T')}.{time.monotonic_ns() % 10**6:06}\n"
             )
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder.encode(), 0)
+            os.pwrite(descriptor, self.holder.encode(), 0)
             os.fsync(descriptor)
-            self.holder, self._descriptor, self._held = holder, descriptor, opened.pop_all()
+            self._descriptor = descriptor
+            opened.pop_all()
         return True
 
-    def place(self) -> Path:
-        """The folder that has the lock, under the name that it has now (on Linux)."""
-        try:
-            return Path(os.readlink(f"/proc/self/fd/{self._descriptor}")).parent
-        except OSError:
-            return self._path.parent
-
     def release(self) -> None:
-        self._held.close()
-        self._descriptor = -1
+        os.close(self._descriptor)
 
     def _refuse_after_a_while(self) -> None:
         holder = self._folder.holder().strip() or "an unknown process"
         if time.monotonic() - self._begun > WAIT_S:
             raise ConfigError(
-                f"run={self._path.parent}: in use by {holder}; wait for it, stop it, or choose "
+                f"run={self._folder.path}: in use by {holder}; wait for it, stop it, or choose "
                 "another folder with run=FOLDER"
             )

@@ -7,7 +7,7 @@ the numbers of a run that goes on (config, shards) is refused with the differenc
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,7 @@ def as_in_run_folder(config: TrainConfig, folder: RunFolder) -> TrainConfig:
 
     Raises ConfigError with the differences that would change the run's numbers.
     """
-    lost = folder.lost_config()
-    if lost and not config.resume.allow_changes:
-        raise ConfigError(f"{lost}, or {WAYS_OUT}")
-    if lost or not folder.checkpoints.steps():
+    if not folder.checkpoints.steps():
         return config  # nothing is there that could differ
     previous, config = folder.config(), copy.deepcopy(config)
     if config.training.batch_size % previous.data.slots == 0:  # else its batch is another one
@@ -126,16 +123,7 @@ def initial_weights(config: TrainConfig, model: nn.Module) -> Tensors:
     others = {k: weights.pop(k) for k in [*weights] if k.startswith(DISCRIMINATOR)}
     weights = {k: v for k, v in weights.items() if not k.startswith("projection.")}
     weights |= fresh_projection(config)
-    if lines := _misfits(weights, model):
-        raise ConfigError(
-            [
-                f"init_from={source}: {len(lines)} of its tensors do not fit this model "
-                "(there -> here):",
-                *lines,
-                "give the model the shape of the other run (model.*, data.channels, likelihood.*), "
-                "or leave init_from out",
-            ]
-        )
+    _check_fit(weights, model, f"init_from={source}")
     return weights | (others if _fits_discriminator(others, config) else {})
 
 
@@ -171,24 +159,12 @@ def _published_weights(config: TrainConfig, published: Published, model: nn.Modu
         if name.startswith("decoder.conv_out."):
             fresh[name] = torch.zeros(value.shape)  # a learned raw log-variance begins at 0
     weights = from_diffusers(published, fresh)
-    lines = _misfits(weights, model)
     wrong = [
         f"'{key}={shown(value)}'".replace(", ", ",")
         for key, value in fitting_keys(published).items()
         if not _has(config, key, value)
     ]
-    if wrong or lines:
-        remedy = f"set {' '.join(wrong)}, or leave init_from out"
-        damaged = "its tensors are not what its config.json says; is the folder whole?"
-        raise ConfigError(
-            [
-                f"{blame}: the AutoencoderKL in {published.path} is not the model of this config; "
-                f"{len(lines)} of its tensors differ (there -> here):",
-                *lines[:SHOWN],
-                *[f"  ... and {len(lines) - SHOWN} more"][: len(lines) > SHOWN],
-                remedy if wrong else damaged,
-            ]
-        )
+    _check_fit(weights, model, f"{blame}: the AutoencoderKL in {published.path}", wrong)
     return weights
 
 
@@ -199,15 +175,22 @@ def _has(config: TrainConfig, key: str, value: Any) -> bool:
     return bool(found == value)
 
 
-def _misfits(weights: Mapping[str, torch.Tensor], model: nn.Module) -> list[str]:
-    """A line for each tensor whose shape differs or that only one side has."""
-    sides = [
+def _check_fit(
+    weights: Tensors, model: nn.Module, blame: str, settings: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError with the tensors whose shape differs or that only one side has, and with
+    the `settings` that would fit, where there are some."""
+    there, here = (
         {name: "x".join(map(str, value.shape)) or "scalar" for name, value in side.items()}
         for side in (weights, model.state_dict())
-    ]
-    there, here = sides
-    return [
+    )
+    lines = [
         f"  {name}: {there.get(name, 'absent')} -> {here.get(name, 'absent')}"
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
+    if lines or settings:
+        more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        head = f"{blame}: {len(lines)} of its tensors do not fit this model (there -> here):"
+        remedy = f"set {' '.join(settings)}" if settings else "give the model the other one's shape"
+        raise ConfigError([head, *lines[:SHOWN], *more, f"{remedy}, or leave init_from out"])

@@ -198,7 +198,6 @@ class Trainer:
             self.guard.check_all(self.step)
         if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()
-        self.writer.poll()
 
     def _check_weights(self) -> None:
         weights, self._ranks_agree = self.training_step.weights_of_every_rank(), False
@@ -257,9 +256,9 @@ class Trainer:
         if self._checkpoint_is_due():
             self._watch.at(self.step, "checkpoint")
             with self._meter.pause():
-                self.save(urgent=self.step == self.last_step)
+                self.save()
 
-    def save(self, *, urgent: bool = False) -> None:
+    def save(self) -> None:
         """Hand checkpoint `step` to the writer, once; after its evaluation its state, again. Every
         rank takes part."""
         if self._saved == (self.step, self._evaluated_step):
@@ -267,14 +266,14 @@ class Trainer:
         if self.config.training.checksum_every and self._saved[0] != self.step:
             self._check_weights()  # what ranks differ in is not worth keeping
         (self.damage.since,) = map(int, self.runtime.sum_numbers([], self.damage.here))
-        self._save(urgent=urgent)
+        self._save()
 
     def _save_for_good(self) -> bool:
         """Whether the disk has this step's checkpoint; one that it refused is tried once more."""
         self._stop.settle()
         self._watch.at(self.step, "last checkpoint")  # comes once, so the watch does not time it
         for _ in range(2):
-            self.save(urgent=True)
+            self.save()
             if self.runtime.on_main(self._is_written):
                 return True
             self._saved = (-1, -1)
@@ -296,12 +295,12 @@ class Trainer:
         is_sound = self.training_step.is_whole and self._ranks_agree and not self.guard.streak
         can_save = self.runtime.strategy.forward_is_local or agreed
         if self._saved[0] != self.step > 0 and is_sound and can_save:
-            self._save(urgent=True)
+            self._save()
             if self.runtime.is_main and self.writer.wait():
                 self.say(f"step {self.step} is saved; the same command goes on from there")
         self.writer.wait()
 
-    def _save(self, *, urgent: bool) -> None:
+    def _save(self) -> None:
         scalars, best_step = self.scalars(), self._best and self._best[1]
         state = {**self.data.identity, "scalars": scalars, "pending_row": self._pending_row}
         has_tensors = self._saved[0] == self.step
@@ -316,9 +315,7 @@ class Trainer:
             return
         # in a streak of skipped steps the last good weights may be in an older one
         keep_all = scalars["skip_streak"] > 0
-        self.writer.submit(
-            self.step, tensors, state, best_step=best_step, keep_all=keep_all, urgent=urgent
-        )
+        self.writer.submit(self.step, tensors, state, best_step=best_step, keep_all=keep_all)
 
     def scalars(self) -> dict[str, Any]:
         best, best_step = self._best or (None, None)

@@ -195,7 +195,6 @@ class Session:
         lock = RunLock(self.folder, say=say)
 
         def take() -> str:
-            self.folder.create()
             if not lock.attempt():
                 time.sleep(LOCK_PAUSE_S)
                 return ""
@@ -218,7 +217,7 @@ class Session:
             )
         self.outcome.is_ours = True
         if self.runtime.is_main:
-            self.stop.watch_folder(self.folder, lock)
+            self.stop.watch_folder(self.folder, holder)
         return True
 
     def _stopped_before_training(self, step: int) -> Ending:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from vae_dist.distributed import Runtime
-    from vae_dist.run.folder import RunFolder, RunLock
+    from vae_dist.run.folder import RunFolder
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
@@ -116,20 +116,14 @@ class StopRequest:
         self._ended = threading.Event()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def watch_folder(self, folder: RunFolder, lock: RunLock) -> None:
+    def watch_folder(self, folder: RunFolder, holder: str) -> None:
         """From now on the STOP file of this folder is a request too, and so is the loss of its
-        lock, or another name: the checkpoint is written there. A thread looks: a network file
-        system that hangs must not stop the ranks."""
-        holder, place = lock.holder, lock.place()
+        lock. A thread looks: a network file system that hangs must not stop the ranks."""
 
         def look() -> None:
-            nonlocal place
             while not self._ended.wait(FOLDER_POLL_S):
                 with contextlib.suppress(OSError):  # one that is away for a while asks for nothing
-                    if place != (now := lock.place()) and (now / "checkpoints").is_dir():
-                        folder.move(now)
-                        self._folder_reason, place = f"the run folder is {now} now", now
-                    elif folder.stop_path.exists():
+                    if folder.stop_path.exists():
                         self._folder_reason = f"{folder.stop_path} exists"
                     elif folder.holder() not in (holder, ""):
                         self._folder_reason = "another trainer has taken the run folder"
