@@ -162,7 +162,7 @@ def _metrics(
 
     def fetched(name: str, file: PretrainedFile) -> Path:
         """By the main process, then by those of nodes that do not see its disk."""
-        folder = Path(command.metric_weights) if command.metric_weights else None
+        folder = command.metric_weights
         runtime.on_main(lambda: networks.fetch(file, folder))
         path = runtime.on_all_ranks(lambda: networks.fetch(file, folder))
         files[name] = str(path)
@@ -262,7 +262,7 @@ def _report(
         "mask": mask,  # figures count what it leaves
         "figures": result.figures,
         "conditions": _conditions(result.figures, command.samples, fitted),
-        "latents": {**statistics.record(), "kl_nats_per_unit": rates},
+        "latents": {**statistics, "kl_nats_per_unit": rates},
         "notes": result.notes,
         **facts,
     }
@@ -279,11 +279,11 @@ def _report(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
         if loaded.model.image_size is None:
-            scale, shift = statistics.scaling_factor, statistics.shift_factor
+            scale, shift = statistics["scaling_factor"], statistics["shift_factor"]
             lines.append(f"scaling_factor={scale:.5f} shift_factor={shift:.5f} of the latents")
             if out == Path(command.run) / RESULTS:
                 path = Path(command.run) / STATISTICS_FILE
-                write_statistics(path, statistics, {**of, "of": "samples"})
+                write_statistics(path, statistics | of | {"of": "samples"})
     print("\n".join(lines))
 
 

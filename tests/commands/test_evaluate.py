@@ -98,7 +98,7 @@ def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
     assert figures["lpips"] > 0 and figures["rfid"] > 0 and {"fid", "fid_gmm"} <= set(figures)
     assert list(found["notes"]) == ["lpips_alex", "frechet"]  # 28 pixels, 7 images
     names = ("VGG16", "AlexNet", "the InceptionV3 of the FID")
-    assert set(asked) == {(name, tmp_path) for name in names}
+    assert set(asked) == {(name, str(tmp_path)) for name in names}
 
 
 @pytest.mark.parametrize(

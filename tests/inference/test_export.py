@@ -194,7 +194,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moments = LatentMoments(4)
     with torch.no_grad():
         moments.add(*loaded(folder).encode(images(8)))
-    record = moments.statistics().record() | {"step": 20}
+    record = moments.statistics() | {"step": 20}
     (folder / "latents.json").write_text(json.dumps(record))
     return folder
 

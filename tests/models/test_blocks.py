@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from tests.models.test_vae import away_from_zero, inputs, small
 from tests.support.distributed import run_ranks
@@ -22,11 +22,11 @@ from vae_dist.models.blocks import (
 from vae_dist.randomness import torch_generator
 
 
-def image(*shape: int) -> Tensor:
+def image(*shape):
     return torch.randn(*shape, generator=torch_generator(0, "test"))
 
 
-def test_blocks_start_as_the_identity_and_attention_is_softmax_attention() -> None:
+def test_blocks_start_as_the_identity_and_attention_is_softmax_attention():
     x, block, wider = image(2, 8, 3, 5), AttentionBlock(8, norm_groups=4), ResidualBlock
     assert torch.equal(block(x), x)
     assert torch.equal(wider(8, 8, norm_groups=4)(x), x)
@@ -43,9 +43,7 @@ def test_blocks_start_as_the_identity_and_attention_is_softmax_attention() -> No
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
-def test_convolution_of_doubled_is_that_of_the_enlarged_map(
-    size: tuple[int, int], channels_last: bool
-) -> None:
+def test_convolution_of_doubled_is_that_of_the_enlarged_map(size, channels_last):
     x, weight, bias = image(2, 3, *size).double(), image(4, 3, 3, 3).double(), image(4).double()
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -58,7 +56,7 @@ def test_convolution_of_doubled_is_that_of_the_enlarged_map(
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-def test_shortcuts_are_means_of_four_positions_down_and_copies_up() -> None:
+def test_shortcuts_are_means_of_four_positions_down_and_copies_up():
     x, down = image(1, 2, 4, 6), Downsample(2, 4, shortcut=True)
     h = down(x)
     for channel in range(4):  # of 8 = 2 channels x 4 positions, two by two: one row of a square
@@ -74,11 +72,11 @@ def test_shortcuts_are_means_of_four_positions_down_and_copies_up() -> None:
     assert torch.equal(wide(h)[0, 1].flatten(), h[0, [2, 2, 3, 3], 0, 0])  # two copies of each
 
 
-def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none() -> None:
+def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none():
     model = build_vae(small("spatial", dc_shortcuts=True), (16, 16))
     assert model.quant_conv is None and model.post_quant_conv is None
-    last: list[Tensor] = []
-    first: list[Tensor] = []
+    last = []
+    first = []
     model.encoder.mid_block.register_forward_hook(lambda *args: last.append(args[-1]))
     model.decoder.mid_block.register_forward_hook(lambda *args: first.append(args[1][0]))
     for layer in (model.encoder.conv_out, model.decoder.conv_in):
@@ -92,15 +90,15 @@ def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none() -> None:
 
 
 @pytest.mark.parametrize("shortcuts", [False, True])
-def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts: bool) -> None:
+def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts):
     gradients, num_bytes = [], []
     for on in (False, True):
         options = {"dc_shortcuts": shortcuts, "gradient_checkpointing": on}
         model = build_vae(small("spatial", "per_pixel", **options), (32, 32))
         away_from_zero(model)
-        kept: dict[int, int] = {}
+        kept = {}
 
-        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+        def keep(tensor, kept=kept):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
@@ -114,7 +112,7 @@ def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts: bool) 
     assert num_bytes[1] < 0.5 * num_bytes[0]
 
 
-def differing(parallel: str) -> list[str]:
+def differing(parallel):
     """Names of gradients of two accumulated microbatches that checkpointing changes."""
     options = RuntimeConfig(threads=1)
     options.parallel = parallel  # type: ignore[assignment]
@@ -137,5 +135,5 @@ def differing(parallel: str) -> list[str]:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_checkpointing_changes_no_gradient_on_two_ranks(parallel: str) -> None:
+def test_checkpointing_changes_no_gradient_on_two_ranks(parallel):
     assert run_ranks(2, differing, parallel) == [[], []]

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import MultivariateNormal
 
 from tests.models.test_vae import away_from_zero, inputs
-from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
+from vae_dist.config.schema import (
+    DataConfig,
+    LikelihoodConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainConfig,
+)
 from vae_dist.evaluation.importance import ImportanceMetric, weighted_draws
 from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs
 from vae_dist.models.build import build_vae
 from vae_dist.models.ladder import Found, LadderVAE, draw
 from vae_dist.models.latent import kl_to_standard_normal, log_ratio_to_prior, sample_posterior
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.objectives.elbo import importance_terms
+from vae_dist.objectives.elbo import loss_terms
 from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import to_uint8
 
 SIZE = (20, 28)
-SMALL: dict[str, Any] = {
+SMALL = {
     **{"arch": "ladder", "channels": [8, 12], "groups": [2, 1], "factors": 2, "patch": 2},
     **{"blocks": 1, "norm_groups": 4, "latent_channels": 3},
 }
 
 
-def fresh(size: tuple[int, int], mask: str = "none", **model: Any) -> LadderVAE:
+def fresh(size, mask="none", **model):
     config = TrainConfig(config="test", data=DataConfig(channels=3))
     config.data.mask = mask  # type: ignore[assignment]
     config.model = ModelConfig(**{**SMALL, **model})
@@ -37,18 +41,18 @@ def fresh(size: tuple[int, int], mask: str = "none", **model: Any) -> LadderVAE:
     return found.eval()
 
 
-def ladder(size: tuple[int, int] = SIZE, **model: Any) -> LadderVAE:
+def ladder(size=SIZE, **model):
     """Of random weights, away from where training starts."""
     found = fresh(size, **model)
     away_from_zero(found)
     return found
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
+def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch_generator(seed, "noise"))
 
 
-def test_one_group_of_a_fresh_ladder_is_the_flat_vae() -> None:
+def test_one_group_of_a_fresh_ladder_is_the_flat_vae():
     """Its prior is N(0, I) before training: rate, draws and log ratios are the flat ones."""
     model = fresh((8, 12), channels=[8], groups=[1])
     images, e = inputs(model, 3, 3, (8, 12))
@@ -63,7 +67,7 @@ def test_one_group_of_a_fresh_ladder_is_the_flat_vae() -> None:
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
-def test_a_ladder_of_one_level_is_none_the_less_one() -> None:
+def test_a_ladder_of_one_level_is_none_the_less_one():
     """Its prior is learned and its second group depends on the first."""
     model = ladder(channels=[8], groups=[2])
     images, e = inputs(model, 2, 3, SIZE)
@@ -79,7 +83,7 @@ def test_a_ladder_of_one_level_is_none_the_less_one() -> None:
 
 @pytest.mark.parametrize("aggregate", [False, True])
 @pytest.mark.parametrize("size", [SIZE, (33, 47)])
-def test_any_size(size: tuple[int, int], aggregate: bool) -> None:
+def test_any_size(size, aggregate):
     model = ladder(aggregate=aggregate)
     images, e = inputs(model, 2, 3, size)
     output, shape = model(images, e), model.latent_shape(*size)
@@ -96,11 +100,11 @@ def test_any_size(size: tuple[int, int], aggregate: bool) -> None:
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
-def test_temperature_0_is_one_picture_and_each_level_has_its_own() -> None:
+def test_temperature_0_is_one_picture_and_each_level_has_its_own():
     model = ladder()
     shape, top = model.latent_shape(*SIZE), model._sizes(SIZE)[0]
 
-    def drawn(seed: int, temperature: Any) -> Tensor:
+    def drawn(seed, temperature):
         return model.from_prior(noise(2, *shape, seed=seed), SIZE, temperature=temperature)
 
     torch.testing.assert_close(drawn(0, 0), drawn(1, 0))
@@ -113,7 +117,7 @@ def test_temperature_0_is_one_picture_and_each_level_has_its_own() -> None:
     torch.testing.assert_close(model.decode(changed, SIZE, levels=1), model.decode(z, SIZE))
 
 
-def test_labels_and_masks_reach_all_that_depends_on_them() -> None:
+def test_labels_and_masks_reach_all_that_depends_on_them():
     model = ladder(num_classes=3, mask="half")
     images, e = inputs(model, 2, 3, SIZE)
     mask = torch.ones(2, 1, *SIZE, dtype=torch.uint8)
@@ -128,7 +132,7 @@ def test_labels_and_masks_reach_all_that_depends_on_them() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"aggregate": True}, {"num_classes": 3}])
-def test_each_tower_is_one_graph(options: dict[str, Any]) -> None:
+def test_each_tower_is_one_graph(options):
     model = ladder(**options)
     images, e = inputs(model, 2, 3, SIZE)
     expected = model(images, e)
@@ -145,7 +149,7 @@ SIGMA, SPREAD, SLOPE, DIMS = 0.2, 0.5, 0.8, (2, 3)
 class NoTaps(nn.Module):
     """The image itself."""
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images):
         return [images.flatten(1)]
 
 
@@ -153,7 +157,7 @@ class LinearLadder(nn.Module):
     """z1 ~ N(0, 1), z2 | z1 ~ N(SLOPE z1, SPREAD^2), x | z ~ N(w1 z1 + w2 z2, SIGMA^2 I); the
     posterior is the exact one of z1 and of z2 given z1, but `error` standard deviations off."""
 
-    def __init__(self, error: float) -> None:
+    def __init__(self, error):
         super().__init__()
         self.error = error
         weight = torch.randn(6, 2, generator=torch_generator(0, "linear"), dtype=torch.float64)
@@ -162,7 +166,7 @@ class LinearLadder(nn.Module):
         between = torch.tensor([[1.0, SLOPE], [SLOPE, SLOPE**2 + SPREAD**2]])
         self.prior_covariance = between.double()
 
-    def sizes(self, rows: int, columns: int) -> list[int]:
+    def sizes(self, rows, columns):
         return [1, 1]
 
     def forward(self, value, top_size, taps=None, condition=None, num_given=0):
@@ -183,10 +187,10 @@ class LinearLadder(nn.Module):
 
 
 @pytest.mark.parametrize("error", [0.0, 0.6])
-def test_importance_estimates_rise_to_the_known_evidence(error: float) -> None:
+def test_importance_estimates_rise_to_the_known_evidence(error):
     knobs = LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA)
     likelihood = build_likelihood(knobs, DataConfig(channels=1, dequantize=False))
-    sizes: Any = {"latent_channels": 1, "stride": 1, "image_size": None, "shortcuts": True}
+    sizes = {"latent_channels": 1, "stride": 1, "image_size": None, "shortcuts": True}
     decoder = LinearLadder(error)
     model = LadderVAE(NoTaps(), decoder, likelihood, **sizes)
     x = 0.5 * noise(40, 1, *DIMS)
@@ -211,5 +215,6 @@ def test_importance_estimates_rise_to_the_known_evidence(error: float) -> None:
     assert bounds[0] < bounds[1] < expected and bounds[2] == pytest.approx(expected, abs=0.02)
     # training's bound is that of the same weights
     several = model(x, noise(40, 50, 1, 2))
-    bound = -importance_terms(several, beta=1.0).neg_bound_sum.item() / 40
+    config = ObjectiveConfig(importance_samples=50)
+    bound = -loss_terms(several, config, beta=1.0).neg_bound_sum.item() / 40
     assert expected - 0.5 * gap < bound < expected + 0.05

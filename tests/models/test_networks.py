@@ -7,7 +7,6 @@ import hashlib
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -18,7 +17,6 @@ from vae_dist.models.networks import (
     INCEPTION,
     SMALLEST_SIDE,
     VGG16,
-    Backbone,
     FidInception,
     Lpips,
     PretrainedFile,
@@ -33,11 +31,11 @@ from vae_dist.models.networks import (
 BACKBONES = pytest.mark.parametrize("backbone", ["vgg", "alex"])
 
 
-def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes(network):
     return {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
-def test_parameters_are_those_of_the_published_files() -> None:
+def test_parameters_are_those_of_the_published_files():
     with torch.device("meta"):
         vgg, alex = shapes(vgg16_features()), shapes(alexnet_features())
         inception = shapes(FidInception())
@@ -67,9 +65,7 @@ def test_parameters_are_those_of_the_published_files() -> None:
 
 
 @BACKBONES
-def test_lpips_equals_torchmetrics_on_the_same_weights(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lpips_equals_torchmetrics_on_the_same_weights(backbone, tmp_path, monkeypatch):
     from torchmetrics.functional.image import lpips as oracle
 
     with torch.device("meta"):
@@ -77,8 +73,7 @@ def test_lpips_equals_torchmetrics_on_the_same_weights(
     weights = {n: 0.05 * torch.randn(s) for n, s in all_shapes.items() if n.startswith("features")}
     safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
     ours = load_lpips(backbone, tmp_path / "weights.safetensors")
-    features: Any = ours.features
-    monkeypatch.setattr(oracle, "_get_tv_model_features", lambda *_: features)
+    monkeypatch.setattr(oracle, "_get_tv_model_features", lambda *_: ours.features)
     # torchmetrics reads its heads without map_location
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: load(*a, **{**k, "map_location": "cpu"}))
@@ -93,23 +88,22 @@ def test_lpips_equals_torchmetrics_on_the_same_weights(
         ours(smallest[..., :-1], smallest[..., :-1])
 
 
-def test_a_file_is_checked_before_it_is_read(tmp_path: Path) -> None:
-    for digest in (hashlib.sha256(b"weights").hexdigest(), "01234567"):
-        file = PretrainedFile("a network", f"https://example.invalid/{digest}.pth", digest, 1)
+def test_a_file_is_checked_before_it_is_read(tmp_path):
+    digest = hashlib.sha256(b"weights").hexdigest()
+    for sha256 in (digest, digest[::-1]):
+        file = PretrainedFile("a network", "https://example.invalid/a.pth", sha256, 1)
         (tmp_path / file.name).write_bytes(b"weights")
-        if len(digest) > 8:
-            assert fetch(file, tmp_path) == tmp_path / file.name
+        if sha256 == digest:
+            assert fetch(file, str(tmp_path)) == tmp_path / file.name
             continue
         with pytest.raises(ConfigError, match=r"its SHA-256 is .* damaged or another file"):
-            fetch(file, tmp_path)
+            fetch(file, str(tmp_path))
 
 
-def test_a_missing_file_is_downloaded_or_the_error_says_what_to_fetch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
+def test_a_missing_file_is_downloaded_or_the_error_says_what_to_fetch(tmp_path, monkeypatch):
+    asked = []
 
-    def download(url: str, path: str, *, hash_prefix: str, progress: bool) -> None:
+    def download(url, path, *, hash_prefix, progress):
         if asked:
             raise OSError("Name or service not known")
         asked.append((url, hash_prefix))
@@ -120,28 +114,28 @@ def test_a_missing_file_is_downloaded_or_the_error_says_what_to_fetch(
     assert fetch(INCEPTION) == tmp_path / "hub/checkpoints/pt_inception-2015-12-05-6726825d.pth"
     assert asked == [(INCEPTION.url, INCEPTION.sha256)] and len(INCEPTION.sha256) == 64
     with pytest.raises(ConfigError) as caught:
-        fetch(VGG16, tmp_path / "weights")
+        fetch(VGG16, str(tmp_path / "weights"))
     for part in (VGG16.url, str(tmp_path / "weights"), "528 MB", "metric_weights=FOLDER", "VGG16"):
         assert part in str(caught.value)
 
 
 class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (sys.exit, ("code was run",))
 
 
-def test_what_is_read_fits_and_cannot_run_code(tmp_path: Path) -> None:
+def test_what_is_read_fits_and_cannot_run_code(tmp_path):
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ConfigError, match="cannot be read as weights"):
         read_tensors(tmp_path / "evil.pth")
     other = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, other)
-    with pytest.raises(ConfigError, match=r"of another network: .* tensors are missing"):
+    with pytest.raises(ConfigError, match=r"of another network: \d+ tensors are missing"):
         load_inception(other)
 
 
 @pytest.mark.slow
-def test_inception_from_a_file_gives_features_of_images_of_any_size(tmp_path: Path) -> None:
+def test_inception_from_a_file_gives_features_of_images_of_any_size(tmp_path):
     path, network = tmp_path / "pretrained.safetensors", FidInception()
     state = network.state_dict()
     # as the published file: without counts of steps, with a classifier

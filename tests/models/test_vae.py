@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
-from vae_dist.models import VAE, build_vae
+from vae_dist.models import build_vae
 from vae_dist.models.build import stride_of
 from vae_dist.objectives.elbo import noise_shape
 from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIZE = (9, 10)
-SMALL: dict[str, Any] = {"channels": [8, 8, 16], "blocks": 1, "norm_groups": 4}
+SMALL = {"channels": [8, 8, 16], "blocks": 1, "norm_groups": 4}
 KINDS = {
     "bernoulli": LikelihoodConfig(kind="bernoulli"),
     "shared": LikelihoodConfig(variance="shared"),
@@ -31,7 +29,7 @@ KINDS = {
 BOTH = pytest.mark.parametrize("latent", ["spatial", "vector"])
 
 
-def small(latent: str, kind: str = "shared", *, seed: int = 0, **model: Any) -> TrainConfig:
+def small(latent, kind="shared", *, seed=0, **model):
     channels = 1 if kind == "bernoulli" else 3
     return TrainConfig(
         config="test",
@@ -42,7 +40,7 @@ def small(latent: str, kind: str = "shared", *, seed: int = 0, **model: Any) -> 
     )
 
 
-def away_from_zero(model: nn.Module) -> None:
+def away_from_zero(model):
     """Noise on the layers that start at zero, as training would leave them."""
     generator = torch_generator(0, "test")
     with torch.no_grad():
@@ -51,13 +49,13 @@ def away_from_zero(model: nn.Module) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def trained(config: TrainConfig, size: tuple[int, int] = SIZE) -> VAE:
+def trained(config, size=SIZE):
     model = build_vae(config, size)
     away_from_zero(model)
     return model
 
 
-def inputs(model: VAE, batch: int, channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def inputs(model, batch, channels, size):
     generator = torch_generator(0, "test")
     levels = torch.randint(0, 256, (batch, channels, *size), dtype=torch.uint8, generator=generator)
     uniform = torch.rand(levels.shape, generator=generator)
@@ -65,7 +63,7 @@ def inputs(model: VAE, batch: int, channels: int, size: tuple[int, int]) -> tupl
     return model.likelihood.prepare(levels, uniform), noise
 
 
-MODELS: list[tuple[str, str, dict[str, Any]]] = [
+MODELS = [
     *(("spatial", kind, {}) for kind in KINDS),
     *(("vector", kind, {"patch": 2}) for kind in KINDS),
     ("spatial", "shared", {"dc_shortcuts": True, "channels": [8, 16, 32], "blocks": [1, 2, 3]}),
@@ -76,9 +74,7 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("latent", "kind", "options"), MODELS)
-def test_shapes_types_and_gradients_of_every_parameter(
-    latent: str, kind: str, options: dict[str, Any]
-) -> None:
+def test_shapes_types_and_gradients_of_every_parameter(latent, kind, options):
     config, size = small(latent, kind, **options), (18, 21)
     channels, classes = config.data.channels, config.model.num_classes
     model = trained(config, size)
@@ -99,7 +95,7 @@ def test_shapes_types_and_gradients_of_every_parameter(
 
 
 @BOTH
-def test_padding_has_no_part_in_the_likelihood(latent: str) -> None:
+def test_padding_has_no_part_in_the_likelihood(latent):
     size = (37, 53)
     model = trained(small(latent), size)
     images, noise = inputs(model, 2, 3, size)
@@ -121,14 +117,14 @@ def test_padding_has_no_part_in_the_likelihood(latent: str) -> None:
 
 
 @BOTH
-def test_several_draws_of_an_image_are_those_of_several_forwards(latent: str) -> None:
+def test_several_draws_of_an_image_are_those_of_several_forwards(latent):
     model = trained(small(latent, num_classes=3))
     images, _ = inputs(model, 2, 3, SIZE)
     labels = torch.tensor([2, -1])
     mask = (torch.arange(2 * 90).view(2, 1, *SIZE) % 5 > 0).to(torch.uint8)
     shape = (2, 3, *model.latent_shape(*SIZE))
     noise = torch.randn(shape, generator=torch_generator(0, "draws"))
-    encodings: list[int] = []
+    encodings = []
     model.encoder.register_forward_hook(lambda _, args, __: encodings.append(len(args[0])))
     several = model(images, noise, labels, mask)
     assert encodings == [2]  # once for each image
@@ -149,7 +145,7 @@ def test_several_draws_of_an_image_are_those_of_several_forwards(latent: str) ->
         ("vector", {"arch": "dense"}),
     ],
 )
-def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, options: dict[str, Any]) -> None:
+def test_the_posterior_begins_as_wide_as_it_is_told(latent, options):
     images = torch.randn(2, 3, 16, 16, generator=torch_generator(0, "test"))
     (mean, usual), (same, narrow) = (
         build_vae(small(latent, initial_sigma=sigma, **options), (16, 16)).encode(images)
@@ -161,12 +157,12 @@ def test_the_posterior_begins_as_wide_as_it_is_told(latent: str, options: dict[s
 
 
 @BOTH
-def test_last_layers_are_float32_under_autocast(latent: str) -> None:
+def test_last_layers_are_float32_under_autocast(latent):
     model = trained(small(latent), (8, 8))
     last = ["decoder.conv_out", "encoder.linear_out"]
     if latent == "spatial":
         last = ["decoder.conv_out", "encoder.conv_out", "quant_conv"]
-    seen: dict[str, torch.dtype] = {}
+    seen = {}
     for name in ("encoder.conv_in", *last):
         model.get_submodule(name).register_forward_hook(
             lambda _, __, output, name=name: seen.update({name: output.dtype})
@@ -181,7 +177,7 @@ def test_last_layers_are_float32_under_autocast(latent: str) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
+def test_every_shipped_config_builds_on_the_meta_device(path):
     config = load_train_config([f"config={path}"])
     resolution = config.data.resolution
     size = (resolution, resolution) if isinstance(resolution, int) else (28, 36)
@@ -194,7 +190,7 @@ def test_every_shipped_config_builds_on_the_meta_device(path: Path) -> None:
 
 
 @BOTH
-def test_a_conditional_model_begins_as_the_unconditional_one(latent: str) -> None:
+def test_a_conditional_model_begins_as_the_unconditional_one(latent):
     plain, conditional = (build_vae(small(latent, num_classes=n), SIZE) for n in (0, 3))
     ours, theirs = conditional.state_dict(), plain.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -206,7 +202,7 @@ def test_a_conditional_model_begins_as_the_unconditional_one(latent: str) -> Non
 
 
 @pytest.mark.parametrize("arch", ["conv", "dense"])
-def test_both_towers_see_the_label_of_each_image(arch: str) -> None:
+def test_both_towers_see_the_label_of_each_image(arch):
     vae = trained(small("vector" if arch == "dense" else "spatial", arch=arch, num_classes=3))
     images, noise = inputs(vae, 3, 3, SIZE)
     output, other = (vae(images, noise, torch.tensor([y, 2, -1])) for y in (0, 1))
@@ -219,7 +215,7 @@ def test_both_towers_see_the_label_of_each_image(arch: str) -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "half"])
-def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask: str) -> None:
+def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask):
     config = small("spatial")
     config.data.mask = mask  # type: ignore[assignment]
     vae = trained(config)
@@ -240,7 +236,7 @@ def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask: str) -> 
     torch.testing.assert_close(vae(images, noise).mean, vae(images, noise, mask=everything).mean)
 
 
-def test_weights_are_a_function_of_the_seed() -> None:
+def test_weights_are_a_function_of_the_seed():
     one, again, other = (
         build_vae(small("vector", seed=seed), SIZE).state_dict() for seed in (1, 1, 2)
     )

@@ -11,14 +11,14 @@ from torch import nn
 from vae_dist.objectives.adversarial import adaptive_weight, hinge_loss, r1_penalty
 
 
-def test_hinge_loss_of_each_pair() -> None:
+def test_hinge_loss_of_each_pair():
     on_real = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]).view(2, 1, 1, 2)
     on_fake = torch.tensor([[-3.0, 0.0], [0.5, -0.5]]).view(2, 1, 1, 2)
     expected = torch.tensor([0.5 * 0.25 + 0.5 * 0.5, 0.5 * 1.0 + 0.5 * 1.0])
     torch.testing.assert_close(hinge_loss(on_real, on_fake), expected)
 
 
-def test_r1_is_the_squared_jacobian_of_the_summed_logits_over_their_number() -> None:
+def test_r1_is_the_squared_jacobian_of_the_summed_logits_over_their_number():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.GroupNorm(2, 4), nn.Conv2d(4, 1, 3)]
     network = nn.Sequential(*layers).double()
@@ -33,7 +33,7 @@ def test_r1_is_the_squared_jacobian_of_the_summed_logits_over_their_number() -> 
         torch.testing.assert_close(found[i], expected)
         assert expected > 0
 
-    def penalty(weight: torch.Tensor) -> torch.Tensor:
+    def penalty(weight):
         """The gradient of R1 by the weights is that of finite differences."""
         real = images.detach().requires_grad_()
         weights = {"0.weight": weight}
@@ -43,7 +43,7 @@ def test_r1_is_the_squared_jacobian_of_the_summed_logits_over_their_number() -> 
     assert torch.autograd.gradcheck(penalty, (weight,), fast_mode=True)
 
 
-def test_the_adaptive_weight_is_a_clamped_ratio_of_norms() -> None:
+def test_the_adaptive_weight_is_a_clamped_ratio_of_norms():
     main, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
     assert float(adaptive_weight(main, other, largest=100.0)) == pytest.approx(2.5)
     assert float(adaptive_weight(main, other, largest=2.0)) == 2.0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.objectives.alignment import alignment_distance, feature_width, load_features
@@ -15,11 +13,11 @@ from vae_dist.objectives.alignment import alignment_distance, feature_width, loa
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-def distance(projected: Tensor, features: Tensor, m1: float = 0.0, m2: float = 0.0) -> Tensor:
+def distance(projected, features, m1=0.0, m2=0.0):
     return alignment_distance(projected, features, cosine_margin=m1, distance_margin=m2)
 
 
-def test_distances_of_vectors_at_known_angles() -> None:
+def test_distances_of_vectors_at_known_angles():
     """Two positions: p at 0 and 90 degrees, f at 0 and 60."""
     p = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
     third = math.pi / 3
@@ -37,7 +35,7 @@ def test_distances_of_vectors_at_known_angles() -> None:
     assert gradient.abs().sum() > 0
 
 
-def test_features_are_those_of_the_model_at_whole_patches(vision: Path, tmp_path: Path) -> None:
+def test_features_are_those_of_the_model_at_whole_patches(vision, tmp_path):
     features = load_features(str(vision), torch.device("cpu"))
     images = torch.rand(2, 3, 28, 21, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = features(images)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -23,35 +22,28 @@ from vae_dist.objectives.perceptual import (
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_lpips_gives_gradients_to_reconstructions_and_to_nothing_else(
-    tmp_path: Path, channels: int
-) -> None:
+def test_lpips_gives_gradients_to_reconstructions_and_to_nothing_else(tmp_path, channels):
     """With AlexNet's file and its heads, of random weights, under the names of their authors."""
-    assert not lpips_available("alex", tmp_path)
+    folder = str(tmp_path)
+    assert not lpips_available("alex", folder)
     torch.manual_seed(0)
     state = Lpips("alex").state_dict()
     features = {k: v for k, v in state.items() if k.startswith("features")}
     safetensors.torch.save_file(features, tmp_path / f"{Path(ALEXNET.name).stem}.safetensors")
     torch.save({k: v.abs() for k, v in state.items() if k[:3] == "lin"}, tmp_path / "alex.pth")
-    assert lpips_available("alex", tmp_path) and not lpips_available("vgg", tmp_path)
-    config = PerceptualConfig(kind="lpips_alex", weights=str(tmp_path))
+    assert lpips_available("alex", folder) and not lpips_available("vgg", folder)
+    config = PerceptualConfig(kind="lpips_alex", weights=folder)
     term = build_perceptual(config, torch.device("cpu"))
-    assert term is not None
     images = torch.rand(2, channels, 40, 40) * 2 - 1
     pictures = (images + 0.1 * torch.randn_like(images)).requires_grad_()
     distances = term(pictures, images)
     assert distances.shape == (2,) and distances.dtype == torch.float32 and (distances > 0).all()
     distances.sum().backward()
-    assert pictures.grad is not None and pictures.grad.abs().sum() > 0
-    assert not any(p.requires_grad or p.grad is not None for p in term._distance.parameters())
+    assert pictures.grad.abs().sum() > 0
+    assert not any(p.requires_grad or p.grad is not None for p in term.distance.parameters())
 
 
-def test_the_smallest_image_of_each_kind() -> None:
-    kinds = ("none", "structure", "lpips", "lpips_alex")
-    assert [smallest_side(PerceptualConfig(kind=kind)) for kind in kinds] == [1, 11, 16, 31]
-
-
-def pair(channels: int = 3, height: int = 40, width: int = 56) -> tuple[Tensor, Tensor]:
+def pair(channels=3, height=40, width=56):
     generator = torch.Generator().manual_seed(0)
     smooth = torch.randn(2, channels, height // 8, width // 8, generator=generator)
     first = interpolate(smooth, size=(height, width), mode="bilinear").tanh()
@@ -60,7 +52,7 @@ def pair(channels: int = 3, height: int = 40, width: int = 56) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_ssim_is_that_of_torchmetrics(channels: int) -> None:
+def test_ssim_is_that_of_torchmetrics(channels):
     first, second = pair(channels)
     _, everywhere = structural_similarity_index_measure(
         first.double(), second.double(), data_range=2.0, reduction="none", return_full_image=True
@@ -71,7 +63,7 @@ def test_ssim_is_that_of_torchmetrics(channels: int) -> None:
     assert (found < 0.9).all()
 
 
-def test_a_distance_is_zero_for_equal_images_and_grows_with_the_error() -> None:
+def test_a_distance_is_zero_for_equal_images_and_grows_with_the_error():
     (first, second), distance = pair(), StructureDistance()
     assert distance(first, first).abs().max() < 1e-6
     near, far = distance(first, first + 0.1 * (second - first)), distance(first, second)
@@ -86,15 +78,8 @@ def test_a_distance_is_zero_for_equal_images_and_grows_with_the_error() -> None:
     assert torch.autograd.gradcheck(lambda x: exact(x, other), inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize(
-    ("size", "scales"),
-    [((10, 64), 0), ((11, 64), 1), ((22, 22), 2), ((44, 50), 3), ((512, 512), 3)],
-)
-def test_scales_are_used_as_long_as_the_window_fits(size: tuple[int, int], scales: int) -> None:
-    assert num_scales(*size) == scales
-    images = torch.zeros(1, 1, *size)
-    if scales:
-        assert StructureDistance()(images, images).shape == (1,)
-    else:
-        with pytest.raises(ValueError, match="10x64"):
-            StructureDistance()(images, images)
+def test_scales_are_used_as_long_as_the_window_fits():
+    sizes = ((10, 64), (11, 64), (22, 22), (44, 50), (512, 512))
+    assert [num_scales(*size) for size in sizes] == [0, 1, 2, 3, 3]
+    kinds = ("structure", "lpips", "lpips_alex")
+    assert [smallest_side(PerceptualConfig(kind=kind)) for kind in kinds] == [11, 16, 31]

@@ -14,7 +14,7 @@ from vae_dist.objectives.schedules import beta_at, lr_at
 STEPS = 1000
 
 
-def test_warmup_is_linear_and_constant_stays_at_the_peak() -> None:
+def test_warmup_is_linear_and_constant_stays_at_the_peak():
     config = OptimizerConfig(lr=0.01, warmup_steps=100, schedule="constant")
     rates = [lr_at(config, STEPS, step) for step in range(100)]
     assert rates == pytest.approx([0.0001 * (step + 1) for step in range(100)])
@@ -22,7 +22,7 @@ def test_warmup_is_linear_and_constant_stays_at_the_peak() -> None:
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_cosine_falls_from_the_peak_to_its_last_value(final: float) -> None:
+def test_cosine_falls_from_the_peak_to_its_last_value(final):
     config = OptimizerConfig(lr=0.01, warmup_steps=100, final_lr_fraction=final)
     rates = [lr_at(config, STEPS, step) for step in range(99, STEPS)]
     assert rates[0] == 0.01 and rates == sorted(rates, reverse=True)
@@ -47,18 +47,18 @@ CYCLES = {"beta": 1.0, "beta_warmup_steps": 4, "beta_cycles": 3}
         (CYCLES, list(range(40)), (RISE + HOLD) * 2 + RISE + [1.0] * 20),
     ],
 )
-def test_beta_at_steps(knobs: dict, steps: list[int], expected: list[float]) -> None:
+def test_beta_at_steps(knobs, steps, expected):
     config = ObjectiveConfig(**knobs)
     assert [beta_at(config, step) for step in steps] == pytest.approx(expected)
 
 
-def test_the_ramp_begins_after_the_discriminators_warm_up() -> None:
+def test_the_ramp_begins_after_the_discriminators_warm_up():
     config = AdversarialConfig(start_step=10, warmup_steps=5, ramp_steps=4)
     ramp = [ramp_at(config, step) for step in range(14, 21)]
     assert ramp == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert ramp_at(AdversarialConfig(start_step=0, warmup_steps=0, ramp_steps=0), 0) == 1.0
 
 
-def test_the_weight_of_the_alignment_falls_linearly() -> None:
+def test_the_weight_of_the_alignment_falls_linearly():
     weights = [weight_at(0.5, 0.1, step=step, num_steps=5) for step in (0, 1, 2, 4, 9)]
     assert weights == pytest.approx([0.5, 0.4, 0.3, 0.1, 0.1])

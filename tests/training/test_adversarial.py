@@ -232,6 +232,6 @@ def test_structure_is_compared_in_exact_float32(runtime, monkeypatch):
 
     monkeypatch.setattr(losses, "exact_float32", exact)
     step = adversarial_step(bare(perceptual__kind="structure"), runtime)
-    step.losses.perceptual._distance.register_forward_hook(see)
+    step.losses.perceptual.distance.register_forward_hook(see)
     step(picture_batch(runtime, 0), 0)
     assert seen == [True, True]

@@ -21,7 +21,7 @@ from tests.support.steps import (
 )
 from vae_dist.models.blocks import Block
 from vae_dist.models.build import build_vae
-from vae_dist.models.conv import Decoder, Encoder
+from vae_dist.models.towers import Decoder, Encoder
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensors
 

@@ -39,7 +39,7 @@ from vae_dist.evaluation.metrics import (
     mean_and_error,
 )
 from vae_dist.files import read_json
-from vae_dist.models.latent import LatentMoments, LatentStatistics
+from vae_dist.models.latent import LatentMoments
 from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
@@ -55,7 +55,7 @@ class EvaluationResult(NamedTuple):
     figures: dict[str, float]
     notes: dict[str, str]  # why a figure is missing, by its name
     latent: LatentReport
-    statistics: LatentStatistics  # of z, for models of latents
+    statistics: dict[str, Any]  # of z, for models of latents
 
     def row(self) -> dict[str, float | list[float]]:
         """What a training run logs, as a row of metrics."""

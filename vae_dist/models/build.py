@@ -20,10 +20,9 @@ from torch import nn
 
 from vae_dist.config.schema import ModelConfig, TrainConfig
 from vae_dist.models.blocks import recompute_in_backward
-from vae_dist.models.conv import Decoder, Encoder, TowerOptions
-from vae_dist.models.dense import DenseDecoder, DenseEncoder
 from vae_dist.models.ladder import LadderDecoder, LadderEncoder, LadderVAE
 from vae_dist.models.likelihoods import build_likelihood
+from vae_dist.models.towers import Decoder, DenseDecoder, DenseEncoder, Encoder, TowerOptions
 from vae_dist.models.vae import LABEL_DIMS, VAE
 from vae_dist.randomness import derive_seed
 
@@ -84,23 +83,25 @@ def stride_of(model: ModelConfig) -> int:
 
 def factors_of(model: ModelConfig) -> list[int]:
     """Sides of the squares that become one position, between each level and the next."""
-    factors = model.factors
-    return list(factors) if isinstance(factors, list) else [factors] * (len(model.channels) - 1)
+    return _each(model.factors, len(model.channels) - 1)
+
+
+def blocks_of_levels(model: ModelConfig) -> list[int]:
+    """Residual blocks of each level of the encoder."""
+    return _each(model.blocks, len(model.channels))
+
+
+def _each(value: int | list[int], count: int) -> list[int]:
+    return list(value) if isinstance(value, list) else [value] * count
 
 
 @torch.no_grad()
 def _set_spread(vae: VAE, sigma: float) -> None:
     """q(z|x) begins `sigma` times as wide: a term of the last bias, so that no weight differs."""
-    last = vae.quant_conv if vae.quant_conv is not None else vae.encoder.last_layer
-    assert last.bias is not None
+    encoder: Any = vae.encoder
+    last: Any = vae.quant_conv or getattr(encoder, "linear_out", None) or encoder.conv_out
     _, log_variance = last.bias.chunk(2)
     log_variance += 2 * math.log(sigma)
-
-
-def blocks_of_levels(model: ModelConfig) -> list[int]:
-    """Residual blocks of each level of the encoder."""
-    counts = model.blocks
-    return list(counts) if isinstance(counts, list) else [counts] * len(model.channels)
 
 
 def _ladder(

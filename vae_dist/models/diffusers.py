@@ -25,7 +25,6 @@ What a diffusion model gets is normalised outside of the model, by these, in thi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -92,12 +91,11 @@ class LatentNorm:
 
     def settings(self, normalization: Literal["channel", "scalar"]) -> dict[str, Any]:
         """The keys of an AutoencoderKL's `config.json`."""
-        keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        values: tuple[Any, ...] = (1.0, 0.0, list(self.mean), list(self.std))
         if normalization == "scalar" or not self.mean:
-            return dict(
-                zip(keys, (self.scaling_factor, self.shift_factor, None, None), strict=True)
-            )
-        return dict(zip(keys, (1.0, 0.0, list(self.mean), list(self.std)), strict=True))
+            values = (self.scaling_factor, self.shift_factor, None, None)
+        keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+        return dict(zip(keys, values, strict=True))
 
     def packed(self, latent_channels: int) -> Tensors:
         """The tensors of FLUX.2's `bn`: as published, else the same for the positions of a
@@ -164,29 +162,17 @@ class Published(NamedTuple):
 
 
 def local_source(address: str) -> Path:
-    """The files of `hf://OWNER/NAME[/SUBFOLDER]`: those in the Hub's cache, else downloaded; any
-    other address is a path. Raises ConfigError."""
+    """The folder of `hf://OWNER/NAME[/SUBFOLDER]` in the Hub's cache, after what it lacks is
+    downloaded; any other address is a path. Raises ConfigError."""
     if not address.startswith("hf://"):
         return Path(address).expanduser()
     from huggingface_hub import snapshot_download
 
-    match = re.fullmatch("hf://([^/]+/[^/]+)/*(.*?)/*", address)
-    repository, below = match.groups() if match else (address, "")
-    folders = [f"{below}/"] if below else ["", "vae/"]
-    files = [folder + name for folder in folders for name in (CONFIG_NAME, *WEIGHTS_NAMES)]
-
-    def found(**options: Any) -> Path | None:
-        folder = Path(snapshot_download(repository, **options))
-        has_weights = (folder / name for name in files if name.endswith(WEIGHTS_NAMES))
-        return folder / below if any(map(Path.is_file, has_weights)) else None
-
+    owner, name, below = [*address.removeprefix("hf://").split("/", 2), "", ""][:3]
+    folders = [f"{below.strip('/')}/"] if below else ["", "vae/"]
+    files = [folder + file for folder in folders for file in (CONFIG_NAME, *WEIGHTS_NAMES)]
     try:
-        with contextlib.suppress(FileNotFoundError):  # nothing of it is in the cache
-            if cached := found(local_files_only=True):
-                return cached
-        if downloaded := found(allow_patterns=files):
-            return downloaded
-        raise FileNotFoundError(f"it has no {' or '.join(files[1::3])}")
+        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=files)) / below
     except Exception as error:  # its transport, and so what it raises, differs by version
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(

@@ -35,7 +35,6 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, in_channels: int, *, channels: int, layers: int) -> None:
         super().__init__()
         widths = [channels * min(2**i, MAX_WIDENING) for i in range(layers + 1)]
-        self.layers = layers
         self.conv_in = nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1)
         self.convs = nn.ModuleList(
             # the norm has a shift of its own
@@ -54,12 +53,6 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, INITIAL_STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        smallest = smallest_side(self.layers)
-        if min(images.shape[-2:]) < smallest:
-            raise ValueError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} pixels are too small for a "
-                f"discriminator of adversarial.layers={self.layers}, which needs {smallest} pixels"
-            )
         h = F.leaky_relu(self.conv_in(images), SLOPE)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = F.leaky_relu(norm(conv(h)), SLOPE)

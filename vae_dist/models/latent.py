@@ -14,8 +14,6 @@ Legend: B images, U channels of a spatial latent (dimensions of a vector one), P
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,21 +111,6 @@ def drawn_labels(num_classes: int, num_images: int, *, seed: int, first: int = 0
     return torch.stack([torch.randint(num_classes, (), generator=g) for g in generators])
 
 
-@dataclass(frozen=True)
-class LatentStatistics:
-    scaling_factor: float
-    shift_factor: float
-    mean: list[float]  # (U,)
-    std: list[float]  # (U,)
-    num_images: int
-
-    def record(self) -> dict[str, Any]:
-        """As `latents.json` holds it."""
-        values = {**vars(self), "per_channel": {"mean": self.mean, "std": self.std}}
-        names = ("scaling_factor", "shift_factor", "per_channel", "num_images")
-        return {name: values[name] for name in names}
-
-
 class LatentMoments:
     """Float64 sums over images; `sums` may be added to those of other ranks."""
 
@@ -146,11 +129,8 @@ class LatentMoments:
         counts = per_channel.new_tensor([mean.shape[0] * mean.shape[2], mean.shape[0]])
         self.sums += torch.cat([per_channel.flatten(), counts])
 
-    def add_sums(self, sums: Sequence[float] | Tensor) -> None:
-        self.sums += torch.as_tensor(sums, dtype=torch.float64, device=self.sums.device)
-
-    def statistics(self) -> LatentStatistics:
-        """Of what was added, at least one image."""
+    def statistics(self) -> dict[str, Any]:
+        """Of what was added, at least one image, as `latents.json` holds it."""
         *flat, num_positions, num_images = self.sums.tolist()
         assert num_images > 0
         per_channel = torch.tensor(flat, dtype=torch.float64).view(3, -1) / num_positions
@@ -158,16 +138,14 @@ class LatentMoments:
         variance = (square - mean.square()).clamp(min=0) + within
         shift = float(mean.mean())
         total = float((variance + (mean - shift).square()).mean())
-        return LatentStatistics(
-            scaling_factor=total**-0.5 if total > 0 else 1.0,
-            shift_factor=shift,
-            mean=mean.tolist(),
-            std=variance.sqrt().tolist(),
-            num_images=int(num_images),
-        )
+        return {
+            "scaling_factor": total**-0.5 if total > 0 else 1.0,
+            "shift_factor": shift,
+            "per_channel": {"mean": mean.tolist(), "std": variance.sqrt().tolist()},  # (U,)
+            "num_images": int(num_images),
+        }
 
 
-def write_statistics(path: Path, statistics: LatentStatistics, facts: dict[str, Any]) -> None:
-    """Write `latents.json`; facts: of which weights and data. Raises OSError."""
-    text = json.dumps(statistics.record() | facts, indent=1)
-    write_durably(path, (text + "\n").encode())
+def write_statistics(path: Path, statistics: dict[str, Any]) -> None:
+    """Write `latents.json`, with facts of which weights and data. Raises OSError."""
+    write_durably(path, (json.dumps(statistics, indent=1) + "\n").encode())

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import socket
 import sys
-import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.config.errors import ConfigError
-
-TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -73,17 +69,20 @@ INCEPTION = PretrainedFile(
 )
 
 
-def find(file: PretrainedFile, folder: Path | None = None) -> Path | None:
+def _folder(folder: str) -> Path:
+    return Path(folder) if folder else Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find(file: PretrainedFile, folder: str = "") -> Path | None:
     """Where the file lies on this machine, None where it does not."""
     names = (f"{Path(file.name).stem}.safetensors", file.name)
-    paths = [(folder or Path(torch.hub.get_dir()) / "checkpoints") / name for name in names]
+    paths = (_folder(folder) / name for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 
-def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
+def fetch(file: PretrainedFile, folder: str = "") -> Path:
     """Where the file lies, downloaded if it must be; for one process only. Raises ConfigError that
     says what to fetch from where, and where to put it."""
-    folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     if (found := find(file, folder)) is not None:
         if found.suffix == ".safetensors":  # made from the file: it has a digest of its own
             return found
@@ -95,22 +94,18 @@ def fetch(file: PretrainedFile, folder: Path | None = None) -> Path:
             f"{found}: its SHA-256 is {digest}, that of {file.network} {file.sha256}: damaged or "
             f"another file; remove it and fetch {file.url}"
         )
-    path = folder / file.name
-    before = socket.getdefaulttimeout()
+    path = _folder(folder) / file.name
     try:
-        socket.setdefaulttimeout(TIMEOUT_S)
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
             file.url, str(path), hash_prefix=file.sha256, progress=sys.stderr.isatty()
         )
-    except (OSError, urllib.error.URLError, RuntimeError) as error:  # RuntimeError: another digest
+    except (OSError, RuntimeError) as error:  # RuntimeError: another digest
         raise ConfigError(
-            f"the weights of {file.network} are not in {folder} and cannot be downloaded "
+            f"the weights of {file.network} are not in {path.parent} and cannot be downloaded "
             f"({error}); fetch {file.url} ({file.megabytes} MB) where there is a network, and put "
-            f"it into {folder}, or into a folder of your own with metric_weights=FOLDER"
+            "it there, or into a folder of your own with metric_weights=FOLDER"
         ) from None
-    finally:
-        socket.setdefaulttimeout(before)
     return path
 
 
@@ -125,22 +120,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(network: nn.Module, tensors: dict[str, Tensor], *, path: Path) -> None:
-    """Gives `network`, which may be on meta, these tensors; then it is on the CPU, in eval mode,
-    and not to be trained. Tensors that it does not have (a classifier's) are left out. Raises
-    ConfigError for those that it misses or that have other shapes."""
-    network.to_empty(device="cpu")
+    """Gives `network`, which is on meta, these tensors; then it is in eval mode, and not to be
+    trained. Tensors that it does not have (a classifier's) are left out. Raises ConfigError for
+    those that it misses or that have other shapes."""
     own = network.state_dict()
-    needed = {name: tensors[name] for name in own if name in tensors}
     # counts of training steps, which older files lack and evaluation does not read
-    missing = [n for n in own if n not in needed and not n.endswith("num_batches_tracked")]
-    other = [name for name, tensor in needed.items() if tensor.shape != own[name].shape]
-    if missing or other:
-        first = (missing or other)[0]
+    counts = {name: torch.tensor(0) for name in own if name.endswith("num_batches_tracked")}
+    given = {name: tensor for name, tensor in (counts | tensors).items() if name in own}
+    wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]
+    if wrong:
         raise ConfigError(
-            f"{path}: these are weights of another network: {len(missing)} tensors are missing and "
-            f"{len(other)} have other shapes, for example {first}"
+            f"{path}: these are weights of another network: {len(wrong)} tensors are missing or "
+            f"have other shapes, for example {wrong[0]}"
         )
-    network.load_state_dict(needed, strict=False)
+    network.load_state_dict(given, assign=True)
     network.eval().requires_grad_(False)
 
 
@@ -197,18 +190,13 @@ class Lpips(nn.Module):
             # place 0 of a published head is a dropout, which evaluation skips
             head = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             self.add_module(f"lin{number}", nn.ModuleDict({"model": head}))
-        self.set_constants()
-
-    def set_constants(self) -> None:
-        """Those that no file holds, on the CPU. As buffers, since a device would be waited for by a
-        copy in each forward."""
+        # buffers: a forward would wait for a copy to the device. On the CPU, since no file has them
         for name, values in (("shift", SHIFT), ("scale", SCALE)):
             constant = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, constant, persistent=False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        shift, scale = self.shift.to(first.dtype), self.scale.to(first.dtype)
-        h = (torch.cat([first, second]) - shift) / scale
+        h = (torch.cat([first, second]) - self.shift) / self.scale
         distance = first.new_zeros(len(first))
         taps = TAPS[self.backbone]
         for number, layer in enumerate(self.features):
@@ -222,18 +210,18 @@ class Lpips(nn.Module):
         return distance
 
 
-def find_heads(backbone: Backbone, folder: Path | None = None) -> Path | None:
-    """The fitted weights w_l: in the folder under a name that they are published by, else those
+def find_heads(backbone: Backbone, folder: str = "") -> Path | None:
+    """The fitted weights w_l: in the folder under the name that they are published by, else those
     that torchmetrics ships; None where there are none."""
-    names = [f"{backbone}_lpips.pth", f"{backbone}.pth"]
-    paths = [folder / name for name in names] if folder else []
+    paths = [_folder(folder) / f"{backbone}.pth"]
     package = importlib.util.find_spec("torchmetrics")
     if package is not None and package.origin is not None:
-        paths.append(Path(package.origin).parent / "functional/image/lpips_models" / names[1])
+        heads = Path(package.origin).parent / "functional/image/lpips_models"
+        paths.append(heads / paths[0].name)
     return next((path for path in paths if path.is_file()), None)
 
 
-def lpips_available(backbone: Backbone, folder: Path | None = None) -> bool:
+def lpips_available(backbone: Backbone, folder: str = "") -> bool:
     """Whether `load_lpips` needs no network."""
     return find(FILES[backbone], folder) is not None and find_heads(backbone, folder) is not None
 
@@ -241,7 +229,7 @@ def lpips_available(backbone: Backbone, folder: Path | None = None) -> bool:
 def load_lpips(backbone: Backbone, path: Path) -> Lpips:
     """With the features of the file at `path`, and the heads beside it or in torchmetrics; raises
     ConfigError where either cannot be read. Gradients flow to the images alone."""
-    heads = find_heads(backbone, path.parent)
+    heads = find_heads(backbone, str(path.parent))
     if heads is None:
         raise ConfigError(
             f"LPIPS needs its heads: put {backbone}.pth of the package lpips into {path.parent}, "
@@ -250,7 +238,6 @@ def load_lpips(backbone: Backbone, path: Path) -> Lpips:
     with torch.device("meta"):
         network = Lpips(backbone)
     load_into(network, read_tensors(path) | read_tensors(heads), path=path)
-    network.set_constants()  # which a network that was on meta has lost
     return network
 
 

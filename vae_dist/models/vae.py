@@ -33,10 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.models.blocks import in_float32
-from vae_dist.models.conv import Decoder, Encoder
-from vae_dist.models.dense import DenseDecoder, DenseEncoder
 from vae_dist.models.latent import diagonal_gaussian, kl_to_standard_normal, sample_posterior
 from vae_dist.models.likelihoods import Likelihood
+from vae_dist.models.towers import Decoder, DenseDecoder, DenseEncoder, Encoder
 
 NO_LABEL = -1
 LABEL_DIMS = 64  # of the embedding that the blocks' scales and shifts are linear in
@@ -105,33 +104,28 @@ class VAE(nn.Module):
     ) -> VAEOutput | tuple[VAEOutput, Tensor]:
         mean, log_variance = self.encode(images, labels, mask)
         size = images.shape[-2], images.shape[-1]
+        lead = noise.shape[: noise.ndim - mean.ndim + 1]  # (B,) or (B, K)
+        draws = lead.numel() // len(images)
         z = sample_posterior(mean, log_variance, noise)  # (B, *latent) or (B, K, *latent)
-        if noise.ndim == mean.ndim:
-            seen = z if latent_noise is None else z + latent_noise
-            seen = seen if channel_mask is None else seen * channel_mask
-            params = self.decode(seen, size, labels)
-            log_likelihood = self.likelihood.log_prob(params, images, mask)
-        else:
-            draws = z.shape[1]
-            flat = self.decode(z.flatten(0, 1), size, each(labels, draws))  # (B K, ...)
-            log_likelihood = self.likelihood.log_prob(
-                flat, each(images, draws), each(mask, draws)
-            ).unflatten(0, (-1, draws))
-            params = flat.unflatten(0, (-1, draws))
-        kl = kl_to_standard_normal(mean, log_variance)
-        projected = None if self.projection is None else in_float32(self.projection, z)
-        output = VAEOutput(log_likelihood, kl, mean, log_variance, z, params, projected=projected)
+        seen = z.flatten(0, len(lead) - 1)  # (B K, *latent)
+        seen = seen if latent_noise is None else seen + latent_noise
+        seen = seen if channel_mask is None else seen * channel_mask
+        params = self.decode(seen, size, each(labels, draws))
+        log_likelihood = self.likelihood.log_prob(params, each(images, draws), each(mask, draws))
+        output = VAEOutput(
+            log_likelihood.unflatten(0, lead),
+            kl_to_standard_normal(mean, log_variance),
+            mean,
+            log_variance,
+            z,
+            params.unflatten(0, lead),
+            projected=None if self.projection is None else in_float32(self.projection, z),
+        )
         return (output, self._at_half_size(images, z, labels)) if half_size else output
 
     def _at_half_size(self, images: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
         """log p(x'|z') of whole squares of 2x2 latent positions and the pixels that they cover."""
-        height, width = images.shape[-2:]
-        rows, columns = height // self.stride // 2 * 2, width // self.stride // 2 * 2
-        if not rows or not columns:
-            raise ValueError(
-                f"images of {height}x{width} pixels have less than 2x2 latent positions, which "
-                "objective.scale_equivariance needs"
-            )
+        rows, columns = (side // self.stride // 2 * 2 for side in images.shape[-2:])
         pixels = images[..., : rows * self.stride, : columns * self.stride]
         small, small_z = F.avg_pool2d(pixels, 2), F.avg_pool2d(z[..., :rows, :columns], 2)
         params = self.decode(small_z, (small.shape[-2], small.shape[-1]), labels)

@@ -21,7 +21,6 @@ state ends with the patches. It stays float32 and is not trained, saved or expor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +87,22 @@ class VisionFeatures(nn.Module):
         return tokens[:, -rows * columns :].mT.unflatten(2, (rows, columns))
 
 
-def _from_transformers(load: Callable[..., Any], name: str) -> Any:
-    try:
-        return load(name)
-    except (OSError, ValueError, KeyError) as error:  # not found, not a model, no network
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{KEY}={name}: no vision model can be loaded from there ({first}); give the folder of "
-            "one that transformers' save_pretrained wrote, or its name on the Hugging Face Hub"
-        ) from None
-
-
-def _transformers() -> Any:
+def _from_transformers(kind: str, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`. Raises ConfigError."""
     try:
         import transformers
     except ImportError:
         raise ConfigError(f"{KEY} needs transformers: pip install 'vae_dist[alignment]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return transformers
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:  # not found, not a model, no network
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{KEY}={name}: no vision model can be loaded from there ({first}); give a folder of "
+            "save_pretrained, or a name on the Hugging Face Hub"
+        ) from None
 
 
 def feature_width(name: str) -> int:
@@ -114,7 +110,7 @@ def feature_width(name: str) -> int:
 
     Raises ConfigError where there is none, or its features are not those of patches.
     """
-    config = _from_transformers(_transformers().AutoConfig.from_pretrained, name)
+    config = _from_transformers("AutoConfig", name)
     config = getattr(config, "vision_config", config)
     width, patch = getattr(config, "hidden_size", None), getattr(config, "patch_size", None)
     if not isinstance(width, int) or not isinstance(patch, int):
@@ -127,8 +123,7 @@ def feature_width(name: str) -> int:
 
 def load_features(name: str, device: torch.device) -> VisionFeatures:
     """The frozen model, float32 on `device`; safetensors only. Raises ConfigError."""
-    load = _transformers().AutoModel.from_pretrained
-    model = _from_transformers(lambda n: load(n, use_safetensors=True, dtype=torch.float32), name)
+    model = _from_transformers("AutoModel", name, use_safetensors=True, dtype=torch.float32)
     model = getattr(model, "vision_model", model)
     constants = {}
     try:

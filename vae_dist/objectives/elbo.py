@@ -3,23 +3,39 @@
     loss = distortion + beta * charged rate
     distortion = -log p(x|z),   rate = KL(q(z|x) || p(z)),   charged rate = sum_u max(KL_u, free)
 
-or, with several draws of z, the importance-weighted bound. Free bits (Kingma et al. 2016): the
-first `free` nats of each unit u of the latent (a dimension of a vector, a channel of a spatial
-latent with all its positions) cost nothing. The paper clamps the mean over a minibatch; here it is
-each image's own KL, which does not depend on the other images.
+Free bits (Kingma et al. 2016): the first `free` nats of each unit u of the latent (a dimension of a
+vector, a channel of a spatial latent with all its positions) cost nothing. The paper clamps the
+mean over a minibatch; here it is each image's own KL, which does not depend on the other images.
+With K draws z_k ~ q(z|x), the importance-weighted bound (Burda et al. 2016) takes the place:
+
+    bound = E[log 1/K sum_k w_k],   w_k = p(x|z_k) (p(z_k) / q(z_k|x))^beta
+
+With beta = 1 it is at most log p(x), at least the ELBO, and rises with K; in a warm-up beta weighs
+the log-ratio as it does the KL of the ELBO. With u_k = w_k / sum w, the two gradients:
+
+    standard                  sum_k u_k d log w_k
+    doubly_reparameterized    decoder: the same; encoder:
+                              sum_k u_k (1 - beta + beta u_k) (d log w_k / d z_k) (d z_k)
+                              with the moments of q held fixed in log w: u_k^2 where beta = 1
+                              (Tucker et al. 2019); q stands in w_k with the power -beta
+
+Both have the same expectation. The first one's signal-to-noise ratio for the encoder falls with K
+(Rainforth et al. 2018), the second one's rises.
 
 Nats, summed and not averaged: the caller divides by the batch size of the whole step.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from vae_dist.config.schema import ObjectiveConfig
+from vae_dist.models.latent import log_ratio_to_prior
 from vae_dist.models.vae import VAEOutput
-from vae_dist.objectives.importance import importance_bound
 
 
 class LossTerms(NamedTuple):
@@ -41,53 +57,47 @@ def noise_shape(
 
 
 def loss_terms(
-    output: VAEOutput,
-    config: ObjectiveConfig,
-    *,
-    beta: float | Tensor,
-    half_size: Tensor | None = None,
+    output: VAEOutput, config: ObjectiveConfig, *, beta: float, half_size: Tensor | None = None
 ) -> LossTerms:
-    """Of a forward on noise of `noise_shape`; `half_size` is its second output, log p (B,)."""
+    """Of a forward on noise of `noise_shape`; `half_size` is its second output, log p (B,). Call it
+    once per forward and before backward: it may hook the gradient of z."""
+    rate_sum = output.kl.sum()
+    # the gradient of units whose closed-form KL (B, U) is below goes
+    charge = (config.free_bits - output.kl).clamp(min=0.0).sum() if config.free_bits else 0.0
     if config.importance_samples > 1:
         doubly = config.gradient == "doubly_reparameterized"
-        free = config.free_bits
-        return importance_terms(output, beta=beta, free_bits=free, doubly_reparameterized=doubly)
-    terms = elbo_terms(output, beta=beta, free_bits=config.free_bits)
-    if half_size is None:
-        return terms
-    distortion = -half_size.sum()
-    return terms._replace(loss_sum=terms.loss_sum + config.scale_equivariance * distortion)
-
-
-def elbo_terms(output: VAEOutput, *, beta: float | Tensor, free_bits: float = 0.0) -> LossTerms:
-    """`output` of one draw of z per image."""
+        bound, reported = importance_bound(output, beta=beta, doubly_reparameterized=doubly)
+        distortion_sum = -output.log_likelihood.mean(1).sum()
+        return LossTerms(-bound.sum() + beta * charge, distortion_sum, rate_sum, -reported.sum())
     distortion_sum = -output.log_likelihood.sum()
-    rate_sum = output.kl.sum()
-    charged = rate_sum + free_bits_charge(output.kl, free_bits=free_bits) if free_bits else rate_sum
-    return LossTerms(
-        distortion_sum + beta * charged, distortion_sum, rate_sum, distortion_sum + rate_sum
-    )
+    loss = distortion_sum + beta * (rate_sum + charge)
+    if half_size is not None:
+        loss = loss + config.scale_equivariance * -half_size.sum()
+    return LossTerms(loss, distortion_sum, rate_sum, distortion_sum + rate_sum)
 
 
-def importance_terms(
-    output: VAEOutput,
-    *,
-    beta: float | Tensor,
-    free_bits: float = 0.0,
-    doubly_reparameterized: bool = False,
-) -> LossTerms:
-    """`output` of K draws of z per image; free bits are charged on the closed-form KL."""
-    bound, reported = importance_bound(
-        output, beta=beta, doubly_reparameterized=doubly_reparameterized
-    )
-    loss = -bound.sum()
-    if free_bits:
-        loss = loss + beta * free_bits_charge(output.kl, free_bits=free_bits)
-    distortion_sum = -output.log_likelihood.detach().mean(1).sum()
-    return LossTerms(loss, distortion_sum, output.kl.detach().sum(), -reported.sum())
+def importance_bound(
+    output: VAEOutput, *, beta: float, doubly_reparameterized: bool
+) -> tuple[Tensor, Tensor]:
+    """The bound of each image (B,) for `output` of K draws of z, and, without gradient, that of
+    beta = 1."""
+    moments = (output.mean, output.log_variance)
+    if doubly_reparameterized:
+        moments = (output.mean.detach(), output.log_variance.detach())
+    log_ratio = output.log_ratio  # (B, K)
+    if log_ratio is None:
+        log_ratio = log_ratio_to_prior(output.z, *moments)
+    log_weights = output.log_likelihood - beta * log_ratio
+    if doubly_reparameterized and output.z.requires_grad:
+        # the bound's gradient gives each z_k its u_k; the hook does the rest
+        shares = 1 - beta + beta * torch.softmax(log_weights.detach(), 1)
+        weigh = shares.reshape(*shares.shape, *([1] * (output.z.ndim - 2)))
+        output.z.register_hook(lambda gradient: gradient * weigh)
+    with torch.no_grad():
+        reported = log_mean_exp(output.log_likelihood - log_ratio)
+    return log_mean_exp(log_weights), reported
 
 
-def free_bits_charge(kl: Tensor, *, free_bits: float) -> Tensor:
-    """sum of max(KL_u, free) - KL_u over images and units: it takes the gradient from those units
-    whose KL (B, U) is below."""
-    return (free_bits - kl).clamp(min=0.0).sum()
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """log 1/K sum_k w_k of (B, K), over k."""
+    return torch.logsumexp(log_weights, 1) - math.log(log_weights.shape[1])

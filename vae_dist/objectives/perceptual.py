@@ -16,8 +16,6 @@ both kinds subtract what is nearly equal.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,11 +50,6 @@ class StructureDistance(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         scales = num_scales(*first.shape[-2:])
-        if not scales:
-            raise ValueError(
-                f"images of {first.shape[-2]}x{first.shape[-1]} pixels are smaller than the window "
-                f"of {WINDOW} pixels that perceptual.kind=structure compares"
-            )
         distance = first.new_zeros(len(first))
         for scale in range(scales):
             if scale:
@@ -92,55 +85,42 @@ def gradient_error(error: Tensor) -> Tensor:
 class PerceptualTerm:
     """Callable: `(reconstructions, images) -> distances (B,)`, both (B, C, H, W) in [-1, 1]."""
 
-    def __init__(self, config: PerceptualConfig, distance: nn.Module) -> None:
-        self.weight = config.weight
+    def __init__(self, distance: nn.Module, weight: float) -> None:
+        self.distance, self.weight = distance.requires_grad_(False).eval(), weight
         # SSIM subtracts means of squares that nearly cancel: TF32 would round them by more than is
         # left where a picture is bright and flat
         self.needs_exact_float32 = isinstance(distance, StructureDistance)
-        self._distance = distance.requires_grad_(False).eval()
 
     def __call__(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        if not isinstance(self._distance, StructureDistance) and images.shape[1] == 1:
-            images, reconstructions = (x.expand(-1, 3, -1, -1) for x in (images, reconstructions))
-        distances: Tensor = self._distance(reconstructions.float(), images.float())
+        channels = 3 if isinstance(self.distance, Lpips) else -1  # grey is repeated
+        pair = (x.float().expand(-1, channels, -1, -1) for x in (reconstructions, images))
+        distances: Tensor = self.distance(*pair)
         return distances
 
 
-def folder_of(config: PerceptualConfig) -> Path | None:
-    return Path(config.weights) if config.weights else None
-
-
 def fetch_weights(config: PerceptualConfig) -> None:
-    """Have the weight files on this machine, downloaded if need be; for one process only.
-
-    Raises ConfigError that says what to put where.
-    """
+    """Have the weight files on this machine, downloaded if need be; for one process only. Raises
+    ConfigError."""
     if config.kind in BACKBONES:
-        fetch(FILES[BACKBONES[config.kind]], folder_of(config))
+        fetch(FILES[BACKBONES[config.kind]], config.weights)
 
 
 def build_perceptual(config: PerceptualConfig, device: torch.device) -> PerceptualTerm | None:
-    """None for kind=none. `fetch_weights` comes first. Raises ConfigError."""
+    """None for kind=none; on the meta device without weights, else `fetch_weights` comes first.
+    Raises ConfigError."""
     if config.kind == "none":
         return None
     assert config.kind != "auto", "it is resolved when a run begins"
     distance: nn.Module = StructureDistance()
     if config.kind in BACKBONES:
         backbone = BACKBONES[config.kind]
-        distance = load_lpips(backbone, fetch(FILES[backbone], folder_of(config)))
-    return PerceptualTerm(config, distance.to(device))
-
-
-def distance_of(kind: str) -> nn.Module | None:
-    """The module of a kind, LPIPS on the meta device, without weights; None for none."""
-    if kind in BACKBONES:
-        with torch.device("meta"):
-            return Lpips(BACKBONES[kind])
-    return StructureDistance() if kind == "structure" else None
+        if device.type == "meta":
+            distance = Lpips(backbone)
+        else:
+            distance = load_lpips(backbone, fetch(FILES[backbone], config.weights))
+    return PerceptualTerm(distance.to(device), config.weight)
 
 
 def smallest_side(config: PerceptualConfig) -> int:
     """Pixels of the shorter side of the smallest image that the term takes."""
-    if config.kind == "none":
-        return 1
     return SMALLEST_SIDE[BACKBONES[config.kind]] if config.kind in BACKBONES else WINDOW

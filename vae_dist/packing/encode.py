@@ -156,7 +156,7 @@ class LatentEncoder(Encoder):
     def describe(self, reports: Sequence[Report]) -> Report:
         command, moments = self.command, latent.LatentMoments(self.model.latent_channels)
         for report in reports:  # in the order of the shards
-            moments.add_sums(report["sums"])
+            moments.sums += moments.sums.new_tensor(report["sums"])
         facts = {
             "run": str(Path(command.run).resolve()),
             "step": self.network.step,
@@ -164,14 +164,14 @@ class LatentEncoder(Encoder):
             "of": "means" if command.content == "mean" else "samples",
         }
         statistics = moments.statistics()
-        latent.write_statistics(self.job.out / latent.STATISTICS_FILE, statistics, facts)
+        latent.write_statistics(self.job.out / latent.STATISTICS_FILE, statistics | facts)
         return {
             **facts,
             "content": command.content,
             "dtype": command.dtype,
             "latent_channels": self.model.latent_channels,
             "stride": self.model.stride,
-            "statistics": statistics.record(),
+            "statistics": statistics,
         }
 
     def lines(self, summary: Report) -> list[str]:

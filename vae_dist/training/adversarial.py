@@ -22,8 +22,8 @@ from torch.nn.grad import conv2d_weight
 
 from vae_dist.config.schema import OptimizerConfig, TrainConfig
 from vae_dist.distributed import Runtime, full_value, load_full
-from vae_dist.models.conv import Decoder
 from vae_dist.models.discriminator import build_discriminator
+from vae_dist.models.towers import Decoder
 from vae_dist.models.vae import VAE
 from vae_dist.objectives.adversarial import (
     adaptive_weight,

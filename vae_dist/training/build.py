@@ -179,7 +179,7 @@ def build_trainer(
         if result is not None and runtime.is_main and model.image_size is None:
             facts = {"step": at_step, "weights": "ema", "of": "samples"}
             with trackers.warned_of(STATISTICS_FILE, at_step):
-                write_statistics(folder.path / STATISTICS_FILE, result.statistics, facts)
+                write_statistics(folder.path / STATISTICS_FILE, result.statistics | facts)
         return result.row() if result is not None else None
 
     image_logger = ImageLogger(config, folder, data, trackers.sinks, say=trackers.say)

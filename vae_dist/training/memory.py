@@ -32,13 +32,13 @@ from torch.utils.flop_counter import flop_registry
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.resolve import images_per_slot
-from vae_dist.config.schema import PerceptualConfig, TrainConfig
+from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.objectives.elbo import loss_terms, noise_shape
-from vae_dist.objectives.perceptual import PerceptualTerm, distance_of
+from vae_dist.objectives.perceptual import build_perceptual
 from vae_dist.training.optimizer import freeze_encoder
 from vae_dist.training.step import TrainingStep
 
@@ -67,7 +67,8 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
     with torch.device("meta"):
         vae = build_vae(config, image_size)
         images, noise, labels, mask = _inputs(config, vae.latent_shape(*image_size), image_size)
-        distance, critic = distance_of(config.perceptual.kind), nn.Module()
+        perceptual = build_perceptual(config.perceptual, torch.device("meta"))
+        critic = nn.Module()
         if config.adversarial.weight:
             channels = config.data.channels
             critic = build_discriminator(
@@ -78,9 +79,8 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
     trained = [p for p in vae.parameters() if p.requires_grad]
     state_bytes = 2 * _num_bytes(vae) + 3 * sum(4 * p.numel() for p in trained)
     state_bytes += 4 * _num_bytes(critic.requires_grad_(False))
-    if distance is not None:
-        state_bytes += _num_bytes(distance.to("meta"))
-        perceptual = PerceptualTerm(PerceptualConfig(), distance)
+    if perceptual is not None:
+        state_bytes += _num_bytes(perceptual.distance)
     for network in (vae, critic):
         state_bytes += _lower(network, device, config.training.precision)
     for parameter in trained:
@@ -93,7 +93,7 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
         forward_flops = meter.flops
         means = vae.likelihood.mean(output.params)
         leaf = means.detach().requires_grad_()
-        if distance is not None:
+        if perceptual is not None:
             (gradient,) = torch.autograd.grad(perceptual(leaf, images).sum(), leaf)
             loss = loss + (means * gradient).sum()
         if config.adversarial.weight:

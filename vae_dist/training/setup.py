@@ -29,7 +29,6 @@ from vae_dist.files import printable
 from vae_dist.models.build import build_vae
 from vae_dist.models.networks import lpips_available
 from vae_dist.objectives.alignment import feature_width
-from vae_dist.objectives.perceptual import folder_of
 from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, Tensors
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import (
@@ -113,7 +112,7 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
         *runtime.gather(
             (
                 computes_bf16(config.runtime),
-                lpips_available("vgg", folder_of(config.perceptual)),
+                lpips_available("vgg", config.perceptual.weights),
                 compiler_problem(runtime.device) if may_compile else None,
             )
         ),

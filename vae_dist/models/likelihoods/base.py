@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae_dist.config.schema import DataConfig, LikelihoodConfig
+
 MAX_LOG_SIZE = 20.0  # of a variance or scale: far above any image's, far below overflow
 
 
@@ -77,9 +79,13 @@ class Levels:
 
 
 class Likelihood(nn.Module, ABC):
-    levels: Levels
     needs_uniform = False  # `prepare` draws: it needs uniform noise of the shape of the images
     has_levels = True  # `log_prob` is, or stands for, that of discrete data: bits/dim are defined
+    nats_per_value = 0.0  # what -log of a density lacks to that of discrete data
+
+    def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
+        super().__init__()
+        self.levels = Levels(data.bits)
 
     @abstractmethod
     def num_params(self, channels: int) -> int:
@@ -102,8 +108,8 @@ class Likelihood(nn.Module, ABC):
         return self.without_noise(stored, self.prepare(stored, half))
 
     def log_prob(self, params: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """log p(x|z) in nats per image, float32 (B,). `mask`, broadcastable to (B, C, H, W), is 1
-        where a value was observed: only such values count, the others may be anything."""
+        """log p(x|z) in nats per image, float32 (B,). `mask` (B, 1, H, W) is 1 where a
+        pixel was observed: only such pixels count, the others may be anything."""
         params = widened(params)
         if mask is None:
             return self.log_prob_of_values(params, images).flatten(1).sum(1)
@@ -111,11 +117,6 @@ class Likelihood(nn.Module, ABC):
         # before and after: what is missing may be NaN, and 0 * NaN in a gradient is NaN
         images = torch.where(observed, images, 0.0)
         values = self.log_prob_of_values(params, images)
-        if observed.ndim == 4 and observed.shape[1] > values.shape[1]:
-            raise ValueError(
-                "this likelihood couples the channels of a pixel, so a pixel is observed or "
-                f"missing as a whole: pass a mask (B, 1, H, W), not {tuple(observed.shape)}"
-            )
         return torch.where(observed, values, 0.0).flatten(1).sum(1)
 
     @abstractmethod
@@ -131,19 +132,12 @@ class Likelihood(nn.Module, ABC):
     def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
         """One draw of x given z, float32 (B, C, H, W); `generator` is of the device of params."""
 
-    def discrete_nll_nats(self, nll_nats: float, num_dims: int) -> float:
-        """-log p in nats of images of `num_dims` values -> that of the discrete data that it stands
-        for. ValueError without `has_levels`."""
-        if not self.has_levels:
-            raise ValueError("float images and soft targets are no discrete data: no bits/dim")
-        return nll_nats
-
     def bits_per_dim(self, nll_nats: float, num_dims: int) -> float | None:
         """-log p of images of `num_dims` values in all, in bits of discrete data per value; None
         without `has_levels`, or without a value (all are missing)."""
         if not self.has_levels or num_dims == 0:
             return None
-        return bits_per_dim(self.discrete_nll_nats(nll_nats, num_dims), num_dims=num_dims)
+        return (nll_nats + num_dims * self.nats_per_value) / (num_dims * math.log(2.0))
 
     def at_floor_fraction(self, params: Tensor) -> Tensor | None:
         """Part of each image's values whose variance is floor more than signal, float32 (B,); None
@@ -160,8 +154,3 @@ def above_floor(log_size: Tensor, log_floor: float) -> Tensor:
     """log(floor + exp(log_size)) of a variance or a scale, smooth, finite for any input."""
     capped = MAX_LOG_SIZE - F.softplus(MAX_LOG_SIZE - log_size)
     return log_floor + F.softplus(capped - log_floor)
-
-
-def bits_per_dim(nll_nats: float, *, num_dims: int) -> float:
-    """-log p of discrete data in nats per image of `num_dims` values -> bits per value."""
-    return nll_nats / (num_dims * math.log(2.0))

@@ -17,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae_dist.models.likelihoods.base import Levels, Likelihood, widened
+from vae_dist.config.schema import DataConfig, LikelihoodConfig
+from vae_dist.models.likelihoods.base import Likelihood, widened
 
 
 class Bernoulli(Likelihood):
     """`params` are logits."""
 
-    def __init__(self, *, binarization: str, levels: Levels) -> None:
-        super().__init__()
-        self.binarization, self.levels = binarization, levels
-        self.needs_uniform = binarization == "dynamic"
-        self.has_levels = binarization != "soft"
+    def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
+        super().__init__(config, data)
+        self.binarization = config.binarization
+        self.needs_uniform = self.binarization == "dynamic"
+        self.has_levels = self.binarization != "soft"
 
     def num_params(self, channels: int) -> int:
         return channels
@@ -40,8 +41,7 @@ class Bernoulli(Likelihood):
             return torch.where(intensity < 0.5, -1.0, 1.0)
         if self.binarization == "static":
             uniform = uniform_of_content(stored)
-        elif uniform is None:
-            raise ValueError("a Bernoulli likelihood binarises with uniform noise: pass uniform=")
+        assert uniform is not None
         return torch.where(uniform < intensity, 1.0, -1.0)
 
     def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vae_dist.config.schema import LikelihoodConfig
-from vae_dist.models.likelihoods.base import Levels, Likelihood, above_floor, widened
+from vae_dist.config.schema import DataConfig, LikelihoodConfig
+from vae_dist.models.likelihoods.base import Likelihood, above_floor, widened
 
 Moments = tuple[Tensor, Tensor]
 
@@ -76,10 +76,9 @@ class NormalMoments(nn.Module):
 
 
 class _OfMoments(Likelihood):
-    def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
-        super().__init__()
-        self.moments = NormalMoments(config, channels=channels)
-        self.levels = levels
+    def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
+        super().__init__(config, data)
+        self.moments = NormalMoments(config, channels=data.channels)
 
     def num_params(self, channels: int) -> int:
         return self.moments.num_params(channels)
@@ -96,18 +95,18 @@ class _OfMoments(Likelihood):
 class _Density(_OfMoments):
     """A density on [-1, 1]: of dequantised levels, of their centers, or of float images."""
 
-    def __init__(
-        self, config: LikelihoodConfig, *, channels: int, levels: Levels, dequantize: bool
-    ) -> None:
-        super().__init__(config, channels=channels, levels=levels)
-        self.needs_uniform = dequantize and levels.are_discrete
-        self.has_levels = levels.are_discrete
+    def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
+        super().__init__(config, data)
+        self.has_levels = self.levels.are_discrete
+        self.needs_uniform = data.dequantize and self.has_levels
+        if self.has_levels:
+            per_unit = self.levels.per_unit(is_dequantized=self.needs_uniform)
+            self.nats_per_value = math.log(per_unit)
 
     def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
         if not self.needs_uniform:
             return self.levels.centers(stored)
-        if uniform is None:
-            raise ValueError("data.dequantize=true adds uniform noise: pass uniform=")
+        assert uniform is not None
         return self.levels.dequantized(stored, uniform)
 
     def without_noise(self, stored: Tensor, prepared: Tensor) -> Tensor:
@@ -116,11 +115,6 @@ class _Density(_OfMoments):
     def mean(self, params: Tensor) -> Tensor:
         mean: Tensor = self.moments(params)[0]
         return mean.clamp(-1.0, 1.0)
-
-    def discrete_nll_nats(self, nll_nats: float, num_dims: int) -> float:
-        nll_nats = super().discrete_nll_nats(nll_nats, num_dims)
-        per_unit = self.levels.per_unit(is_dequantized=self.needs_uniform)
-        return nll_nats + num_dims * math.log(per_unit)
 
 
 class Gaussian(_Density):

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae_dist.config.schema import LikelihoodConfig
-from vae_dist.models.likelihoods.base import Levels, Likelihood, above_floor, widened
+from vae_dist.config.schema import DataConfig, LikelihoodConfig
+from vae_dist.models.likelihoods.base import Likelihood, above_floor, widened
 
 # What decoder outputs of 0 stand for: components spread evenly over the greys, each this wide.
 INITIAL_LOG_SCALE = math.log(0.25)
@@ -35,10 +35,10 @@ class DiscretizedLogisticMixture(Likelihood):
     but for rounding and for clipping that couples. `sample` is exact: each channel is rounded to a
     level before the next one sees it."""
 
-    def __init__(self, config: LikelihoodConfig, *, channels: int, levels: Levels) -> None:
-        super().__init__()
-        self.num_components, self.channels, self.levels = config.mixtures, channels, levels
-        self.num_couplings = channels * (channels - 1) // 2
+    def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
+        super().__init__(config, data)
+        self.num_components, self.channels = config.mixtures, data.channels
+        self.num_couplings = self.channels * (self.channels - 1) // 2
         self.floor_log_scale = math.log(config.min_sigma * math.sqrt(3.0) / math.pi)
 
     def num_params(self, channels: int) -> int:

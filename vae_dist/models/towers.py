@@ -1,4 +1,4 @@
-"""The convolutional towers: images to the moments of q(z|x), and z to the parameters of p(x|z).
+"""The towers: images to the moments of q(z|x), and z to the parameters of p(x|z).
 
     encoder: conv_in -> level 0 -> down -> level 1 -> ... -> middle -> norm, silu -> last layer
     decoder: first layer -> middle -> level n-1 -> up -> ... -> level 0 -> norm, silu -> conv_out
@@ -16,12 +16,19 @@ z's channels to what the decoder makes of it. With condition_dims, a condition (
 shifts (FiLM) each channel of a residual block, and each feature at a linear layer of a vector
 latent: with channels alone, the same at all positions, samples miss the class that is asked for.
 
+Dense towers are those of the textbook VAE (Kingma & Welling 2014), for small images of one size:
+
+    encoder: pixels -> linear, relu -> ... -> linear          decoder: z -> linear, relu -> ...
+
+with `channels[i]` the width of hidden layer i of the encoder; the decoder has them backwards.
+
 The last layer of each tower is float32 outside autocast: one bfloat16 step of a decoder output near
 1 is half an 8-bit level, and the moments feed an exponential.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -151,10 +158,6 @@ class Encoder(nn.Module):
             if options.condition_dims:
                 self.film_out = Film(options.condition_dims, options.num_features)
 
-    @property
-    def last_layer(self) -> nn.Conv2d | nn.Linear:
-        return self.conv_out if self.options.feature_size is None else self.linear_out
-
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
         h: Tensor = self.conv_in(F.pixel_unshuffle(images, self.options.patch))
         for level in self.down_blocks:
@@ -213,3 +216,57 @@ class Decoder(Recomputable):
     def _images(self, h: Tensor) -> Tensor:
         h = F.silu(self.conv_norm_out(h))
         return F.pixel_shuffle(in_float32(self.conv_out, h), self.options.patch)
+
+
+# dense towers
+
+Shape = tuple[int, int, int]
+
+
+class _Hidden(nn.Module):
+    """Hidden layers of the given widths, the first of which is the input's."""
+
+    def __init__(self, widths: Sequence[int], condition_dims: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.films = nn.ModuleList(
+            Film(condition_dims, width) for width in (widths[1:] if condition_dims else ())
+        )
+
+    def forward(self, h: Tensor, condition: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            h = layer(h)
+            if self.films:
+                h = self.films[i](h, condition)
+            h = F.relu(h)
+        return h
+
+
+class DenseEncoder(nn.Module):
+    """Images (B, C, H, W) of `image_shape` -> float32 moments (B, out_channels)."""
+
+    def __init__(
+        self, image_shape: Shape, out_channels: int, channels: Sequence[int], condition_dims: int
+    ) -> None:
+        super().__init__()
+        self.hidden = _Hidden([math.prod(image_shape), *channels], condition_dims)
+        self.linear_out = nn.Linear(channels[-1], out_channels)
+
+    def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
+        return in_float32(self.linear_out, self.hidden(images.flatten(1), condition))
+
+
+class DenseDecoder(nn.Module):
+    """z (B, in_channels) -> float32 parameters of the likelihood, (B, *params_shape)."""
+
+    def __init__(
+        self, in_channels: int, params_shape: Shape, channels: Sequence[int], condition_dims: int
+    ) -> None:
+        super().__init__()
+        self.params_shape = params_shape
+        self.hidden = _Hidden([in_channels, *reversed(channels)], condition_dims)
+        self.linear_out = nn.Linear(channels[0], math.prod(params_shape))
+
+    def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        h = in_float32(self.linear_out, self.hidden(z, condition))
+        return h.unflatten(1, self.params_shape)
