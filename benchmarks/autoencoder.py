@@ -58,7 +58,7 @@ from vae_dist.data.loader import Batch
 from vae_dist.evaluation.metrics import psnr_db
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import grid, save_png, to_uint8
-from vae_dist.training.build import training_stream
+from vae_dist.training.data import training_stream
 from vae_dist.training.loop import Trainer
 
 OPTIONS = {

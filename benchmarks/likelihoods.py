@@ -33,8 +33,7 @@ from vae_dist.models.latent import prior_latents
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import grid, save_png, to_uint8
-from vae_dist.training.build import training_stream
-from vae_dist.training.plan import Data
+from vae_dist.training.data import Data, training_stream
 from vae_dist.training.step import TrainingStep
 
 COLUMNS = 12  # images of a strip

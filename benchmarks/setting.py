@@ -28,13 +28,11 @@ from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.wandb import WandbSink
-from vae_dist.training.build import build_trainer, training_stream
+from vae_dist.training.data import Data, resolved_with_data, training_stream
 from vae_dist.training.loop import Trainer
-from vae_dist.training.plan import Data
-from vae_dist.training.setup import machine_facts, resolved_with_data
-from vae_dist.training.stop import StopRequest, StopSignals
+from vae_dist.training.setup import build_trainer, machine_facts
+from vae_dist.training.stop import RankWatch, StopRequest, StopSignals
 from vae_dist.training.trackers import Trackers
-from vae_dist.training.watch import RankWatch
 
 
 @dataclass(frozen=True)

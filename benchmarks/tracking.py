@@ -32,7 +32,8 @@ from vae_dist.tracking.console import ConsoleSink
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.throughput import Meter, UpdateRatio
 from vae_dist.tracking.wandb import WandbSink
-from vae_dist.training.build import build_trainer, training_stream
+from vae_dist.training.data import training_stream
+from vae_dist.training.setup import build_trainer
 from vae_dist.training.step import StepReport
 from vae_dist.training.trackers import Trackers
 

@@ -13,7 +13,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
 from vae_dist.run.folder import RunFolder
 from vae_dist.train import main
-from vae_dist.training import build, setup, trackers
+from vae_dist.training import data, setup, trackers
 
 TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file")
@@ -21,7 +21,7 @@ WRONG, BUG = ConfigError("the shards are others here"), KeyError("a bug")
 OF_RANK_1 = "rank 1: the shards are others here"
 CASES = {  # where it is, the name, the rank that fails, its error, and what all say
     "config of the run": (setup, "as_in_run_folder", 1, WRONG, OF_RANK_1),
-    "second read of the index": (build, "_loaded", 1, WRONG, OF_RANK_1),
+    "second read of the index": (data, "_loaded", 1, WRONG, OF_RANK_1),
     "checkpoint": (Checkpoints, "load", 0, TORN, "none of the 1 checkpoints in"),
     "weights to restore": (setup, "_restore", 1, WRONG, OF_RANK_1),
     "environment.json": (trackers, "add_session", 0, FULL, "/run/file: No space left on device"),

@@ -21,7 +21,7 @@ from tests.support.distributed import FORK, become_rank, free_port
 from vae_dist.run import checkpoint
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
-from vae_dist.training.watch import RankWatch
+from vae_dist.training.stop import RankWatch
 
 assert setup  # what the command would import in each process
 Prepare = Callable[[int], None]  # called with its rank in each process before the command

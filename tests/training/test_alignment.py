@@ -9,7 +9,7 @@ from tests.support.training import arguments, losses, rows, same_weights, stop_a
 from vae_dist import encode
 from vae_dist.config.errors import ConfigError
 from vae_dist.train import main
-from vae_dist.training import alignment, build, setup
+from vae_dist.training import alignment, data
 
 SPATIAL = (
     *("model.latent=spatial", "model.latent_channels=4", "model.initial_sigma=0.1"),
@@ -35,7 +35,7 @@ def stored(vision, tmp_path_factory, digits):
 
 def look_for_none(patch):
     """The same shards, whose features are not looked for."""
-    patch.setattr(build, "with_features", lambda index, settings, **_: settings)
+    patch.setattr(data, "with_features", lambda index, settings, **_: settings)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_ranks_and_microbatches_change_nothing(more, keys, straight, tmp_path, s
 def test_stored_features_change_nothing(world, more, keys, straight, tmp_path, stored, monkeypatch):
     """Nor is the vision model looked for."""
     monkeypatch.setattr(alignment, "load_features", None)
-    monkeypatch.setattr(setup, "feature_width", None)
+    monkeypatch.setattr(data, "feature_width", None)
     run = tmp_path / "run"
     assert train(run, stored, *keys, more, world=world) == [0] * world
     check_same(run, straight)

@@ -15,8 +15,8 @@ from vae_dist.models.build import build_vae
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import to_uint8
 from vae_dist.training import images
+from vae_dist.training.data import Data
 from vae_dist.training.images import ImageLogger
-from vae_dist.training.plan import Data
 
 NUM_IMAGES, NUM_SEARCHED, NUM_CLASSES = 12, 10, 3  # in the shards; the first ones that are searched
 

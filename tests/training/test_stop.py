@@ -1,26 +1,29 @@
-"""Requests to stop, counted in processes of their own: the second one ends the process."""
+"""Requests to stop, in processes of their own: a second one ends the process. Stalled ranks."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from vae_dist.config.launcher import LAUNCHER_VARIABLES
-from vae_dist.training.stop import SIGNALS, StopSignals
+from vae_dist.training import stop
+from vae_dist.training.stop import SIGNALS, RankWatch, StopSignals
 
-# prints the reason once there is one; "blocked" waits in C, where no handler of Python's runs
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+# prints the reason once there is one, or waits for another
 CHILD = """
-import sys, time, ctypes
+import sys, time
 from vae_dist.training import stop
 stop.BURST_S = 0.2
 with stop.StopSignals() as stop:
     print("ready", flush=True)
-    if "blocked" in sys.argv:
-        condition, mutex = (ctypes.create_string_buffer(64) for _ in range(2))
-        ctypes.CDLL(None).pthread_cond_wait(condition, mutex)
     end = time.monotonic() + 20
     while time.monotonic() < end and not (stop.reason and "wait" not in sys.argv):
         time.sleep(0.01)
@@ -38,12 +41,11 @@ def child(*words):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_sets_a_reason_and_handlers_are_put_back(number):
     before = [signal.getsignal(one) for one in SIGNALS]
-    with StopSignals() as stop:
+    with StopSignals() as signals:
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert stop.reason == f"signal {number.name}"
+        assert signals.reason == f"signal {number.name}"
     assert [signal.getsignal(one) for one in SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.parametrize(
@@ -57,17 +59,15 @@ def test_the_first_signal_sets_a_reason_and_handlers_are_put_back(number):
 def test_what_is_ignored_at_the_start_is_heard_unless_it_is_of_a_closed_terminal(number, reason):
     previous = signal.signal(number, signal.SIG_IGN)
     try:
-        with StopSignals() as stop:
+        with StopSignals() as signals:
             os.kill(os.getpid(), number)
-            assert stop.reason == reason
+            assert signals.reason == reason
     finally:
         signal.signal(number, previous)
 
 
-@pytest.mark.parametrize("mode", ["wait", "blocked"])
-def test_one_request_may_come_several_times_and_a_second_one_ends_the_process(mode):
-    """At once, wherever it is."""
-    process = child(mode)
+def test_one_request_may_come_several_times_and_a_second_one_ends_the_process():
+    process = child("wait")
     for _ in range(4):
         process.send_signal(signal.SIGUSR1)
         time.sleep(0.005)
@@ -99,3 +99,115 @@ def test_a_launcher_that_is_gone_is_a_request(variable, name, reason):
         time.sleep(0.05)
         os.kill(child_pid, signal.SIGTERM)
     assert parent.communicate(timeout=20)[0] == reason.format(pid=parent.pid) + "\n"
+
+
+# the watch of the ranks: two of them in one process, over a store that can freeze
+
+TIMEOUT_S = 0.4
+
+
+class Store(dict):
+    """As much of torch's key-value store as the watch uses; frozen, no operation returns."""
+
+    frozen = False
+
+    def clone(self):
+        return self
+
+    def set_timeout(self, timeout): ...
+
+    def set(self, key, value):
+        while self.frozen:
+            time.sleep(0.01)
+        self[key] = value.encode()
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def multi_get(self, keys):
+        return [self[key] for key in keys]
+
+    def compare_set(self, key, expected, value):
+        return self.setdefault(key, value.encode())
+
+
+class Group:
+    """The watches of two ranks and their ends: (rank, report, whether the main process is gone)."""
+
+    def __init__(self):
+        self.ends, self.changed = [], threading.Condition()
+        self.store, self.ranks = Store(), [self._watch(rank) for rank in range(2)]
+        for rank, one in enumerate(self.ranks):  # as the barrier sees to
+            self.store.set(f"watch/{rank}", json.dumps(one._state))
+
+    def _watch(self, rank):
+        def on_lost(report, main_is_gone):
+            with self.changed:
+                self.ends.append((rank, report, main_is_gone))
+                self.changed.notify()
+
+        runtime = SimpleNamespace(rank=rank, world=2, barrier=lambda: None)
+        return RankWatch(runtime, timeout_s=TIMEOUT_S, on_lost=on_lost)
+
+    def at(self, *phases):
+        """Each rank is there for the second time, from when on its time counts."""
+        for one, phase in zip(self.ranks, phases, strict=True):
+            one.at(7, phase)
+            one.at(7, phase)
+
+    def wait(self, number, *, timeout_s=10.0):
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.ends) >= number, timeout_s)
+            return sorted(self.ends)
+
+
+@pytest.fixture
+def group(monkeypatch):
+    made = Group()
+
+    def end_this_thread(code):
+        assert code == 1
+        raise SystemExit
+
+    monkeypatch.setattr(stop.os, "_exit", end_this_thread)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: made.store)
+    with made.ranks[0], made.ranks[1]:
+        yield made
+    made.store.frozen = False
+    for thread in threading.enumerate():
+        if thread.name == "rank-watch":
+            thread.join(5)
+
+
+def test_a_stall_ends_every_rank_with_the_table_of_all(group):
+    group.at("step", "checkpoint")
+    ends = group.wait(2)
+    assert [rank for rank, _, _ in ends] == [0, 1]
+    for _, report, main_is_gone in ends:
+        assert report.startswith("no step for 0.4 s (runtime.timeout_s): rank 0 (process ")
+        assert "at step 7 in step; rank 1" in report and "at step 7 in checkpoint" in report
+        assert not main_is_gone
+
+
+@pytest.mark.parametrize("step", [-1, 7])
+def test_start_up_and_a_first_time_are_not_timed(group, step):
+    group.at("step", "step")
+    group.ranks[1].at(step, "last checkpoint")
+    assert group.wait(1, timeout_s=0.8) == []
+
+
+def test_what_one_rank_fails_with_is_what_all_say(group):
+    assert group.ranks[1].explain(KeyError("a bug")) == ("rank 1: KeyError: 'a bug'", False)
+    assert group.wait(1) == [(0, "rank 1: KeyError: 'a bug'", False)]
+
+
+def test_a_store_that_does_not_answer_means_that_the_main_process_is_gone(group):
+    for one in group.ranks:
+        one._silent_beats = 5
+    group.at("step", "step")
+    while group.ranks[1]._states[0]["step"] != 7:
+        time.sleep(0.01)
+    group.store.frozen = True
+    report, main_is_gone = group.ranks[1].explain(RuntimeError("connection closed"))
+    assert main_is_gone and "frozen or gone, last at step 7 in step" in report
+    assert report.endswith("(noticed as RuntimeError)")

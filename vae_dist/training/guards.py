@@ -68,43 +68,30 @@ class SkipGuard:
 
     def __init__(self, device: torch.device, *, max_consecutive: int) -> None:
         self.max_consecutive = max_consecutive
-        counts = torch.zeros(4, dtype=torch.int64, device=device).unbind()
-        # not finite; spikes; skipped steps in a row, at the end, and at most since the last look
-        self.skipped, self.spikes, self.streak, self._longest = counts
-        self._recent: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=2 * max_consecutive)
+        counts = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        self.skipped, self.spikes, self.streak = counts  # not finite; spikes; either, in a row now
+        self._recent: deque[tuple[str, ...]] = deque(maxlen=max_consecutive)
 
-    def observe(self, step: int, found_inf: Tensor, spike: Tensor, shards: tuple[str, ...]) -> None:
-        self._recent.append((step, shards))
+    def observe(self, found_inf: Tensor, spike: Tensor, shards: tuple[str, ...]) -> None:
+        self._recent.append(shards)
         self.skipped += found_inf.long()
         self.spikes += spike.long()
         self.streak.add_(1).mul_((found_inf + spike).long())
-        torch.maximum(self._longest, self.streak, out=self._longest)
 
-    def check(self, runtime: Runtime, grad_norm: Tensor) -> None:
-        """Raise TrainingFailed, on all ranks alike, where `max_consecutive` steps in a row were
-        skipped since the last look; `grad_norm` is of the last step. Waits for the device."""
-        longest = int(self._longest)
-        self._longest.copy_(self.streak)
-        if longest < self.max_consecutive:
+    def check(self, runtime: Runtime, grad_norm: Tensor, *, step: int) -> None:
+        """Raise TrainingFailed, on all ranks alike, where the last `max_consecutive` steps were
+        skipped; `grad_norm` is of the last one. Waits for the device."""
+        streak = int(self.streak)
+        if streak < self.max_consecutive:
             return
-        mine = {shard for _, shards in self._recent for shard in shards}
+        mine = {shard for shards in self._recent for shard in shards}
         names = sorted(set().union(*runtime.gather(mine)))
         shards = ", ".join(names[:8]) + " ..." * (len(names) > 8)
         raise TrainingFailed(
-            f"the gradient was not finite, or a spike, for {longest} steps in a row, noticed "
-            f"at step {self._recent[-1][0]} with optim/grad_norm={float(grad_norm):g} "
-            f"(training.max_consecutive_nonfinite); shards in hand: {shards}. Lower optimizer.lr, "
-            "set optimizer.clip_grad_norm, or use training.precision=bf16 or no"
+            f"the gradient was not finite, or a spike, for {streak} steps in a row up to step "
+            f"{step}, with optim/grad_norm={float(grad_norm):g}; shards in hand: {shards}. Lower "
+            "optimizer.lr, set optimizer.clip_grad_norm, or use training.precision=bf16 or no"
         )
-
-    def check_all(self, num_steps: int) -> None:
-        """Raise TrainingFailed, on all ranks alike, where none of the run's steps was used."""
-        if int(self.skipped + self.spikes) >= num_steps:
-            raise TrainingFailed(
-                f"all {num_steps} updates were skipped, for no gradient was finite: the weights "
-                "are those of the start. Lower optimizer.lr, look at likelihood.* and the data, "
-                "or use training.precision=bf16 or no"
-            )
 
     def state(self) -> dict[str, int]:
         counts = {"skipped_steps": self.skipped, "spike_steps": self.spikes}
@@ -114,7 +101,6 @@ class SkipGuard:
         self.skipped.fill_(state["skipped_steps"])
         self.spikes.fill_(state["spike_steps"])
         self.streak.fill_(state["skip_streak"])
-        self._longest.copy_(self.streak)
 
 
 class DamageGuard:
@@ -123,7 +109,6 @@ class DamageGuard:
     def __init__(self, *, limit: float, num_samples: int, warn: Callable[[str], None]) -> None:
         self.limit, self.num_samples, self.warn = limit, num_samples, warn
         self.before = 0  # over all ranks, before this process started
-        self.forgiven = 0  # of these, when they last ended the run: now the shards are repaired
         self.since = 0  # over all ranks since then, as far as they have summed
         self.here = 0  # on this rank since then
         self._named: set[tuple[str, int]] = set()
@@ -140,16 +125,15 @@ class DamageGuard:
                 self.warn(f"warning: step {batch.step}: cannot read {lost}")
 
     def check(self, since: int, images_seen: int) -> None:
-        """Raise TrainingFailed where too many are lost; `since` is equal on all ranks."""
+        """Raise TrainingFailed where too many are lost since the start of this process, before
+        which shards may have been repaired; `since` is equal on all ranks."""
         self.since = since
         # of an epoch at least: one bad sample in the first batch is no reason to stop
         seen = max(images_seen, self.num_samples)
-        if self.total - self.forgiven > self.limit * seen:
-            self.forgiven = self.total
+        if since > self.limit * seen:
             raise TrainingFailed(
-                f"{self.total} of {seen} samples could not be read (data.max_skipped_fraction="
-                f"{self.limit}); the warnings above name them. Repair the shards, or raise the "
-                "limit"
+                f"{since} of {seen} samples could not be read (data.max_skipped_fraction="
+                f"{self.limit}); repair the shards, which the warnings name, or raise the limit"
             )
 
 
@@ -175,7 +159,6 @@ def check_equal_over_ranks(runtime: Runtime, tensors: Mapping[str, Tensor], *, s
     differ = [name for name, *sums in zip(names, *by_rank, strict=True) if len(set(sums)) > 1]
     raise TrainingFailed(
         f"after step {step} the weights of {name_ranks(others)} of {runtime.world} differ from "
-        f"those of the rest: {len(differ)} of {len(names)} tensors, {differ[0]} first. Nothing was "
-        "saved since; suspect the memory or the device of these ranks. The same command goes on "
-        "from the last checkpoint"
+        f"those of the rest: {len(differ)} of {len(names)} tensors, {differ[0]} first. Suspect the "
+        "device of these ranks; the same command goes on from the last checkpoint"
     )

@@ -38,7 +38,7 @@ from vae_dist.tracking.images import (
 )
 from vae_dist.tracking.metrics import Value, format_number
 from vae_dist.tracking.sinks import Sink
-from vae_dist.training.plan import Data
+from vae_dist.training.data import Data
 
 NUM_SEARCHED = 256  # validation images among which the worst and the classes are found
 SEARCHED_BYTES = 2**27  # of these, for large images

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import psutil
 from torch import Tensor
 
 from vae_dist.data.loader import Batch
@@ -21,14 +22,14 @@ from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, CheckpointWriter
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.metrics import Value
 from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
+from vae_dist.training.data import Data
 from vae_dist.training.guards import DamageGuard, SkipGuard, check_equal_over_ranks
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.memory import keep_freed_memory, memory_explained
-from vae_dist.training.plan import Data, peak_images_per_second
+from vae_dist.training.plan import peak_images_per_second
 from vae_dist.training.step import StepReport, TrainingStep
-from vae_dist.training.stop import StopRequest, TrainingFailed
+from vae_dist.training.stop import RankWatch, StopRequest, TrainingFailed
 from vae_dist.training.trackers import Trackers
-from vae_dist.training.watch import RankWatch
 
 Row = dict[str, Value]
 # (averaged model, step, whether to stop) -> metrics, the same on every rank; None after a stop
@@ -60,10 +61,9 @@ class Trainer:
         self.evaluator, self.image_logger = evaluator, image_logger
         config, runtime = self.config, self.runtime
         self.step, self.last_step = 0, config.training.steps
-        self.on_first_step: Callable[[], None] = lambda: None  # of this process
-        self.guard = SkipGuard(
-            runtime.device, max_consecutive=config.training.max_consecutive_nonfinite
-        )
+        # a run of which every update was skipped has failed, however short it is
+        most = min(config.training.max_consecutive_nonfinite, config.training.steps)
+        self.guard = SkipGuard(runtime.device, max_consecutive=most)
         self.damage = DamageGuard(
             limit=config.data.max_skipped_fraction,
             num_samples=data.train.num_samples,
@@ -74,11 +74,10 @@ class Trainer:
         )
         self._peak = peak_images_per_second(config, data, runtime)
         self._update_ratio = UpdateRatio(training_step.optimizer, rows_every=config.log.every)
-        self._ranks_agree = True  # on the weights, as far as they were compared
         self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
         self._best: tuple[float, int] | None = None  # lowest eval/neg_elbo_nats, and its step
-        self._pending_row: Row = {}  # of a step whose evaluation is not done
+        self._row: Row = {}  # of this step, not logged yet
         self._last_row: Row = {}
 
     # the loop
@@ -91,68 +90,67 @@ class Trainer:
         self._stop, self._watch = stop, watch
         self._first_step = self.step + 1
         self._meter = Meter(self.last_step, self.step, self.runtime.world, self._peak)
-        if self.step > 0 and self._evaluation_is_due():  # which was interrupted
-            if not self._evaluate(self._pending_row):
-                return self._interrupt()
-            self.save()  # the checkpoint of this step does not know of its evaluation
         stream = iter(batches)
-        while self.step < self.last_step:
-            report = self._train_step(self._next(stream))
-            self._check_health(report)
-            row = self._training_row(report) if self._log_is_due() else {}
-            if self._evaluation_is_due():
-                if not self._evaluate(row):
+        while True:
+            evaluates = self._evaluation_is_due()  # at the start: what was interrupted
+            if not evaluates:
+                self._log({})
+            self._save_if_due()  # also before an evaluation, which may fail
+            if evaluates:
+                if not self._evaluate():
                     return self._interrupt()
-            elif row:
-                self._log(row)
-            self._save_if_due()
-            if self.step < self.last_step and stop.agreed():
+                self._save_if_due()  # the checkpoint of this step does not know of its evaluation
+            if self.step == self.last_step:
+                return self._finish()
+            if self.step > 0 and stop.agreed():
                 return self._interrupt()
-        return self._finish()
+            self._train_step(self._next(stream))
 
     def _next(self, stream: Iterator[Batch]) -> Batch:
         self._watch.at(self.step, "data")
         with self._meter.data_wait():
             return next(stream)
 
-    def _train_step(self, batch: Batch) -> StepReport:
+    def _train_step(self, batch: Batch) -> None:
         if is_due(self.step + 1, self._update_ratio.every, self.last_step):
             self._update_ratio.arm()
         self._watch.at(self.step, "step", frozenset(g.images.shape[-2:] for g in batch.groups))
         with memory_explained("training.microbatch_size"):
             report = self.training_step(batch, self.step)
-        self.guard.observe(self.step, report.found_inf, report.spike, batch.shards)
+        self.guard.observe(report.found_inf, report.spike, batch.shards)
         self.damage.observe(batch)
         self.step += 1
         self.training_step.is_whole = True
         self._meter.step(batch.num_images)
         self._advance()
         self._watch.at(self.step, "log")
-        return report
+        self._check_health(report)
+        if self._log_is_due():
+            self._row = self._training_row(report)
 
     def _advance(self) -> None:
         self.trackers.advance(self.step)
-        if self.step == self._first_step:
-            self.on_first_step()
+        if self.step == self._first_step:  # of this process
+            if self.runtime.is_main:
+                seconds = time.time() - psutil.Process().create_time()
+                self.say(f"first step after {seconds:.1f} s")
             if self.runtime.device.type == "cpu":
                 keep_freed_memory()  # once the loader processes run
 
-    def _evaluate(self, row: Row) -> bool:
-        """Evaluate and log, beside what `row` has; False when a stop was agreed on meanwhile."""
-        self._pending_row = row
-        self._save_if_due()  # before an evaluation, which may fail
+    def _evaluate(self) -> bool:
+        """Evaluate and log; False when a stop was agreed on meanwhile."""
         with self._meter.pause(), memory_explained("evaluation.batch_size"):
             model: Any = self.training_step.ema.module
             metrics = self.evaluator(model, self.step, self._evaluation_must_stop)
             if metrics is None:
                 return False
-            self._evaluated_step, self._pending_row = self.step, {}
+            self._evaluated_step = self.step
             value: Any = metrics.get("eval/neg_elbo_nats", math.nan)
             is_best = self._best is None or value < self._best[0]
             if self.config.checkpoint.keep_best and is_best and math.isfinite(value):
                 self._best = (value, self.step)
+            self._log(metrics)
             self._watch.at(self.step, "images")
-            self._log(row | metrics)
             every = self.config.log.images_every or self.config.evaluation.every
             if self.runtime.is_main and is_due(self.step, every, self.last_step):
                 with self.trackers.warned_of("images", self.step):
@@ -193,16 +191,14 @@ class Trainer:
         """What stops a run, looked at when it is due; the same answer on every rank."""
         is_due_now = self.step % self.guard.max_consecutive == 0
         if is_due_now or self._log_is_due() or self._checkpoint_is_due():
-            self.guard.check(self.runtime, report.grad_norm)
-        if self.step == self.last_step:
-            self.guard.check_all(self.step)
+            self.guard.check(self.runtime, report.grad_norm, step=self.step)
         if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()
 
     def _check_weights(self) -> None:
-        weights, self._ranks_agree = self.training_step.weights_of_every_rank(), False
+        weights, self.training_step.is_whole = self.training_step.weights_of_every_rank(), False
         check_equal_over_ranks(self.runtime, weights, step=self.step)
-        self._ranks_agree = True
+        self.training_step.is_whole = True  # what ranks differ in is not worth keeping
 
     # rows
 
@@ -240,9 +236,12 @@ class Trainer:
             row["optim/loss_scale"] = float(step.loss_scale.scale)
         return row | self._update_ratio.row() | self._meter.row() | memory_row(self.runtime.device)
 
-    def _log(self, row: Row) -> None:
-        self._last_row |= row
-        self.trackers.log(self.step, row)
+    def _log(self, metrics: Row) -> None:
+        """One row a step: what training has left, and these."""
+        row, self._row = self._row | metrics, {}
+        if row:
+            self._last_row |= row
+            self.trackers.log(self.step, row)
 
     def summary(self) -> str:
         """The figures of the last evaluation in one line."""
@@ -253,7 +252,7 @@ class Trainer:
     # checkpoints
 
     def _save_if_due(self) -> None:
-        if self._checkpoint_is_due():
+        if self._checkpoint_is_due() or self._saved[0] == self.step:
             self._watch.at(self.step, "checkpoint")
             with self._meter.pause():
                 self.save()
@@ -264,7 +263,7 @@ class Trainer:
         if self._saved == (self.step, self._evaluated_step):
             return
         if self.config.training.checksum_every and self._saved[0] != self.step:
-            self._check_weights()  # what ranks differ in is not worth keeping
+            self._check_weights()
         (self.damage.since,) = map(int, self.runtime.sum_numbers([], self.damage.here))
         self._save()
 
@@ -292,7 +291,7 @@ class Trainer:
         end = time.monotonic() + UPDATE_S
         while not self.training_step.is_whole and time.monotonic() < end:
             time.sleep(0.01)
-        is_sound = self.training_step.is_whole and self._ranks_agree and not self.guard.streak
+        is_sound = self.training_step.is_whole and not self.guard.streak
         can_save = self.runtime.strategy.forward_is_local or agreed
         if self._saved[0] != self.step > 0 and is_sound and can_save:
             self._save()
@@ -302,7 +301,7 @@ class Trainer:
 
     def _save(self) -> None:
         scalars, best_step = self.scalars(), self._best and self._best[1]
-        state = {**self.data.identity, "scalars": scalars, "pending_row": self._pending_row}
+        state = {**self.data.identity, "scalars": scalars, "pending_row": self._row}
         has_tensors = self._saved[0] == self.step
         self._saved = (self.step, self._evaluated_step)
         groups = {} if has_tensors else self.training_step.tensors()
@@ -325,25 +324,20 @@ class Trainer:
             "best_neg_elbo_nats": best,
             "best_step": best_step,
             "skipped_samples": self.damage.total,
-            "forgiven_samples": self.damage.forgiven,
             "evaluated_step": self._evaluated_step,
         }
 
-    def restore(self, checkpoint: Checkpoint, *, kept_steps: list[int]) -> None:
-        """Continue from a checkpoint of this run, written on any number of ranks.
-
-        `kept_steps` are those of all checkpoints that are there. Sends no message.
-        """
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint of this run, of any number of ranks. Sends no message."""
         scalars = checkpoint.state["scalars"]
         self.training_step.load(checkpoint.tensors, scalars)
         self.guard.load_state(scalars)
         self.damage.before = scalars["skipped_samples"]
-        self.damage.forgiven = scalars.get("forgiven_samples", 0)
         self._evaluated_step = scalars["evaluated_step"]
-        self._pending_row = checkpoint.state["pending_row"]
+        self._row = checkpoint.state["pending_row"]
         self.step = self.writer.written_step = checkpoint.step
         self._saved = (self.step, self._evaluated_step)
-        if scalars["best_step"] in kept_steps:  # else it is lost, and the next one counts
+        if scalars["best_step"] is not None:
             self._best = (scalars["best_neg_elbo_nats"], scalars["best_step"])
 
     def initialize(self, weights: dict[str, Tensor]) -> None:

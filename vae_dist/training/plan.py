@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +13,7 @@ from vae_dist.config.resolve import COMPILED, divisors
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.cache import bytes_cached
 from vae_dist.data.features import TYPE
-from vae_dist.data.index import ShardIndex
 from vae_dist.data.order import quotas
-from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import PREFETCHED
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.files import printable
@@ -27,49 +23,11 @@ from vae_dist.models.vae import VAE
 from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.compile import compiler_problem
+from vae_dist.training.data import Data
 from vae_dist.training.memory import estimated_microbatch, step_cost
 
 MANY_EPOCHS = 1000  # the shipped configs take 10 to 135 epochs of their data
 ROUNDING = 0.05  # of a data set's share in a batch, that is not worth a note
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the shards hold. `identity` ties a run to them: it is kept in each checkpoint."""
-
-    train: ShardIndex
-    validation: ShardIndex
-    settings: ImageSettings  # of training images
-
-    any_size: bool = False  # will do for the model, so that evaluation may mix sizes
-
-    @property
-    def evaluation_settings(self) -> ImageSettings:
-        settings = self.settings.without_augmentation()
-        needs = tuple(need for need in settings.needs if need.in_evaluation)
-        return replace(settings, any_size=self.any_size and not settings.resize, needs=needs)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """H, W of every image that the model sees, or of a typical one where sizes differ."""
-        return self.settings.size
-
-    @property
-    def largest_size(self) -> tuple[int, int]:
-        """H, W of the image that costs most memory, as far as that is known before it is read."""
-        return max(self.settings.buckets or (self.image_size,), key=math.prod)
-
-    @property
-    def num_dims(self) -> int:
-        return math.prod(self.settings.shape)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {
-            "image_size": list(self.image_size),
-            "train_data": self.train.fingerprint,
-            "validation_data": self.validation.fingerprint,
-        }
 
 
 def plan(

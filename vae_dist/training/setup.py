@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import signal
 import sys
 import time
-from dataclasses import replace
+import traceback
+from collections.abc import Callable
 
-import psutil
 import torch
 
-from vae_dist.config.errors import ConfigError
-from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
+from vae_dist.config.errors import CommandFailed, ConfigError
+from vae_dist.config.resolve import COMPILED, Facts, images_per_slot, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
+from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.sources import is_remote
 from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
+from vae_dist.evaluation.run import evaluate
 from vae_dist.files import printable
 from vae_dist.models.build import build_vae
+from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 from vae_dist.models.networks import lpips_available
-from vae_dist.objectives.alignment import feature_width
+from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, Tensors
 from vae_dist.run.folder import RunFolder, RunLock
 from vae_dist.run.resume import (
@@ -39,13 +41,16 @@ from vae_dist.run.resume import (
     newest_checkpoint,
 )
 from vae_dist.tracking.console import say
-from vae_dist.training.build import build_trainer, check_image_sizes, load_data, training_stream
-from vae_dist.training.compile import compiler_problem
-from vae_dist.training.loop import Trainer
-from vae_dist.training.plan import Data, dry_run, plan
+from vae_dist.training.compile import compile_towers, compiler_problem
+from vae_dist.training.data import Data, resolved_with_data, training_stream
+from vae_dist.training.images import ImageLogger
+from vae_dist.training.loop import Row, Trainer
+from vae_dist.training.memory import fit_microbatch
+from vae_dist.training.plan import dry_run, plan
+from vae_dist.training.step import TrainingStep
 from vae_dist.training.stop import (
     EXIT_INTERRUPTED,
-    Outcome,
+    RankWatch,
     StopRequest,
     StopSignals,
     TrainingFailed,
@@ -60,19 +65,18 @@ LOADER_REMEDY = (
 Ending = tuple[int, list[str]]  # exit code, and what the main process says at last
 
 
-def run_session(config: TrainConfig, signals: StopSignals) -> int:
+def run_session(config: TrainConfig) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
     with contextlib.suppress(OSError):  # a notebook's stderr may be no file
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
-    folder = RunFolder(config.run)
     try:
-        signals.exits_at_once = True
-        runtime = Runtime.join(config.runtime)
-        signals.exits_at_once = False
+        runtime = Runtime.join(config.runtime)  # until then a signal ends the process at once
     except RankFailed as failure:
         say(f"failed: {failure}", sys.stderr)
         return 1
-    try:
+    with contextlib.ExitStack() as leaving, StopSignals() as signals:
+        leaving.callback(runtime.stop)
+        folder = RunFolder(config.run)
         config = runtime.on_all_ranks(lambda: _agreed_config(config, folder, world=runtime.world))
         facts = machine_facts(config, runtime)
         config = runtime.on_all_ranks(lambda: resolve(config, facts))
@@ -89,8 +93,6 @@ def run_session(config: TrainConfig, signals: StopSignals) -> int:
             with contextlib.suppress(RuntimeError):  # status.json says already how it ended
                 runtime.barrier()
         return code
-    finally:
-        runtime.stop()
 
 
 def _agreed_config(config: TrainConfig, folder: RunFolder, *, world: int) -> TrainConfig:
@@ -108,39 +110,17 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
     """What the machines of all ranks can do, as far as the config asks for it."""
     on_gpu, asked = has_accelerator(config.runtime), config.runtime.compile
     may_compile = asked in COMPILED or (asked == "auto" and on_gpu)
-    bf16, lpips, problems = zip(
-        *runtime.gather(
-            (
-                computes_bf16(config.runtime),
-                lpips_available("vgg", config.perceptual.weights),
-                compiler_problem(runtime.device) if may_compile else None,
-            )
-        ),
-        strict=True,
-    )
-    problem = next(filter(None, problems), None)
+    problem = compiler_problem(runtime.device) if may_compile else None
+    lpips = lpips_available("vgg", config.perceptual.weights)
+    here = computes_bf16(config.runtime), lpips, problem
+    has_bf16, has_lpips, problems = zip(*runtime.gather(here), strict=True)
     return Facts(
         on_gpu,
-        has_bf16=all(bf16),
-        has_lpips=all(lpips),
-        compiler_problem=problem,
+        has_bf16=all(has_bf16),
+        has_lpips=all(has_lpips),
+        compiler_problem=next(filter(None, problems), None),
         world=runtime.world,
     )
-
-
-def resolved_with_data(
-    config: TrainConfig, facts: Facts, runtime: Runtime
-) -> tuple[TrainConfig, Data]:
-    """What the shards hold, and the config with what they and the free memory make of `auto`."""
-    data = load_data(config, runtime)
-    width = 0
-    if vision := config.objective.alignment:
-        stored = data.settings.features[0]  # then the model need not be here
-        width = stored or runtime.on_main(lambda: feature_width(vision))
-    facts = replace(facts, mean_sample_bytes=data.train.mean_sample_bytes, alignment_width=width)
-    resolved = runtime.on_all_ranks(lambda: resolve(config, facts))
-    runtime.on_all_ranks(lambda: check_image_sizes(resolved, data))
-    return resolved, data
 
 
 def _dry_run(config: TrainConfig, facts: Facts, runtime: Runtime) -> Ending:
@@ -160,7 +140,10 @@ def _given_weights(config: TrainConfig, data: Data) -> Tensors | None:
 
 
 class Session:
-    """The part of a session that holds the run folder."""
+    """The part of a session that holds the run folder, and records in status.json how it ends.
+
+    The main process writes; another rank does where it knows the main process to be gone.
+    """
 
     def __init__(
         self,
@@ -173,21 +156,76 @@ class Session:
         self.config, self.facts, self.runtime, self.folder = config, facts, runtime, folder
         self.trackers = Trackers()
         self.stop = StopRequest(runtime, signals)
-        self.outcome = Outcome(runtime, folder, timeout_s=config.runtime.timeout_s)
-        self.watch = self.outcome.watch
+        timeout_s = config.runtime.timeout_s
+        self.watch = RankWatch(runtime, timeout_s=timeout_s, on_lost=self._on_lost)
         self.held = contextlib.ExitStack()  # given back after the last word
+        self.holds_folder = False  # before, its status is that of another trainer
+        self.trainer: Trainer | None = None  # once it trains
+        self.ended = ""  # how, once that is recorded
 
     def run(self) -> Ending:
         """Take the folder and train in it; a failure of any rank is reported by those that live."""
+        with self.held, self.watch:
+            try:
+                return self._train() if self.take_folder() else self._stopped_before_training(0)
+            except Exception as error:
+                reason = self._failed(error)
+        if not self.runtime.is_main:
+            say(f"failed: {reason}", sys.stderr)
+        return 1, [f"failed: {reason}"]
+
+    # how it ends
+
+    def record(
+        self, status: str, reason: str, *, step: int | None = None, main_is_gone: bool = False
+    ) -> None:
+        """`step`: of the newest checkpoint, unless it is given. What fails after the end costs
+        nothing, so the first end that is recorded stays."""
+        if self.ended or not self.holds_folder:
+            return
+        folder, self.ended = self.folder, status if status != "running" else ""
+        if self.runtime.is_main or (
+            main_is_gone and folder.status().get("status", "running") == "running"
+        ):
+            step = folder.newest_step() if step is None else step
+            try:
+                folder.write_status(status, step=step, reason=reason)
+            except OSError as error:
+                say(f"warning: cannot write {folder.status_path}: {error}", sys.stderr)
+
+    def _failed(self, error: Exception) -> str:
+        """Save, tell the other ranks, and record why. Raises a ConfigError again."""
+        if isinstance(error, TrainingFailed | RankFailed):  # of all ranks
+            self._save_last(agreed=True)
+            self.record("failed", str(error))
+            return str(error)
+        if isinstance(error, ConfigError) and self.trainer is None:  # of all ranks, too
+            raise error
+        here = f"rank {self.runtime.rank}: " if self.runtime.world > 1 else ""
+        if not isinstance(error, ConfigError | CommandFailed):
+            say(f"{here}{traceback.format_exc()}", sys.stderr)
+        elif not self.runtime.is_main:  # whose own errors the command prints
+            say(f"{here}{error}", sys.stderr)
+        self._save_last(agreed=False)  # before the launcher learns of it, and ends all ranks
+        reason, main_is_gone = self.watch.explain(error)
+        self.record("failed", reason, main_is_gone=main_is_gone)
+        if isinstance(error, ConfigError):
+            raise error
+        return reason
+
+    def _on_lost(self, report: str, main_is_gone: bool) -> None:
+        say(f"failed: {report}", sys.stderr)  # first: it may be the disk that hangs
+        self._save_last(agreed=False)
+        self.record("failed", report, main_is_gone=main_is_gone)
+
+    def _save_last(self, *, agreed: bool) -> None:
         try:
-            with self.held, self.watch, self.outcome.failures_reported():
-                if self.take_folder():
-                    return self._train()
-                return self._stopped_before_training(0)
-        except (TrainingFailed, RankFailed) as failure:
-            if not self.runtime.is_main:
-                say(f"failed: {failure}", sys.stderr)
-            return 1, [f"failed: {failure}"]
+            if self.trainer is not None:
+                self.trainer.save_what_is_whole(agreed)
+        except Exception as error:  # a device that has failed may raise anything
+            say(f"warning: the last step is not saved ({error})", sys.stderr)
+
+    # what it does
 
     def take_folder(self) -> bool:
         """Hold the folder, which all ranks see, as long as `held` is open; False after a stop."""
@@ -214,14 +252,14 @@ class Session:
                 f"run={self.folder.path} is not the same folder on all nodes; choose one on a file "
                 "system that all nodes see"
             )
-        self.outcome.is_ours = True
+        self.holds_folder = True
         if self.runtime.is_main:
-            self.stop.watch_folder(self.folder, holder)
+            self.stop.watch_folder(self.folder)
         return True
 
     def _stopped_before_training(self, step: int) -> Ending:
         reason = self.stop.reason
-        self.outcome.record("interrupted", reason, step=step)
+        self.record("interrupted", reason, step=step)
         return EXIT_INTERRUPTED, [
             f"interrupted before training ({reason}); the same command starts it again"
         ]
@@ -231,7 +269,7 @@ class Session:
         checkpoint = newest_checkpoint(self.runtime, self.folder)
         step = checkpoint.step if checkpoint is not None else 0
         if checkpoint is not None and is_finished(self.config, checkpoint):
-            self.outcome.record("finished", "all steps are done", step=step)
+            self.record("finished", "all steps are done", step=step)
             return 0, [
                 f"finished: {self.folder.path} stands at step {step} of "
                 f"{self.config.training.steps}; nothing is left to do"
@@ -241,18 +279,18 @@ class Session:
         self.watch.at(-1, "shards")
         self.config, data = resolved_with_data(self.config, self.facts, self.runtime)
         if any(map(is_remote, (*data.train.paths, *data.validation.paths))):
-            self.watch.reading_s = self.config.data.retry_s
-        weights = self.runtime.on_all_ranks(lambda: self._weights_to_begin_with(data, checkpoint))
+            self.watch.timeout_s += self.config.data.retry_s  # an outage that is sat out
+
+        def given_weights() -> Tensors | None:
+            if checkpoint is None:
+                return _given_weights(self.config, data)
+            check_identity(checkpoint, data.identity, self.config, self.folder)
+            return None
+
+        weights = self.runtime.on_all_ranks(given_weights)
         if self.stop.agreed_now():
             return self._stopped_before_training(step)
-        trainer = self._trainer(data, checkpoint, weights)
-        return self._fit(trainer)
-
-    def _weights_to_begin_with(self, data: Data, checkpoint: Checkpoint | None) -> Tensors | None:
-        if checkpoint is None:
-            return _given_weights(self.config, data)
-        check_identity(checkpoint, data.identity, self.config, self.folder)
-        return None
+        return self._fit(self._trainer(data, checkpoint, weights))
 
     def _trainer(
         self, data: Data, checkpoint: Checkpoint | None, weights: Tensors | None
@@ -261,14 +299,13 @@ class Session:
         config, runtime, trackers = self.config, self.runtime, self.trackers
         start_step = checkpoint.step if checkpoint is not None else 0
         self.watch.at(-1, "trackers")
-        self.held.callback(lambda: trackers.close(self.outcome.ended or "failed"))
+        self.held.callback(lambda: trackers.close(self.ended or "failed"))
         trackers.open(config, runtime, self.folder, start_step)
         self.watch.at(-1, "model")
         trainer = build_trainer(config, runtime, self.folder, data, trackers)
         self.held.callback(trainer.image_logger.close)
         if checkpoint is not None:
-            kept_steps = runtime.on_main(self.folder.checkpoints.steps)
-            runtime.on_all_ranks(lambda: _restore(trainer, checkpoint, kept_steps))
+            runtime.on_all_ranks(lambda: _restore(trainer, checkpoint))
         elif weights is not None:
             runtime.on_all_ranks(lambda: trainer.initialize(weights))
         runtime.on_main(lambda: self.folder.write_config(config))
@@ -283,20 +320,13 @@ class Session:
 
     def _fit(self, trainer: Trainer) -> Ending:
         """Run the loop; record in status.json how it ended."""
-
-        def first_step_is_done() -> None:
-            seconds = time.time() - psutil.Process(os.getpid()).create_time()
-            if self.runtime.is_main:
-                trainer.say(f"first step after {seconds:.1f} s")
-
-        trainer.on_first_step = first_step_is_done
-        self.outcome.record("running", "", step=trainer.step)
-        self.outcome.save_first = trainer.save_what_is_whole
+        self.record("running", "", step=trainer.step)
+        self.trainer = trainer
         stream = training_stream(self.config, self.runtime, trainer.data, trainer.step)
         with deaths_explained(LOADER_REMEDY), contextlib.closing(stream) as batches:
             status = trainer.fit(batches, self.stop, self.watch)
         reason, step = self.stop.reason, trainer.writer.written_step
-        self.outcome.record(status, reason or "all steps are done", step=step)
+        self.record(status, reason or "all steps are done", step=step)
         if status == "interrupted":
             return EXIT_INTERRUPTED, [
                 f"interrupted at step {step} ({reason}); the same command goes on from there"
@@ -304,15 +334,12 @@ class Session:
         run = self.folder.path
         return 0, [
             f"finished: step {step}, validation {trainer.summary()} (averaged weights)",
-            f"  images    {self.folder.images}",
             f"  report    python -m vae_dist.report run={run}",
-            f"  next      python -m vae_dist.sample run={run} num_images=64 out=samples.png",
-            f"            python -m vae_dist.reconstruct run={run}",
-            f"            python -m vae_dist.evaluate run={run}",
+            f"  samples   python -m vae_dist.sample run={run} num_images=64 out=samples.png",
         ]
 
 
-def _restore(trainer: Trainer, checkpoint: Checkpoint, kept_steps: list[int]) -> None:
+def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     adversarial, step = trainer.config.adversarial, checkpoint.step
     is_late = adversarial.weight > 0 and step > adversarial.start_step
     if is_late and "discriminator" not in checkpoint.tensors:
@@ -322,10 +349,51 @@ def _restore(trainer: Trainer, checkpoint: Checkpoint, kept_steps: list[int]) ->
             f"adversarial.start_step={step} or later"
         )
     try:
-        trainer.restore(checkpoint, kept_steps=kept_steps)
+        trainer.restore(checkpoint)
     except (RuntimeError, KeyError) as error:  # torch lists each name and shape that differs
         raise ConfigError(
             f"run={trainer.folder.path}: the weights of step {step} do not fit this config's "
             "model; take back what changed under model, likelihood and data.channels, or start "
             f"anew with run=OTHER_FOLDER ({error})"
         ) from None
+
+
+def build_trainer(
+    config: TrainConfig, runtime: Runtime, folder: RunFolder, data: Data, trackers: Trackers
+) -> Trainer:
+    """Model, step and validation; at the weights of the config's seed. Every rank takes part."""
+    stored = data.settings.features if data.settings.vision else ()
+    step = TrainingStep(config, runtime, data.image_size, features=stored)
+    fit_microbatch(step, data.largest_size)
+    # sizes by numbers of images of a microbatch (its last one may be smaller), twice at half size,
+    # twice where the decoder is watched for a discriminator
+    together = max(1, step.microbatch_size // images_per_slot(config))
+    max_shapes = 4 * max(2, len(data.settings.buckets) * together)
+    compile_towers(step.vae, config, max_shapes=max_shapes)  # after trials of other shapes
+
+    def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:
+        batches = EvaluationStream(
+            data.validation,
+            data.evaluation_settings,
+            batch_size=config.evaluation.batch_size,
+            rank=runtime.rank,
+            world=runtime.world,
+            workers=config.data.workers,
+            retry_s=config.data.retry_s,
+        )
+        result = evaluate(
+            model,
+            batches,
+            seed=config.seed,
+            runtime=runtime,
+            max_skipped_fraction=config.data.max_skipped_fraction,
+            stop_requested=must_stop,
+        )
+        if result is not None and runtime.is_main and model.image_size is None:
+            facts = {"step": at_step, "weights": "ema", "of": "samples"}
+            with trackers.warned_of(STATISTICS_FILE, at_step):
+                write_statistics(folder.path / STATISTICS_FILE, result.statistics | facts)
+        return result.row() if result is not None else None
+
+    image_logger = ImageLogger(config, folder, data, trackers.sinks, say=trackers.say)
+    return Trainer(step, folder, data, trackers, evaluator=evaluator, image_logger=image_logger)

@@ -1,28 +1,26 @@
-"""What ends a run early: a request to stop, on which all ranks agree; and what is left of the run.
+"""What ends a run early: a request to stop, on which all ranks agree, or a rank that is lost.
 
 `StopSignals` catches SIGTERM, SIGUSR1, SIGINT and SIGHUP and notices a launcher that is gone;
 `StopRequest` adds the STOP file of the run folder and makes all ranks stop after the same step;
-`Outcome` records how a session ends.
+`RankWatch` knows each rank's step and phase, and ends a run of which a rank stalls or fails.
 No torch is imported before ranks meet: `--help` and wrong configs need none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
-import sys
+import socket
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
+from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.launcher import LAUNCHER_VARIABLES
-from vae_dist.files import printable_lines
-from vae_dist.training.watch import RankWatch
 
 if TYPE_CHECKING:
     import torch
@@ -37,22 +35,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 BURST_S = 2.0  # schedulers and agents deliver one request several times
 FOLDER_POLL_S = 0.25
 
+MAX_BEAT_S = 2.0  # of the watch
+SILENT_BEATS, SILENT_S = 5, 2.0  # without a sign of life: the process is frozen or gone
+FAILURE = "watch/failure"  # key of the first failure
+LAST_WORD_S = 60.0  # that a stalled rank takes for its report: the disk may hang too
+
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says at which step and why. All ranks raise it."""
 
 
 class StopSignals:
-    """Use as a context manager on the main thread; `reason` is empty until the first signal.
-
-    A second request ends the process at once. Python runs handlers between bytecodes of the main
-    thread, which may be inside a collective that never ends, so a thread counts the requests: the
-    interpreter's C handler wakes it.
-    """
+    """Use as a context manager on the main thread; `reason` is empty until the first signal, and a
+    second one ends the process at once."""
 
     def __init__(self) -> None:
         self._reason = ""
-        self.exits_at_once = False  # while this process waits in C++ and has nothing to save
+        self._first_s: float | None = None
         self._launcher: int | None = None
 
     @property
@@ -65,10 +64,6 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if any(name in os.environ for name in LAUNCHER_VARIABLES):
             self._launcher = os.getppid()
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)  # as set_wakeup_fd wants it
-        threading.Thread(target=self._count, name="stop-signals", daemon=True).start()
-        self._previous_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._previous = {
             number: signal.signal(number, self._on_signal)
             for number in SIGNALS
@@ -80,26 +75,13 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_descriptor)
-        os.write(self._writer, b"\0")  # no signal: ends the thread
-        os.close(self._writer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         self._reason = self._reason or f"signal {signal.Signals(number).name}"
-
-    def _count(self) -> None:
-        first_s: float | None = None
-        while (number := os.read(self._reader, 1)[0]) != 0:
-            if number not in SIGNALS:
-                continue
-            if self.exits_at_once:
-                say(f"interrupted before training (signal {signal.Signals(number).name})")
-                os._exit(EXIT_INTERRUPTED)
-            if first_s is None:
-                first_s = time.monotonic()
-            elif time.monotonic() - first_s > BURST_S:
-                os._exit(128 + number)
-        os.close(self._reader)
+        self._first_s = self._first_s or now
+        if now - self._first_s > BURST_S:
+            os._exit(128 + number)
 
 
 class StopRequest:
@@ -116,17 +98,15 @@ class StopRequest:
         self._ended = threading.Event()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def watch_folder(self, folder: RunFolder, holder: str) -> None:
-        """From now on the STOP file of this folder is a request too, and so is the loss of its
-        lock. A thread looks: a network file system that hangs must not stop the ranks."""
+    def watch_folder(self, folder: RunFolder) -> None:
+        """From now on the STOP file of this folder is a request too. A thread looks: a network file
+        system that hangs must not stop the ranks."""
 
         def look() -> None:
             while not self._ended.wait(FOLDER_POLL_S):
                 with contextlib.suppress(OSError):  # one that is away for a while asks for nothing
                     if folder.stop_path.exists():
                         self._folder_reason = f"{folder.stop_path} exists"
-                    elif folder.holder() not in (holder, ""):
-                        self._folder_reason = "another trainer has taken the run folder"
 
         threading.Thread(target=look, name="run-folder", daemon=True).start()
 
@@ -166,83 +146,130 @@ class StopRequest:
         return bool(self.reason)
 
 
-class Outcome:
-    """How a session ends: recorded in status.json, and by the exit code of what is raised.
+class RankWatch:
+    """Use as a context manager on all ranks together; idle where there is one process.
 
-    The main process writes; another rank does where it knows the main process to be gone.
+    A rank that fails says so to the others, which end. A rank that has not moved for `timeout_s`
+    reports the table of all ranks, calls `on_lost(report, main_is_gone)` and ends with exit code 1,
+    from a thread: its main thread is inside a collective that cannot be left. While all ranks live,
+    the time does not count as long as one is in start-up (indexing, downloads) or in a phase and
+    shape for the first time (compilation).
+
+    One thread exchanges states through the key-value store by which the ranks met, another one
+    judges them. The first may hang, for the process that holds the store may be frozen; the second
+    counts its own beats, of which a suspended process misses none.
     """
 
-    def __init__(self, runtime: Runtime, folder: RunFolder, *, timeout_s: float) -> None:
-        self.runtime, self.folder = runtime, folder
-        self.watch = RankWatch(runtime, timeout_s=timeout_s, on_lost=self._on_lost)
-        self.is_ours = False  # the folder: before, its status is that of another trainer
-        # in training it saves what is whole (its argument: whether all ranks raise the same);
-        # before, a ConfigError is raised by all ranks alike
-        self.save_first: Callable[[bool], object] | None = None
-        self.ended = ""  # how, once that is recorded
-
-    def record(
-        self, status: str, reason: str, *, step: int | None = None, main_is_gone: bool = False
+    def __init__(
+        self, runtime: Runtime, *, timeout_s: float, on_lost: Callable[[str, bool], None]
     ) -> None:
-        """`step`: of the newest checkpoint, unless it is given. What fails after the end costs
-        nothing, so the first end that is recorded stays."""
-        if self.ended or not self.is_ours:
-            return
-        folder, self.ended = self.folder, status if status != "running" else ""
-        if not self.runtime.is_main and not (
-            main_is_gone and folder.status().get("status", "running") == "running"
-        ):
-            return
-        try:
-            folder.write_status(
-                status, step=folder.newest_step() if step is None else step, reason=reason
-            )
-        except OSError as error:
-            say(f"warning: cannot write {folder.status_path}: {error}")
+        self.timeout_s = timeout_s
+        self._runtime, self._on_lost = runtime, on_lost
+        self._rank, self._world = runtime.rank, runtime.world
+        self._beat_s = min(MAX_BEAT_S, timeout_s / 20)
+        self._silent_beats = max(SILENT_BEATS, round(SILENT_S / self._beat_s))
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        self._state: dict[str, Any] = {"beat": 0, "step": -1, "phase": "ranks", "process": process}
+        self._states = [self._state] * self._world  # as the store gave them
+        self._quiet = [0] * self._world  # beats since each was heard
+        self._idle = 0  # beats since this rank has moved
+        self._seen: set[tuple[str, Hashable]] = set()
+        self._word = self._failure = ""  # why this rank fails, and why the first one did
+        self._ended, self._explains = threading.Event(), False
 
-    @contextlib.contextmanager
-    def failures_reported(self) -> Iterator[None]:
-        """Report what is raised inside to the other ranks, on stderr and in status.json.
+    def __enter__(self) -> RankWatch:
+        if self._world > 1:
+            from torch.distributed.distributed_c10d import _get_default_store
 
-        Raises TrainingFailed in place of unexpected errors, whose traceback is printed.
-        """
-        from vae_dist.distributed import RankFailed
+            # a client of its own: a thread must not wait behind an operation of another
+            store: Any = _get_default_store()
+            self._store = store.clone()
+            self._store.set_timeout(timedelta(seconds=self._silent_beats * self._beat_s))
+            self._store.set(f"watch/{self._rank}", json.dumps(self._state))
+            self._runtime.barrier()  # from here on all states are there
+            for work in (self._exchange, self._judge):
+                threading.Thread(target=work, name="rank-watch", daemon=True).start()
+        return self
 
-        try:
-            yield
-        except (TrainingFailed, RankFailed) as error:  # raised by all ranks
-            self._save(agreed=True)
-            self.record("failed", str(error))
-            raise
-        except Exception as error:
-            if isinstance(error, ConfigError) and self.save_first is None:
-                raise
-            here = f"rank {self.runtime.rank}: " if self.runtime.world > 1 else ""
-            if not isinstance(error, ConfigError | CommandFailed):
-                say(f"{here}{traceback.format_exc()}")
-            elif not self.runtime.is_main:  # whose own errors the command prints
-                say(f"{here}{error}")
-            self._save(agreed=False)  # before the launcher learns of it, and ends all ranks
-            reason, main_is_gone = self.watch.explain(error)
-            self.record("failed", reason, main_is_gone=main_is_gone)
-            if isinstance(error, ConfigError):
-                raise
-            raise TrainingFailed(reason) from error
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is reported any more: no rank waits for the others from here on."""
+        self._ended.set()
 
-    def _on_lost(self, report: str, main_is_gone: bool) -> None:
-        say(f"failed: {report}")  # first: it may be the disk that hangs
-        self._save(agreed=False)
-        self.record("failed", report, main_is_gone=main_is_gone)
+    def at(self, step: int, phase: str, shape: Hashable = None) -> None:
+        """This rank is now at this step (-1: start-up) and phase, with data of this shape."""
+        is_timed = step >= 0 and (phase, shape) in self._seen
+        self._seen.add((phase, shape))
+        self._state = self._state | {"step": step, "phase": phase, "is_timed": is_timed}
+        self._idle = 0
 
-    def _save(self, *, agreed: bool) -> None:
-        try:
-            if self.save_first is not None:
-                self.save_first(agreed)
-        except Exception as error:  # a device that has failed may raise anything
-            say(f"warning: the last step is not saved ({error})")
+    def explain(self, error: BaseException) -> tuple[str, bool]:
+        """Why the run fails, given the error of this rank, and whether the main process is gone.
+        The error is broadcast. What a collective raises is the fault of a rank that is gone."""
+        reason, silent = f"{type(error).__name__}: {error}", []
+        if self._world == 1:
+            return reason, False
+        self._explains, reason = True, f"rank {self._rank}: {reason}"
+        if isinstance(error, RuntimeError | OSError):
+            self._wait(lambda: self._failure or self._silent())
+            if silent := self._silent():
+                reason = f"{self._table(silent)} (noticed as {type(error).__name__})"
+        self._word = reason
+        self._wait(lambda: self._failure)
+        self._ended.set()
+        return self._failure or reason, 0 in silent
 
+    def _wait(self, until: Callable[[], object]) -> None:
+        for _ in range(20 * (self._silent_beats + 3)):
+            if until():
+                return
+            time.sleep(self._beat_s / 20)
 
-def say(text: str) -> None:
-    """On stderr, which may be a closed terminal."""
-    with contextlib.suppress(OSError):
-        print(printable_lines(text), file=sys.stderr, flush=True)
+    def _exchange(self) -> None:
+        """Publish this rank's state, and read those of all."""
+        keys, beat = [f"watch/{rank}" for rank in range(self._world)], 0
+        while not self._ended.wait(self._beat_s):
+            with contextlib.suppress(RuntimeError):  # the store's host is gone
+                beat += 1
+                self._store.set(keys[self._rank], json.dumps(self._state | {"beat": beat}))
+                if self._word:
+                    self._failure = self._store.compare_set(FAILURE, "", self._word).decode()
+                elif self._store.check([FAILURE]):
+                    self._failure = self._store.get(FAILURE).decode()
+                found = [json.loads(value) for value in self._store.multi_get(keys)]
+                for rank, state in enumerate(found):
+                    if state["beat"] != self._states[rank]["beat"]:
+                        self._quiet[rank] = 0
+                self._states = found
+
+    def _judge(self) -> None:
+        while not self._ended.wait(self._beat_s):
+            self._quiet = [beats + 1 for beats in self._quiet]
+            self._idle += 1
+            silent = self._silent()
+            is_timed = silent or all(state.get("is_timed") for state in self._states)
+            report = self._failure
+            if not report and is_timed and self._idle * self._beat_s > self.timeout_s:
+                limit = f"{self.timeout_s:g} s (runtime.timeout_s)"
+                report = f"no step for {limit}: {self._table(silent)}"
+            if report and not self._explains:
+                main_is_gone = not self._failure and 0 in silent
+                word = threading.Thread(target=self._on_lost, args=(report, main_is_gone))
+                word.daemon = True
+                word.start()
+                word.join(LAST_WORD_S)
+                os._exit(1)
+
+    def _silent(self) -> list[int]:
+        """Ranks without a sign of life. A state of this rank that does not come back means that the
+        store does not answer: the main process holds it."""
+        silent = [rank for rank, quiet in enumerate(self._quiet) if quiet > self._silent_beats]
+        return [0] if self._rank in silent else silent
+
+    def _table(self, silent: list[int]) -> str:
+        """What each rank is doing."""
+        lines = []
+        for rank, state in enumerate(self._states):
+            place = f"at step {state['step']} in" if state["step"] >= 0 else "in start-up:"
+            fate = "frozen or gone, last " if rank in silent else ""
+            lines.append(f"rank {rank} ({state['process']}) {fate}{place} {state['phase']}")
+        return "; ".join(lines)
