@@ -27,7 +27,6 @@ from vae_dist.config.keys import shown
 if TYPE_CHECKING:
     from vae_dist.data.evaluation import EvaluationBatch
     from vae_dist.distributed import Runtime
-    from vae_dist.evaluation.diffusability import LatentSample
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.load import Images, LoadedModel
@@ -43,10 +42,7 @@ def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.evaluation import run
     from vae_dist.inference.load import images_to_show, open_run_on_ranks
     from vae_dist.inference.mixture import fitted_prior
-    from vae_dist.tracking.environment import versions
 
-    if command.latents:
-        return _evaluate_latents(command)
     with open_run_on_ranks(command) as (loaded, runtime):
         images = images_to_show(loaded, command.data, runtime=runtime)
         prior = None
@@ -63,60 +59,7 @@ def evaluate(command: EvaluateCommand) -> None:
             max_skipped_fraction=of_run if limit == "trained" else limit,
         )
         assert result is not None  # nothing asks it to stop
-        facts = {
-            "metric_weights": files,
-            "world": runtime.world,
-            "device": runtime.device.type,
-            "versions": versions(),
-        }
-        runtime.on_main(lambda: _report(command, loaded, images, result, prior, facts))
-        runtime.on_main(lambda: _save_pictures(command, loaded, images, metrics))
-
-
-def _evaluate_latents(command: EvaluateCommand) -> None:
-    """Figures of stored latents; one process reads them, all have the result."""
-    from vae_dist.evaluation.run import as_json
-    from vae_dist.files import redacted, write_durably
-    from vae_dist.inference.latents import open_latents, read_latents
-    from vae_dist.inference.load import open_run_on_ranks
-
-    with open_run_on_ranks(command) as (loaded, runtime):
-        sample = _latent_sample(command, loaded)
-
-        def read() -> str:
-            shards = open_latents(loaded.config, command.latents)
-            count = command.max_images or shards.index.num_samples
-            for one in read_latents(shards, loaded.model, num_images=count):
-                if not sample.add(one.latent[None], [one.number], [one.label]):
-                    break
-            return shards.index.fingerprint
-
-        fingerprint = runtime.on_main(read)
-        report = sample.compute(runtime)
-        if not runtime.is_main:
-            return
-        data = redacted(command.latents)
-        record = {"run": str(Path(command.run).resolve()), "latents": data}
-        record |= {"data_fingerprint": fingerprint, "step": loaded.step}
-        record |= {"figures": report.figures, "notes": report.notes}
-        out = Path(command.out or Path(command.run) / f"results_latents{fingerprint[:6]}.json")
-        with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(out, as_json(record))
-        lines = [f"latents {data}", *_table(report.figures)]
-        lines += [*(f"  {note}" for note in report.notes.values()), f"written to {out}"]
-        print("\n".join(lines))
-
-
-def _latent_sample(command: EvaluateCommand, loaded: LoadedModel) -> LatentSample:
-    from vae_dist.evaluation.diffusability import LatentSample
-
-    if loaded.model.num_levels:
-        raise ConfigError(
-            f"metrics={shown(command.metrics)}: the latents of a ladder are no map of channels; "
-            f"leave out {', '.join(LATENT_METRICS)}"
-        )
-    return LatentSample(metric_names(command.metrics))
+        runtime.on_main(lambda: _report(command, loaded, images, result, prior, files))
 
 
 def _batches(
@@ -153,6 +96,11 @@ def _metrics(
     from vae_dist.models import networks
 
     names, model, device = metric_names(command.metrics), loaded.model, runtime.device
+    if model.num_levels and set(names) & set(LATENT_METRICS):
+        raise ConfigError(
+            f"metrics={shown(command.metrics)}: the latents of a ladder are no map of channels; "
+            f"leave out {', '.join(LATENT_METRICS)}"
+        )
     priors = {"gmm": prior.mixture.to(device)} if prior else {}
     seed, files = command.seed, dict[str, str]()
     asked: list[Metric] = [metrics.PriorMetric(name, p, device) for name, p in priors.items()]
@@ -190,7 +138,7 @@ def _metrics(
             )
         )
     if set(names) & set(LATENT_METRICS):
-        asked.append(_latent_sample(command, loaded))
+        asked.append(diffusability.LatentMetric(names))
     if "lattice" in names:
         channels = loaded.config.data.channels
         asked.append(diffusability.LatticeMetric(model, loaded.image_size, channels=channels))
@@ -214,40 +162,21 @@ def _file_name(command: EvaluateCommand, loaded: LoadedModel, images: Images) ->
     return "_".join([Path(RESULTS).stem, *(part for part in parts if parts[part])]) + ".json"
 
 
-def _save_pictures(
-    command: EvaluateCommand, loaded: LoadedModel, images: Images, metrics: list[Metric]
-) -> None:
-    """Reconstructions of constant colours, as they are and with their deviations times 8."""
-    from vae_dist.evaluation.diffusability import LatticeMetric
-    from vae_dist.tracking.images import save_png, side_by_side
-
-    for metric in metrics:
-        if isinstance(metric, LatticeMetric) and loaded.config.data.channels in (1, 3):
-            outputs = metric.reconstructions
-            means = outputs.mean((2, 3), keepdim=True)
-            stronger = (means + 8 * (outputs - means)).clamp(-1, 1)
-            out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
-            path = out.with_name(out.stem + "_lattice.png")
-            with writing(path):
-                save_png(side_by_side(list(outputs), list(stronger)), path)
-            print(f"constant colours, below with deviations times 8: {path}")
-
-
 def _report(
     command: EvaluateCommand,
     loaded: LoadedModel,
     images: Images,
     result: EvaluationResult,
     prior: FittedPrior | None,
-    facts: dict[str, Any],
+    files: dict[str, str],
 ) -> None:
-    """Write the results, with `facts` about the processes, and print them."""
+    """Write the results and print them."""
     from vae_dist.evaluation import run
     from vae_dist.files import redacted, write_durably
     from vae_dist.inference.load import weights_digest
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
-    statistics, mask = result.statistics, loaded.config.data.mask
+    figures, statistics, mask = result.figures, result.statistics, loaded.config.data.mask
     rates = result.latent.kl_nats_per_unit
     of = {"step": loaded.step, "weights": command.weights}
     fitted = prior.description if prior else ""
@@ -258,58 +187,39 @@ def _report(
         "data": redacted(command.data or loaded.config.data.validation),
         "data_fingerprint": images.index.fingerprint,
         "seed": command.seed,
-        "precision": "float32",
         "mask": mask,  # figures count what it leaves
-        "figures": result.figures,
-        "conditions": _conditions(result.figures, command.samples, fitted),
+        "figures": figures,
+        "conditions": _conditions(figures, command.samples, fitted),
         "latents": {**statistics, "kl_nats_per_unit": rates},
         "notes": result.notes,
-        **facts,
+        "metric_weights": files,
     }
-    lines = [f"{command.run}, step {loaded.step}, {command.weights} weights, float32"]
-    lines += [fitted] * bool(fitted)
-    lines += [*_table(result.figures), *(f"  {note}" for note in result.notes.values())]
-    if loaded.model.num_levels:
-        lines.append(f"rate of each group, from the top: {' '.join(f'{r:.2f}' for r in rates)}")
-    if mask != "none":
-        lines.append(f"of observed pixels only (data.mask={mask})")
     out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
-    lines.append(f"written to {out}")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
-        if loaded.model.image_size is None:
-            scale, shift = statistics["scaling_factor"], statistics["shift_factor"]
-            lines.append(f"scaling_factor={scale:.5f} shift_factor={shift:.5f} of the latents")
-            if out == Path(command.run) / RESULTS:
-                path = Path(command.run) / STATISTICS_FILE
-                write_statistics(path, statistics | of | {"of": "samples"})
-    print("\n".join(lines))
+        if loaded.model.image_size is None and out == Path(command.run) / RESULTS:
+            path = Path(command.run) / STATISTICS_FILE
+            write_statistics(path, statistics | of | {"of": "samples"})
+    print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
+    if fitted:
+        print(fitted)
+    for name, value in figures.items():
+        print(f"{name:<28}" + (f"{value:>15,}" if isinstance(value, int) else f"{value:>15.4f}"))
+    for note in result.notes.values():
+        print(f"  {note}")
+    if loaded.model.num_levels:
+        print(f"rate of each group, from the top: {' '.join(f'{rate:.2f}' for rate in rates)}")
+    if mask != "none":
+        print(f"of observed pixels only (data.mask={mask})")
+    print(f"written to {out}")
 
 
 def _conditions(figures: dict[str, float], samples: int, prior: str) -> dict[str, dict[str, Any]]:
     """By figure: how many draws it rests on, and which prior, where it is of any."""
-    found = {}
-    for name in figures:
-        rests_on: dict[str, Any] = {"importance_samples": samples} if name[:3] == "is_" else {}
-        if rests_on := rests_on | ({"prior": prior} if "gmm" in name else {}):
-            found[name] = rests_on
-    return found
-
-
-def _table(figures: dict[str, float]) -> Iterator[str]:
-    """A line for each figure, with its standard error and unit."""
-    for name, value in figures.items():
-        of = name.removesuffix("_se_nats")
-        if of != name and f"{of}_nats" in figures:
-            continue  # beside its mean
-        is_nats = name.endswith("_nats")
-        unit = "nats per image" if is_nats else "dB" if name.endswith("_db") else ""
-        unit = "bits per value" if "bits_per_dim" in name else unit
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.{3 if is_nats else 4}f}"
-        error = figures.get(name.removesuffix("_nats") + "_se_nats")
-        spread = "" if error is None else f"+- {error:.3f}"
-        yield f"{name:<28} {shown:>14}  {spread:<12} {unit}".rstrip()
+    draws = {name: {"importance_samples": samples} for name in figures if name[:3] == "is_"}
+    priors = {name: {"prior": prior} for name in figures if "gmm" in name}
+    return {name: draws.get(name, {}) | priors.get(name, {}) for name in {**draws, **priors}}
 
 
 def main(argv: list[str] | None = None) -> int:

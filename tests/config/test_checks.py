@@ -79,7 +79,6 @@ REFUSED = {
     # without effect
     "data.crop=random": "data.crop=random has no effect with data.resolution=native; remove it",
     "impute method=single samples=9": "samples=9 has no effect with method=single",
-    "evaluate metrics=psnr latents=x": "latents=x is for metrics=viv,lnc,sec",
     "encode": "run= is missing; give the run's folder, or features=MODEL",
     "encode features=m tile=64": "tile=64 has no effect with features=m; remove it",
     # counts and widths

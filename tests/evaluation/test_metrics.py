@@ -1,15 +1,10 @@
 """Metrics against closed forms: reconstructions, latents, another prior, the Frechet distance."""
 
-from __future__ import annotations
-
 import math
-import sys
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from tests.support.evaluated import (
@@ -22,13 +17,11 @@ from tests.support.evaluated import (
     start,
     tiny_model,
 )
-from vae_dist.config.errors import ConfigError
 from vae_dist.evaluation.frechet import FrechetMetric, frechet_distance
 from vae_dist.evaluation.importance import ImportanceMetric
 from vae_dist.evaluation.metrics import (
     EvaluatedBatch,
     Inputs,
-    LatentReport,
     LatentSums,
     PriorMetric,
     ReconstructionMetric,
@@ -42,42 +35,41 @@ from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.likelihoods.base import Levels
 from vae_dist.tracking.images import to_uint8
 
-NOTHING: Any = None
+NOTHING = None
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
+def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def seen(images: Tensor, reconstructions: Tensor) -> EvaluatedBatch:
+def seen(images, reconstructions):
     inputs = Inputs(images, images, list(range(len(images))))
     shown = EvaluatedBatch(NOTHING, inputs, NOTHING, NOTHING)
     shown.__dict__["pictures"] = (images, reconstructions)
     return shown
 
 
-def test_psnr_of_a_known_error() -> None:
-    images = torch.rand(2, 3, 8, 9) / 2
-    values = psnr_db(images, images + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1))
-    assert values.tolist() == pytest.approx([20, 40], abs=1e-4)
-    assert psnr_db(images, images).tolist() == [100, 100]  # and not infinity
+def test_psnr_of_a_known_error():
+    images = torch.rand(3, 3, 8, 9) / 2
+    values = psnr_db(images, images + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1))
+    assert values.tolist() == pytest.approx([20, 40, 100], abs=1e-4)  # and not infinity
 
 
 @pytest.mark.parametrize("bits", [5, 8])
-def test_a_perfect_reconstruction_is_perfect_at_any_bits(bits: int) -> None:
+def test_a_perfect_reconstruction_is_perfect_at_any_bits(bits):
     """Of 5 bits, the original is the image that the model was given."""
     stored, levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), Levels(bits)
     images = levels.centers(stored)
     likelihood = SimpleNamespace(levels=levels, mean=lambda params: params)
-    model: Any = SimpleNamespace(likelihood=likelihood, num_levels=0, decode=lambda *_: images)
-    output: Any = SimpleNamespace(mean=0)
+    model = SimpleNamespace(likelihood=likelihood, num_levels=0, decode=lambda *_: images)
+    output = SimpleNamespace(mean=0)
     both = EvaluatedBatch(model, Inputs(stored, images, [0]), images, output).pictures
     assert psnr_db(*both).tolist() == [100]
     distance = (both[0] - stored.float() / 255).abs().max().item()
     assert distance == 0 if bits == 8 else 0.02 < distance < 8 / 255
 
 
-def test_ssim_of_constant_images_is_the_luminance_term() -> None:
+def test_ssim_of_constant_images_is_the_luminance_term():
     a, b, c1 = 0.2, 0.6, 0.01**2  # for a data range of 1
     luminance = (2 * a * b + c1) / (a * a + b * b + c1)
     compare = comparisons(["ssim", "ms_ssim"])
@@ -87,7 +79,7 @@ def test_ssim_of_constant_images_is_the_luminance_term() -> None:
         assert float(compare[name].function(*pair)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_small_images_are_left_out_and_counted() -> None:
+def test_small_images_are_left_out_and_counted():
     metric = ReconstructionMetric(comparisons(["psnr", "ms_ssim"]), CPU)
     large = torch.rand(2, 1, 176, 176)
     metric.update(seen(large, large))
@@ -99,17 +91,7 @@ def test_small_images_are_left_out_and_counted() -> None:
     assert "3 of 5 images have a side of less than 176 pixels, which ms_ssim needs" in note
 
 
-def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert in_colour(torch.zeros(2, 1, 3, 3)).shape == (2, 3, 3, 3)
-    with pytest.raises(ConfigError, match="not for 5 channels"):
-        in_colour(torch.zeros(2, 5, 3, 3))
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    assert "psnr_db" in comparisons(["psnr"])
-    with pytest.raises(ConfigError, match=r"pip install 'vae_dist\[metrics\]'"):
-        comparisons(["ssim"])
-
-
-def test_reconstructions_are_those_of_the_posterior_mean_in_8_bits() -> None:
+def test_reconstructions_are_those_of_the_posterior_mean_in_8_bits():
     model, total = tiny_model(), 0.0
     for sample, image in enumerate(IMAGES.double() / 255):
         with torch.no_grad():
@@ -123,7 +105,7 @@ def test_reconstructions_are_those_of_the_posterior_mean_in_8_bits() -> None:
 # latents
 
 
-def latent_report(mean: Tensor, log_variance: Tensor) -> LatentReport:
+def latent_report(mean, log_variance):
     sums, noise = LatentSums(3, CPU), torch.Generator().manual_seed(1)
     z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise)
     for part in range(0, len(mean), 3):
@@ -133,7 +115,7 @@ def latent_report(mean: Tensor, log_variance: Tensor) -> LatentReport:
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4, 4)])
-def test_latents_against_torch_distributions(shape: tuple[int, ...]) -> None:
+def test_latents_against_torch_distributions(shape):
     mean, log_variance = randn(10, *shape).float(), randn(10, *shape, seed=1).float()
     mean[:, 1] *= 0.05  # of standard deviation 0.05: not active
     found = latent_report(mean, log_variance)
@@ -148,7 +130,7 @@ def test_latents_against_torch_distributions(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("sigma", [2.0, 0.5])
-def test_mutual_information_of_a_gaussian_channel(sigma: float) -> None:
+def test_mutual_information_of_a_gaussian_channel(sigma):
     """x ~ N(0, 1) and q(z|x) = N(x, sigma^2) in each of 2 dimensions: I = log(1 + 1/sigma^2)."""
     found = []
     for seed in range(8):
@@ -160,7 +142,7 @@ def test_mutual_information_of_a_gaussian_channel(sigma: float) -> None:
     assert sum(found) / 8 == pytest.approx(math.log1p(1 / sigma**2), abs=0.05)
 
 
-def test_mutual_information_is_at_most_the_log_of_the_images_of_one_shape() -> None:
+def test_mutual_information_is_at_most_the_log_of_the_images_of_one_shape():
     mean = torch.arange(64.0).unsqueeze(1)
     found = mutual_information_nats(mean, torch.full_like(mean, -20.0), mean)
     assert found == pytest.approx(math.log(64))
@@ -174,7 +156,7 @@ def test_mutual_information_is_at_most_the_log_of_the_images_of_one_shape() -> N
 # priors
 
 
-def figures_under(mean: float, sigma: float) -> dict[str, float]:
+def figures_under(mean, sigma):
     """With two equal components, which are one Gaussian."""
     halves = torch.full((2,), 0.5, dtype=torch.float64).log()
     shape = torch.ones(2, 3, dtype=torch.float64)
@@ -183,7 +165,7 @@ def figures_under(mean: float, sigma: float) -> dict[str, float]:
     return result_of(model, PriorMetric("gmm", mixture, CPU), importance, batch_size=4).figures
 
 
-def test_the_bound_under_another_prior_is_that_of_the_draw() -> None:
+def test_the_bound_under_another_prior_is_that_of_the_draw():
     found = figures_under(0.0, 1.0)  # the standard normal as a mixture changes no estimate
     assert found["is_nll_gmm_nats"] == pytest.approx(found["is_nll_nats"], rel=1e-6)
     assert found["is_effective_samples_gmm"] == pytest.approx(found["is_effective_samples"])
@@ -199,7 +181,7 @@ def test_the_bound_under_another_prior_is_that_of_the_draw() -> None:
 # the Frechet distance
 
 
-def test_distance_of_gaussians_with_commuting_covariances() -> None:
+def test_distance_of_gaussians_with_commuting_covariances():
     """Then d^2 = |m_1 - m_2|^2 + sum (sqrt(a) - sqrt(b))^2 over the eigenvalues."""
     basis, shift = torch.linalg.qr(randn(5, 5))[0], randn(5, seed=3)
     a, b = randn(5, seed=1).square(), randn(5, seed=2).square()
@@ -209,14 +191,14 @@ def test_distance_of_gaussians_with_commuting_covariances() -> None:
     assert found == pytest.approx(float(exact), rel=1e-9)
 
 
-def pixels(images: Tensor) -> Tensor:
+def pixels(images):
     """A feature network for tests: (b, 3, H, W) in [0, 1] -> (b, 4)."""
     assert images.shape[1] == 3
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
     return images[:, 0, :2, :2].flatten(1)
 
 
-def test_fid_is_of_the_samples_that_sample_draws() -> None:
+def test_fid_is_of_the_samples_that_sample_draws():
     one = torch.ones(1, 3, dtype=torch.float64)
     mixture = GaussianMixture(torch.zeros(1, dtype=torch.float64), 2 * one, one)
     model, priors = tiny_model(), {"fid": None, "fid_gmm": mixture}
@@ -231,13 +213,3 @@ def test_fid_is_of_the_samples_that_sample_draws() -> None:
             sides += [features.mean(0), torch.cov(features.T)]
         exact = frechet_distance(*sides)
         assert result.figures[name] == pytest.approx(exact, rel=1e-5), name
-
-
-def test_images_of_several_sizes_have_no_fid_of_samples() -> None:
-    options: Any = {"of_reconstructions": True, "priors": {"fid": None}, "seed": 0}
-    metric = FrechetMetric(pixels, 4, tiny_model(latent="spatial"), CPU, **options)
-    for side in (4, 6):
-        metric.update(seen(*[torch.rand(3, 1, side, side)] * 2))
-    report = metric.compute(start())
-    assert report.figures == {"rfid": pytest.approx(0, abs=1e-9)}
-    assert report.notes["fid"] == "fid is left out: the images have 2 sizes"

@@ -1,28 +1,21 @@
 """From our runs to diffusers' AutoencoderKL and FLUX.2's, with the real package."""
 
-from __future__ import annotations
-
 import json
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist import export
 from vae_dist.config.commands import CheckpointCommand
-from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import load_full
 from vae_dist.inference.load import load_model
 from vae_dist.models import latent
 from vae_dist.models.build import build_vae
 from vae_dist.models.latent import LatentMoments
-from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.run.resume import initial_weights
 
@@ -32,7 +25,7 @@ EXACT = {"rtol": 0, "atol": 1e-5}
 Printed = pytest.CaptureFixture[str]
 
 
-def spatial_config(source: Path | str = "", **model: object) -> TrainConfig:
+def spatial_config(source="", **model):
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     config.init_from = str(source)
     options = {"channels": [8, 12, 12], "attention": True, "latent_channels": 4, **model}
@@ -41,26 +34,26 @@ def spatial_config(source: Path | str = "", **model: object) -> TrainConfig:
     return config
 
 
-def exported(run: Path, out: Path, *keys: str) -> Path:
+def exported(run, out, *keys):
     assert export.main([f"run={run}", f"out={out}", *keys]) == 0
     return out
 
 
-def settings_of(out: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((out / "config.json").read_text())
+def settings_of(out):
+    settings = json.loads((out / "config.json").read_text())
     return settings
 
 
-def loaded(run: Path, **keys: Any) -> VAE:
+def loaded(run, **keys):
     return load_model(CheckpointCommand(run=str(run), **keys)).model
 
 
-def images(number: int = 2, size: tuple[int, int] = (16, 24)) -> Tensor:
+def images(number=2, size=(16, 24)):
     return torch.rand(number, 3, *size, generator=torch_generator(0, "pixels")) * 2 - 1
 
 
 @torch.no_grad()
-def assert_same(ours: VAE, theirs: Any) -> None:
+def assert_same(ours, theirs):
     """Means, log-variances and decoded images agree for images of several sizes."""
     for size in ((16, 16), (24, 32), (8, 40)):
         mean, log_variance = ours.encode(images(size=size))
@@ -80,9 +73,7 @@ def assert_same(ours: VAE, theirs: Any) -> None:
 @pytest.mark.parametrize(
     ("channels", "attention"), [([8], True), ([8, 12, 12], False), ([8, 8, 16, 24], True)]
 )
-def test_an_exported_run_is_the_same_model(
-    tmp_path: Path, channels: list[int], attention: bool, capsys: Printed
-) -> None:
+def test_an_exported_run_is_the_same_model(tmp_path, channels, attention, capsys):
     options = {"channels": channels, "attention": attention, "latent_channels": 5, "blocks": 2}
     config = spatial_config(**options)
     config.likelihood.variance = "shared" if attention else "per_pixel"
@@ -94,7 +85,7 @@ def test_an_exported_run_is_the_same_model(
     assert_same(loaded(tmp_path / "run", weights=weights), theirs)
 
 
-def test_what_the_format_has_no_place_for_is_named(tmp_path: Path, capsys: Printed) -> None:
+def test_what_the_format_has_no_place_for_is_named(tmp_path, capsys):
     config = spatial_config(patch=2, dc_shortcuts=True, num_classes=4, blocks=[1, 1, 2])
     config.likelihood.kind = "discretized_logistic_mixture"
     config.data.mask = "member"
@@ -111,7 +102,7 @@ def test_what_the_format_has_no_place_for_is_named(tmp_path: Path, capsys: Print
     assert not (tmp_path / "out").exists()
 
 
-def test_one_file_of_any_model_begins_another_run(plain_run: Path, tmp_path: Path) -> None:
+def test_one_file_of_any_model_begins_another_run(plain_run, tmp_path):
     file = exported(plain_run, tmp_path / "out", "format=safetensors") / "model.safetensors"
     with safetensors.safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -125,9 +116,7 @@ def test_one_file_of_any_model_begins_another_run(plain_run: Path, tmp_path: Pat
     assert torch.equal(model.encoder.conv_in.weight, loaded(plain_run).encoder.conv_in.weight)
 
 
-def test_nothing_but_an_export_is_written_over(
-    tmp_path: Path, spatial_run: Path, capsys: Printed
-) -> None:
+def test_nothing_but_an_export_is_written_over(tmp_path, spatial_run, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine")
@@ -144,19 +133,17 @@ def test_nothing_but_an_export_is_written_over(
     assert (checkpoint / "model.safetensors").read_bytes() == weights
 
 
-def test_a_push_uploads_what_was_written(
-    spatial_run: Path, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_uploads_what_was_written(spatial_run, tmp_path, capsys, monkeypatch):
     calls = []
 
     class Api:
-        def __init__(self, token: str) -> None:
+        def __init__(self, token):
             assert token == "secret"
 
-        def create_repo(self, repo: str, *, exist_ok: bool) -> None:
+        def create_repo(self, repo, *, exist_ok):
             calls.append(("create", repo, exist_ok))
 
-        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> object:
+        def upload_folder(self, *, repo_id, folder_path, **_):
             calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
             return type("Commit", (), {"commit_url": "https://hub/commit"})
 
@@ -179,7 +166,7 @@ def test_a_push_uploads_what_was_written(
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(tmp_path_factory):
     """A run whose channels of latents differ by 100, with their measured statistics."""
     folder = tmp_path_factory.mktemp("normalization") / "run"
     write_run(folder, spatial_config(channels=[8, 8]), (16, 16))
@@ -199,7 +186,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_channels_are_normalised_and_back_as_sdxl_does_it(measured: Path, tmp_path: Path) -> None:
+def test_channels_are_normalised_and_back_as_sdxl_does_it(measured, tmp_path):
     assert settings_of(exported(measured, tmp_path / "out"))["scaling_factor"] == 1.0
     vae, model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval(), loaded(measured)
     with torch.no_grad():
@@ -219,7 +206,7 @@ def test_channels_are_normalised_and_back_as_sdxl_does_it(measured: Path, tmp_pa
     torch.testing.assert_close(decoded, expected, rtol=0, atol=2e-5)
 
 
-def test_the_scalar_pair_stays_to_be_had(measured: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_the_scalar_pair_stays_to_be_had(measured, tmp_path, capsys):
     record, out = json.loads((measured / "latents.json").read_text()), tmp_path / "out"
     settings = settings_of(exported(measured, out, "normalization=scalar"))
     found = settings["latents_mean"], settings["scaling_factor"], settings["shift_factor"]
@@ -238,7 +225,7 @@ def test_the_scalar_pair_stays_to_be_had(measured: Path, tmp_path: Path, capsys:
         assert said in capsys.readouterr().out
 
 
-def test_flux2s_format_has_the_statistics_of_blocks(measured: Path, tmp_path: Path) -> None:
+def test_flux2s_format_has_the_statistics_of_blocks(measured, tmp_path):
     exported(measured, tmp_path / "out", "format=flux2")
     vae = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():

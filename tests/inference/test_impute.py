@@ -1,15 +1,12 @@
 """Imputation against the linear-Gaussian model, where E[x_missing | x_observed] is known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
-from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, LinearGaussian, linear_gaussian
+from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, linear_gaussian
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.commands import ImputeCommand
-from vae_dist.inference.impute import Imputed, impute
+from vae_dist.inference.impute import impute
 from vae_dist.models.build import build_vae
 from vae_dist.randomness import torch_generator
 
@@ -19,7 +16,7 @@ MASK[:, :, :, IMAGE_SIZE[1] // 2 :] = 0
 METHODS = pytest.mark.parametrize("method", ["single", "importance", "gibbs"])
 
 
-def exact(toy: LinearGaussian) -> tuple[Tensor, Tensor]:
+def exact(toy):
     """Mean and standard deviation of g(z) = W z + b given the observed pixels, float64 (n, D)."""
     observed = MASK[0].flatten().bool()
     weight, x = toy.weight[observed], toy.prepared(NUM_IMAGES).double().flatten(1)[:, observed]
@@ -30,21 +27,13 @@ def exact(toy: LinearGaussian) -> tuple[Tensor, Tensor]:
     return mean_z @ toy.weight.T + toy.bias, variance.sqrt().expand(len(x), -1)
 
 
-def run(
-    toy: LinearGaussian,
-    method: str,
-    *,
-    images: Tensor | None = None,
-    part: slice = slice(None),
-    batch_size: int = 10_000,
-    **options: int,
-) -> Imputed:
-    how = ImputeCommand(method=method, batch_size=batch_size, **options)  # type: ignore[arg-type]
+def run(toy, method, *, images=None, part=slice(None), batch_size=10_000, **options):
+    how = ImputeCommand(method=method, batch_size=batch_size, **options)
     shown = (toy.prepared(NUM_IMAGES) if images is None else images)[part]
     return impute(toy.model, shown, MASK[part], how, numbers=range(NUM_IMAGES)[part])
 
 
-def test_the_importance_weighted_mean_tends_to_the_conditional_mean() -> None:
+def test_the_importance_weighted_mean_tends_to_the_conditional_mean():
     # the encoder misses, but is wide enough for weights that are bounded
     toy = linear_gaussian(encoder_error=1.0)
     mean, deviation = exact(toy)
@@ -64,7 +53,7 @@ def test_the_importance_weighted_mean_tends_to_the_conditional_mean() -> None:
     assert bias.mean() > 10 * errors[1].mean()
 
 
-def test_draws_have_the_probabilities_of_their_weights() -> None:
+def test_draws_have_the_probabilities_of_their_weights():
     toy = linear_gaussian()
     mean, deviation = exact(toy)
     found = run(toy, "importance", part=slice(0, 1), samples=6000, draws=400)
@@ -73,7 +62,7 @@ def test_draws_have_the_probabilities_of_their_weights() -> None:
     torch.testing.assert_close(draws.std(0), deviation[0], rtol=0.3, atol=0)
 
 
-def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact() -> None:
+def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact():
     """For complete images it is, so the chains sample p(z, x_missing | x_obs) exactly."""
     toy = linear_gaussian()
     mean, deviation = exact(toy)
@@ -83,7 +72,7 @@ def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact() ->
 
 
 @METHODS
-def test_neither_batch_nor_chunk_nor_missing_values_matter(method: str) -> None:
+def test_neither_batch_nor_chunk_nor_missing_values_matter(method):
     toy = linear_gaussian()
     whole = run(toy, method, samples=70, draws=3)
     broken = torch.where(MASK > 0, toy.prepared(NUM_IMAGES), float("nan"))
@@ -98,7 +87,7 @@ def test_neither_batch_nor_chunk_nor_missing_values_matter(method: str) -> None:
 
 
 @METHODS
-def test_labels_and_masks_reach_the_model(method: str) -> None:
+def test_labels_and_masks_reach_the_model(method):
     config = tiny_config(num_classes=2)
     config.data.mask = "half"
     model, images = build_vae(config, (8, 8)).eval(), torch.ones(2, 1, 8, 8)
@@ -107,7 +96,7 @@ def test_labels_and_masks_reach_the_model(method: str) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch_generator(0, "t")))
     mask = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     mask[:, :, :4] = 1
-    how = ImputeCommand(method=method, samples=4, draws=2)  # type: ignore[arg-type]
+    how = ImputeCommand(method=method, samples=4, draws=2)
     same, different = (
         impute(model, images, mask, how, labels=torch.tensor(labels), numbers=[0, 0]).mean
         for labels in ([1, 1], [1, 0])

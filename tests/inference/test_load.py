@@ -1,10 +1,6 @@
 """From a run folder, which may come from anybody, to a model and the images that it is shown."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +14,11 @@ from vae_dist.inference.latents import from_bytes, to_bytes
 from vae_dist.inference.load import check_image_size, first_examples, load_model, open_images
 
 
-def command(run: Path, **keys: str) -> RunCommand:
-    return RunCommand(run=str(run), device="cpu", **keys)  # type: ignore[arg-type]
+def command(run, **keys):
+    return RunCommand(run=str(run), device="cpu", **keys)
 
 
-def test_the_newest_averaged_weights_are_the_default(plain_run: Path) -> None:
+def test_the_newest_averaged_weights_are_the_default(plain_run):
     loaded = load_model(command(plain_run))
     assert (loaded.step, loaded.image_size, loaded.model.training) == (20, (28, 28), False)
     weights = {}
@@ -47,9 +43,7 @@ def test_the_newest_averaged_weights_are_the_default(plain_run: Path) -> None:
         *(("image_size", value) for value in ([8], [8, -6], [2**40, 1], "large")),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(
-    tmp_path: Path, key: str, value: Any
-) -> None:
+def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(tmp_path, key, value):
     run = write_run(tmp_path, tiny_config(), (8, 6))
     if key == "image_size":
         run.checkpoints.amend(20, {key: value}, best_step=None)
@@ -61,16 +55,14 @@ def test_weights_that_do_not_fit_are_refused_before_memory_is_taken(
         load_model(command(tmp_path))
 
 
-def test_no_more_loader_processes_are_taken_from_a_config_than_there_are_cores(
-    tmp_path: Path,
-) -> None:
+def test_no_more_loader_processes_are_taken_from_a_config_than_there_are_cores(tmp_path):
     config = tiny_config()
     config.data.workers = 10**6
     write_run(tmp_path, config, (8, 6))
     assert load_model(command(tmp_path)).config.data.workers <= (os.cpu_count() or 1)
 
 
-def test_images_come_from_the_validation_shards_or_those_given(tmp_path: Path) -> None:
+def test_images_come_from_the_validation_shards_or_those_given(tmp_path):
     pixels = np.full((4, 8, 6), 10, np.uint8)
     pixels[1] = 0  # written as no PNG
     write_images(tmp_path / "a", pixels)
@@ -109,14 +101,14 @@ def test_images_come_from_the_validation_shards_or_those_given(tmp_path: Path) -
         [{"path": "memory://x.tar", "weight": 1}, {"path": "data", "weight": 1}],
     ],
 )
-def test_a_run_folder_names_local_paths_and_http_alone(spec: Any) -> None:
+def test_a_run_folder_names_local_paths_and_http_alone(spec):
     config = tiny_config()
     config.data.validation = spec
     with pytest.raises(ConfigError, match=r"data.validation=.*only local paths and http\(s\)"):
         open_images(config, "", create=True)
 
 
-def test_damaged_latents_are_named() -> None:
+def test_damaged_latents_are_named():
     good = to_bytes({"mean": torch.zeros(2, 3)}, (4, 5))
     assert from_bytes(good)[1] == (4, 5)
     infinite = to_bytes({"mean": torch.full((2,), torch.inf)}, (4, 5))

@@ -1,15 +1,11 @@
 """The mixture prior: known mixtures are found; what it is fitted to, when it is fitted again."""
 
-from __future__ import annotations
-
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from tests.support.evaluated import NUM_IMAGES, batches, tiny_model
 from tests.support.tiny_run import tiny_config, write_images, write_run
@@ -27,7 +23,7 @@ from vae_dist.models.latent import prior_latents
 BOTH = pytest.mark.parametrize("covariance", ["diagonal", "full"])
 
 
-def known(covariance: str) -> GaussianMixture:
+def known(covariance):
     """Three components in the plane, well apart."""
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     means = torch.tensor([[0.0, 0.0], [6.0, 1.0], [-3.0, 7.0]], dtype=torch.float64)
@@ -37,14 +33,14 @@ def known(covariance: str) -> GaussianMixture:
     return GaussianMixture(weights.log(), means, diagonals if covariance == "diagonal" else factors)
 
 
-def draws(mixture: GaussianMixture, num: int) -> Tensor:
+def draws(mixture, num):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(num, mixture.means.shape[1], generator=generator)
     return mixture.sample(noise, torch.rand(num, generator=generator))
 
 
 @BOTH
-def test_a_known_mixture_is_found(covariance: str) -> None:
+def test_a_known_mixture_is_found(covariance):
     truth = known(covariance)
     z = draws(truth, 20_000)
     found = fit_mixture(z, 3, covariance, seed=0).mixture
@@ -62,7 +58,7 @@ def test_a_known_mixture_is_found(covariance: str) -> None:
 
 
 @BOTH
-def test_the_density_of_one_component_is_the_closed_form(covariance: str) -> None:
+def test_the_density_of_one_component_is_the_closed_form(covariance):
     z = draws(known("full"), 500).double()
     mixture = fit_mixture(z, 1, covariance, seed=0).mixture
     centred = z - z.mean(0)
@@ -77,7 +73,7 @@ def test_the_density_of_one_component_is_the_closed_form(covariance: str) -> Non
     assert torch.isfinite(draws(degenerate, 20)).all()
 
 
-def test_draws_are_a_function_of_seed_and_number_and_temperature_scales_components() -> None:
+def test_draws_are_a_function_of_seed_and_number_and_temperature_scales_components():
     mixture = known("diagonal")
     some = prior_latents((2,), 7, seed=1, prior=mixture)
     assert torch.equal(some[3:], prior_latents((2,), 4, seed=1, first=3, prior=mixture))
@@ -89,7 +85,7 @@ def test_draws_are_a_function_of_seed_and_number_and_temperature_scales_componen
     torch.testing.assert_close(half, (cold + some) / 2)
 
 
-def test_one_draw_of_each_image_whatever_the_batch() -> None:
+def test_one_draw_of_each_image_whatever_the_batch():
     model = tiny_model()
     z = aggregate_posterior(model, batches(13), seed=4)
     assert z.shape == (NUM_IMAGES, 3)
@@ -102,9 +98,7 @@ def test_one_draw_of_each_image_whatever_the_batch() -> None:
     assert float(z.var()) == pytest.approx(1, abs=0.05)
 
 
-def test_what_was_fitted_is_kept_for_what_it_belongs_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_fitted_is_kept_for_what_it_belongs_to(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(1, 256, (40, 8, 8), dtype=np.uint8)
     write_images(tmp_path / "images", pixels)
     config, run = tiny_config(), tmp_path / "run"

@@ -1,11 +1,8 @@
 """From published autoencoders in diffusers' formats to our models, with the real package."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,20 +18,18 @@ from tests.inference.test_export import (
 )
 from tests.support.tiny_run import write_run
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import load_full
 from vae_dist.inference.load import load_published
 from vae_dist.models.build import build_vae
 from vae_dist.models.diffusers import local_source, read_published
-from vae_dist.models.vae import VAE
 from vae_dist.run.resume import initial_weights
 
 WIDTHS = [8, 12, 16]
 
 
-def published(folder: Path, kind: str = "AutoencoderKL", **options: object) -> Any:
+def published(folder, kind="AutoencoderKL", **options):
     torch.manual_seed(0)
-    widths: Any = options.pop("widths", WIDTHS)
+    widths = options.pop("widths", WIDTHS)
     model = getattr(diffusers, kind)(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -53,11 +48,11 @@ def published(folder: Path, kind: str = "AutoencoderKL", **options: object) -> A
     return model
 
 
-def flux2(folder: Path, **options: object) -> Any:
+def flux2(folder, **options):
     return published(folder, "AutoencoderKLFlux2", widths=[8, 12], sample_size=32, **options)
 
 
-def begun(config: TrainConfig) -> VAE:
+def begun(config):
     ours = build_vae(config, (16, 16))
     likelihood = {k: v for k, v in ours.state_dict().items() if k.startswith("likelihood.")}
     with torch.device("meta"):
@@ -74,9 +69,7 @@ FLUX = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": F
     ("options", "variance"),
     [({}, "shared"), ({}, "per_pixel"), (FLUX, "fixed"), ({"mid_block_add_attention": False}, "")],
 )
-def test_a_published_model_is_the_same_here(
-    tmp_path: Path, options: dict[str, Any], variance: Any
-) -> None:
+def test_a_published_model_is_the_same_here(tmp_path, options, variance):
     theirs = published(tmp_path / "pipeline" / "vae", **options)
     fitting = {"latent_channels": options.get("latent_channels", 4), "channels": WIDTHS}
     attention = options.get("mid_block_add_attention", True)
@@ -85,7 +78,7 @@ def test_a_published_model_is_the_same_here(
     assert_same(begun(config), theirs)
 
 
-def test_old_names_and_half_precision_are_read(tmp_path: Path) -> None:
+def test_old_names_and_half_precision_are_read(tmp_path):
     theirs = published(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     before = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -101,10 +94,10 @@ def test_old_names_and_half_precision_are_read(tmp_path: Path) -> None:
     assert_same(begun(spatial_config(tmp_path, channels=WIDTHS)), theirs.half().float())
 
 
-def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path: Path) -> None:
+def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path):
     published(tmp_path)
 
-    def problems(config: TrainConfig) -> list[str]:
+    def problems(config):
         with pytest.raises(ConfigError) as caught:
             initial_weights(config, build_vae(config, (16, 16)))
         return caught.value.problems
@@ -123,7 +116,7 @@ def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path: Pa
     assert "which likelihood.kind=discretized" in problems(config)[0]
 
 
-def test_pickles_and_strangers_are_refused(tmp_path: Path) -> None:
+def test_pickles_and_strangers_are_refused(tmp_path):
     published(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     pickle = tmp_path / "diffusion_pytorch_model.bin"
@@ -147,7 +140,7 @@ def test_pickles_and_strangers_are_refused(tmp_path: Path) -> None:
         read_published(tmp_path / "wide")
 
 
-def test_flux2_is_the_same_here_and_after_another_export(tmp_path: Path) -> None:
+def test_flux2_is_the_same_here_and_after_another_export(tmp_path):
     theirs = flux2(tmp_path / "vae")
     loaded = load_published(tmp_path / "vae", torch.device("cpu"))
     assert loaded is not None
@@ -175,7 +168,7 @@ def test_flux2_is_the_same_here_and_after_another_export(tmp_path: Path) -> None
     torch.testing.assert_close(vae.bn.state_dict(), bn.state_dict(), rtol=1e-6, atol=0)
 
 
-def test_a_factor_beside_deviations_of_channels_is_not_lost(tmp_path: Path) -> None:
+def test_a_factor_beside_deviations_of_channels_is_not_lost(tmp_path):
     """(z - latents_mean) / latents_std * scaling_factor, as published ones have it."""
     published(tmp_path, latents_mean=[1.0] * 4, latents_std=[2.0] * 4, scaling_factor=0.5)
     found = read_published(tmp_path)
@@ -184,7 +177,7 @@ def test_a_factor_beside_deviations_of_channels_is_not_lost(tmp_path: Path) -> N
     assert (settings["scaling_factor"], settings["latents_std"]) == (1.0, [4.0] * 4)
 
 
-def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path: Path) -> None:
+def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path):
     """As in Stable Diffusion's first autoencoders."""
     published(tmp_path / "vae")
     file = tmp_path / "vae" / "config.json"
@@ -209,9 +202,7 @@ def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path: Path) -
         read_published(file.parent)
 
 
-def test_an_address_of_the_hub_is_read_from_its_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_address_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

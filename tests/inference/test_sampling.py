@@ -1,10 +1,7 @@
 """`BatchedVAE`: what each image depends on, and what it is the mean of, on every device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from tests.support.devices import DEVICES
 from tests.support.evaluated import SIZE, tiny_model
@@ -13,21 +10,20 @@ from vae_dist.inference import tiles
 from vae_dist.inference.impute import impute
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import kl_to_standard_normal, prior_latents
-from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 from vae_dist.training.compile import use_tensor_float_32
 
 
 @pytest.fixture(scope="module", params=["vector", "spatial"])
-def model(request: pytest.FixtureRequest) -> VAE:
+def model(request):
     return tiny_model(latent=request.param).eval()
 
 
-def pixels(count: int) -> Tensor:
+def pixels(count):
     return torch.randint(0, 256, (count, 1, *SIZE), generator=torch_generator(0, "x")).byte()
 
 
-def test_sample_i_depends_on_seed_and_i_alone(model: VAE) -> None:
+def test_sample_i_depends_on_seed_and_i_alone(model):
     images = BatchedVAE(model, 7).sample(7, SIZE, seed=1)
     assert (images.dtype, tuple(images.shape)) == (torch.float32, (7, 1, *SIZE))
     assert -1 <= images.min() < images.max() <= 1
@@ -45,7 +41,7 @@ def test_sample_i_depends_on_seed_and_i_alone(model: VAE) -> None:
     assert torch.equal(prior_latents(shape, 2, seed=0, first=3), z[3:5])
 
 
-def test_a_reconstruction_is_the_mean_at_the_posterior_mean(model: VAE) -> None:
+def test_a_reconstruction_is_the_mean_at_the_posterior_mean(model):
     """Grey levels are black below one half and white above; whatever the batch."""
     images = pixels(5)
     with torch.no_grad():
@@ -57,7 +53,7 @@ def test_a_reconstruction_is_the_mean_at_the_posterior_mean(model: VAE) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "laplace", "discretized_gaussian"])
-def test_a_posterior_is_that_of_the_very_image(kind: str) -> None:
+def test_a_posterior_is_that_of_the_very_image(kind):
     """Without the noise of dequantisation that training adds; as diffusers encodes it."""
     model = tiny_model(latent="spatial", kind=kind).eval()
     with torch.no_grad():
@@ -65,7 +61,7 @@ def test_a_posterior_is_that_of_the_very_image(kind: str) -> None:
     torch.testing.assert_close(BatchedVAE(model).encode(pixels(3)), expected)
 
 
-def test_paths_between_latents_and_traversals(model: VAE) -> None:
+def test_paths_between_latents_and_traversals(model):
     shape, vae = model.latent_shape(*SIZE), BatchedVAE(model)
     a, b = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0))
     paths = vae.interpolate(a, b, SIZE, num_points=3).unflatten(0, (2, 3))
@@ -83,7 +79,7 @@ def test_paths_between_latents_and_traversals(model: VAE) -> None:
     torch.testing.assert_close(rows, vae.decode(torch.stack(expected), SIZE))
 
 
-def pictures_of(model: VAE) -> dict[str, Tensor]:
+def pictures_of(model):
     stored, vae, device = pixels(4), BatchedVAE(model), next(model.parameters()).device
     mean, log_variance = vae.encode(stored)
     unit = int(kl_to_standard_normal(mean, log_variance).mean(0).argmax())
@@ -104,11 +100,11 @@ def pictures_of(model: VAE) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("latent", "kind"), [("vector", "bernoulli"), ("spatial", "laplace")])
-def test_pictures_and_tiles_are_those_of_the_cpu(device: str, latent: str, kind: str) -> None:
+def test_pictures_and_tiles_are_those_of_the_cpu(device, latent, kind):
     model = tiny_model(latent=latent, kind=kind).eval()
     image = 2 * torch.rand((1, 1, 40, 36), generator=torch.Generator().manual_seed(0)) - 1
 
-    def tiled() -> list[Tensor]:
+    def tiled():
         if latent == "vector":
             return []
         with torch.inference_mode():

@@ -1,16 +1,13 @@
 """Tiles against the untiled model: exact where layers look near, else within the stated bound."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.models.test_vae import small, trained
 from vae_dist.inference import tiles
-from vae_dist.models import VAE
 from vae_dist.randomness import torch_generator
 
 # 208 positions of a latent of stride 2; a quarter of the overlap, 13, is not used, and no layer
@@ -19,12 +16,12 @@ TILE = 416
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def smooth_images(size: tuple[int, int]) -> Tensor:
+def smooth_images(size):
     coarse = torch.randn(1, 3, 6, 6, generator=torch_generator(0, "images"))
     return torch.tanh(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
 
 
-def model_of(*, local: bool) -> VAE:
+def model_of(*, local):
     """With random weights; local: of layers that look at few positions around."""
     model = trained(small("spatial", attention=False, channels=[8, 8]), (16, 16)).eval()
     for name, module in list(model.named_modules()):
@@ -36,7 +33,7 @@ def model_of(*, local: bool) -> VAE:
 
 @pytest.mark.parametrize("size", [(24, 900), (901, 23), (420, 424)])
 @torch.no_grad()
-def test_layers_that_look_near_give_the_untiled_result(size: tuple[int, int]) -> None:
+def test_layers_that_look_near_give_the_untiled_result(size):
     """At sizes that the stride does not divide, with a mask, too."""
     model, images, mask = model_of(local=True), smooth_images(size), None
     if size[0] % 2:
@@ -50,7 +47,7 @@ def test_layers_that_look_near_give_the_untiled_result(size: tuple[int, int]) ->
 
 
 @torch.no_grad()
-def test_an_image_that_fits_a_tile_is_the_untiled_one() -> None:
+def test_an_image_that_fits_a_tile_is_the_untiled_one():
     model, size = model_of(local=False), (41, 64)
     mean, log_variance = model.encode(smooth_images(size))
     found = tiles.encode(model, smooth_images(size), tile=64)
@@ -59,7 +56,7 @@ def test_an_image_that_fits_a_tile_is_the_untiled_one() -> None:
 
 
 @torch.no_grad()
-def test_no_position_is_further_off_than_the_worst_tile() -> None:
+def test_no_position_is_further_off_than_the_worst_tile():
     """The bound that the docstring states, with the norms of each tile."""
     model, size, side = model_of(local=False), (64, 96), 16
     z = torch.randn(1, 4, 32, 48, generator=torch_generator(0, "z"))

@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
-from vae_dist.config.commands import EvaluateCommand
 from vae_dist.config.keys import Key, conditions, keys, shown, value_of
 from vae_dist.config.resolve import default_slots, has_buckets, images_per_slot, slots_of
 from vae_dist.config.schema import TrainConfig
@@ -210,10 +209,6 @@ def _broken(config: Any) -> Iterator[tuple[str, str]]:
         if config.data.bundled != "none" and PurePath(str(config.data.train)).name != "train":
             sentence = f"writes FOLDER/train, and {_given(config, 'data.train')}; set it to none"
             yield "data.bundled data.train", sentence
-    if isinstance(config, EvaluateCommand) and config.latents:
-        names = metric_names(config.metrics)
-        if not names or not set(names) <= set(LATENT_METRICS):
-            yield "latents metrics", f"is for metrics={','.join(LATENT_METRICS)}, some or all"
     for key, other in without_effect(config):
         sentence = f"has no effect with {_given(config, other)}; remove it"
         yield f"{key.name} {other}", f"{sentence} (default {shown(key.default)})"

@@ -111,9 +111,6 @@ class EvaluateCommand(PriorCommand):
         "sec and lattice",
         form="METRICS",
     )
-    latents: Any = knob(
-        "", "shards that encode wrote: viv, lnc and sec of these, not of data", form="PATHS"
-    )
     metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
     max_skipped_fraction: Any = knob(
         "trained",

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,11 +37,6 @@ from vae_dist.models.vae import VAE
 
 SAMPLE_BYTES = 2**28  # of float32 latents, over all ranks
 LARGEST_COVARIANCE = 4096  # positions; its eigenvalues take a minute
-REASONS = {
-    "viv": f"viv needs two images of a class and latents of at most {LARGEST_COVARIANCE} positions",
-    "lnc": "lnc needs images of at least two classes with labels",
-    "sec": "",
-}
 LATTICE_PERIODS = 8  # of the stride, on the shorter side of a constant image, and at least
 LATTICE_BORDER = 2  # periods at each side that are left out: zero padding shows there
 LATTICE_LEVELS = (-0.6, 0.0, 0.6)  # of each channel, of [-1, 1]
@@ -144,85 +139,77 @@ class LatticeMetric:
     LATTICE_LEVELS, other channels 0. Sides are those of the model's images, or longer where these
     have too few periods and the model takes any size."""
 
-    of_whole_images: Sequence[str] = ()
+    of_whole_images = ()
 
     def __init__(self, model: VAE, image_size: tuple[int, int], *, channels: int) -> None:
         self._model, self._size, self._channels = model, image_size, channels
         if model.image_size is None:
             fewest = (LATTICE_PERIODS + 2 * LATTICE_BORDER) * model.stride
             self._size = max(fewest, image_size[0]), max(fewest, image_size[1])
-        self.reconstructions = torch.empty(0)  # float32 (n, C, H, W) in [-1, 1], after `compute`
 
     def update(self, batch: EvaluatedBatch) -> None:
         """The images of the data set tell nothing here."""
 
     @torch.inference_mode()
     def compute(self, runtime: Runtime) -> Report:
-        device = next(self._model.parameters()).device
-        outputs = []
-        for colour in self._colours():
-            image = colour.view(1, -1, 1, 1).expand(-1, -1, *self._size).to(device)
-            mean, _ = self._model.encode(image)
-            params = self._model.decode(mean, self._size)
-            outputs.append(self._model.likelihood.mean(params).float().cpu())
-        self.reconstructions = torch.cat(outputs)
-        if figures := lattice_figures(self.reconstructions, self._model.stride):
+        device, outputs = next(self._model.parameters()).device, []
+        shown = torch.ones(1, self._channels)
+        if self._channels > 1:
+            shown = torch.cat([torch.eye(self._channels), shown])
+        for channels in shown:
+            for level in LATTICE_LEVELS:
+                image = (level * channels).view(1, -1, 1, 1).expand(-1, -1, *self._size).to(device)
+                mean, _ = self._model.encode(image)
+                params = self._model.decode(mean, self._size)
+                outputs.append(self._model.likelihood.mean(params).float().cpu())
+        if figures := lattice_figures(torch.cat(outputs), self._model.stride):
             return Report(figures)
         return Report(notes={"lattice": "lattice needs six periods of the stride in an image"})
 
-    def _colours(self) -> Iterator[Tensor]:
-        every = range(self._channels)
-        for members in [*([[n] for n in every] if len(every) > 1 else []), list(every)]:
-            for level in LATTICE_LEVELS:
-                colour = torch.zeros(self._channels)
-                colour[members] = level
-                yield colour
+
+# by figure: its function of normalised latents and labels, and why it may be nan
+OF_LATENTS: dict[str, tuple[Callable[[Tensor, Sequence[int]], float], str]] = {
+    "viv": (
+        velocity_irreducible_variance,
+        f"viv needs two images of a class and latents of at most {LARGEST_COVARIANCE} positions",
+    ),
+    "lnc": (nearest_class_accuracy, "lnc needs images of at least two classes with labels"),
+    "sec": (lambda latents, _: high_frequency_share(latents), ""),
+}
 
 
-class LatentSample:
-    """The first latents of an evaluation, the same on any number of ranks."""
+class LatentMetric:
+    """Of the first latents of an evaluation, the same on any number of ranks."""
 
-    of_whole_images: Sequence[str] = ()
+    of_whole_images = ()
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = [name for name in REASONS if name in names]
+        self._names = [name for name in OF_LATENTS if name in names]
         self._latents: dict[int, tuple[int, Tensor]] = {}  # by number: label, mean (C, h, w)
 
-    def add(self, means: Tensor, samples: Sequence[int], labels: Sequence[int]) -> bool:
-        """means (b, C, h, w) or (b, C) with the numbers of their images and labels, -1: none.
-        False once no more are taken."""
+    def update(self, batch: EvaluatedBatch) -> None:
+        means, samples, labels = batch.output.mean, batch.inputs.samples, batch.inputs.labels
         means = means if means.ndim == 4 else means[:, :, None, None]
         limit = SAMPLE_BYTES // (4 * means[0].numel())
-        for mean, sample, label in zip(means, samples, labels, strict=True):
+        known = [-1] * len(samples) if labels is None else labels.tolist()
+        for mean, sample, label in zip(means, samples, known, strict=True):
             if sample < limit:
                 self._latents[sample] = label, mean.float().cpu()
-        return max(samples) < limit
-
-    def update(self, batch: EvaluatedBatch) -> None:
-        samples, labels = batch.inputs.samples, batch.inputs.labels
-        known = [-1] * len(samples) if labels is None else labels.tolist()
-        self.add(batch.output.mean, samples, known)
 
     def compute(self, runtime: Runtime) -> Report:
         every = dict(item for part in runtime.gather(self._latents) for item in part.items())
-        shapes = Counter(tuple(mean.shape) for _, (_, mean) in sorted(every.items()))
-        if not shapes:
-            return Report()
-        ((shape, count),) = shapes.most_common(1)
-        labels, means = zip(
-            *(pair for _, pair in sorted(every.items()) if pair[1].shape == shape), strict=True
-        )
-        latents = normalised(torch.stack(means))
+        found = [every[number] for number in sorted(every)]
         report = Report()
-        functions = {
-            "viv": lambda: velocity_irreducible_variance(latents, labels),
-            "lnc": lambda: nearest_class_accuracy(latents, labels),
-            "sec": lambda: high_frequency_share(latents),
-        }
+        if not found:
+            return report
+        ((shape, count),) = Counter(mean.shape for _, mean in found).most_common(1)
+        labels = [label for label, mean in found if mean.shape == shape]
+        latents = normalised(torch.stack([mean for _, mean in found if mean.shape == shape]))
         for name in self._names:
-            value = functions[name]()
+            function, reason = OF_LATENTS[name]
+            value = function(latents, labels)
             if math.isnan(value):
-                report.notes[name] = REASONS[name]
+                report.notes[name] = reason
             else:
                 report.figures[name] = value
         if report.figures:

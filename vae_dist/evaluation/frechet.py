@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import EvaluatedBatch, Report, in_colour
-from vae_dist.models.ladder import LadderVAE
-from vae_dist.models.latent import LatentPrior, drawn_labels, prior_latents
+from vae_dist.inference.sampling import BatchedVAE
+from vae_dist.models.latent import LatentPrior, drawn_labels
 from vae_dist.models.vae import VAE
 from vae_dist.tracking.images import to_uint8
 
@@ -114,24 +114,20 @@ class FrechetMetric:
             )
         return report
 
-    @torch.inference_mode()
     def _samples(
         self, num_images: int, size: tuple[int, int], prior: LatentPrior | None, runtime: Runtime
     ) -> Moments:
         """This rank's share of the moments of `num_images` samples."""
-        moments, latent = Moments(self._num_features, self._device), self._model.latent_shape(*size)
-        share = -(-num_images // runtime.world)
+        moments = Moments(self._num_features, self._device)
+        seed, share = self._seed, -(-num_images // runtime.world)
         stop = min((runtime.rank + 1) * share, num_images)
         for first in range(runtime.rank * share, stop, IMAGES_AT_ONCE):
             count = min(IMAGES_AT_ONCE, stop - first)
-            z = prior_latents(latent, count, seed=self._seed, first=first, prior=prior)
-            labels = drawn_labels(self._model.num_classes, count, seed=self._seed, first=first)
-            labels = None if labels is None else labels.to(self._device)
-            z = z.to(self._device)
-            if isinstance(self._model, LadderVAE):
-                z = self._model.from_prior(z, size, labels)
-            params = self._model.decode(z, size, labels)
-            self._add(moments, to_uint8(self._model.likelihood.mean(params)).float() / 255)
+            labels = drawn_labels(self._model.num_classes, count, seed=seed, first=first)
+            images = BatchedVAE(self._model).sample(
+                count, size, seed=seed, first=first, prior=prior, labels=labels
+            )
+            self._add(moments, to_uint8(images).float().to(self._device) / 255)
         return moments
 
     def _add(self, moments: Moments, images: Tensor) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import EvaluatedBatch, Inputs, Report, Sums, mean_and_error
 from vae_dist.models.latent import LatentPrior, sample_posterior
 from vae_dist.models.vae import VAE, each
-from vae_dist.randomness import torch_generator
+from vae_dist.randomness import draws
 
 FEW = 3  # effective samples of an image, on average
 BLOCK = 50  # draws of one image that come from one generator
@@ -35,11 +34,6 @@ BLOCK = 50  # draws of one image that come from one generator
 # 334 latents, with one thread as fast as any number, and twice as fast as 4,000 in a wider network.
 CPU_CHUNK_DIMS = 2**18
 ACCELERATOR_CHUNK_DIMS = 2**23
-
-
-class Part(NamedTuple):
-    weights: Tensor  # (*shape, s), over exp(shift): at most 1
-    shrink: Tensor  # (*shape): what earlier sums are multiplied by to be over exp(shift) too
 
 
 class StreamedWeights:
@@ -51,17 +45,18 @@ class StreamedWeights:
         self.sum = torch.zeros(shape, dtype=torch.float64, device=device)  # over exp(shift)
         self._squares = torch.zeros_like(self.sum)
 
-    def add(self, log_weights: Tensor) -> Part:
-        """log_weights (*shape, s)."""
+    def add(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of log_weights (*shape, s): the weights over exp(shift), at most 1, and what earlier sums
+        (*shape) are multiplied by to be over exp(shift) too."""
         log_weights = log_weights.double()
         largest = torch.maximum(self._largest, log_weights.amax(-1))
         # Where all weights so far are 0 any shift will do, but -inf - -inf is no number.
         shift = torch.where(largest == -torch.inf, 0.0, largest)
-        part = Part((log_weights - shift.unsqueeze(-1)).exp(), (self._largest - shift).exp())
-        self.sum = self.sum * part.shrink + part.weights.sum(-1)
-        self._squares = self._squares * part.shrink.square() + part.weights.square().sum(-1)
+        weights, shrink = (log_weights - shift.unsqueeze(-1)).exp(), (self._largest - shift).exp()
+        self.sum = self.sum * shrink + weights.sum(-1)
+        self._squares = self._squares * shrink.square() + weights.square().sum(-1)
         self._largest = largest
-        return part
+        return weights, shrink
 
     @property
     def log_sum(self) -> Tensor:
@@ -71,11 +66,6 @@ class StreamedWeights:
     def effective_samples(self) -> Tensor:
         """(sum w)^2 / sum w^2; 0 where all weights are."""
         return torch.where(self.sum > 0, self.sum.square() / self._squares, 0.0)
-
-
-class WeightedDraws(NamedTuple):
-    params: Tensor  # (n s, ...) decoder outputs of each draw
-    log_weights: Tensor  # (P, n, s) log w under N(0, I), then under each other prior, float64
 
 
 def weighted_draws(
@@ -88,15 +78,16 @@ def weighted_draws(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
     priors: Sequence[LatentPrior] = (),
-) -> WeightedDraws:
-    """Decodes z of noise (n, s, *latent) and weighs them; `mean`, `log_variance` (n, *latent) of
-    q(z|x), images, labels and mask of each image."""
+) -> tuple[Tensor, Tensor]:
+    """Decoder outputs (n s, ...) of z from noise (n, s, *latent), and log w (P, n, s), float64,
+    under N(0, I), then under each other prior; `mean`, `log_variance` (n, *latent) of q(z|x),
+    images, labels and mask of each image."""
     shape = noise.shape[:2]  # (n, s)
     noise = noise.to(mean.device, non_blocking=True)
     if model.num_levels:  # moments of a group depend on the draws above it
         output = model(images, noise, labels, mask)
         log_weights = output.log_likelihood.double() - output.log_ratio.double()
-        return WeightedDraws(output.params.flatten(0, 1), log_weights.unsqueeze(0))
+        return output.params.flatten(0, 1), log_weights.unsqueeze(0)
     z = sample_posterior(mean, log_variance, noise).flatten(0, 1)
     height, width = images.shape[-2:]
     params = model.decode(z, (height, width), each(labels, shape[1]))
@@ -109,7 +100,7 @@ def weighted_draws(
     log_priors = [-0.5 * z.flatten(1).double().square().sum(1)]
     log_priors += [prior.log_prob(z) + constant for prior in priors]
     log_joint = torch.stack([log_likelihood + log_prior for log_prior in log_priors])
-    return WeightedDraws(params, log_joint.unflatten(1, shape) - log_q)
+    return params, log_joint.unflatten(1, shape) - log_q
 
 
 class ImportanceMetric:
@@ -165,7 +156,7 @@ class ImportanceMetric:
             streamed = StreamedWeights(*shape, device=mean.device)
             for noise in self._noise(inputs.samples[part], mean.shape[1:]):
                 for share in noise.split(max(1, min(chunk, noise.shape[1])), dim=1):
-                    weighted = weighted_draws(
+                    _, log_weights = weighted_draws(
                         self._model,
                         inputs.images[part],
                         share,
@@ -175,7 +166,7 @@ class ImportanceMetric:
                         mask=None if inputs.mask is None else inputs.mask[part],
                         priors=list(self._priors.values()),
                     )
-                    streamed.add(weighted.log_weights)
+                    streamed.add(log_weights)
             parts.append((streamed.log_sum, streamed.effective_samples))
         log_sums, effective = (torch.cat(column, 1) for column in zip(*parts, strict=True))
         return log_sums - math.log(self._num_samples), effective
@@ -183,10 +174,9 @@ class ImportanceMetric:
     def _noise(self, samples: Sequence[int], latent_shape: Sequence[int]) -> Iterator[Tensor]:
         """The K draws of each image in blocks, float32 (n, up to BLOCK, *latent) on CPU."""
         for block, first in enumerate(range(0, self._num_samples, BLOCK)):
-            generators = [torch_generator(self._seed, "eval-importance", i, block) for i in samples]
-            # always whole: a shorter draw would not begin as a longer one does
-            whole = [torch.randn((BLOCK, *latent_shape), generator=one) for one in generators]
-            yield torch.stack(whole)[:, : self._num_samples - first]
+            shape = BLOCK, *latent_shape  # whole: a shorter draw would not begin as a longer one
+            noise = draws(torch.randn, self._seed, "eval-importance", samples, shape, block)
+            yield noise[:, : self._num_samples - first]
 
     def compute(self, runtime: Runtime) -> Report:
         report = Report()

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.evaluation import EvaluationBatch
@@ -40,7 +39,6 @@ from vae_dist.evaluation.metrics import (
 )
 from vae_dist.files import read_json
 from vae_dist.models.latent import LatentMoments
-from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import draws
 from vae_dist.training.compile import exact_float32
@@ -94,7 +92,7 @@ def evaluate(
             skipped += batch.skipped
             # what padding evaluates to, infinity included, must not count
             if (batch.weights > 0).any():
-                evaluated = _forward(model, batch, seed=seed, device=runtime.device)
+                evaluated = forward(model, batch, seed=seed, device=runtime.device)
                 num_incomplete += 0 if batch.masks is None else len(evaluated.inputs.samples)
                 with exact_float32(runtime.device), torch.inference_mode():
                     bound.update(evaluated)
@@ -118,9 +116,10 @@ def evaluate(
 
 
 @torch.inference_mode()
-def _forward(
+def forward(
     model: VAE, batch: EvaluationBatch, *, seed: int, device: torch.device
 ) -> EvaluatedBatch:
+    """The images that count, with one draw of z each, which belongs to the sample's number."""
     inputs = inputs_of(model, batch, seed=seed, device=device)
     shape = model.latent_shape(*inputs.image_size)
     noise = draws(torch.randn, seed, "eval-posterior", inputs.samples, shape).to(device)
@@ -137,29 +136,17 @@ def inputs_of(
     device: torch.device,
     purpose: str = "eval-levels",
 ) -> Inputs:
-    """The images that count, as the model takes them."""
+    """The images that count, as the model takes them; noise belongs to the sample's number."""
     counts = batch.weights > 0
     levels = batch.images[counts].to(device)  # (b, C, H, W)
     samples = batch.samples[counts].tolist()
-    images = with_noise(model.likelihood, levels, samples, seed=seed, purpose=purpose)
+    uniform = None
+    if model.likelihood.needs_uniform:
+        shape = tuple(levels.shape[1:])
+        uniform = draws(torch.rand, seed, purpose, samples, shape).to(device)
+    images = model.likelihood.prepare(levels, uniform)
     mask = None if batch.masks is None else batch.masks[counts].to(device)
     return Inputs(levels, images, samples, batch.labels[counts].to(device), mask)
-
-
-def with_noise(
-    likelihood: Likelihood,
-    stored: Tensor,
-    samples: Sequence[int],
-    *,
-    seed: int,
-    purpose: str = "eval-levels",
-) -> Tensor:
-    """Stored images (b, C, H, W) as `prepare` makes them; noise belongs to the sample's number."""
-    uniform = None
-    if likelihood.needs_uniform:
-        shape = tuple(stored.shape[1:])
-        uniform = draws(torch.rand, seed, purpose, samples, shape).to(stored.device)
-    return likelihood.prepare(stored, uniform)
 
 
 class _Bound:
@@ -228,26 +215,24 @@ class _Bound:
 
 # results.json: figures of one model on the same images, from one call or several
 
-SAME = ("step", "weights", "weights_digest", "data_fingerprint", "seed", "precision", "mask")
+SAME = ("step", "weights", "weights_digest", "data_fingerprint", "seed", "mask")
 COUNTS = ("num_images", "skipped_samples")
 PARTS = ("figures", "conditions", "notes", "metric_weights")
 
 
 def merged_with_earlier(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """`record` and what the file at `path` has beyond it, if that is of the same evaluation."""
-    figures = record["figures"]
+    merged, figures = dict(record), record["figures"]
     try:
         earlier = read_json(path, 2**24)
         is_same = all(earlier[key] == record[key] for key in SAME)
-        is_same &= all(earlier["figures"][key] == figures[key] for key in COUNTS)
-        kept = {part: dict(earlier[part]) for part in PARTS if is_same}
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = {}
-    parts = {
-        part: {key: v for key, v in values.items() if key not in figures} | record[part]
-        for part, values in kept.items()
-    }
-    return {**record, **parts}
+        if is_same and all(earlier["figures"][key] == figures[key] for key in COUNTS):
+            for part in PARTS:
+                kept = {key: v for key, v in earlier[part].items() if key not in figures}
+                merged[part] = kept | record[part]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return dict(record)
+    return merged
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.evaluation.run import with_noise
+from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.evaluation.run import forward
 from vae_dist.inference import tiles
 from vae_dist.models.ladder import LadderVAE
 from vae_dist.models.latent import LatentPrior, prior_latents
 from vae_dist.models.vae import NO_LABEL, VAE
-from vae_dist.randomness import draws
 
 Size = tuple[int, int]  # (H, W) in pixels
 
@@ -95,14 +95,15 @@ class BatchedVAE:
         size: Size,
         *,
         seed: int,
+        first: int = 0,
         temperature: float | Sequence[float] = 1.0,
         prior: LatentPrior | None = None,
         labels: Tensor | None = None,
         classes: Sequence[int] = (),
     ) -> Tensor:
-        """Images of `num_images` draws of the prior; with `classes` those of each of them, class by
-        class, from the same noise, so that columns of a grid share it. `temperature`: one, or, of a
-        ladder, one for each level from the top."""
+        """Images of `num_images` draws of the prior from number `first` on; with `classes` those of
+        each of them, class by class, from the same noise, so that columns of a grid share it.
+        `temperature`: one, or, of a ladder, one for each level from the top."""
         model, shape, factor = self.model, self.model.latent_shape(*size), 1.0
         if not isinstance(temperature, Sequence):
             factor = 1.0 if model.num_levels else temperature
@@ -111,7 +112,9 @@ class BatchedVAE:
                 f"temperature has {len(temperature)} values, and this model {model.num_levels} "
                 "levels; give one number, or one for each level of a ladder from the top"
             )
-        z = prior_latents(shape, num_images, seed=seed, temperature=factor, prior=prior)
+        z = prior_latents(
+            shape, num_images, seed=seed, first=first, temperature=factor, prior=prior
+        )
         if classes:
             z = z.repeat(len(classes), *[1] * len(shape))
             labels = torch.tensor(classes).repeat_interleave(num_images)
@@ -160,13 +163,11 @@ class BatchedVAE:
     def neg_elbo(self, images: Tensor, labels: Tensor | None = None, *, seed: int) -> Tensor:
         """-ELBO of stored images, float64 (N,) in nats on the CPU, with the draws of an evaluation
         of a data set that begins with them."""
-        latent = self.model.latent_shape(images.shape[-2], images.shape[-1])
-        found = []
-        for stored, known, rows in self._batches(images, labels, torch.arange(len(images))):
-            numbers = rows.tolist()
-            noise = draws(torch.randn, seed, "eval-posterior", numbers, latent).to(stored.device)
-            shown = with_noise(self.model.likelihood, stored, numbers, seed=seed)
-            output = self.model(shown, noise, known)
+        found, numbers = [], torch.arange(len(images))
+        labels = torch.full_like(numbers, NO_LABEL) if labels is None else labels
+        for stored, known, own in self._batches(images, labels, numbers):
+            batch = EvaluationBatch(stored, known, own, weights=torch.ones(len(own)), skipped=())
+            output = forward(self.model, batch, seed=seed, device=stored.device).output
             found.append((output.kl.double().sum(1) - output.log_likelihood.double()).cpu())
         return torch.cat(found)
 
