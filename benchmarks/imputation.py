@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     train = load_index(aware.config.data.train, key="data.train", create=True)
     digits = first_examples(Images(train, validation.settings), train.num_samples).images
     filled = {"mean": (digits.float().mean(0) / 127.5 - 1).expand_as(truth)}
-    known = {name: prepared(m.model, examples) for name, m in (("a", aware), ("o", ordinary))}
+    known = {
+        name: prepared(m.model, examples.images) for name, m in (("a", aware), ("o", ordinary))
+    }
     for name, fill in (("zero", -1.0), ("zero, mid-grey", 0.0)):
         filled[name] = encoded_once(ordinary, known["o"], missing, fill)
     seconds = {}

@@ -25,10 +25,9 @@ def export(command: ExportCommand) -> None:
     from vae_dist.models.diffusers import AUTOENCODER, FLUX2
 
     out, run = Path(command.out), Path(command.run)
-    if out.resolve() == run.resolve():
-        raise ConfigError(f"out={out} is the run folder itself; give another one")
-    if (run / "checkpoints").resolve() in (out.resolve(), *out.resolve().parents):
-        raise ConfigError(f"out={out} is among the checkpoints of the run; give another folder")
+    taken, place = (run / "checkpoints").resolve(), out.resolve()
+    if place == run.resolve() or taken in (place, *place.parents):
+        raise ConfigError(f"out={out} holds the run or its checkpoints; give another folder")
     token = _token(command.push) if command.push else ""
     with open_run(command, device="cpu") as loaded, writing(out):
         if command.format == "safetensors":
@@ -45,17 +44,12 @@ def export(command: ExportCommand) -> None:
 def _token(repo: str) -> str:
     """Of the Hub's login, asked for before any work is done."""
     from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ConfigError(f"push={repo}: {error}; give OWNER/NAME") from None
     if token := get_token():
         return token
     raise ConfigError(
-        f"push={repo}: there is no login for the Hugging Face Hub; run `hf auth login` or set "
-        "HF_TOKEN to a token that may write"
+        f"push={repo}: there is no login for the Hugging Face Hub; run `hf auth login`, or set "
+        "HF_TOKEN"
     )
 
 

@@ -31,9 +31,12 @@ INTRO = (
 
 
 def impute(command: ImputeCommand) -> None:
-    from vae_dist.files import write_durably
+    import numpy as np
+
+    from vae_dist.data.transforms import DRAWN
+    from vae_dist.files import printable, write_durably
     from vae_dist.inference.load import open_run
-    from vae_dist.tracking.images import grid, left_out, save_png
+    from vae_dist.tracking.images import grid, left_out, save_png, single, to_uint8
 
     out = Path(command.out)
     if out.is_dir() and any(out.iterdir()):
@@ -42,38 +45,35 @@ def impute(command: ImputeCommand) -> None:
         if loaded.model.num_levels and command.method != "importance":
             raise ConfigError(f"method={command.method}: a ladder is filled by method=importance")
         filled = _filled(command, loaded, Path(scratch))
-    records = [one.record() for one in filled]
-    missing = [record["missing_fraction"] for record in records]
-    if not any(missing):
-        raise ConfigError(
-            f"no pixel of the {len(filled)} images of {command.data or 'the validation shards'} is "
-            "missing: pictures need a NAME.mask.png beside them, black where a pixel is missing, "
-            "or an alpha channel; samples of shards a .mask.png, alpha or NaN, as mask= says; or "
-            "try with mask=half, rectangle or random"
-        )
-    facts = {
-        "run": str(Path(command.run).resolve()),
-        "step": loaded.step,
-        "weights": command.weights,
-        "method": command.method,
-        "samples": 1 if command.method == "single" else command.samples,
-        "seed": command.seed,
-        "images": records,
-    }
+    records, rows = [], []
     with writing(out):
         for one in filled:
-            one.write(out)
-        rows = [one.row() for one in filled]
+            pictures = one.pictures()
+            for name, picture in pictures.items():
+                save_png(single(picture), out / one.folder / f"{name}.png")
+            for name, values in one.arrays().items():
+                np.save(out / one.folder / f"{name}.npy", values.numpy())
+            truth = [to_uint8(one.stored)] * (loaded.config.data.mask in DRAWN)
+            rows.append([*truth, *pictures.values()])
+            records.append(
+                {
+                    "folder": one.folder,
+                    "key": printable(one.key),
+                    "missing_fraction": 1.0 - float(one.mask.float().mean()),
+                    "effective_samples": float(one.imputed.effective_samples),
+                }
+            )
         overview = grid([cell for row in rows for cell in row], columns=len(rows[0]))
         save_png(overview, out / "overview.png")
+        facts = {"run": str(Path(command.run).resolve()), "step": loaded.step, "images": records}
         write_durably(out / "imputed.json", (json.dumps(facts, indent=1) + "\n").encode())
     print(
-        f"{len(filled)} images of which {sum(missing) / len(missing):.0%} was missing, filled by "
-        f"method={command.method} at step {loaded.step} ({command.weights} weights): {out}"
+        f"{len(filled)} images filled by method={command.method} at step {loaded.step} "
+        f"({command.weights} weights): {out}"
         f"{left_out(loaded.config.data.channels, loaded.config.data.bits)}"
     )
     if command.method == "importance":
-        effective = sorted(record["effective_samples"] for record in records)
+        effective = sorted(float(one.imputed.effective_samples) for one in filled)
         print(
             f"effective draws of z, of {command.samples}: {effective[0]:.1f} in the worst image, "
             f"{effective[len(effective) // 2]:.1f} in the median"
@@ -100,7 +100,7 @@ def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[
     if config.data.mask == "none":
         raise ConfigError(
             f"run={command.run} was trained on complete images, so nothing says what is missing; "
-            "name it: mask=member, alpha, nan, or one to try with: half, rectangle, random"
+            "give mask=member, alpha or nan, or one to try with: half, rectangle, random"
         )
     images = open_images(config, data, create=True)
     if names is not None and loaded.model.image_size is not None:

@@ -90,7 +90,11 @@ def test_what_impute_refuses(conditional_run, spatial_run, tmp_path, capsys):
         (conditional_run, "samples=1", "samples=1 must be at least 2"),
         (conditional_run, "mask_fraction=0.2", "mask_fraction=0.2 has no effect with mask=auto"),
         (conditional_run, f"out={tmp_path}/full", "exists already"),
-        (conditional_run, f"data={tmp_path}/whole", "no pixel of the 1 images of"),
+        (
+            conditional_run,
+            f"data={tmp_path}/whole",
+            "whole is missing: give pictures a",
+        ),
         (spatial_run, "samples=40", "trained on complete images"),
     ):
         assert main([f"run={run}", f"out={tmp_path}/new", "device=cpu", key]) == 2

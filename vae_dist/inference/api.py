@@ -69,9 +69,7 @@ def load(
     step = STEP_FOLDER.fullmatch(folder.name)
     if step and folder.parent.name == "checkpoints":
         if checkpoint != "latest":
-            raise ConfigError(
-                f"checkpoint={checkpoint}: {path} is a checkpoint already; leave it out"
-            )
+            raise ConfigError(f"checkpoint={checkpoint}: {path} is a checkpoint; leave it out")
         folder, checkpoint = folder.parent.parent, int(step[1])
     if not (folder / "config.yaml").is_file() and (found := load_published(folder, chosen)):
         return TrainedVAE(found, has_likelihood=False)
@@ -138,13 +136,14 @@ class TrainedVAE:
         """
         if num_images < 1:
             raise ValueError(f"num_images={num_images}; give at least 1")
-        known = self._labels(label, num_images)
-        if label is None:
-            known = drawn_labels(self.model.num_classes, num_images, seed=seed)
-        size = self._size(size)
+        drawn = drawn_labels(self.model.num_classes, num_images, seed=seed)
+        known = drawn if label is None else self._labels(label, num_images)
         with self._exact() as vae:
-            options: dict[str, Any] = {"temperature": temperature, "labels": known}
-            return _to_unit(vae.sample(num_images, size, seed=seed, **options))
+            return _to_unit(
+                vae.sample(
+                    num_images, self._size(size), seed=seed, temperature=temperature, labels=known
+                )
+            )
 
     def encode(self, images: ImagesLike, *, labels: LabelsLike = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z|x), each float32 (N, *latent).
@@ -169,9 +168,8 @@ class TrainedVAE:
         if size is None and self.model.image_size is None and z.ndim == 4:
             size = z.shape[2] * self.model.stride, z.shape[3] * self.model.stride
         size = self._size(size)
-        expected = self.latent_shape(size)
-        if tuple(z.shape[1:]) != expected or not len(z):
-            wanted = ", ".join(map(str, expected))
+        if z.shape[1:] != self.latent_shape(size) or not len(z):
+            wanted = ", ".join(map(str, self.latent_shape(size)))
             raise ValueError(f"latents of shape {tuple(z.shape)}; give (N, {wanted})")
         known = self._labels(labels, len(z))
         with self._exact() as vae:
@@ -224,23 +222,17 @@ class TrainedVAE:
             raise ValueError(
                 f"labels of shape {tuple(found.shape)} for {count} images; give one each"
             )
-        low, high = int(found.min()), int(found.max())
-        if low < NO_LABEL or high >= num_classes:
-            raise ValueError(
-                f"labels from {low} to {high}; this model knows the classes 0 to "
-                f"{num_classes - 1}, and -1 for none"
-            )
+        if int(found.min()) < NO_LABEL or int(found.max()) >= num_classes:
+            raise ValueError(f"labels: give classes 0 to {num_classes - 1}, and -1 for none")
         return found
 
     def _inputs(self, images: ImagesLike, labels: LabelsLike) -> tuple[Tensor, Tensor | None]:
         """(N, C, H, W) as the shards of training hold them, and their labels. Raises ValueError."""
         channels, bits = self.config.data.channels, self.config.data.bits
         found = _as_tensor(images, channels)
-        if found.shape[1] != channels:
-            raise ValueError(
-                f"images of shape {tuple(found.shape)} have {found.shape[1]} channels, and this "
-                f"model takes {channels}; give (N, {channels}, H, W)"
-            )
+        if found.ndim != 4 or found.shape[1] != channels or not found.numel():
+            shape = tuple(found.shape)
+            raise ValueError(f"images of shape {shape}; give (N, {channels}, H, W) or one image")
         self._size((found.shape[2], found.shape[3]))
         known, wanted = self._labels(labels, len(found)), STORED_TYPES.get(bits, torch.uint8)
         if wanted == torch.float32:
@@ -253,24 +245,16 @@ class TrainedVAE:
 def _as_tensor(images: ImagesLike, channels: int) -> Tensor:
     """(N, C, H, W) of any dtype. Raises ValueError."""
     if isinstance(images, Image.Image):
-        mode = PILLOW_MODES.get(channels)
-        if mode is None:
-            raise ValueError(f"Pillow images have 1, 3 or 4 channels, this model takes {channels}")
-        pixels = np.array(images if images.mode.startswith(("I", "F")) else images.convert(mode))
-        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None]
+        is_deep = images.mode.startswith(("I", "F"))
+        mode = images.mode if is_deep else PILLOW_MODES.get(channels, images.mode)
+        pixels = np.atleast_3d(np.array(images.convert(mode)))
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
     if isinstance(images, Tensor | np.ndarray):
         found = torch.as_tensor(images).detach().cpu()
-        found = found[None] if found.ndim == 3 else found
-        if found.ndim != 4 or not found.numel():
-            raise ValueError(
-                f"images of shape {tuple(found.shape)}; give (N, C, H, W) or (C, H, W)"
-            )
-        return found
+        return found[None] if found.ndim == 3 else found
     parts = [_as_tensor(image, channels) for image in images]
     if len({part.shape[1:] for part in parts}) != 1:
-        raise ValueError(
-            "a list of images needs at least one, and all of one size; pass the others apart"
-        )
+        raise ValueError("a list of images: give at least one, and all of one size")
     return torch.cat(parts)
 
 

@@ -24,9 +24,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,15 +33,13 @@ from vae_dist.config.commands import ImputeCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.reader import single_sample
-from vae_dist.data.transforms import DRAWN
 from vae_dist.data.writer import write_shards
 from vae_dist.evaluation.importance import StreamedWeights, weighted_draws
-from vae_dist.files import printable
-from vae_dist.inference.load import Examples, Images, first_examples_by_shape
+from vae_dist.inference.load import Images, first_examples_by_shape
 from vae_dist.models.latent import sample_posterior
-from vae_dist.models.vae import NO_LABEL, VAE
+from vae_dist.models.vae import NO_LABEL, VAE, each
 from vae_dist.randomness import draws, torch_generator
-from vae_dist.tracking.images import file_name, save_png, single, to_uint8, with_holes
+from vae_dist.tracking.images import file_name, to_uint8, with_holes
 
 BLOCK = 32  # draws of one image that come from one generator
 RAND64 = partial(torch.rand, dtype=torch.float64)
@@ -58,10 +55,6 @@ class Imputed(NamedTuple):
     effective_samples: Tensor  # float64 (n,), (sum w)^2 / sum w^2
 
 
-# values g(z) (n, s, D), their log weights (n, s), and Gumbel noise (n, s, J) to draw among them
-Values = tuple[Tensor, Tensor, Tensor | None]
-
-
 @dataclass(frozen=True)
 class _Task:
     """What is known of n images, on the model's device, and how to fill them."""
@@ -73,19 +66,13 @@ class _Task:
     numbers: Sequence[int]
     how: ImputeCommand
 
-    def encoded(self) -> tuple[Tensor, Tensor]:
-        return self.model.encode(self.images, self.labels, self.mask)
-
-    def decoded(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder outputs (n s, ...) and g(z), float32 (n, s, D), of z (n, s, *latent)."""
-        size = self.images.shape[-2], self.images.shape[-1]
-        labels = self.labels.repeat_interleave(z.shape[1], 0)
-        params = self.model.decode(z.flatten(0, 1), size, labels)
-        return params, self.model.likelihood.mean(params).flatten(1).view(*z.shape[:2], -1)
-
     def noise(self, number: int, *shape: int) -> Tensor:
         """Draw `number` of each image, float32 (n, *shape) on the CPU."""
         return draws(torch.randn, self.how.seed, "impute", self.numbers, shape, number)
+
+
+# decoder outputs (n s, ...), their log weights (n, s), and Gumbel noise (n, s, J) to draw with
+Weighted = tuple[Tensor, Tensor, Tensor | None]
 
 
 @torch.inference_mode()
@@ -104,14 +91,14 @@ def impute(
     device = next(model.parameters()).device
     labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
     numbers = numbers or range(len(images))
-    values_of = {"single": _single, "importance": _importance, "gibbs": _gibbs}[how.method]
-    at_once = min(BLOCK, how.samples) if how.method == "importance" else how.draws
+    is_weighted = how.method == "importance"
+    at_once = min(BLOCK, how.samples) if is_weighted else how.draws
     parts = []
     for start in range(0, len(images), group := max(1, how.batch_size // at_once)):
         part = slice(start, start + group)
-        shown, observed, known = (each[part].to(device) for each in (images, mask, labels))
+        shown, observed, known = (tensor[part].to(device) for tensor in (images, mask, labels))
         task = _Task(model, shown, observed, known, numbers[part], how)
-        parts.append(_summed(values_of(task), shown, how.draws))
+        parts.append(_summed(task, _importance(task) if is_weighted else _chains(task)))
     imputed = Imputed(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if how.method == "single":
         one = torch.ones_like(imputed.effective_samples)
@@ -119,18 +106,20 @@ def impute(
     return imputed
 
 
-def _summed(parts: Iterable[Values], images: Tensor, num_draws: int) -> Imputed:
-    """Weighted mean, deviation and draws of values that come in parts; log weights of any size.
+def _summed(task: _Task, parts: Iterable[Weighted]) -> Imputed:
+    """Weighted mean, deviation and draws of g(z) that comes in parts; log weights of any size.
 
     A draw is the value of the largest log weight + Gumbel noise, which makes its probability the
     normalised weight; without noise the last values are the draws.
     """
-    n, device, dims = len(images), images.device, images[0].numel()
+    images, device = task.images, task.images.device
+    n, dims, num_draws = len(images), images[0].numel(), task.how.draws
     weights = StreamedWeights(n, device=device)
     sums = torch.zeros(2, n, dims, dtype=torch.float64, device=device)  # of g(z) and its square
     drawn = torch.zeros(n, num_draws, dims, device=device)
     best = torch.full((n, num_draws), -torch.inf, dtype=torch.float64, device=device)
-    for values, log_weights, gumbel in parts:
+    for params, log_weights, gumbel in parts:
+        values = task.model.likelihood.mean(params).flatten(1).view(*log_weights.shape, -1)
         part, shrink = weights.add(log_weights)
         sums *= shrink.unsqueeze(1)
         sums[0] += torch.einsum("ns,nsd->nd", part.float(), values)
@@ -152,86 +141,62 @@ def _summed(parts: Iterable[Values], images: Tensor, num_draws: int) -> Imputed:
     )
 
 
-def _single(task: _Task) -> Iterator[Values]:
-    mean, log_variance = task.encoded()
-    noise = task.noise(0, task.how.draws, *mean.shape[1:]).to(mean.device)
-    _, values = task.decoded(sample_posterior(mean, log_variance, noise))
-    yield values, values.new_zeros(values.shape[:2]), None
-
-
-def _importance(task: _Task) -> Iterator[Values]:
-    """n s at most `chunk`. Blocks are drawn whole: a shorter draw would not begin as a longer one
-    does."""
-    mean, log_variance = task.encoded()
-    for block in range(-(-task.how.samples // BLOCK)):
-        size = min(BLOCK, task.how.samples - block * BLOCK)
+def _importance(task: _Task) -> Iterator[Weighted]:
+    """n s at most `batch_size`. Blocks are drawn whole: a shorter draw would not begin as a longer
+    one does."""
+    model, images, how = task.model, task.images, task.how
+    mean, log_variance = model.encode(images, task.labels, task.mask)
+    for block in range(-(-how.samples // BLOCK)):
+        size = min(BLOCK, how.samples - block * BLOCK)
         noise = task.noise(block, BLOCK, *mean.shape[1:])[:, :size]
-        shape = BLOCK, task.how.draws
-        uniform = draws(RAND64, task.how.seed, "impute-draws", task.numbers, shape, block)[:, :size]
+        shape = BLOCK, how.draws
+        uniform = draws(RAND64, how.seed, "impute-draws", task.numbers, shape, block)[:, :size]
         gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        share = max(1, min(task.how.batch_size // len(mean), size))
+        share = max(1, min(how.batch_size // len(mean), size))
         for of_z, of_draws in zip(noise.split(share, 1), gumbel.split(share, 1), strict=True):
             params, (log_weights,) = weighted_draws(
-                task.model,
-                task.images,
-                of_z,
-                mean,
-                log_variance,
-                labels=task.labels,
-                mask=task.mask,
+                model, images, of_z, mean, log_variance, labels=task.labels, mask=task.mask
             )
-            values = task.model.likelihood.mean(params).flatten(1).view(*of_z.shape[:2], -1)
-            yield values, log_weights, of_draws.to(mean.device)
+            yield params, log_weights, of_draws.to(mean.device)
 
 
-def _gibbs(task: _Task) -> Iterator[Values]:
-    mean, log_variance = task.encoded()
-    device, chains = mean.device, task.how.draws
+def _chains(task: _Task) -> Iterator[Weighted]:
+    """J chains of each image; of one step: single draws."""
+    model, chains = task.model, task.how.draws
+    num_steps = 1 if task.how.method == "single" else task.how.samples
     observed, images, labels = (
-        tensor.repeat_interleave(chains, 0) for tensor in (task.mask > 0, task.images, task.labels)
+        each(tensor, chains) for tensor in (task.mask > 0, task.images, task.labels)
     )
-    complete = images
-    for step in range(task.how.samples):
-        noise = task.noise(step, chains, *mean.shape[1:]).to(device)
-        if step == 0:
-            z = sample_posterior(mean, log_variance, noise)
-        else:  # what was drawn is shown as if it had been observed
-            z = sample_posterior(*task.model.encode(complete, labels), noise.flatten(0, 1))
-            z = z.view(noise.shape)
-        params, values = task.decoded(z)
-        if step >= task.how.samples // 2:
-            yield values, values.new_zeros(values.shape[:2]), None
-        drawn = [
-            task.model.likelihood.sample(
-                own, torch_generator(task.how.seed, "impute-gibbs", number, step, device=device)
-            )
-            for number, own in zip(task.numbers, params.split(chains), strict=True)
-        ]
-        complete = torch.where(observed, images, torch.cat(drawn))
+    size, device = (images.shape[-2], images.shape[-1]), images.device
+    moments = model.encode(task.images, task.labels, task.mask)
+    mean, log_variance = (each(moment, chains) for moment in moments)
+    for step in range(num_steps):
+        noise = task.noise(step, chains, *mean.shape[1:]).flatten(0, 1).to(device)
+        params = model.decode(sample_posterior(mean, log_variance, noise), size, labels)
+        if step >= num_steps // 2:
+            yield params, params.new_zeros(len(task.images), chains), None
+        if step < num_steps - 1:  # what is drawn is shown as if it had been observed
+            drawn = [
+                model.likelihood.sample(
+                    own, torch_generator(task.how.seed, "impute-gibbs", number, step, device=device)
+                )
+                for number, own in zip(task.numbers, params.split(chains), strict=True)
+            ]
+            complete = torch.where(observed, images, torch.cat(drawn))
+            mean, log_variance = model.encode(complete, labels)
 
 
 # images of shards or of a folder
 
 
-@dataclass(frozen=True)
-class FilledImage:
+class FilledImage(NamedTuple):
     """One image; observed pixels of arrays and pictures are exactly as they were."""
 
-    name: str  # of a folder for it: its number and what of its key can be in a file name
+    folder: str  # its number and what of its key can be in a file name
     key: str
     stored: Tensor  # (C, H, W), what was given
     mask: Tensor  # uint8 (1, H, W), 1: observed
-    truth_is_known: bool  # because the mask was drawn
     imputed: Imputed  # of one image: mean (C, H, W), draws (J, C, H, W)
-
-    def record(self) -> dict[str, Any]:
-        """As `imputed.json` holds it."""
-        return {
-            "folder": self.name,
-            "key": printable(self.key),
-            "missing_fraction": 1.0 - float(self.mask.float().mean()),
-            "effective_samples": float(self.imputed.effective_samples),
-        }
 
     def arrays(self) -> dict[str, Tensor]:
         """Float32 by name, in the scale of the stored values: (C, H, W), draws (J, C, H, W)."""
@@ -255,47 +220,35 @@ class FilledImage:
             "std": torch.where(self.mask > 0, 0, to_uint8(2 * deviation - 1)),
         }
 
-    def row(self) -> list[Tensor]:
-        """Of the overview: the truth where it is known, then `pictures`."""
-        return [to_uint8(self.stored)] * self.truth_is_known + list(self.pictures().values())
-
-    def write(self, out: Path) -> None:
-        """Pictures and arrays, in a folder of its own. Raises OSError."""
-        for name, picture in self.pictures().items():
-            save_png(single(picture), out / self.name / f"{name}.png")
-        for name, values in self.arrays().items():
-            np.save(out / self.name / f"{name}.npy", values.numpy())
-
 
 def fill(
     model: VAE, images: Images, command: ImputeCommand, *, names: Sequence[str] | None
 ) -> list[FilledImage]:
     """The readable ones among the first `num_images`, in their order. `names`: what to call them
-    instead of their keys. Raises ConfigError when there is none."""
+    instead of their keys. Raises ConfigError when there is none, or nothing is missing."""
+    shapes = first_examples_by_shape(images, command.num_images, names=names)
+    if all(examples.masks is None or examples.masks.all() for examples in shapes):
+        raise ConfigError(
+            f"no pixel of {command.data or 'the validation shards'} is missing: give pictures a "
+            "NAME.mask.png beside them, black where a pixel is missing, or an alpha channel; or "
+            "try mask=half, rectangle or random"
+        )
     filled: dict[int, FilledImage] = {}
-    for examples in first_examples_by_shape(images, command.num_images, names=names):
-        numbers = examples.samples.tolist()
-        assert examples.masks is not None
-        shown, masks = prepared(model, examples), examples.masks
-        imputed = impute(model, shown, masks, command, labels=examples.labels, numbers=numbers)
+    for stored, labels, masks, samples in shapes:
+        assert masks is not None
+        numbers, shown = samples.tolist(), prepared(model, stored)
+        imputed = impute(model, shown, masks, command, labels=labels, numbers=numbers)
         for i, number in enumerate(numbers):
             key = _key(images, number) if names is None else names[number]
-            filled[number] = FilledImage(
-                file_name(number, key),
-                key,
-                examples.images[i],
-                examples.masks[i],
-                truth_is_known=images.settings.mask in DRAWN,
-                imputed=Imputed(*(column[i] for column in imputed)),
-            )
+            one = Imputed(*(column[i] for column in imputed))
+            filled[number] = FilledImage(file_name(number, key), key, stored[i], masks[i], one)
     return [filled[number] for number in sorted(filled)]
 
 
-def prepared(model: VAE, examples: Examples) -> Tensor:
-    """The images as the model takes them. Noise that training adds is replaced by its middle: grey
+def prepared(model: VAE, stored: Tensor) -> Tensor:
+    """Images as the model takes them. Noise that training adds is replaced by its middle: grey
     levels are binarised at one half and dequantised in the middle of their bins."""
-    half = torch.full(examples.images.shape, 0.5)
-    return model.likelihood.prepare(examples.images, half)
+    return model.likelihood.prepare(stored, torch.full(stored.shape, 0.5))
 
 
 def _key(images: Images, sample: int) -> str:
@@ -309,15 +262,10 @@ def _key(images: Images, sample: int) -> str:
 def pictures_of(folder: str) -> list[Path]:
     """Those in a folder without shards, by name; none where it is no such folder."""
     place = Path(folder)
-    if not place.is_dir() or any(place.glob("*.tar")):
+    if any(place.glob("*.tar")):
         return []
-    return sorted(
-        path
-        for path in place.iterdir()
-        if path.suffix.lower()[1:] in SUFFIXES
-        and not path.name.endswith(f".{MASK_MEMBER}")
-        and path.is_file()
-    )
+    found = (path for path in place.glob("*") if path.suffix.lower()[1:] in SUFFIXES)
+    return sorted(path for path in found if not path.name.endswith(f".{MASK_MEMBER}"))
 
 
 def write_pictures(pictures: Sequence[Path], out: Path) -> Literal["member", "alpha"]:

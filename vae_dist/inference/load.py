@@ -33,7 +33,7 @@ from vae_dist.data.sources import HTTP, START_RETRY_S, is_remote
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import deaths_explained
 from vae_dist.files import printable
-from vae_dist.models.build import blocks_of_levels, build_vae
+from vae_dist.models.build import build_vae
 from vae_dist.models.diffusers import fitting_keys, read_published
 from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import load_checkpoint
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
 
 Size = tuple[int, int]  # (H, W) in pixels
-MAX_SIDE, MAX_BLOCKS = 2**16, 2**10  # pixels of an image, residual blocks
 # what building a model of a forged config raises
 FORGED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -121,7 +120,7 @@ def load_model(command: CheckpointCommand, *, device: torch.device | None = None
     except FORGED as error:  # torch lists every name and shape that differs
         raise ConfigError(
             f"run={command.run}: the weights of checkpoint {checkpoint.step} do not fit the model "
-            f"of its config.yaml; was that file edited? {error}"
+            f"of its config.yaml ({error})"
         ) from None
     model.to(device or torch.device("cpu"))
     config.data.workers = min(config.data.workers, len(os.sched_getaffinity(0)))
@@ -152,10 +151,6 @@ def _built(
     config: TrainConfig, image_size: Size, weights_for: Callable[[VAE], Mapping[str, Tensor]]
 ) -> VAE:
     """In eval mode on the CPU, with copies of the weights for its shapes. Raises one of FORGED."""
-    if not all(1 <= side <= MAX_SIDE for side in image_size):
-        raise ValueError(f"images of {image_size[0]}x{image_size[1]} pixels")
-    if sum(blocks_of_levels(config.model)) > MAX_BLOCKS:
-        raise ValueError(f"model.blocks={config.model.blocks}")
     with torch.device("meta"):
         model = build_vae(config, image_size)
     weights = weights_for(model)
@@ -273,17 +268,17 @@ def first_examples_by_shape(
             found.append(
                 Examples(batch.images[counts], batch.labels[counts], masks, batch.samples[counts])
             )
-    first = ""
-    if skipped:
-        one = skipped[0]
-        first = f"the first: {one if names is None else f'{names[one.index]}: {one.reason}'}"
+    first = "; ".join(
+        str(one) if names is None else f"{names[one.index]}: {one.reason}" for one in skipped[:1]
+    )
     if not found:
         raise ConfigError(
-            f"none of the first {batch_size} images of {images.index.paths[0]} can be read "
-            f"({first}); raise num_images, or repair the shard"
+            f"none of the first {batch_size} images of {images.index.paths[0]} can be read; the "
+            f"first: {first}"
         )
     if skipped:
-        print(f"warning: {len(skipped)} images are left out; {printable(first)}", file=sys.stderr)
+        lost = f"{len(skipped)} images are left out; the first: {printable(first)}"
+        print(f"warning: {lost}", file=sys.stderr)
     return found
 
 

@@ -5,24 +5,19 @@
 
 The decoder was trained on draws of q(z), so latents of the mixture lie where it has seen any;
 N(0, I) also covers the rest. One draw of each image, which belongs to (run seed, image).
-scikit-learn fits, from k-means, in float64. The fit is a function of weights, images and K, which
-are in the name of the file under `priors/` of the run folder that keeps it. Vector latents only:
-a spatial latent has thousands of dimensions whose correlations no K Gaussians hold.
+scikit-learn fits, from k-means, in float64. The fit is a function of weights, images and K. Vector
+latents only: a spatial latent has thousands of dimensions whose correlations no K Gaussians hold.
 
 Legend: N latents, d dimensions, M components.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, distributions
 
@@ -31,8 +26,7 @@ from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.evaluation import EvaluationBatch
 from vae_dist.evaluation.run import inputs_of
-from vae_dist.files import printable, write_durably
-from vae_dist.inference.load import LoadedModel, open_images, weights_digest
+from vae_dist.inference.load import LoadedModel, open_images
 from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import derive_seed, draws
@@ -132,36 +126,26 @@ def find_estimator() -> Any:
 
 
 def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> FittedPrior:
-    """The mixture that `command.prior` asks for, read from the run folder or fitted; for one
-    process only. Raises ConfigError for a model or data that it cannot be fitted to."""
+    """The mixture that `command.prior` asks for; for one process only. Raises ConfigError for a
+    model or data that it cannot be fitted to."""
     num_components, covariance = mixture_prior(command.prior)
-    model, config, dims = loaded.model, loaded.config, loaded.model.latent_channels
+    model, config = loaded.model, loaded.config
     if model.image_size is None:
         raise ConfigError(
             f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
             "spatial one; train with model.latent=vector, or use prior=normal"
         )
-    covariance = covariance or ("full" if dims <= FULL_UP_TO else "diagonal")
-    images = open_images(config, config.data.train, create=False, key="data.train")
-    num_images = min(command.prior_images or images.index.num_samples, images.index.num_samples)
-    of = f"{weights_digest(model)} {images.index.fingerprint} {num_images} {config.seed}"
-    digest = hashlib.blake2b(of.encode(), digest_size=8).hexdigest()
-    name = f"gmm{num_components}_{covariance}_{command.weights}_step_{loaded.step:08d}_{digest}"
-    file = Path(command.run) / "priors" / f"{name}.safetensors"
-    spread = (dims, dims) if covariance == "full" else (dims,)
-    shapes = {"log_weights": (), "means": (dims,), "factors": spread}
-    if kept := _read(file, {name: (num_components, *shape) for name, shape in shapes.items()}):
-        return kept
     find_estimator()  # before all images are encoded
-    stream = images.stream(batch_size=command.batch_size, max_images=num_images)
+    images = open_images(config, config.data.train, create=False, key="data.train")
+    stream = images.stream(batch_size=command.batch_size, max_images=command.prior_images or None)
     z = aggregate_posterior(model, stream, seed=config.seed)
     if len(z) < num_components:
         raise ConfigError(
             f"prior={command.prior}: {len(z)} training images could be read, fewer than "
             "components; ask for fewer"
         )
-    fitted = fit_mixture(z, num_components, covariance, seed=config.seed)
-    return FittedPrior(fitted.mixture, f"{fitted.description} ({_write(file, fitted)})")
+    covariance = covariance or ("full" if model.latent_channels <= FULL_UP_TO else "diagonal")
+    return fit_mixture(z, num_components, covariance, seed=config.seed)
 
 
 @torch.inference_mode()
@@ -177,31 +161,3 @@ def aggregate_posterior(model: VAE, batches: Iterable[EvaluationBatch], *, seed:
             noise = draws(torch.randn, seed, "aggregate-posterior", inputs.samples, shape)
             latents.append(sample_posterior(mean, log_variance, noise.to(device)).cpu())
     return torch.cat(latents)
-
-
-def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> FittedPrior | None:
-    """What is kept in the file; None where it is damaged, and fitted again."""
-    try:
-        if not file.is_file():  # a FIFO would be waited for
-            return None
-        with safetensors.safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            if {name: tuple(opened.get_slice(name).get_shape()) for name in names} != shapes:
-                return None
-            mixture = GaussianMixture(**{name: opened.get_tensor(name).double() for name in names})
-            known = printable(opened.metadata()["description"])
-            return FittedPrior(mixture, f"{known} (from {file})")
-    except (OSError, KeyError, TypeError, safetensors.SafetensorError):
-        return None
-
-
-def _write(file: Path, fitted: FittedPrior) -> str:
-    """What became of it, as a sentence: with a read-only run folder the next command fits again."""
-    tensors = {name: tensor.contiguous() for name, tensor in vars(fitted.mixture).items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        data = safetensors.torch.save(tensors, {"description": fitted.description})
-        write_durably(file, data)
-    except OSError as error:
-        return f"not kept: {error.strerror}"
-    return f"kept in {file}"
