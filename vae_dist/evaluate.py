@@ -66,7 +66,7 @@ def _batches(
     command: EvaluateCommand, loaded: LoadedModel, images: Images, runtime: Runtime
 ) -> Iterator[EvaluationBatch]:
     """This rank's batches; the main process shows how far it is."""
-    from vae_dist.files import ProgressBar
+    from vae_dist.files import progress_bar
 
     stream = images.stream(
         batch_size=command.batch_size,
@@ -78,7 +78,7 @@ def _batches(
     if not runtime.is_main:
         yield from stream
         return
-    with ProgressBar("evaluated", len(stream), unit="batches") as bar:
+    with progress_bar("evaluated", len(stream), unit="batches") as bar:
         done = 0
         for batch in stream:
             yield batch

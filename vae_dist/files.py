@@ -13,14 +13,10 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-MAX_JSON_DEPTH = 64
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
 _USER = re.compile(r"""://[^/\s'"]{0,999}@""")
@@ -65,13 +61,7 @@ def read_json(
         raise ValueError(f"{where}: no JSON ({printable(error)})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{where}: holds a {type(value).__name__}, not a {kind.__name__}")
-    level = [[value]]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        inner = [item for items in level for item in items if isinstance(item, dict | list)]
-        if not inner:
-            return value
-        level = [list(item.values()) if isinstance(item, dict) else item for item in inner]
-    raise ValueError(f"{where}: deeper than {MAX_JSON_DEPTH} levels")
+    return value
 
 
 def printable(text: object) -> str:
@@ -137,37 +127,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class ProgressBar:
-    """A bar on a terminal, else a line now and then, on stderr.
+@contextlib.contextmanager
+def progress_bar(verb: str, total: int, *, unit: str) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, else a line now and then, on stderr. What it yields is called with the
+    number done, and with the total where it was not known before."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    Called with the number done, and with the total where it was not known before.
-    """
+        columns = (verb, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done, total=total: bar.update(task, completed=done, total=total)
+        return
+    said = time.monotonic()
 
-    def __init__(self, verb: str, total: int, *, unit: str) -> None:
-        self.verb, self.total, self.unit = verb, total, unit
-        self.said = time.monotonic()
-        self.bar: Progress | None = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    def progress(done: int, total: int = total) -> None:
+        nonlocal said
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{verb} {done} of {total} {unit}", file=sys.stderr, flush=True)
 
-            columns = (verb, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task("", total=total)
-
-    def __enter__(self) -> ProgressBar:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        self.total = self.total if total is None else total
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=self.total)
-        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            print(f"{self.verb} {done} of {self.total} {self.unit}", file=sys.stderr, flush=True)
+    yield progress

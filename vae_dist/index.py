@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vae_dist.cli import run_command
 from vae_dist.config.commands import IndexCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.files import ProgressBar, printable, redacted
+from vae_dist.files import printable, progress_bar, redacted
 
 if TYPE_CHECKING:
     from vae_dist.data.index import ShardIndex
@@ -52,7 +52,7 @@ def _index(command: IndexCommand) -> set[str]:
             "for example out=index, and then give data.train={path: SHARDS, index: index}"
         )
     write = partial(write_index_of_remote, folder=Path(command.out)) if command.out else write_index
-    with ProgressBar("indexed", len(paths), unit="shards") as progress:
+    with progress_bar("indexed", len(paths), unit="shards") as progress:
         damage = write(paths, overwrite=command.overwrite, progress=progress)
     damaged = {path for path, error in damage.items() if error is not None}
     for path in damage:
@@ -81,7 +81,7 @@ def _verify(index: ShardIndex, command: IndexCommand) -> set[str]:
     from vae_dist.data.verify import Findings, verify
 
     settings = ImageSettings(3, (1, 1), True, command.max_pixels, image_key=command.image_key)
-    with ProgressBar("verified", len(index.paths), unit="shards") as progress:
+    with progress_bar("verified", len(index.paths), unit="shards") as progress:
         shards: list[Findings] = []
         for found in verify(index, settings):
             shards.append(found)

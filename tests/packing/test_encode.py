@@ -1,15 +1,11 @@
 """What `encode` writes, through its entry point."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,29 +21,28 @@ from vae_dist.config.commands import EncodeCommand
 from vae_dist.data import load_index, write_shards
 from vae_dist.data.writer import ShardWriter
 from vae_dist.inference.load import load_model
-from vae_dist.models.vae import VAE
 
 COUNT, DAMAGED = 23, (4, 11)
 SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cpu", "threads=1")
 Said = pytest.CaptureFixture[str]
 
 
-def keys(run: Path, out: Path, *more: str) -> list[str]:
+def keys(run, out, *more):
     return [f"run={run}", f"data={run.parent}/photos", f"out={out}", *SMALL, *more]
 
 
-def encoded_by(run: Path, out: Path, *more: str) -> dict[str, Any]:
+def encoded_by(run, out, *more):
     assert encode.main(keys(run, out, *more)) == 0
-    summary: dict[str, Any] = json.loads((out / "encode.json").read_text())
+    summary = json.loads((out / "encode.json").read_text())
     return summary
 
 
-def model_of(run: Path) -> VAE:
+def model_of(run):
     return load_model(EncodeCommand(run=str(run), device="cpu", data="", out="")).model
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory):
     """A spatial model, and beside it `photos`: 23 samples of three sizes, two of them damaged."""
     work = tmp_path_factory.mktemp("work")
     write_photos(work / "photos", COUNT, damaged=DAMAGED)
@@ -55,19 +50,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(run: Path) -> Path:
+def straight(run):
     encoded_by(run, run.parent / "straight")
     return run.parent / "straight"
 
 
 @pytest.fixture(scope="module")
-def wide(run: Path) -> Path:
+def wide(run):
     """Moments in float32, of mirrored images too, in several shards."""
     encoded_by(run, run.parent / "wide", "dtype=fp32", "flip=true")
     return run.parent / "wide"
 
 
-def test_each_sample_once_in_order_with_what_it_carried(wide: Path, tmp_path: Path) -> None:
+def test_each_sample_once_in_order_with_what_it_carried(wide, tmp_path):
     summary = json.loads((wide / "encode.json").read_text())
     source = write_photos(tmp_path / "again", COUNT, damaged=DAMAGED)
     expected = [sample for i, sample in enumerate(source) if i not in DAMAGED]
@@ -79,7 +74,7 @@ def test_each_sample_once_in_order_with_what_it_carried(wide: Path, tmp_path: Pa
     assert load_index(str(wide), key="data", create=False).num_samples == COUNT - 2
 
 
-def test_latents_are_those_of_the_model(run: Path, wide: Path) -> None:
+def test_latents_are_those_of_the_model(run, wide):
     """Each image by itself, through the path that `reconstruct` takes; and their statistics."""
     model, tensors = model_of(run), tensors_of(wide)
     for found, sample in zip(tensors, samples_of(wide), strict=True):
@@ -106,7 +101,7 @@ def test_latents_are_those_of_the_model(run: Path, wide: Path) -> None:
     assert (record["num_images"], record["step"], record["weights"]) == (COUNT - 2, 20, "ema")
 
 
-def test_narrow_types_hold_the_rounded_values(run: Path, tmp_path: Path) -> None:
+def test_narrow_types_hold_the_rounded_values(run, tmp_path):
     one_shard = "shard_mb=1"  # so that batches, whose sizes decide the last digits, are the same
     encoded_by(run, tmp_path / "fp32", "dtype=fp32", one_shard)
     for dtype, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
@@ -117,7 +112,7 @@ def test_narrow_types_hold_the_rounded_values(run: Path, tmp_path: Path) -> None
                 assert narrow[name].dtype == kind and torch.equal(narrow[name], wide[name].to(kind))
 
 
-def test_draws_belong_to_seed_and_sample(run: Path, wide: Path, tmp_path: Path) -> None:
+def test_draws_belong_to_seed_and_sample(run, wide, tmp_path):
     """They have the posterior's mean and variance, and neither batch nor shards change them."""
     other, draws, whitened = ("batch_size=5", "shard_mb=1"), [], []
     for name, more in (("a", ["seed=0"]), ("b", ["seed=1"]), ("c", ["seed=0", *other])):
@@ -133,34 +128,33 @@ def test_draws_belong_to_seed_and_sample(run: Path, wide: Path, tmp_path: Path) 
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5 and noise.std() == pytest.approx(1, abs=0.05)
 
 
-def test_kept_images_and_another_resolution(run: Path, tmp_path: Path) -> None:
-    summary = encoded_by(run, tmp_path / "out", "keep_images=true", "resolution=[8,12]")
+def test_kept_images_and_another_resolution(run, tmp_path):
+    encoded_by(run, tmp_path / "out", "keep_images=true", "resolution=[8,12]")
     source = write_photos(tmp_path / "again", COUNT, damaged=DAMAGED)
     assert samples_of(tmp_path / "out")[0]["png"] == source[0]["png"]
-    assert summary["image_sizes"] == {"8x12": COUNT - 2}
+    assert all(found["image_size"].tolist() == [8, 12] for found in tensors_of(tmp_path / "out"))
     assert encode.main(keys(run, tmp_path / "no", "resolution=big")) == 2
 
 
-def test_aspect_buckets(tmp_path: Path) -> None:
+def test_aspect_buckets(tmp_path):
     """Each image at its bucket, in the order of the index, whatever shapes go together."""
     write_photos(tmp_path / "photos", 11)
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     config.data.train = config.data.validation = str(tmp_path / "photos")
     config.data.resolution = {"area": 256, "multiple": 4, "max_aspect": 2.0}
     write_run(tmp_path / "run", config, (16, 16))
-    summary = encoded_by(tmp_path / "run", tmp_path / "out")
-    assert summary["image_sizes"] == {"16x16": 8, "12x20": 3}  # 20x16 is nearer to a square
+    encoded_by(tmp_path / "run", tmp_path / "out")
     found = samples_of(tmp_path / "out")
     assert [json.loads(sample["json"])["number"] for sample in found] == list(range(11))
-    for latents in tensors_of(tmp_path / "out"):
-        height, width = latents["image_size"].tolist()
+    for number, latents in enumerate(tensors_of(tmp_path / "out")):
+        height, width = (12, 20) if number % 3 == 2 else (16, 16)  # 20x16 is nearer to a square
+        assert latents["image_size"].tolist() == [height, width]
         assert latents["mean"].shape == (3, height // 2, width // 2)
-        assert 0.7 < height * width / 256 < 1.4
 
 
-def test_sixteen_bits_and_masks(tmp_path: Path) -> None:
+def test_sixteen_bits_and_masks(tmp_path):
     """Missing pixels are hidden from the encoder; the mask is carried over, the image is not."""
-    samples: list[dict[str, str | bytes]] = []
+    samples = []
     for number, seen in enumerate((255, 255, 0)):
         image = np.random.default_rng(number).integers(0, 2**16, (1, 16, 16), dtype=np.uint16)
         mask = encoded(np.full((16, 16), seen, np.uint8))
@@ -179,7 +173,7 @@ def test_sixteen_bits_and_masks(tmp_path: Path) -> None:
         torch.testing.assert_close(hidden[name], mean[0].detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_too_much_damage_stops(run: Path, straight: Path, tmp_path: Path, capsys: Said) -> None:
+def test_too_much_damage_stops(run, straight, tmp_path, capsys):
     out = tmp_path / "out"
     assert encode.main(keys(run, out, "max_skipped_fraction=0.05")) == 2
     message = capsys.readouterr().err
@@ -199,16 +193,14 @@ def test_too_much_damage_stops(run: Path, straight: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("at", [1, 9])
-def test_a_killed_encode_goes_on(
-    run: Path, straight: Path, tmp_path: Path, at: int, capsys: Said
-) -> None:
+def test_a_killed_encode_goes_on(run, straight, tmp_path, at, capsys):
     """kill -9 while sample `at` is written; then the same command, and refusals of others."""
     out = tmp_path / "out"
 
-    def killed() -> None:
+    def killed():
         write, count = ShardWriter.write, 0
 
-        def write_or_die(self: ShardWriter, sample: Any) -> None:
+        def write_or_die(self, sample):
             nonlocal count
             count += 1
             if count == at:
@@ -241,9 +233,7 @@ def test_a_killed_encode_goes_on(
     assert contents(out) == contents(straight)
 
 
-def test_any_number_of_processes_and_threads_writes_the_same(
-    run: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_any_number_of_processes_and_threads_writes_the_same(run, straight, tmp_path):
     """Of the 6 shards, or of a single one: then a rank has nothing to do."""
     encoded_by(run, tmp_path / "one", "shard_mb=10")
     for world, shard_mb, want in ((3, 0.02, straight), (2, 10, tmp_path / "one")):
@@ -259,7 +249,7 @@ def test_any_number_of_processes_and_threads_writes_the_same(
 
 
 @pytest.mark.slow
-def test_accelerate_launch_writes_the_same(run: Path, straight: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_writes_the_same(run, straight, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launch, "--main_process_port", "0", "-m", "vae_dist.encode"]
     done = subprocess.run(

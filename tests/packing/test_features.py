@@ -1,10 +1,7 @@
 """What `encode features=` writes, through its entry point."""
 
-from __future__ import annotations
-
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,20 +25,20 @@ SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cp
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "photos"
     write_photos(folder, COUNT, damaged=DAMAGED)
     return folder
 
 
-def keys(vision: Path, photos: Path, out: Path, *more: str) -> list[str]:
+def keys(vision, photos, out, *more):
     return [f"features={vision}", f"data={photos}", f"out={out}", *SMALL, *more]
 
 
 @pytest.mark.parametrize("resolution", ["native", "[14,21]"])
 def test_the_same_samples_with_features_of_what_training_shows(
-    resolution: str, vision: Path, photos: Path, tmp_path: Path
-) -> None:
+    resolution, vision, photos, tmp_path
+):
     source = write_photos(tmp_path / "again", COUNT)
     assert encode.main(keys(vision, photos, tmp_path / "out", f"resolution={resolution}")) == 0
     summary = json.loads((tmp_path / "out" / "encode.json").read_text())
@@ -69,9 +66,7 @@ def test_the_same_samples_with_features_of_what_training_shows(
         )
 
 
-def test_any_number_of_processes_writes_the_same(
-    vision: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_any_number_of_processes_writes_the_same(vision, photos, tmp_path):
     assert encode.main(keys(vision, photos, tmp_path / "one")) == 0
     assert run_ranks(2, encode.main, keys(vision, photos, tmp_path / "two")) == [0, 0]
     for one, two in zip(samples_of(tmp_path / "one"), samples_of(tmp_path / "two"), strict=True):
@@ -80,9 +75,7 @@ def test_any_number_of_processes_writes_the_same(
         assert {name: one[name] for name in one if name[0] != "_"}.items() <= two.items()
 
 
-def test_of_several_images_and_transparent_ones(
-    vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_several_images_and_transparent_ones(vision, tmp_path, capsys):
     file = io.BytesIO()
     Image.new("RGBA", (28, 28), (9, 9, 9, 0)).save(file, "PNG")
     write_shards(
@@ -98,7 +91,7 @@ def test_of_several_images_and_transparent_ones(
 
 
 @pytest.mark.parametrize("suffix", [MEMBER, MEMBER.title()])
-def test_features_are_not_added_twice(suffix: str, vision: Path, tmp_path: Path) -> None:
+def test_features_are_not_added_twice(suffix, vision, tmp_path):
     write_shards([{"__key__": "0", "png": b"", suffix: b""}], tmp_path / "set", num_shards=1)
     index = load_index(str(tmp_path / "set"), key="data", create=False)
     (data,) = SampleReader(index, ImageSettings(3, (8, 8), True, 99), seed=0).read(0, 0, 1)
@@ -106,9 +99,7 @@ def test_features_are_not_added_twice(suffix: str, vision: Path, tmp_path: Path)
         carried(data, MEMBER, keep_images=True)
 
 
-def test_refusals(
-    vision: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusals(vision, photos, tmp_path, capsys):
     for more, message in {
         f"features={tmp_path}": f"{tmp_path}: no vision model can be loaded from there",
         "features=": "run= is missing; give the run's folder, or features=MODEL",

@@ -1,17 +1,11 @@
 """Data sets that come as rows of a file: idx, CIFAR-10, parquet, and those of the hub."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
-import pickle
 import re
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -20,21 +14,20 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.support.picture_sources import opened, png, refused, write
-from vae_dist.packing.items import Place, read
 
 RANDOM = np.random.default_rng(0)
 
 
-def pixels(data: bytes) -> np.ndarray:
+def pixels(data):
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def idx(array: np.ndarray) -> bytes:
+def idx(array):
     head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     return head + array.tobytes()
 
 
-def mnist() -> dict[str, bytes]:
+def mnist():
     files = {}
     for prefix, count in (("train", 5), ("t10k", 2)):
         images = RANDOM.integers(0, 256, (count, 4, 3), dtype=np.uint8)
@@ -43,7 +36,7 @@ def mnist() -> dict[str, bytes]:
     return files
 
 
-def test_mnist_idx_files_packed_or_not(tmp_path: Path) -> None:
+def test_mnist_idx_files_packed_or_not(tmp_path):
     files = mnist()
     packed = {n + ".gz" * ("images" in n): gzip.compress(d) if "images" in n else d
               for n, d in files.items()}  # fmt: skip
@@ -52,14 +45,9 @@ def test_mnist_idx_files_packed_or_not(tmp_path: Path) -> None:
     assert [(i.name, i.split, i.category) for i in listing.items] == want
     assert idx(np.stack([pixels(p) for p in pictures[:5]])) == files["train-images-idx3-ubyte"]
     assert not listing.left_out
-    (tmp_path / "raw").write_bytes(bytes(range(24)))
-    for shape, want in (((4, 3), (4, 3)), ((3, 2, 2), (2, 2, 3))):
-        found = pixels(read(Place(str(tmp_path / "raw"), 2, 12, shape)))
-        assert found.shape == want
-    assert found[0, 1].tolist() == [3, 7, 11]
 
 
-def test_damaged_idx_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_idx_files_are_refused(tmp_path):
     files, images, labels = mnist(), "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
     for k, (name, data, message) in enumerate(
         (
@@ -67,60 +55,14 @@ def test_damaged_idx_files_are_refused(tmp_path: Path) -> None:
             (images, files[images][:4] + b"\xff" * 12, "but its header"),
             (images, b"PNG" + files[images], "is no idx file of unsigned bytes"),
             (labels, idx(np.zeros(3, np.uint8)), "do not belong together"),
-            (labels, None, r"labels-idx1-ubyte\[\.gz\] is missing"),
+            (labels, None, "or one is missing"),
         )
     ):
         found = {n: d for n, d in {**files, name: data}.items() if d is not None}
         refused(write(tmp_path / f"{k}", found), tmp_path / "work", message)
 
 
-def test_the_binary_archive_of_cifar(tmp_path: Path) -> None:
-    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    images = RANDOM.integers(0, 256, (6, 2, 3, 32, 32), dtype=np.uint8)
-    files = {
-        f"c/{name}.bin": bytes([i]) + batch[0].tobytes() + bytes([9 - i]) + batch[1].tobytes()
-        for i, (name, batch) in enumerate(zip(names, images, strict=True))
-    }
-    files["c/batches.meta.txt"] = "\n".join(f"class{i}" for i in range(10)).encode()
-    archive = write(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
-    for source in (archive, write(tmp_path / "in", files)):
-        listing, pictures = opened(source, tmp_path / "work")
-        assert listing.classes == tuple(f"class{i}" for i in range(10))
-        assert [i.split for i in listing.items] == ["train"] * 10 + ["test"] * 2
-        want = [label for i in range(6) for label in (i, 9 - i)]
-        assert [i.category for i in listing.items] == want
-        found = np.stack([pixels(p) for p in pictures])
-        np.testing.assert_array_equal(found, np.concatenate(images).transpose(0, 2, 3, 1))
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, ...]:
-        return print, ("never",)
-
-
-def test_pickles_and_parts_of_cifar_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    evil, problem = pickle.dumps(Evil()), "is a Python pickle.*cifar-10-binary"
-    for kind, name, data, message in (
-        ("a", "data_batch_1.bin", bytes(3073), "batches of CIFAR-10 are missing"),
-        ("b", "test_batch.bin", bytes(3000), "3000 bytes are no multiple of 3073"),
-        ("c", "x/data_batch_1", evil, problem),
-        ("c.tar", "x/data_batch_1", evil, problem),
-    ):
-        refused(write(tmp_path / kind, {name: data}), tmp_path / "work", message)
-    assert capsys.readouterr().out == ""
-
-
-def write_parquet(
-    path: Path,
-    labels: list[Any],
-    *,
-    column: str = "image",
-    metadata: bytes = b"",
-    images: list[Any] | None = None,
-    **options: str,
-) -> Path:
+def write_parquet(path, labels, *, column="image", metadata=b"", images=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     images = images or [{"bytes": png(i), "path": None} for i in range(len(labels))]
     table = pyarrow.table({column: images, "label": labels})
@@ -130,7 +72,7 @@ def write_parquet(
 
 
 @pytest.mark.parametrize("column", ["img", "pixels"])
-def test_parquet_of_the_hub_kind(tmp_path: Path, column: str) -> None:
+def test_parquet_of_the_hub_kind(tmp_path, column):
     features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
     for split, count in (("train", 2), ("test", 1)):
         path = tmp_path / f"in/{split}-00000-of-00001.parquet"
@@ -145,7 +87,7 @@ def test_parquet_of_the_hub_kind(tmp_path: Path, column: str) -> None:
     refused(tmp_path / "in", tmp_path / "work", problem, label_column="x", **keys)
 
 
-def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path: Path) -> None:
+def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path):
     for split in ("train", "validation", "test"):
         images = [png(), None, b""] if split == "test" else None
         labels = [0] * (3 if images else 1)
@@ -161,7 +103,7 @@ def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path: 
     refused(path, tmp_path / "work", "claim to be larger than it can hold")
 
 
-def test_labels_of_parquet(tmp_path: Path) -> None:
+def test_labels_of_parquet(tmp_path):
     for labels, want in (
         ([True, False], ["1", "0"]),
         ([3.0, float("nan")], ["3", "None"]),
@@ -178,16 +120,16 @@ def test_labels_of_parquet(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def hub(tmp_path, monkeypatch):
     """The files of a folder as the data set o/r of a hub on the loopback."""
     root = tmp_path / "hub"
     root.mkdir()
 
     class Hub(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args):
             pass
 
-        def answer(self, code: int, body: bytes, **headers: str) -> None:
+        def answer(self, code, body, **headers):
             self.send_response(code)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name.replace("_", "-"), value)
@@ -195,7 +137,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def do_GET(self) -> None:
+        def do_GET(self):
             files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")}
             path = self.path.split("?")[0]
             if re.match(r"/api/datasets/o/r/tree/main", path):
@@ -225,7 +167,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     server.server_close()
 
 
-def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path) -> None:
+def test_a_data_set_of_the_hub(hub, tmp_path):
     for split, count in (("train", 2), ("test", 1)):
         write_parquet(hub / f"plain/{split}-00000-of-00001.parquet", [1] * count)
     for spec in ("hf://datasets/o/r", "hf://datasets/o/r@main/plain"):

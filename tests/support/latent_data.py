@@ -1,12 +1,7 @@
 """Images with labels and further members, several sizes and damage, for `encode` and `decode`."""
 
-from __future__ import annotations
-
 import io
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -20,16 +15,10 @@ from vae_dist.data.writer import write_shards
 SIZES = ((20, 16), (16, 16), (12, 24))
 
 
-def write_photos(
-    folder: Path,
-    count: int,
-    *,
-    damaged: Sequence[int] = (),
-    sizes: Sequence[tuple[int, int]] = SIZES,
-) -> list[dict[str, str | bytes]]:
+def write_photos(folder, count, *, damaged=(), sizes=SIZES):
     """Colour images with .cls, .json and .clip.txt in shards of about 7 samples; what they hold."""
     generator = np.random.default_rng(0)
-    samples: list[dict[str, str | bytes]] = []
+    samples = []
     for number in range(count):
         height, width = sizes[number % len(sizes)]
         file = io.BytesIO()
@@ -48,7 +37,7 @@ def write_photos(
     return samples
 
 
-def write_spatial_run(folder: Path, data: Path, *, kind: str = "gaussian") -> Path:
+def write_spatial_run(folder, data, *, kind="gaussian"):
     """A run of random weights with a spatial latent of 3 channels at half the resolution."""
     config = tiny_config(latent="spatial", kind=kind, channels=3)
     config.data.train = config.data.validation = str(data)
@@ -56,17 +45,17 @@ def write_spatial_run(folder: Path, data: Path, *, kind: str = "gaussian") -> Pa
     return folder
 
 
-def samples_of(folder: Path) -> list[dict[str, Any]]:
+def samples_of(folder):
     """As a plain webdataset user reads them."""
     shards = sorted(str(path) for path in folder.glob("*.tar"))
     return list(wds.WebDataset(shards, shardshuffle=False))
 
 
-def tensors_of(folder: Path) -> list[dict[str, torch.Tensor]]:
+def tensors_of(folder):
     return [safetensors.torch.load(s["latent.safetensors"]) for s in samples_of(folder)]
 
 
-def source_image(photos: Path, number: int) -> torch.Tensor:
+def source_image(photos, number):
     """The image of a sample, uint8 (1, C, H, W), read by webdataset and Pillow."""
     pixels = np.array(Image.open(io.BytesIO(samples_of(photos)[number]["png"])))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()

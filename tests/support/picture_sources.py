@@ -1,7 +1,5 @@
 """Small sources of pictures, listed as `pack` lists them."""
 
-from __future__ import annotations
-
 import io
 import struct
 import tarfile
@@ -15,28 +13,28 @@ from PIL import Image
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.packing.items import Listing, read
+from vae_dist.packing.items import read
 from vae_dist.packing.sources import list_source
 
 
-def encoded(image: Image.Image | np.ndarray, image_format: str = "PNG", **options: object) -> bytes:
+def encoded(image, image_format="PNG", **options):
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     file = io.BytesIO()
     image.save(file, image_format, **options)
     return file.getvalue()
 
 
-def png(seed: int = 0) -> bytes:
+def png(seed=0):
     return encoded(np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8))
 
 
-def npy(array: np.ndarray) -> bytes:
+def npy(array):
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
 
 
-def jpeg_with(pixels: np.ndarray, kind: int, turn: int, xmp: int = 0) -> bytes:
+def jpeg_with(pixels, kind, turn, xmp=0):
     """An orientation of a TIFF type (1 byte, 3 and 4 integers, 2 text), and one in XMP."""
     value = {1: bytes([turn]), 2: b"%d\0" % turn, 3: struct.pack("<H", turn)}.get(kind)
     value = (value or struct.pack("<I", turn)).ljust(4, b"\0")
@@ -49,23 +47,23 @@ def jpeg_with(pixels: np.ndarray, kind: int, turn: int, xmp: int = 0) -> bytes:
     return whole[:2] + b"".join(segments) + whole[2:]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def opened(source: object, work: Path, **keys: str) -> tuple[Listing, list[bytes]]:
+def opened(source, work, **keys):
     """What a source holds, and the bytes of its pictures."""
     spec = str(source) if isinstance(source, Path) else source
     listing = list_source(PackCommand(source=spec, **keys), work=work)
     return listing, [read(item.place) for item in listing.items]
 
 
-def refused(source: object, work: Path, message: str, **keys: str) -> None:
+def refused(source, work, message, **keys):
     with pytest.raises(ConfigError, match=message):
         opened(source, work, **keys)
 
 
-def write(path: Path, files: dict[str, bytes], mode: str = "w", **links: tuple[bytes, str]) -> Path:
+def write(path, files, mode="w", **links):
     """The files in a folder, or in a .zip or .tar of that name; links of a tar: type and target."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):

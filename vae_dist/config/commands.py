@@ -198,8 +198,8 @@ class IndexCommand:
 class PackCommand:
     source: Any = knob(
         "???",
-        "folder of pictures or archives, archive, pattern or list of these, MNIST or CIFAR-10 "
-        "files, CelebA folder, parquet files, hf://datasets/OWNER/NAME, mnist or cifar10",
+        "folder of pictures or archives, archive, pattern or list of these, MNIST files, "
+        "CelebA folder, parquet files, hf://datasets/OWNER/NAME, mnist or cifar10",
         form="PATHS",
     )
     out: str = knob("???", "folder to write: OUT/train, OUT/validation, OUT/test")

@@ -240,26 +240,33 @@ def draw_mask(
     return mask
 
 
-def resized_mask(mask: np.ndarray, size: Size) -> np.ndarray:
-    """The mask of an image (1, H, W) that was resized by torch's antialiased bicubic filter.
+def resized_mask(
+    mask: np.ndarray, size: Size, *, box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """The mask of an image (1, H, W) that was resized by the antialiased bicubic filter of torch or
+    Pillow; box: what of it was, as (left, upper, right, lower), by default all.
 
     A pixel is observed where all pixels that the filter takes it from are: min-pooling, so that no
     value of a missing one leaks into what counts.
     """
     if mask.shape[1:] == size:
         return mask
+    height, width = mask.shape[1:]
+    left, upper, right, lower = box or (0, 0, width, height)
     missing = np.pad(np.cumsum(np.cumsum(1 - mask[0].astype(np.int64), 0), 1), ((1, 0), (1, 0)))
-    top, bottom = _sources(mask.shape[1], size[0])
-    left, right = _sources(mask.shape[2], size[1])
-    rows = missing[bottom] - missing[top]
-    return (rows[:, right] == rows[:, left]).astype(np.uint8)[None]
+    first, last = _sources(height, upper, lower, size[0])
+    rows = missing[last] - missing[first]
+    first, last = _sources(width, left, right, size[1])
+    return (rows[:, last] == rows[:, first]).astype(np.uint8)[None]
 
 
-def _sources(have: int, want: int) -> tuple[np.ndarray, np.ndarray]:
-    """First source and one past the last of each of `want` pixels, as torch's filter has them."""
-    scale = have / want
+def _sources(have: int, low: float, high: float, want: int) -> tuple[np.ndarray, np.ndarray]:
+    """First source and one past the last of each of `want` pixels of low to high, as the filter has
+    them; Pillow keeps the ends of a box as float32."""
+    start = float(np.float32(low))
+    scale = (float(np.float32(high)) - start) / want
     support = 2.0 * max(scale, 1.0)
-    center = scale * (np.arange(want) + 0.5)
+    center = start + scale * (np.arange(want) + 0.5)
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     return first, np.minimum((center + support + 0.5).astype(np.int64), have)
 

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from vae_dist.data.loader import split_mask
 from vae_dist.inference import tiles
 from vae_dist.inference.latents import HEADER_BYTES, MEMBER, MIRRORED, TYPES, num_bytes, to_bytes
 from vae_dist.inference.load import (
-    Images,
     LoadedModel,
     images_to_show,
     open_images,
@@ -50,10 +48,7 @@ def encode(command: EncodeCommand) -> None:
     """Write what is missing of the folder `command.out`. Raises ConfigError."""
     with open_run_on_ranks(command) as (loaded, runtime):
         if command.precision != "no" and runtime.device.type == "cpu":
-            raise ConfigError(
-                f"precision={command.precision} is for accelerators, and this is the CPU; leave it "
-                "out"
-            )
+            raise ConfigError(f"precision={command.precision} is for accelerators; leave it out")
         tiles.tile_side(loaded.model, command.tile)  # refuses before anything is written
         if loaded.model.num_levels and command.content != "mean":
             raise ConfigError(
@@ -63,23 +58,19 @@ def encode(command: EncodeCommand) -> None:
         if command.resolution != "trained":
             loaded.config.data.resolution = command.resolution
         images = images_to_show(loaded, command.data, runtime=runtime)
-        job = ShardJob(Path(command.out), "encode.json", identity(images, loaded, command))
-        threads, keeps_images = loaded.config.data.workers, command.keep_images
+        model = loaded.config
+        identity = {
+            **{key: value for key, value in vars(command).items() if key not in NOT_OF_SHARDS},
+            "step": loaded.step,
+            "model": weights_digest(loaded.model),
+            "data": images.index.fingerprint,
+            "resolution": str(model.data.resolution),
+            "images": repr(dataclasses.astuple(images.settings.without_augmentation())),
+            "likelihood": repr((*dataclasses.astuple(model.likelihood), model.data.dequantize)),
+        }
+        job = ShardJob(Path(command.out), "encode.json", identity)
+        threads, keeps_images = model.data.workers, command.keep_images
         LatentEncoder(loaded, job, images, command, runtime, threads, keeps_images).run()
-
-
-def identity(images: Images, loaded: LoadedModel, command: EncodeCommand) -> dict[str, Any]:
-    """All that decides the bytes of the shards, by name; JSON."""
-    model = loaded.config
-    return {
-        **{key: value for key, value in vars(command).items() if key not in NOT_OF_SHARDS},
-        "step": loaded.step,
-        "model": weights_digest(loaded.model),
-        "data": images.index.fingerprint,
-        "resolution": str(model.data.resolution),
-        "images": repr(dataclasses.astuple(images.settings.without_augmentation())),
-        "likelihood": repr((*dataclasses.astuple(model.likelihood), model.data.dequantize)),
-    }
 
 
 class LatentEncoder(Encoder):
@@ -165,22 +156,8 @@ class LatentEncoder(Encoder):
         }
         statistics = moments.statistics()
         latent.write_statistics(self.job.out / latent.STATISTICS_FILE, statistics | facts)
-        return {
-            **facts,
-            "content": command.content,
-            "dtype": command.dtype,
-            "latent_channels": self.model.latent_channels,
-            "stride": self.model.stride,
-            "statistics": statistics,
-        }
-
-    def lines(self, summary: Report) -> list[str]:
-        statistics = summary["statistics"]
-        return [
-            f"at step {summary['step']} ({summary['weights']} weights)",
-            f"scaling_factor={statistics['scaling_factor']:.5f} "
-            f"shift_factor={statistics['shift_factor']:.5f} (latents.json)",
-        ]
+        factors = {key: statistics[key] for key in ("scaling_factor", "shift_factor")}
+        return facts | factors
 
 
 def encode_features(command: EncodeCommand) -> None:
@@ -193,13 +170,13 @@ def encode_features(command: EncodeCommand) -> None:
         model = runtime.on_all_ranks(lambda: load_features(command.features, runtime.device))
         runtime.on_main(lambda: open_images(config, command.data, create=True))
         images = runtime.on_all_ranks(lambda: open_images(config, command.data, create=False))
-        facts = {
+        identity = {
             **{key: getattr(command, key) for key in ("features", "shard_mb", "batch_size")},
             "model": weights_digest(model),
             "data": images.index.fingerprint,
             "images": repr(dataclasses.astuple(images.settings)),
         }
-        job = ShardJob(Path(command.out), "encode.json", facts)
+        job = ShardJob(Path(command.out), "encode.json", identity)
         FeatureEncoder(model, job, images, command, runtime, FEATURE_THREADS, True).run()
 
 
@@ -224,9 +201,3 @@ class FeatureEncoder(Encoder):
 
     def describe(self, reports: Sequence[Report]) -> Report:
         return {"features": self.command.features, "width": self.network.width}
-
-    def lines(self, summary: Report) -> list[str]:
-        return [
-            f"{summary['width']} values of {summary['features']} for each patch",
-            f"train with data.train={self.command.out} objective.alignment={summary['features']}",
-        ]

@@ -15,8 +15,8 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -35,17 +35,10 @@ from vae_dist.data.reader import SkippedSample
 from vae_dist.data.sources import is_pipe
 from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
 from vae_dist.distributed import Runtime
-from vae_dist.files import ProgressBar, printable, redacted
+from vae_dist.files import printable, progress_bar, redacted
 from vae_dist.inference.load import Images
 from vae_dist.packing.items import suffix_of
-from vae_dist.packing.jobs import (
-    FinishedElsewhere,
-    Report,
-    ShardJob,
-    check_lost,
-    cut,
-    print_left_out,
-)
+from vae_dist.packing.jobs import Report, ShardJob, check_lost, cut, print_left_out
 
 MIN_SHARDS = 32  # of a large set: so that many processes have work
 NUM_PROBED = 64  # samples whose bytes are measured
@@ -86,7 +79,6 @@ class Encoder(ABC):
         self.reader = self.images.reader()
         is_in_order = any(map(is_pipe, self.images.index.paths))  # a command gives its bytes once
         self.threads = 1 if is_in_order else max(1, self.threads)
-        self.skipped: list[str] = []  # of all shards that this process knows of
 
     @abstractmethod
     def num_bytes(self, sample: Sample) -> int:
@@ -102,53 +94,31 @@ class Encoder(ABC):
 
     @abstractmethod
     def describe(self, reports: Sequence[Report]) -> Report:
-        """What the summary says beside samples and bytes, of the reports of all shards."""
-
-    @abstractmethod
-    def lines(self, summary: Report) -> list[str]:
-        """What is said of it at the end."""
+        """What the summary and the last line say, of the reports of all shards."""
 
     def run(self) -> None:
-        """Write what is missing in the folder: each rank its shards, without waiting for the
-        others; the last one describes them. Raises ConfigError."""
-        job, runtime = self.job, self.runtime
-        if summary := runtime.on_main(job.finished):
+        """Write what is missing in the folder: each rank its shards. Raises ConfigError."""
+        job, runtime, started = self.job, self.runtime, time.monotonic()
+        if runtime.on_main(job.is_finished):
             if runtime.is_main:
-                self._print(summary)
-                print("finished already; nothing is left to do")
+                print(f"{job.out}: finished already; nothing is left to do")
             return
         runtime.on_main(job.begin)
-        runtime.on_all_ranks(job.check_visible)
+        plan = runtime.on_main(self._plan)
+        missing = runtime.on_main(lambda: [s for s in plan if not job.is_done(s.name)])
         try:
-            self._encode()
-        except FinishedElsewhere:
-            return
+            self._write(missing[runtime.rank :: runtime.world])
         except ConfigError as error:
             if not runtime.is_main:  # the command line shows those of rank 0 alone
                 print(f"rank {runtime.rank}: {printable(error)}", file=sys.stderr)
             raise
-
-    def _encode(self) -> None:
-        started, runtime = time.monotonic(), self.runtime
-        plan = self._plan()
-        # asked once for all ranks: one that is late sees shards that others have just written
-        done: dict[str, list[str]] = runtime.on_main(
-            lambda: {
-                s.name: self.job.report(s.name)["skipped"] for s in plan if self.job.is_done(s.name)
-            }
-        )
-        missing = [shard for shard in plan if shard.name not in done]
-        self.skipped = [text for skipped in done.values() for text in skipped]
-        mine = missing[runtime.rank :: runtime.world]
-        total = sum(shard.stop - shard.first for shard in mine)
-        with ProgressBar("encoded", total, unit="images") as progress:
-            self._write(mine, progress if runtime.is_main else lambda done: None)
-        if not all(self.job.is_done(shard.name) for shard in plan):
-            return
-        self._print(self.job.finish(lambda: self._summary(plan)))
-        num_images = sum(shard.stop - shard.first for shard in missing)
-        speed = num_images / max(time.monotonic() - started, 1e-9)
-        print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
+        runtime.barrier()
+        if runtime.is_main:
+            with job.writing():
+                self._finish(plan)
+            num_images = sum(shard.stop - shard.first for shard in missing)
+            speed = num_images / max(time.monotonic() - started, 1e-9)
+            print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
 
     def _plan(self) -> list[PlannedShard]:
         """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
@@ -196,34 +166,32 @@ class Encoder(ABC):
 
     # writing
 
-    def _write(self, shards: Sequence[PlannedShard], progress: Callable[[int], None]) -> None:
+    def _write(self, shards: Sequence[PlannedShard]) -> None:
         """Raises ConfigError for what the disk refuses and when too much cannot be read."""
-        count = self.command.batch_size
+        count, num_done = self.command.batch_size, 0
+        lost: list[str] = []
         at_once = WINDOW_BATCHES if self.settings.sizes_differ else 1  # so few batches are small
         starts = {s: range(s.first, s.stop, count) for s in shards}
         pieces = self._read_ahead((at, min(at + count, s.stop)) for s in shards for at in starts[s])
-        num_done = 0
-        for shard in shards:
-            sizes: Counter[str] = Counter()
-            skipped: list[str] = []
-            with self.job.shard(shard.name) as (writer, report):
-                for start in range(0, len(starts[shard]), at_once):
-                    num_pieces = len(starts[shard][start : start + at_once])
-                    window = [found for piece in islice(pieces, num_pieces) for found in piece]
-                    lost = [found for found in window if isinstance(found, str)]
-                    samples = [found for found in window if isinstance(found, Sample)]
-                    for sample, file in zip(samples, self._by_shape(samples), strict=True):
-                        height, width = sample.planes.shape[1:]
-                        sizes[f"{height}x{width}"] += 1
-                        found = {**sample.members, self.member: file}
-                        writer.write({"__key__": sample.key, **found})
-                    skipped += lost
-                    self.skipped += lost
-                    check_lost(self.command, "data", self.skipped, total=self.num_samples)
-                    num_done += len(window)
-                    progress(num_done)
-                report |= {"samples": sizes.total(), "skipped": skipped, "sizes": sizes}
-                report |= self.facts_of_shard()
+        total = sum(shard.stop - shard.first for shard in shards)
+        with progress_bar("encoded", total, unit="images") as progress:
+            for shard in shards:
+                num_lost = len(lost)
+                with self.job.shard(shard.name) as (writer, report):
+                    for start in range(0, len(starts[shard]), at_once):
+                        num_pieces = len(starts[shard][start : start + at_once])
+                        window = [found for piece in islice(pieces, num_pieces) for found in piece]
+                        samples = [found for found in window if isinstance(found, Sample)]
+                        for sample, file in zip(samples, self._by_shape(samples), strict=True):
+                            added = {**sample.members, self.member: file}
+                            writer.write({"__key__": sample.key, **added})
+                        lost += [found for found in window if isinstance(found, str)]
+                        check_lost(self.command, "data", lost, total=self.num_samples)
+                        num_done += len(window)
+                        progress(num_done)
+                    skipped = lost[num_lost:]
+                    num_samples = shard.stop - shard.first - len(skipped)
+                    report |= {"samples": num_samples, "skipped": skipped, **self.facts_of_shard()}
 
     def _by_shape(self, samples: Sequence[Sample]) -> list[bytes]:
         """`encoded` of each sample, in order; images of one shape are encoded together."""
@@ -244,40 +212,22 @@ class Encoder(ABC):
 
     # the end
 
-    def _summary(self, plan: Sequence[PlannedShard]) -> Report:
-        """Write the index; what was done."""
-        out, command = self.job.out, self.command
+    def _finish(self, plan: Sequence[PlannedShard]) -> None:
+        """Write the index and the summary, and say what was done."""
+        paths = [self.job.out / shard.name for shard in plan]
         reports = [self.job.report(shard.name) for shard in plan]
         skipped = [name for report in reports for name in report["skipped"]]
-        check_lost(command, "data", skipped, total=self.num_samples)
-        num_samples = sum(report["samples"] for report in reports)
+        check_lost(self.command, "data", skipped, total=self.num_samples)
+        num_samples, data = sum(report["samples"] for report in reports), self.command.data
         if not num_samples:
-            raise ConfigError(f"data={shown(command.data)}: no image can be read; {skipped[0]}")
-        sizes: Counter[str] = Counter()
-        for report in reports:
-            sizes.update(report["sizes"])
+            raise ConfigError(f"data={shown(data)}: no image can be read; {skipped[0]}")
         facts = self.describe(reports)
-        write_info([out / shard.name for shard in plan], split=self.name)
-        return {
-            **facts,
-            "data": redacted(command.data),
-            "samples": num_samples,
-            "skipped": skipped,
-            "shards": len(plan),
-            "bytes": sum((out / shard.name).stat().st_size for shard in plan),
-            "image_sizes": dict(sizes.most_common(20)),
-        }
-
-    def _print(self, summary: Report) -> None:
-        out, skipped = self.job.out, summary["skipped"]
-        print_left_out(skipped, summary=out / self.job.summary)
-        first, *more = self.lines(summary)
-        print(
-            f"{out}: {self.name} of {summary['samples']:,} images ({len(skipped)} left out) in "
-            f"{summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB, {first}"
-        )
-        for line in more:
-            print(line)
+        write_info(paths, split=self.name)
+        numbers = {"samples": num_samples, "shards": len(plan)}
+        self.job.finish({**facts, "data": redacted(data), **numbers, "skipped": skipped})
+        print_left_out(skipped, summary=self.job.out / self.job.summary)
+        words = [f"{key}={shown(value)}" for key, value in (numbers | facts).items()]
+        print(f"{self.job.out}: {self.name}, {len(skipped)} images left out, {' '.join(words)}")
 
 
 def carried(

@@ -48,7 +48,7 @@ class Place(NamedTuple):
     path: str
     at: int = 0  # first byte, or the number of a member of a zip: a name may be there twice
     size: int = -1  # bytes; -1: to the end of the file
-    pixels: tuple[int, ...] = ()  # raw uint8 of this shape, (H, W) or (C, H, W): they become PNG
+    pixels: tuple[int, ...] = ()  # raw uint8 of this shape (H, W): they become PNG
     is_zipped: bool = False
 
 
@@ -88,26 +88,22 @@ def read(place: Place) -> bytes:
                 file.seek(place.at)
                 data = file.read(size)
     except Exception as error:  # zipfile raises many kinds on damaged bytes
-        where = "damaged in the zip file" if place.is_zipped else "cannot be read"
-        raise DamagedSampleError(f"{where} ({getattr(error, 'strerror', error)})") from None
+        raise DamagedSampleError(f"cannot be read ({error})") from None
     if len(data) == MAX_FILE_BYTES:
         raise DamagedSampleError("too large")
     if len(data) < place.size:
         raise DamagedSampleError("its archive ends inside this file")
-    return _png(data, place.pixels) if place.pixels else data
+    if not place.pixels:
+        return data
+    png = io.BytesIO()
+    Image.fromarray(np.frombuffer(data, np.uint8).reshape(place.pixels)).save(png, "PNG")
+    return png.getvalue()
 
 
 @functools.lru_cache(maxsize=NUM_OPEN_ZIPS)
 def _opened_zip(path: str, pid: int) -> zipfile.ZipFile:
     """By process: a file that is shared by a fork shares its position."""
     return zipfile.ZipFile(path)
-
-
-def _png(data: bytes, shape: tuple[int, ...]) -> bytes:
-    pixels = np.frombuffer(data, np.uint8).reshape(shape)
-    file = io.BytesIO()
-    Image.fromarray(pixels if len(shape) == 2 else pixels.transpose(1, 2, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 def most_bytes(packed: int) -> int:
@@ -131,14 +127,6 @@ def stem_and_member(name: str, image_key: str = "") -> tuple[str, str]:
             return name[: -len(member) - 1], member
     suffix = suffix_of(name)
     return name[: len(name) - len(suffix) - 1] if suffix else name, suffix
-
-
-def why_unsafe(name: str) -> str | None:
-    """Why a member of an archive is refused by its name, or None."""
-    parts = name.split("/")
-    if name.startswith("/") or parts[0].endswith(":"):
-        return "an absolute path"
-    return "a path with .." if ".." in parts else None
 
 
 def split_of(name: str) -> str | None:

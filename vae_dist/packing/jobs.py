@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import sys
@@ -27,6 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch.multiprocessing import ProcessExitedException, start_processes
+
 from vae_dist.config.commands import EncodeCommand, PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
@@ -35,7 +36,6 @@ from vae_dist.data.shards import WORK
 from vae_dist.data.writer import ShardWriter
 from vae_dist.files import printable, read_json, sync_folder, write_durably
 
-Count = Callable[[int], None]  # called with the number of samples done since the last call
 Report = dict[str, Any]  # JSON
 
 MIN_PER_SHARD = 128  # samples
@@ -43,10 +43,6 @@ POLL_SECONDS = 0.2
 NUM_NAMED = 5  # images that a message names
 MAX_SHOWN = 80  # characters of two values that differ; digests are longer
 MAX_JSON_BYTES = 1 << 32  # of a report or summary, which lists what is in its shards
-
-
-class FinishedElsewhere(Exception):
-    """Another process has written all shards and the summary; nothing is left to do."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +58,26 @@ class ShardJob:
     def work(self) -> Path:
         return self.out / WORK
 
-    def finished(self) -> Report | None:
-        """The summary of a finished job, None where there is none yet.
-
-        Raises ConfigError where it was made by another job, and where the folder holds something
-        else.
-        """
+    def is_finished(self) -> bool:
+        """Whether the summary is there. Raises ConfigError where another job made it, and where the
+        folder holds something else."""
         path = self.out / self.summary
         if path.exists():
-            found = self._read(path)
-            self._check_same(found.get("identity", {}), self.identity)
+            self._check_same(self._read(path).get("identity", {}), self.identity)
             shutil.rmtree(self.work, ignore_errors=True)
-            return found
+            return True
         is_free = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
         if not is_free and not self.work.exists():
             raise ConfigError(
                 f"out={self.out}: the folder is in use; give another one, or empty it"
             )
-        return None
+        return False
 
     def begin(self, **plan: Any) -> None:
         """Write down what decides the bytes of the shards, or find the same there. Raises
         ConfigError where another job was begun, or nothing can be written."""
         path, plan = self.work / "plan.json", {**self.identity, **plan}
-        with self._writing():
+        with self.writing():
             for name in ("reports", "partial"):
                 (self.work / name).mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -93,13 +85,16 @@ class ShardJob:
             begun = self._read(path)  # of two that begin at once the later one's
         self._check_same(begun, plan)
 
-    def check_visible(self) -> None:
-        """Raises ConfigError where what another node began is not there."""
-        if not (self.work / "plan.json").exists():
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises ConfigError for what the disk refuses, or where another process ended the job."""
+        try:
+            yield
+        except OSError as error:
             raise ConfigError(
-                f"out={self.out}: is not the same folder on all nodes; choose one on a file system "
-                "that all nodes see"
-            )
+                f"out={self.out}: cannot be written ({error}); the same command goes on from the "
+                "shards that are done"
+            ) from error
 
     def is_done(self, shard: str) -> bool:
         return (self.out / shard).exists()
@@ -107,10 +102,10 @@ class ShardJob:
     @contextlib.contextmanager
     def shard(self, name: str) -> Iterator[tuple[ShardWriter, Report]]:
         """A shard to write and a report to fill; it bears its name when the block ends well. Raises
-        FinishedElsewhere, and ConfigError for what the disk refuses."""
+        ConfigError for what the disk refuses."""
         target, report = self.out / name, Report()
         partial = self.work / "partial" / f"{target.name}.{os.uname().nodename}.{os.getpid()}"
-        with self._writing():
+        with self.writing():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 writer = ShardWriter(partial)
@@ -126,14 +121,10 @@ class ShardJob:
     def report(self, shard: str) -> Report:
         return self._read(self._report_path(shard))
 
-    def finish(self, describe: Callable[[], Report]) -> Report:
-        """Have the summary made of the reports, and write it. Raises FinishedElsewhere."""
-        with self._writing():
-            summary = {**describe(), "identity": self.identity}
-            text = json.dumps(summary, indent=1) + "\n"
-            write_durably(self.out / self.summary, text.encode())
+    def finish(self, summary: Report) -> None:
+        text = json.dumps({**summary, "identity": self.identity}, indent=1) + "\n"
+        write_durably(self.out / self.summary, text.encode())
         shutil.rmtree(self.work, ignore_errors=True)
-        return summary
 
     def _report_path(self, shard: str) -> Path:
         return self.work / "reports" / f"{Path(shard).name}.json"
@@ -144,26 +135,12 @@ class ShardJob:
         except ValueError as error:
             raise ConfigError(f"out={self.out}: {error}; remove the folder") from None
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Raises ConfigError for what the disk refuses, FinishedElsewhere where .job is gone."""
-        try:
-            yield
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and (self.out / self.summary).exists():
-                raise FinishedElsewhere from None
-            raise ConfigError(
-                f"out={self.out}: cannot be written ({error}); the same command goes on from the "
-                "shards that are done"
-            ) from error
-
     def _check_same(self, theirs: Report, mine: Report) -> None:
-        mine = json.loads(json.dumps(mine))
         differs = []
-        for key in mine:
-            if theirs.get(key) != mine[key]:
-                values = f"{shown(theirs.get(key))} there, {shown(mine[key])} here"
-                differs.append(f"another {key}" + f" ({values})" * (len(values) < MAX_SHOWN))
+        for key, value in json.loads(json.dumps(mine)).items():
+            if theirs.get(key) != value:
+                values = f" ({shown(theirs.get(key))} there, {shown(value)} here)"
+                differs.append(f"another {key}" + values * (len(values) < MAX_SHOWN))
         if differs:
             raise ConfigError(
                 f"out={self.out}: made with {', '.join(differs)}; give that command again, remove "
@@ -177,9 +154,6 @@ def cut(num_samples: int, num_shards: int, *, at_least: int) -> list[tuple[int, 
     num_shards = max(num_shards, min(at_least, num_samples // MIN_PER_SHARD), 1)
     num_shards = min(num_shards, num_samples)
     return list(pairwise(num_samples * k // num_shards for k in range(num_shards + 1)))
-
-
-# what is left out
 
 
 def check_lost(
@@ -205,61 +179,39 @@ def print_left_out(left_out: Sequence[str], *, summary: Path) -> None:
         print(f"left out: {more} more, listed in {summary}", file=sys.stderr)
 
 
-# several processes of one command
-
-
 def run(
-    write: Callable[[str, Count], None],
+    write: Callable[[str], None],
     shards: Sequence[str],
     *,
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Have the shards written by forks of this process. Raises ConfigError and FinishedElsewhere of
-    `write`, and ConfigError when a process is killed."""
-    context, parent = multiprocessing.get_context("fork"), os.getpid()
+    """Have the shards written by forks of this process, which end with it. Raises the ConfigError
+    of one, also where it is killed."""
+    context, workers = multiprocessing.get_context("fork"), min(workers, len(shards))
     done, errors = context.Value("q", 0), context.SimpleQueue()
 
-    def count(number: int) -> None:
-        with done.get_lock():
-            done.value += number
-        if os.getpid() == parent:
-            progress(done.value)
-
-    def work(shards: Sequence[str]) -> None:
+    def work(worker: int) -> None:
         try:
-            for shard in shards:
-                if os.getppid() == parent:  # else it was killed, and none waits for this one
-                    write(shard, count)
-        except (ConfigError, FinishedElsewhere) as error:
+            for shard in shards[worker::workers]:
+                write(shard)
+                with done.get_lock():
+                    done.value += 1
+        except ConfigError as error:
             errors.put(error)
-            sys.exit(1)
-        except KeyboardInterrupt:  # the parent says so
-            sys.exit(1)
 
-    workers = min(workers, len(shards))
-    if workers <= 1:
-        for shard in shards:
-            write(shard, count)
-        return
-    processes = [context.Process(target=work, args=(shards[i::workers],)) for i in range(workers)]
-    for process in processes:
-        process.start()
-    running = list(processes)
+    forks = start_processes(work, nprocs=workers, join=False, daemon=True, start_method="fork")
     try:
-        while running:
-            multiprocessing.connection.wait([p.sentinel for p in running], POLL_SECONDS)
+        while errors.empty() and not forks.join(POLL_SECONDS):
             progress(done.value)
-            running = [process for process in processes if process.is_alive()]
-            failed = [process.exitcode for process in processes if process.exitcode]
-            if failed and not errors.empty():
-                raise errors.get()
-            if failed:
-                raise ConfigError(
-                    f"a process that writes shards ended with code {failed[0]}; killed ones (-9) "
-                    "mostly lack memory: ask for fewer workers; the same command goes on"
-                )
+    except ProcessExitedException as error:
+        raise ConfigError(
+            f"a process that writes shards ended ({error}); killed ones mostly lack memory: ask "
+            "for fewer workers; the same command goes on"
+        ) from None
     finally:
-        for process in processes:
+        for process in forks.processes:
             process.terminate()
             process.join()
+    if not errors.empty():
+        raise errors.get()

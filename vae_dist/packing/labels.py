@@ -4,13 +4,13 @@ CSV: a header line, a column `path` (or file, filename, image, image_id, name), 
 (or class, category, or the one that `label_column=` names) and `split`; the other columns are kept
 as .json. An empty label is none. A row fits the picture of its path, or of its name if only one
 picture has it.
-CelebA: `list_eval_partition.txt` and `list_attr_celeba.txt` beside the pictures, as published.
+CelebA: `list_eval_partition.txt` and `list_attr_celeba.txt` beside the pictures, as published, or
+.csv, as Kaggle has them.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 import sys
@@ -31,20 +31,15 @@ PARTITIONS = {"0": "train", "1": "validation", "2": "test"}
 MAX_BYTES = 1 << 32  # of a table
 
 
-def digest(command: PackCommand) -> str:
-    """Of the files that label the pictures: the CSV file, or CelebA's lists; empty where none does.
-    Raises ConfigError."""
-    files = _files(command)
-    texts = "".join(map(_text, files))
-    return hashlib.blake2b(texts.encode(), digest_size=16).hexdigest() if files else ""
-
-
 def apply_tables(command: PackCommand, listing: Listing) -> None:
     """Leave the pictures that a table names, with what it says. Raises ConfigError."""
-    if not (files := _files(command)):
+    if command.labels:
+        name = f"labels={command.labels}"
+        table = _read_csv(Path(command.labels), command.label_column)
+    elif lists := _celeba_lists(command.source):
+        name, table = str(lists[0]), _read_celeba(*lists)
+    else:
         return
-    table = _read_csv(files[0], command.label_column) if command.labels else _read_celeba(*files)
-    name = f"labels={command.labels}" if command.labels else str(files[0].with_suffix(""))
     named: dict[str, Item] = {}  # by row
     for item in listing.items:
         path = next((p for p in (item.name, item.name.rpartition("/")[2]) if p in table), None)
@@ -66,24 +61,10 @@ def apply_tables(command: PackCommand, listing: Listing) -> None:
     listing.items = list(named.values())
 
 
-def _files(command: PackCommand) -> list[Path]:
-    """The CSV file; else CelebA's partition, in the source or beside its archive, and where they
-    are there its attributes."""
-    if command.labels:
-        return [Path(command.labels)]
-    spec = command.source
-    first = Path(str([*spec, ""][0] if isinstance(spec, list) else spec)).expanduser()
-    folder = first if first.is_dir() else first.parent
-    lists = [
-        next((path for end in ("txt", "csv") if (path := folder / f"{name}.{end}").is_file()), None)
-        for name in ("list_eval_partition", "list_attr_celeba")
-    ]
-    return [path for path in lists if path] if lists[0] and first.exists() else []
-
-
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Of a table. Raises ConfigError."""
     try:
-        return read_bounded(path, MAX_BYTES).decode("utf-8")
+        return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"labels={path}: cannot be read ({error})") from error
 
@@ -91,22 +72,19 @@ def _text(path: Path) -> str:
 def _read_csv(path: Path, label_column: str) -> Table:
     where, table = f"labels={path}", Table()
     try:
-        rows = list(csv.DictReader(io.StringIO(_text(path).removeprefix("\ufeff"), newline="")))
+        rows = list(csv.DictReader(io.StringIO(text_of(path), newline="")))
     except csv.Error as error:
         raise ConfigError(f"{where}: cannot be read ({error})") from error
     columns = list(rows[0]) if rows else []
     path_column = next((c for c in PATH_COLUMNS if c in columns), None)
     wanted = (label_column,) if label_column else LABEL_COLUMNS
     label = next((c for c in wanted if c in columns), None)
+    problem = f"{where}: the columns {columns} hold no {' or '.join(wanted)}"
     if path_column is None:
-        raise ConfigError(
-            f"{where}: the columns {columns} hold none of {', '.join(PATH_COLUMNS)}; name "
-            "the pictures' column path, in the first line of the file"
-        )
+        raise ConfigError(f"{where}: the columns {columns} hold none of {', '.join(PATH_COLUMNS)}")
+    if label is None and label_column:
+        raise ConfigError(f"{problem}; correct label_column={label_column}")
     if label is None:
-        problem = f"{where}: the columns {columns} hold no {' or '.join(wanted)}"
-        if label_column:
-            raise ConfigError(f"{problem}; correct label_column={label_column}")
         print(f"{problem}: no classes; label_column= names another one", file=sys.stderr)
     texts = [(row[label] or "").strip() if label else "" for row in rows]
     are_numbers = all(NUMBER.fullmatch(text) for text in texts if text)
@@ -125,32 +103,44 @@ def _read_csv(path: Path, label_column: str) -> Table:
             entry["split"] = SPLITS[split.lower()]
         if table.setdefault(row[path_column], entry) != entry:
             raise ConfigError(
-                f"{where}: line {line}: {row[path_column]} is there twice, and the lines differ; "
-                "keep one"
+                f"{where}: line {line}: {row[path_column]} was there with other fields"
             )
     return table
 
 
+def _celeba_lists(source: Any) -> list[Path]:
+    """CelebA's partition, in the source or beside its archive, and its attributes, if there."""
+    first = Path(str([*source, ""][0] if isinstance(source, list) else source)).expanduser()
+    folder = first if first.is_dir() else first.parent
+    lists = [
+        next((path for end in ("txt", "csv") if (path := folder / f"{name}.{end}").is_file()), None)
+        for name in ("list_eval_partition", "list_attr_celeba")
+    ]
+    return [path for path in lists if path] if lists[0] and first.exists() else []
+
+
 def _read_celeba(partition: Path, attributes: Path | None = None) -> Table:
     """Split and attributes of each picture: a name, then numbers."""
-    splits, values = (_words(path) if path else [] for path in (partition, attributes))
-    table: Table = {
-        name: {"split": PARTITIONS.get(numbers[0], "")} for name, *numbers in splits if numbers
-    }
-    table.pop("image_id", None)  # the header of a .csv
-    if "" in {entry["split"] for entry in table.values()}:
-        raise ConfigError(f"{partition}: a number is none of 0, 1, 2; copy it again")
-    names, *rows = [words for words in values if len(words) > 1] or [[]]  # first: their number
-    names = [name for name in names if name != "image_id"]
-    for name, *numbers in rows:
-        if len(numbers) != len(names) or not set(numbers) <= {"1", "-1", "0"}:
-            raise ConfigError(f"{attributes}: the line of {name} cannot be read; copy it again")
-        if name in table:
-            found = {n: int(number) for n, number in zip(names, numbers, strict=True)}
-            table[name]["extra"] = {"attributes": found}
+    table: Table = {}
+    path, line = partition, []
+    try:
+        for line in _words(partition):
+            if line[0] != "image_id":  # the header of a .csv
+                table[line[0]] = {"split": PARTITIONS[line[1]]}
+        if attributes is None:
+            return table
+        path = attributes
+        names, *rows = [line for line in _words(attributes) if len(line) > 1]  # first: their number
+        names = [name for name in names if name != "image_id"]
+        for line in rows:
+            if line[0] in table:
+                found = dict(zip(names, map(int, line[1:]), strict=True))
+                table[line[0]]["extra"] = {"attributes": found}
+    except (LookupError, ValueError):
+        raise ConfigError(f"{path}: the line of {line[:1]} cannot be read; copy it again") from None
     return table
 
 
 def _words(path: Path) -> list[list[str]]:
-    lines = (line.replace(",", " ").split() for line in _text(path).splitlines())
+    lines = (line.replace(",", " ").split() for line in text_of(path).splitlines())
     return [words for words in lines if words]

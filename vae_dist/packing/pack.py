@@ -13,10 +13,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,26 +24,37 @@ import torch
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
+from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.indexing import write_info
-from vae_dist.data.tar import DamagedSampleError, files_of_tar
-from vae_dist.files import ProgressBar, printable, read_json, write_durably
+from vae_dist.data.tar import DamagedSampleError
+from vae_dist.files import printable, progress_bar, read_json, write_durably
 from vae_dist.packing import jobs, labels
-from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, Named, Place, read, suffix_of
-from vae_dist.packing.jobs import Count, Report, ShardJob
-from vae_dist.packing.picture import prepare, thumbnail
+from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, Named, read
+from vae_dist.packing.jobs import Report, ShardJob
+from vae_dist.packing.picture import Picture, prepare, thumbnail
 from vae_dist.packing.sources import list_source, number_classes
 from vae_dist.randomness import numpy_generator
 from vae_dist.tracking.images import grid, save_png
 
-NOT_OF_SHARDS = ("source", "labels", "out", "shard_range", "workers", "max_skipped_fraction")
+NOT_OF_SHARDS = ("labels", "out", "shard_range", "workers", "max_skipped_fraction")
 MIN_SHARDS = 8  # of a large split
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
-COUNTED = ("sizes", "channels", "labels", "members", "notes")  # of the samples of a shard
 SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
 
 # by shard, as train/train-000000.tar: its pictures, with their numbers in the split
 Plan = dict[str, list[tuple[int, Item]]]
+
+
+class Packed(NamedTuple):
+    """What the report of a shard says of a sample; JSON."""
+
+    name: str
+    is_kept: bool  # byte for byte
+    size: str  # HxW
+    channels: int
+    category: int | None
+    has_mask: bool
+    note: str
 
 
 def pack(command: PackCommand) -> None:
@@ -54,34 +65,26 @@ def pack(command: PackCommand) -> None:
     part = re.fullmatch(r"(\d+)/(\d+)", command.shard_range)
     if not part or int(part[1]) >= int(part[2]):
         raise ConfigError(f"shard_range={command.shard_range} is not i/n with 0 <= i < n, like 0/8")
-    job = ShardJob(Path(command.out), "pack.json", _identity(command))
-    if summary := job.finished():
-        _print(job.out, summary)
-        print("finished already; nothing is left to do")
+    identity = {key: value for key, value in vars(command).items() if key not in NOT_OF_SHARDS}
+    table = labels.text_of(Path(command.labels)).encode() if command.labels else b""
+    identity["labels"] = hashlib.blake2b(table, digest_size=16).hexdigest()
+    job = ShardJob(Path(command.out), "pack.json", identity)
+    if job.is_finished():
+        print(f"{job.out}: finished already; nothing is left to do")
         return
     listing = list_source(command, work=job.work / "source")
     number_classes(listing)
     _check(command, listing)
     plan = make_plan(listing.items, command)
-    try:
-        job.begin(pictures=_digest(listing.items), shards=len(plan))
-        _write_missing(job, plan, list(plan)[int(part[1]) :: int(part[2])], command)
-        if num_missing := sum(not job.is_done(shard) for shard in plan):
-            print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
-            return
-        _print(job.out, job.finish(lambda: _describe(job, command, list(plan), listing)))
-    except jobs.FinishedElsewhere:
-        print("finished by another process; nothing is left to do")
-
-
-def _identity(command: PackCommand) -> dict[str, Any]:
-    """What decides the bytes of the shards, beside the pictures."""
-    source = shown(command.source) if isinstance(command.source, list) else str(command.source)
-    skipped = (*NOT_OF_SHARDS, *(() if command.image_key else ("image_key",)))
-    identity = {"source": source, **{k: v for k, v in vars(command).items() if k not in skipped}}
-    if not command.labels and not Path(source).exists():
-        return identity  # CelebA's lists are gone with the source
-    return {**identity, "labels": labels.digest(command)}
+    job.begin(pictures=_digest(listing.items), shards=len(plan))
+    _write_missing(job, plan, list(plan)[int(part[1]) :: int(part[2])], command)
+    if num_missing := sum(not job.is_done(shard) for shard in plan):
+        print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
+        return
+    with job.writing():
+        summary = _describe(job, command, plan, listing)
+        job.finish(summary)
+    _print(job.out, summary)
 
 
 def _digest(items: Sequence[Item]) -> str:
@@ -103,8 +106,7 @@ def _check(command: PackCommand, listing: Listing) -> None:
         raise ConfigError(
             f"source: {len(inside)} pictures belong to a split ({printable(inside[0].name)}: "
             f"{inside[0].split}) and {len(outside)} to none ({printable(outside[0].name)}); put "
-            "all of them below folders train, validation and test (a class of such a name below "
-            "them too), or none, or say it in a column split of labels="
+            "all of them below folders train, validation and test, or none"
         )
     _check_lost(command, listing.lost, len(listing.items), left_out=listing.left_out)
 
@@ -114,7 +116,7 @@ def _check_lost(
 ) -> None:
     if not num_packed:
         found = "; ".join(_texts([*lost, *left_out])[: jobs.NUM_NAMED])
-        raise ConfigError(f"source={command.source}: no picture can be packed; {found}")
+        raise ConfigError(f"source={shown(command.source)}: no picture can be packed; {found}")
     jobs.check_lost(command, "source", _texts(lost), total=num_packed + len(lost))
 
 
@@ -173,7 +175,7 @@ def _bytes_factor(items: Sequence[Item], command: PackCommand) -> float:
     before = after = 0
     for item in items[:: max(1, len(items) // NUM_PROBED)]:
         with contextlib.suppress(DamagedSampleError):
-            after += len(prepare(suffix_of(item.name), read(item.place), command).data)
+            after += len(prepare(read(item.place), command).data)
             before += item.num_bytes
     return after / before if before else 1.0
 
@@ -183,50 +185,46 @@ def _bytes_factor(items: Sequence[Item], command: PackCommand) -> float:
 
 def _write_missing(job: ShardJob, plan: Plan, mine: Sequence[str], command: PackCommand) -> None:
     missing = [shard for shard in mine if not job.is_done(shard)]
-    total = sum(len(plan[shard]) for shard in missing)
     workers = command.workers or len(os.sched_getaffinity(0))
-    with ProgressBar("packed", total, unit="pictures") as progress:
+    with progress_bar("packed", len(missing), unit="shards") as progress:
 
-        def write(shard: str, count: Count) -> None:
-            _write_shard(job, shard, plan[shard], command, count)
+        def write(shard: str) -> None:
+            _write_shard(job, shard, plan[shard], command)
 
         jobs.run(write, missing, workers=workers, progress=progress)
 
 
 def _write_shard(
-    job: ShardJob,
-    shard: str,
-    items: Sequence[tuple[int, Item]],
-    command: PackCommand,
-    count: Count,
+    job: ShardJob, shard: str, items: Sequence[tuple[int, Item]], command: PackCommand
 ) -> None:
-    counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
-    names, skipped, num_kept = [], [], 0
+    packed: list[Packed] = []
+    lost: list[Named] = []
     with job.shard(shard) as (writer, report):
         for number, item in items:
             try:
-                data, members = read(item.place), _members(item)
-                mask = members.get(MASK_MEMBER)
-                picture = prepare(suffix_of(item.name), data, command, mask=mask)
+                picture, members = _sample(item, command)
             except DamagedSampleError as error:
-                skipped.append([item.name, str(error)])
-            else:
-                if picture.mask is not None:
-                    members[MASK_MEMBER] = picture.mask
-                writer.write({"__key__": f"{number:09d}", picture.suffix: picture.data, **members})
-                names.append(item.name)
-                num_kept += picture.kept
-                counts["sizes"][f"{picture.shape[1]}x{picture.shape[2]}"] += 1
-                counts["channels"][str(picture.shape[0])] += 1
-                counts["labels"].update([str(item.category)] if "cls" in members else [])
-                counts["members"].update(members.keys())
-                counts["notes"].update([picture.note] if picture.note else [])
-            count(1)
-        report |= {"names": names, "skipped": skipped, "kept": num_kept, **counts}
+                lost.append((item.name, str(error)))
+                continue
+            writer.write({"__key__": f"{number:09d}", picture.suffix: picture.data, **members})
+            channels, height, width = picture.shape
+            size, category = f"{height}x{width}", item.category
+            assert not isinstance(category, str), "number_classes comes first"
+            facts = picture.kept, size, channels, category, MASK_MEMBER in members, picture.note
+            packed.append(Packed(item.name, *facts))
+        report |= {"packed": packed, "lost": lost}
+
+
+def _sample(item: Item, command: PackCommand) -> tuple[Picture, dict[str, bytes]]:
+    """The picture, and the members of the sample beside it. Raises DamagedSampleError."""
+    data, members = read(item.place), _members(item)
+    picture = prepare(data, command, mask=members.get(MASK_MEMBER))
+    if picture.mask is not None:
+        members[MASK_MEMBER] = picture.mask
+    return picture, members
 
 
 def _members(item: Item) -> dict[str, bytes]:
-    """The members of a sample beside its picture. Raises DamagedSampleError."""
     members: dict[str, bytes] = {}
     for member, file in item.companions:
         try:
@@ -247,67 +245,58 @@ def _members(item: Item) -> dict[str, bytes]:
 # the end
 
 
-def _describe(job: ShardJob, command: PackCommand, plan: Sequence[str], listing: Listing) -> Report:
+def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing) -> Report:
     """Index, names and contact sheet; the summary. Raises ConfigError when too many are lost."""
     reports = {shard: job.report(shard) for shard in plan}
-    skipped = [(name, why) for report in reports.values() for name, why in report["skipped"]]
-    lost = [*skipped, *listing.lost]
-    _check_lost(command, lost, sum(len(report["names"]) for report in reports.values()))
+    packed = {shard: [Packed(*row) for row in r["packed"]] for shard, r in reports.items()}
+    everything = [sample for samples in packed.values() for sample in samples]
+    lost: list[Named] = [(name, why) for r in reports.values() for name, why in r["lost"]]
+    lost += listing.lost
+    _check_lost(command, lost, len(everything))
     splits: dict[str, Report] = {}
-    for split in dict.fromkeys(shard.partition("/")[0] for shard in plan):
-        mine = {shard: r for shard, r in reports.items() if shard.startswith(f"{split}/")}
-        write_info([job.out / shard for shard in mine], split=split)
-        labels_found = _sum(mine.values(), "labels")
+    for split, names in groupby(plan, key=lambda shard: shard.partition("/")[0]):
+        shards = list(names)
+        write_info([job.out / shard for shard in shards], split=split)
+        samples = [sample for shard in shards for sample in packed[shard]]
+        labels_found = Counter(s.category for s in samples if s.category is not None)
         splits[split] = {
-            "samples": sum(len(report["names"]) for report in mine.values()),
-            "kept_byte_for_byte": sum(report["kept"] for report in mine.values()),
-            "shards": len(mine),
-            "bytes": sum((job.out / shard).stat().st_size for shard in mine),
-            "labels": dict(sorted(labels_found.items(), key=lambda kv: int(kv[0]))),
+            "samples": len(samples),
+            "kept_byte_for_byte": sum(sample.is_kept for sample in samples),
+            "shards": len(shards),
+            "bytes": sum((job.out / shard).stat().st_size for shard in shards),
+            "labels": dict(sorted(labels_found.items())),
         }
     lines = [
-        f"{Path(shard).name}\t{i}\t{printable(name)}\n"
-        for shard, report in reports.items()
-        for i, name in enumerate(report["names"])
+        f"{Path(shard).name}\t{i}\t{printable(sample.name)}\n"
+        for shard, samples in packed.items()
+        for i, sample in enumerate(samples)
     ]
     write_durably(job.out / "names.txt", "".join(lines).encode())
-    _save_contact_sheet([job.out / shard for shard in plan if shard.startswith("train/")])
-    notes = [f"{text} ({num})" for text, num in _sum(reports.values(), "notes").items()]
+    _save_contact_sheet(job.out / SHEET, plan, command)
+    notes = Counter(sample.note for sample in everything if sample.note)
     return {
         "splits": splits,
         "classes": list(listing.classes),
-        "channels": dict(_sum(reports.values(), "channels")),
-        "sizes": dict(_sum(reports.values(), "sizes").most_common(20)),
-        "members": dict(_sum(reports.values(), "members")),
+        "channels": Counter(sample.channels for sample in everything),
+        "sizes": dict(Counter(sample.size for sample in everything).most_common(20)),
+        "masks": sum(sample.has_mask for sample in everything),
         "skipped": [*lost, *listing.left_out],
-        "notes": [*listing.notes, *notes],
+        "notes": [*listing.notes, *(f"{text} ({num})" for text, num in notes.items())],
     }
 
 
-def _sum(reports: Iterable[Report], key: str) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for report in reports:
-        total.update(report[key])
-    return total
-
-
-def _save_contact_sheet(shards: Sequence[Path]) -> None:
-    """Pictures from the beginning of each shard, cropped to squares."""
-    each = -(-SHEET_PICTURES // max(1, len(shards)))
+def _save_contact_sheet(path: Path, plan: Plan, command: PackCommand) -> None:
+    """Pictures from the beginning of each shard to train on, cropped to squares."""
+    shards = [pictures for shard, pictures in plan.items() if shard.startswith("train/")]
+    each = -(-SHEET_PICTURES // len(shards))
     cells: list[np.ndarray] = []
-    for shard in shards[:SHEET_PICTURES]:
-        files = (
-            (suffix_of(name), Place(str(shard), at, size))
-            for name, at, size in files_of_tar(str(shard))
-            if suffix_of(name) in SUFFIXES and not name.endswith(f".{MASK_MEMBER}")
-        )
-        cells += [thumbnail(s, read(place), SHEET_PIXELS) for s, place in islice(files, each)]
-    if not cells:
-        print(f"no {SHEET}: no training picture could be read")
-        return
-    pictures = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
-    image = grid(torch.from_numpy(np.ascontiguousarray(pictures)))
-    save_png(image, shards[0].parent.parent / SHEET)
+    for pictures in shards[:SHEET_PICTURES]:
+        for _, item in pictures[:each]:
+            with contextlib.suppress(DamagedSampleError):
+                cells.append(thumbnail(_sample(item, command)[0], SHEET_PIXELS))
+    if cells:
+        pixels = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
+        save_png(grid(torch.from_numpy(np.ascontiguousarray(pixels))), path)
 
 
 def _print(out: Path, summary: Report) -> None:
@@ -320,9 +309,10 @@ def _print(out: Path, summary: Report) -> None:
     sizes = [f"{size} ({count})" for size, count in list(summary["sizes"].items())[:3]]
     channels = [f"{key} ({count})" for key, count in summary["channels"].items()]
     print(f"sizes HxW: {', '.join(sizes)}; channels: {', '.join(channels)}")
-    if count := summary["members"].get(MASK_MEMBER):
+    if count := summary["masks"]:
         print(f"missing pixels: {count} pictures have a .{MASK_MEMBER}; set data.mask=member")
     for note in summary["notes"]:
         print(f"note: {note}")
     jobs.print_left_out(_texts(summary["skipped"]), summary=out / "pack.json")
-    print(f"look at {out / SHEET}")
+    if (out / SHEET).exists():
+        print(f"look at {out / SHEET}")

@@ -1,13 +1,15 @@
-"""Data sets that come as rows of a file: MNIST idx files, CIFAR-10 batches, parquet.
+"""Data sets that come as rows of a file: MNIST idx files, and parquet, also of the hub.
 
-In: files. Out: `Item`s that are pieces of plain files: raw pixels, which become PNG, losslessly, or
-encoded pictures. What is compressed, and the pictures of a parquet file, are copied once into the
-work folder, so that they can be read in any order.
+In: files, or `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`. Out: `Item`s that are pieces of plain
+files: raw pixels, which become PNG, or encoded pictures. What is compressed, and the pictures of a
+parquet file, are copied once into the work folder, so that they can be read in any order. The files
+of the hub lie in its own cache; only this reaches out to the network.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import lzma
@@ -23,14 +25,15 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.digits import idx_shape
 from vae_dist.files import read_json, write_durably
-from vae_dist.packing.items import Item, Listing, Place, most_bytes, read
+from vae_dist.packing.items import SPLITS, Item, Listing, Place, most_bytes, read
 
 COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 COPY_BYTES = 1 << 20
 MNIST_FILE = re.compile(r"((?:.*/)?(?:train|t10k))-(images-idx3|labels-idx1)-ubyte(?:\.gz)?")
-CIFAR_FILE = re.compile(r"(?:.*/)?((?:data_batch_\d+|test_batch|batches\.meta)(?:\.bin|\.txt)?)")
-CIFAR_SHAPE = (3, 32, 32)  # planes R, G, B, behind a byte that is the label
-CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
+HUB = {"mnist": "hf://datasets/ylecun/mnist", "cifar10": "hf://datasets/uoft-cs/cifar10"}
+CONVERTED = "refs/convert/parquet"  # where the hub keeps data sets of other kinds
+ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+(?:/convert/parquet)?))?(?:/(.+))?")
+MAX_SHOWN = 5  # folders of the hub that a message names
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "jpeg")  # of parquet
 LABEL_COLUMNS = ("label", "labels", "class", "category", "fine_label")
 ROWS_AT_ONCE = 4  # of parquet
@@ -40,57 +43,62 @@ MAX_FEATURES = 1 << 24  # bytes of what the datasets library says of the columns
 def plain_copy(path: str, work: Path) -> str:
     """The file itself, or where it lies unpacked. Raises ConfigError."""
     with open(path, "rb") as file:
-        magic, facts = file.read(6), os.fstat(file.fileno())
+        magic, packed = file.read(6), os.path.getsize(path)
     module = next((m for mark, m in COMPRESSIONS.items() if magic.startswith(mark)), None)
     if module is None:
         return path
-    most = most_bytes(facts.st_size)
 
     def pieces() -> Iterator[bytes]:
         with module.open(path, "rb") as source:
-            for _ in range(0, most, COPY_BYTES):
+            for _ in range(0, most_bytes(packed), COPY_BYTES):
                 if not (piece := source.read(COPY_BYTES)):
                     return
                 yield piece
-        raise OSError(f"its {facts.st_size} bytes hold more than {most}; unpack it by hand")
+        raise OSError(f"its {packed} bytes hold more than {most_bytes(packed)}; unpack it by hand")
 
-    return _copied(pieces(), path, work / f"{Path(path).name}-{facts.st_size}-{facts.st_mtime_ns}")
+    plain = _plain(path, work)
+    if not plain.exists():
+        _write(plain, pieces(), path)
+    return str(plain)
 
 
-def _copied(pieces: Iterator[bytes], source: str, plain: Path) -> str:
-    """The pieces in a plain file, which is written once."""
+def _plain(path: str, work: Path, column: str = "") -> Path:
+    """Where the content of a file, of its size and time, is copied to."""
+    facts = os.stat(path)
+    name = repr((path, facts.st_size, facts.st_mtime_ns, column)).encode()
+    return work / hashlib.blake2b(name, digest_size=12).hexdigest()
+
+
+def _write(plain: Path, pieces: Iterator[bytes], source: str) -> None:
     try:
         plain.parent.mkdir(parents=True, exist_ok=True)
-        if not plain.exists():
-            write_durably(plain, pieces)
+        write_durably(plain, pieces)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"source={source}: cannot be unpacked to {plain} ({error})") from error
-    return str(plain)
+
+
+# idx
 
 
 def mnist_items(files: list[Item], work: Path) -> tuple[list[Item], list[Item]]:
     """The digits of the idx files among the files of a folder, and the other files. Raises
     ConfigError for a missing or damaged one."""
-    paths: dict[str, dict[str, str]] = {}  # by folder/train or folder/t10k, by kind
-    rest = []
+    arrays: dict[str, dict[str, Place]] = {}  # by folder/train or folder/t10k, by kind
+    rest, items = [], []
     for file in files:
         if found := MNIST_FILE.fullmatch(file.name):
-            paths.setdefault(found[1], {})[found[2]] = plain_copy(file.place.path, work)
+            array = _idx(plain_copy(file.place.path, work))
+            arrays.setdefault(found[1], {})[found[2]] = array
         else:
             rest.append(file)
-    items: list[Item] = []
-    for name in sorted(paths, key=lambda name: (os.path.dirname(name), name.endswith("t10k"))):
-        if missing := {"images-idx3", "labels-idx1"} - paths[name].keys():
-            raise ConfigError(
-                f"source: {name}-{missing.pop()}-ubyte[.gz] is missing; copy it there"
-            )
-        images, labels = _idx(paths[name]["images-idx3"]), _idx(paths[name]["labels-idx1"])
+    for name in sorted(arrays, key=lambda name: (os.path.dirname(name), name.endswith("t10k"))):
+        nothing, split = Place(""), "test" if name.endswith("t10k") else "train"
+        images, labels = (arrays[name].get(k, nothing) for k in ("images-idx3", "labels-idx1"))
         if len(images.pixels) != 3 or labels.pixels != images.pixels[:1]:
             raise ConfigError(
-                f"source: {name}: images {images.pixels} and labels {labels.pixels} do not belong "
-                "together"
+                f"source: {name}-images-idx3-ubyte {images.pixels} and -labels-idx1-ubyte "
+                f"{labels.pixels} do not belong together, or one is missing; copy both again"
             )
-        split = "test" if name.endswith("t10k") else "train"
         one = images._replace(size=math.prod(images.pixels[1:]), pixels=images.pixels[1:])
         for i, label in enumerate(read(labels._replace(pixels=()))):
             place = one._replace(at=one.at + i * one.size)
@@ -114,39 +122,49 @@ def _idx(path: str) -> Place:
     return Place(path, at, size, shape)
 
 
-def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
-    """The pictures of CIFAR-10's binary batches among the files of a folder or archive, the other
-    files, and the names of the classes. Raises ConfigError."""
-    batches: dict[str, Item] = {}
-    rest = []
-    for file in files:
-        found = CIFAR_FILE.fullmatch(file.name)
-        if found and not file.place.is_zipped:
-            batches[found[1]] = file
-        else:
-            rest.append(file)
-    items: dict[str, list[Item]] = {"train": [], "test": []}
-    names = batches.pop("batches.meta.txt", None)
-    for name, file in sorted(batches.items()):
-        if not name.endswith(".bin"):
-            raise ConfigError(
-                f"source: {file.name} is a Python pickle, which can run code and is not loaded; "
-                "give the binary archive (cifar-10-binary.tar.gz, from the same page), or "
-                "source=cifar10, which gets parquet files from the hub"
-            )
-        if not file.num_bytes or file.num_bytes % CIFAR_RECORD:
-            raise ConfigError(
-                f"source: {file.name}: {file.num_bytes} bytes are no multiple of {CIFAR_RECORD}; "
-                "copy it again"
-            )
-        split, size = "test" if name.startswith("test") else "train", CIFAR_RECORD - 1
-        for i, label in enumerate(read(file.place)[::CIFAR_RECORD]):
-            place = Place(file.place.path, file.place.at + i * CIFAR_RECORD + 1, size, CIFAR_SHAPE)
-            items[split].append(Item(f"{split} {len(items[split])}", place, size, split, label))
-    if batches and not all(items.values()):
-        raise ConfigError("source: batches of CIFAR-10 are missing; copy it again")
-    classes = read(names.place).decode("utf-8", "replace").split() if names else ()
-    return [*items["train"], *items["test"]], rest, tuple(classes)
+# parquet
+
+
+def download(spec: str) -> list[tuple[str, str]]:
+    """(file, its path in the data set) of the parquet files of a data set of the hub. Raises
+    ConfigError."""
+    found = ADDRESS.fullmatch(HUB.get(spec, spec).rstrip("/"))
+    if found is None:
+        raise ConfigError(f"source={spec}: write it like hf://datasets/OWNER/NAME[@REVISION]")
+    name, revision, prefix = found[1], found[2], f"{found[3]}/" if found[3] else ""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+
+    def parquet_files(revision: str | None) -> list[str]:
+        files = api.list_repo_files(name, revision=revision, repo_type="dataset")
+        return sorted(f for f in files if f.endswith(".parquet") and f.startswith(prefix))
+
+    try:
+        files = parquet_files(revision)
+        if not files and revision is None:
+            with contextlib.suppress(HfHubHTTPError):  # not every data set is converted
+                files, revision = parquet_files(CONVERTED), CONVERTED
+        folders = [f.split("/")[:-1] for f in files]
+        sets = sorted({"/".join(p for p in parts if p.lower() not in SPLITS) for parts in folders})
+        if len(sets) == 1:
+            return [
+                (api.hf_hub_download(name, file, repo_type="dataset", revision=revision), file)
+                for file in files
+            ]
+    except Exception as error:  # of huggingface_hub and of the HTTP client below it
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise ConfigError(
+            f"source={spec}: the hub does not give it ({reason}); check name, network and, for "
+            "private ones, `hf auth login`"
+        ) from None
+    several = ", ".join(sets[:MAX_SHOWN]) + " ..." * (len(sets) > MAX_SHOWN)
+    raise ConfigError(
+        f"source={spec}: holds several sets: {several}; name one: {spec.rstrip('/')}/FOLDER"
+        if sets
+        else f"source={spec}: no parquet file is there; download the data set and give its folder"
+    )
 
 
 def add_parquet(
@@ -167,9 +185,7 @@ def add_parquet(
         listing.left_out.append((name, reason))
         return
     listing.classes = listing.classes or _class_names(file.schema_arrow.metadata, label)
-    facts = os.stat(path)
-    digest = hashlib.blake2b(repr((path, facts.st_size, facts.st_mtime_ns, image)).encode())
-    plain = work / f"parquet-{digest.hexdigest()[:16]}.bin"
+    plain = _plain(path, work, image)
 
     def pictures() -> Iterator[bytes]:
         at = 0
@@ -187,7 +203,7 @@ def add_parquet(
         for _ in pictures():
             pass
     else:
-        _copied(pictures(), path, plain)
+        _write(plain, pictures(), path)
 
 
 def _open_parquet(path: str) -> Any:

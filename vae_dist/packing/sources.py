@@ -1,4 +1,4 @@
-"""What a source of pictures holds: files of folders and archives, grouped into samples.
+"""Pictures of folders and archives, grouped into samples.
 
 In: `source=`: folders, zip files, tars (also compressed), parquet files, patterns and lists of
 them, `hf://datasets/OWNER/NAME`, or the name of a known data set. Out: a `Listing`: pictures with
@@ -17,7 +17,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +25,7 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, kind_of
 from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar
-from vae_dist.packing import hub, labels, rows
+from vae_dist.packing import labels, rows
 from vae_dist.packing.items import (
     BY_SUFFIX,
     LEFT_BEHIND,
@@ -39,7 +39,6 @@ from vae_dist.packing.items import (
     split_of,
     stem_and_member,
     suffix_of,
-    why_unsafe,
 )
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet")
@@ -47,9 +46,9 @@ TAR_MEMBERS = ("cls", "json", MASK_MEMBER, "txt")  # of a sample, taken along wi
 STATS = "_stats.json"  # of img2dataset, beside the folder or tar that it is of
 MAX_LABEL_BYTES = 32  # of a .cls
 KINDS = (
-    "a folder of pictures or archives, a .zip, a .tar (also .gz, .bz2, .xz), MNIST idx files, the "
-    "binary archive of CIFAR-10, a folder with CelebA's lists, parquet files, "
-    f"hf://datasets/OWNER/NAME, or one of the words {', '.join(hub.KNOWN)}"
+    "a folder of pictures or archives, a .zip, a .tar (also .gz, .bz2, .xz), MNIST idx files, a "
+    "folder with CelebA's lists, parquet files, hf://datasets/OWNER/NAME, or one of the words "
+    f"{', '.join(rows.HUB)}"
 )
 
 
@@ -79,62 +78,54 @@ class _Lister:
     def add(self, spec: str) -> None:
         """A path, a pattern, or a data set of the hub."""
         path = os.path.expanduser(spec)
-        if (spec in hub.KNOWN or spec.startswith("hf://")) and not os.path.exists(path):
-            for file, name in hub.download(spec):
+        if (spec in rows.HUB or spec.startswith("hf://")) and not os.path.exists(path):
+            for file, name in rows.download(spec):
                 self._add_archive(file, split_of(name))
             return
         paths = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         is_alone = len(paths) == 1 and isinstance(self.command.source, str)
-        problem: str | None = None if paths else "no such file"
         for path in paths:
             name = os.path.basename(path)
             if os.path.isdir(path):
                 self._add_folder(path)
-            elif (problem := _why_no_file(path)) is not None:
-                break
+            elif problem := _why_no_file(path):
+                raise ConfigError(f"source={spec}: {problem}; give {KINDS}")
             elif name.lower().endswith(ARCHIVES):
                 self._add_archive(path, None if is_alone else split_of(name))
-            elif len(paths) > 1:  # of a pattern
-                self._add_files([Item(name, Place(path), os.path.getsize(path))])
             else:
-                problem = "is nothing that can be packed"
-        if problem:
-            raise ConfigError(f"source={spec}: {problem}; give {KINDS}")
+                self._add_files([Item(name, Place(path), os.path.getsize(path))])
+        if not paths:
+            raise ConfigError(f"source={spec}: no such file; give {KINDS}")
 
     def _add_folder(self, folder: str) -> None:
-        digits, files = rows.mnist_items(list(self._walk(folder, "")), self.work)
+        digits, files = rows.mnist_items(list(self._walk(folder)), self.work)
         self.found.items += digits
         self._add_files([file for file in files if not file.name.lower().endswith(ARCHIVES)])
         for file in files:
             if file.name.lower().endswith(ARCHIVES):
                 self._add_archive(file.place.path, split_of(file.name))
 
-    def _walk(self, folder: str, prefix: str) -> Iterator[Item]:
+    def _walk(self, root: str) -> Iterator[Item]:
         """Files first, then folders, each by name; a folder that is linked to is listed once."""
-        real = os.path.realpath(folder)
-        if real in self._seen:
-            self.found.left_out.append((prefix, "a link to a folder that is listed already"))
-            return
-        self._seen.add(real)
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            reason = f"a folder, cannot be read ({error.strerror})"
-            self.found.lost.append((prefix or folder, reason))
-            return
-        self.parts |= {name.removesuffix(STATS) for name in names if name.endswith(STATS)}
-        names = [name for name in names if not LEFT_BEHIND.search(name)]
-        folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
-        for name in names:
-            path = os.path.join(folder, name)
-            if name in folders:
+
+        def unreadable(error: OSError) -> None:
+            self.found.lost.append((error.filename, f"a folder, cannot be read ({error.strerror})"))
+
+        for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+            prefix = "" if folder == root else f"{os.path.relpath(folder, root)}/"
+            if (real := os.path.realpath(folder)) in self._seen:
+                self.found.left_out.append((prefix, "a link to a folder that is listed already"))
+                folders.clear()
                 continue
-            if (problem := _why_no_file(path)) is not None:
-                self._refuse(prefix + name, problem)
-            else:
-                yield Item(prefix + name, Place(path), os.path.getsize(path))
-        for name in folders:
-            yield from self._walk(os.path.join(folder, name), f"{prefix}{name}/")
+            self._seen.add(real)
+            self.parts |= {name.removesuffix(STATS) for name in names if name.endswith(STATS)}
+            folders[:] = sorted(name for name in folders if not LEFT_BEHIND.search(name))
+            for name in sorted(name for name in names if not LEFT_BEHIND.search(name)):
+                path = os.path.join(folder, name)
+                if problem := _why_no_file(path):
+                    self._refuse(prefix + name, problem)
+                else:
+                    yield Item(prefix + name, Place(path), os.path.getsize(path))
 
     def _refuse(self, name: str, reason: str) -> None:
         """Lost where it is a picture by its name, else left out."""
@@ -147,11 +138,11 @@ class _Lister:
         if path.lower().endswith(".parquet"):
             rows.add_parquet(self.found, path, split, self.work, self.command)
             return
-        is_zip = path.lower().endswith(".zip")
-        files = []
+        is_zip, files = path.lower().endswith(".zip"), []
         for file in self._of_zip(path) if is_zip else self._of_tar(path):
-            if reason := why_unsafe(file.name):
-                self._refuse(file.name, reason)
+            parts = file.name.split("/")
+            if not parts[0] or parts[0].endswith(":") or ".." in parts:
+                self._refuse(file.name, "an absolute path, or one with ..")
             elif not LEFT_BEHIND.search(file.name):
                 files.append(file._replace(split=split))
         self._add_files(files, is_shard=not is_zip)
@@ -186,12 +177,9 @@ class _Lister:
 
     # samples
 
-    def _add_files(self, files: list[Item], *, is_shard: bool = False) -> None:
+    def _add_files(self, files: Iterable[Item], *, is_shard: bool = False) -> None:
         """Group the files of one folder or archive into samples, after WebDataset's rule where it
         is a shard: there NAME.depth.png and NAME.png are no pictures beside NAME.jpg."""
-        records, files, classes = rows.cifar_items(files)
-        self.found.items += records
-        self.found.classes = self.found.classes or classes
         image_key = self.command.image_key.lower()
         taken = TAR_MEMBERS if is_shard else (MASK_MEMBER,)
         companions: dict[str, dict[str, Item]] = {}  # by stem, by member
@@ -219,15 +207,13 @@ class _Lister:
             else:
                 num_of_key[key] += 1
                 by_content[member] += not image_key and member not in BY_SUFFIX
-                members = tuple(sorted(companions.get(stem, {}).items()))
-                self.pictures.append(_labelled(file._replace(companions=members)))
+                self.pictures.append(_with_members(file, companions.get(stem, {})))
         for stem in sorted(companions.keys() - first.keys()):
             if mask := companions[stem].pop(MASK_MEMBER, None):
                 self.found.left_out.append((mask.name, "the mask of no picture"))
             others.update(companions[stem].keys())
         only = f"files; only .{', .'.join(taken)} of a picture's name are taken along"
-        only = only if is_shard else "files that are no pictures"
-        self.found.left_out += _counted(others, only)
+        self.found.left_out += _counted(others, only if is_shard else "files that are no pictures")
         decoded = _counted(+by_content, "files are decoded by their content")
         self.found.notes += [f"{kind}: {text}" for kind, text in decoded]
         if is_shard and (several := sum(num > 1 for num in num_of_key.values())):
@@ -235,10 +221,10 @@ class _Lister:
             self.found.notes.append(f"{several} {one_by_one}")
 
 
-def _why_no_file(path: str) -> str | None:
-    """Why a path is no plain file, or None. What a FIFO or a device gives has no end."""
+def _why_no_file(path: str) -> str:
+    """Why a path is no plain file, or nothing. What a FIFO or a device gives has no end."""
     try:
-        return None if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
+        return "" if stat.S_ISREG(os.stat(path).st_mode) else "no regular file"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -260,18 +246,17 @@ def _key_and_kind(stem: str) -> tuple[str, str]:
     return f"{folder}{slash}{key}", kind
 
 
-def _labelled(item: Item) -> Item:
-    """The item with its .cls for a category."""
-    files = dict(item.companions)
-    if "cls" not in files:
-        return item
-    found = files.pop("cls")
-    text = read(found.place._replace(size=min(found.num_bytes, MAX_LABEL_BYTES)))
-    try:
-        category: int | str = int(text)
-    except ValueError:
-        category = text.decode("utf-8", "replace").strip()
-    return item._replace(category=category, companions=tuple(files.items()))
+def _with_members(picture: Item, members: dict[str, Item]) -> Item:
+    """The picture with the other members of its sample; the .cls becomes its category."""
+    others = tuple(sorted((name, file) for name, file in members.items() if name != "cls"))
+    category: int | str | None = None
+    if label := members.get("cls"):
+        text = read(label.place._replace(size=min(label.num_bytes, MAX_LABEL_BYTES)))
+        try:
+            category = int(text)
+        except ValueError:
+            category = text.decode("utf-8", "replace").strip()
+    return picture._replace(category=category, companions=others)
 
 
 def _counted(num_files: Counter[str], text: str) -> list[tuple[str, str]]:
