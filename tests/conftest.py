@@ -1,9 +1,5 @@
 """What tests of several folders share: few digits as shards, and tiny runs for every verb."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -15,7 +11,7 @@ set_environment()  # before torch is imported: tests run beside each other, and 
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory):
     """`train`: 512 in 8 shards, `validation`: 64, with ten labels. Not to be changed."""
     folder = tmp_path_factory.mktemp("data") / "digits"
     pixels = load_digits()[0][np.random.default_rng(0).permutation(10_000)]
@@ -25,25 +21,25 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_run(tmp_path_factory):
     """A vector latent, grey images of 28x28, one of the 8 validation images damaged."""
     return tiny_run.plain_run(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="session")
-def conditional_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def conditional_run(tmp_path_factory):
     """Three classes, and of each grey image of 12x10 one half is missing."""
     return tiny_run.conditional_run(tmp_path_factory.mktemp("conditional"))
 
 
 @pytest.fixture(scope="session")
-def spatial_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def spatial_run(tmp_path_factory):
     """A spatial latent of stride 2, three colour images of 20x16."""
     return tiny_run.spatial_run(tmp_path_factory.mktemp("spatial"))
 
 
 @pytest.fixture(scope="session")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision(tmp_path_factory):
     """A DINOv2 of random weights, with patches of 7 pixels and 16 values."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     import torch

@@ -1,11 +1,8 @@
 """The checks that CI runs catch a wrong sample of what they are there for."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -13,7 +10,7 @@ pytest_plugins = ["pytester"]
 CI = Path(__file__).resolve().parents[2] / ".ci"
 
 
-def load(name: str) -> ModuleType:
+def load(name):
     spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +23,7 @@ check_skips = load("check_skips")
 check_smoke = load("check_smoke")
 
 
-def package(tmp_path: Path, files: dict[str, str]) -> Path:
+def package(tmp_path, files):
     for name, text in files.items():
         path = tmp_path / "vae_dist" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +31,7 @@ def package(tmp_path: Path, files: dict[str, str]) -> Path:
     return tmp_path / "vae_dist"
 
 
-def test_this_package_imports_downward_alone() -> None:
+def test_this_package_imports_downward_alone():
     assert check_imports.problems(CI.parent / "vae_dist") == []
 
 
@@ -57,7 +54,7 @@ def test_this_package_imports_downward_alone() -> None:
         ),
     ],
 )
-def test_a_wrong_import_is_caught(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+def test_a_wrong_import_is_caught(tmp_path, files, expected):
     (problem,) = check_imports.problems(package(tmp_path, {"__init__.py": "", **files}))
     assert expected in problem
 
@@ -70,7 +67,7 @@ SKIPPED [2] tests/models/test_vae.py: too lazy today
 """
 
 
-def test_a_skip_needs_a_reason_that_holds_on_this_machine() -> None:
+def test_a_skip_needs_a_reason_that_holds_on_this_machine():
     idle = "tests/models/test_vae.py: too lazy today"
     assert check_skips.unjustified(OUTPUT, {"needs CUDA": True}) == [idle]
     assert check_skips.unjustified(OUTPUT, {"needs CUDA": False}) == [
@@ -80,7 +77,7 @@ def test_a_skip_needs_a_reason_that_holds_on_this_machine() -> None:
 
 
 @pytest.mark.slow
-def test_the_skip_check_reads_what_pytest_writes(pytester: pytest.Pytester) -> None:
+def test_the_skip_check_reads_what_pytest_writes(pytester):
     pytester.makepyfile(
         "import pytest\n"
         "@pytest.mark.skip(reason='marked')\n"
@@ -95,7 +92,7 @@ def test_the_skip_check_reads_what_pytest_writes(pytester: pytest.Pytester) -> N
     assert reasons == ["called", "got empty parameter set", "marked"]
 
 
-def run_folder(tmp_path: Path, *neg_elbos: float) -> Path:
+def run_folder(tmp_path, *neg_elbos):
     for name in ("images", "checkpoints"):
         (tmp_path / name).mkdir()
     (tmp_path / "images" / "samples.png").write_bytes(bytes(200))
@@ -106,7 +103,7 @@ def run_folder(tmp_path: Path, *neg_elbos: float) -> Path:
     return tmp_path
 
 
-def test_the_last_evaluation_counts_and_all_files_must_be_there(tmp_path: Path) -> None:
+def test_the_last_evaluation_counts_and_all_files_must_be_there(tmp_path):
     run = run_folder(tmp_path, 200.0, 95.9)
     assert check_smoke.problems(run, 96) == []
     (problem,) = check_smoke.problems(run, 95)

@@ -1,8 +1,6 @@
 """The documents are short enough and current, and every link leads somewhere; constraints.txt picks
 every version: a package without one would be whatever is current."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tomllib
@@ -10,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import chain
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -23,13 +20,13 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 OF_ONE_PLATFORM = ("nvidia-", "cuda-", "triton")  # torch picks them
 
 
-def headings(page: Path) -> set[str]:
+def headings(page):
     """The anchors that a page's headings get."""
     found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_somewhere():
     for page in PAGES:
         for link in LINK.findall(page.read_text()):
             path, _, anchor = link.partition("#")
@@ -39,18 +36,18 @@ def test_links_lead_somewhere() -> None:
                 assert not anchor or anchor in headings(target), f"{page.name}: {link}"
 
 
-def test_the_page_of_keys_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_keys_is_current(capsys):
     assert train.main(["--help"]) == 0
     keys = capsys.readouterr().out
     page = (ROOT / "docs" / "config.md").read_text()
     assert page.partition("```text\n")[2] == f"{keys}```\n", "paste what train --help prints"
 
 
-def test_the_readme_fits_two_screens() -> None:
+def test_the_readme_fits_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 170
 
 
-def test_every_package_that_an_installation_brings_is_pinned_for_every_platform() -> None:
+def test_every_package_that_an_installation_brings_is_pinned_for_every_platform():
     """As far as it is installed here in the version that is pinned, for this Python."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]

@@ -1,22 +1,17 @@
 """A step with every term that is added to the bound, of networks that are small."""
 
-from __future__ import annotations
-
-from typing import Literal
-
 import torch
 
 from tests.support.steps import make_step
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
-from vae_dist.training.step import TrainingStep
 
 BATCH_SIZE, SLOTS = 8, 4
 SIZE = (24, 32)
 
 
-def adversarial_config() -> TrainConfig:
+def adversarial_config():
     """Discriminator from step 0, decoder from step 1, R1 at even steps."""
     config = TrainConfig()
     config.data.slots = SLOTS
@@ -34,19 +29,19 @@ def adversarial_config() -> TrainConfig:
     return config
 
 
-def start(precision: str = "no", parallel: Literal["ddp", "fsdp"] = "ddp") -> Runtime:
+def start(precision="no", parallel="ddp"):
     return Runtime.start(RuntimeConfig(threads=1, parallel=parallel), precision=precision)
 
 
-def adversarial_step(config: TrainConfig, runtime: Runtime) -> TrainingStep:
+def adversarial_step(config, runtime):
     return make_step(config, runtime, SIZE)
 
 
-def picture_batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
+def picture_batch(runtime, step, *, mixed=False):
     """This rank's share of smooth random pictures; `mixed`: the second slot has another shape."""
     share = SLOTS // runtime.world
     mine = range(runtime.rank * share, (runtime.rank + 1) * share)
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups = {}
     for slot in mine:
         groups.setdefault((32, 24) if mixed and slot == 1 else SIZE, []).append(slot)
     return Batch(
@@ -64,7 +59,7 @@ def picture_batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
     )
 
 
-def _pictures(step: int, slot: int, size: tuple[int, int]) -> torch.Tensor:
+def _pictures(step, slot, size):
     generator = torch.Generator().manual_seed(1000 * step + slot)
     shape = (BATCH_SIZE // SLOTS, 3, size[0] // 4, size[1] // 4)
     coarse = 255 * torch.rand(shape, generator=generator)

@@ -1,10 +1,7 @@
 """Devices that a test runs on: the CPU always, a CUDA device where there is one (`-m gpu`)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.support.distributed import reset_accelerate
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.data.loader import Batch, split_mask
+from vae_dist.data.loader import split_mask
 from vae_dist.distributed import Runtime
 
 NEEDS_CUDA = (
@@ -26,7 +23,7 @@ DEVICES: list[Any] = ["cpu", CUDA]
 
 
 @contextlib.contextmanager
-def runtime_on(device: str, precision: str = "no") -> Iterator[Runtime]:
+def runtime_on(device, precision="no"):
     """Of one process."""
     config = RuntimeConfig(threads=1, device="cpu" if device == "cpu" else "auto")
     with fresh_accelerate():
@@ -36,7 +33,7 @@ def runtime_on(device: str, precision: str = "no") -> Iterator[Runtime]:
 
 
 @contextlib.contextmanager
-def fresh_accelerate() -> Iterator[None]:
+def fresh_accelerate():
     """Its state is of the first device and precision of a process: forgotten before and after."""
     try:
         reset_accelerate()
@@ -45,7 +42,7 @@ def fresh_accelerate() -> Iterator[None]:
         reset_accelerate()
 
 
-def pinned(batch: Batch, device: str) -> Batch:
+def pinned(batch, device):
     """As a loader hands it over: pixel by pixel with their mask, in pinned memory before a GPU."""
     groups = []
     for group in batch.groups:
@@ -58,7 +55,7 @@ def pinned(batch: Batch, device: str) -> Batch:
 
 
 @contextlib.contextmanager
-def float32_without_tricks() -> Iterator[None]:
+def float32_without_tricks():
     """Kernels that give the same bits each time, and no TensorFloat-32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
@@ -74,7 +71,7 @@ def float32_without_tricks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_waiting(device: str) -> Iterator[None]:
+def no_waiting(device):
     """An error where the host waits for a CUDA device."""
     if device == "cuda":
         torch.cuda.synchronize()

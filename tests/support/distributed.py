@@ -4,8 +4,6 @@
 at their first use, which costs seconds in each child.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os
@@ -14,9 +12,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch._dynamo
@@ -29,15 +25,13 @@ LAUNCHER_VARIABLES = (
 )
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
-) -> list[Any]:
+def run_ranks(world, function, *args, timeout_s=60):
     """`function(*args)` on `world` ranks, which find each other as under a launcher; their results.
 
     The function makes its own Runtime (or Accelerator). Raises with the first rank's traceback.
@@ -62,15 +56,7 @@ def run_ranks(
     return [result for _, result in outcomes]
 
 
-def _rank(
-    rank: int,
-    world: int,
-    port: int,
-    path: Path,
-    timeout_s: float,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+def _rank(rank, world, port, path, timeout_s, function, args):
     faulthandler.enable()
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     become_rank(rank, world, port)
@@ -87,7 +73,7 @@ def _rank(
     os._exit(0)  # a live DDP model can hang destroy_process_group
 
 
-def become_rank(rank: int, world: int, port: int) -> None:
+def become_rank(rank, world, port):
     """Make this forked process what a launcher would have started: one thread, its environment."""
     torch.set_num_threads(1)
     values = (rank, rank, world, world, "127.0.0.1", port)
@@ -95,7 +81,7 @@ def become_rank(rank: int, world: int, port: int) -> None:
     reset_accelerate()
 
 
-def reset_accelerate() -> None:
+def reset_accelerate():
     """Accelerate's state is a singleton that a forked child inherits."""
     from accelerate.state import AcceleratorState, GradientState
 

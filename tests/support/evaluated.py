@@ -1,12 +1,6 @@
 """Evaluations of tiny models on few images, on as many ranks as there are."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.distributions import Normal
 
 from tests.support.tiny_run import tiny_config
@@ -15,10 +9,9 @@ from vae_dist.data.evaluation import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.frechet import FrechetMetric
 from vae_dist.evaluation.importance import ImportanceMetric
-from vae_dist.evaluation.metrics import Comparison, Metric, ReconstructionMetric, psnr_db
-from vae_dist.evaluation.run import EvaluationResult, evaluate
+from vae_dist.evaluation.metrics import Comparison, ReconstructionMetric, psnr_db
+from vae_dist.evaluation.run import evaluate
 from vae_dist.models.build import build_vae
-from vae_dist.models.vae import VAE
 from vae_dist.randomness import torch_generator
 
 CPU = torch.device("cpu")
@@ -28,11 +21,11 @@ IMAGES = torch.randint(
 )
 
 
-def start() -> Runtime:
+def start():
     return Runtime.start(RuntimeConfig(device="cpu", threads=1), precision="no")
 
 
-def tiny_model(**keys: str) -> VAE:
+def tiny_model(**keys):
     model = build_vae(tiny_config(**keys), SIZE)
     with torch.no_grad():  # leave the symmetric start, so that every term counts
         for number, parameter in enumerate(model.parameters()):
@@ -41,7 +34,7 @@ def tiny_model(**keys: str) -> VAE:
     return model
 
 
-def drawn(model: VAE, sample: int, seed: int = 3) -> tuple[Tensor, Normal, Tensor]:
+def drawn(model, sample, seed=3):
     """An image as an evaluation with this seed shows it, q(z|x) and the draw of z, float64."""
     uniform = torch.rand(1, 1, *SIZE, generator=torch_generator(seed, "eval-levels", sample))
     ink = (uniform < IMAGES[[sample]] / 255).double()
@@ -52,9 +45,7 @@ def drawn(model: VAE, sample: int, seed: int = 3) -> tuple[Tensor, Normal, Tenso
     return ink, posterior, posterior.mean + posterior.stddev * noise
 
 
-def batches(
-    batch_size: int, images: Tensor = IMAGES, *, rank: int = 0, world: int = 1
-) -> Iterator[EvaluationBatch]:
+def batches(batch_size, images=IMAGES, *, rank=0, world=1):
     """Rank's share, padded with images that would ruin any mean that they entered."""
     for low in range(0, len(images), batch_size * world):
         samples = torch.arange(low + rank * batch_size, low + (rank + 1) * batch_size)
@@ -64,20 +55,15 @@ def batches(
         yield batch_of(shown, torch.where(counts, samples, -1), weights=counts.float())
 
 
-def batch_of(images: Tensor, samples: Sequence[int] | Tensor, **more: Any) -> EvaluationBatch:
+def batch_of(images, samples, **more):
     labels, weights = torch.full((len(images),), -1), torch.ones(len(images))
     numbers = torch.as_tensor(samples)
     return EvaluationBatch(images, labels, numbers, **{"weights": weights, "skipped": ()} | more)
 
 
 def result_of(
-    model: VAE,
-    *metrics: Metric,
-    batch_size: int = NUM_IMAGES,
-    images: Tensor = IMAGES,
-    change: Callable[[EvaluationBatch], EvaluationBatch] = lambda batch: batch,
-    **options: Any,
-) -> EvaluationResult:
+    model, *metrics, batch_size=NUM_IMAGES, images=IMAGES, change=lambda batch: batch, **options
+):
     runtime = start()
     shares = batches(batch_size, images, rank=runtime.rank, world=runtime.world)
     options = {"seed": 3, "runtime": runtime, "metrics": metrics} | options
@@ -86,8 +72,8 @@ def result_of(
     return result
 
 
-def all_metrics(model: VAE, device: torch.device = CPU) -> list[Metric]:
-    options: Any = {"of_reconstructions": True, "priors": {"fid": None}, "seed": 3}
+def all_metrics(model, device=CPU):
+    options = {"of_reconstructions": True, "priors": {"fid": None}, "seed": 3}
     return [
         ImportanceMetric(model, device, num_samples=60, seed=3),
         ReconstructionMetric({"psnr_db": Comparison(psnr_db, 1)}, device),

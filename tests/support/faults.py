@@ -5,17 +5,14 @@ Nothing inside the package knows of this: what happens at a chosen point is wrap
 functions in the forked process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tests.support.distributed import FORK, become_rank, free_port
 from vae_dist.run import checkpoint
@@ -30,9 +27,7 @@ Prepare = Callable[[int], None]  # called with its rank in each process before t
 class Ranks:
     """`world` processes of one training; use as a context manager, which leaves none behind."""
 
-    def __init__(
-        self, world: int, argv: list[str], *, output: Path, prepare: Prepare = lambda rank: None
-    ) -> None:
+    def __init__(self, world, argv, *, output, prepare=lambda rank: None):
         port = free_port()
         output.mkdir(parents=True, exist_ok=True)
         self.run = Path(next(word[4:] for word in argv if word.startswith("run=")))
@@ -44,25 +39,25 @@ class Ranks:
         for process in self._processes:
             process.start()
 
-    def __enter__(self) -> Ranks:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception):
         for process in self._processes:
             process.kill()
             process.join()
 
     @property
-    def pids(self) -> list[int]:
+    def pids(self):
         return [process.pid or 0 for process in self._processes]
 
-    def signal(self, number: signal.Signals, *ranks: int) -> None:
+    def signal(self, number, *ranks):
         """To these ranks alone; none given: to all."""
         for rank in ranks or range(len(self._processes)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pids[rank], number)
 
-    def wait(self, *ranks: int, timeout_s: float = 60) -> list[int | None]:
+    def wait(self, *ranks, timeout_s=60):
         """Exit codes of these ranks, or of all; None for one that still runs after the timeout."""
         end = time.monotonic() + timeout_s
         chosen = [self._processes[rank] for rank in ranks or range(len(self._processes))]
@@ -70,21 +65,21 @@ class Ranks:
             process.join(max(0, end - time.monotonic()))
         return [process.exitcode for process in chosen]
 
-    def wait_for_step(self, step: int, *, timeout_s: float = 60) -> None:
+    def wait_for_step(self, step, *, timeout_s=60):
         """Until the log has a row of that step or a later one, or a rank has ended."""
         self.wait_until(lambda: last_step(self.run) >= step, timeout_s=timeout_s)
 
-    def wait_until(self, is_so: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    def wait_until(self, is_so, *, timeout_s=60):
         """Or until a rank has ended."""
         end = time.monotonic() + timeout_s
         while not is_so() and all(p.is_alive() for p in self._processes):
             assert time.monotonic() < end, self.text()
             time.sleep(0.01)
 
-    def text(self) -> str:
+    def text(self):
         return "\n".join(log.read_text() for log in self.output if log.exists())
 
-    def orphans(self, *, timeout_s: float = 20) -> list[int]:
+    def orphans(self, *, timeout_s=20):
         """Ended ranks of which a process that they started lives: they are of one group."""
         end = time.monotonic() + timeout_s
         left = [process.pid or 0 for process in self._processes if not process.is_alive()]
@@ -94,14 +89,14 @@ class Ranks:
         return left
 
 
-def _has_members(group: int) -> bool:
+def _has_members(group):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, 0)
         return True
     return False
 
 
-def last_step(run: Path) -> int:
+def last_step(run):
     """Step of the last whole row of the log; -1 when there is none."""
     try:
         with open(run / "log.jsonl", "rb") as file:
@@ -115,38 +110,36 @@ def last_step(run: Path) -> int:
 # faults at a chosen point, from inside a rank
 
 
-def at_place(
-    place: str, action: Callable[[], object], *, ranks: tuple[int, ...] = (0,), visit: int = 1
-) -> Prepare:
+def at_place(place, action, *, ranks=(0,), visit=1):
     """These ranks do something when they come to a place for the nth time.
 
     The places are those of `training.loop`: of start-up ("shards", ...) and of a step.
     """
 
-    def prepare(rank: int) -> None:
+    def prepare(rank):
         at, visits = RankWatch.at, 0
 
-        def visited(self: RankWatch, step: int, phase: str, shape: Hashable = None) -> None:
+        def visited(self, step, phase, shape=None):
             nonlocal visits
             at(self, step, phase, shape)
             visits += phase == place
             if phase == place and visits == visit and rank in ranks:
                 action()
 
-        RankWatch.at = visited  # type: ignore[method-assign]
+        RankWatch.at = visited
 
     return prepare
 
 
-def in_the_middle_of_a_write(action: Callable[[], object], *, after_step: int) -> Prepare:
+def in_the_middle_of_a_write(action, *, after_step):
     """Done on the main process, in the thread that writes a checkpoint beyond this step, with one
     of its files on the disk."""
 
-    def prepare(rank: int) -> None:
+    def prepare(rank):
         write = checkpoint.write_durably
         is_done = False
 
-        def interrupted(path: Path, data: Any) -> None:
+        def interrupted(path, data):
             nonlocal is_done
             write(path, data)
             step = path.parent.name.removeprefix(".step_").removesuffix(".tmp")
@@ -159,12 +152,12 @@ def in_the_middle_of_a_write(action: Callable[[], object], *, after_step: int) -
     return prepare
 
 
-def signal_oneself(number: signal.Signals = signal.SIGTERM) -> None:
+def signal_oneself(number=signal.SIGTERM):
     """As from outside: to the process, whichever thread it is in."""
     os.kill(os.getpid(), number)
 
 
-def _rank(rank: int, world: int, port: int, log: Path, argv: list[str], prepare: Prepare) -> None:
+def _rank(rank, world, port, log, argv, prepare):
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

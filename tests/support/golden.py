@@ -11,17 +11,13 @@ and a digest of the weights; of files, the digests of their bytes or tensors. Va
 kind of CPU and one version of torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,21 +56,21 @@ FIXED = f"log.every=1 {WHOLE} wandb.mode=disabled training.precision=no runtime.
 OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
 
 
-def digest(parts: Iterable[bytes]) -> str:
+def digest(parts):
     sha = hashlib.sha256()
     for part in parts:
         sha.update(part)
     return sha.hexdigest()[:20]
 
 
-def tensor_bytes(value: Any) -> bytes:
+def tensor_bytes(value):
     if not isinstance(value, torch.Tensor):
         return repr(value).encode()
     tensor = value.detach().cpu().contiguous()
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()
 
 
-def tensors_of(folder: Path) -> dict[str, str]:
+def tensors_of(folder):
     """Digests of the tensors of each safetensors file."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -84,7 +80,7 @@ def tensors_of(folder: Path) -> dict[str, str]:
     return found
 
 
-def draw_pictures(folder: Path, count: int = 60) -> None:
+def draw_pictures(folder, count=60):
     """JPEGs of several sizes in three class folders: smooth colours, edges and noise."""
     rng = np.random.default_rng(7)
     for number in range(count):
@@ -102,23 +98,23 @@ def draw_pictures(folder: Path, count: int = 60) -> None:
         path.write_bytes(file.getvalue())
 
 
-def _traced_training(arguments: list[str]) -> list[str]:
+def _traced_training(arguments):
     """Train in this process; a digest of each forward's inputs."""
-    seen: list[str] = []
+    seen = []
     forward = VAE.forward
 
-    def traced(self: VAE, *args: Any, **kwargs: Any) -> Any:
+    def traced(self, *args, **kwargs):
         given = [*args, *(kwargs[name] for name in sorted(kwargs))]
         seen.append(digest(tensor_bytes(value) for value in given if value is not None))
         return forward(self, *args, **kwargs)
 
-    VAE.forward = traced  # type: ignore[method-assign]
+    VAE.forward = traced
     code = train.main(arguments)
     assert code == 0, f"exit code {code}"
     return seen
 
 
-def training(name: str, world: int) -> dict[str, Any]:
+def training(name, world):
     config, overrides, _ = TRAININGS[name]
     run = f"runs/{name}_{world}"
     arguments = [f"config={config}", f"run={run}", *FIXED.split(), *overrides.split()]
@@ -134,26 +130,26 @@ def training(name: str, world: int) -> dict[str, Any]:
     return {"inputs": inputs, "logged": logged, "weights": tensors_of(last)}
 
 
-def _checked(command: Any, arguments: list[str]) -> None:
+def _checked(command, arguments):
     code = command(arguments)
     assert code == 0, f"{arguments}: exit code {code}"
 
 
-def run(command: Any, arguments: str) -> None:
+def run(command, arguments):
     """In a process of its own, as a launched rank: some settings hold for a whole process."""
     run_ranks(1, _checked, command, arguments.split(), timeout_s=500)
 
 
-def bytes_of(folder: str, *, by_path: bool = False) -> dict[str, str]:
+def bytes_of(folder, *, by_path=False):
     paths = sorted(Path(folder).rglob("*.tar"))
     return {str(path) if by_path else path.name: digest([path.read_bytes()]) for path in paths}
 
 
-def everything() -> dict[str, Any]:
+def everything():
     """All values; writes below the current folder."""
     draw_pictures(Path("pictures"))
     run(pack.main, "source=pictures out=photos validation=12 size=96 workers=1")
-    values: dict[str, Any] = {"packed": bytes_of("photos", by_path=True)}
+    values = {"packed": bytes_of("photos", by_path=True)}
     for name, (_, _, on_two) in TRAININGS.items():
         for world in (1, 2) if on_two else (1,):
             values[f"{name}_{world}"] = training(name, world)
@@ -171,7 +167,7 @@ def everything() -> dict[str, Any]:
     return values | {"encoded": bytes_of("latents")}
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[str]:
+def differences(one, other, place=""):
     """Where two values differ; floats count as equal only when all their bits are."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         one, other = dict(enumerate(one)), dict(enumerate(other))
@@ -186,7 +182,7 @@ def differences(one: Any, other: Any, place: str = "") -> list[str]:
     return [] if one == other or both_nan else [f"{place}: {one} before, {other} now"]
 
 
-def main(argv: list[str]) -> int:
+def main(argv):
     verb, path = argv[0], Path(argv[1]).resolve()
     become_rank(0, 1, 0)
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):

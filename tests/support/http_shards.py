@@ -1,15 +1,12 @@
 """A web server on loopback that sends pieces of files, and misbehaves when it is told to."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 # What to do with the n-th request (from 0) for a path: a status to answer; a number of bytes after
 # which the connection ends, written as a negative number; RESET; EMPTY, an answer without a byte; a
@@ -24,13 +21,13 @@ class ShardServer:
     query: what an address must end with, or it is forbidden.
     """
 
-    def __init__(self, folder: Path, misbehave: Misbehave, *, ranges: bool, query: str) -> None:
+    def __init__(self, folder, misbehave, *, ranges, query):
         self.folder, self.misbehave, self.ranges, self.query = folder, misbehave, ranges, query
-        self.sent: Counter[str] = Counter()
-        self.asked: Counter[str] = Counter()
+        self.sent = Counter()
+        self.asked = Counter()
         self.url = ""
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def answer(self, request):
         path = request.path.removesuffix(self.query).lstrip("/")
         file, trouble = self.folder / path, self.misbehave(path, self.asked[path])
         self.asked[path] += 1
@@ -65,25 +62,19 @@ class ShardServer:
 
 
 @contextlib.contextmanager
-def serving(
-    folder: Path,
-    misbehave: Misbehave = lambda path, number: None,
-    *,
-    ranges: bool = True,
-    query: str = "",
-) -> Iterator[ShardServer]:
+def serving(folder, misbehave=lambda path, number: None, *, ranges=True, query=""):
     shards = ShardServer(folder, misbehave, ranges=ranges, query=query)
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_GET(self):
             with contextlib.suppress(OSError):
                 shards.answer(self)
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *args: None  # type: ignore[method-assign]
+    server.handle_error = lambda *args: None
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     shards.url = f"http://127.0.0.1:{server.server_port}"
     try:

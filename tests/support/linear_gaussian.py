@@ -8,10 +8,7 @@ covariance S = (I + W'W / s^2)^-1 and lies in the family of `VAE`: the encoder i
 every log-variance by that number of nats. The gap of the ELBO is then known too.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +28,12 @@ SIGMA = 0.15
 class LinearEncoder(nn.Module):
     """Images (B, 1, H, W) -> mean and log-variance (B, 2L), linear in the image."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, log_variance: Tensor) -> None:
+    def __init__(self, weight, bias, log_variance):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
         self.log_variance = nn.Parameter(log_variance.float())
 
-    def forward(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, images, *_, **__):
         mean = images.flatten(1) @ self.weight.T + self.bias
         return torch.cat([mean, self.log_variance.expand_as(mean)], 1)
 
@@ -44,11 +41,11 @@ class LinearEncoder(nn.Module):
 class LinearDecoder(nn.Module):
     """z (B, L) -> means of p(x|z) (B, 1, H, W)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight, bias):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
 
-    def forward(self, z: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, z, *_, **__):
         return (z @ self.weight.T + self.bias).unflatten(1, (1, *IMAGE_SIZE))
 
 
@@ -60,22 +57,22 @@ class LinearGaussian:
     encoder_error: float
 
     @property
-    def marginal(self) -> MultivariateNormal:
+    def marginal(self):
         """p(x), over flattened images."""
         noise = SIGMA**2 * torch.eye(NUM_DIMS, dtype=torch.float64)
         return MultivariateNormal(self.bias, self.weight @ self.weight.T + noise)
 
-    def log_evidence(self, x: Tensor) -> Tensor:
+    def log_evidence(self, x):
         """log p(x) in nats of prepared images (B, 1, H, W), float64 (B,)."""
         return self.marginal.log_prob(x.double().flatten(1))
 
     @property
-    def elbo_gap_nats(self) -> float:
+    def elbo_gap_nats(self):
         """log p(x) - ELBO = KL(q(z|x) || p(z|x)), the same for every x."""
         e = torch.tensor(self.encoder_error, dtype=torch.float64)
         return float(NUM_LATENTS * 0.5 * (e.square() + torch.expm1(e) - e))
 
-    def images(self, num_images: int) -> Tensor:
+    def images(self, num_images):
         """Draws of p(x) cut to 8 bits, uint8 (N, 1, H, W)."""
         generator = torch_generator(0, "linear-gaussian")
         z = torch.randn(num_images, NUM_LATENTS, dtype=torch.float64, generator=generator)
@@ -83,12 +80,12 @@ class LinearGaussian:
         levels = (127.5 * (z @ self.weight.T + self.bias + SIGMA * noise + 1)).round()
         return levels.clamp(0, 255).to(torch.uint8).unflatten(1, (1, *IMAGE_SIZE))
 
-    def prepared(self, num_images: int) -> Tensor:
+    def prepared(self, num_images):
         """The same, float32 in [-1, 1]."""
         return self.model.likelihood.prepare(self.images(num_images), None)
 
 
-def linear_gaussian(*, encoder_error: float = 0.0) -> LinearGaussian:
+def linear_gaussian(*, encoder_error=0.0):
     generator = torch_generator(0, "linear-gaussian-weights")
     random = torch.randn(NUM_DIMS, NUM_LATENTS, dtype=torch.float64, generator=generator)
     weight = torch.linalg.qr(random)[0] * torch.tensor(SCALES, dtype=torch.float64)  # (D, L)
@@ -96,9 +93,9 @@ def linear_gaussian(*, encoder_error: float = 0.0) -> LinearGaussian:
     variance = 1 / (1 + weight.square().sum(0) / SIGMA**2)  # S, the exact posterior's
     to_mean = variance.unsqueeze(1) * weight.T / SIGMA**2  # (L, D)
     offset = -to_mean @ bias + encoder_error * variance.sqrt()
-    encoder: Any = LinearEncoder(to_mean, offset, variance.log() + encoder_error)
-    decoder: Any = LinearDecoder(weight, bias)
+    encoder = LinearEncoder(to_mean, offset, variance.log() + encoder_error)
+    decoder = LinearDecoder(weight, bias)
     knobs = LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA)
     likelihood = build_likelihood(knobs, DataConfig(channels=1, dequantize=False))
-    sizes: Any = {"latent_channels": NUM_LATENTS, "stride": 1, "image_size": IMAGE_SIZE}
+    sizes = {"latent_channels": NUM_LATENTS, "stride": 1, "image_size": IMAGE_SIZE}
     return LinearGaussian(VAE(encoder, decoder, likelihood, **sizes), weight, bias, encoder_error)

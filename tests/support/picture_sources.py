@@ -70,7 +70,7 @@ def write(path, files, mode="w", **links):
             for name, data in files.items():
                 archive.writestr(name, data)
     elif ".tar" in path.name:
-        with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        with tarfile.open(path, mode) as tar:
             for name, found in {**files, **links}.items():
                 member = tarfile.TarInfo(name)
                 if isinstance(found, bytes):

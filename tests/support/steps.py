@@ -1,16 +1,12 @@
 """Training steps without data, folder and loop: small models, batches of random images."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 
 from vae_dist.config.schema import ObjectiveConfig, RuntimeConfig, TrainConfig
 from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 from vae_dist.training.compile import compile_towers
-from vae_dist.training.step import StepReport, TrainingStep
+from vae_dist.training.step import TrainingStep
 
 BATCH_SIZE, SLOTS, SIZE = 16, 8, (8, 8)
 IWAE = ObjectiveConfig(
@@ -19,9 +15,7 @@ IWAE = ObjectiveConfig(
 SHAPES = ((8, 8), (8, 8), (4, 12), *((8, 8),) * 5)  # of each slot of a mixed batch
 
 
-def config(
-    *, microbatch_size: Any = 0, objective: ObjectiveConfig | None = None, precision: Any = "no"
-) -> TrainConfig:
+def config(*, microbatch_size=0, objective=None, precision="no"):
     made = TrainConfig(objective=objective or ObjectiveConfig())
     made.data.channels, made.data.slots = 3, SLOTS
     made.model.channels, made.model.blocks = [8, 8], 1
@@ -31,11 +25,11 @@ def config(
     return made
 
 
-def one_process(precision: str = "no") -> Runtime:
+def one_process(precision="no"):
     return Runtime.start(RuntimeConfig(threads=1), precision=precision)
 
 
-def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) -> TrainingStep:
+def make_step(settings, runtime, size):
     """`size`: (H, W) of its images, pixels; its weights come from the config's seed. Compiled where
     runtime.compile says so."""
     step = TrainingStep(settings, runtime, size)
@@ -43,7 +37,7 @@ def make_step(settings: TrainConfig, runtime: Runtime, size: tuple[int, int]) ->
     return step
 
 
-def batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
+def batch(runtime, step, *, mixed=False):
     """This rank's share of a step; `mixed`: slots of two shapes, so that on two ranks the first has
     one group more than the second."""
     generator = torch.Generator().manual_seed(step)
@@ -59,11 +53,11 @@ def batch(runtime: Runtime, step: int, *, mixed: bool = False) -> Batch:
     return Batch(step, tuple(parts), ("a.tar",), ())
 
 
-def first_step(step: TrainingStep, batch: Batch) -> tuple[dict[str, torch.Tensor], StepReport]:
+def first_step(step, batch):
     """The gradients that it leaves to the optimizer, and its report."""
-    found: dict[str, torch.Tensor] = {}
+    found = {}
 
-    def keep(*_: object) -> None:
+    def keep(*_):
         for name, parameter in step.vae.named_parameters():
             if parameter.grad is not None:
                 found[name] = parameter.grad.clone()
@@ -74,9 +68,7 @@ def first_step(step: TrainingStep, batch: Batch) -> tuple[dict[str, torch.Tensor
     return found, report
 
 
-def wrong_gradients(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, rounding: float
-) -> list[str]:
+def wrong_gradients(found, expected, *, rounding):
     """Names of those that differ by more than this part of their norm; below a thousandth of the
     largest norm gradients are rounding themselves."""
     norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
@@ -85,18 +77,18 @@ def wrong_gradients(
     return [name for name in norms if errors[name] > rounding * max(norms[name], least)]
 
 
-def poison(step: TrainingStep, at: int, *, discriminator: bool = False) -> None:
+def poison(step, at, *, discriminator=False):
     """A gradient of step `at` of this rank is not finite: of the VAE, or of the discriminator."""
     drawn, number = step._drawn, -1
 
-    def poisoned(purpose: str, group: Group, step_number: int, *args: Any, **kwargs: Any) -> Any:
+    def poisoned(purpose, group, step_number, *args, **kwargs):
         nonlocal number
         number = step_number
         noise = drawn(purpose, group, step_number, *args, **kwargs)
         is_bad = purpose == "posterior" and number == at and not discriminator
         return noise * float("nan") if is_bad else noise
 
-    step._drawn = poisoned  # type: ignore[method-assign]
+    step._drawn = poisoned
     if discriminator:
         assert step.adversary is not None
         step.adversary.network.conv_out.register_full_backward_hook(

@@ -1,10 +1,6 @@
 """Finished run folders without training: small models of random weights, and their images."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +14,7 @@ from vae_dist.run.folder import RunFolder
 STEPS = (10, 20)
 
 
-def tiny_config(
-    *, latent: Any = "vector", kind: Any = "bernoulli", channels: int = 1, num_classes: int = 0
-) -> TrainConfig:
+def tiny_config(*, latent="vector", kind="bernoulli", channels=1, num_classes=0):
     config = TrainConfig(config="tiny")
     config.data.train = config.data.validation = "shards"
     config.data.channels, config.data.workers = channels, 0
@@ -32,28 +26,28 @@ def tiny_config(
     return config
 
 
-def plain_run(folder: Path) -> Path:
+def plain_run(folder):
     pixels = random_pixels(8, 28, 28)
     pixels[2] = 0  # written as no PNG
     return _run(folder, tiny_config(), pixels)
 
 
-def conditional_run(folder: Path) -> Path:
+def conditional_run(folder):
     config = tiny_config(num_classes=3)
     config.data.mask = "half"
     return _run(folder, config, random_pixels(6, 12, 10))
 
 
-def spatial_run(folder: Path) -> Path:
+def spatial_run(folder):
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     return _run(folder, config, random_pixels(3, 20, 16, 3))
 
 
-def random_pixels(*shape: int) -> np.ndarray:
+def random_pixels(*shape):
     return np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
 
 
-def _run(folder: Path, config: TrainConfig, pixels: np.ndarray) -> Path:
+def _run(folder, config, pixels):
     """`folder/run`, and `folder/images` for training and validation."""
     write_images(folder / "images", pixels, num_classes=config.model.num_classes)
     config.data.train = config.data.validation = str(folder / "images")
@@ -61,15 +55,13 @@ def _run(folder: Path, config: TrainConfig, pixels: np.ndarray) -> Path:
     return folder / "run"
 
 
-def write_images(
-    folder: Path, images: np.ndarray, *, num_classes: int = 0, num_shards: int = 1
-) -> None:
+def write_images(folder, images, *, num_classes=0, num_shards=1):
     """uint8 (N, H, W) or (N, H, W, 3); an image of zeros is written as no PNG. Labels are 0, 1,
     ..., num_classes - 1, 0, ..."""
 
-    def sample(number: int, image: np.ndarray) -> dict[str, str | bytes]:
+    def sample(number, image):
         Image.fromarray(image).save(file := io.BytesIO(), "PNG")
-        found: dict[str, str | bytes] = {"__key__": f"{number:04d}"}
+        found = {"__key__": f"{number:04d}"}
         found["png"] = file.getvalue() if image.any() else b"no PNG"
         return found | ({"cls": str(number % num_classes).encode()} if num_classes else {})
 
@@ -77,7 +69,7 @@ def write_images(
     write_shards(samples, folder, num_shards=num_shards, name="images")
 
 
-def write_run(folder: Path, config: TrainConfig, image_size: tuple[int, int]) -> RunFolder:
+def write_run(folder, config, image_size):
     """A run folder with two checkpoints, whose model and ema weights all differ."""
     run = RunFolder(folder)
     run.create()

@@ -1,14 +1,9 @@
 """Short training runs of the real `train` command, and what they leave."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
-from pathlib import Path
-from typing import Any
 
-import pytest
 import safetensors.torch
 import torch
 
@@ -17,7 +12,7 @@ from vae_dist.train import main
 from vae_dist.training.loop import Trainer
 
 
-def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
+def arguments(run, digits, *overrides):
     """config=debug in small batches, no loader processes, no W&B, one thread."""
     fixed = (
         *("data.bundled=none", "data.workers=0", "data.slots=8", "training.batch_size=16"),
@@ -28,16 +23,16 @@ def arguments(run: Path, digits: Path, *overrides: str) -> list[str]:
     return ["config=debug", f"run={run}", *data, *fixed, *overrides]
 
 
-def train(run: Path, digits: Path, *overrides: str, world: int = 1) -> list[int]:
+def train(run, digits, *overrides, world=1):
     """In forked processes; the exit code of each rank."""
     return run_ranks(world, main, arguments(run, digits, *overrides), timeout_s=100)
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def stop_after(monkeypatch, step):
     """SIGTERM to the last rank alone when a step is done; forked ranks inherit this."""
     advance = Trainer._advance
 
-    def advance_and_stop(self: Trainer) -> None:
+    def advance_and_stop(self):
         advance(self)
         if self.step == step and self.runtime.rank == self.runtime.world - 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -45,7 +40,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "_advance", advance_and_stop)
 
 
-def rows(run: Path) -> dict[int, dict[str, Any]]:
+def rows(run):
     """The rows of log.jsonl by step. Fails when a step has two."""
     parsed = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     by_step = {row["step"]: row for row in parsed}
@@ -53,24 +48,24 @@ def rows(run: Path) -> dict[int, dict[str, Any]]:
     return by_step
 
 
-def losses(run: Path) -> torch.Tensor:
+def losses(run):
     """train/loss of steps 1, 2, ... without a gap."""
     found = rows(run)
     assert sorted(found) == list(range(1, len(found) + 1))
     return torch.tensor([found[step]["train/loss"] for step in sorted(found)])
 
 
-def status(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+def status(run):
+    found = json.loads((run / "status.json").read_text())
     return found
 
 
-def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+def weights(run, step, name="model"):
     folder = run / "checkpoints" / f"step_{step:08d}"
     return safetensors.torch.load_file(folder / f"{name}.safetensors")
 
 
-def same_weights(one: Path, other: Path, step: int) -> bool:
+def same_weights(one, other, step):
     """Whether all tensors of two runs' checkpoints are equal bit for bit."""
     for path in sorted((other / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
         ours, theirs = weights(one, step, path.stem), weights(other, step, path.stem)

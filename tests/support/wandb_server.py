@@ -7,8 +7,6 @@ connections and never answers. Artifacts are not answered. What the server had t
 `unknown`.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import gzip
@@ -18,7 +16,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -59,28 +56,28 @@ class Run:
     exit_code: int | None = None
     preempting: bool = False
 
-    def stream(self, name: str) -> list[str]:
+    def stream(self, name):
         return [line for _, line in sorted(self.lines.get(name, {}).items())]
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self):
         return [json.loads(line) for line in self.stream(HISTORY)]
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self):
         lines = self.stream(SUMMARY)
         return dict(json.loads(lines[-1])) if lines else {}
 
     @property
-    def user_config(self) -> dict[str, Any]:
+    def user_config(self):
         return {key: value.get("value") for key, value in self.config.items() if key != "_wandb"}
 
-    def steps(self, key: str) -> list[int]:
+    def steps(self, key):
         """The trainer's steps of the rows that have `key`, in the order of arrival."""
         return [row["trainer/step"] for row in self.history if key in row]
 
     @property
-    def bucket(self) -> dict[str, Any]:
+    def bucket(self):
         """As the client asks for it at its start and at a resume."""
         history, events = self.stream(HISTORY), self.stream(EVENTS)
         return {
@@ -103,12 +100,11 @@ class Run:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Listener
 
-    def log_message(self, *arguments: Any) -> None:
+    def log_message(self, *arguments):
         pass
 
-    def _body(self) -> bytes:
+    def _body(self):
         body = b""
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -119,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
-    def _answer(self) -> None:
+    def _answer(self):
         body = self._body()
         if self.server.service.hang.is_set():
             self.server.service.resume.wait()
@@ -140,32 +136,32 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, service: WandbServer, port: int) -> None:
+    def __init__(self, service, port):
         super().__init__(("127.0.0.1", port), Handler)
         self.service = service
-        self.sockets: set[socket.socket] = set()
+        self.sockets = set()
 
-    def process_request(self, request: Any, address: Any) -> None:
+    def process_request(self, request, address):
         self.sockets.add(request)
         super().process_request(request, address)
 
-    def handle_error(self, request: Any, address: Any) -> None:
+    def handle_error(self, request, address):
         """Clients that hang up, or our own stop()."""
 
 
 class WandbServer:
     """Use as a context manager; `url` and `environment()` lead a client to it."""
 
-    def __init__(self) -> None:
-        self.runs: dict[str, Run] = {}
-        self.unknown: list[str] = []  # operations and paths answered by guess
-        self.stopped: set[str] = set()  # ids of runs whose stop button was pressed
-        self.fail: dict[str, int] = {}  # part of a path -> HTTP status to answer with
+    def __init__(self):
+        self.runs = {}
+        self.unknown = []  # operations and paths answered by guess
+        self.stopped = set()  # ids of runs whose stop button was pressed
+        self.fail = {}  # part of a path -> HTTP status to answer with
         self.hang, self.resume = threading.Event(), threading.Event()
         self._port = 0
         self._lock = threading.RLock()
-        self._listener: Listener | None = None
-        self.answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        self._listener = None
+        self.answers = {
             **dict.fromkeys(("Viewer", "GetDefaultEntity"), lambda _: {"viewer": VIEWER}),
             **dict.fromkeys(("ServerFeaturesQuery", "ServerInfo"), lambda _: SERVER_INFO),
             "UpsertBucket": self._upsert,
@@ -176,13 +172,13 @@ class WandbServer:
             "OrganizationCoreWeaveOrganizationID": lambda _: {},
         }
 
-    def start(self) -> WandbServer:
+    def start(self):
         self._listener = Listener(self, self._port)
         self._port = self._listener.server_address[1]
         threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def stop(self) -> None:
+    def stop(self):
         """Close the listener and every open connection; start() takes the same port again."""
         listener, self._listener = self._listener, None
         self.resume.set()
@@ -195,17 +191,17 @@ class WandbServer:
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-    def __enter__(self) -> WandbServer:
+    def __enter__(self):
         return self.start()
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception):
         self.stop()
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self._port}"
 
-    def environment(self, home: Path) -> dict[str, str]:
+    def environment(self, home):
         """No settings and no login but those that lead here, with a client that sends and retries
         each second (a fraction is read as 0, which is the default of 15 s or more)."""
         clean = {
@@ -217,11 +213,11 @@ class WandbServer:
         clean |= {"HOME": str(home), "NETRC": str(home / "none"), "PYTHONPATH": str(ROOT)}
         return clean | {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
 
-    def only_run(self) -> Run:
+    def only_run(self):
         (run,) = self.runs.values()
         return run
 
-    def wait(self, condition: Callable[[], bool], *, seconds: float = 30) -> bool:
+    def wait(self, condition, *, seconds=30):
         """Whether `condition` became true; what it reads does not change meanwhile."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -231,7 +227,7 @@ class WandbServer:
             time.sleep(0.02)
         return False
 
-    def answer(self, method: str, path: str, body: bytes) -> Answer:
+    def answer(self, method, path, body):
         status = next((s for part, s in list(self.fail.items()) if part in path), None)
         if status is not None:
             return status, {"errors": [{"message": f"injected {status}"}]}
@@ -242,7 +238,7 @@ class WandbServer:
             self.unknown.append(f"{method} {path}: {error!r}")
             return 400, {"errors": [{"message": repr(error)}]}
 
-    def _handle(self, method: str, path: str, body: bytes) -> Answer:
+    def _handle(self, method, path, body):
         if path == "/graphql":
             return 200, {"data": self._graphql(json.loads(body))}
         if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
@@ -258,7 +254,7 @@ class WandbServer:
             self.unknown.append(f"{method} {path}")
         return 404, {}
 
-    def _file_stream(self, run_id: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _file_stream(self, run_id, request):
         run = self.runs[run_id]
         for name, chunk in (request.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
@@ -268,7 +264,7 @@ class WandbServer:
             run.complete, run.exit_code = True, request.get("exitcode")
         return {"stopped": run_id in self.stopped}
 
-    def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _graphql(self, request):
         query, variables = request.get("query", ""), request.get("variables") or {}
         named = re.search(r"(?:query|mutation)\s+(\w+)", query)
         operation = request.get("operationName") or (named[1] if named else "?")
@@ -277,7 +273,7 @@ class WandbServer:
             return {}
         return self.answers[operation](variables)
 
-    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _upsert(self, variables):
         node = base64.b64decode(variables.get("id") or "").decode()
         name = variables.get("name") or node.removeprefix("Run:v1:")
         is_new = name not in self.runs
@@ -292,20 +288,20 @@ class WandbServer:
             run.lines.setdefault(SUMMARY, {})[0] = variables["summaryMetrics"]
         return {"upsertBucket": {"bucket": run.bucket, "inserted": is_new}}
 
-    def _resume_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _resume_status(self, variables):
         run = self.runs.get(variables["name"])
         bucket = None if run is None else run.bucket
         return {"model": _project(variables.get("project", "")) | {"bucket": bucket}}
 
-    def _stopped_status(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _stopped_status(self, variables):
         run_id = variables.get("runId") or variables.get("id")
         return {"project": {"run": {"stopped": run_id in self.stopped}}}
 
-    def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def _create_files(self, variables):
         url = f"{self.url}/storage/{quote(variables['run'], safe='')}/"
         files = [{"name": name, "uploadUrl": url + quote(name)} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
 
-def _project(name: str) -> dict[str, Any]:
+def _project(name):
     return {"id": "UHJv", "name": name, "entity": {"id": "RW50", "name": ENTITY}}

@@ -1,7 +1,5 @@
 """What the console prints, with and without a terminal, and on one that takes nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
@@ -20,7 +18,7 @@ NUMBERS |= {1.5e12: "1.5e+12", math.nan: "nan", math.inf: "inf"}
 DURATIONS = {41.6: "42s", 185: "3m05s", 7800: "2h10m", 356400: "4d03h", math.nan: "?", -1: "?"}
 
 
-def test_numbers_durations_and_rows_without_what_goes_without_saying() -> None:
+def test_numbers_durations_and_rows_without_what_goes_without_saying():
     assert {value: format_number(value) for value in NUMBERS} == NUMBERS
     assert {seconds: format_duration(seconds) for seconds in DURATIONS} == DURATIONS
     row = ROW | {"train/beta": 1.0, "optim/lr": 1e-3, "latent/kl": [1.0], "eval/rate_nats": 9.5}
@@ -30,7 +28,7 @@ def test_numbers_durations_and_rows_without_what_goes_without_saying() -> None:
     assert format_row(row) == "data/skipped_samples=2 data_wait_fraction=0.2 loss=nan"
 
 
-def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_where_there_is_no_terminal(monkeypatch):
     stream, clock = io.StringIO(), [10.0]
     monkeypatch.setattr("vae_dist.tracking.console.time.monotonic", lambda: clock[0])
     sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
@@ -52,7 +50,7 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_on_a_terminal(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
@@ -77,9 +75,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("on_a_terminal", [False, True])
-def test_what_takes_no_line_costs_the_lines_alone(
-    on_a_terminal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_no_line_costs_the_lines_alone(on_a_terminal, monkeypatch):
     """The log file of a job on a full disk, and a terminal whose ssh session has ended."""
     monkeypatch.setattr("threading.excepthook", lambda _: None)  # of the thread of the bar
     monkeypatch.setenv("TERM", "xterm")

@@ -1,18 +1,14 @@
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
-import pytest
 import torch
 
 from vae_dist.tracking.environment import add_session, describe_environment, read_sessions
 
 
-def test_what_a_session_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_session_records(monkeypatch):
     for name, value in (("SLURM_JOB_ID", "77"), ("WANDB_API_KEY", "s3cret"), ("SLURM_JWT", "s3c")):
         monkeypatch.setenv(name, value)
     words = ["/usr/bin/python3", "-m", "vae_dist.train", "config=mnist", "x.api_key=s3cret"]
@@ -28,7 +24,7 @@ def test_what_a_session_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["command"] == "accelerate launch -m vae_dist.train"
 
 
-def test_sessions_of_a_requeued_run_and_of_one_that_begins_anew(tmp_path: Path) -> None:
+def test_sessions_of_a_requeued_run_and_of_one_that_begins_anew(tmp_path):
     path = tmp_path / "environment.json"
     for text in ("", '{"sessions": [{"first', '{"sessions": 3}', '{"sessions": [3]}', "[" * 10**5):
         path.write_text(text)

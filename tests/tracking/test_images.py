@@ -1,9 +1,5 @@
-from __future__ import annotations
-
 import threading
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +19,13 @@ from vae_dist.tracking.images import (
 )
 
 
-def flat(levels: list[int], *, size: int = 28) -> torch.Tensor:
+def flat(levels, *, size=28):
     """Images of one level each, uint8."""
     values = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1)
     return values.expand(-1, 1, size, size)
 
 
-def test_to_uint8_inverts_the_scaling_of_all_levels() -> None:
+def test_to_uint8_inverts_the_scaling_of_all_levels():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(levels.float() / 127.5 - 1.0), levels)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
@@ -37,7 +33,7 @@ def test_to_uint8_inverts_the_scaling_of_all_levels() -> None:
     assert to_uint8(wide).tolist() == [0, 0, 1, 1, 254, 255]
 
 
-def test_grids_place_images_row_by_row_enlarged_without_blending() -> None:
+def test_grids_place_images_row_by_row_enlarged_without_blending():
     picture = np.asarray(grid(flat([10, 20, 30, 40, 50])))
     pitch = 84 + 2  # 28 pixels three times, and a line of two
     assert picture.shape == (2 * pitch + 2, 3 * pitch + 2)
@@ -57,7 +53,7 @@ def test_grids_place_images_row_by_row_enlarged_without_blending() -> None:
             grid(torch.zeros(shape))
 
 
-def test_reconstructions_stand_directly_below_their_inputs() -> None:
+def test_reconstructions_stand_directly_below_their_inputs():
     picture = np.asarray(side_by_side(flat([1, 2, 3]), flat([101, 102, 103]), columns=2))
     column = picture[:, 44]
     order = [level for level in dict.fromkeys(column.tolist()) if level != picture[0, 0]]
@@ -69,15 +65,13 @@ def test_reconstructions_stand_directly_below_their_inputs() -> None:
         side_by_side(flat([1, 2]), flat([1]))
 
 
-def test_two_channels_are_magenta_and_green_and_of_many_the_first_three_are_shown() -> None:
+def test_two_channels_are_magenta_and_green_and_of_many_the_first_three_are_shown():
     levels = torch.tensor([10, 200, 30, 40], dtype=torch.uint8).view(4, 1, 1)
     assert np.asarray(single(levels[:2]))[0, 0].tolist() == [10, 200, 10]
     assert np.asarray(grid([levels.expand(4, 50, 50)]))[10, 10].tolist() == [10, 200, 30]
 
 
-def test_a_png_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_png_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     image = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     path = save_png(single(image), tmp_path / "deep" / "one.png")
     assert (np.asarray(Image.open(path)) == image.permute(1, 2, 0).numpy()).all()
@@ -88,7 +82,7 @@ def test_a_png_is_written_whole_or_not_at_all(
     assert path.read_bytes() == before
 
 
-def test_files_by_name_and_step_and_what_a_caption_says(tmp_path: Path) -> None:
+def test_files_by_name_and_step_and_what_a_caption_says(tmp_path):
     for name in ("by_class_00000020", "by_class_00000010", "other", "samples_00000010"):
         (tmp_path / f"{name}.png").touch()
     found = {name: list(paths) for name, paths in find_images(tmp_path).items()}
@@ -99,13 +93,13 @@ def test_files_by_name_and_step_and_what_a_caption_says(tmp_path: Path) -> None:
 
 
 def test_the_writer_shows_the_sinks_what_it_saves_and_what_fails_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[tuple[object, ...]] = []
-    said: list[str] = []
+    tmp_path, monkeypatch
+):
+    shown = []
+    said = []
     thread = threading.current_thread
-    sink: Any = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
-    failing: Any = SimpleNamespace(image=lambda *given: [][1])  # an IndexError
+    sink = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
+    failing = SimpleNamespace(image=lambda *given: [][1])  # an IndexError
     (tmp_path / "file").touch()
     path = tmp_path / "samples_00000010.png"
     for folder, sinks, reason in (

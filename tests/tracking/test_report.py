@@ -1,7 +1,5 @@
 """The report of runs as training leaves them, and of folders from anywhere."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -26,7 +24,7 @@ from vae_dist.tracking.sinks import JsonlSink
 EVALUATED = (100, 200, 300, 400)
 
 
-def write_run(path: Path, *, level: float = 90.0) -> RunFolder:
+def write_run(path, *, level=90.0):
     """400 steps, a row each 4, evaluated at 100, 200, 300 and 400; `level` is the final -ELBO."""
     folder = RunFolder(path)
     folder.create()
@@ -57,26 +55,26 @@ def write_run(path: Path, *, level: float = 90.0) -> RunFolder:
 class Page(HTMLParser):
     """The elements of a page; every one that is opened is closed."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
+        self.found = []
+        self.open = []
         self.feed(text)
         assert self.open == []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))
         if tag not in ("img", "input", "meta"):
             self.open.append(tag)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def all(self, tag: str) -> list[dict[str, str | None]]:
+    def all(self, tag):
         return [attributes for name, attributes in self.found if name == tag]
 
 
-def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_in_one_file_without_links(tmp_path, capsys):
     folder = write_run(tmp_path / "a")
     with folder.log_path.open("a") as log:
         log.write('{"step": 404, "eval/neg_elbo_nats": Infinity, "optim/grad_norm": 0.0}\n')
@@ -105,9 +103,7 @@ def test_a_run_in_one_file_without_links(tmp_path: Path, capsys: pytest.CaptureF
     assert titles == ["-ELBO", "Bits/dim", "Rate per unit"]  # what is constant is left out
 
 
-def test_several_runs_side_by_side(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_several_runs_side_by_side(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, level in (("a/seed_0", 95.0), ("b/seed_0", 90.0), ("b/seed_1", 92.0)):
         write_run(tmp_path / name, level=level)
@@ -126,7 +122,7 @@ def test_several_runs_side_by_side(
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&\x1b[31m\u202e"
 
 
-def test_a_folder_from_anywhere(tmp_path: Path) -> None:
+def test_a_folder_from_anywhere(tmp_path):
     """Texts are escaped; pictures and files of other forms and sizes are left out."""
     folder = write_run(tmp_path / "a<b>")
     results = {"data": HOSTILE, "source": "https://me:s3cret@host/x", "figures": {HOSTILE: 1.0}}
@@ -154,7 +150,7 @@ def test_a_folder_from_anywhere(tmp_path: Path) -> None:
     assert not set(text) & {"\x1b", "\u202e"} and r"\x1b[31m\u202e" in text
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_only_begun(tmp_path):
     folder = write_run(tmp_path / "a")
     for path in (folder.log_path, folder.status_path, tmp_path / "a" / "results.json"):
         path.unlink()
@@ -164,7 +160,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     Page(write_report([tmp_path / "a"]))
 
 
-def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown() -> None:
+def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown():
     points = thinned([(float(step), float(step % 2)) for step in range(1, 10 * MAX_POINTS + 1)])
     assert len(points) == MAX_POINTS and points[-1] == (10 * MAX_POINTS, 0.5)
     assert thinned(points) == points and thinned([]) == []
@@ -174,7 +170,7 @@ def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown() -> N
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs headless Chromium")
-def test_the_slider_shows_the_images_of_its_step(tmp_path: Path) -> None:
+def test_the_slider_shows_the_images_of_its_step(tmp_path):
     """In Chromium, without a warning of its content security policy."""
     folders = [write_run(tmp_path / name).path for name in "ab"]
     move = "<script>slider.value = 1; slider.oninput();</script></body>"

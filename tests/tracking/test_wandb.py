@@ -1,7 +1,5 @@
 """The W&B sink against a stand-in for the wandb module; the real one in test_wandb_online.py."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -9,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,7 +19,7 @@ from vae_dist.tracking.wandb import WandbSink
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+def fake(monkeypatch):
     """What WandbSink uses of wandb, without a login; `runs` are those that were begun, `summary`
     what the server has of a resumed one."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -37,7 +34,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     fake.Image = lambda path, *, caption: ("image", path, caption)
     fake.Histogram = lambda values: ("histogram", values)
 
-    def init(**asked: Any) -> MagicMock:
+    def init(**asked):
         summary = dict(fake.summary)
         run = MagicMock(asked=asked, id=asked["id"], summary=summary, resumed=bool(summary))
         part = Path(asked["dir"]) / "wandb" / f"offline-run-{time.monotonic_ns()}-{run.id}"
@@ -51,23 +48,23 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return fake
 
 
-def rows(run: MagicMock) -> list[dict[str, Any]]:
+def rows(run):
     return [call.args[0] for call in run.log.call_args_list]
 
 
-def sent(run: MagicMock) -> list[tuple[int, str]]:
+def sent(run):
     """(step, key) of each value that is not a step."""
     return [(row["trainer/step"], key) for row in rows(run) for key in row if "step" not in key]
 
 
-def start(folder: Path, mode: str = "auto", **more: Any) -> tuple[WandbSink, list[str]]:
+def start(folder, mode="auto", **more):
     config, said = TrainConfig(), list[str]()
-    config.wandb.mode = mode  # type: ignore[assignment]
+    config.wandb.mode = mode
     config.data.train = ["https://me:s3cret@host/{0..9}.tar", "pipe:aws s3 cp x -"]
     return WandbSink(config, folder, say=said.append, **more), said
 
 
-def lived(folder: Path, steps: range, status: str = "finished", **more: Any) -> list[str]:
+def lived(folder, steps, status="finished", **more):
     """What a session says whose rows are those of `steps`."""
     sink, said = start(folder, **more)
     for step in steps:
@@ -76,10 +73,10 @@ def lived(folder: Path, steps: range, status: str = "finished", **more: Any) -> 
     return said
 
 
-def test_offline_without_login_says_once_how_to_upload(fake: MagicMock, tmp_path: Path) -> None:
+def test_offline_without_login_says_once_how_to_upload(fake, tmp_path):
     sink, said = start(tmp_path, environment={"command": "train token=s3cret"})
     nan, inf = math.nan, math.inf  # wandb.Histogram raises on them
-    kl: list[Any] = [[nan, inf], [None, 2.0, nan]]  # null stands for them in log.jsonl
+    kl = [[nan, inf], [None, 2.0, nan]]  # null stands for them in log.jsonl
     sink.log(50, {"train/loss": 1.5, "train/nll": nan, "latent/kl": kl[0], "latent/b": kl[1]})
     sink.image(50, "images/samples", tmp_path / "s.png", "step 50")
     for _ in range(2):
@@ -114,9 +111,7 @@ FAILED = "offline: W&B could not start a run (ConnectionError: no way); upload"
         ("import", "off: W&B cannot be used with"),
     ],
 )
-def test_where_no_run_can_be_online(
-    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str, says: str
-) -> None:
+def test_where_no_run_can_be_online(fake, tmp_path, monkeypatch, obstacle, says):
     """auto goes offline or off; online, asked for by name, is refused before training."""
     folder = tmp_path / "file" if obstacle == "folder" else tmp_path
     (tmp_path / "file").write_text("in the way")
@@ -137,13 +132,11 @@ def test_where_no_run_can_be_online(
         start(folder, "disabled")
 
 
-def raise_(error: Exception) -> None:
+def raise_(error):
     raise error
 
 
-def test_what_the_environment_says(
-    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_environment_says(fake, tmp_path, monkeypatch):
     for name, value in (("PROJECT", "mine"), ("NAME", "first"), ("DIR", str(tmp_path / "w"))):
         monkeypatch.setenv(f"WANDB_{name}", value)
     config = TrainConfig()
@@ -163,13 +156,11 @@ def test_what_the_environment_says(
         assert not (tmp_path / "none").exists()
 
 
-def test_a_dead_or_hanging_core_ends_tracking_and_nothing_else(
-    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_or_hanging_core_ends_tracking_and_nothing_else(fake, tmp_path, monkeypatch):
     let_go, init = threading.Event(), fake.init.side_effect
 
-    def begun(on_log: Any, status: str) -> list[str]:
-        def broken(**asked: Any) -> MagicMock:
+    def begun(on_log, status):
+        def broken(**asked):
             run = init(**asked)
             run.log.side_effect = on_log
             return run
@@ -191,7 +182,7 @@ def test_a_dead_or_hanging_core_ends_tracking_and_nothing_else(
     assert "it hangs" in said[1] and "did not get everything" in said[2]
 
 
-def record(folder: Path, steps: range) -> None:
+def record(folder, steps):
     """As training leaves it: rows, and an image at each tenth step."""
     log = JsonlSink(folder / "log.jsonl", resume_step=0)
     (folder / "images").mkdir(exist_ok=True)
@@ -201,9 +192,7 @@ def record(folder: Path, steps: range) -> None:
             (folder / "images" / f"samples_{step:08d}.png").touch()
 
 
-def test_a_resumed_online_run_sends_what_the_server_lacks(
-    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_online_run_sends_what_the_server_lacks(fake, tmp_path, monkeypatch):
     fake.login.return_value = True
     lived(tmp_path, range(0), "interrupted")
     record(tmp_path, range(1, 41))
@@ -228,9 +217,7 @@ def test_a_resumed_online_run_sends_what_the_server_lacks(
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(
-    fake: MagicMock, tmp_path: Path, is_whole: bool
-) -> None:
+def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(fake, tmp_path, is_whole):
     lived(tmp_path, range(0), "interrupted")
     record(tmp_path, range(1, 21))
     sink, said = start(tmp_path, resume_step=20)
@@ -245,9 +232,7 @@ def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(
     assert Path(part).exists()
 
 
-def test_a_run_from_the_start_is_another_wandb_run(
-    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_the_start_is_another_wandb_run(fake, tmp_path, monkeypatch):
     for given in ("", "", "sweep123"):  # by a sweep's agent
         monkeypatch.setenv("WANDB_RUN_ID", given)
         lived(tmp_path, range(0), "failed")
@@ -256,9 +241,7 @@ def test_a_run_from_the_start_is_another_wandb_run(
     fake.runs[2].finish.assert_called_once_with(exit_code=1)
 
 
-def test_a_preempted_trial_goes_back_to_its_sweep(
-    fake: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_preempted_trial_goes_back_to_its_sweep(fake, tmp_path, monkeypatch):
     fake.login.return_value = True
     for status, sweep, stopped, goes_back in (
         ("interrupted", "s1", "", True),
@@ -272,7 +255,7 @@ def test_a_preempted_trial_goes_back_to_its_sweep(
             monkeypatch.delenv("WANDB_SWEEP_ID")
         answer = {"project": {"run": {"stopped": stopped == "sweep"}}}
         fake.Api.return_value._service_api.execute_graphql.return_value = answer
-        pressed: list[int] = []
+        pressed = []
         sink, _ = start(tmp_path, on_stop=lambda pressed=pressed: pressed.append(1))
         if stopped == "button":
             fake.runs[-1].asked["settings"].stop_fn()

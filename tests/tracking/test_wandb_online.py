@@ -1,13 +1,9 @@
 """The W&B sink with the real wandb against the stand-in server: whatever the service does, training
 ends in the same number of steps, and each point arrives, also after a kill."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +19,12 @@ FINISH_S = 4  # wandb.finish_timeout_s
 
 
 @pytest.fixture
-def server() -> Iterator[WandbServer]:
+def server():
     with WandbServer() as server:
         yield server
 
 
-def sync(server: WandbServer, said: str, home: Path) -> None:
+def sync(server, said, home):
     """Types the last `wandb sync` command that the trainer showed."""
     command = said.rpartition("with: wandb ")[2].splitlines()[0]
     answer = subprocess.run(
@@ -42,7 +38,7 @@ def sync(server: WandbServer, said: str, home: Path) -> None:
     assert answer.returncode == 0, answer.stderr
 
 
-def assert_all_arrived(server: WandbServer, run: Path, *, once: bool = False) -> None:
+def assert_all_arrived(server, run, *, once=False):
     """Each row and each image, with the values and the bytes of the run folder."""
     recorded, rows = server.only_run(), dict(read_rows(run / "log.jsonl"))
     found = find_images(run / "images")
@@ -69,7 +65,7 @@ def assert_all_arrived(server: WandbServer, run: Path, *, once: bool = False) ->
 class Process:
     """Python with the settings that lead to the server; `finish` returns what it said."""
 
-    def __init__(self, server: WandbServer, home: Path, *words: str) -> None:
+    def __init__(self, server, home, *words):
         self.process = subprocess.Popen(
             [sys.executable, *words],
             env=server.environment(home),
@@ -79,7 +75,7 @@ class Process:
             text=True,
         )
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition):
         end = time.monotonic() + 180
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -87,13 +83,13 @@ class Process:
                 pytest.fail(self.process.communicate()[0])
             time.sleep(0.02)
 
-    def finish(self, *, code: int = 0) -> str:
+    def finish(self, *, code=0):
         said = self.process.communicate(timeout=400)[0]
         assert self.process.returncode == code, said
         return said
 
 
-def test_an_outage_that_passes_and_the_stop_button(server: WandbServer, tmp_path: Path) -> None:
+def test_an_outage_that_passes_and_the_stop_button(server, tmp_path):
     pixels = np.random.default_rng(0).integers(1, 256, (16, 8, 8), dtype=np.uint8)
     for name in ("train", "validation"):
         write_images(tmp_path / name, pixels)
@@ -103,7 +99,7 @@ def test_an_outage_that_passes_and_the_stop_button(server: WandbServer, tmp_path
     options += ["wandb.tags=[a, b]", "wandb.group=g"]
     training = Process(server, tmp_path, "-m", "vae_dist.train", *options)
 
-    def steps() -> list[int]:
+    def steps():
         return [step for run in list(server.runs.values()) for step in run.steps("train/loss")]
 
     training.wait_for(steps)
@@ -156,17 +152,17 @@ wandb.close("finished")
 """
 
 
-def live(server: WandbServer, folder: Path, mode: str, first: int, last: int) -> Process:
+def live(server, folder, mode, first, last):
     (folder / "waits").unlink(missing_ok=True)
     return Process(server, folder, "-c", LIFE, str(folder), mode, str(first), str(last))
 
 
-def wait_for_rows(server: WandbServer, life: Process) -> None:
+def wait_for_rows(server, life):
     life.wait_for(lambda: any(run.history for run in list(server.runs.values())))
 
 
 @pytest.mark.parametrize("fault", ["outage", "500", "hang"])
-def test_a_fault_that_stays(server: WandbServer, tmp_path: Path, fault: str) -> None:
+def test_a_fault_that_stays(server, tmp_path, fault):
     """What has arrived stays, the rest is on disk and can be sent later; the end is in time."""
     life = live(server, tmp_path, "auto", 0, 300)
     wait_for_rows(server, life)
@@ -194,9 +190,7 @@ def test_a_fault_that_stays(server: WandbServer, tmp_path: Path, fault: str) -> 
 
 @pytest.mark.parametrize("before", ["auto", "offline"])
 @pytest.mark.parametrize("after", ["auto", "offline"])
-def test_each_point_after_a_kill(
-    server: WandbServer, tmp_path: Path, before: str, after: str
-) -> None:
+def test_each_point_after_a_kill(server, tmp_path, before, after):
     """Of a run that is killed after 200 steps and goes on from its checkpoint at 150."""
     life = live(server, tmp_path, before, 0, 200)
     life.wait_for((tmp_path / "waits").exists)
