@@ -10,6 +10,11 @@ from vae_dist.data.digits import load_digits
 set_environment()  # before torch is imported: tests run beside each other, and in several processes
 
 
+def pytest_collection_modifyitems(items):
+    """Those on a cluster first: they take the longest, and mostly wait."""
+    items.sort(key=lambda item: "launch" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """`train`: 512 in 8 shards, `validation`: 64, with ten labels. Not to be changed."""

@@ -12,16 +12,16 @@ import pytest
 
 from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import rows, status
-from tests.support.wandb_server import ENTITY, WandbServer
-from tests.support.wandb_sweep import Sweep
+from tests.support.wandb_server import ENTITY, ROOT, WandbServer
+from tests.support.wandb_sweep import answer_agents
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 400
+STEPS = 400  # seconds: the signal finds the trial still training
 OPTIONS = (
     f"config=debug training.steps={STEPS} evaluation.every={STEPS} log.num_images=4 "
     "training.batch_size=4 data.slots=4 data.workers=0 data.bundled=none runtime.threads=1 "
     "data.train=images data.validation=images wandb.project=p"
 )
+VALUES = {"optimizer.lr": 0.001, "objective.beta": 0.5}
 
 
 @pytest.mark.slow
@@ -29,20 +29,16 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path):
     write_images(tmp_path / "images", random_pixels(16, 8, 8))
     text = (ROOT / "launch" / "sweep.yaml").read_text()
     assert text.count("config=mnist") == 1
-    trials = {
-        "trial1": {"optimizer.lr": 0.001, "objective.beta": 0.5},
-        "trial2": {"optimizer.lr": 0.002, "model.latent_channels": 4},
-    }
     with WandbServer() as server:
         environment = server.environment(tmp_path)
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        sweep = Sweep(server, "sweep1", text.replace("config=mnist", OPTIONS), trials)
+        starts = answer_agents(server, text.replace("config=mnist", OPTIONS), "trial", VALUES)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep1"]
+        command = [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep"]
         agent = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stderr=subprocess.STDOUT, **pipes
         )
-        folder = tmp_path / "runs" / "sweep" / "trial1"
+        folder = tmp_path / "runs" / "sweep" / "trial"
         end = time.monotonic() + 180
         while not (folder / "log.jsonl").exists() or len(rows(folder)) < 20:
             assert agent.poll() is None and time.monotonic() < end, agent.communicate()[0]
@@ -50,14 +46,13 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path):
         os.kill(int((folder / "lock").read_text().split()[1]), signal.SIGUSR1)
         said = agent.communicate(timeout=300)[0]
         assert agent.returncode == 0, said
-        assert sweep.handed_out == ["trial1", "trial1", "trial2"], said
-        for run_id, values in trials.items():
-            folder, run = tmp_path / "runs" / "sweep" / run_id, server.runs[run_id]
-            assert status(folder)["status"] == "finished"
-            assert (run.complete, run.exit_code) == (True, 0)
-            assert {key: run.user_config[key] for key in values} == values
-            steps = sorted(set(run.steps("train/loss")))
-            assert steps == list(range(1, STEPS + 1)) == sorted(rows(folder))
-            assert "eval/neg_elbo_nats" in run.summary  # what the sweep looks at
-        sessions = json.loads((tmp_path / "runs/sweep/trial1/environment.json").read_text())
-        assert len(sessions["sessions"]) == 2
+        assert starts == ["run", "resume"], said
+        run = server.runs["trial"]
+        assert status(folder)["status"] == "finished"
+        assert (run.complete, run.exit_code) == (True, 0)
+        assert {key: run.user_config[key] for key in VALUES} == VALUES
+        steps = sorted(set(run.steps("train/loss")))
+        assert steps == list(range(1, STEPS + 1)) == sorted(rows(folder))
+        assert "eval/neg_elbo_nats" in run.summary  # what the sweep looks at
+        sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+        assert len(sessions) == 2

@@ -4,14 +4,11 @@
 through the commands in its folder, and is stopped by the numbers of the processes that it started.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -19,14 +16,14 @@ ROOT = HERE.parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
-def lacking() -> str:
+def lacking():
     """What this machine lacks for a cluster, or an empty string."""
     return subprocess.run(
         ["bash", HERE / "lacks.sh"], capture_output=True, text=True
     ).stdout.strip()
 
 
-def has_freezer() -> bool:
+def has_freezer():
     """Whether SLURM can follow a job's processes by cgroup (version 1) here."""
     return os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK)
 
@@ -37,21 +34,21 @@ class Cluster:
     Partition `main` preempts `spot`. `settings` are the variables of up.sh.
     """
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    def __init__(self, folder, **settings):
         self.folder = folder  # short: it holds a socket
         self._settings = settings
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self):
         self._script("up.sh", str(self.folder), **self._settings)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception):
         self._script("down.sh", str(self.folder))
 
-    def _script(self, name: str, *args: str, **settings: str) -> None:
+    def _script(self, name, *args, **settings):
         subprocess.run(["bash", HERE / name, *args], check=True, env=os.environ | settings)
 
-    def run(self, tool: str, *args: str, **variables: str) -> str:
+    def run(self, tool, *args, **variables):
         """A command on the login node, in the checkout; its standard output."""
         done = subprocess.run(
             [self.folder / "bin" / tool, *args],
@@ -63,17 +60,15 @@ class Cluster:
         assert done.returncode == 0, f"{tool} {' '.join(args)}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(
-        self, *options: str, script: str, args: Sequence[str], variables: Mapping[str, str]
-    ) -> str:
+    def submit(self, *options, script, args, variables):
         return self.run("sbatch", "--parsable", *options, script, *args, **variables).strip()
 
-    def job(self, job: str) -> dict[str, str]:
+    def job(self, job):
         """The fields of `scontrol show job`; of the first task of an array."""
         text = self.run("scontrol", "show", "job", job).split("\n\n")[0]
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, job: str, *, timeout_s: float = 240) -> dict[str, str]:
+    def wait(self, job, *, timeout_s=240):
         """Until the job has ended; the pause of two minutes after a requeue is cut short."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -85,21 +80,21 @@ class Cluster:
             time.sleep(0.2)
         raise AssertionError(f"job {job} after {timeout_s} s: {self.job(job)}")
 
-    def release(self, job: str) -> None:
+    def release(self, job):
         """Cut the pause after a requeue short."""
         time.sleep(1)  # SLURM takes a start that comes at once for the past
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def wait_for_requeue(self, job: str, *, timeout_s: float = 240) -> None:
+    def wait_for_requeue(self, job, *, timeout_s=240):
         """Until the job waits for its next start."""
         end = time.monotonic() + timeout_s
         while self.job(job)["JobState"] != "PENDING":
             assert time.monotonic() < end, f"job {job} is not requeued: {self.job(job)}"
             time.sleep(0.2)
 
-    def kill_node(self, node: str) -> None:
+    def kill_node(self, node):
         """The machine is gone from one moment to the next, with all its processes."""
         os.kill(int((self.folder / "pid" / f"guard-{node}").read_text().split()[0]), signal.SIGKILL)
 
-    def boot(self, node: str) -> None:
+    def boot(self, node):
         self._script("boot.sh", str(self.folder), node)
