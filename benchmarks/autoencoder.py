@@ -40,16 +40,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.report import finish, head, median_ratio, split_options, table
+from benchmarks.report import finish, head, median_ratio, show, split_options
 from benchmarks.setting import (
+    QUIET,
     Enough,
     Setting,
     is_channels_last,
     is_compiled,
     make_setting,
-    shards,
     synchronize,
     train,
+    with_data,
 )
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.schema import TrainConfig
@@ -80,14 +81,8 @@ OPTIONS = {
     "model.blocks=[2,2,4,4] model.dc_shortcuts=true",
     "arm": "",  # of the process that trains: the folder of its files
 }
-BUDGET = (
-    "optimizer.schedule=constant",
-    "training.steps=100000000",
-    "evaluation.every=0",
-    "checkpoint.every=0",
-    "wandb.mode=disabled",
-    "data.workers=0",  # a loader process would be one thread more
-)
+# a loader process would be one thread more
+BUDGET = (*QUIET, "optimizer.schedule=constant", "data.workers=0")
 COLUMNS = 12  # of the PNG
 HOW_TO_INSTALL = (
     "python -m venv peers && peers/bin/pip install -c constraints.txt torch==2.13.0 diffusers, "
@@ -117,7 +112,7 @@ def run_ours(folder: Path, keys: list[str]) -> None:
             **architecture(config),
             **shared_options(config),
             clip=config.optimizer.clip_grad_norm,
-            adversarial=getattr(getattr(config, "adversarial", None), "weight", 0.0),
+            adversarial=config.adversarial.weight,
         )
         for batch in stream:
             try:
@@ -177,17 +172,9 @@ def peer_problem(config: TrainConfig) -> str:
         return f"PEERS_PYTHON is not set: {HOW_TO_INSTALL}"
     if not Path(python).exists():
         return f"PEERS_PYTHON={python} does not exist: {HOW_TO_INSTALL}"
-    wrong = [
-        f"{key}={value}"
-        for key, value, same in (
-            ("model.latent", config.model.latent, config.model.latent == "spatial"),
-            ("model.patch", config.model.patch, config.model.patch == 1),
-            ("model.blocks", config.model.blocks, isinstance(config.model.blocks, int)),
-            ("model.dc_shortcuts", True, not getattr(config.model, "dc_shortcuts", False)),
-        )
-        if not same
-    ]
-    return f"AutoencoderKL has no {', '.join(wrong)}" if wrong else ""
+    model = config.model
+    same = model.latent == "spatial" and model.patch == 1 and isinstance(model.blocks, int)
+    return "" if same and not model.dc_shortcuts else "AutoencoderKL has no such architecture"
 
 
 def write_images(setting: Setting, folder: Path, *, pool: int, num_images: int) -> None:
@@ -238,10 +225,9 @@ def compare(options: dict[str, str], keys: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="autoencoder.") as temporary:
         folder = Path(temporary)
         words = [] if any(key.startswith("config=") for key in keys) else ["config=photos64_kl_f4"]
-        given = any(key.startswith("data.train=") for key in keys)
-        side = int(options["image_pixels"])
-        words += [] if given else shards(options["data"], folder / "data", size=(side, side))
         words = [*words, *BUDGET, f"runtime.threads={options['threads']}", *keys]
+        side = int(options["image_pixels"])
+        words = with_data(words, options["data"], folder / "data", (side, side))
         setting = make_setting(words)
         write_images(
             setting, folder, pool=int(options["pool"]), num_images=int(options["num_images"])
@@ -249,10 +235,7 @@ def compare(options: dict[str, str], keys: list[str]) -> dict[str, Any]:
         names, missing = options["arms"].split(","), {}
         if "diffusers" in names and (problem := peer_problem(setting.config)):
             missing["diffusers"] = problem
-        if "adversarial" in names and not hasattr(setting.config, "adversarial"):
-            missing["adversarial"] = "this version has no adversarial term"
-        for name, reason in missing.items():
-            print(f"  {name} is left out: {reason}")
+            print(f"  diffusers is left out: {problem}")
         arms: list[Arm] = []
         try:
             for name in names:
@@ -307,12 +290,6 @@ def _figures(
     }
 
 
-def show(figures: dict[str, Any]) -> None:
-    titles = list(figures["arms"][0])
-    rows = [["" if row[key] is None else row[key] for key in titles] for row in figures["arms"]]
-    print(table(titles, rows))
-
-
 def main(arguments: list[str]) -> int:
     options, keys = split_options(arguments, OPTIONS)
     if options["arm"]:
@@ -320,7 +297,7 @@ def main(arguments: list[str]) -> int:
         return 0
     facts = head("autoencoders: our trainer, and a plain loop around diffusers' AutoencoderKL")
     figures = compare(options, keys)
-    show(figures)
+    show(figures["arms"])
     finish(facts, figures)
     return 0
 

@@ -108,7 +108,6 @@ turns=(seconds=8 turn_s=2)
 batch=(training.batch_size=32 data.slots=32)
 one_batch=(training.batch_size=16 data.slots=16)
 pool=(pool=256 num_images=32)
-by_block=(runtime.compile=blocks)
 losses=(steps=50)
 digits=(steps=3400)
 ladder=(evaluation.every=500 log.every=50)
@@ -125,7 +124,6 @@ if [[ -n ${SMALL:-} ]]; then
   batch=()
   one_batch=(training.batch_size=2 data.slots=2)
   pool=(pool=4 num_images=2)
-  by_block=() # which takes minutes on a CPU
   losses=(configs=debug steps=2 runtime.threads=1)
   digits=(config=debug steps=2 runtime.threads=1)
   ladder=(training.steps=2 training.batch_size=4 data.slots=4 "model.channels=[8,8,8]" model.norm_groups=4
@@ -179,25 +177,15 @@ part_f16() {
     "${sixteen[@]}"
 }
 
-# to be compared with part imagenet256: seconds until it ends, ms of a step
+# to be compared with part imagenet256: seconds until it ends, ms of a step (minutes on a CPU)
 part_blocks() {
   run 100 step.log benchmarks.step shapes=imagenet256_kl_f8 "${slice[@]}" "${loading[@]}" \
-    "${batch[@]}" "${sixteen[@]}" "${by_block[@]}"
+    "${batch[@]}" "${sixteen[@]}" runtime.compile=blocks
 }
 
 part_profile() {
-  local shards
-  shards=$(mktemp -d)
-  local data=("data=$shards")
-  if [[ -n ${PHOTOS:-} ]]; then
-    data=()
-  else
-    "$python" -c 'import sys; from pathlib import Path; from benchmarks.setting import shards
-shards("", Path(sys.argv[1]), size=(300, 280), num_images=128)' "$shards"
-  fi
-  run 60 profile.log benchmarks.profile config=imagenet256_kl_f8 "${profiled[@]}" "${data[@]}" \
-    "${bound[@]}" "${loading[@]}" "${one_batch[@]}" "${sixteen[@]}"
-  rm -rf "$shards"
+  run 60 profile.log benchmarks.profile config=imagenet256_kl_f8 "${profiled[@]}" "${bound[@]}" \
+    "${loading[@]}" "${one_batch[@]}" "${sixteen[@]}"
 }
 
 # SIGTERM at the end of the time: the run saves, and its log.jsonl holds the curve

@@ -93,10 +93,6 @@ class Loaders:
     def webdataset_default(self, count: int, workers: int = 0) -> int:
         return self._webdataset(count, workers, _by_pillow(self.size), "pil")
 
-    def webdataset_torchrgb(self, count: int, workers: int = 0) -> int:
-        """Its tensors of floats, as its documentation feeds a model."""
-        return self._webdataset(count, workers, _as_it_is, "torchrgb")
-
     def webdataset_simplejpeg(self, count: int, workers: int = 0) -> int:
         return self._webdataset(count, workers, _by_simplejpeg, None)
 
@@ -114,10 +110,6 @@ class Loaders:
             if done >= count // BATCH * BATCH:
                 break
         return done
-
-
-def _as_it_is(image: torch.Tensor) -> torch.Tensor:
-    return image
 
 
 def _by_simplejpeg(data: bytes) -> np.ndarray:
@@ -138,26 +130,27 @@ class _by_pillow:
 
 
 def rates(
-    ways: dict[str, Callable[[], int]], turns: int, clock: Callable[[], float]
+    ways: dict[str, Callable[..., int]], turns: int, clock: Callable[[], float], *how: int
 ) -> Iterator[dict[str, float]]:
+    """Images per second of `way(*how)`, in each turn."""
     for way in ways.values():
-        way()  # warm
+        way(*how)  # warm
     for _ in range(turns):
         turn = {}
         for name, way in ways.items():
             begun = clock()
-            turn[name] = way() / (clock() - begun)
+            turn[name] = way(*how) / (clock() - begun)
         yield turn
 
 
-def table(title: str, base: list[str], turns: list[dict[str, float]]) -> dict[str, Any]:
-    """Print and return the medians and the ratios of `ours` to each of `base`."""
+def table(title: str, turns: list[dict[str, float]]) -> dict[str, Any]:
+    """Print and return the medians and the ratios of `ours` to each other."""
     print(title)
     result: dict[str, Any] = {}
     for name in turns[0]:
         result[name] = statistics.median(turn[name] for turn in turns)
         print(f"  {name:24s} {result[name]:8.0f} images/s")
-    for name in base:
+    for name in turns[0].keys() - {"ours"}:
         ratio = statistics.median(turn["ours"] / turn[name] for turn in turns)
         result[f"ours / {name}"] = round(ratio, 3)
         print(f"  ours / {name:17s} {ratio:8.2f}")
@@ -173,41 +166,25 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         loaders = Loaders(files, Path(name) / "small", None, REPEATS)
         ways = {
-            "limit": lambda: loaders.limit(count),
-            "ours": lambda: loaders.ours(count),
-            "webdataset default": lambda: loaders.webdataset_default(count // 2),
-            "webdataset torchrgb": lambda: loaders.webdataset_torchrgb(count // 2),
-            "webdataset simplejpeg": lambda: loaders.webdataset_simplejpeg(count),
+            "ours": loaders.ours,
+            "webdataset default": loaders.webdataset_default,
+            "webdataset simplejpeg": loaders.webdataset_simplejpeg,
         }
         result["one process"] = table(
             f"as they are ({len(files)} images), one process, CPU time",
-            ["limit", "webdataset default", "webdataset torchrgb", "webdataset simplejpeg"],
-            list(rates(ways, turns, time.process_time)),
+            list(rates({"limit": loaders.limit, **ways}, turns, time.process_time, count)),
         )
         for workers in (1, 2):
-            ways = {
-                "ours": lambda: loaders.ours(count, workers),  # noqa: B023
-                "webdataset default": lambda: loaders.webdataset_default(count // 2, workers),  # noqa: B023
-                "webdataset simplejpeg": lambda: loaders.webdataset_simplejpeg(
-                    count,
-                    workers,  # noqa: B023
-                ),
-            }
             result[f"{workers} workers"] = table(
                 f"as they are, {workers} worker(s), by the clock",
-                ["webdataset default", "webdataset simplejpeg"],
-                list(rates(ways, turns, time.perf_counter)),
+                list(rates(ways, turns, time.perf_counter, count, workers)),
             )
         if keys["large"] == "true":
             large = Loaders([tiled(f) for f in files[:NUM_LARGE]], Path(name) / "large", SMALL_SIZE)
-            ways = {
-                "ours": lambda: large.ours(NUM_LARGE),
-                "webdataset default": lambda: large.webdataset_default(NUM_LARGE),
-            }
+            ways = {"ours": large.ours, "webdataset default": large.webdataset_default}
             result["2000x1500 to 256"] = table(
                 "2000 x 1500 to 256 x 256, one process, CPU time",
-                ["webdataset default"],
-                list(rates(ways, min(turns, 3), time.process_time)),
+                list(rates(ways, min(turns, 3), time.process_time, NUM_LARGE)),
             )
     print(json.dumps(result))
     return 0

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import finish, head, split_options, table
-from benchmarks.setting import make_setting, train
+from benchmarks.report import finish, head, show, split_options
+from benchmarks.setting import QUIET, make_setting, train, with_data
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.loader import Batch
 from vae_dist.evaluation.run import evaluate
@@ -86,9 +86,7 @@ def main(arguments: list[str]) -> int:
         out = Path(temporary)
         named = any(key.startswith("config=") for key in keys)
         words = [] if named else ["config=mnist", SCHEDULE]
-        words += ["wandb.mode=disabled", "evaluation.every=0", "checkpoint.every=0"]
-        words += [f"data.{part}={out}/data/{part}" for part in ("train", "validation")]
-        words += keys
+        words = with_data([*words, *QUIET, *keys], "", out / "data")
         if not steps:
             trial, _, _ = run(out / "trial", words, TRIAL_STEPS)
             steps = steps_within(seconds, trial)
@@ -101,7 +99,7 @@ def main(arguments: list[str]) -> int:
         **{key: found[key] for key in ("neg_elbo_nats", "neg_elbo_se_nats", "rate_nats")},
         "num_images": found["num_images"],
     }
-    print(table(list(figures), [list(figures.values())]))
+    show([figures])
     reached = clock.took_s <= seconds and found["neg_elbo_nats"] <= GOAL_NATS
     finish(facts, {**figures, "goal_nats": GOAL_NATS, "goal_s": seconds, "reached": reached})
     return 0

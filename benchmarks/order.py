@@ -5,20 +5,16 @@
 One worker of one rank, with one lane per worker: seconds until it knows its first window, at the
 start and in the middle of epoch 3, then in a second pass what its plan allocates at its peak and
 keeps (tracemalloc, which numpy reports to and which slows the clock). `peak_megabytes` is the most
-that this process held, `imports_megabytes` of it before there was a plan. A loader process shares
-torch with its trainer: `forked_worker_megabytes` is what is its own in a process that was forked
-from one with torch and made the plan for the middle of epoch 3. The last line is JSON.
+that this process held. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,36 +45,7 @@ def measure(lengths: np.ndarray, lanes: int, row: int) -> dict[str, float]:
     }
 
 
-def private_megabytes() -> float:
-    """What this process does not share."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    fields = [line.split() for line in lines if line.startswith("Private_")]
-    return sum(int(field[1]) for field in fields) / 1024
-
-
-def in_forked_worker(lengths: np.ndarray, lanes: int, row: int) -> float:
-    import torch  # noqa: F401  # as in a trainer
-
-    def work() -> None:
-        order = Order(lengths, lanes=lanes, window=32, seed=0)
-        order.window_at(lanes - 1, row)
-        sender.send(private_megabytes())
-
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    worker = multiprocessing.get_context("fork").Process(target=work)
-    worker.start()
-    megabytes: float = receiver.recv()
-    worker.join()
-    return megabytes
-
-
-def resident_megabytes() -> float:
-    """The most that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(argv: list[str]) -> int:
-    imports = resident_megabytes()
     keys = {"samples": 10**9, "shards": 10**5, "ranks": 4096, "workers": 8}
     keys |= {name: int(float(value)) for name, value in (text.split("=") for text in argv)}
     lanes = keys["ranks"] * keys["workers"]
@@ -87,14 +54,11 @@ def main(argv: list[str]) -> int:
         keys["samples"], np.full(keys["shards"], 1 / keys["shards"])
     ).astype(np.int64)
     epoch_rows = keys["samples"] // lanes
-    result: dict[str, Any] = {**keys, "imports_megabytes": imports}
+    result: dict[str, Any] = dict(keys)
     for name, row in (("start", 0), ("resume_in_epoch_3", 2 * epoch_rows + epoch_rows // 2)):
         result[name] = measure(lengths, lanes, row)
         print(f"{name}: " + " ".join(f"{k}={v:.4g}" for k, v in result[name].items()))
-    result["peak_megabytes"] = resident_megabytes()
-    if sys.platform == "linux":
-        result["forked_worker_megabytes"] = in_forked_worker(lengths, lanes, row)
-    print(" ".join(f"{name}={value:.4g}" for name, value in result.items() if "mega" in name))
+    result["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(result))
     return 0
 

@@ -39,8 +39,8 @@ import torch
 
 from benchmarks import autoencoder
 from benchmarks.mnist_minute import SCHEDULE, TRIAL_STEPS, run, steps_within
-from benchmarks.report import finish, head, split_options, table
-from benchmarks.setting import make_setting
+from benchmarks.report import finish, head, show, split_options
+from benchmarks.setting import QUIET, make_setting, with_data
 from benchmarks.turns import Arm
 from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.randomness import draws
@@ -127,9 +127,8 @@ def pythae(kind: str, folder: Path, options: dict[str, str]) -> dict[str, Any]:
 def digits(options: dict[str, str], keys: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="peers.") as temporary:
         folder = Path(temporary)
-        words = ["config=mnist", "wandb.mode=disabled", "evaluation.every=0", "checkpoint.every=0"]
-        words += [f"data.{part}={folder}/data/{part}" for part in ("train", "validation")]
-        words += [f"runtime.threads={options['threads']}", SCHEDULE, *keys]
+        words = ["config=mnist", *QUIET, f"runtime.threads={options['threads']}", SCHEDULE, *keys]
+        words = with_data(words, "", folder / "data")
         write_digits(folder, words)
         rows = []
         for kind in PYTHAE:
@@ -162,26 +161,20 @@ def digits(options: dict[str, str], keys: list[str]) -> list[dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     options, keys = split_options(
         arguments,
-        {
-            "seconds": "60",
-            "parts": "mnist,autoencoder",
-            "threads": "2",
-            "data": "",
-            "lr": "1e-3",
-            "latent": "16",
-        },
+        {"seconds": "60", "parts": "mnist,autoencoder", "threads": "2", "data": ""}
+        | {"lr": "1e-3", "latent": "16"},
     )
     facts = head("the same data, the same seconds: ours and its peers")
     figures: dict[str, Any] = {"seconds": float(options["seconds"])}
     if "mnist" in options["parts"]:
         rows = digits(options, keys)
-        print(table(list(rows[0]), [list(row.values()) for row in rows]))
+        show(rows)
         figures["mnist"] = rows
     if "autoencoder" in options["parts"]:
         given = {name: options[name] for name in ("seconds", "threads", "data")}
         arms = {"arms": "ours,diffusers", "turn_s": "10", "pool": "4096"}
         found = autoencoder.compare({**autoencoder.OPTIONS, **given, **arms}, list(ARCHITECTURE))
-        autoencoder.show(found)
+        show(found["arms"])
         figures["autoencoder"] = found
     finish(facts, figures)
     return 0

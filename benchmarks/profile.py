@@ -4,7 +4,7 @@
                                  [data=FOLDER] [key=value ...]
 
 torch's profiler around `steps` steps of the Trainer that `train` builds, data and logging included.
-data=FOLDER holds shards as `pack` writes them; left out, the config's own paths count. Out: the
+data=FOLDER: photographs as `pack` writes them (else the config's digits, or synthetic JPEGs). Out:
 operators by the time that they take themselves (device time where there is a GPU, else CPU time of
 the main thread and what it waits for), their share of it, calls per step and the mean time of a
 call; how much of the time no operator accounts for (Python, the loader), trace=FILE: a trace for
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.report import finish, head, split_options, table
-from benchmarks.setting import Enough, make_setting, synchronize, train
+from benchmarks.report import finish, head, show, split_options
+from benchmarks.setting import QUIET, Enough, make_setting, synchronize, train, with_data
 from vae_dist.data.loader import Batch
 from vae_dist.training.loop import Trainer
 
@@ -59,7 +59,7 @@ class Window:
         return time.perf_counter()
 
 
-def top_costs(profiler: profile, *, device: str, steps: int, top: int) -> list[dict[str, Any]]:
+def costs_of(profiler: profile, *, device: str, steps: int) -> list[dict[str, Any]]:
     """Operators by their own time, descending; milliseconds are of a step."""
     key = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     events = [event for event in profiler.key_averages() if getattr(event, key) > 0]
@@ -73,7 +73,7 @@ def top_costs(profiler: profile, *, device: str, steps: int, top: int) -> list[d
             "calls": event.count / steps,
             "us_per_call": getattr(event, key) / event.count,
         }
-        for event in events[:top]
+        for event in events
     ]
 
 
@@ -85,19 +85,15 @@ def main(arguments: list[str]) -> int:
     facts = head("the top costs of a training step")
     with tempfile.TemporaryDirectory(prefix="profile.") as temporary:
         words = [] if any(key.startswith("config=") for key in keys) else ["config=mnist"]
-        if options["data"]:
-            words += [f"data.{part}={options['data']}/{part}" for part in ("train", "validation")]
-        words += ["wandb.mode=disabled", "evaluation.every=0", "checkpoint.every=0"]
-        words += ["training.steps=100000", f"run={temporary}/run"]
-        setting = make_setting([*words, *keys])
+        words += [*QUIET, f"run={temporary}/run", *keys]
+        setting = make_setting(with_data(words, options["data"], Path(temporary) / "data"))
         window = Window(warmup=warmup, steps=steps, device=setting.runtime.device)
         train(setting, Path(temporary) / "run", window.around)
     if options["trace"]:
         window.profiler.export_chrome_trace(options["trace"])
     device = setting.runtime.device.type
-    rows = top_costs(window.profiler, device=device, steps=steps, top=int(options["top"]))
-    everything = top_costs(window.profiler, device=device, steps=steps, top=10**9)
-    inside = sum(row["ms"] for row in everything)
+    costs = costs_of(window.profiler, device=device, steps=steps)
+    inside, rows = sum(row["ms"] for row in costs), costs[: int(options["top"])]
     batch = setting.config.training.batch_size
     figures = {
         "config": setting.config.config,
@@ -114,10 +110,7 @@ def main(arguments: list[str]) -> int:
         f"{figures['threads']} threads: {figures['step_ms']:.2f} ms a step, profiled "
         f"{figures['profiled_step_ms']:.2f} ms, of which {inside:.2f} ms in operators"
     )
-    titles = list(rows[0])
-    print(table(titles, [[row[title] for title in titles] for row in rows]))
-    if options["trace"]:
-        print(f"trace: {options['trace']}")
+    show(rows)
     finish(facts, {**figures, "top": rows})
     return 0
 

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,17 +35,12 @@ def split_options(
 
 def machine() -> dict[str, Any]:
     """Device, cores and versions, as every benchmark prints them."""
-    name = "cpu"
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    known = versions()
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
-        "versions": {key: known[key] for key in ("python", "torch", "accelerate", "numpy")},
-        "cuda": known["cuda"],
+        "versions": versions(),
     }
 
 
@@ -56,23 +51,23 @@ def head(title: str) -> dict[str, Any]:
     print(f"{title}\n  command  {facts['command']}")
     print(
         f"  machine  {facts['device']}, {facts['processor']}, {facts['cores']} cores in use, "
-        f"load {facts['load']} at the start; {known}, cuda {facts['cuda']}",
+        f"load {facts['load']} at the start; {known}",
         flush=True,
     )
     return facts
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def show(rows: Sequence[Figures]) -> None:
     """A Markdown table; floats get four digits."""
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
-    return "\n".join(lines)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(_cell, row.values())) + " |")
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-    return str(value)
+    return "" if value is None else str(value)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

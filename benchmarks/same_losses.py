@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.report import finish, head, split_options, table
+from benchmarks.report import finish, head, show, split_options
 from vae_dist.tracking.sinks import read_rows
 
 LIMIT = 1e-3  # relative
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
                 {"config": config, "steps": len(found), "largest": max(differences),
                  "last": differences[-1], "last_loss": found[-1]}
             )  # fmt: skip
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    show(rows)
     finish(facts, {"devices": [first, second], "limit": LIMIT, "rows": rows})
     return int(any(row["largest"] > LIMIT for row in rows))
 

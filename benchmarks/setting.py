@@ -34,6 +34,9 @@ from vae_dist.training.setup import build_trainer, machine_facts
 from vae_dist.training.stop import RankWatch, StopRequest, StopSignals
 from vae_dist.training.trackers import Trackers
 
+# words of a run that does nothing but steps
+QUIET = ("wandb.mode=disabled", "evaluation.every=0", "checkpoint.every=0", "training.steps=100000")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -61,13 +64,11 @@ def train(
     setting: Setting,
     out: Path,
     around: Callable[[Trainer, Iterator[Batch]], Iterable[Batch]],
-    *,
-    evaluates: bool = False,
 ) -> Trainer:
     """Trains in the run folder `out` until the batches of `around` end; all ranks together.
 
-    Console lines go nowhere, rows to log.jsonl and W&B as the config says. evaluates=False: at the
-    last step nothing is evaluated and no picture is made.
+    Console lines go nowhere, rows to log.jsonl and W&B as the config says. At the last step nothing
+    is evaluated and no picture is made.
     """
     config, runtime, data = setting.config, setting.runtime, setting.data
     folder = RunFolder(out)
@@ -80,10 +81,9 @@ def train(
             for sink in (console, JsonlSink(folder.log_path, resume_step=0), wandb):
                 trackers.add(sink)
         trainer = build_trainer(config, runtime, folder, data, trackers)
-        if not evaluates:
-            trainer.evaluator = lambda model, step, must_stop: {}
-            trainer.image_logger.close()
-            trainer.image_logger = lambda model, step, metrics: None  # type: ignore[assignment]
+        trainer.evaluator = lambda model, step, must_stop: {}
+        trainer.image_logger.close()
+        trainer.image_logger = lambda model, step, metrics: None  # type: ignore[assignment]
         stop = StopRequest(runtime, StopSignals())
         with contextlib.closing(training_stream(config, runtime, data, 0)) as stream:
             with (
@@ -112,14 +112,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def shards(data: str, folder: Path, *, size: tuple[int, int], num_images: int = 512) -> list[str]:
-    """Words for data.train and data.validation: of FOLDER that `pack` wrote, or, where none was
-    given, of synthetic JPEGs of (H, W) written below `folder`."""
-    if not data:
-        for part, count in (("train", num_images), ("validation", 64)):
+def with_data(
+    words: Sequence[str], data: str, folder: Path, size: tuple[int, int] = (300, 280)
+) -> list[str]:
+    """The words, before them those for data.train and data.validation: of the folder `data` that
+    `pack` wrote; where none was given, below `folder`, of the digits that the config brings along,
+    or of synthetic JPEGs of (H, W)."""
+    if not data and load_train_config(list(words)).data.bundled == "none":
+        for part, count in (("train", 128), ("validation", 64)):
             write_shards(_pictures(count, size, part), folder / part, num_shards=4)
-        data = str(folder)
-    return [f"data.{part}={data}/{part}" for part in ("train", "validation")]
+    return [*(f"data.{part}={data or folder}/{part}" for part in ("train", "validation")), *words]
 
 
 def _pictures(count: int, size: tuple[int, int], part: str) -> Iterator[dict[str, str | bytes]]:

@@ -1,10 +1,7 @@
-from __future__ import annotations
-
 import importlib
 import json
 import pkgutil
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +10,12 @@ from benchmarks.mnist_minute import FIRST_EPOCH_STEPS, SAFETY, Clock, steps_with
 from benchmarks.turns import Arm, take_turns
 
 
-def test_each_benchmark_can_be_imported() -> None:
+def test_each_benchmark_can_be_imported():
     for module in pkgutil.iter_modules(benchmarks.__path__):
         importlib.import_module(f"benchmarks.{module.name}")
 
 
-def test_steps_that_fit_into_the_seconds() -> None:
+def test_steps_that_fit_into_the_seconds():
     clock = Clock()
     # the first epoch takes 3 s, each later step 0.02 s
     clock.at_s = [3.0 * step / FIRST_EPOCH_STEPS for step in range(FIRST_EPOCH_STEPS + 1)]
@@ -44,11 +41,11 @@ except Finished as finished:
 """
 
 
-def make_arm(folder: Path, name: str, code: str = ARM) -> Arm:
+def make_arm(folder, name, code=ARM):
     return Arm(name, [sys.executable, "-c", code], threads=1, log=folder / f"{name}.log")
 
 
-def test_arms_train_in_turn_and_say_what_they_did(tmp_path: Path) -> None:
+def test_arms_train_in_turn_and_say_what_they_did(tmp_path):
     arms = [make_arm(tmp_path, name) for name in ("a", "b")]
     try:
         turns = list(take_turns(arms, seconds=0.05, turn_s=0.02))
