@@ -1,36 +1,32 @@
 """log.jsonl over resumes, kills and full disks; TensorBoard over resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.tracking.images import grid, save_png
-from vae_dist.tracking.sinks import JsonlSink, read_rows
-from vae_dist.tracking.tensorboard import TensorBoardSink
+from vae_dist.tracking.sinks import JsonlSink, TensorBoardSink, read_rows
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path: Path, steps: range) -> None:
+def write(path, steps):
     sink = JsonlSink(path, resume_step=0)
     for step in steps:
         sink.log(step, {"train/loss": step / 2})
     sink.close("interrupted")
 
 
-def test_resume_cuts_later_rows_and_lines_that_are_no_row(tmp_path: Path) -> None:
+def test_resume_cuts_later_rows_and_lines_that_are_no_row(tmp_path):
     path = tmp_path / "log.jsonl"
     write(path, range(1, 8))
     inode = path.stat().st_ino
@@ -47,7 +43,7 @@ def test_resume_cuts_later_rows_and_lines_that_are_no_row(tmp_path: Path) -> Non
     assert path.read_text().endswith("\n" + last)
 
 
-def test_what_is_made_up_after_a_resume_joins_the_row_of_its_step(tmp_path: Path) -> None:
+def test_what_is_made_up_after_a_resume_joins_the_row_of_its_step(tmp_path):
     path = tmp_path / "log.jsonl"
     write(path, range(1, 5))
     for _ in range(2):  # killed before the checkpoint that follows, it is made up again
@@ -60,7 +56,7 @@ def test_what_is_made_up_after_a_resume_joins_the_row_of_its_step(tmp_path: Path
 
 
 @pytest.mark.parametrize("stays_full", [False, True])
-def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path: Path, stays_full: bool) -> None:
+def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path, stays_full):
     """The kernel refuses to let a file grow beyond a limit, as a full disk does."""
     path = tmp_path / "log.jsonl"
     sink, before = JsonlSink(path, resume_step=0), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -82,7 +78,7 @@ def test_rows_wait_for_a_full_disk_and_come_in_order(tmp_path: Path, stays_full:
     assert [row["step"] for row in rows(path)] == list(range(1, 4 if stays_full else 502))
 
 
-def test_whole_rows_of_a_log_that_is_being_written(tmp_path: Path) -> None:
+def test_whole_rows_of_a_log_that_is_being_written(tmp_path):
     log = tmp_path / "log.jsonl"
     assert list(read_rows(log)) == list(read_rows(Path("/dev/zero"))) == []
     log.write_text('{"step": 1, "a": 2}\n[3]\n{"a": 1}\n{"step": 2, "a": NaN}\n{"step": 3, "a"')
@@ -91,9 +87,9 @@ def test_whole_rows_of_a_log_that_is_being_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resume_step", [20, 0])  # 0: killed before its first checkpoint
-def test_tensorboard_has_each_point_of_a_resumed_run_once(tmp_path: Path, resume_step: int) -> None:
+def test_tensorboard_has_each_point_of_a_resumed_run_once(tmp_path, resume_step):
     reason = "needs the extra tensorboard"
-    accumulator: Any = pytest.importorskip(
+    accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason=reason
     )
     png = save_png(grid(torch.zeros(4, 1, 8, 8)), tmp_path / "grid.png")
@@ -112,7 +108,7 @@ def test_tensorboard_has_each_point_of_a_resumed_run_once(tmp_path: Path, resume
     assert events.Tags()["histograms"] == ["latent/kl_nats_per_unit"]
 
 
-def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch) -> None:
+def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'vae_dist\[tensorboard\]'"):
         TensorBoardSink(tmp_path, resume_step=0)

@@ -1,12 +1,10 @@
-from __future__ import annotations
-
 import pytest
 import torch
 
-from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row, peak_flops
+from vae_dist.tracking.throughput import Meter, memory_row, peak_flops
 
 
-def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
+def test_rows_count_images_of_all_ranks_and_waiting_without_pauses():
     now = [100.0]  # seconds
     meter = Meter(10, first_step=2, world=2, peak_images_per_second=16.0, clock=lambda: now[0])
     assert meter.row() == {}  # without a step
@@ -31,29 +29,7 @@ def test_rows_count_images_of_all_ranks_and_waiting_without_pauses() -> None:
     assert 3 * 2.0 < row["time/left_seconds"] < 3 * 4.0
 
 
-def test_update_ratio_of_the_armed_step_alone_and_0_of_a_skipped_one() -> None:
-    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    ratio = UpdateRatio(optimizer, rows_every=6)
-    assert ratio.every == 102  # with a row, each hundredth step at most
-    expected = 1 / (1.4**2 + 3.2**2) ** 0.5  # a change of length 1, to (1.4, 3.2)
-    for gradient, is_armed in (([1.0, 0.0], False), ([0.6, 0.8], True), ([0.1, 0.1], False)):
-        weight.grad = torch.tensor(gradient)
-        if is_armed:
-            ratio.arm()
-        optimizer.step()
-        row = {"optim/update_ratio": pytest.approx(expected, rel=1e-6)}
-        assert ratio.row() == (row if is_armed else {})
-    skipping = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    ratio = UpdateRatio(skipping)
-    skipping.found_inf = torch.ones(())  # type: ignore[attr-defined]
-    weight.grad = torch.tensor([1.0, float("nan")])
-    ratio.arm()
-    skipping.step()
-    assert ratio.row() == {"optim/update_ratio": 0.0}
-
-
-def test_peak_by_name_and_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_by_name_and_memory_of_a_cpu(monkeypatch):
     for name, precision, expected in (
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
         ("NVIDIA H100 PCIe", "bf16", 756e12),

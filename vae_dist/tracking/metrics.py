@@ -43,7 +43,6 @@ SECTIONS = {
     "Optimizer": (
         Panel("Learning rate", "", ("optim/lr",)),
         Panel("Gradient norm", "before clipping", ("optim/grad_norm",), is_log=True),
-        Panel("Update / weights", "2-norms", ("optim/update_ratio",), is_log=True),
         Panel("Skipped steps", "", ("optim/skipped_steps",)),
         Panel("Loss scale", "", ("optim/loss_scale",), is_log=True),
     ),
@@ -67,9 +66,9 @@ IMAGES = {
 
 # The console leaves out what other figures of its line say; log.jsonl and W&B have every key.
 _HIDDEN = re.compile(
-    r"train/(neg_elbo_nats|beta|bits_per_dim)|optim/(lr|loss_scale|update_ratio)|latent/.*"
+    r"train/(neg_elbo_nats|beta|bits_per_dim)|optim/(lr|loss_scale)|latent/.*"
     r"|data/(epoch|images_seen)|eval/num_images|time/(checkpoint_stall_seconds|step_seconds)"
-    r"|system/(memory_gib|device_memory_reserved_gib)"
+    r"|system/memory_gib"
 )
 _HIDDEN_AT_ZERO = re.compile(r"optim/(skipped|spike)_steps|(data|eval)/skipped_samples")
 _LITTLE_WAITING = 0.1  # part of the time; from here on waiting for data costs speed

@@ -1,8 +1,8 @@
-"""Where metrics and pictures go: one small protocol, and `log.jsonl`, the record of a run.
+"""Where metrics and pictures go: one small protocol, `log.jsonl` and TensorBoard.
 
-In: rows {"group/name": value} and PNG files, each at an optimizer step. Out: one JSON object a
-row, "step" first. The other sinks are the console, W&B and TensorBoard. Sinks belong to the main
-process alone.
+In: rows {"group/name": value} and PNG files, each at an optimizer step. Out: one JSON object a row,
+"step" first; event files. The other sinks are the console and W&B. Sinks belong to the main process
+alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
+from vae_dist.config.errors import ConfigError
 from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import Value
 
@@ -112,6 +116,35 @@ class JsonlSink:
             os.fsync(self._file.fileno())
         finally:
             self._file.close()
+
+
+class TensorBoardSink:
+    """Event files in `folder`. Points past `resume_step`, of an earlier session, are hidden by
+    TensorBoard itself. Raises ConfigError where the package tensorboard is missing."""
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "log.tensorboard=true needs the package tensorboard: "
+                "pip install 'vae_dist[tensorboard]'"
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def log(self, step: int, row: Mapping[str, Value]) -> None:
+        for key, value in row.items():
+            if not isinstance(value, list):
+                self._writer.add_scalar(key, value, step)
+            elif (np.abs(value) < 1e20).any():  # TensorBoard's largest bin; an empty one raises
+                self._writer.add_histogram(key, np.asarray(value), step)
+
+    def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
+        pixels = np.asarray(Image.open(png_path).convert("RGB"))
+        self._writer.add_image(key, pixels, step, dataformats="HWC")
+
+    def close(self, status: str) -> None:
+        self._writer.close()
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row]]:

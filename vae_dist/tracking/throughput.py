@@ -1,15 +1,14 @@
-"""What a training step costs: its time, its memory, the size of its update.
+"""What a training step costs: its time and its memory.
 
-In: the loop marks each wait for data, each step and each pause. Out: rows of `time/`, `system/` and
-`optim/` metrics. Over the k steps since the row before, with T their seconds without pauses, W the
-part of T spent waiting for data and n images over all ranks:
+In: the loop marks each wait for data, each step and each pause. Out: rows of `time/` and `system/`
+metrics. Over the k steps since the row before, with T their seconds without pauses, W the part of T
+spent waiting for data and n images over all ranks:
 
     images_per_second = n / T,  data_wait_fraction = W / T,  step_seconds = T / k
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ PEAK_TERAFLOPS = {
     **{"L40S": 362, "L4": 121, "A40": 150, "A10": 125, "V100": 125},
 }
 _GIB = 2**30
-_RATIO_STEPS = 100  # between update ratios, at least: each copies the weights
 _SMOOTHING = 0.3  # weight of the latest interval in the step time that predicts the time left
 
 
@@ -108,49 +106,4 @@ def memory_row(device: torch.device) -> dict[str, float]:
     row = {"system/memory_gib": psutil.Process().memory_info().rss / _GIB}
     if device.type == "cuda":
         row["system/device_memory_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
-        row["system/device_memory_reserved_gib"] = torch.cuda.max_memory_reserved(device) / _GIB
     return row
-
-
-class UpdateRatio:
-    """Size of an optimizer step against the weights: |change of weights| / |weights|, 2-norms.
-
-    Call `arm()` before the step that is to be measured and `row()` after it: it costs a copy of
-    the weights, so the trainer does it `every` so many steps, each with a row of its log.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, rows_every: int = 1) -> None:
-        self.every = math.ceil(_RATIO_STEPS / rows_every) * rows_every
-        self._is_armed = False
-        self._before: list[torch.Tensor] = []
-        self._optimizer = optimizer
-        optimizer.register_step_pre_hook(self._copy)  # the activations' memory is free then
-
-    def arm(self) -> None:
-        self._is_armed = True
-
-    def row(self) -> dict[str, float]:
-        """The ratio of the step since `arm`, once (0 of a skipped update); waits for the device."""
-        before, self._before, self._is_armed = self._before, [], False
-        if not before:
-            return {}
-        after = _copies(self._optimizer)
-        torch._foreach_sub_(before, after)
-        return {"optim/update_ratio": float(_norm(before) / _norm(after).clamp_min(1e-12))}
-
-    def _copy(self, *_: object) -> None:
-        if self._is_armed:
-            self._before, self._is_armed = _copies(self._optimizer), False
-
-
-def _copies(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The weights as one flat tensor, unless they are sharded: many small ones take longer."""
-    weights = [weight.detach() for group in optimizer.param_groups for weight in group["params"]]
-    if any(hasattr(weight, "full_tensor") for weight in weights):
-        return [weight.clone() for weight in weights]
-    return [torch.cat([weight.reshape(-1) for weight in weights])]
-
-
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    norm = torch.nn.utils.get_total_norm(tensors, foreach=True)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights

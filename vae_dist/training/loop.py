@@ -21,7 +21,7 @@ from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import DISCRIMINATOR, Checkpoint, CheckpointWriter
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.metrics import Value
-from vae_dist.tracking.throughput import Meter, UpdateRatio, memory_row
+from vae_dist.tracking.throughput import Meter, memory_row
 from vae_dist.training.data import Data
 from vae_dist.training.guards import DamageGuard, SkipGuard, check_equal_over_ranks
 from vae_dist.training.images import ImageLogger
@@ -73,7 +73,6 @@ class Trainer:
             folder.checkpoints, keep_last=config.checkpoint.keep_last, warn=self.say
         )
         self._peak = peak_images_per_second(config, data, runtime)
-        self._update_ratio = UpdateRatio(training_step.optimizer, rows_every=config.log.every)
         self._saved = (-1, -1)  # the step, and the last evaluated one, of the last checkpoint
         self._evaluated_step = -1
         self._best: tuple[float, int] | None = None  # lowest eval/neg_elbo_nats, and its step
@@ -112,8 +111,6 @@ class Trainer:
             return next(stream)
 
     def _train_step(self, batch: Batch) -> None:
-        if is_due(self.step + 1, self._update_ratio.every, self.last_step):
-            self._update_ratio.arm()
         self._watch.at(self.step, "step", frozenset(g.images.shape[-2:] for g in batch.groups))
         with memory_explained("training.microbatch_size"):
             report = self.training_step(batch, self.step)
@@ -234,7 +231,7 @@ class Trainer:
             row["train/bits_per_dim"] = bits
         if step.loss_scale.enabled:
             row["optim/loss_scale"] = float(step.loss_scale.scale)
-        return row | self._update_ratio.row() | self._meter.row() | memory_row(self.runtime.device)
+        return row | self._meter.row() | memory_row(self.runtime.device)
 
     def _log(self, metrics: Row) -> None:
         """One row a step: what training has left, and these."""

@@ -16,8 +16,7 @@ from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.console import ConsoleSink, say
 from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.metrics import Value
-from vae_dist.tracking.sinks import JsonlSink, Sink
-from vae_dist.tracking.tensorboard import TensorBoardSink
+from vae_dist.tracking.sinks import JsonlSink, Sink, TensorBoardSink
 from vae_dist.tracking.wandb import WandbSink
 
 
