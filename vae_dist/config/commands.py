@@ -40,9 +40,7 @@ class PriorCommand(RunCommand):
         "gmm:K:diagonal",
         form="PRIOR",
     )
-    prior_images: int = knob(
-        50_000, "training images that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal"
-    )
+    prior_images: int = knob(50_000, "that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal")
 
 
 @dataclass
@@ -56,15 +54,11 @@ class TiledCommand(RunCommand):
 class SampleCommand(PriorCommand):
     num_images: int = knob(64, "images to draw from the prior", ge=1)
     label: Any = knob(
-        "auto",
-        "a class; all: a row for each; none: without; auto: drawn",
-        form="auto all none INDEX",
+        "auto", "a class; all: a row for each; auto: drawn", form="auto all none INDEX"
     )
     out: str = knob("samples.png", "PNG grid to write; a name without .png: a folder of images")
     temperature: Any = knob(
-        1.0,
-        "spread of the prior draws, part of the prior's; [T, ...]: of each level of a ladder",
-        form="NUMBER NUMBERS",
+        1.0, "spread of the draws, or [T, ...] of each level of a ladder", form="NUMBER NUMBERS"
     )
     compare: bool = knob(False, "draws of N(0, I) left, of the mixture right", when="prior!=normal")
     resolution: Any = knob("trained", "trained, N or [H, W], pixels", form="trained SIZE")
@@ -85,8 +79,7 @@ class ImputeCommand(RunCommand):
     seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
     data: Any = knob("", "shards, or folder of pictures (default: validation shards)", form="PATHS")
     mask: Literal["auto", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
-        "auto",
-        "what is missing, as data.mask; auto: as in training, in a folder as its files say",
+        "auto", "as data.mask; auto: as in training, in a folder as its files say"
     )
     mask_fraction: float = knob(0.5, "part of the pixels", ge=0, le=1, when="mask=random|rectangle")
     method: Literal["importance", "single", "gibbs"] = knob(
@@ -113,10 +106,7 @@ class EvaluateCommand(PriorCommand):
     )
     metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
     max_skipped_fraction: Any = knob(
-        "trained",
-        "largest part of damaged images; trained: as the run's",
-        form="trained NUMBER",
-        le=1,
+        "trained", "of damaged images; trained: as the run's", form="trained NUMBER", le=1
     )
     out: str = knob("", "JSON file to write (default: in the run folder, results*.json)")
     batch_size: int = knob(256, "images per forward of one process", ge=1)
@@ -151,16 +141,12 @@ class EncodeCommand(TiledCommand):
     data: Any = knob("???", "shards of images, as data.train of a run", form="PATHS")
     out: str = knob("???", "folder to write: shards, their index, latents.json")
     content: Literal["moments", "mean", "sample"] = knob(
-        "moments",
-        "of q(z|x): mean and log-variance, the mean, or one draw for each image",
-        when=LATENTS,
+        "moments", "of q(z|x): mean and log-variance, the mean, or one draw", when=LATENTS
     )
     dtype: Literal["fp16", "bf16", "fp32"] = knob("fp16", "type of the latents", when=LATENTS)
     flip: bool = knob(False, "store the latents of the mirrored images too", when=LATENTS)
     resolution: Any = knob(
-        "trained",
-        "trained (with features=: native), native, N or [H, W], pixels",
-        form="trained native SIZE",
+        "trained", "or native (as is trained with features=), pixels", form="trained native SIZE"
     )
     image_key: str = knob("", "which of several images, as data.image_key", when=OF_FEATURES)
     background: Literal["none", "white", "black"] = knob(
@@ -169,9 +155,7 @@ class EncodeCommand(TiledCommand):
     keep_images: bool = knob(False, "keep the images, as all other members", when=LATENTS)
     shard_mb: float = knob(64.0, "bytes of a shard, megabytes, about", gt=0)
     max_skipped_fraction: float = knob(0.01, "largest part of damaged images", ge=0, le=1)
-    precision: Literal["no", "bf16"] = knob(
-        "no", "no: float32; bf16: autocast, on accelerators", when=LATENTS
-    )
+    precision: Literal["no", "bf16"] = knob("no", "autocast, on accelerators", when=LATENTS)
     batch_size: int = knob(32, "images per forward of one process", ge=1)
     threads: int = knob(0, "CPU threads of one process (0: cores / processes)", ge=0)
 

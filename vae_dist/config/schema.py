@@ -30,14 +30,11 @@ class DataConfig(Section):
     validation: Any = knob("???", "as data.train", neutral=True, form="PATHS")
     bundled: Literal["none", "digits"] = knob("none", "digits: write those that ship")
     channels: int = knob(3, "image channels (1 grey, 3 RGB; any number in .npy and TIFF)", ge=1)
-    image_key: str = knob(
-        "", "which of several images of a sample: jpg, depth.png, npy (empty: the one there is)"
-    )
+    image_key: str = knob("", "which of several images of a sample: jpg, depth.png, npy")
     label_key: str = knob("cls", "the .cls member, or a field of .json, as in attributes.Smiling")
     mask: Literal["none", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
         "none",
-        "missing pixels: black in .mask.png, less than half opaque, NaN, or drawn for each sample "
-        "and epoch",
+        "missing pixels: black in .mask.png, less than half opaque, NaN, or drawn in each epoch",
     )
     mask_fraction: float = knob(0.5, "part of the pixels", ge=0, lt=1, when="mask=random|rectangle")
     background: Literal["none", "white", "black"] = knob(
@@ -52,23 +49,17 @@ class DataConfig(Section):
         "max_aspect: RATIO}: aspect buckets",
         form="native SIZE BUCKETS",
     )
-    crop: Literal["center", "random"] = knob(
-        "center", "where training images are cropped", when="resolution!=native"
-    )
+    crop: Literal["center", "random"] = knob("center", "in training", when="resolution!=native")
     flip: bool = knob(False, "mirror training images left to right with probability 1/2")
     dequantize: bool = knob(
         True, "add uniform noise of one level", when="likelihood.kind=gaussian|laplace bits!=32"
     )
     slots: int = knob(0, "parts of a batch; the processes divide it (0: automatic)", ge=0)
-    window: Any = knob(
-        "auto", "samples of each sequence in a shuffle (auto: up to 32)", form="auto COUNT"
-    )
+    window: Any = knob("auto", "samples in a shuffle (auto: up to 32)", form="auto COUNT")
     cache_bytes: int = knob(2**28, "for decoded images of a rank, if all fit", neutral=True, ge=0)
     retry_s: float = knob(600.0, "seconds that a remote read is tried again", neutral=True, ge=0)
     workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
-    max_skipped_fraction: float = knob(
-        0.01, "largest part of the samples that may be unreadable", neutral=True, ge=0, le=1
-    )
+    max_skipped_fraction: float = knob(0.01, "of unreadable samples", neutral=True, ge=0, le=1)
     max_pixels: int = knob(2**26, "images with more pixels are refused before decoding", ge=1)
 
 
@@ -82,51 +73,26 @@ class ModelConfig(Section):
         "conv: residual convolutions; dense: the textbook's linear layers, vector latent; ladder: "
         "a hierarchy of groups of latents",
     )
-    latent_channels: int = knob(
-        4, "channels of a spatial latent or of a ladder's group, dimensions of a vector one", ge=1
-    )
+    latent_channels: int = knob(4, "channels (of a ladder's group), or dimensions, of z", ge=1)
     channels: list[int] = knob(
         [64, 128, 256], "width of each level; each after the first halves the size", form="COUNTS"
     )
-    groups: list[int] = knob(
-        [1], "groups of latents of each level", form="COUNTS", when="arch=ladder"
-    )
+    groups: list[int] = knob([1], "groups of each level", form="COUNTS", when="arch=ladder")
     factors: Any = knob(
-        2,
-        "sides of the squares that become one position of the next level",
-        form="COUNT COUNTS",
-        when="arch=ladder",
+        2, "sides of squares that become one place", form="COUNT COUNTS", when="arch=ladder"
     )
-    aggregate: bool = knob(
-        False, "the likelihood sees what all groups add up to", when="arch=ladder"
-    )
-    patch: int = knob(
-        1, "patch x patch pixels become channels first", ge=1, when="arch=conv|ladder"
-    )
-    blocks: Any = knob(
-        2,
-        "residual blocks of a level; conv: one more to decode; ladder: to encode",
-        form="COUNT COUNTS",
-        when="arch=conv|ladder",
-    )
+    aggregate: bool = knob(False, "p(x|z) sees what all groups add up to", when="arch=ladder")
+    patch: int = knob(1, "patch x patch pixels become channels first", ge=1, when="arch!=dense")
+    blocks: Any = knob(2, "residual blocks of a level", form="COUNT COUNTS", when="arch!=dense")
     dc_shortcuts: bool = knob(False, "space-to-channel shortcuts of DC-AE", when="arch=conv")
     attention: bool = knob(True, "self-attention in the middle of both towers", when="arch=conv")
-    norm_groups: int = knob(
-        32, "groups of GroupNorm; divides every width", ge=1, when="arch=conv|ladder"
-    )
+    norm_groups: int = knob(32, "groups of GroupNorm; divides widths", ge=1, when="arch!=dense")
     gradient_checkpointing: bool = knob(
-        False,
-        "less memory, a third more time: blocks run again",
-        neutral=True,
-        when="arch=conv|ladder",
+        False, "less memory, a third more time", neutral=True, when="arch!=dense"
     )
-    initial_sigma: float = knob(
-        1.0, "standard deviation of q(z|x) before training, about", gt=0, when="arch=conv|dense"
-    )
+    initial_sigma: float = knob(1.0, "of q(z|x) before training", gt=0, when="arch!=ladder")
     num_classes: int = knob(0, "labels 0, ..., N-1 that both towers see; 0: unconditional", ge=0)
-    label_dropout: float = knob(
-        0.0, "probability that a label is hidden in training", ge=0, le=1, when="num_classes!=0"
-    )
+    label_dropout: float = knob(0.0, "part of labels hidden", ge=0, le=1, when="num_classes!=0")
 
 
 @dataclass
@@ -157,17 +123,10 @@ ALIGNED = "alignment!="
 @dataclass
 class ObjectiveConfig(Section):
     beta: float = knob(1.0, "weight of the rate KL(q(z|x) || p(z)) in the loss; 1: the bound", ge=0)
-    beta_warmup_steps: int = knob(
-        0, "steps over which beta rises from 0", ge=0, when="training.train_only=all"
-    )
-    beta_cycles: int = knob(
-        1, "rises of beta, each but the last held as long", ge=1, when="beta_warmup_steps!=0"
-    )
+    beta_warmup_steps: int = knob(0, "steps of a rise from 0", ge=0, when="training.train_only=all")
+    beta_cycles: int = knob(1, "rises, each held as long", ge=1, when="beta_warmup_steps!=0")
     free_bits: float = knob(
-        0.0,
-        "nats of each latent unit (dimension or channel) and image that the loss does not charge",
-        ge=0,
-        when="beta!=0 training.train_only=all",
+        0.0, "nats of each latent unit that are free", ge=0, when="beta!=0 training.train_only=all"
     )
     importance_samples: int = knob(1, "draws of z; 1: ELBO; more: importance-weighted bound", ge=1)
     gradient: Literal["standard", "doubly_reparameterized"] = knob(
@@ -178,9 +137,7 @@ class ObjectiveConfig(Section):
     scale_equivariance: float = knob(
         0.0, "weight of -log p(image at half size | z at half size), nats of its values", ge=0
     )
-    latent_noise: float = knob(
-        0.0, "noise on z in training: standard deviation latent_noise * |N(0, 1)|", ge=0
-    )
+    latent_noise: float = knob(0.0, "noise on z: standard deviation latent_noise * |N(0, 1)|", ge=0)
     channel_masking: float = knob(
         0.0, "part of the images of which the decoder sees only the first channels of z", ge=0, le=1
     )
@@ -188,21 +145,13 @@ class ObjectiveConfig(Section):
         "", "vision model (transformers) that z is aligned with: a folder, or OWNER/NAME on the hub"
     )
     alignment_weight: float = knob(
-        0.5,
-        "of the gradient of distortion and perceptual term, at the first step",
-        gt=0,
-        when=ALIGNED,
+        0.5, "of the gradient of the other terms, at the first step", gt=0, when=ALIGNED
     )
     alignment_final_weight: float = knob(0.1, "at the last step", ge=0, when=ALIGNED)
     alignment_margins: list[float] = knob(
-        [0.5, 0.25],
-        "of cosines with features, of cosines between positions",
-        form="PAIR",
-        when=ALIGNED,
+        [0.5, 0.25], "of cosines to features, of those between positions", form="PAIR", when=ALIGNED
     )
-    alignment_width: Any = knob(
-        "auto", "values of a feature (auto: as the model says)", form="auto COUNT", when=ALIGNED
-    )
+    alignment_width: Any = knob("auto", "values of a feature", form="auto COUNT", when=ALIGNED)
 
 
 @dataclass
@@ -212,9 +161,7 @@ class PerceptualConfig(Section):
         "distance of reconstructions added to the loss: SSIM and gradients, LPIPS on VGG16 or "
         "AlexNet; auto: lpips if its weights are here, else structure",
     )
-    weight: float = knob(
-        1.0, "nats of each value (C*H*W) for a distance of 1", gt=0, when="kind!=none"
-    )
+    weight: float = knob(1.0, "nats of each value for a distance of 1", gt=0, when="kind!=none")
     weights: str = knob(
         "", "LPIPS folder (default: torch.hub's)", neutral=True, when="kind=auto|lpips|lpips_alex"
     )
@@ -226,9 +173,7 @@ class AdversarialConfig(Section):
     start_step: int = knob(0, "step from which the discriminator learns", ge=0)
     warmup_steps: int = knob(1000, "steps that it learns before the decoder hears of it", ge=0)
     ramp_steps: int = knob(1000, "steps over which the term then rises to its weight", ge=0)
-    max_weight: float = knob(
-        10.0, "largest adaptive weight, nats of each value for a logit of 1", gt=0
-    )
+    max_weight: float = knob(10.0, "largest weight, nats of each value for a logit of 1", gt=0)
     lr: float = knob(2e-4, "peak learning rate, on optimizer's schedule", gt=0)
     betas: list[float] = knob([0.5, 0.9], "decay rates of Adam's moments", form="PAIR", lt=1)
     clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)", ge=0)
@@ -243,9 +188,7 @@ class OptimizerConfig(Section):
     lr: float = knob(2e-4, "peak learning rate of AdamW", gt=0)
     warmup_steps: int = knob(100, "steps of linear learning-rate warm-up", ge=0)
     schedule: Literal["cosine", "constant"] = knob("cosine", "learning rate after the warm-up")
-    final_lr_fraction: float = knob(
-        0.0, "learning rate at the last step, part of lr", ge=0, le=1, when="schedule=cosine"
-    )
+    final_lr_fraction: float = knob(0.0, "of lr, at the end", ge=0, le=1, when="schedule=cosine")
     betas: list[float] = knob([0.9, 0.999], "decay rates of Adam's moments", form="PAIR", lt=1)
     eps: float = knob(1e-8, "added to the denominator of Adam", gt=0)
     weight_decay: float = knob(0.01, "decoupled weight decay of matrices and kernels", ge=0)
@@ -258,12 +201,12 @@ class TrainingConfig(Section):
     batch_size: int = knob(256, "images per optimizer step, over all processes", ge=1)
     microbatch_size: Any = knob(
         0,
-        "images per forward of one process (0: its whole share; auto: as many as fit); memory only",
+        "images per forward; memory only (0: all; auto: what fits)",
         neutral=True,
-        form="auto 0 COUNT",
+        form="auto INDEX",
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
-        "auto", "autocast of the forward; no: float32; auto: bf16 where every device computes in it"
+        "auto", "of the forward; no: float32; auto: bf16 where every device computes in it"
     )
     ema_decay: float = knob(0.999, "decay per step of the averaged weights", ge=0, lt=1)
     train_only: Literal["all", "decoder"] = knob(
@@ -272,20 +215,16 @@ class TrainingConfig(Section):
     max_consecutive_nonfinite: int = knob(
         20, "steps in a row that may be skipped before the run fails", neutral=True, ge=1
     )
-    spike_factor: float = knob(
-        0.0, "skip a gradient of this many times the 0.9 quantile of recent norms (0: never)", ge=0
-    )
+    spike_factor: float = knob(0.0, "skip gradients so far above the recent ones (0: none)", ge=0)
     checksum_every: int = knob(
-        1000, "steps between comparisons of the weights across ranks (0: never)", neutral=True, ge=0
+        1000, "steps between comparisons of the ranks' weights (0: never)", neutral=True, ge=0
     )
 
 
 @dataclass
 class EvaluationConfig(Section):
     every: int = knob(1000, "steps between evaluations (0: only at the end)", ge=0)
-    batch_size: Any = knob(
-        "auto", "images per forward of one process (auto: the microbatch)", form="auto COUNT"
-    )
+    batch_size: Any = knob("auto", "per forward (auto: the microbatch)", form="auto COUNT")
 
 
 @dataclass
@@ -323,8 +262,8 @@ class RuntimeConfig(Section):
     parallel: Literal["ddp", "fsdp"] = knob("ddp", "fsdp: the model is cut over the processes")
     compile: Literal["auto", "true", "blocks", "false"] = knob(
         "auto",
-        "torch.compile of both towers, or of each block (a shorter start); auto: true on CUDA "
-        "under ddp where a compiler is there and images share sizes",
+        "torch.compile of both towers, or of each block; auto: true on CUDA under ddp where a "
+        "compiler is there and images share sizes",
     )
     channels_last: Literal["auto", "true", "false"] = knob(
         "auto", "memory layout of weights and images (auto: on CUDA in 16 bits when compiled)"
