@@ -1,7 +1,5 @@
 """The commands of "Fine-tune a published autoencoder" in the documents, on a small model."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re
@@ -19,31 +17,17 @@ diffusers = pytest.importorskip("diffusers")
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "autoencoders.md"
 SMALL = (
-    "init_from=sd-vae-ft-mse",
-    "data.train=data/photos/train",
-    "data.validation=data/photos/validation",
-    "data.resolution=64",
-    "data.workers=0",
-    "data.slots=0",
-    "model.channels=[8,8,8,8]",
-    "model.blocks=1",
-    "model.norm_groups=4",
-    "perceptual.kind=structure",
-    "adversarial.channels=8",
-    "adversarial.start_step=0",
-    "adversarial.warmup_steps=1",
-    "adversarial.ramp_steps=1",
-    "optimizer.warmup_steps=1",
-    "training.steps=3",
-    "training.batch_size=2",
-    "training.microbatch_size=2",
-    "training.precision=no",
-    "runtime.threads=1",
-    "wandb.mode=disabled",
+    *("init_from=sd-vae-ft-mse", "data.train=data/photos/train"),
+    *("data.validation=data/photos/validation", "data.resolution=64", "data.workers=0"),
+    *("data.slots=0", "model.channels=[8,8,8,8]", "model.blocks=1", "model.norm_groups=4"),
+    *("perceptual.kind=structure", "adversarial.channels=8", "adversarial.start_step=0"),
+    *("adversarial.warmup_steps=1", "adversarial.ramp_steps=1", "optimizer.warmup_steps=1"),
+    *("training.steps=3", "training.batch_size=2", "training.microbatch_size=2"),
+    *("training.precision=no", "runtime.threads=1", "wandb.mode=disabled"),
 )
 
 
-def commands() -> list[tuple[str, list[str]]]:
+def commands():
     """Verb and arguments of each."""
     section = PAGE.read_text().partition("## Fine-tune a published autoencoder\n")[2]
     blocks = re.findall(r"```bash\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
@@ -53,7 +37,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in ("train", "validation"):
         write_photos(tmp_path / "data" / "photos" / part, 4, sizes=[(64, 80)])

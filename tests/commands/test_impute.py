@@ -87,8 +87,6 @@ def test_what_impute_refuses(conditional_run, spatial_run, tmp_path, capsys):
     (tmp_path / "full" / "file").write_text("x")
     save(PIXELS[0], tmp_path / "whole" / "cat.png")
     for run, key, reason in (
-        (conditional_run, "samples=1", "samples=1 must be at least 2"),
-        (conditional_run, "mask_fraction=0.2", "mask_fraction=0.2 has no effect with mask=auto"),
         (conditional_run, f"out={tmp_path}/full", "exists already"),
         (
             conditional_run,

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 import vae_dist
-from tests.support.training import arguments, losses, rows, same_weights, stop_after, train
+from tests.support.training import losses, rows, same_weights, stop_after, train
 from vae_dist import decode, encode, evaluate, export, impute, reconstruct, report, sample
-from vae_dist.train import main
 
 LADDER = (
     *("model.arch=ladder", "model.latent=spatial", "model.latent_channels=2"),
@@ -55,11 +54,6 @@ def test_a_stop_and_a_resume_change_no_bit(run, tmp_path, digits, monkeypatch):
     assert train(tmp_path / "run", digits, *LADDER) == [0]
     assert same_weights(tmp_path / "run", run, 4)
     assert torch.equal(losses(tmp_path / "run"), losses(run))
-
-
-def test_importance_weighted_bounds_train_it(tmp_path, digits):
-    more = ("objective.importance_samples=3", "training.steps=2")
-    assert main(arguments(tmp_path / "run", digits, *LADDER, *more)) == 0
 
 
 def test_evaluate_bounds_and_importance_samples(run, tmp_path):
@@ -117,7 +111,6 @@ def test_the_python_api(run):
         (encode, "content=moments data=x out=y"),
         (evaluate, "metrics=viv,psnr max_images=4"),
         (reconstruct, "tile=64"),
-        (reconstruct, "levels=3"),
         (impute, "method=gibbs mask=half out=filled"),
         (sample, "prior=gmm:2"),
     ],
@@ -128,9 +121,3 @@ def test_what_a_ladder_cannot_do(command, keys, run, tmp_path, capfd, monkeypatc
     assert keys.split()[0] in capfd.readouterr().err
     assert export.main([f"run={run}", "out=exported"]) == 2
     assert "model.arch=ladder" in capfd.readouterr().err
-
-
-def test_a_dry_run_counts_its_memory(tmp_path, digits, capfd):
-    assert main(arguments(tmp_path / "run", digits, *LADDER, "dry_run=true")) == 0
-    text = capfd.readouterr().out
-    assert "memory of one process: about" in text and "1x198 latents" in text

@@ -82,7 +82,6 @@ def test_reconstruct(plain_run, spatial_run, tmp_path):
     ("verb", "run", "key", "reason"),
     [
         (sample, "nowhere", "seed=1", "no run folder"),
-        (reconstruct, "plain_run", "wieghts=ema", "did you mean weights"),
         (sample, "plain_run", "resolution=32", "resolution=32: images of 32x32 pixels"),
         (sample, "plain_run", "out=/proc/a.png", "cannot be written"),
         (sample, "plain_run", "out=a.jpg", "a name that ends in .png"),
@@ -90,7 +89,6 @@ def test_reconstruct(plain_run, spatial_run, tmp_path):
         (sample, "plain_run", "label=2", "label=2 has no effect"),
         (sample, "conditional_run", "label=3", "this model knows the classes 0 to 2"),
         (sample, "spatial_run", "prior=gmm:2", "spatial one; train with model.latent=vector"),
-        (sample, "plain_run", "compare=true", "compare=true has no effect with prior=normal"),
         (reconstruct, "spatial_run", "tile=4", "give at least tile=16"),
         (reconstruct, "plain_run", "tile=512", "a vector latent holds the whole image"),
     ],

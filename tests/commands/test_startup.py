@@ -58,7 +58,6 @@ def test_other_ranks_leave_after_the_one_that_prints_the_reason(monkeypatch, cap
     [("0", False, "config debug: loading torch ...\n"), ("1", False, ""), ("0", True, "")],
 )
 def test_training_says_what_it_waits_for(rank, is_loaded, said, monkeypatch, capsys):
-    """On the main process, where torch is not loaded yet, once the config is found right."""
     session, heard = types.ModuleType("vae_dist.training.setup"), []
     session.run_session = lambda *_: heard.append(capsys.readouterr().err) or 0
     monkeypatch.setitem(sys.modules, "vae_dist.training.setup", session)

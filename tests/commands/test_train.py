@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import vae_dist
-from tests.support.distributed import FORK, LAUNCHER_VARIABLES, run_ranks
+from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
 from tests.support.faults import Ranks, at_place, in_the_middle_of_a_write, last_step
 from tests.support.training import arguments, losses, rows, same_weights, status, weights
 from vae_dist.data.index import load_index
@@ -23,7 +23,6 @@ from vae_dist.data.tar import ShardError
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
 from vae_dist.models.build import build_vae
-from vae_dist.run import folder as folder_module
 from vae_dist.run.resume import initial_weights
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.train import main
@@ -80,10 +79,7 @@ def begun(four_steps, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "environment", "messages"),
     [
-        ("optimizer.lrr=1 log.every=x", "", "did you mean optimizer.lr|log.every=x"),
-        ("training.batch_size=60", "", "60 is not a multiple of data.slots=8"),
         ("", "WORLD_SIZE=3 RANK=0", "3 processes|1, 2, 4, 8."),
-        ("", "WORLD_SIZE=2", "each would train alone|--num_processes 2"),
         ("", "EXPECTED_WORLD_SIZE=2", "WORLD_SIZE=1"),
         ("data.train={digits}/train/images-{{000000..000009}}.tar", "", "2 of 10 shards are"),
         ("data.train={tmp}", "", "holds no *.tar"),
@@ -130,19 +126,6 @@ def test_slots_of_the_run_that_do_not_fit_the_processes_are_refused(begun, digit
     assert status(begun)["status"] == "finished"
 
 
-def test_a_second_trainer_in_one_folder_is_refused(tmp_path, digits, capfd, monkeypatch):
-    reached, go_on = FORK.Event(), FORK.Event()
-    argv = arguments(tmp_path / "run", digits, "training.steps=2", *QUIET)
-    hold = at_place("step", lambda: (reached.set(), go_on.wait(60)))
-    with Ranks(1, argv, output=tmp_path / "output", prepare=hold) as first:
-        assert reached.wait(60)
-        monkeypatch.setattr(folder_module, "WAIT_S", 0.0)
-        assert main(argv) == 2
-        assert "in use by process" in capfd.readouterr().err
-        go_on.set()
-        assert first.wait() == [0], first.text()
-
-
 # damage
 
 
@@ -176,26 +159,12 @@ def test_corrupt_samples_are_replaced_counted_and_named_up_to_a_limit(tmp_path, 
     assert trained(tmp_path / "other", copy, epoch, *options) == 0
 
 
-def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(begun, four_steps, digits, capfd):
-    torn = begun / "checkpoints" / "step_00000004" / "optimizer.safetensors"
-    torn.write_bytes(torn.read_bytes()[:1000])
-    assert trained(begun, digits, 4) == 0
-    assert "step_00000004/optimizer.safetensors is torn" in capfd.readouterr().err
-    assert same_weights(begun, four_steps, 4) and sorted(rows(begun)) == [1, 2, 3, 4]
-    for manifest in begun.glob("checkpoints/*/manifest.json"):
-        manifest.unlink()
-    assert trained(begun, digits, 4) == 2  # not begun anew
-    assert "none of the 2 checkpoints" in capfd.readouterr().err
-
-
 def test_images_that_cannot_be_drawn_do_not_stop_a_run(tmp_path, digits, capfd, monkeypatch):
-    errors = iter([OSError("no space left"), torch.OutOfMemoryError("CUDA out of memory")])
-    fails = lambda *arguments: raising(next(errors))()  # noqa: E731
-    monkeypatch.setattr(ImageLogger, "__call__", fails)
-    assert trained(tmp_path / "run", digits, 2, "evaluation.every=1") == 0
-    output = capfd.readouterr().out
-    assert "no images (no space left)" in output and "no images (CUDA out of memory)" in output
-    assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[2]
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ImageLogger, "__call__", raising(error))
+    assert trained(tmp_path / "run", digits, 1) == 0
+    assert "no images (CUDA out of memory)" in capfd.readouterr().out
+    assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[1]
 
 
 def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, monkeypatch):
@@ -322,9 +291,9 @@ def test_a_signal_to_a_launcher(tmp_path, digits, launcher, number, code):
 def test_a_run_begins_from_the_averaged_weights_of_another(four_steps, tmp_path, digits, capfd):
     run, checkpoint = tmp_path / "run", four_steps / "checkpoints" / "step_00000004"
     assert trained(run, digits, 1, f"init_from={four_steps}", "optimizer.lr=1e-9") == 0
-    averages = weights(four_steps, 4, "ema")
+    averages, begun_with = weights(four_steps, 4, "ema"), weights(run, 1)
     for name, value in averages.items():
-        torch.testing.assert_close(weights(run, 1)[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(begun_with[name], value, rtol=0, atol=1e-6)
     for source in (checkpoint, checkpoint / "ema.safetensors"):
         config = vae_dist.config(*arguments(run, digits, f"init_from={source}"))
         found = initial_weights(config, build_vae(config, (28, 28)))

@@ -54,16 +54,15 @@ def test_a_decoder_is_fine_tuned_for_an_encoder_that_stays(first, tmp_path, digi
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("options", "words"),
     [
-        ("adversarial.weight=0.5", "adversarial.layers=4 needs images of 48 pixels"),
+        ("adversarial.weight=0.5 adversarial.layers=4", "layers=4 needs images of 48 pixels"),
         ("objective.scale_equivariance=0.5", "objective.scale_equivariance needs images of 32"),
     ],
 )
-def test_images_that_are_too_small_are_refused(tmp_path, digits, capfd, option, words):
-    more = ["adversarial.layers=4", "adversarial.warmup_steps=1"] if "adv" in option else []
-    channels = "model.channels=[8, 8, 8, 8]"
-    assert main(arguments(tmp_path / "run", digits, *OPTIONS, option, *more, channels)) == 2
+def test_images_that_are_too_small_are_refused(tmp_path, digits, capfd, options, words):
+    more = (*options.split(), "model.channels=[8, 8, 8, 8]")
+    assert main(arguments(tmp_path / "run", digits, *OPTIONS, *more)) == 2
     assert words in capfd.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -89,6 +89,10 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(checkpoints, capsys, nam
     if name:
         checkpoints.save(30, tensors(31), {}, keep_last=2)
         assert checkpoints.load(30).tensors["model"]["w"][0, 0] == 31
+    for manifest in checkpoints.folder.glob("*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints .* is whole"):
+        checkpoints.load_newest()  # a run is not begun anew
 
 
 def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
