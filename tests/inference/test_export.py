@@ -123,34 +123,6 @@ def test_no_checkpoint_is_written_over(spatial_run, capsys):
         assert "holds the run or its checkpoints" in capsys.readouterr().err
 
 
-def test_a_push_uploads_what_was_written(spatial_run, tmp_path, capsys, monkeypatch):
-    calls = []
-
-    class Api:
-        def __init__(self, token):
-            assert token == "secret"
-
-        def create_repo(self, repo, *, exist_ok):
-            calls.append(("create", repo, exist_ok))
-
-        def upload_folder(self, *, repo_id, folder_path, **_):
-            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
-            return type("Commit", (), {"commit_url": "https://hub/commit"})
-
-    keys = [f"run={spatial_run}", f"out={tmp_path}/out"]
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert export.main([*keys, "push=me/model"]) == 2
-    assert "there is no login" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()  # refused before any work
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert export.main([*keys, "push=me/model"]) == 0
-    names = ["config.json", "diffusion_pytorch_model.safetensors"]
-    assert calls == [("create", "me/model", True), ("upload", "me/model", names)]
-    text = capsys.readouterr().out
-    assert "pushed: https://hub/commit" in text and "secret" not in text
-
-
 # latents, normalised as diffusers' own pipelines do it
 
 
