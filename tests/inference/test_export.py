@@ -22,7 +22,6 @@ from vae_dist.run.resume import initial_weights
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
 diffusers = pytest.importorskip("diffusers")
 EXACT = {"rtol": 0, "atol": 1e-5}
-Printed = pytest.CaptureFixture[str]
 
 
 def spatial_config(source="", **model):
@@ -40,8 +39,7 @@ def exported(run, out, *keys):
 
 
 def settings_of(out):
-    settings = json.loads((out / "config.json").read_text())
-    return settings
+    return json.loads((out / "config.json").read_text())
 
 
 def loaded(run, **keys):
