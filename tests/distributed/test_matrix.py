@@ -25,8 +25,7 @@ KINDS = {
     "adversarial": "model.latent=spatial model.latent_channels=3 likelihood.kind=gaussian "
     "perceptual.kind=structure adversarial.weight=0.5 adversarial.start_step=2 "
     "adversarial.warmup_steps=2 adversarial.ramp_steps=20 adversarial.channels=8 "
-    "adversarial.layers=1 adversarial.r1=0.1 adversarial.r1_every=3 objective.latent_noise=0.1 "
-    "objective.scale_equivariance=0.2",
+    "adversarial.layers=1 objective.latent_noise=0.1 objective.scale_equivariance=0.2",
 }
 FIXED = f"training.steps={STEPS} evaluation.every=6 checkpoint.every=0 evaluation.batch_size=8"
 SLOW = pytest.mark.slow

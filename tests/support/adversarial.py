@@ -12,7 +12,7 @@ SIZE = (24, 32)
 
 
 def adversarial_config():
-    """Discriminator from step 0, decoder from step 1, R1 at even steps."""
+    """Discriminator from step 0, decoder from step 1."""
     config = TrainConfig()
     config.data.slots = SLOTS
     config.training.batch_size, config.training.precision = BATCH_SIZE, "no"
@@ -24,7 +24,6 @@ def adversarial_config():
     adversarial = config.adversarial
     adversarial.weight, adversarial.warmup_steps, adversarial.ramp_steps = 0.5, 1, 2
     adversarial.channels, adversarial.layers = 8, 2
-    adversarial.r1, adversarial.r1_every = 0.5, 2
     config.objective.scale_equivariance, config.objective.latent_noise = 0.25, 0.1
     return config
 

@@ -107,7 +107,7 @@ def test_each_term_reaches_what_it_should_and_nothing_else(runtime, term):
 
 
 def test_the_discriminator_learns_from_its_own_loss_alone_and_is_clipped_alone(runtime):
-    """Its gradient is that of hinge loss and R1 on constants: the decoder's term leaves none."""
+    """Its gradient is that of hinge loss on constants: the decoder's term leaves none."""
     config = adversarial_config()
     heard = gradients(config, runtime)
     config.adversarial.warmup_steps = 100  # the decoder hears nothing

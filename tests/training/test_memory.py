@@ -43,8 +43,7 @@ def peak_of(run):
 @pytest.mark.parametrize("kind", ["bound", "structure", "discriminator", "checkpointed"])
 def test_the_estimate_is_near_the_worst_moment_of_a_step(kind):
     settings = adversarial_config()
-    settings.adversarial.r1, settings.objective.latent_noise = 0.0, 0.0
-    settings.adversarial.channels = 32
+    settings.objective.latent_noise, settings.adversarial.channels = 0.0, 32
     settings.adversarial.weight *= kind == "discriminator"
     settings.perceptual.kind = "structure" if kind == "structure" else "none"
     settings.model.gradient_checkpointing = kind == "checkpointed"

@@ -22,8 +22,8 @@ class DataConfig(Section):
     # neutral: a checkpoint knows the shards by their fingerprint, wherever they lie
     train: Any = knob(
         "???",
-        "training shards: folder of *.tar, brace pattern, URL, list of these; {path: SHARDS, "
-        "index: FOLDER}; or to mix data sets [{path: SHARDS, weight: NUMBER}, ...]",
+        "shards: folder of *.tar, brace pattern, URL, or a list of these; {path: SHARDS, index: "
+        "FOLDER}; or to mix data sets [{path: SHARDS, weight: NUMBER}, ...]",
         neutral=True,
         form="PATHS MIXTURE",
     )
@@ -33,14 +33,11 @@ class DataConfig(Section):
     image_key: str = knob("", "which of several images of a sample: jpg, depth.png, npy")
     label_key: str = knob("cls", "the .cls member, or a field of .json, as in attributes.Smiling")
     mask: Literal["none", "member", "alpha", "nan", "random", "rectangle", "half"] = knob(
-        "none",
-        "missing pixels: black in .mask.png, less than half opaque, NaN, or drawn in each epoch",
+        "none", "missing pixels: black in .mask.png, transparent, NaN, or drawn in each epoch"
     )
     mask_fraction: float = knob(0.5, "part of the pixels", ge=0, lt=1, when="mask=random|rectangle")
     background: Literal["none", "white", "black"] = knob(
-        "none",
-        "colour behind transparent pixels (none: they are refused)",
-        when="mask!=alpha channels=1|3 bits!=32",
+        "none", "behind transparent pixels", when="mask!=alpha channels=1|3 bits!=32"
     )
     bits: Literal[5, 8, 16, 32] = knob(8, "bits of a value; 32: floats in [-1, 1]; 5: cut from 8")
     resolution: Any = knob(
@@ -69,9 +66,7 @@ class ModelConfig(Section):
         "spatial", "spatial: C x H/f x W/f, any image size; vector: fixed image size"
     )
     arch: Literal["conv", "dense", "ladder"] = knob(
-        "conv",
-        "conv: residual convolutions; dense: the textbook's linear layers, vector latent; ladder: "
-        "a hierarchy of groups of latents",
+        "conv", "residual convolutions, the textbook's linear layers, a hierarchy of latents"
     )
     latent_channels: int = knob(4, "channels (of a ladder's group), or dimensions, of z", ge=1)
     channels: list[int] = knob(
@@ -102,7 +97,7 @@ class LikelihoodConfig(Section):
     ] = knob("gaussian", "p(x|z): a density, probabilities of levels, or black and white")
     variance: Literal["fixed", "shared", "per_channel", "per_pixel"] = knob(
         "shared",
-        "fixed sigma, one learned sigma, one of each channel, or sigma_g(z) of every pixel",
+        "of p(x|z): given, learned, learned for each channel, or sigma_g(z) of every pixel",
         when="kind=gaussian|laplace|discretized_gaussian",
     )
     sigma: float = knob(0.1, "standard deviation; images span [-1, 1]", gt=0, when="variance=fixed")
@@ -111,9 +106,7 @@ class LikelihoodConfig(Section):
     )
     mixtures: int = knob(10, "for each pixel", ge=1, when="kind=discretized_logistic_mixture")
     binarization: Literal["dynamic", "static", "threshold", "soft"] = knob(
-        "dynamic",
-        "grey levels: drawn at each use, once, cut at one half, or kept as soft targets",
-        when="kind=bernoulli",
+        "dynamic", "drawn at each use, once, cut at one half, or soft", when="kind=bernoulli"
     )
 
 
@@ -130,9 +123,7 @@ class ObjectiveConfig(Section):
     )
     importance_samples: int = knob(1, "draws of z; 1: ELBO; more: importance-weighted bound", ge=1)
     gradient: Literal["standard", "doubly_reparameterized"] = knob(
-        "standard",
-        "how the encoder's gradient is estimated",
-        when="importance_samples!=1 training.train_only=all",
+        "standard", "of the encoder", when="importance_samples!=1 training.train_only=all"
     )
     scale_equivariance: float = knob(
         0.0, "weight of -log p(image at half size | z at half size), nats of its values", ge=0
@@ -157,9 +148,7 @@ class ObjectiveConfig(Section):
 @dataclass
 class PerceptualConfig(Section):
     kind: Literal["none", "auto", "structure", "lpips", "lpips_alex"] = knob(
-        "none",
-        "distance of reconstructions added to the loss: SSIM and gradients, LPIPS on VGG16 or "
-        "AlexNet; auto: lpips if its weights are here, else structure",
+        "none", "added to the loss; auto: lpips if its weights are here, else structure"
     )
     weight: float = knob(1.0, "nats of each value for a distance of 1", gt=0, when="kind!=none")
     weights: str = knob(
@@ -179,8 +168,6 @@ class AdversarialConfig(Section):
     clip_grad_norm: float = knob(0.0, "largest norm of its gradient (0: no clipping)", ge=0)
     channels: int = knob(64, "width of its first layer; later ones double it up to 8 times", ge=1)
     layers: int = knob(3, "strided: a logit sees 16, 34, 70, 142 pixels with 1 to 4", ge=1, le=8)
-    r1: float = knob(0.0, "weight of |d logits / d real images|^2 / 2", ge=0)
-    r1_every: int = knob(16, "steps between uses of r1, scaled to match", ge=1, when="r1!=0")
 
 
 @dataclass
@@ -261,9 +248,7 @@ class RuntimeConfig(Section):
     timeout_s: int = knob(600, "seconds that a rank waits for the others", ge=1)
     parallel: Literal["ddp", "fsdp"] = knob("ddp", "fsdp: the model is cut over the processes")
     compile: Literal["auto", "true", "blocks", "false"] = knob(
-        "auto",
-        "torch.compile of both towers, or of each block; auto: true on CUDA under ddp where a "
-        "compiler is there and images share sizes",
+        "auto", "torch.compile; auto: true on CUDA under ddp where images share sizes"
     )
     channels_last: Literal["auto", "true", "false"] = knob(
         "auto", "memory layout of weights and images (auto: on CUDA in 16 bits when compiled)"
@@ -282,9 +267,7 @@ class TrainConfig(Section):
     config: str = knob("???", "name of a shipped config, or a path to a YAML file", neutral=True)
     run: str = knob("", "run folder (default: runs/<config name>), seen by all nodes", neutral=True)
     init_from: str = knob(
-        "",
-        "weights to begin with: run, checkpoint, .safetensors file, diffusers folder, or "
-        "hf://OWNER/NAME[/SUBFOLDER]",
+        "", "run, checkpoint, .safetensors file, diffusers folder, hf://OWNER/NAME[/SUBFOLDER]"
     )
     dry_run: bool = knob(False, "check everything, print the plan, train nothing", neutral=True)
     seed: int = knob(0, "every draw is a function of seed and position", ge=0, le=2**63 - 1)

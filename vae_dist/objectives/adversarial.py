@@ -1,7 +1,6 @@
-"""The adversarial terms: hinge loss, R1 and the weight that balances the generator's side.
+"""The adversarial terms: hinge loss and the weight that balances the generator's side.
 
     discriminator   1/2 mean relu(1 - D(x)) + 1/2 mean relu(1 + D(x^))           means over logits
-                    + r1/2 * |d sum D(x) / dx|^2 / number of logits              (Mescheder 2018)
     generator       w(k) * C*H*W * (-mean D(x^))          w(k) = weight * ramp(k) * lambda(k)
     lambda(k + 1) = min(|G_main(k)| / |G_adv(k)|, max_weight)
 
@@ -41,12 +40,6 @@ def mean_logits(logits: Tensor) -> Tensor:
 def hinge_loss(on_real: Tensor, on_fake: Tensor) -> Tensor:
     """Of the discriminator, for each pair of a picture and its reconstruction, (B,)."""
     return 0.5 * (mean_logits(F.relu(1.0 - on_real)) + mean_logits(F.relu(1.0 + on_fake)))
-
-
-def r1_penalty(on_real: Tensor, real: Tensor) -> Tensor:
-    """|d sum D(x) / dx|^2 / (2 number of logits) of each image, (B,), with a graph of its own."""
-    (gradient,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
-    return 0.5 * gradient.square().flatten(1).sum(1) / on_real[0].numel()
 
 
 def adaptive_weight(main: Tensor, adversarial: Tensor, *, largest: float) -> Tensor:

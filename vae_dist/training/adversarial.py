@@ -30,7 +30,6 @@ from vae_dist.objectives.adversarial import (
     first_step_of_generator,
     hinge_loss,
     mean_logits,
-    r1_penalty,
     ramp_at,
 )
 from vae_dist.training.optimizer import (
@@ -62,7 +61,7 @@ class Adversary:
         )
         self.network = network.to(runtime.device)
         # DDP also where the VAE is sharded: it is small, and its weights are constants
-        # of the VAE's loss. Not compiled: such a graph has no second derivatives, which R1 takes.
+        # of the VAE's loss
         self.wrapped = runtime.replicated.wrap(self.network)
         # no weight decay, which would pull its logits to zero
         options = OptimizerConfig(
@@ -79,7 +78,6 @@ class Adversary:
         self.is_learning = step >= self.config.start_step
         # from one step before the ratio is first used
         self.is_measuring = self.is_learning and step + 1 >= first_step_of_generator(self.config)
-        self._uses_r1 = self.config.r1 > 0 and step % self.config.r1_every == 0
         ramp = ramp_at(self.config, step)
         self.weight_now = self.weight * (self.config.weight * ramp) if ramp else None
         self._sums = sums
@@ -115,13 +113,9 @@ class Adversary:
         while self._pairs:
             images, reconstructions = self._pairs.pop(0)
             with self.runtime.replicated.accumulate(self.wrapped, is_last=not self._pairs):
-                real = images.requires_grad_(self._uses_r1)
-                on_real, on_fake = self.wrapped(torch.cat([real, reconstructions])).chunk(2)
-                loss = total = hinge_loss(on_real, on_fake).sum()
-                if self._uses_r1:
-                    factor = self.config.r1 * self.config.r1_every
-                    total = loss + factor * r1_penalty(on_real, real).sum()
-                (total * scale).backward()
+                on_real, on_fake = self.wrapped(torch.cat([images, reconstructions])).chunk(2)
+                loss = hinge_loss(on_real, on_fake).sum()
+                (loss * scale).backward()
             self._sums.add("train/discriminator_loss", loss)
             self._sums.add("train/logits_real", mean_logits(on_real).sum())
             self._sums.add("train/logits_fake", mean_logits(on_fake).sum())

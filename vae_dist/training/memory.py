@@ -6,9 +6,9 @@ memory, and counts the bytes that are alive:
     bytes of a process = state + images of a microbatch * bytes of an image
     state = weights, gradients, Adam's two moments, average
 
-Not in it: what kernels use inside, fragments of the allocator, the CUDA context, and the second
-derivatives of adversarial.r1. So training.microbatch_size=auto on CUDA does not ask it: it tries.
-Microbatches change memory and time, not results.
+Not in it: what kernels use inside, fragments of the allocator and the CUDA context. So
+training.microbatch_size=auto on CUDA does not ask it: it tries. Microbatches change memory and
+time, not results.
 """
 
 from __future__ import annotations
