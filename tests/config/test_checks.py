@@ -39,7 +39,7 @@ likelihood.kind=bernoulli data.channels=1 likelihood.binarization=static
 likelihood.kind=laplace likelihood.variance=per_pixel data.dequantize=false
 objective.free_bits=0.5 objective.beta_warmup_steps=100 objective.beta_cycles=4
 objective.scale_equivariance=0.25 objective.latent_noise=0.5 data.bundled=digits
-{ON} adversarial.r1=1 adversarial.r1_every=4 {FSDP}
+{ON} adversarial.betas=[0,0.99] {FSDP}
 training.train_only=decoder init_from=runs/first {ON} objective.beta=1e-6
 sample temperature=[1,0.5] prior=gmm:10:full label=3
 """
@@ -60,7 +60,7 @@ REFUSED = {
     "training.steps=1.5": "training.steps=1.5 is not a whole number",
     "optimizer.lr=.nan": "optimizer.lr=.nan is not a number",
     "data.flip=on": "data.flip=on is not true or false",
-    "model.channels=3": "model.channels=3 is not a list of whole numbers",
+    "model.channels=3": "model.channels=3 is not a list, as in [1, 2]",
     "training.precision=bf17": "is not one of auto, no, bf16, fp16; did you mean bf16?",
     # numbers and forms
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] is none of two numbers",
@@ -70,7 +70,7 @@ REFUSED = {
     "data.resolution=28.0": "data.resolution=28.0 is none of native, N or [H, W] in pixels, aspect",
     BUCKETS.replace("16", "300"): "area >= multiple^2",
     BUCKETS.replace("2.0", "0.5"): "max_aspect >= 1",
-    "training.microbatch_size=some": "training.microbatch_size=some is none of auto, 0, a count",
+    "training.microbatch_size=some": "training.microbatch_size=some is none of auto, a number",
     "model.blocks=[1,0,1]": "model.blocks=[1, 0, 1] is none of a count",
     "sample run=r prior=gmm": "prior=gmm is none of normal, gmm:K, gmm:K:full, gmm:K:diagonal; try",
     "sample temperature=-1": "temperature=-1 is none of a number of at least 0, a list of these",

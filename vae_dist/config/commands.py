@@ -35,9 +35,8 @@ class PriorCommand(RunCommand):
     seed: int = knob(0, "seed of the draws", ge=0, le=2**63 - 1)
     prior: str = knob(
         "normal",
-        "normal: N(0, I); gmm:K: K Gaussians fitted to latents of training images, which "
-        "model.latent=vector has (full covariance up to 64 latents, else diagonal); gmm:K:full, "
-        "gmm:K:diagonal",
+        "normal: N(0, I); gmm:K[:full|:diagonal]: K Gaussians fitted to vector latents of training "
+        "images (covariance full up to 64 latents)",
         form="PRIOR",
     )
     prior_images: int = knob(50_000, "that gmm:K is fitted to (0: all)", ge=0, when="prior!=normal")
@@ -125,6 +124,7 @@ class ExportCommand(CheckpointCommand):
         "latents_mean and latents_std of each channel (SDXL), or scaling_factor and shift_factor",
         when="format=diffusers",
     )
+    push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
 
 LATENTS, OF_FEATURES = "run!=", "features!="

@@ -9,24 +9,23 @@ from __future__ import annotations
 import os
 
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun, accelerate
-FSDP = "set runtime.parallel=fsdp instead of --use_fsdp"
-# (variable of accelerate, values that ask for nothing, remedy)
-UNUSED = (
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1 auto", "set training.microbatch_size"),
-    ("ACCELERATE_DYNAMO_BACKEND", "no", "set runtime.compile"),
-    *(
-        (f"ACCELERATE_USE_{name}", "0 no false", FSDP)
-        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM")
+NOTHING = ("", "no", "false", "0", "1", "auto")  # values that ask for nothing
+REMEDIES = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "training.microbatch_size",
+    "ACCELERATE_DYNAMO_BACKEND": "runtime.compile",
+    **dict.fromkeys(
+        (f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM")),
+        "runtime.parallel=fsdp (instead of --use_fsdp)",
     ),
-)
+}
 
 
 def launcher_problems() -> list[str]:
     """What the launcher offers and vae_dist does not use."""
     found = [
-        f"the launcher sets {name}={value}; launch without it and {remedy}"
-        for name, nothing, remedy in UNUSED
-        if (value := os.environ.get(name, "")) and value.lower() not in nothing.split()
+        f"the launcher sets {name}={value}; launch without it and set {remedy}"
+        for name, remedy in REMEDIES.items()
+        if (value := os.environ.get(name, "")).lower() not in NOTHING
     ]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]

@@ -34,14 +34,7 @@ from vae_dist.files import read_bounded
 
 T = TypeVar("T")
 Layer = tuple[str, dict[str, Any]]  # a file's path (empty: command line); its settings, as text
-EXPECTED: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list[int]: "a list of whole numbers, as in [1, 2]",
-    list[float]: "a list of numbers, as in [0.5, 1]",
-    list[str]: "a list of words, as in [a, b]",
-}
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 MAX_FILE_BYTES = 2**20
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -249,7 +242,9 @@ def _set(config: Any, key: Key, text: Any) -> str:
         value = _typed(key.type, _value(key, text))
     except TypeError:
         choices = [str(choice) for choice in key.choices]
-        words = f"one of {', '.join(choices)}" if choices else EXPECTED.get(key.type, "text")
+        is_list = get_origin(key.type) is list
+        words = EXPECTED.get(key.type, "a list, as in [1, 2]" if is_list else "text")
+        words = f"one of {', '.join(choices)}" if choices else words
         guess = _did_you_mean(*get_close_matches(str(text), choices, n=1))
         return f"{key.name}={shown(text)} is not {words}{guess}"
     if sentence := problem_of(key, value):

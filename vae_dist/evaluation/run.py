@@ -17,7 +17,6 @@ Legend: b images of a rank's batch, C H W an image, D = C H W.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +80,7 @@ def evaluate(
     must answer the same on each; after a True the result is None. Raises ConfigError when no image
     can be read, or more than `max_skipped_fraction` of them cannot.
     """
-    bound, skipped = _Bound(model, runtime.device), list[SkippedSample]()
+    bound, skipped, num_incomplete = _Bound(model, runtime.device), list[SkippedSample](), 0
     was_training = model.training
     model.eval()
     try:
@@ -94,19 +93,25 @@ def evaluate(
             # what padding evaluates to, infinity included, must not count
             if (batch.weights > 0).any():
                 evaluated = forward(model, batch, seed=seed, device=runtime.device)
+                num_incomplete += 0 if batch.masks is None else len(evaluated.inputs.samples)
                 with exact_float32(runtime.device), torch.inference_mode():
                     bound.update(evaluated)
                     for metric in metrics:
-                        metric.update(evaluated)
+                        if batch.masks is None or not metric.of_whole_images:
+                            metric.update(evaluated)
     finally:
         model.train(was_training)
-    num_skipped = sum(runtime.gather(len(skipped)))
+    num_skipped, num_incomplete = map(int, runtime.sum_numbers([], len(skipped), num_incomplete))
     first = [str(sample) for of_rank in runtime.gather(skipped[:1]) for sample in of_rank]
     result = bound.result(runtime, num_skipped, max_skipped_fraction, "; ".join(first))
     for metric in metrics:
-        report = metric.compute(runtime)
-        result.figures.update(report.figures)
-        result.notes.update(report.notes)
+        if num_incomplete and metric.of_whole_images:
+            reason = "compares whole images, and data.mask says that pixels are missing"
+            result.notes.update({name: f"{name} {reason}" for name in metric.of_whole_images})
+        else:
+            report = metric.compute(runtime)
+            result.figures.update(report.figures)
+            result.notes.update(report.notes)
     return result
 
 
@@ -149,23 +154,31 @@ class _Bound:
 
     def __init__(self, model: VAE, device: torch.device) -> None:
         self._likelihood, units = model.likelihood, model.latent_channels
-        self._sums = Sums(device, "distortion", "rate", "square", "at_floor", "dims")
+        names = ("distortion", "rate", "square", "at_floor", "with_floor", "images", "dims")
+        self._sums = Sums(device, *names)
         self._latents = LadderSums(device) if model.num_levels else LatentSums(units, device)
         self._moments = LatentMoments(units, device)
 
     def update(self, batch: EvaluatedBatch) -> None:
         output = batch.output
         distortion, rate = -output.log_likelihood.double(), output.kl.double().sum(1)
+        one = torch.ones_like(distortion)
         at_floor = self._likelihood.at_floor_fraction(output.params)
         self._sums.add(
             distortion=distortion,
             rate=rate,
             square=(distortion + rate).square(),
-            at_floor=torch.full_like(rate, torch.nan) if at_floor is None else at_floor,
+            at_floor=0 * one if at_floor is None else at_floor,
+            with_floor=0 * one if at_floor is None else one,
+            images=one,
             dims=batch.inputs.dims,
         )
-        self._latents.update(output, batch.inputs.samples)
-        self._moments.add(output.mean, output.log_variance)
+        moments = output.mean, output.log_variance
+        if isinstance(self._latents, LadderSums):
+            self._latents.update(output)
+        else:
+            self._latents.update(*moments, z=output.z, samples=batch.inputs.samples)
+        self._moments.add(*moments)
 
     def result(
         self, runtime: Runtime, num_skipped: int, max_skipped_fraction: float, first: str
@@ -189,8 +202,8 @@ class _Bound:
             "num_images": num_images,
             "skipped_samples": num_skipped,
         }
-        if not math.isnan(sums["at_floor"]):
-            figures["variance_at_floor_fraction"] = sums["at_floor"] / num_images
+        if sums["with_floor"]:
+            figures["variance_at_floor_fraction"] = sums["at_floor"] / sums["with_floor"]
         self._moments.sums = runtime.sum_over_ranks(self._moments.sums)
         return EvaluationResult(
             figures={name: value for name, value in figures.items() if value is not None},

@@ -159,11 +159,8 @@ class Checkpoints:
         older = [one for one in self.steps() if one <= step]
         for old in older[:-keep_last]:
             if old != self.best_step():
-                # renamed first: a kill in between leaves no checkpoint without its files
-                leftover = self.folder / f".{step_name(old)}.old.tmp"
-                with contextlib.suppress(OSError):  # one that stays is tried again
-                    os.replace(self.folder / step_name(old), leftover)
-                shutil.rmtree(leftover, ignore_errors=True)
+                # a kill in between leaves a torn one, which is removed the next time
+                shutil.rmtree(self.folder / step_name(old), ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> int:
