@@ -54,8 +54,7 @@ from benchmarks.setting import (
 )
 from benchmarks.turns import Arm, Finished, Turn, take_turns
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.evaluation import EvaluationStream
-from vae_dist.data.loader import Batch
+from vae_dist.data.loader import Batch, EvaluationStream
 from vae_dist.evaluation.metrics import psnr_db
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.tracking.images import grid, save_png, to_uint8

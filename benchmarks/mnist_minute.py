@@ -22,8 +22,7 @@ import torch
 
 from benchmarks.report import finish, head, show, split_options
 from benchmarks.setting import QUIET, make_setting, train, with_data
-from vae_dist.data.evaluation import EvaluationStream
-from vae_dist.data.loader import Batch
+from vae_dist.data.loader import Batch, EvaluationStream
 from vae_dist.evaluation.run import evaluate
 from vae_dist.training.loop import Trainer
 

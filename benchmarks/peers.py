@@ -42,7 +42,7 @@ from benchmarks.mnist_minute import SCHEDULE, TRIAL_STEPS, run, steps_within
 from benchmarks.report import finish, head, show, split_options
 from benchmarks.setting import QUIET, make_setting, with_data
 from benchmarks.turns import Arm
-from vae_dist.data.evaluation import EvaluationStream
+from vae_dist.data.loader import EvaluationStream
 from vae_dist.randomness import draws
 
 PYTHAE = ("pythae_dense", "pythae_conv")

@@ -36,9 +36,8 @@ from tests.support.faults import Ranks
 from tests.support.training import arguments, rows, same_weights, status
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.digits import make_digits
-from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import load_index
-from vae_dist.data.loader import Batch
+from vae_dist.data.loader import Batch, EvaluationStream
 from vae_dist.data.settings import image_settings
 from vae_dist.run.checkpoint import Checkpoints, step_name
 from vae_dist.run.folder import RunFolder

@@ -25,7 +25,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 
 if TYPE_CHECKING:
-    from vae_dist.data.evaluation import EvaluationBatch
+    from vae_dist.data.loader import EvaluationBatch
     from vae_dist.distributed import Runtime
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult

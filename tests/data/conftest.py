@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vae_dist.data import evaluation, loader, sources
+from vae_dist.data import loader, sources
 from vae_dist.data.index import ShardIndex, load_index
 from vae_dist.data.indexing import index_shard, write_info, write_sidecar
 from vae_dist.data.order import MixedOrder, Order
@@ -126,8 +126,7 @@ class InterleavedPool:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (loader, evaluation):
-        monkeypatch.setattr(module, "WorkerPool", InterleavedPool)
+    monkeypatch.setattr(loader, "WorkerPool", InterleavedPool)
 
 
 def open_stream(index: ShardIndex, settings: ImageSettings = MARKED, **keys: Any) -> Any:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tests.support.picture_sources import encoded, jpeg_with, npy
 from vae_dist.data.decode import decode_own, decode_sample, size_of_sample
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import ImageSettings, transform
+from vae_dist.data.transforms import ImageSettings, fit
 
 GREY = np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -29,8 +29,12 @@ PLANES = COLOUR.transpose(2, 0, 1)
 
 
 def decode(data: bytes, suffix: str = "png", *, channels: int = 1, **kwargs: Any) -> np.ndarray:
-    settings = {"max_pixels": 10_000, **kwargs}
-    return decode_sample({"__key__": "k", suffix: data}, channels=channels, **settings)
+    at_least = kwargs.pop("at_least", None)
+    return decode_sample({suffix: data}, asked(channels, **kwargs), at_least=at_least)
+
+
+def asked(channels: int = 1, *, max_pixels: int = 10_000, **kwargs: Any) -> ImageSettings:
+    return ImageSettings(channels, (0, 0), False, max_pixels, **kwargs)
 
 
 def png_by_hand(pixels: np.ndarray, *, height: int = 0, interlaced: int = 0) -> bytes:
@@ -154,7 +158,7 @@ def test_a_jpeg_that_is_made_small_may_be_decoded_at_a_part_of_its_size() -> Non
         by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
         np.testing.assert_allclose(full, by_pillow, atol=2)
         settings = ImageSettings(3, (32, 32), True, 10**6)
-        small, full = (transform(x, settings, seed=0, epoch=0, sample=0) for x in (small, full))
+        small, full = (fit(x, settings, (32, 32), None) for x in (small, full))
         assert np.square(small.astype(float) - full).mean() < 255**2 / 1e4
 
 
@@ -305,7 +309,7 @@ def test_what_must_not_be_decoded_is_refused() -> None:
         ({"a.png": b"", "b.png": b""}, 8, "this one has a.png, b.png"),
     ):
         with pytest.raises(DamagedSampleError, match=reason):
-            decode_sample({"__key__": "k", **files}, channels=1, max_pixels=10_000, bits=bits)
+            decode_sample(files, asked(bits=bits))
 
 
 def bare_tiff(height: int, width: int, following: int) -> bytes:
@@ -322,9 +326,8 @@ def test_what_promises_more_than_it_holds_is_refused() -> None:
     progressive = encoded(SMOOTH, "JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     bombs = {
-        "its pixels end early": ("png", png_by_hand(nines[:19], height=20)),
         "damaged PNG": ("png", png_by_hand(nines[:9], height=20, interlaced=1)),
-        r"of \d+ scans; 100 are read": ("jpg", progressive[:-2] + 200 * scan + b"\xff\xd9"),
+        "more than 100 scans": ("jpg", progressive[:-2] + 200 * scan + b"\xff\xd9"),
         "more than 1000 channels": ("tif", bare_tiff(2, 2, following=8)),  # a ring of pages
         "it is cut off": ("tif", bare_tiff(200, 200, following=0)),
         r"of shape \(True, 5\)": ("npy", npy_header((True, 5)) + bytes(5)),
@@ -339,10 +342,10 @@ def test_one_image_among_several() -> None:
     """Those of a plain suffix come before depth maps and the like; data.image_key chooses."""
     png, other = encoded(GREY), encoded(255 - GREY)
     both = {"__key__": "k", "png": png, "depth.png": other, "txt": b"a cat"}
-    assert (decode_sample(both, channels=1, max_pixels=99) == GREY).all()
-    chosen = decode_sample(both, channels=1, max_pixels=99, image_key="depth.png")
+    assert (decode_sample(both, asked()) == GREY).all()
+    chosen = decode_sample(both, asked(image_key="depth.png"))
     assert (chosen == 255 - GREY).all()
     with pytest.raises(DamagedSampleError, match=r"no \.npy"):
-        decode_sample(both, channels=1, max_pixels=99, image_key="npy")
+        decode_sample(both, asked(image_key="npy"))
     with pytest.raises(DamagedSampleError, match=r"choose with data\.image_key=png"):
-        decode_sample({"png": png, "jpg": other}, channels=1, max_pixels=99)
+        decode_sample({"png": png, "jpg": other}, asked())

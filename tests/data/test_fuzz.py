@@ -25,7 +25,7 @@ from tests.data.conftest import MARKED, identities, load, marked_png, written
 from tests.support.picture_sources import encoded, npy
 from vae_dist.config.commands import CheckpointCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import Order, ShardError, ShardIndex, TrainingStream
+from vae_dist.data import ImageSettings, Order, ShardError, ShardIndex, TrainingStream
 from vae_dist.data.decode import decode_own, decode_sample, kind_of, size_of_sample
 from vae_dist.data.indexing import index_shard
 from vae_dist.data.reader import SampleReader
@@ -116,7 +116,7 @@ def read_picture(name: str, data: bytes) -> np.ndarray | None:
     sample = {name: data}
     try:
         size = size_of_sample(sample, max_pixels=10**5)
-        pixels = decode_sample(sample, channels=3, max_pixels=10**5)
+        pixels = decode_sample(sample, ImageSettings(3, (0, 0), False, 10**5))
     except DamagedSampleError as error:
         assert str(error)
         return None
@@ -126,7 +126,7 @@ def read_picture(name: str, data: bytes) -> np.ndarray | None:
     elif kind_of(data) != "tif":  # of which Pillow refuses whole ones
         Image.open(io.BytesIO(data)).convert("RGB")
     if kind_of(data) == "png":  # which has checksums
-        whole = decode_sample({"png": PICTURES["png"]}, channels=3, max_pixels=1000)
+        whole = decode_own("png", PICTURES["png"], max_pixels=1000)
         assert (pixels == whole).all()
     return pixels
 

@@ -43,19 +43,12 @@ class Memory(SampleReader):
             for runs in parts
         ]
 
-    def prepare(
-        self, data: Any, shard: int, index: int, *, size: Any = None, out: Any = None
-    ) -> Any:
+    def load(self, data, shard, index, *, epoch, size=None):
         if self.is_lost((shard, index)):
             raise DamagedSampleError("lost")
         marks = np.frombuffer(data, np.uint8)[:, None, None]
         own = shape_of((shard, index)) if self.settings.any_size else self.settings.size
-        return np.broadcast_to(marks, (3, *(size or own)))
-
-    def load(self, sample: Any, shard: int, index: int, *, epoch: int) -> LoadedSample:
-        if isinstance(sample, memoryview):
-            sample = self.prepare(sample, shard, index)
-        return LoadedSample(sample, shard)
+        return LoadedSample(np.broadcast_to(marks, (3, *(size or own))), shard)
 
     def size_or_none(self, data: Any, shard: int, index: int) -> tuple[int, int] | None:
         return None if self.is_lost((shard, index)) else shape_of((shard, index))
@@ -68,8 +61,7 @@ def shape_of(place: Place) -> tuple[int, int]:
 
 @pytest.fixture
 def in_memory(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("loader", "evaluation"):
-        monkeypatch.setattr(f"vae_dist.data.{module}.SampleReader", Memory)
+    monkeypatch.setattr("vae_dist.data.loader.SampleReader", Memory)
 
 
 def index_of(lengths: list[int]) -> ShardIndex:
@@ -269,7 +261,7 @@ def test_data_of_the_wrong_kind_stops_the_run(
         ),
         (
             ImageSettings(channels=1, size=(2, 5), resize=False, max_pixels=100),
-            r"^\S+ sample \d+: the image is 1 x 3 .* 2 x 5; .*share a size.*aspect buckets.*slots=",
+            r"^\S+ sample \d+: the image is 1x3 .* 2x5; .*share a size.*aspect buckets.*slots=",
         ),
     ):
         monkeypatch.setattr("vae_dist.data.windows.MAX_LOST_IN_A_ROW", 20)

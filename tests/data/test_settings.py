@@ -50,8 +50,8 @@ def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path: Path) -> N
         with pytest.raises(ConfigError) as refused:
             check(train, validation)
         said = str(refused.value)
-        assert said.startswith(f"data.resolution=native, {key}: {other.paths[0]} sample 2 is 16 x")
-        assert f"but {train.paths[0]} sample 0 is 12 x 16; " in said
+        assert said.startswith(f"data.resolution=native, {key}: {other.paths[0]} sample 2 is 16x12")
+        assert f"but {train.paths[0]} sample 0 is 12x16; " in said
         for way in ("data.resolution=12", "aspect buckets", "data.slots=training.batch_size"):
             assert way in said
 
@@ -60,7 +60,7 @@ def test_small_images_are_lost_and_too_many_of_them_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = shards(tmp_path / "a", (8, 16), (12, 12), (30, 10), (12, 16), num_shards=1)
-    low = "8 x 16 pixels, and perceptual.kind=structure needs 11 on the shorter side"
+    low = "8x16 pixels, and perceptual.kind=structure needs 11 on the shorter side"
     with pytest.raises(ConfigError) as refused:
         check(index, index, limit=0.5, **SMALL)
     small = "data.train: 3 of 4 images that were looked at are too small"
@@ -71,11 +71,11 @@ def test_small_images_are_lost_and_too_many_of_them_refused(
     settings = settings_of(index, **SMALL)
     assert settings.size == (12, 16), "a small image is no example of the others"
     reader = SampleReader(index, settings, seed=0)
-    narrow = "12 x 12 pixels, and model.norm_groups=8 needs 13 on the longer side"
+    narrow = "12x12 pixels, and model.norm_groups=8 needs 13 on the longer side"
     for number, problem in enumerate((low, narrow)):
         with pytest.raises(DamagedSampleError, match=f"^too small: {problem}$"):
             reader.load(reader.read(0, number, number + 1)[0], 0, number, epoch=0)
-    with pytest.raises(ConfigError, match=r"resolution=native: none of .*sample 0: too small: 8 x"):
+    with pytest.raises(ConfigError, match=r"resolution=native: none of .*sample 0: too small: 8x"):
         settings_of(index, any_size=True, needs=(Need("x", shorter=99),))
     monkeypatch.setattr(settings_module, "sampled_sizes", None)  # where nothing can fail
     check(index, index, any_size=True)

@@ -25,13 +25,15 @@ from vae_dist.data import EvaluationStream, ImageSettings, Order, TrainingStream
 from vae_dist.data.decode import decode_sample
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import DRAWN, draw_mask, label_of, resized_mask, transform
+from vae_dist.data.transforms import DRAWN, draw_mask, fit, label_of, resized_mask
+from vae_dist.randomness import numpy_generator
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
 
 
 def run(image: np.ndarray, settings: ImageSettings, sample: int = 0, epoch: int = 0) -> np.ndarray:
-    return transform(image, settings, seed=1, epoch=epoch, sample=sample)
+    generator = numpy_generator(1, "augment", epoch, sample)
+    return fit(image, settings, settings.size, generator)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (40, 20), (13, 31), (50, 50), (40, 60)])
@@ -68,20 +70,27 @@ def test_crops_and_mirrors_are_drawn_for_each_epoch_and_sample() -> None:
     assert places == {0, 1, 2, 3}
     assert (run(PHOTO, settings, 5) == run(PHOTO, settings, 5)).all()
     assert len({run(PHOTO, settings, 5, epoch=e).tobytes() for e in range(20)}) > 1
-    for image, bits in ((PHOTO, 8), (PHOTO.astype(np.uint16) * 257, 16)):
-        settings, flipped = ImageSettings(3, (40, 60), False, 10**6, flip=True, bits=bits), 0
-        for sample in range(200):
-            got = run(image, settings, sample)
-            is_flipped = bool((got == image[:, :, ::-1]).all())
-            assert is_flipped or (got == image).all()
-            flipped += is_flipped
-        assert 70 < flipped < 130
     settings = ImageSettings(3, (30, 30), True, 10**6, crop="random", flip=True)
     images = {run(PHOTO, settings.without_augmentation(), s).tobytes() for s in range(10)}
     assert images == {run(PHOTO, ImageSettings(3, (30, 30), True, 10**6)).tobytes()}
     assert run(PHOTO, ImageSettings(3, (40, 60), False, 10**6, crop="random")) is PHOTO
     with pytest.raises(DamagedSampleError, match="before the crop"):
         run(np.zeros((1, 1, 400_000), np.uint8), ImageSettings(1, (64, 64), True, 2**20))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_half_of_the_images_are_mirrored(tmp_path: Path, bits: int) -> None:
+    row = np.arange(256, dtype=f"u{bits // 8}")[None]
+    index = written(tmp_path / "set", [{"npy": npy(row)}] * 2)
+    keys = {"flip": True, "bits": bits}
+    reader = SampleReader(index, ImageSettings(1, (1, 256), False, 10**6, **keys), seed=0)
+    data, flipped = reader.read(0, 1, 2)[0], 0
+    for epoch in range(100):
+        (got,) = reader.load(data, 0, 1, epoch=epoch).image
+        is_flipped = bool((got == row[:, ::-1]).all())
+        assert is_flipped or (got == row).all()
+        flipped += is_flipped
+    assert 30 < flipped < 70
 
 
 def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path: Path) -> None:
@@ -172,9 +181,10 @@ def sample(kind: str, pixels: np.ndarray, observed: np.ndarray) -> dict[str, byt
 
 @pytest.mark.parametrize("kind", ["member", "alpha", "nan"])
 def test_a_sample_says_what_is_missing(kind: str) -> None:
-    keys = {"max_pixels": 1000, "bits": 32 if kind == "nan" else 8, "mask": kind}
+    keys = {"bits": 32 if kind == "nan" else 8, "mask": kind}
     for pixels, observed in pictures():
-        planes = decode_sample(sample(kind, pixels, observed), channels=1, **keys)
+        images = ImageSettings(1, SIZE, False, 1000, **keys)
+        planes = decode_sample(sample(kind, pixels, observed), images)
         assert planes.shape == (2, *SIZE) and planes.dtype == (
             np.float32 if kind == "nan" else "u1"
         )
@@ -184,13 +194,12 @@ def test_a_sample_says_what_is_missing(kind: str) -> None:
     if kind == "nan":
         return
     coloured = np.dstack([pixels, pixels // 2, pixels // 3])
-    planes = decode_sample(sample(kind, coloured, observed), channels=3, **keys)
+    images = ImageSettings(3, SIZE, False, 1000, **keys)
+    planes = decode_sample(sample(kind, coloured, observed), images)
     assert ((planes[3] == 1) == observed).all()
     assert (planes[:3] == coloured.transpose(2, 0, 1))[:, observed].all()
     for files in ({"png": png(coloured)}, {"jpg": encoded(coloured, "JPEG")}):
-        assert decode_sample(files, channels=3, **keys)[3].all(), (
-            "where nothing says so, all is seen"
-        )
+        assert decode_sample(files, images)[3].all(), "where nothing says so, all is seen"
 
 
 def test_masks_that_are_damage() -> None:
@@ -204,7 +213,7 @@ def test_masks_that_are_damage() -> None:
     ):
         bits = 32 if "npy" in files else 8
         with pytest.raises(DamagedSampleError, match=reason):
-            decode_sample(files, channels=1, max_pixels=1000, bits=bits, mask=mask)
+            decode_sample(files, ImageSettings(1, SIZE, False, 1000, bits=bits, mask=mask))
 
 
 @pytest.mark.parametrize("resolution", ["native", [9, 9]])

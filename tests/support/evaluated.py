@@ -5,7 +5,7 @@ from torch.distributions import Normal
 
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.schema import RuntimeConfig
-from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.frechet import FrechetMetric
 from vae_dist.evaluation.importance import ImportanceMetric

@@ -53,7 +53,7 @@ class DataConfig(Section):
     )
     slots: int = knob(0, "parts of a batch; the processes divide it (0: automatic)", ge=0)
     window: Any = knob("auto", "samples in a shuffle (auto: up to 32)", form="auto COUNT")
-    cache_bytes: int = knob(2**28, "for decoded images of a rank, if all fit", neutral=True, ge=0)
+    cache_bytes: int = knob(2**28, "for decoded images of a rank, if they fit", neutral=True, ge=0)
     retry_s: float = knob(600.0, "seconds that a remote read is tried again", neutral=True, ge=0)
     workers: int = knob(1, "loader processes of a rank (0: the main process)", neutral=True, ge=0)
     max_skipped_fraction: float = knob(0.01, "of unreadable samples", neutral=True, ge=0, le=1)

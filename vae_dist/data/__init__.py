@@ -8,8 +8,8 @@ from typing import Any
 
 _MODULES = {
     "Batch": "loader",
-    "EvaluationBatch": "evaluation",
-    "EvaluationStream": "evaluation",
+    "EvaluationBatch": "loader",
+    "EvaluationStream": "loader",
     "ImageSettings": "transforms",
     "Order": "order",
     "ShardError": "tar",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_dist.data.jpeg import ORIENTATION_TAG, TRANSPOSED, check_pixels, turn_of, upright
+from vae_dist.data.formats import ORIENTATION_TAG, TRANSPOSED, check_pixels, turn_of, upright
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 

@@ -21,25 +21,26 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from vae_dist.data.arrays import ARRAYS, array_size, check_channels, check_depth, decode_array
-from vae_dist.data.jpeg import (
+from vae_dist.data.formats import (
+    PNG_SIGNATURE,
     TRANSPOSED,
-    JpegHeader,
     check_pixels,
+    check_png,
+    decode_jpeg,
+    is_grey_png,
+    is_png16,
     jpeg_header,
     orientation,
-    read_jpeg,
     upright,
 )
-from vae_dist.data.png import PNG_SIGNATURE, check_png, is_png16, samples_of
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 
@@ -71,62 +72,29 @@ MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
 def decode_sample(
     sample: Mapping[str, Any],
-    *,
-    channels: int,
-    max_pixels: int,
-    at_least: tuple[int, int] | None = None,
-    **others: Any,
-) -> np.ndarray:
-    """The image that `prepare_sample` prepares; others: fields of ImageSettings."""
-    settings = ImageSettings(channels, (0, 0), False, max_pixels, **others)
-    return prepare_sample(sample, settings, at_least=at_least)()
-
-
-def prepare_sample(
-    sample: Mapping[str, Any],
     settings: ImageSettings,
     *,
     at_least: tuple[int, int] | None = None,
-    out: np.ndarray | None = None,
-) -> Callable[[], np.ndarray]:
-    """What decodes the image (channels, H, W); with a mask of MASKS_OF_SAMPLES (channels + 1, H,
-    W), the last plane of which is 1 where the pixel was observed, else 0. The header of a JPEG is
-    read here, so that little is left to do between the pixels of two images.
+) -> np.ndarray:
+    """The image (channels, H, W); with a mask of MASKS_OF_SAMPLES (channels + 1, H, W), the last
+    plane of which is 1 where the pixel was observed, else 0.
 
     at_least: (H, W) that the caller shrinks the image to; a JPEG may then be decoded at 1/2, 1/4
     or 1/8 of its size, as long as twice that many pixels are left.
-    out: (channels, H, W), in memory as (H, W, channels): an image of that size may be decoded
-    there and be `out` itself; what was in it is lost also where decoding fails.
-    Raises DamagedSampleError, with the reason, for what cannot or must not be decoded; so does
-    what is returned.
+    Raises DamagedSampleError, with the reason, for what cannot or must not be decoded.
     """
     if settings.mask != "member" and MASK_MEMBER in sample:
         raise DamagedSampleError("its .mask.png says what is missing: set data.mask=member")
     kind, data = image_of(sample, settings.image_key)
     if settings.mask in MASKS_OF_SAMPLES:
-        return partial(_with_mask, sample, kind, data, settings)
-    return _decoder(kind, data, settings, at_least=at_least, out=out)
-
-
-def _decoder(
-    kind: str,
-    data: bytes,
-    settings: ImageSettings,
-    *,
-    at_least: tuple[int, int] | None = None,
-    out: np.ndarray | None = None,
-) -> Callable[[], np.ndarray]:
-    if kind == "jpg" and settings.channels in (0, 1, 3) and settings.bits in (0, 5, 8):
-        header = jpeg_header(data, settings.max_pixels)
-        if header is not None:
-            return partial(_decode_jpeg, data, header, settings, at_least, out)
-    return partial(_decode, kind, data, settings)
+        return _with_mask(sample, kind, data, settings)
+    return _decode(kind, data, settings, at_least=at_least)
 
 
 def decode_own(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
     """An image with the channels and the depth that it has, (C, H, W), decoded in full; floats may
     be NaN where a pixel is missing. Raises DamagedSampleError."""
-    return decode_sample({suffix: data}, channels=0, bits=0, max_pixels=max_pixels)
+    return decode_sample({suffix: data}, ImageSettings(0, (0, 0), False, max_pixels, bits=0))
 
 
 def size_of_sample(
@@ -137,12 +105,12 @@ def size_of_sample(
     with _damage_named(kind):
         if kind in ARRAYS:
             return array_size(kind, data, max_pixels)
-        header = jpeg_header(data, max_pixels) if kind == "jpg" else None
-        if header is None:
+        if kind == "jpg" and (header := jpeg_header(data, max_pixels)) is not None:
+            height, width, _, turn = header
+        else:
             image = _opened(data, FORMATS[kind], max_pixels)
-            header = JpegHeader(image.height, image.width, 0, orientation(image.info))
-    size = header.height, header.width
-    return size[::-1] if header.turn in TRANSPOSED else size
+            height, width, turn = image.height, image.width, orientation(image.info)
+        return (width, height) if turn in TRANSPOSED else (height, width)
 
 
 def decode_mask(sample: Mapping[str, Any], size: tuple[int, ...], *, max_pixels: int) -> np.ndarray:
@@ -150,8 +118,8 @@ def decode_mask(sample: Mapping[str, Any], size: tuple[int, ...], *, max_pixels:
     where it has none. Raises DamagedSampleError."""
     if MASK_MEMBER not in sample:
         return np.ones(size, bool)
-    shades = decode_sample({"png": sample[MASK_MEMBER]}, channels=1, max_pixels=max_pixels)
-    observed = shades[0] > 127
+    settings = ImageSettings(1, (0, 0), False, max_pixels)
+    observed = decode_sample({"png": sample[MASK_MEMBER]}, settings)[0] > 127
     if observed.shape != size:
         raise DamagedSampleError(
             f"its mask is {observed.shape[0]} x {observed.shape[1]} pixels, but the image "
@@ -239,19 +207,14 @@ def _damage_named(kind: str) -> Iterator[None]:
         raise DamagedSampleError(f"{what} ({words})") from None
 
 
-def _decode_jpeg(
+def _decode(
+    kind: str,
     data: bytes,
-    header: JpegHeader,
     settings: ImageSettings,
-    at_least: tuple[int, int] | None,
-    out: np.ndarray | None,
+    *,
+    at_least: tuple[int, int] | None = None,
+    opaque: bool = False,
 ) -> np.ndarray:
-    channels = settings.channels or (1 if header.channels == 1 else 3)
-    pixels = read_jpeg(data, header, channels, at_least=at_least, out=out)
-    return _decode("jpg", data, settings) if pixels is None else pixels
-
-
-def _decode(kind: str, data: bytes, settings: ImageSettings, *, opaque: bool = False) -> np.ndarray:
     """The image as it is asked for; opaque: without an alpha channel it counts as opaque."""
     with _damage_named(kind):
         if kind in ARRAYS:
@@ -259,6 +222,11 @@ def _decode(kind: str, data: bytes, settings: ImageSettings, *, opaque: bool = F
             check_channels(len(pixels), settings.channels)
             grey_to_colour = len(pixels) == 1 and settings.channels == 3
             return np.repeat(pixels, 3, 0) if grey_to_colour else pixels
+        if kind == "jpg" and settings.channels in (0, 1, 3) and settings.bits in (0, 5, 8):
+            limit = settings.max_pixels
+            found = decode_jpeg(data, settings.channels, max_pixels=limit, at_least=at_least)
+            if found is not None:
+                return found
         pixels, turn = _by_pillow(kind, data, settings)
         return upright(_with_channels(pixels, settings, opaque), turn).transpose(2, 0, 1)
 
@@ -279,7 +247,7 @@ def _with_mask(
         observed = pixels[-1] > np.iinfo(pixels.dtype).max // 2
         pixels = pixels[:-1]
     else:
-        pixels = _decoder(kind, data, settings)()
+        pixels = _decode(kind, data, settings)
         observed = decode_mask(sample, pixels.shape[1:], max_pixels=settings.max_pixels)
     return np.concatenate([pixels, observed[None].astype(pixels.dtype)])
 
@@ -291,8 +259,8 @@ def _by_pillow(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndar
     image = (_opened if is_deep else open_by_pillow)(data, FORMATS[kind], settings.max_pixels)
     turn = orientation(image.info)
     if kind == "png":
-        check_png(data, image)
-    if is_deep and samples_of(data) > 1:
+        check_png(data)
+    if is_deep and not is_grey_png(data):
         pixels = _imagecodecs().png_decode(data)
     elif is_deep:
         pixels = np.asarray(image)

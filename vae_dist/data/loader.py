@@ -1,7 +1,8 @@
-"""The batches of a run, for one rank: step by step, from any step on, with any number of workers.
+"""The batches of a run and of an evaluation, for one rank, with any number of loader processes.
 
-In: the index of the shards, their order, how to make images of them.
-Out: `Batch`: this rank's images of a step in groups of one shape, each in slot order.
+In: the index of the shards, how to make images of them, for a run their order.
+Out: `Batch`: this rank's images of a step in groups of one shape, each in slot order; or
+`EvaluationBatch`: each image of a data set once over all ranks, in index order, nothing drawn.
 
 Step k takes the next sample of each of the order's sequences. A rank owns neighbouring ones,
 batch_size / world of them, and its loader workers share these. With aspect buckets a slot owns one
@@ -13,19 +14,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from vae_dist.data.features import TYPE
-from vae_dist.data.index import ShardIndex
+from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.order import MixedOrder, Order
 from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
 from vae_dist.data.sources import START_RETRY_S
+from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.windows import ReadAhead, WindowReader
-from vae_dist.data.workers import BatchMemory, WorkerPool
+from vae_dist.data.workers import WorkerPool
 
 Shape = tuple[int, ...]
 
@@ -93,25 +95,16 @@ class TrainingStream:
         assert share % slots == 0, (share, slots)
         # with images of any size, those of a slot could not go through together
         assert not settings.any_size or share == slots, (share, slots)
-        self._share, self._per_slot = share, share // slots  # sequences
-        self._first_slot = rank * slots
-        self._paths, self._pin_memory = index.paths, pin_memory
-        self._settings, self._steps = settings, range(start_step, stop_step)
+        self._per_slot, self._first_slot = share // slots, rank * slots
+        self._paths, self._settings, self._pin_memory = index.paths, settings, pin_memory
+        self._steps = range(start_step, stop_step)
         workers = min(workers, share)
         own_cache = cache_bytes // max(1, workers)
         reader = SampleReader(
             index, settings, seed=order.seed, cache_bytes=own_cache, retry_s=retry_s
         )
-        self._memory: BatchMemory | None = None
-        if not settings.sizes_differ:
-            self._memory = BatchMemory(
-                ((share, *settings.size, settings.planes), settings.dtype),
-                ((share,), np.int64),
-                ((share, *settings.features), TYPE),
-                is_shared=workers > 0,
-            )
         sequences = range(rank * share, (rank + 1) * share)
-        make_parts = _TrainingParts(reader, order, sequences, self._steps, self._memory)
+        make_parts = _TrainingParts(reader, order, sequences, self._steps)
         self._pool = WorkerPool(make_parts, num_workers=workers)
         self.close = weakref.finalize(self, self._pool.close)
 
@@ -120,71 +113,61 @@ class TrainingStream:
         for step in self._steps:
             of_step: list[_Part] = [next(parts) for _ in range(max(1, self._pool.num_workers))]
             assert all(part.step == step for part in of_step), [part.step for part in of_step]
-            by_shape: dict[Shape, dict[int, list[LoadedSample]]] = {}
-            for part in of_step:
-                for shape, sequences in part.loaded.items():
-                    by_shape.setdefault(shape, {}).update(sequences)
-            groups = sorted(map(self._stacked, by_shape.values()), key=lambda group: group.slots)
-            if self._memory is not None:
-                groups = [self._group(range(self._share), *self._memory[step])]
+            by_shape: dict[Shape, list[_Stack]] = {}
+            for stack in (stack for part in of_step for stack in part.stacks):
+                by_shape.setdefault(stack.shape, []).append(stack)
+            groups = sorted(map(self._group, by_shape.values()), key=lambda group: group.slots)
             shards = sorted({self._paths[shard] for part in of_step for shard in part.shards})
             skipped = [sample for part in of_step for sample in part.skipped]
             yield Batch(step, tuple(groups), tuple(shards), tuple(skipped))
 
-    def _stacked(self, by_sequence: dict[int, list[LoadedSample]]) -> Group:
+    def _group(self, stacks: list[_Stack]) -> Group:
         """The workers' images of one shape, sequence by sequence."""
-        numbers = sorted(by_sequence)
-        samples = [sample for number in numbers for sample in by_sequence[number]]
-        images = np.stack([sample.image.transpose(1, 2, 0) for sample in samples])
-        labels = np.array([sample.label for sample in samples])
-        return self._group(numbers, images, labels, np.stack([s.features for s in samples]))
-
-    def _group(
-        self,
-        numbers: range | list[int],
-        images: np.ndarray,
-        labels: np.ndarray,
-        features: np.ndarray,
-    ) -> Group:
-        """numbers: of the sequences, among the rank's. images: (b, H, W, planes)."""
-        pixels = self._own(images)
-        slots = dict.fromkeys(self._first_slot + n // self._per_slot for n in numbers)
-        has_mask, vision = self._settings.has_mask, self._settings.vision
-        planes, masks = split_mask(pixels.permute(0, 3, 1, 2), has_mask=has_mask)
-        found = self._own(features) if vision else None
-        return Group(tuple(slots), planes, torch.from_numpy(labels.copy()), masks, found)
-
-    def _own(self, array: np.ndarray) -> torch.Tensor:
-        """Not of memory that workers share."""
-        tensor = torch.from_numpy(array)
+        numbers, *arrays = stacks[0]
+        if len(stacks) > 1:
+            numbers, *arrays = map(np.concatenate, zip(*stacks, strict=True))
+            order = np.argsort(numbers, kind="stable")
+            numbers, *arrays = (array[order] for array in (numbers, *arrays))
+        pixels, labels, features = map(torch.from_numpy, arrays)
         if self._pin_memory:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-        is_shared = self._memory is not None and self._memory.is_shared
-        return tensor.clone() if is_shared else tensor
+            pixels, features = pixels.pin_memory(), features.pin_memory()
+        planes = pixels.permute(0, 3, 1, 2)
+        images, masks = split_mask(planes, has_mask=self._settings.has_mask)
+        slots = dict.fromkeys((self._first_slot + numbers // self._per_slot).tolist())
+        vision = features if self._settings.vision else None
+        return Group(tuple(slots), images, labels, masks, vision)
+
+
+class _Stack(NamedTuple):
+    """Images of one shape."""
+
+    numbers: np.ndarray  # of their sequences, ascending
+    images: np.ndarray  # (b, H, W, planes)
+    labels: np.ndarray
+    features: np.ndarray
+
+    @property
+    def shape(self) -> Shape:
+        return (*self.images.shape[1:], *self.features.shape[1:])
 
 
 class _Part(NamedTuple):
-    """One worker's part of a rank's step; images of one size lie in the memory of the batch."""
+    """One worker's part of a rank's step."""
 
     step: int
-    loaded: dict[Shape, dict[int, list[LoadedSample]]]  # by shape and sequence, where sizes differ
+    stacks: list[_Stack]
     shards: set[int]
     skipped: list[SkippedSample]
 
 
+@dataclass
 class _TrainingParts:
     """What one worker does: its sequences' part of each step."""
 
-    def __init__(
-        self,
-        reader: SampleReader,
-        order: Order | MixedOrder,
-        sequences: range,
-        steps: range,
-        memory: BatchMemory | None,
-    ) -> None:
-        self.reader, self.order, self.sequences = reader, order, sequences
-        self.steps, self.memory = steps, memory
+    reader: SampleReader
+    order: Order | MixedOrder
+    sequences: range
+    steps: range
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[_Part]:
         rows = max(1, self.order.slot_rows)
@@ -198,51 +181,27 @@ class _TrainingParts:
         }
         try:
             for step in self.steps:
-                part = _Part(step, {}, set(), [])
-                if self.memory is None:
-                    self._of_any_size(mine, rows, part)
-                else:
-                    arrays = [array[worker::num_workers] for array in self.memory[step]]
-                    self._of_one_size(list(mine.values()), arrays, part)
-                yield part
+                by_shape: dict[Shape, list[tuple[int, LoadedSample]]] = {}
+                skipped: list[SkippedSample] = []
+                shown: list[int] = []
+                for number, reader in mine.items():
+                    for place in reader.advance(rows):
+                        shown.append(reader.numbers[place])
+                        sample = reader.load(place, skipped)
+                        shape = (*sample.image.shape, *sample.features.shape)
+                        by_shape.setdefault(shape, []).append((number, sample))
+                stacks = list(map(_stacked, by_shape.values()))
+                yield _Part(step, stacks, self.reader.shards_of(np.array(shown)), skipped)
         finally:
             read_ahead.close()
 
-    def _of_one_size(
-        self, readers: list[WindowReader], arrays: list[np.ndarray], part: _Part
-    ) -> None:
-        """A sample of each into images (b, H, W, C), labels and features.
 
-        All samples are prepared before the first one is decoded: the interpreter is several times
-        slower just after a decoder has filled the caches with its own.
-        """
-        places = [(reader, reader.advance(1).start) for reader in readers]
-        numbers = np.array([reader.numbers[place] for reader, place in places])
-        part.shards.update(self.reader.shards_of(numbers))
-        if self.reader.take_cached(numbers, out=arrays):
-            return
-        images, labels, features = arrays
-        outs = list(images.transpose(0, 3, 1, 2))  # (C, H, W) each
-        prepared = [
-            reader.prepare(place, out=out)
-            for (reader, place), out in zip(places, outs, strict=True)
-        ]
-        for i, (reader, place) in enumerate(places):
-            image, labels[i], features[i] = reader.load(place, prepared[i], part.skipped)
-            if image is not outs[i]:
-                outs[i][:] = image
-
-    def _of_any_size(self, readers: dict[int, WindowReader], rows: int, part: _Part) -> None:
-        """`rows` samples of each; the images of a sequence share a shape."""
-        for number, reader in readers.items():
-            places = reader.advance(rows)
-            numbers = np.array([reader.numbers[place] for place in places])
-            part.shards.update(self.reader.shards_of(numbers))
-            loaded = [reader.load(p, reader.prepare(p), part.skipped) for p in places]
-            size = loaded[0].image.shape
-            assert all(sample.image.shape == size for sample in loaded), size
-            shape = (*size, *loaded[0].features.shape)
-            part.loaded.setdefault(shape, {})[number] = loaded
+def _stacked(found: list[tuple[int, LoadedSample]]) -> _Stack:
+    numbers, samples = zip(*found, strict=True)
+    images, labels, features = zip(*samples, strict=True)
+    # laid out as most decoders do: convolutions sum another layout in another order
+    pixels = np.stack([np.ascontiguousarray(image.transpose(1, 2, 0)) for image in images])
+    return _Stack(np.array(numbers), pixels, np.array(labels), np.stack(features))
 
 
 def split_mask(planes: torch.Tensor, *, has_mask: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -250,3 +209,124 @@ def split_mask(planes: torch.Tensor, *, has_mask: bool) -> tuple[torch.Tensor, t
     if not has_mask:
         return planes, None
     return planes[:, :-1], planes[:, -1:].to(torch.uint8)
+
+
+class EvaluationBatch(NamedTuple):
+    """One rank's images of one shape; what pads them has weight 0 and sample -1.
+
+    is_first: every rank has as many of these, in the same order of the data, so all ranks may
+    agree on something there; a rank has others only where its images differ in shape.
+    """
+
+    images: torch.Tensor  # (b, C, H, W) as stored
+    labels: torch.Tensor  # int64 (b,), -1 where there is none
+    samples: torch.Tensor  # int64 (b,), number in index order
+    weights: torch.Tensor  # float32 (b,), 1 for an image, 0 for padding and unreadable samples
+    skipped: tuple[SkippedSample, ...]
+    masks: torch.Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all are
+    is_first: bool = True
+
+
+class EvaluationStream:
+    """Each image once over all ranks, in index order; iterate as often as wanted.
+
+    Every rank yields the same number of batches, of equal sizes over the ranks: batch_size images
+    each, fewer in the last one. Where images differ in shape each of these becomes several, one for
+    each shape, the first of them marked. max_images: only the first so many.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        settings: ImageSettings,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        max_images: int | None = None,
+        retry_s: float = START_RETRY_S,
+    ) -> None:
+        self.num_images = min(index.num_samples, max_images or index.num_samples)
+        self._num_batches = -(-self.num_images // (batch_size * world))
+        self._has_mask = settings.has_mask
+        reader = SampleReader(index, settings.without_augmentation(), seed=0, retry_s=retry_s)
+        make_parts = _EvaluationParts(reader, self.num_images, batch_size, rank, world)
+        self._pool = WorkerPool(make_parts, num_workers=min(workers, self._num_batches))
+        self.close = weakref.finalize(self, self._pool.close)
+
+    def __len__(self) -> int:
+        """Batches that are marked as first."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for parts in self._pool:
+            for number, (arrays, skipped) in enumerate(parts):
+                planes, labels, samples, weights = map(torch.from_numpy, arrays)
+                images, masks = split_mask(planes, has_mask=self._has_mask)
+                is_first = number == 0
+                yield EvaluationBatch(images, labels, samples, weights, skipped, masks, is_first)
+
+
+# (b, planes, H, W) of one shape, labels, samples, weights; and what was skipped
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_EvaluationPart = tuple[_Arrays, tuple[SkippedSample, ...]]
+
+
+@dataclass
+class _EvaluationParts:
+    """What one worker does: every num_workers-th batch of its rank."""
+
+    reader: SampleReader
+    num_images: int
+    batch_size: int
+    rank: int
+    world: int
+
+    def __call__(self, worker: int, num_workers: int) -> Iterator[list[_EvaluationPart]]:
+        of_all, batches = self.batch_size * self.world, []
+        for low in range(worker * of_all, self.num_images, num_workers * of_all):
+            in_step = min(of_all, self.num_images - low)
+            size = -(-in_step // self.world)  # the last batch is cut evenly, then padded
+            first = low + self.rank * size
+            runs = self.reader.in_order(first, min(first + size, low + in_step))
+            batches.append((runs, first, size))
+        read_ahead = ReadAhead(self.reader)
+        requests = (read_ahead.request(runs) for runs, _, _ in batches)
+        try:
+            following = next(requests, None)
+            for runs, first, size in batches:
+                awaited, following = following, next(requests, None)
+                assert awaited is not None
+                yield self._parts(runs, awaited.result(), first, size)
+        finally:
+            read_ahead.close()
+
+    def _parts(
+        self, runs: list[Run], data: list[memoryview], first: int, size: int
+    ) -> list[_EvaluationPart]:
+        """One part for each shape, at least one; the first names what is skipped."""
+        settings = self.reader.settings
+        found: dict[Shape, list[tuple[int, LoadedSample]]] = {}
+        skipped: list[SkippedSample] = []
+        places = [(shard, index) for shard, start, stop in runs for index in range(start, stop)]
+        for number, ((shard, index), sample) in enumerate(zip(places, data, strict=True), first):
+            try:
+                loaded = self.reader.load(sample, shard, index, epoch=0)
+                found.setdefault(loaded.image.shape, []).append((number, loaded))
+            except DamagedSampleError as error:
+                path = self.reader.index.paths[shard]
+                skipped.append(SkippedSample(path, index, str(error), None))
+        if not settings.sizes_differ or not found:
+            shape = (settings.planes, *settings.size)
+            return [(self._arrays(found.get(shape, []), shape, size), tuple(skipped))]
+        parts = [self._arrays(images, shape, len(images)) for shape, images in found.items()]
+        return [(part, () if number else tuple(skipped)) for number, part in enumerate(parts)]
+
+    def _arrays(self, found: list[tuple[int, LoadedSample]], shape: Shape, size: int) -> _Arrays:
+        images = np.zeros((size, *shape), self.reader.settings.dtype)
+        labels, samples = np.full((2, size), -1, np.int64)
+        weights = np.zeros(size, np.float32)
+        for i, (number, loaded) in enumerate(found):
+            images[i], samples[i], labels[i], weights[i] = loaded.image, number, loaded.label, 1
+        return images, labels, samples, weights

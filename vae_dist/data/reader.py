@@ -1,14 +1,14 @@
 """One sample of a data set: from its place in the index to an image and a label.
 
-In: (shard, index), or runs of these, which are read together. Out: undecoded samples; from one of
-them the image (C, H, W) of the wanted size, the label and stored features, at once (`load`) or in
-two steps (`prepare`, then `load`). What cannot be used is damaged (DamagedSampleError) or ends the
-run (ShardError); that is decided here and in the decoder alone.
+In: (shard, index), or runs of these, which are read together. Out: undecoded samples; of one of
+them the image (C, H, W) of the wanted size, the label and stored features. What cannot be used is
+damaged (DamagedSampleError) or ends the run (ShardError); that is decided here and in the decoder
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_dist.data.buckets import Size, aspect, nearest
-from vae_dist.data.cache import ImageCache
-from vae_dist.data.decode import prepare_sample, size_of_sample
+from vae_dist.data.decode import decode_sample, size_of_sample
 from vae_dist.data.features import MEMBER, NO_FEATURES, Features, in_text
 from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.sources import START_RETRY_S, Range, read_ranges
@@ -27,12 +26,15 @@ from vae_dist.data.transforms import (
     NO_LABEL,
     ImageSettings,
     UnknownClassError,
-    is_mirrored,
+    draw_mask,
+    fit,
     label_of,
-    transform,
+    mirror,
 )
+from vae_dist.randomness import numpy_generator
 
 Samples = list[memoryview]  # undecoded
+OVERHEAD_BYTES = 300  # of Python's objects, for each cached sample
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,6 @@ class LoadedSample(NamedTuple):
     features: np.ndarray = NO_FEATURES  # float16 (W, h, w), where they are asked for
 
 
-class Prepared(NamedTuple):
-    """A sample whose files were found, and whose headers were read where that is cheap."""
-
-    decode: Callable[[], np.ndarray]
-    size: Size  # that its image is brought to
-    label: int
-    out: np.ndarray | None
-    features: memoryview | None  # undecoded
-
-
 class SampleReader:
     """Samples of a data set, read by position and made into images."""
 
@@ -77,15 +69,13 @@ class SampleReader:
         cache_bytes: int = 0,
         retry_s: float = START_RETRY_S,
     ) -> None:
-        """cache_bytes: a data set whose images are no more than that is decoded once. retry_s: so
-        long a read that fails is tried again."""
+        """cache_bytes: of decoded images, which are kept as long as they fit, before what is drawn
+        for each epoch. retry_s: so long a read that fails is tried again."""
         self.index, self.settings, self.seed, self.retry_s = index, settings, seed, retry_s
         self._first_number = (np.cumsum(index.lengths) - index.lengths).tolist()
-        self._cache = ImageCache.if_it_fits(index.num_samples, settings, max_bytes=cache_bytes)
-        self._constant = settings if self._cache is None else settings.constant
-        self._is_drawn = settings.flip or settings.mask in DRAWN
-        # an image that was decoded to its place, at its size, needs nothing more
-        self._is_final = not (self._constant.flip or settings.has_mask or settings.sizes_differ)
+        self._cache: dict[int, LoadedSample] = {}  # by number among all samples
+        is_constant = not settings.sizes_differ and not settings.draws_crop
+        self._cache_bytes_left = cache_bytes if is_constant else 0
 
     # bytes
 
@@ -129,70 +119,64 @@ class SampleReader:
 
     # one sample
 
-    def prepare(
-        self,
-        data: bytes | memoryview,
-        shard: int,
-        index: int,
-        *,
-        size: Size | None = None,
-        out: np.ndarray | None = None,
-    ) -> Prepared:
-        """All that is done with an undecoded sample before its pixels are decoded.
-
-        size: the bucket that it is brought to; by default its own, or the size of all images. out:
-        (C, H, W), where the caller wants the image; it may be decoded there. Raises as `load`.
-        """
-        settings = self._constant
-        sample = single_sample(data, self.index.paths[shard])
-        if size is None and settings.buckets:
-            size = nearest(settings.buckets, aspect(self._stored_size(sample)))
-        size = size or settings.size
-        at_least = size if settings.resize else None
-        buffer = None if settings.has_mask else out
-        decode = prepare_sample(sample, settings, at_least=at_least, out=buffer)
-        label = self.label(sample, shard, index)
-        return Prepared(decode, size, label, out, sample.get(MEMBER))
-
     def load(
         self,
-        sample: Prepared | bytes | memoryview | None,
+        data: bytes | memoryview | None,
         shard: int,
         index: int,
         *,
         epoch: int,
+        size: Size | None = None,
     ) -> LoadedSample:
-        """One sample, prepared or undecoded. None: it is in the cache.
+        """One sample of its undecoded bytes, which a cached one (`is_cached`) does without.
 
+        size: the bucket that it is brought to; by default its own, or the size of all images.
         Raises DamagedSampleError when it is unreadable, and ShardError for what no replacement
         repairs: a label that is no class, native images that differ in size although they must not,
         features of another model or image.
         """
-        number = self._first_number[shard] + index
-        place = {"seed": self.seed, "epoch": epoch, "sample": number}
-        cached = None if self._cache is None or sample is not None else self._cache.get(number)
-        if cached is not None:
-            found = LoadedSample(*cached)
-        else:
-            assert sample is not None, (shard, index)
-            if not isinstance(sample, Prepared):
-                sample = self.prepare(sample, shard, index)
-            image = sample.decode()
-            if image is not sample.out or not self._is_final:
-                image = transform(image, self._constant, size=sample.size, **place)
-                self._check_size(image, sample.size, shard, index)
-            features = self._features(sample.features, image, shard, index)
-            found = LoadedSample(image, sample.label, features)
-            if self._cache is not None:
-                self._cache.put(number, *found)
-        if self._cache is not None and self._is_drawn:
-            found = found._replace(image=transform(found.image, self.settings.drawn, **place))
-        if self.settings.vision and is_mirrored(self.settings, **place):
-            found = found._replace(features=found.features[..., ::-1])
-        return found
+        settings, number = self.settings, self._first_number[shard] + index
+        generator = None
+        if settings.flip or settings.draws_crop:
+            generator = numpy_generator(self.seed, "augment", epoch, number)
+        found = self._cache.get(number)
+        if found is None:
+            assert data is not None, (shard, index)
+            found = self._decoded(data, shard, index, size, generator)
+            num_bytes = found.image.nbytes + found.features.nbytes + OVERHEAD_BYTES
+            if num_bytes <= self._cache_bytes_left:
+                self._cache_bytes_left -= num_bytes
+                self._cache[number] = found
+        image, label, features = found
+        if settings.flip and generator is not None and generator.random() < 0.5:
+            image, features = mirror(image), features[..., ::-1]
+        if settings.mask in DRAWN:
+            wanted = (image.shape[1], image.shape[2])
+            place = {"seed": self.seed, "epoch": epoch, "sample": number}
+            mask = draw_mask(settings.mask, wanted, settings.mask_fraction, **place)
+            image = np.concatenate([image, mask.astype(image.dtype)])
+        return LoadedSample(image, label, features)
+
+    def _decoded(
+        self,
+        data: bytes | memoryview,
+        shard: int,
+        index: int,
+        size: Size | None,
+        generator: np.random.Generator | None,
+    ) -> LoadedSample:
+        settings, sample = self.settings, single_sample(data, self.index.paths[shard])
+        if size is None and settings.buckets:
+            size = nearest(settings.buckets, aspect(self._stored_size(sample)))
+        size = size or settings.size
+        label = self.label(sample, shard, index)
+        image = decode_sample(sample, settings, at_least=size if settings.resize else None)
+        image = fit(image, settings, size, generator)
+        self._check_size(image, size, shard, index)
+        return LoadedSample(image, label, self._features(sample.get(MEMBER), image, shard, index))
 
     def _features(
-        self, member: memoryview | None, image: np.ndarray, shard: int, index: int
+        self, member: bytes | None, image: np.ndarray, shard: int, index: int
     ) -> np.ndarray:
         settings, size = self.settings, in_text((image.shape[1], image.shape[2]))
         if not settings.vision:
@@ -202,7 +186,7 @@ class SampleReader:
                 f"{self.name(shard, index)}: it has no .{MEMBER}, and the first sample has; mix no "
                 "shards with features and without"
             )
-        found = Features.from_bytes(bytes(member))
+        found = Features.from_bytes(member)
         if found[1:] != (settings.vision, size, settings.image_key):
             raise ShardError(
                 f"{self.name(shard, index)}: its features are those of {found.model} of an image "
@@ -220,8 +204,8 @@ class SampleReader:
         size = image.shape[1], image.shape[2]
         if size != wanted and not self.settings.any_size:
             raise ShardError(
-                f"{self.name(shard, index)}: the image is {in_words(size)} pixels, but "
-                f"the first one of its data set is {in_words(wanted)}; {ways_to_one_size(wanted)}"
+                f"{self.name(shard, index)}: the image is {in_text(size)} pixels, but "
+                f"the first one of its data set is {in_text(wanted)}; {ways_to_one_size(wanted)}"
             )
         if problem := self.settings.too_small(size):
             raise DamagedSampleError(f"too small: {problem}")
@@ -256,7 +240,7 @@ class SampleReader:
     def name(self, shard: int, index: int) -> str:
         return f"{self.index.paths[shard]} sample {index}"
 
-    # numbers among all samples, and the cache
+    # numbers among all samples
 
     def numbers(self, runs: Sequence[Run]) -> np.ndarray:
         """Numbers among all samples, int64, of the samples of the joined runs."""
@@ -270,18 +254,7 @@ class SampleReader:
         return set(places.tolist())
 
     def is_cached(self, number: int) -> bool:
-        return self._cache is not None and self._cache.get(number) is not None
-
-    def are_cached(self, numbers: np.ndarray) -> bool:
-        return self._cache is not None and self._cache.has_all(numbers)
-
-    def take_cached(self, numbers: np.ndarray, *, out: Sequence[np.ndarray]) -> bool:
-        """Whether the cache has all of these samples as they are shown; then their images (b, H, W,
-        C), labels and features are in `out`."""
-        if self._cache is None or self._is_drawn or not self._cache.has_all(numbers):
-            return False
-        self._cache.take(numbers, out=out)
-        return True
+        return number in self._cache
 
 
 def _cut(data: bytes | ShardError, offsets: np.ndarray) -> Samples | ShardError:
@@ -302,7 +275,7 @@ def _joined(runs: list[Samples | ShardError]) -> Samples | ShardError:
 
 
 def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:
-    """The one webdataset sample in these bytes: its files are views of them.
+    """The one webdataset sample in these bytes.
 
     webdataset's `group_by_keys`, for bytes of which it is known that they hold one group. Raises
     DamagedSampleError.
@@ -322,10 +295,6 @@ def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:
         raise DamagedSampleError("the index does not fit the shard here")
     sample["__url__"] = url
     return sample
-
-
-def in_words(size: Size) -> str:
-    return f"{size[0]} x {size[1]}"
 
 
 def ways_to_one_size(size: Size) -> str:

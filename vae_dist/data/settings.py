@@ -19,12 +19,11 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.buckets import Size, make_buckets, square
 from vae_dist.data.decode import note_of
-from vae_dist.data.features import MEMBER, Features
+from vae_dist.data.features import MEMBER, Features, in_text
 from vae_dist.data.index import NUM_THREADS, ShardIndex
 from vae_dist.data.reader import (
     LoadedSample,
     SampleReader,
-    in_words,
     single_sample,
     ways_to_one_size,
 )
@@ -176,8 +175,8 @@ def _check_native_sizes(sets: Sequence[DataSet], max_skipped_fraction: float) ->
             for name, size in measured:
                 if size != settings.size:
                     raise ConfigError(
-                        f"data.resolution=native, {key}: {name} is {in_words(size)} pixels, but "
-                        f"{first[0]} is {in_words(first[1])}; {ways_to_one_size(first[1])}"
+                        f"data.resolution=native, {key}: {name} is {in_text(size)} pixels, but "
+                        f"{first[0]} is {in_text(first[1])}; {ways_to_one_size(first[1])}"
                     )
         small = [f"{name}: {problem}" for name, s in measured if (problem := settings.too_small(s))]
         if len(small) > max_skipped_fraction * len(measured):

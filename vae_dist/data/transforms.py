@@ -100,14 +100,8 @@ class ImageSettings:
         return bool(self.buckets) or self.any_size
 
     @property
-    def constant(self) -> ImageSettings:
-        """The part of the transform that is the same in every epoch, unless each crops anew."""
-        return replace(self, flip=False, mask="none" if self.mask in DRAWN else self.mask)
-
-    @property
-    def drawn(self) -> ImageSettings:
-        """The rest of it, for an image that `constant` made."""
-        return replace(self, resize=False)
+    def draws_crop(self) -> bool:
+        return self.resize and self.crop == "random"
 
     def without_augmentation(self) -> ImageSettings:
         """As evaluation takes images, which has no use for features."""
@@ -122,7 +116,7 @@ class ImageSettings:
             ):
                 if have < least:
                     return (
-                        f"{size[0]} x {size[1]} pixels, and {need.key} needs {least} on the "
+                        f"{size[0]}x{size[1]} pixels, and {need.key} needs {least} on the "
                         f"{side} side"
                     )
         return ""
@@ -135,50 +129,32 @@ class ImageSettings:
         return replace(plain, size=size or self.size, resize=True, buckets=(), any_size=False)
 
 
-def transform(
-    image: np.ndarray,
-    settings: ImageSettings,
-    *,
-    seed: int,
-    epoch: int,
-    sample: int,
-    size: Size | None = None,
+def fit(
+    image: np.ndarray, settings: ImageSettings, size: Size, generator: np.random.Generator | None
 ) -> np.ndarray:
-    """The image at `size` (default: settings.size); crop and flip are drawn by (seed, epoch, sample
-    number)."""
-    size = size or settings.size
-    draws_crop = settings.crop == "random" and settings.resize
-    if settings.flip or draws_crop:
-        generator = numpy_generator(seed, "augment", epoch, sample)
-    if settings.resize:
-        mask = image[settings.channels :]  # not there yet where masks are drawn
-        image = _cover(image[: settings.channels], size, max_pixels=settings.max_pixels)
-        if len(mask):
-            height, width = image.shape[1:]
-            image = np.concatenate([image, resized_mask(mask, (height, width)).astype(image.dtype)])
-        spare = [have - want for have, want in zip(image.shape[1:], size, strict=True)]
-        top, left = (int(generator.integers(n + 1)) if draws_crop else n // 2 for n in spare)
-        image = image[:, top : top + size[0], left : left + size[1]]
-    if settings.flip and generator.random() < 0.5:
-        image = _mirrored(image)
-    if settings.mask in DRAWN:
-        place = {"seed": seed, "epoch": epoch, "sample": sample}
+    """The image at `size`, where it is not taken as stored; a random crop is the generator's first
+    draw."""
+    if not settings.resize:
+        return image
+    mask = image[settings.channels :]  # not there yet where masks are drawn
+    image = _cover(image[: settings.channels], size, max_pixels=settings.max_pixels)
+    if len(mask):
         height, width = image.shape[1:]
-        drawn = draw_mask(settings.mask, (height, width), settings.mask_fraction, **place)
-        image = np.concatenate([image, drawn.astype(image.dtype)])
-    return image
+        image = np.concatenate([image, resized_mask(mask, (height, width)).astype(image.dtype)])
+    spare = [have - want for have, want in zip(image.shape[1:], size, strict=True)]
+    if settings.draws_crop:
+        assert generator is not None
+        top, left = (int(generator.integers(n + 1)) for n in spare)
+    else:
+        top, left = (n // 2 for n in spare)
+    return image[:, top : top + size[0], left : left + size[1]]
 
 
-def is_mirrored(settings: ImageSettings, *, seed: int, epoch: int, sample: int) -> bool:
-    """Whether `transform` mirrors an image of which it draws no crop."""
-    return settings.flip and numpy_generator(seed, "augment", epoch, sample).random() < 0.5
-
-
-def _mirrored(image: np.ndarray) -> np.ndarray:
+def mirror(image: np.ndarray) -> np.ndarray:
     """Left to right. A copy of numpy's view with a negative stride takes torch's time 18-fold, and
     longer than a JPEG's decoding."""
     if image.dtype == np.uint16:  # which torch does not turn; the bytes are what counts
-        return _mirrored(image.view(np.int16)).view(np.uint16)
+        return mirror(image.view(np.int16)).view(np.uint16)
     return torch.flip(_rows(image), (1,)).numpy().transpose(2, 0, 1)
 
 

@@ -20,12 +20,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from vae_dist.data.buckets import Size, arrange
 from vae_dist.data.index import Run
 from vae_dist.data.order import MixedOrder, Order, Window
-from vae_dist.data.reader import LoadedSample, Prepared, SampleReader, SkippedSample
+from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
 from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.randomness import numpy_generator
 
@@ -75,16 +73,14 @@ class ReadAhead:
 
 
 class _Replacement(NamedTuple):
-    """What stands for the lost samples of the window that begins at `row`."""
+    """What stands for the lost samples of a window."""
 
-    row: int
-    end_row: int  # of the window that it was found in
     name: str
     sample: LoadedSample
 
 
 class WindowReader:
-    """Goes along one sequence of the order: `advance`, then `prepare` and `load` each place."""
+    """Goes along one sequence of the order: `advance`, then `load` each place."""
 
     def __init__(
         self,
@@ -102,64 +98,42 @@ class WindowReader:
         self._awaited: Future[Samples] | None = None
         self._positions: list[int] = []  # in the window, in the order in which they are shown
         self._sizes: list[Size] = []  # of the window's slots, with aspect buckets
-        self._replacements: dict[Size | None, _Replacement] = {}  # of this window and the last one
+        self._replacements: dict[Size | None, _Replacement] = {}  # in this window
         self.numbers: list[int] = []  # among all samples, in the order in which they are shown
 
     def advance(self, count: int) -> range:
-        """The next `count` places, all of one window: what `prepare` and `load` take."""
+        """The next `count` places, all of one window: what `load` takes."""
         if self._row == self._end_row:
             self._enter()
         start = self._row - self._window.first_row
         self._row += count
         return range(start, start + count)
 
-    def prepare(
-        self, place: int, *, out: np.ndarray | None = None
-    ) -> Prepared | DamagedSampleError | None:
-        """A sample before it is decoded, or why it cannot be; None where the cache has its image.
-
-        The image may come to be `out`, (C, H, W), where the caller wants it.
-        """
-        if self._reader.is_cached(self.numbers[place]):
-            return None
-        position = self._positions[place]
-        shard, index = self._window.sample(position)
+    def load(self, place: int, skipped: list[SkippedSample]) -> LoadedSample:
+        """A sample, or its replacement, which is then added to `skipped`."""
+        position, size = self._positions[place], self._size(place)
+        epoch, shard, index = self._window.place(position)
+        is_cached = self._reader.is_cached(self.numbers[place])
+        data = None if is_cached else self._read()[position]
         try:
-            data = self._read()[position]
-            return self._reader.prepare(data, shard, index, size=self._size(place), out=out)
-        except DamagedSampleError as error:
-            return error
-
-    def load(
-        self,
-        place: int,
-        prepared: Prepared | DamagedSampleError | None,
-        skipped: list[SkippedSample],
-    ) -> LoadedSample:
-        """Image and label of a sample, or of its replacement, which is then added to `skipped`."""
-        epoch, shard, index = self._window.place(self._positions[place])
-        try:
-            if isinstance(prepared, DamagedSampleError):
-                raise prepared
-            return self._reader.load(prepared, shard, index, epoch=epoch)
+            return self._reader.load(data, shard, index, epoch=epoch, size=size)
         except DamagedSampleError as error:
             lost = SkippedSample(self._reader.index.paths[shard], index, str(error), None)
-            replacement = self._replacement(self._size(place), lost)
-            skipped.append(replace(lost, replaced_by=replacement.name))
-            return replacement.sample
+        replacement = self._replacement(size, lost)
+        skipped.append(replace(lost, replaced_by=replacement.name))
+        return replacement.sample
 
     def _size(self, place: int) -> Size | None:
         return self._sizes[place // self._order.slot_rows] if self._sizes else None
 
     def _enter(self) -> None:
         """Go to the following window, and ask for the one after it."""
-        last, self._window, self._awaited = self._window, self._following, self._requested
+        self._window, self._awaited = self._following, self._requested
         window = self._window
         self._end_row = window.end_row
         self._following = self._order.window_at(self._sequence, window.end_row)
         self._requested = self._request(self._following)
-        known = self._replacements.items()
-        self._replacements = {size: found for size, found in known if found.row == last.first_row}
+        self._replacements = {}
         shown = window.order
         if self._reader.settings.buckets:
             # in the window's permuted order, so that images of equal aspect are shuffled
@@ -178,7 +152,7 @@ class WindowReader:
 
     def _request(self, window: Window) -> Future[Samples] | None:
         """None where nothing need be read, as the cache has all."""
-        if self._reader.are_cached(self._reader.numbers(window.runs)):
+        if all(map(self._reader.is_cached, self._reader.numbers(window.runs).tolist())):
             return None
         return self._read_ahead.request(window.runs)
 
@@ -192,25 +166,21 @@ class WindowReader:
 
     def _replacement(self, size: Size | None, lost: SkippedSample) -> _Replacement:
         """What stands for the lost samples of the current window. Raises ShardError."""
-        window, known = self._window, self._replacements.get(size)
-        if known is None or known.row != window.first_row:
-            found = self._first_readable(window, self._read(), size)
-            if found is None and known is None:
-                windows = ((w, self._reader.read_runs(w.runs)) for w in self._others())
-                answers = (self._first_readable(*window, size) for window in windows)
-                found = next(filter(None, answers), None)
-            elif found is None and known and window.first_row - known.end_row < MAX_LOST_IN_A_ROW:
-                found = known  # the window before had lost samples, too: its replacement is nearest
+        if size not in self._replacements:
+            candidates = (self._first_readable(window, size) for window in self._nearest_first())
+            found = next(filter(None, candidates), None)
             if found is None:
                 raise ShardError(
                     f"{MAX_LOST_IN_A_ROW} samples in a row cannot be read, the last is {lost}; "
                     "repair the shard, or take it out of the data set"
                 )
-            self._replacements[size] = known = found._replace(row=window.first_row)
-        return known
+            self._replacements[size] = found
+        return self._replacements[size]
 
-    def _others(self) -> Iterator[Window]:
-        """The earlier windows back to the first, then the later ones, as far as is looked."""
+    def _nearest_first(self) -> Iterator[Window]:
+        """This window, the earlier ones back to the first, then the later ones, as far as is
+        looked."""
+        yield self._window
         first, row = self._window.first_row, self._window.first_row
         while row > 0:
             if first - row >= MAX_LOST_IN_A_ROW:
@@ -224,16 +194,14 @@ class WindowReader:
             yield window
             row = window.end_row
 
-    def _first_readable(
-        self, window: Window, samples: Samples, size: Size | None
-    ) -> _Replacement | None:
+    def _first_readable(self, window: Window, size: Size | None) -> _Replacement | None:
+        is_mine = window is self._window
+        samples = self._read() if is_mine else self._reader.read_runs(window.runs)
         for position in window.order.tolist():
             epoch, shard, index = window.place(position)
             try:
-                prepared = self._reader.prepare(samples[position], shard, index, size=size)
-                sample = self._reader.load(prepared, shard, index, epoch=epoch)
+                sample = self._reader.load(samples[position], shard, index, epoch=epoch, size=size)
             except DamagedSampleError:
                 continue
-            name = self._reader.name(shard, index)
-            return _Replacement(window.first_row, window.end_row, name, sample)
+            return _Replacement(self._reader.name(shard, index), sample)
         return None

@@ -3,33 +3,27 @@
 In: `make_parts(worker, num_workers)`, an iterator of parts. Out: the parts, worker by worker in
 turn: worker 0's first, worker 1's first, ..., worker 0's second, ...
 
-Processes are forked, whatever Python's default is: what they need comes to them as it is, shared
-memory too. That memory is anonymous and parts are pickled without tensors, so that nothing is taken
-from /dev/shm, which is small in containers.
+Processes are forked, whatever Python's default is: what they need comes to them as it is. Parts
+hold numpy's arrays, which are pickled through a pipe: nothing is taken from /dev/shm, which is
+small in containers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-import mmap
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 
 MakeParts = Callable[[int, int], Iterator[Any]]
-# libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the caches, which costs 6% of
-# its time, and the reading that follows.
-AHEAD_BYTES = 16
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PREFETCHED = 2  # parts that each worker prepares ahead
 
@@ -51,37 +45,6 @@ def deaths_explained(remedy: str) -> Iterator[None]:
             f"a loader process died ({words.splitlines()[0].rstrip('. ')}). Memory that ran out is "
             f"the usual cause: {remedy}"
         ) from None
-
-
-class BatchMemory:
-    """Memory for the arrays of a step: new for each, or shared by the workers of a rank.
-
-    Of shared memory step k has buffer k mod (PREFETCHED + 1). DataLoader asks a worker for its part
-    of step k + PREFETCHED + 1 when the trainer takes that of step k + 1, after it copied step k.
-    """
-
-    def __init__(self, *arrays: tuple[tuple[int, ...], Any], is_shared: bool) -> None:
-        """arrays: shape and type of each."""
-        self._arrays = [(shape, math.prod(shape), np.dtype(dtype)) for shape, dtype in arrays]
-        self._sizes = [count * dtype.itemsize + AHEAD_BYTES for _, count, dtype in self._arrays]
-        self.is_shared = is_shared
-        count = PREFETCHED + 1 if is_shared else 0
-        self._buffers: list[list[Any]] = [
-            [mmap.mmap(-1, size) for size in self._sizes] for _ in range(count)
-        ]
-        self._step = -1  # that the one buffer of this process is for
-
-    def __getitem__(self, step: int) -> list[np.ndarray]:
-        """The arrays, to be written and read."""
-        if not self.is_shared and step != self._step:
-            self._step = step
-            self._buffers = [[np.empty(size, np.uint8) for size in self._sizes]]
-        return [
-            np.frombuffer(buffer, dtype, count, AHEAD_BYTES).reshape(shape)
-            for buffer, (shape, count, dtype) in zip(
-                self._buffers[step % len(self._buffers)], self._arrays, strict=True
-            )
-        ]
 
 
 class WorkerPool:

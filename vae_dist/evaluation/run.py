@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.data.reader import SkippedSample
 from vae_dist.distributed import Runtime
 from vae_dist.evaluation.metrics import (

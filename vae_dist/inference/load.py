@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from vae_dist.config.commands import CheckpointCommand, EncodeCommand, EvaluateCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
-from vae_dist.data.evaluation import EvaluationStream
 from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.loader import EvaluationStream
 from vae_dist.data.reader import SampleReader, SkippedSample
 from vae_dist.data.settings import image_settings
 from vae_dist.data.sources import HTTP, START_RETRY_S, is_remote

@@ -24,7 +24,7 @@ from torch import Tensor, distributions
 from vae_dist.config.checks import mixture_prior
 from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.evaluation.run import inputs_of
 from vae_dist.inference.load import LoadedModel, open_images
 from vae_dist.models.latent import sample_posterior

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.evaluation import EvaluationBatch
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.evaluation.run import forward
 from vae_dist.inference import tiles
 from vae_dist.models.ladder import LadderVAE

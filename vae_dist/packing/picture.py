@@ -28,7 +28,7 @@ from vae_dist.data.decode import (
     open_by_pillow,
     other_profile,
 )
-from vae_dist.data.jpeg import dct_scale, orientation
+from vae_dist.data.formats import dct_scale, orientation
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import resized_mask
 

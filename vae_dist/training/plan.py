@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -11,10 +10,7 @@ from torch import nn
 from vae_dist.config.keys import value_of
 from vae_dist.config.resolve import COMPILED, divisors
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.cache import bytes_cached
-from vae_dist.data.features import TYPE
 from vae_dist.data.order import quotas
-from vae_dist.data.workers import PREFETCHED
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.files import printable
 from vae_dist.models.build import build_vae
@@ -83,17 +79,6 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
     images = min(size or share, share)
     sequences = config.data.slots if data.settings.buckets else config.training.batch_size
     window_bytes = 2 * config.data.window * sequences * data.train.mean_sample_bytes
-    cached_bytes = bytes_cached(
-        data.train.num_samples,
-        data.settings,
-        cache_bytes=config.data.cache_bytes,
-        workers=min(config.data.workers, sequences // runtime.world),
-    )
-    cached = f", decoded images {_megabytes(cached_bytes)}" if cached_bytes else ""
-    # those of the next steps in the memory of the loader, and this step's
-    num_features = (PREFETCHED + 2) * share * math.prod(data.settings.features)
-    if num_features:
-        cached += f", features of batches {_megabytes(num_features * TYPE.itemsize)}"
     worlds = ", ".join(str(world) for world in divisors(config.data.slots))
     return [
         *plan(config, data, runtime, vae, first_step=0, microbatch_size=size),
@@ -103,7 +88,7 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
         f"memory of one process: about {_megabytes(cost.peak_bytes(images))} of tensors: weights, "
         f"gradients, moments and average {_megabytes(cost.state_bytes)}, a microbatch of {images} "
         f"images {_megabytes(images * cost.image_bytes)}; undecoded samples "
-        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window}){cached}",
+        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window})",
         f"numbers of processes that divide data.slots={config.data.slots}: {worlds}",
         "dry run: nothing was trained",
     ]

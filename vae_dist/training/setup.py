@@ -21,7 +21,7 @@ import torch
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.resolve import COMPILED, Facts, images_per_slot, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.evaluation import EvaluationStream
+from vae_dist.data.loader import EvaluationStream
 from vae_dist.data.sources import is_remote
 from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator

@@ -1,8 +1,9 @@
-"""JPEG by simplejpeg (libjpeg-turbo), about twice as fast as Pillow; what is upright, of any kind.
+"""JPEG and PNG: the size, the orientation and the damage that Pillow does not tell of.
 
-In: the bytes of a JPEG. Out: uint8 (C, H, W), upright; or None where Pillow must decide: CMYK, or
-what simplejpeg does not take but does not call damaged pixels either. Pillow does not hear
-libjpeg's warnings, so those are acted upon here.
+In: the bytes of a file. Out: JPEGs as uint8 (C, H, W), upright, by simplejpeg (libjpeg-turbo, about
+twice as fast as Pillow), or None where Pillow must decide: CMYK, and what simplejpeg does not take
+without calling its pixels damaged. Pillow passes over libjpeg's warnings and most checksums of a
+PNG, so those are acted upon here.
 
 libjpeg can decode at k/8 of the size. Only 1/2, 1/4 and 1/8 are used, and only of sides that these
 divide: otherwise the last pixel stands for a part of one, and a resize stretches the picture.
@@ -10,8 +11,12 @@ divide: otherwise the last pixel stands for a part of one, and a resize stretche
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from typing import Any, NamedTuple
+import struct
+import zlib
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -21,90 +26,56 @@ from vae_dist.data.tar import DamagedSampleError
 
 ORIENTATION_TAG = 0x0112
 TRANSPOSED = (5, 6, 7, 8)  # orientations that swap height and width
-COLOURSPACES = {1: "GRAY", 3: "RGB", 4: "CMYK"}
-APP1, SOF2, SOS = 0xE1, 0xC2, 0xDA  # EXIF or XMP, a progressive frame, the first pixels
-XMP = b"http://ns.adobe.com/xap/1.0/\0"
-MAX_SCANS = 100  # each goes through the whole picture, however few bytes it has
+EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+START_OF_SCAN, MAX_SCANS = b"\xff\xda", 100  # each goes through the whole picture
 # Warnings after which libjpeg makes pixels up: coded pixels end early, hold a code that is none, or
 # go on where a restart marker or the next scan should be. No damage is what warns of the header
 # alone: bytes between its segments, an unknown JFIF revision, odd parameters of a sequential scan.
 WRONG_PIXELS = ("Corrupt JPEG data", "Inconsistent progression", "Premature end of JPEG")
 # Cameras fill up files behind the last pixel.
 PADDING = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-class JpegHeader(NamedTuple):
-    height: int  # as it is stored
-    width: int
-    channels: int
-    turn: int  # orientation
-
-
-def jpeg_header(data: bytes, max_pixels: int) -> JpegHeader | None:
-    """None: let Pillow decide. Raises DamagedSampleError for more than max_pixels or MAX_SCANS."""
+def jpeg_header(data: bytes, max_pixels: int) -> tuple[int, int, str, int] | None:
+    """Stored height and width, colour space, orientation. None: let Pillow decide. Raises
+    DamagedSampleError."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     check_pixels(height, width, max_pixels)
-    channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(space, 3)
-    return JpegHeader(height, width, channels, _read_segments(data, channels))
+    if data.count(START_OF_SCAN) > MAX_SCANS:
+        raise DamagedSampleError(f"a JPEG of more than {MAX_SCANS} scans")
+    turn = 1
+    if EXIF in data or XMP in data:
+        with contextlib.suppress(Exception):  # whether it is damaged, its decoder decides
+            turn = orientation(Image.open(io.BytesIO(data), formats=("JPEG",)).info)
+    return height, width, space, turn
 
 
-def _read_segments(data: bytes, channels: int) -> int:
-    """The orientation, after the segments in front of the pixels. Raises DamagedSampleError."""
-    at, is_progressive = 2, False
-    info: dict[Any, Any] = {}
-    while at + 5 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == SOS:
-            if is_progressive or data[at + 4] < channels:  # else there is one scan
-                num_scans = data.count(b"\xff\xda", at)
-                if num_scans > MAX_SCANS:
-                    raise DamagedSampleError(f"a JPEG of {num_scans} scans; {MAX_SCANS} are read")
-            break
-        stop = at + 2 + (data[at + 2] << 8 | data[at + 3])
-        if marker == APP1:
-            if data.startswith(b"Exif\0\0", at + 4):
-                info.setdefault("exif", data[at + 4 : stop])
-            elif data.startswith(XMP, at + 4):
-                info["xmp"] = data[at + 4 + len(XMP) : stop]
-        is_progressive |= marker == SOF2
-        at = max(stop, at + 4)
-    return orientation(info) if info else 1
-
-
-def read_jpeg(
-    data: bytes,
-    header: JpegHeader,
-    channels: int,
-    *,
-    at_least: tuple[int, int] | None = None,
-    out: np.ndarray | None = None,
+def decode_jpeg(
+    data: bytes, channels: int, *, max_pixels: int, at_least: tuple[int, int] | None = None
 ) -> np.ndarray | None:
-    """uint8 (channels, H, W), channels 1 or 3, or None: let Pillow convert it.
-
-    at_least: (H, W) that the caller shrinks it to. out: (channels, H, W), in memory as (H, W,
-    channels); an upright image of that size is decoded there, and is `out` itself. Raises
-    DamagedSampleError for damaged pixels.
-    """
-    height, width, stored, turn = header
-    space = COLOURSPACES[4 if stored == 4 else channels]
+    """channels: 1, 3, or 0 for its own. at_least: (H, W) that the caller shrinks it to. None: let
+    Pillow decode it. Raises DamagedSampleError."""
+    header = jpeg_header(data, max_pixels)
+    if header is None or header[2] in ("CMYK", "YCCK"):
+        return None
+    height, width, space, turn = header
+    scale = 1
+    if at_least is not None:
+        scale = dct_scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
+    least = (height // scale, width // scale) if scale > 1 else (0, 0)
+    is_grey = channels == 1 or (channels == 0 and space == "Gray")
     try:
-        is_final = stored != 4 and turn == 1
-        if out is not None and is_final and out.shape == (channels, height, width):
-            simplejpeg.decode_jpeg(data, space, buffer=out.transpose(1, 2, 0))
-            return out
-        scale = 1
-        if at_least is not None:
-            scale = dct_scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
-        least = (height // scale, width // scale) if scale > 1 else (0, 0)
+        space = "GRAY" if is_grey else "RGB"
         pixels = simplejpeg.decode_jpeg(data, space, min_height=least[0], min_width=least[1])
     except Exception as error:
         if str(error).startswith(WRONG_PIXELS) and not PADDING.match(str(error)):
             raise DamagedSampleError(f"damaged JPEG ({error})") from None
         return None
-    return None if stored == 4 else upright(pixels, turn).transpose(2, 0, 1)
+    return upright(pixels, turn).transpose(2, 0, 1)
 
 
 def dct_scale(height: int, width: int, needed: tuple[int, int]) -> int:
@@ -127,6 +98,8 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
 def orientation(info: dict[Any, Any]) -> int:
     """1 to 8 after the EXIF record in what Pillow knows of a file (`Image.info`), else after its
     XMP; 1 where there is none, or it is damaged."""
+    if not any("exif" in str(key).lower() or "xmp" in str(key).lower() for key in info):
+        return 1
     image = Image.Image()
     image.info = info
     try:
@@ -153,3 +126,28 @@ def upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     if turn in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return pixels
+
+
+def is_png16(data: bytes) -> bool:
+    """Whether the header of a PNG names 16 bits a channel."""
+    return len(data) > 25 and bytes(data[:8]) == PNG_SIGNATURE and data[24] == 16
+
+
+def is_grey_png(data: bytes) -> bool:
+    """Whether a PNG has one value a pixel, after the colour type in its header."""
+    return data[25] in (0, 3)
+
+
+def check_png(data: bytes) -> None:
+    """Raises DamagedSampleError for a wrong checksum, and where the file ends early."""
+    view, at = memoryview(data), len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        checksum = view[at + 8 + length : at + 12 + length]
+        if len(checksum) < 4:
+            raise DamagedSampleError("damaged PNG (it is cut off)")
+        if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(checksum, "big"):
+            raise DamagedSampleError(f"damaged PNG (checksum of the {ascii(name)[2:-1]} chunk)")
+        if name == b"IEND":
+            break
+        at += 12 + length
