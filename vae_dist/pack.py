@@ -2,9 +2,9 @@
 
 In: folders of pictures, archives, known data sets, parquet files, `hf://datasets/OWNER/NAME`.
 Out: `FOLDER/train`, `FOLDER/validation`, `FOLDER/test` (those that there are) with tars and their
-index, `FOLDER/contact-sheet.png`, `FOLDER/names.txt` (which sample was which picture), and last
-`FOLDER/pack.json`. A killed command goes on when it is run again. Exit code 0, or 2 when something
-is wrong with keys or source.
+index, `FOLDER/names.txt` (which sample was which picture), and last `FOLDER/pack.json`.
+A killed command goes on when it is run again. Exit code 0, or 2 when something is wrong with keys
+or source.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import vae_dist.packing.pack as packing
 from tests.support.latent_data import samples_of
@@ -73,7 +72,7 @@ def test_a_job_is_shards_index_and_summary(job):
     with pytest.raises(ConfigError, match=r"done\.json: no JSON"):
         job.is_finished()
     for out in (job.out, job.out / "done.json"):
-        with pytest.raises(ConfigError, match="is in use; give another one"):
+        with pytest.raises(ConfigError, match="in use; give another folder"):
             ShardJob(out, "other.json", PLAN).is_finished()
 
 
@@ -83,7 +82,7 @@ def test_a_shard_that_ends_early_is_not_there(job):
         writer.write({"__key__": "0", "txt": b"x"})
         raise KeyboardInterrupt
     assert [name for name in SHARDS if job.is_done(name)] == SHARDS[:1]
-    assert not list((job.work / "partial").iterdir())
+    assert not list(job.work.glob("*.tar.*[0-9]"))
     with pytest.raises(ConfigError, match=r"not finished; give it, with out=.*, again: it goes on"):
         load_index(str(job.out), key="data.train", create=True)
     with pytest.raises(ConfigError, match="made with another pictures"):
@@ -171,8 +170,7 @@ def test_the_trainer_reads_each_picture_once(pictures, tmp_path, capsys):
     summary = json.loads((out / "pack.json").read_text())
     assert summary["classes"] == ["cat", "dog"] and summary["sizes"] == {"4x6": 60}
     assert summary["splits"]["train"]["kept_byte_for_byte"] == 54
-    assert Image.open(out / "contact-sheet.png").width > 4 * 96
-    files = {"contact-sheet.png", "names.txt", "pack.json", "train", "validation"}
+    files = {"names.txt", "pack.json", "train", "validation"}
     assert {path.name for path in out.iterdir()} == files
     capsys.readouterr()
     assert pack(pictures, out, "validation=0.1") == 0
@@ -213,7 +211,7 @@ def test_every_loss_counts_and_is_named(pictures, tmp_path, capsys):
         assert pack(pictures, tmp_path / "out", f"max_skipped_fraction={limit}") == 2
     error = capsys.readouterr().err
     assert "1 of 61 images cannot be read" in error and "3 of 61 images" in error
-    assert "raise max_skipped_fraction" in error and "cat/001.png: no readable picture" in error
+    assert "max_skipped_fraction=0.01" in error and "cat/001.png: no readable picture" in error
     assert not (tmp_path / "out/pack.json").exists()
     assert pack(pictures, tmp_path / "out", "max_skipped_fraction=1") == 0
     said = capsys.readouterr().err
@@ -231,7 +229,6 @@ def test_wrong_keys(pictures, tmp_path, capsys):
         ("validation=60", "sets 60 of 60 pictures aside"),
         ("quality=101", "quality=101 must be at most 100"),
         ("shard_mb=0", "shard_mb=0 must be more than 0"),
-        ("source=[]", "no picture can be packed"),
     ):
         assert main([f"source={pictures}", f"out={tmp_path / 'out'}", keys]) == 2
         assert message in capsys.readouterr().err

@@ -87,9 +87,7 @@ def test_pictures_masks_and_what_is_neither(tmp_path, kind):
     if kind != "in":
         assert len(listing.lost) == 1 + len(evil)
         assert lost.keys() == set(evil[:4])
-    only = "only .cls, .json, .mask.png, .txt of a picture's name are taken along"
-    text = f"1 files; {only}" if kind == "in.tar" else "1 files that are no pictures"
-    others = [("files without suffix", text), ("*.psd", text)]
+    others = [(kind, "1 files that are not packed") for kind in ("files without suffix", "*.psd")]
     assert listing.left_out == [("dog/c.mask.png", "the mask of no picture"), *others]
     kinds = ("files without suffix", "*.heic")
     assert listing.notes == [f"{kind}: 1 files are decoded by their content" for kind in kinds]

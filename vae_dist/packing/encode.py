@@ -34,14 +34,13 @@ from vae_dist.models import latent
 from vae_dist.models.likelihoods.base import Levels
 from vae_dist.objectives.alignment import VisionFeatures, load_features
 from vae_dist.packing.encoder import Encoder, Sample
-from vae_dist.packing.jobs import Report, ShardJob
+from vae_dist.packing.jobs import Report
 from vae_dist.randomness import draws
 
 NOT_OF_SHARDS = (
     *("run", "checkpoint", "device", "data", "out", "max_skipped_fraction", "threads"),
     *("features", "image_key", "background"),
 )
-FEATURE_THREADS = 4  # that read and decode
 
 
 def encode(command: EncodeCommand) -> None:
@@ -57,20 +56,15 @@ def encode(command: EncodeCommand) -> None:
             )
         if command.resolution != "trained":
             loaded.config.data.resolution = command.resolution
-        images = images_to_show(loaded, command.data, runtime=runtime)
-        model = loaded.config
+        images, config = images_to_show(loaded, command.data, runtime=runtime), loaded.config
         identity = {
             **{key: value for key, value in vars(command).items() if key not in NOT_OF_SHARDS},
             "step": loaded.step,
             "model": weights_digest(loaded.model),
-            "data": images.index.fingerprint,
-            "resolution": str(model.data.resolution),
-            "images": repr(dataclasses.astuple(images.settings.without_augmentation())),
-            "likelihood": repr((*dataclasses.astuple(model.likelihood), model.data.dequantize)),
+            "resolution": str(config.data.resolution),
+            "likelihood": repr((*dataclasses.astuple(config.likelihood), config.data.dequantize)),
         }
-        job = ShardJob(Path(command.out), "encode.json", identity)
-        threads, keeps_images = model.data.workers, command.keep_images
-        LatentEncoder(loaded, job, images, command, runtime, threads, keeps_images).run()
+        LatentEncoder(loaded, images, command, runtime, identity).run()
 
 
 class LatentEncoder(Encoder):
@@ -131,12 +125,11 @@ class LatentEncoder(Encoder):
             stored = {"sample": latent.sample_posterior(mean, log_variance, noise.to(mean.device))}
         for name, values in stored.items():
             stored[name] = values = values.to(TYPES[command.dtype]).cpu()
-            for sample, is_finite in zip(samples, values.flatten(1).isfinite().all(1), strict=True):
-                if not is_finite:
-                    raise ConfigError(
-                        f"dtype={command.dtype} does not hold the latents of sample {sample.key}; "
-                        "give dtype=bf16, or another checkpoint if its weights are not finite"
-                    )
+            if not values.isfinite().all():
+                raise ConfigError(
+                    f"dtype={command.dtype} does not hold the latents of sample {samples[0].key} "
+                    f"or one of the {len(samples)} after it; give dtype=bf16, or another checkpoint"
+                )
         return stored
 
     def facts_of_shard(self) -> Report:
@@ -173,11 +166,8 @@ def encode_features(command: EncodeCommand) -> None:
         identity = {
             **{key: getattr(command, key) for key in ("features", "shard_mb", "batch_size")},
             "model": weights_digest(model),
-            "data": images.index.fingerprint,
-            "images": repr(dataclasses.astuple(images.settings)),
         }
-        job = ShardJob(Path(command.out), "encode.json", identity)
-        FeatureEncoder(model, job, images, command, runtime, FEATURE_THREADS, True).run()
+        FeatureEncoder(model, images, command, runtime, identity).run()
 
 
 class FeatureEncoder(Encoder):

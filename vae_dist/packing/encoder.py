@@ -18,8 +18,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -42,13 +43,10 @@ from vae_dist.packing.jobs import Report, ShardJob, check_lost, cut, print_left_
 
 MIN_SHARDS = 32  # of a large set: so that many processes have work
 NUM_PROBED = 64  # samples whose bytes are measured
+NUM_THREADS = 4  # that read and decode
 WINDOW_BATCHES = 8  # that images of several shapes are sorted within
 
-
-class PlannedShard(NamedTuple):
-    name: str
-    first: int  # number of its first sample in index order
-    stop: int
+Plan = dict[str, range]  # by shard: the numbers of its samples, in index order
 
 
 class Sample(NamedTuple):
@@ -64,21 +62,21 @@ class Encoder(ABC):
     """Reads samples, encodes their images, and writes the shards of one rank."""
 
     network: Any  # as the subclass knows it
-    job: ShardJob
     images: Images
     command: EncodeCommand
     runtime: Runtime
-    threads: int  # that read and decode
-    keeps_images: bool
+    identity: dict[str, Any]  # what decides the bytes of the shards, beside the images; JSON
     name: ClassVar[str]  # of the shards
     member: ClassVar[str]  # suffix of what is added to a sample
 
     def __post_init__(self) -> None:
-        self.settings = self.images.settings.without_augmentation()
-        self.num_samples = self.images.index.num_samples
-        self.reader = self.images.reader()
-        is_in_order = any(map(is_pipe, self.images.index.paths))  # a command gives its bytes once
-        self.threads = 1 if is_in_order else max(1, self.threads)
+        index, self.settings = self.images.index, self.images.settings.without_augmentation()
+        of_images = {"data": index.fingerprint, "images": repr(astuple(self.settings))}
+        self.job = ShardJob(Path(self.command.out), "encode.json", self.identity | of_images)
+        self.num_samples, self.reader = index.num_samples, self.images.reader()
+        is_in_order = any(map(is_pipe, index.paths))  # a command gives its bytes once
+        self.threads = 1 if is_in_order else NUM_THREADS
+        self.keeps_images = self.command.keep_images or bool(self.command.features)
 
     @abstractmethod
     def num_bytes(self, sample: Sample) -> int:
@@ -105,9 +103,9 @@ class Encoder(ABC):
             return
         runtime.on_main(job.begin)
         plan = runtime.on_main(self._plan)
-        missing = runtime.on_main(lambda: [s for s in plan if not job.is_done(s.name)])
+        missing = runtime.on_main(lambda: [name for name in plan if not job.is_done(name)])
         try:
-            self._write(missing[runtime.rank :: runtime.world])
+            self._write({name: plan[name] for name in missing[runtime.rank :: runtime.world]})
         except ConfigError as error:
             if not runtime.is_main:  # the command line shows those of rank 0 alone
                 print(f"rank {runtime.rank}: {printable(error)}", file=sys.stderr)
@@ -115,34 +113,34 @@ class Encoder(ABC):
         runtime.barrier()
         if runtime.is_main:
             with job.writing():
-                self._finish(plan)
-            num_images = sum(shard.stop - shard.first for shard in missing)
+                self._finish(list(plan))
+            num_images = sum(len(plan[name]) for name in missing)
             speed = num_images / max(time.monotonic() - started, 1e-9)
             print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
 
-    def _plan(self) -> list[PlannedShard]:
+    def _plan(self) -> Plan:
         """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
         bytes of some samples."""
-        sizes, command, num_samples = [], self.command, self.num_samples
+        sizes, num_samples = [], self.num_samples
         for number in range(0, num_samples, max(1, num_samples // NUM_PROBED)):
-            for sample in self._read((number, number + 1)):
+            for sample in self._read(range(number, number + 1)):
                 if isinstance(sample, Sample):
                     lengths = [self.num_bytes(sample), *map(len, sample.members.values())]
                     sizes.append(sum(BLOCK + -(-length // BLOCK) * BLOCK for length in lengths))
         total = sum(sizes) / max(1, len(sizes)) * num_samples
-        count = math.ceil(total / (command.shard_mb * 1e6))
+        count = math.ceil(total / (self.command.shard_mb * 1e6))
         parts = enumerate(cut(num_samples, count, at_least=MIN_SHARDS))
-        return [PlannedShard(f"{self.name}-{k:06d}.tar", *part) for k, part in parts]
+        return {f"{self.name}-{k:06d}.tar": range(*part) for k, part in parts}
 
     # reading
 
-    def _read(self, piece: tuple[int, int]) -> list[Sample | str]:
+    def _read(self, numbers: range) -> list[Sample | str]:
         """Samples by their numbers in the index; of unreadable ones the text. Raises ShardError."""
         found: list[Sample | str] = []
-        runs = self.reader.in_order(*piece)
+        runs = self.reader.in_order(numbers.start, numbers.stop)
         places = [(run.shard, place) for run in runs for place in range(run.start, run.stop)]
-        samples = zip(places, self.reader.read_runs(runs), strict=True)
-        for number, ((shard, place), data) in enumerate(samples, piece[0]):
+        samples = zip(numbers, places, self.reader.read_runs(runs), strict=True)
+        for number, (shard, place), data in samples:
             try:
                 image, label, _ = self.reader.load(data, shard, place, epoch=0)
                 key, others = carried(data, self.member, keep_images=self.keeps_images)
@@ -153,7 +151,7 @@ class Encoder(ABC):
                 found.append(Sample(number, key, others, label, image))
         return found
 
-    def _read_ahead(self, pieces: Iterable[tuple[int, int]]) -> Iterator[list[Sample | str]]:
+    def _read_ahead(self, pieces: Iterable[range]) -> Iterator[list[Sample | str]]:
         """`_read` of the pieces, in their order, by threads that are some pieces ahead."""
         waiting: deque[Future[list[Sample | str]]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
@@ -166,20 +164,23 @@ class Encoder(ABC):
 
     # writing
 
-    def _write(self, shards: Sequence[PlannedShard]) -> None:
+    def _write(self, plan: Plan) -> None:
         """Raises ConfigError for what the disk refuses and when too much cannot be read."""
         count, num_done = self.command.batch_size, 0
+        # several shapes in a window of several batches, so that few of a shape's are small
+        at_once = WINDOW_BATCHES * count if self.settings.sizes_differ else count
+        pieces = self._read_ahead(
+            numbers[at : at + count]
+            for numbers in plan.values()
+            for at in range(0, len(numbers), count)
+        )
         lost: list[str] = []
-        at_once = WINDOW_BATCHES if self.settings.sizes_differ else 1  # so few batches are small
-        starts = {s: range(s.first, s.stop, count) for s in shards}
-        pieces = self._read_ahead((at, min(at + count, s.stop)) for s in shards for at in starts[s])
-        total = sum(shard.stop - shard.first for shard in shards)
-        with progress_bar("encoded", total, unit="images") as progress:
-            for shard in shards:
+        with progress_bar("encoded", sum(map(len, plan.values())), unit="images") as progress:
+            for name, numbers in plan.items():
                 num_lost = len(lost)
-                with self.job.shard(shard.name) as (writer, report):
-                    for start in range(0, len(starts[shard]), at_once):
-                        num_pieces = len(starts[shard][start : start + at_once])
+                with self.job.shard(name) as (writer, report):
+                    for start in range(0, len(numbers), at_once):
+                        num_pieces = len(numbers[start : start + at_once : count])
                         window = [found for piece in islice(pieces, num_pieces) for found in piece]
                         samples = [found for found in window if isinstance(found, Sample)]
                         for sample, file in zip(samples, self._by_shape(samples), strict=True):
@@ -190,8 +191,8 @@ class Encoder(ABC):
                         num_done += len(window)
                         progress(num_done)
                     skipped = lost[num_lost:]
-                    num_samples = shard.stop - shard.first - len(skipped)
-                    report |= {"samples": num_samples, "skipped": skipped, **self.facts_of_shard()}
+                    facts = {"samples": len(numbers) - len(skipped), "skipped": skipped}
+                    report |= facts | self.facts_of_shard()
 
     def _by_shape(self, samples: Sequence[Sample]) -> list[bytes]:
         """`encoded` of each sample, in order; images of one shape are encoded together."""
@@ -212,22 +213,18 @@ class Encoder(ABC):
 
     # the end
 
-    def _finish(self, plan: Sequence[PlannedShard]) -> None:
+    def _finish(self, shards: Sequence[str]) -> None:
         """Write the index and the summary, and say what was done."""
-        paths = [self.job.out / shard.name for shard in plan]
-        reports = [self.job.report(shard.name) for shard in plan]
+        reports = [self.job.report(name) for name in shards]
         skipped = [name for report in reports for name in report["skipped"]]
         check_lost(self.command, "data", skipped, total=self.num_samples)
-        num_samples, data = sum(report["samples"] for report in reports), self.command.data
-        if not num_samples:
-            raise ConfigError(f"data={shown(data)}: no image can be read; {skipped[0]}")
-        facts = self.describe(reports)
-        write_info(paths, split=self.name)
-        numbers = {"samples": num_samples, "shards": len(plan)}
-        self.job.finish({**facts, "data": redacted(data), **numbers, "skipped": skipped})
+        num_samples = sum(report["samples"] for report in reports)
+        facts = {"samples": num_samples, "shards": len(shards), **self.describe(reports)}
+        write_info([self.job.out / name for name in shards], split=self.name)
+        self.job.finish({**facts, "data": redacted(self.command.data), "skipped": skipped})
         print_left_out(skipped, summary=self.job.out / self.job.summary)
-        words = [f"{key}={shown(value)}" for key, value in (numbers | facts).items()]
-        print(f"{self.job.out}: {self.name}, {len(skipped)} images left out, {' '.join(words)}")
+        words = " ".join(f"{key}={shown(value)}" for key, value in facts.items())
+        print(f"{self.job.out}: {self.name}, {len(skipped)} images left out, {words}")
 
 
 def carried(

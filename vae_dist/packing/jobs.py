@@ -3,13 +3,13 @@
 In: the folder, and all that decides the bytes of its shards. Out: in the folder, the shards with
 their offsets `.tar.idx`, and a summary. The state of a job is its files alone:
 
-    OUT/.job/plan.json            what decides the bytes: another command may not go on here
-    OUT/.job/reports/SHARD.json   what is in a shard
-    OUT/SHARD                     a shard; written as a partial file and renamed: it is there or not
-    OUT/SUMMARY                   written last; then .job is removed
+    OUT/.job/plan.json    what decides the bytes: another command may not go on here
+    OUT/.job/SHARD.json   what is in a shard
+    OUT/SHARD             a shard; written as a partial file and renamed: it is there or not
+    OUT/SUMMARY           written last; then .job is removed
 
-Shards are not claimed: processes take the shards k with k mod n = i, and two that
-write the same one write the same bytes. The process that finds all shards there writes the summary.
+Shards are not claimed: processes take the shards k with k mod n = i, and two that write the same
+one write the same bytes. The process that finds all shards there writes the summary.
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ MAX_JSON_BYTES = 1 << 32  # of a report or summary, which lists what is in its s
 
 @dataclass(frozen=True)
 class ShardJob:
-    """The folder that a command writes, the name of its summary there, and what decides its
-    bytes."""
+    """What a command writes."""
 
     out: Path
-    summary: str
-    identity: dict[str, Any]  # JSON
+    summary: str  # its name there
+    identity: dict[str, Any]  # what decides the bytes of the shards; JSON
 
     @property
     def work(self) -> Path:
@@ -66,11 +65,9 @@ class ShardJob:
             self._check_same(self._read(path).get("identity", {}), self.identity)
             shutil.rmtree(self.work, ignore_errors=True)
             return True
-        is_free = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
-        if not is_free and not self.work.exists():
-            raise ConfigError(
-                f"out={self.out}: the folder is in use; give another one, or empty it"
-            )
+        is_used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+        if is_used and not self.work.exists():
+            raise ConfigError(f"out={self.out}: in use; give another folder, or empty it")
         return False
 
     def begin(self, **plan: Any) -> None:
@@ -78,8 +75,7 @@ class ShardJob:
         ConfigError where another job was begun, or nothing can be written."""
         path, plan = self.work / "plan.json", {**self.identity, **plan}
         with self.writing():
-            for name in ("reports", "partial"):
-                (self.work / name).mkdir(parents=True, exist_ok=True)
+            self.work.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 write_durably(path, json.dumps(plan, indent=1).encode())
             begun = self._read(path)  # of two that begin at once the later one's
@@ -104,7 +100,7 @@ class ShardJob:
         """A shard to write and a report to fill; it bears its name when the block ends well. Raises
         ConfigError for what the disk refuses."""
         target, report = self.out / name, Report()
-        partial = self.work / "partial" / f"{target.name}.{os.uname().nodename}.{os.getpid()}"
+        partial = self.work / f"{target.name}.{os.uname().nodename}.{os.getpid()}"
         with self.writing():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -127,7 +123,7 @@ class ShardJob:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _report_path(self, shard: str) -> Path:
-        return self.work / "reports" / f"{Path(shard).name}.json"
+        return self.work / f"{Path(shard).name}.json"
 
     def _read(self, path: Path) -> Report:
         try:
@@ -136,15 +132,16 @@ class ShardJob:
             raise ConfigError(f"out={self.out}: {error}; remove the folder") from None
 
     def _check_same(self, theirs: Report, mine: Report) -> None:
-        differs = []
-        for key, value in json.loads(json.dumps(mine)).items():
-            if theirs.get(key) != value:
-                values = f" ({shown(theirs.get(key))} there, {shown(value)} here)"
-                differs.append(f"another {key}" + values * (len(values) < MAX_SHOWN))
-        if differs:
+        differ = {
+            key: f" ({shown(theirs.get(key))} there, {shown(value)} here)"
+            for key, value in json.loads(json.dumps(mine)).items()
+            if theirs.get(key) != value
+        }
+        if differ:
+            texts = [f"another {k}{v if len(v) < MAX_SHOWN else ''}" for k, v in differ.items()]
             raise ConfigError(
-                f"out={self.out}: made with {', '.join(differs)}; give that command again, remove "
-                "the folder, or choose another one"
+                f"out={self.out}: made with {', '.join(texts)}; repeat that command, or choose "
+                "another folder"
             )
 
 
@@ -159,15 +156,15 @@ def cut(num_samples: int, num_shards: int, *, at_least: int) -> list[tuple[int, 
 def check_lost(
     command: PackCommand | EncodeCommand, key: str, lost: Sequence[str], *, total: int
 ) -> None:
-    """Raises ConfigError when more images of the key `source` or `data` cannot be read than
-    max_skipped_fraction of all."""
-    if len(lost) > command.max_skipped_fraction * total:
+    """Raises ConfigError when all images of the key `source` or `data` cannot be read, or more than
+    max_skipped_fraction of them."""
+    limit = command.max_skipped_fraction
+    if len(lost) == total or len(lost) > limit * total:
         raise ConfigError(
             [
                 f"{key}={shown(getattr(command, key))}: {len(lost)} of {total} images cannot be "
-                f"read, more than max_skipped_fraction={command.max_skipped_fraction:g}:",
+                f"read; repair them, or raise max_skipped_fraction={limit:g}",
                 *(f"  {text}" for text in lost[:NUM_NAMED]),
-                "repair them, or raise max_skipped_fraction and give the same command again",
             ]
         )
 

@@ -18,9 +18,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
@@ -31,15 +28,13 @@ from vae_dist.files import printable, progress_bar, read_json, write_durably
 from vae_dist.packing import jobs, labels
 from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, Named, read
 from vae_dist.packing.jobs import Report, ShardJob
-from vae_dist.packing.picture import Picture, prepare, thumbnail
+from vae_dist.packing.picture import prepare
 from vae_dist.packing.sources import list_source, number_classes
 from vae_dist.randomness import numpy_generator
-from vae_dist.tracking.images import grid, save_png
 
 NOT_OF_SHARDS = ("labels", "out", "shard_range", "workers", "max_skipped_fraction")
 MIN_SHARDS = 8  # of a large split
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
-SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
 
 # by shard, as train/train-000000.tar: its pictures, with their numbers in the split
 Plan = dict[str, list[tuple[int, Item]]]
@@ -100,6 +95,9 @@ def _check(command: PackCommand, listing: Listing) -> None:
     """Raises ConfigError where nothing or too little can be packed, and when some pictures have a
     split and others have none: which one is meant by a folder `train` between folders of classes?
     """
+    if not listing.items:
+        found = "; ".join(_texts([*listing.lost, *listing.left_out])[: jobs.NUM_NAMED])
+        raise ConfigError(f"source={shown(command.source)}: no picture can be packed; {found}")
     inside = [item for item in listing.items if item.split is not None]
     outside = [item for item in listing.items if item.split is None]
     if inside and outside:
@@ -108,16 +106,8 @@ def _check(command: PackCommand, listing: Listing) -> None:
             f"{inside[0].split}) and {len(outside)} to none ({printable(outside[0].name)}); put "
             "all of them below folders train, validation and test, or none"
         )
-    _check_lost(command, listing.lost, len(listing.items), left_out=listing.left_out)
-
-
-def _check_lost(
-    command: PackCommand, lost: Sequence[Named], num_packed: int, *, left_out: Sequence[Named] = ()
-) -> None:
-    if not num_packed:
-        found = "; ".join(_texts([*lost, *left_out])[: jobs.NUM_NAMED])
-        raise ConfigError(f"source={shown(command.source)}: no picture can be packed; {found}")
-    jobs.check_lost(command, "source", _texts(lost), total=num_packed + len(lost))
+    total = len(listing.items) + len(listing.lost)
+    jobs.check_lost(command, "source", _texts(listing.lost), total=total)
 
 
 def _texts(named: Sequence[Named]) -> list[str]:
@@ -202,10 +192,13 @@ def _write_shard(
     with job.shard(shard) as (writer, report):
         for number, item in items:
             try:
-                picture, members = _sample(item, command)
+                data, members = read(item.place), _members(item)
+                picture = prepare(data, command, mask=members.get(MASK_MEMBER))
             except DamagedSampleError as error:
                 lost.append((item.name, str(error)))
                 continue
+            if picture.mask is not None:
+                members[MASK_MEMBER] = picture.mask
             writer.write({"__key__": f"{number:09d}", picture.suffix: picture.data, **members})
             channels, height, width = picture.shape
             size, category = f"{height}x{width}", item.category
@@ -215,16 +208,8 @@ def _write_shard(
         report |= {"packed": packed, "lost": lost}
 
 
-def _sample(item: Item, command: PackCommand) -> tuple[Picture, dict[str, bytes]]:
-    """The picture, and the members of the sample beside it. Raises DamagedSampleError."""
-    data, members = read(item.place), _members(item)
-    picture = prepare(data, command, mask=members.get(MASK_MEMBER))
-    if picture.mask is not None:
-        members[MASK_MEMBER] = picture.mask
-    return picture, members
-
-
 def _members(item: Item) -> dict[str, bytes]:
+    """The members of a sample beside its picture. Raises DamagedSampleError."""
     members: dict[str, bytes] = {}
     for member, file in item.companions:
         try:
@@ -246,13 +231,13 @@ def _members(item: Item) -> dict[str, bytes]:
 
 
 def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing) -> Report:
-    """Index, names and contact sheet; the summary. Raises ConfigError when too many are lost."""
+    """Write index and names; the summary. Raises ConfigError when too many are lost."""
     reports = {shard: job.report(shard) for shard in plan}
     packed = {shard: [Packed(*row) for row in r["packed"]] for shard, r in reports.items()}
     everything = [sample for samples in packed.values() for sample in samples]
     lost: list[Named] = [(name, why) for r in reports.values() for name, why in r["lost"]]
     lost += listing.lost
-    _check_lost(command, lost, len(everything))
+    jobs.check_lost(command, "source", _texts(lost), total=len(lost) + len(everything))
     splits: dict[str, Report] = {}
     for split, names in groupby(plan, key=lambda shard: shard.partition("/")[0]):
         shards = list(names)
@@ -272,7 +257,6 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         for i, sample in enumerate(samples)
     ]
     write_durably(job.out / "names.txt", "".join(lines).encode())
-    _save_contact_sheet(job.out / SHEET, plan, command)
     notes = Counter(sample.note for sample in everything if sample.note)
     return {
         "splits": splits,
@@ -283,20 +267,6 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         "skipped": [*lost, *listing.left_out],
         "notes": [*listing.notes, *(f"{text} ({num})" for text, num in notes.items())],
     }
-
-
-def _save_contact_sheet(path: Path, plan: Plan, command: PackCommand) -> None:
-    """Pictures from the beginning of each shard to train on, cropped to squares."""
-    shards = [pictures for shard, pictures in plan.items() if shard.startswith("train/")]
-    each = -(-SHEET_PICTURES // len(shards))
-    cells: list[np.ndarray] = []
-    for pictures in shards[:SHEET_PICTURES]:
-        for _, item in pictures[:each]:
-            with contextlib.suppress(DamagedSampleError):
-                cells.append(thumbnail(_sample(item, command)[0], SHEET_PIXELS))
-    if cells:
-        pixels = np.stack(cells[:SHEET_PICTURES]).transpose(0, 3, 1, 2)
-        save_png(grid(torch.from_numpy(np.ascontiguousarray(pixels))), path)
 
 
 def _print(out: Path, summary: Report) -> None:
@@ -314,5 +284,3 @@ def _print(out: Path, summary: Report) -> None:
     for note in summary["notes"]:
         print(f"note: {note}")
     jobs.print_left_out(_texts(summary["skipped"]), summary=out / "pack.json")
-    if (out / SHEET).exists():
-        print(f"look at {out / SHEET}")

@@ -9,11 +9,9 @@ NaN where a pixel is missing; a mask goes through the same resizing and crop as 
 from __future__ import annotations
 
 import io
-import math
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import (
@@ -191,16 +189,3 @@ def _resized_mask(
     file = io.BytesIO()
     Image.fromarray(255 * resized[0]).save(file, "PNG")
     return file.getvalue()
-
-
-def thumbnail(picture: Picture, pixels: int) -> np.ndarray:
-    """uint8 (pixels, pixels, 3) for a contact sheet. Of wider levels the first channel, stretched
-    to its own range; missing ones are black."""
-    levels = decode_own(picture.suffix, picture.data, max_pixels=math.prod(picture.shape))
-    if levels.dtype != np.uint8:
-        levels = levels[:1].astype(np.float32)
-        low, high = np.nanmin(levels), np.nanmax(levels)
-        levels = np.nan_to_num(255 * (levels - low) / max(high - low, 1e-6)).astype(np.uint8)
-    colours = levels[:3] if len(levels) > 2 else np.repeat(levels[:1], 3, axis=0)
-    image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
-    return np.asarray(ImageOps.fit(image, (pixels, pixels), Image.Resampling.BICUBIC))

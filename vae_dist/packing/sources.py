@@ -24,7 +24,7 @@ from typing import Any
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, kind_of
-from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar
+from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar, key_and_suffix
 from vae_dist.packing import labels, rows
 from vae_dist.packing.items import (
     BY_SUFFIX,
@@ -45,11 +45,6 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".parquet"
 TAR_MEMBERS = ("cls", "json", MASK_MEMBER, "txt")  # of a sample, taken along with its picture
 STATS = "_stats.json"  # of img2dataset, beside the folder or tar that it is of
 MAX_LABEL_BYTES = 32  # of a .cls
-KINDS = (
-    "a folder of pictures or archives, a .zip, a .tar (also .gz, .bz2, .xz), MNIST idx files, a "
-    "folder with CelebA's lists, parquet files, hf://datasets/OWNER/NAME, or one of the words "
-    f"{', '.join(rows.HUB)}"
-)
 
 
 def list_source(command: PackCommand, *, work: Path) -> Listing:
@@ -89,13 +84,16 @@ class _Lister:
             if os.path.isdir(path):
                 self._add_folder(path)
             elif problem := _why_no_file(path):
-                raise ConfigError(f"source={spec}: {problem}; give {KINDS}")
+                raise ConfigError(f"source={spec}: {problem}")
             elif name.lower().endswith(ARCHIVES):
                 self._add_archive(path, None if is_alone else split_of(name))
             else:
                 self._add_files([Item(name, Place(path), os.path.getsize(path))])
         if not paths:
-            raise ConfigError(f"source={spec}: no such file; give {KINDS}")
+            raise ConfigError(
+                f"source={spec}: no such file; give a folder of pictures or archives, an archive "
+                "or hf://datasets/OWNER/NAME"
+            )
 
     def _add_folder(self, folder: str) -> None:
         digits, files = rows.mnist_items(list(self._walk(folder)), self.work)
@@ -199,26 +197,27 @@ class _Lister:
         by_content: Counter[str] = Counter()
         num_of_key: Counter[str] = Counter()
         for file, stem, member in candidates:
-            key, kind = _key_and_kind(stem)
-            if is_shard and ((kind and key in first) or member != first[stem]):
-                others[f"{kind}.{suffix_of(file.name)}".lstrip(".")] += 1
+            key, suffix = key_and_suffix(file.name)
+            is_beside = "." in stem.rpartition("/")[2] and key in first
+            if is_shard and (is_beside or member != first[stem]):
+                others[suffix.lower()] += 1
             elif not file.num_bytes:
                 self.found.lost.append((file.name, "an empty file"))
             else:
-                num_of_key[key] += 1
+                num_of_key[key or stem] += 1
                 by_content[member] += not image_key and member not in BY_SUFFIX
                 self.pictures.append(_with_members(file, companions.get(stem, {})))
         for stem in sorted(companions.keys() - first.keys()):
             if mask := companions[stem].pop(MASK_MEMBER, None):
                 self.found.left_out.append((mask.name, "the mask of no picture"))
             others.update(companions[stem].keys())
-        only = f"files; only .{', .'.join(taken)} of a picture's name are taken along"
-        self.found.left_out += _counted(others, only if is_shard else "files that are no pictures")
+        self.found.left_out += _counted(others, "files that are not packed")
         decoded = _counted(+by_content, "files are decoded by their content")
         self.found.notes += [f"{kind}: {text}" for kind, text in decoded]
         if is_shard and (several := sum(num > 1 for num in num_of_key.values())):
-            one_by_one = "samples hold several pictures, packed one by one; image_key= chooses one"
-            self.found.notes.append(f"{several} {one_by_one}")
+            self.found.notes.append(
+                f"{several} samples hold several pictures, packed one by one; image_key= chooses"
+            )
 
 
 def _why_no_file(path: str) -> str:
@@ -237,13 +236,6 @@ def _is_picture(file: Item, suffix: str) -> bool:
         return kind_of(read(file.place._replace(size=min(file.num_bytes, 16)))) is not None
     except DamagedSampleError:
         return False
-
-
-def _key_and_kind(stem: str) -> tuple[str, str]:
-    """Folder/NAME and `depth` of folder/NAME.depth."""
-    folder, slash, last = stem.rpartition("/")
-    key, _, kind = last.partition(".")
-    return f"{folder}{slash}{key}", kind
 
 
 def _with_members(picture: Item, members: dict[str, Item]) -> Item:
