@@ -163,7 +163,7 @@ def test_a_folder_of_diffusers(spatial_run, spatial, tmp_path):
     written = json.loads((out / "config.json").read_text())
     for forged, fragment in (
         ({"_class_name": "UNet2DModel"}, "only AutoencoderKL"),
-        ({"block_out_channels": "wide"}, "describes no model"),
+        ({"block_out_channels": "wide"}, "our towers have"),
         ({"block_out_channels": [8, 2**24]}, "do not fit"),
     ):
         (out / "config.json").write_text(json.dumps(written | forged))

@@ -124,11 +124,8 @@ def test_pickles_and_strangers_are_refused(tmp_path):
     assert read_published(tmp_path) is not None  # the safetensors beside it
     assert read_published(file) is not None
     file.unlink()
-    for source in (tmp_path, pickle):
-        with pytest.raises(ConfigError, match=r"model\.bin is a pickle, which can run code"):
-            read_published(source)
-    pickle.unlink()
-    with pytest.raises(ConfigError, match=r"has no diffusion_pytorch_model\.safetensors"):
+    assert read_published(pickle) is None
+    with pytest.raises(ConfigError, match=r"has no diffusion_pytorch_model\.safetensors; other"):
         read_published(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"_class_name": "AutoencoderTiny"}))

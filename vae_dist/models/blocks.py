@@ -20,13 +20,14 @@ checkpointing): the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+LABEL_DIMS = 64  # of the embedding that the blocks' scales and shifts are linear in
 NORM_EPS = 1e-6
 SMALLEST_MAP = 64  # pixels; of fewer, `convolution_of_doubled` costs more than it saves
 
@@ -69,9 +70,9 @@ class Film(nn.Module):
     conditional model begins with the weights of the unconditional one of its seed.
     """
 
-    def __init__(self, condition_dims: int, channels: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2 * channels, condition_dims))
+        self.weight = nn.Parameter(torch.zeros(2 * channels, LABEL_DIMS))
         self.bias = nn.Parameter(torch.zeros(2 * channels))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -80,41 +81,26 @@ class Film(nn.Module):
         return (1 + scale) * x + shift
 
 
-class Recomputable(nn.Module):
-    """A module that can run parts of its forward again in the backward to hold less memory."""
-
-    is_recomputed = False
-
-    def run(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        if not (self.is_recomputed and torch.is_grad_enabled()):
-            return function(*inputs)
-        # no layer draws, so the random state need not be kept
-        h: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return h
+class Block(nn.Module):
+    """A piece of a tower, x (B, C, H, W) and for some a condition (B, E) -> features."""
 
 
 def recompute_in_backward(model: nn.Module) -> None:
-    """Turn gradient checkpointing on in all parts of a model that can do it."""
+    """Turn gradient checkpointing on: the backward keeps the input of each block, and of a tower's
+    `to_images`, and runs them again."""
     for module in model.modules():
-        if isinstance(module, Recomputable):
-            module.is_recomputed = True
-
-
-class Block(Recomputable):
-    """A piece of a tower: the backward keeps its input, and the rest unless it is recomputed."""
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.run(self.compute, x, condition)
-
-    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        name = "forward" if isinstance(module, Block) else "to_images"
+        if run := getattr(module, name, None):
+            # no layer draws, so the random state need not be kept
+            again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            setattr(module, name, again)
 
 
 class ResidualBlock(Block):
-    """(B, in_channels, H, W) -> (B, out_channels, H, W); with condition_dims, given (B, E) too."""
+    """(B, in_channels, H, W) -> (B, out_channels, H, W); `has_film`: of a condition too."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, norm_groups: int, condition_dims: int = 0
+        self, in_channels: int, out_channels: int, *, norm_groups: int, has_film: bool = False
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(norm_groups, in_channels)
@@ -124,9 +110,9 @@ class ResidualBlock(Block):
         self.conv_shortcut = (
             None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
-        self.film = Film(condition_dims, out_channels) if condition_dims else None
+        self.film = Film(out_channels) if has_film else None
 
-    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         h: Tensor = self.norm2(self.conv1(F.silu(self.norm1(x))))
         if self.film is not None:
             h = self.film(h, condition)
@@ -145,7 +131,7 @@ class AttentionBlock(Block):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([zeroed(nn.Linear(channels, channels))])
 
-    def compute(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C)
         # the head axis of size one lets PyTorch choose its fused kernels
         q, k, v = (layer(h).unsqueeze(1) for layer in (self.to_q, self.to_k, self.to_v))
@@ -163,7 +149,7 @@ class Downsample(Block):
         if shortcut:
             zeroed(self.conv)
 
-    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         # padding on the right and bottom only, as the exported format has it
         h: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return h + averaged(F.pixel_unshuffle(x, 2), h.shape[1]) if self.shortcut else h
@@ -180,7 +166,7 @@ class Upsample(Block):
         if shortcut:
             zeroed(self.conv)
 
-    def compute(self, x: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h: Tensor
         if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= SMALLEST_MAP:
             h = convolution_of_doubled(x, self.conv.weight, self.conv.bias)

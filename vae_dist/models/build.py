@@ -22,8 +22,8 @@ from vae_dist.config.schema import ModelConfig, TrainConfig
 from vae_dist.models.blocks import recompute_in_backward
 from vae_dist.models.ladder import LadderDecoder, LadderEncoder, LadderVAE
 from vae_dist.models.likelihoods import build_likelihood
-from vae_dist.models.towers import Decoder, DenseDecoder, DenseEncoder, Encoder, TowerOptions
-from vae_dist.models.vae import LABEL_DIMS, VAE
+from vae_dist.models.towers import Decoder, DenseDecoder, DenseEncoder, Encoder
+from vae_dist.models.vae import VAE
 from vae_dist.randomness import derive_seed
 
 SMALL_MAP = 2  # positions along a side, of which a 3x3 convolution sees mostly padding
@@ -48,8 +48,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
     with initialised(config.seed, "init"):
         likelihood = build_likelihood(config.likelihood, data)
         sizes = data.channels + sees_mask, likelihood.num_params(data.channels)
-        towers: Any = _ladder if is_ladder else _towers
-        encoder, decoder = towers(model, *sizes, image_size)
+        encoder, decoder = _towers(model, *sizes, image_size)
         vae = (LadderVAE if is_ladder else VAE)(
             encoder,
             decoder,
@@ -104,36 +103,22 @@ def _set_spread(vae: VAE, sigma: float) -> None:
     log_variance += 2 * math.log(sigma)
 
 
-def _ladder(
-    model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
-) -> tuple[LadderEncoder, LadderDecoder]:
-    options = replace(model, factors=factors_of(model), blocks=blocks_of_levels(model))
-    sides = accumulate(options.factors, floordiv, initial=min(image_size) // model.patch)
-    kernels = [3 if side > SMALL_MAP else 1 for side in sides]
-    return LadderEncoder(channels, options, kernels), LadderDecoder(num_params, options, kernels)
-
-
 def _towers(
     model: ModelConfig, channels: int, num_params: int, image_size: tuple[int, int]
-) -> tuple[Encoder | DenseEncoder, Decoder | DenseDecoder]:
-    latent, widths, (height, width) = model.latent_channels, model.channels, image_size
-    condition_dims = LABEL_DIMS if model.num_classes else 0
+) -> tuple[Any, Any]:
+    """Encoder of images of `channels` channels, decoder to `num_params`."""
+    latent, stride = model.latent_channels, stride_of(model)
     if model.arch == "dense":
         return (
-            DenseEncoder((channels, height, width), 2 * latent, widths, condition_dims),
-            DenseDecoder(latent, (num_params, height, width), widths, condition_dims),
+            DenseEncoder((channels, *image_size), 2 * latent, model),
+            DenseDecoder(latent, (num_params, *image_size), model),
         )
-    stride = stride_of(model)
-    options = TowerOptions(
-        channels=widths,
-        blocks=blocks_of_levels(model),
-        norm_groups=model.norm_groups,
-        attention=model.attention,
-        patch=model.patch,
-        shortcuts=model.dc_shortcuts,
-        feature_size=None
-        if model.latent == "spatial"
-        else (-(-height // stride), -(-width // stride)),
-        condition_dims=condition_dims,
-    )
-    return Encoder(channels, 2 * latent, options), Decoder(latent, num_params, options)
+    factors = factors_of(model)
+    model = replace(model, factors=factors, blocks=blocks_of_levels(model))
+    if model.arch == "ladder":
+        sides = accumulate(factors, floordiv, initial=min(image_size) // model.patch)
+        kernels = [3 if side > SMALL_MAP else 1 for side in sides]
+        return LadderEncoder(channels, model, kernels), LadderDecoder(num_params, model, kernels)
+    height, width = (math.ceil(side / stride) for side in image_size)
+    size = None if model.latent == "spatial" else (height, width)
+    return Encoder(channels, 2 * latent, model, size), Decoder(latent, num_params, model, size)

@@ -44,7 +44,6 @@ Tensors = dict[str, torch.Tensor]
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.fp16.safetensors")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 AUTOENCODER, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 BN_EPS = 1e-4  # diffusers' default for FLUX.2
@@ -185,14 +184,12 @@ def read_published(source: Path) -> Published | None:
     """The AutoencoderKL in a folder, in the vae/ of a pipeline's folder, or of a file in one; None
     where there is no sign of diffusers. Raises ConfigError, blaming `init_from`."""
     blame = f"init_from={source}"
-    if source.suffix in PICKLES:
-        raise ConfigError(f"{blame}: {_no_pickles(source.name)}")
     folder = source.parent if source.suffix == ".safetensors" else source
     if source == folder and not (folder / CONFIG_NAME).is_file():
         folder = folder / "vae"
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{blame}: {folder / CONFIG_NAME} cannot be read ({error})") from None
@@ -200,7 +197,13 @@ def read_published(source: Path) -> Published | None:
         return None
     if problems := _foreign(config):
         raise ConfigError([f"{blame}: {problem}" for problem in problems])
-    file = source if source.suffix == ".safetensors" else _weights_file(folder, blame)
+    names = (source.name,) if source.suffix == ".safetensors" else WEIGHTS_NAMES
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise ConfigError(
+            f"{blame}: {folder} has no {names[0]}; other weights than safetensors are not read, "
+            "write them with diffusers' save_pretrained(FOLDER)"
+        )
     try:
         tensors = safetensors.torch.load(file.read_bytes())
         norm = _norm(config, tensors)
@@ -234,40 +237,18 @@ def _foreign(config: dict[str, Any]) -> list[str]:
     kind = config["_class_name"]
     if kind not in (AUTOENCODER, FLUX2):
         return [f"a diffusers {kind}; only {AUTOENCODER} and {FLUX2} have towers as ours"]
-    wanted = {
+    widths = config.get("block_out_channels", [64])
+    known = {
         "act_fn": "silu",
-        "down_block_types": "DownEncoderBlock2D",
-        "up_block_types": "UpDecoderBlock2D",
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "decoder_block_out_channels": widths,
     }
-    problems = []
-    if (decoder := config.get("decoder_block_out_channels")) not in (
-        None,
-        config.get("block_out_channels"),
-    ):
-        problems.append(f"its decoder_block_out_channels={decoder} are not those of the encoder")
-    for key, known in wanted.items():
-        value = config.get(key, [])
-        others = {str(item) for item in (value if isinstance(value, list) else [value])} - {known}
-        if others:
-            problems.append(f"its {key} has {', '.join(sorted(others))}, which our towers lack")
-    return problems
-
-
-def _weights_file(folder: Path, blame: str) -> Path:
-    for name in WEIGHTS_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise ConfigError(f"{blame}: {_no_pickles(pickles[0])}")
-    raise ConfigError(f"{blame}: {folder} has no {WEIGHTS_NAME}")
-
-
-def _no_pickles(name: str) -> str:
-    return (
-        f"{name} is a pickle, which can run code when it is loaded, so it is not read; write it "
-        "as safetensors where you trust it, with diffusers' save_pretrained(FOLDER)"
-    )
+    return [
+        f"its {key}={config[key]}, and our towers have {value}"
+        for key, value in known.items()
+        if config.get(key) not in (None, value)
+    ]
 
 
 def _by_current_names(tensors: Tensors) -> Tensors:

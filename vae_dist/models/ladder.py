@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.config.schema import ModelConfig
-from vae_dist.models.blocks import Block, group_norm, in_float32, zeroed
-from vae_dist.models.vae import LABEL_DIMS, VAE, VAEOutput, each
+from vae_dist.models.blocks import LABEL_DIMS, Block, group_norm, in_float32, zeroed
+from vae_dist.models.vae import VAE, VAEOutput, each
 
 SIGMA_FLOOR = 1e-3
 LOG_2 = math.log(2.0)
@@ -60,7 +60,7 @@ class LadderBlock(Block):
         self.conv1 = nn.Conv2d(width, width, kernel, padding=kernel // 2)
         self.conv2 = zeroed(nn.Conv2d(width, width, kernel, padding=kernel // 2))
 
-    def compute(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
         return x + h
 

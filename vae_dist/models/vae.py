@@ -32,13 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae_dist.models.blocks import in_float32
+from vae_dist.models.blocks import LABEL_DIMS, in_float32
 from vae_dist.models.latent import diagonal_gaussian, kl_to_standard_normal, sample_posterior
 from vae_dist.models.likelihoods import Likelihood
 from vae_dist.models.towers import Decoder, DenseDecoder, DenseEncoder, Encoder
 
 NO_LABEL = -1
-LABEL_DIMS = 64  # of the embedding that the blocks' scales and shifts are linear in
 
 
 class VAEOutput(NamedTuple):
