@@ -195,22 +195,6 @@ def test_draws_of_the_others_have_the_moments(knobs, value, mean, deviation, abs
     assert found == pytest.approx((mean, deviation, absolute), abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("knobs", "first"),
-    [(GAUSSIANS[3], 3), ({"variance": "per_pixel"}, 3), ({**MIXTURE, "min_sigma": 0.01}, 10)],
-)
-def test_the_floor_of_the_variance_is_smooth_and_counted(knobs, first):
-    model = likelihood(knobs)
-    params = torch.zeros(1, model.num_params(3), 2, 2)
-    assert model.at_floor_fraction(params).item() == 0
-    params[:, first:, 0] = -1000.0  # log-scales of one of two rows, and more
-    assert 0.3 < model.at_floor_fraction(params.requires_grad_()).item() <= 0.5
-    model.log_prob(params, torch.ones(1, 3, 2, 2)).sum().backward()
-    assert torch.isfinite(params.grad).all()
-    for other in (likelihood({"variance": "fixed"}), likelihood(BINARY)):
-        assert other.at_floor_fraction(params) is None
-
-
 # what is stored
 
 

@@ -48,7 +48,7 @@ from vae_dist.training.memory import keep_freed_memory
 class EvaluationResult(NamedTuple):
     """`figures`: means over `num_images` images by name, nats per image, `skipped_samples` that
     could not be read and count nowhere, and what the metrics measured. `bits_per_dim` is not there
-    for float images and soft targets, `variance_at_floor_fraction` without a learned variance."""
+    for float images and soft targets."""
 
     figures: dict[str, float]
     notes: dict[str, str]  # why a figure is missing, by its name
@@ -154,7 +154,7 @@ class _Bound:
 
     def __init__(self, model: VAE, device: torch.device) -> None:
         self._likelihood, units = model.likelihood, model.latent_channels
-        names = ("distortion", "rate", "square", "at_floor", "with_floor", "images", "dims")
+        names = ("distortion", "rate", "square", "images", "dims")
         self._sums = Sums(device, *names)
         self._latents = LadderSums(device) if model.num_levels else LatentSums(units, device)
         self._moments = LatentMoments(units, device)
@@ -163,13 +163,10 @@ class _Bound:
         output = batch.output
         distortion, rate = -output.log_likelihood.double(), output.kl.double().sum(1)
         one = torch.ones_like(distortion)
-        at_floor = self._likelihood.at_floor_fraction(output.params)
         self._sums.add(
             distortion=distortion,
             rate=rate,
             square=(distortion + rate).square(),
-            at_floor=0 * one if at_floor is None else at_floor,
-            with_floor=0 * one if at_floor is None else one,
             images=one,
             dims=batch.inputs.dims,
         )
@@ -202,8 +199,6 @@ class _Bound:
             "num_images": num_images,
             "skipped_samples": num_skipped,
         }
-        if sums["with_floor"]:
-            figures["variance_at_floor_fraction"] = sums["at_floor"] / sums["with_floor"]
         self._moments.sums = runtime.sum_over_ranks(self._moments.sums)
         return EvaluationResult(
             figures={name: value for name, value in figures.items() if value is not None},

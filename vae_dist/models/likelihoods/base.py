@@ -139,11 +139,6 @@ class Likelihood(nn.Module, ABC):
             return None
         return (nll_nats + num_dims * self.nats_per_value) / (num_dims * math.log(2.0))
 
-    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
-        """Part of each image's values whose variance is floor more than signal, float32 (B,); None
-        where no variance is learned."""
-        return None
-
 
 def widened(params: Tensor) -> Tensor:
     """At least float32: differences of CDFs have no digit left in bfloat16."""

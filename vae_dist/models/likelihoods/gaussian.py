@@ -47,32 +47,15 @@ class NormalMoments(nn.Module):
         elif self.variance == "per_channel":
             self.raw_log_variance = nn.Parameter(torch.zeros(channels))
 
-    def num_params(self, channels: int) -> int:
-        """Means, then raw log-variances if per_pixel."""
-        return 2 * channels if self.variance == "per_pixel" else channels
-
     def forward(self, params: Tensor) -> Moments:
         params = widened(params)
-        mean = params.chunk(2, dim=1)[0] if self.variance == "per_pixel" else params
-        raw = self._raw(params)
-        if raw is None:
-            return mean, mean.new_full((), self.fixed_log_variance)
-        return mean, above_floor(raw, self.floor_log_variance)
-
-    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
-        raw = self._raw(widened(params))
-        if raw is None:
-            return None
-        at_floor = (raw < self.floor_log_variance).float()
-        return at_floor.expand_as(self(params)[0]).flatten(1).mean(1)
-
-    def _raw(self, params: Tensor) -> Tensor | None:
         if self.variance == "fixed":
-            return None
+            return params, params.new_full((), self.fixed_log_variance)
         if self.variance == "per_pixel":
-            return params.chunk(2, dim=1)[1] + INITIAL_LOG_VARIANCE
-        raw = self.raw_log_variance * LOG_VARIANCE_GAIN + INITIAL_LOG_VARIANCE
-        return raw.view(1, -1, 1, 1)
+            mean, raw = params.chunk(2, dim=1)
+        else:
+            mean, raw = params, (self.raw_log_variance * LOG_VARIANCE_GAIN).view(1, -1, 1, 1)
+        return mean, above_floor(raw + INITIAL_LOG_VARIANCE, self.floor_log_variance)
 
 
 class _OfMoments(Likelihood):
@@ -81,10 +64,7 @@ class _OfMoments(Likelihood):
         self.moments = NormalMoments(config, channels=data.channels)
 
     def num_params(self, channels: int) -> int:
-        return self.moments.num_params(channels)
-
-    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
-        return self.moments.at_floor_fraction(params)
+        return channels * (2 if self.moments.variance == "per_pixel" else 1)
 
     def _normal_draw(self, params: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_variance = self.moments(params)

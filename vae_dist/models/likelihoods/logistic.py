@@ -92,24 +92,12 @@ class DiscretizedLogisticMixture(Likelihood):
             )
         return torch.stack(values, 2).squeeze(1)
 
-    def at_floor_fraction(self, params: Tensor) -> Tensor | None:
-        params = widened(params)
-        weights = torch.softmax(params[:, : self.num_components], 1).unsqueeze(2)
-        raw = self._split(params)[1]
-        at_floor = (raw + INITIAL_LOG_SCALE < self.floor_log_scale).float()
-        return (weights * at_floor).sum(1).flatten(1).mean(1)
-
-    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw means, log-scales (B, K, C, H, W) and couplings (B, K, C (C - 1)/2, H, W)."""
-        per_component = params[:, self.num_components :].unflatten(1, (self.num_components, -1))
-        sizes = (self.channels, self.channels, self.num_couplings)
-        means, log_scales, couplings = per_component.split(sizes, dim=2)
-        return means, log_scales, couplings
-
     def _components(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits (B, K, H, W), then as `_split`, each with its meaning."""
-        count = self.num_components
-        means, raw, couplings = self._split(params)
+        """Logits (B, K, H, W), means and log-scales (B, K, C, H, W), couplings
+        (B, K, C (C - 1)/2, H, W)."""
+        count, channels = self.num_components, self.channels
+        per_component = params[:, count:].unflatten(1, (count, -1))
+        means, raw, couplings = per_component.split((channels, channels, self.num_couplings), 2)
         edge = 1.0 - 1.0 / count
         spread = torch.linspace(-edge, edge, count, dtype=params.dtype, device=params.device)
         log_scales = above_floor(raw + INITIAL_LOG_SCALE, self.floor_log_scale)
