@@ -33,8 +33,7 @@ SMALL = {
 
 
 def fresh(size, mask="none", **model):
-    config = TrainConfig(config="test", data=DataConfig(channels=3))
-    config.data.mask = mask  # type: ignore[assignment]
+    config = TrainConfig(config="test", data=DataConfig(channels=3, mask=mask))
     config.model = ModelConfig(**{**SMALL, **model})
     found = build_vae(config, size)
     assert isinstance(found, LadderVAE)

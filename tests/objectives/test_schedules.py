@@ -14,28 +14,26 @@ from vae_dist.objectives.schedules import beta_at, lr_at
 STEPS = 1000
 
 
-def test_warmup_is_linear_and_constant_stays_at_the_peak():
-    config = OptimizerConfig(lr=0.01, warmup_steps=100, schedule="constant")
-    rates = [lr_at(config, STEPS, step) for step in range(100)]
-    assert rates == pytest.approx([0.0001 * (step + 1) for step in range(100)])
-    assert {lr_at(config, STEPS, step) for step in (99, 500, 5000)} == {0.01}
-
-
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_cosine_falls_from_the_peak_to_its_last_value(final):
+def test_the_rate_rises_linearly_and_stays_or_falls_as_a_cosine(final):
     config = OptimizerConfig(lr=0.01, warmup_steps=100, final_lr_fraction=final)
-    rates = [lr_at(config, STEPS, step) for step in range(99, STEPS)]
-    assert rates[0] == 0.01 and rates == sorted(rates, reverse=True)
+    rates = [lr_at(config, STEPS, step) for step in range(STEPS)]
+    assert rates[:100] == pytest.approx([0.0001 * (step + 1) for step in range(100)])
+    assert rates[99] == 0.01 and rates[99:] == sorted(rates[99:], reverse=True)
     for step, fraction in ((324, 0.25), (549, 0.5), (STEPS - 1, 1.0), (STEPS + 50, 1.0)):
         fall = 0.5 * (1 + math.cos(math.pi * fraction))
         expected = 0.01 * (final + (1 - final) * fall)
         assert lr_at(config, STEPS, step) == pytest.approx(expected, abs=1e-12)
+    config.schedule = "constant"
+    assert [lr_at(config, STEPS, step) for step in (49, 99, 500, 5000)] == [0.005] + [0.01] * 3
     for warmup, steps in ((0, 1), (1, 1), (5, 5)):
-        config.warmup_steps = warmup
+        config = OptimizerConfig(lr=0.01, warmup_steps=warmup, final_lr_fraction=final)
         assert all(0 <= lr_at(config, steps, step) <= 0.01 for step in range(steps))
 
 
+QUARTER = 1 - math.cos(math.pi / 4)
 RISE, HOLD = [0.0, 0.25, 0.5, 0.75], [1.0] * 4
+COSINE = {"beta": 2.0, "beta_warmup_steps": 8, "beta_warmup": "cosine"}
 CYCLES = {"beta": 1.0, "beta_warmup_steps": 4, "beta_cycles": 3}
 
 
@@ -44,6 +42,7 @@ CYCLES = {"beta": 1.0, "beta_warmup_steps": 4, "beta_cycles": 3}
     [
         ({"beta": 0.5}, [0], [0.5]),
         ({"beta": 4.0, "beta_warmup_steps": 10}, [0, 5, 10, 11, 10**6], [0.0, 2.0, 4.0, 4.0, 4.0]),
+        (COSINE, [0, 2, 4, 6, 8, 9], [0.0, QUARTER, 1.0, 2 - QUARTER, 2.0, 2.0]),
         (CYCLES, list(range(40)), (RISE + HOLD) * 2 + RISE + [1.0] * 20),
     ],
 )
@@ -52,13 +51,10 @@ def test_beta_at_steps(knobs, steps, expected):
     assert [beta_at(config, step) for step in steps] == pytest.approx(expected)
 
 
-def test_the_ramp_begins_after_the_discriminators_warm_up():
+def test_weights_of_the_adversarial_term_and_of_the_alignment():
     config = AdversarialConfig(start_step=10, warmup_steps=5, ramp_steps=4)
     ramp = [ramp_at(config, step) for step in range(14, 21)]
     assert ramp == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert ramp_at(AdversarialConfig(start_step=0, warmup_steps=0, ramp_steps=0), 0) == 1.0
-
-
-def test_the_weight_of_the_alignment_falls_linearly():
     weights = [weight_at(0.5, 0.1, step=step, num_steps=5) for step in (0, 1, 2, 4, 9)]
     assert weights == pytest.approx([0.5, 0.4, 0.3, 0.1, 0.1])
