@@ -39,7 +39,7 @@ def break_down(server: WandbServer, case: str, process: subprocess.Popen[str]) -
     elif case == "hung":
         server.hang.set()
     else:
-        server.fail = {"/": 500}
+        server.fails = True
 
 
 def train(case: str, folder: Path, steps: int, options: list[str]) -> dict[str, float]:

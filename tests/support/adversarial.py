@@ -2,9 +2,8 @@
 
 import torch
 
-from tests.support.steps import make_step
+from tests.support.steps import batch_of, make_step
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
-from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime
 
 BATCH_SIZE, SLOTS = 8, 4
@@ -38,28 +37,11 @@ def adversarial_step(config, runtime):
 
 def picture_batch(runtime, step, *, mixed=False):
     """This rank's share of smooth random pictures; `mixed`: the second slot has another shape."""
-    share = SLOTS // runtime.world
-    mine = range(runtime.rank * share, (runtime.rank + 1) * share)
-    groups = {}
-    for slot in mine:
-        groups.setdefault((32, 24) if mixed and slot == 1 else SIZE, []).append(slot)
-    return Batch(
-        step,
-        tuple(
-            Group(
-                tuple(slots),
-                torch.cat([_pictures(step, slot, size) for slot in slots]),
-                torch.zeros(len(slots) * BATCH_SIZE // SLOTS, dtype=torch.int64),
-            )
-            for size, slots in groups.items()
-        ),
-        ("a.tar",),
-        (),
-    )
 
+    def draw(slot, size):
+        generator = torch.Generator().manual_seed(1000 * step + slot)
+        shape = (BATCH_SIZE // SLOTS, 3, size[0] // 4, size[1] // 4)
+        coarse = 255 * torch.rand(shape, generator=generator)
+        return torch.nn.functional.interpolate(coarse, size=size).to(torch.uint8)
 
-def _pictures(step, slot, size):
-    generator = torch.Generator().manual_seed(1000 * step + slot)
-    shape = (BATCH_SIZE // SLOTS, 3, size[0] // 4, size[1] // 4)
-    coarse = 255 * torch.rand(shape, generator=generator)
-    return torch.nn.functional.interpolate(coarse, size=size).to(torch.uint8)
+    return batch_of(runtime, step, [SIZE, (32, 24) if mixed else SIZE, SIZE, SIZE], draw)

@@ -11,26 +11,24 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from tests.support.distributed import FORK, become_rank, free_port
 from vae_dist.run import checkpoint
+from vae_dist.tracking.sinks import read_rows
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
 from vae_dist.training.stop import RankWatch
 
 assert setup  # what the command would import in each process
-Prepare = Callable[[int], None]  # called with its rank in each process before the command
 
 
 class Ranks:
-    """`world` processes of one training; use as a context manager, which leaves none behind."""
+    """`world` processes of one training; use as a context manager, which leaves none behind.
+    `prepare` is called with its rank in each of them before the command."""
 
     def __init__(self, world, argv, *, output, prepare=lambda rank: None):
         port = free_port()
         output.mkdir(parents=True, exist_ok=True)
-        self.run = Path(next(word[4:] for word in argv if word.startswith("run=")))
         self.output = [output / f"rank{rank}.log" for rank in range(world)]
         self._processes = [
             FORK.Process(target=_rank, args=(rank, world, port, log, argv, prepare))
@@ -49,7 +47,7 @@ class Ranks:
 
     @property
     def pids(self):
-        return [process.pid or 0 for process in self._processes]
+        return [process.pid for process in self._processes]
 
     def signal(self, number, *ranks):
         """To these ranks alone; none given: to all."""
@@ -65,10 +63,6 @@ class Ranks:
             process.join(max(0, end - time.monotonic()))
         return [process.exitcode for process in chosen]
 
-    def wait_for_step(self, step, *, timeout_s=60):
-        """Until the log has a row of that step or a later one, or a rank has ended."""
-        self.wait_until(lambda: last_step(self.run) >= step, timeout_s=timeout_s)
-
     def wait_until(self, is_so, *, timeout_s=60):
         """Or until a rank has ended."""
         end = time.monotonic() + timeout_s
@@ -82,7 +76,7 @@ class Ranks:
     def orphans(self, *, timeout_s=20):
         """Ended ranks of which a process that they started lives: they are of one group."""
         end = time.monotonic() + timeout_s
-        left = [process.pid or 0 for process in self._processes if not process.is_alive()]
+        left = [process.pid for process in self._processes if not process.is_alive()]
         while left and time.monotonic() < end:
             time.sleep(0.02)
             left = [group for group in left if _has_members(group)]
@@ -97,14 +91,8 @@ def _has_members(group):
 
 
 def last_step(run):
-    """Step of the last whole row of the log; -1 when there is none."""
-    try:
-        with open(run / "log.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            rows = [row for row in file.read().split(b"\n")[:-1] if row.startswith(b'{"step": ')]
-    except OSError:
-        return -1
-    return int(rows[-1][9:].split(b",", 1)[0].rstrip(b"}")) if rows else -1
+    """Step of the last row of the log; -1 when there is none."""
+    return max((step for step, _ in read_rows(run / "log.jsonl")), default=-1)
 
 
 # faults at a chosen point, from inside a rank

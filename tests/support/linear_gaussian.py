@@ -25,28 +25,21 @@ SCALES = (0.5, 0.3, 0.05)  # norms of the columns of W: two latents that matter,
 SIGMA = 0.15
 
 
-class LinearEncoder(nn.Module):
-    """Images (B, 1, H, W) -> mean and log-variance (B, 2L), linear in the image."""
+class Linear(nn.Module):
+    """Of images, mean and log-variance (B, 2L) of q(z|x); without a log-variance of z, the means of
+    p(x|z) (B, 1, H, W)."""
 
-    def __init__(self, weight, bias, log_variance):
+    def __init__(self, weight, bias, log_variance=None):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
-        self.log_variance = nn.Parameter(log_variance.float())
+        has_variance = log_variance is not None
+        self.log_variance = nn.Parameter(log_variance.float()) if has_variance else None
 
-    def forward(self, images, *_, **__):
-        mean = images.flatten(1) @ self.weight.T + self.bias
+    def forward(self, inputs, *_, **__):
+        mean = inputs.flatten(1) @ self.weight.T + self.bias
+        if self.log_variance is None:
+            return mean.unflatten(1, (1, *IMAGE_SIZE))
         return torch.cat([mean, self.log_variance.expand_as(mean)], 1)
-
-
-class LinearDecoder(nn.Module):
-    """z (B, L) -> means of p(x|z) (B, 1, H, W)."""
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
-
-    def forward(self, z, *_, **__):
-        return (z @ self.weight.T + self.bias).unflatten(1, (1, *IMAGE_SIZE))
 
 
 @dataclass(frozen=True)
@@ -93,8 +86,8 @@ def linear_gaussian(*, encoder_error=0.0):
     variance = 1 / (1 + weight.square().sum(0) / SIGMA**2)  # S, the exact posterior's
     to_mean = variance.unsqueeze(1) * weight.T / SIGMA**2  # (L, D)
     offset = -to_mean @ bias + encoder_error * variance.sqrt()
-    encoder = LinearEncoder(to_mean, offset, variance.log() + encoder_error)
-    decoder = LinearDecoder(weight, bias)
+    encoder = Linear(to_mean, offset, variance.log() + encoder_error)
+    decoder = Linear(weight, bias)
     knobs = LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA)
     likelihood = build_likelihood(knobs, DataConfig(channels=1, dequantize=False))
     sizes = {"latent_channels": NUM_LATENTS, "stride": 1, "image_size": IMAGE_SIZE}

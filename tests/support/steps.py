@@ -43,13 +43,21 @@ def batch(runtime, step, *, mixed=False):
     generator = torch.Generator().manual_seed(step)
     width = 12 if mixed else 8
     images = torch.randint(256, (BATCH_SIZE, 3, 8, width), generator=generator, dtype=torch.uint8)
-    share, groups = SLOTS // runtime.world, dict[tuple[int, int], list[int]]()
+    shapes = SHAPES if mixed else [SIZE] * SLOTS
+    return batch_of(
+        runtime, step, shapes, lambda k, size: images[2 * k : 2 * k + 2, :, : size[0], : size[1]]
+    )
+
+
+def batch_of(runtime, step, shapes, draw):
+    """This rank's share of slots of these (H, W); `draw(slot, size)` gives a slot's images."""
+    share, groups = len(shapes) // runtime.world, {}
     for slot in range(runtime.rank * share, (runtime.rank + 1) * share):
-        groups.setdefault(SHAPES[slot] if mixed else SIZE, []).append(slot)
+        groups.setdefault(shapes[slot], []).append(slot)
     parts = []
-    for (height, width), slots in groups.items():
-        shown = torch.cat([images[2 * k : 2 * k + 2, :, :height, :width] for k in slots])
-        parts.append(Group(tuple(slots), shown, torch.zeros(len(shown), dtype=torch.int64)))
+    for size, slots in groups.items():
+        images = torch.cat([draw(slot, size) for slot in slots])
+        parts.append(Group(tuple(slots), images, torch.zeros(len(images), dtype=torch.int64)))
     return Batch(step, tuple(parts), ("a.tar",), ())
 
 

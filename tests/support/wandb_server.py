@@ -1,15 +1,13 @@
 """A stand-in for the W&B service on this machine's loopback, as wandb 0.31 speaks to it.
 
 In: what `wandb.init(mode="online")` and its uploader send: GraphQL operations, the file stream
-(history, summary, console), uploads of media. Out: the same in memory, as `Run`s
-to assert on. `stop()` and `start()` are an outage, `fail` answers with an HTTP error, `hang` takes
-connections and never answers. Artifacts are not answered. What the server had to guess at is in
-`unknown`.
+(history, summary), uploads of media. Out: the same in memory, as `Run`s to assert on. `stop()` and
+`start()` are an outage, `fails` answers 500, `hang` takes connections and never answers. What the
+server had to guess at is in `unknown`.
 """
 
 import base64
 import contextlib
-import gzip
 import json
 import os
 import re
@@ -26,18 +24,15 @@ from tests.support.distributed import LAUNCHER_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTITY, KEY = "tester", "0123456789" * 4
-HISTORY, SUMMARY, EVENTS = "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl"
+HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 EACH_SECOND = (
     *("FILE_STREAM_TRANSMIT_INTERVAL", "FILE_STREAM_RETRY_WAIT_MIN_SECONDS"),
     *("FILE_STREAM_RETRY_WAIT_MAX_SECONDS", "GRAPHQL_RETRY_WAIT_MAX_SECONDS"),
     "FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS",
 )
-
-USER = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
-VIEWER = USER | {"flags": "{}", "teams": {"edges": []}}
+VIEWER = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
+VIEWER |= {"flags": "{}", "teams": {"edges": []}}
 VERSIONS = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None}
-SERVER_INFO = {"serverInfo": {"features": [], **VERSIONS}}
-Answer = tuple[int, dict[str, Any] | bytes]
 
 
 @dataclass
@@ -46,7 +41,7 @@ class Run:
 
     project: str
     id: str
-    name: str
+    name: str = ""
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -56,21 +51,18 @@ class Run:
     exit_code: int | None = None
     preempting: bool = False
 
-    def stream(self, name):
-        return [line for _, line in sorted(self.lines.get(name, {}).items())]
-
     @property
     def history(self):
-        return [json.loads(line) for line in self.stream(HISTORY)]
+        return [json.loads(line) for _, line in sorted(self.lines.get(HISTORY, {}).items())]
 
     @property
     def summary(self):
-        lines = self.stream(SUMMARY)
-        return dict(json.loads(lines[-1])) if lines else {}
+        lines = self.lines.get(SUMMARY)
+        return json.loads(lines[max(lines)]) if lines else {}
 
     @property
     def user_config(self):
-        return {key: value.get("value") for key, value in self.config.items() if key != "_wandb"}
+        return {key: value.get("value") for key, value in self.config.items()}
 
     def steps(self, key):
         """The trainer's steps of the rows that have `key`, in the order of arrival."""
@@ -79,21 +71,19 @@ class Run:
     @property
     def bucket(self):
         """As the client asks for it at its start and at a resume."""
-        history, events = self.stream(HISTORY), self.stream(EVENTS)
         return {
             "id": base64.b64encode(f"Run:v1:{self.id}".encode()).decode(),
             "name": self.id,
             "displayName": self.name,
-            **dict.fromkeys(("description", "notes", "sweepName")),
             "tags": self.tags,
             "config": json.dumps(self.config),
             "project": _project(self.project),
             "summaryMetrics": json.dumps(self.summary),
-            "historyLineCount": len(history),
-            "eventsLineCount": len(events),
-            "logLineCount": len(self.stream("output.log")),
-            "historyTail": json.dumps(history[-1:]),  # a list of lines, each JSON in itself
-            "eventsTail": json.dumps(events[-1:]),
+            "historyLineCount": len(self.history),
+            "eventsLineCount": len(self.lines.get("wandb-events.jsonl", {})),
+            "logLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in self.history[-1:]]),
+            "eventsTail": "[]",
             "wandbConfig": json.dumps({"t": 1}),
         }
 
@@ -104,42 +94,29 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
-    def _body(self):
-        body = b""
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-
     def _answer(self):
-        body = self._body()
-        if self.server.service.hang.is_set():
-            self.server.service.resume.wait()
+        service = self.server.service
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if service.hang.is_set():
+            service.resume.wait()
             self.close_connection = True  # whoever asked has given up long ago
             return
-        status, answer = self.server.service.answer(self.command, self.path, body)
-        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        status, answer = service.answer(self.path, body)
+        data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = do_HEAD = _answer
+    do_GET = do_POST = do_PUT = _answer
 
 
 class Listener(ThreadingHTTPServer):
     daemon_threads = True
-    allow_reuse_address = True
 
     def __init__(self, service, port):
         super().__init__(("127.0.0.1", port), Handler)
-        self.service = service
-        self.sockets = set()
+        self.service, self.sockets = service, set()
 
     def process_request(self, request, address):
         self.sockets.add(request)
@@ -150,20 +127,19 @@ class Listener(ThreadingHTTPServer):
 
 
 class WandbServer:
-    """Use as a context manager; `url` and `environment()` lead a client to it."""
+    """Use as a context manager; `environment()` leads a client to it."""
 
     def __init__(self):
-        self.runs = {}
+        self.runs = {}  # by id
         self.unknown = []  # operations and paths answered by guess
         self.stopped = set()  # ids of runs whose stop button was pressed
-        self.fail = {}  # part of a path -> HTTP status to answer with
+        self.fails = False
         self.hang, self.resume = threading.Event(), threading.Event()
-        self._port = 0
-        self._lock = threading.RLock()
-        self._listener = None
+        self._port, self._lock, self._listener = 0, threading.RLock(), None
+        server_info = {"serverInfo": {"features": [], **VERSIONS}}
         self.answers = {
             **dict.fromkeys(("Viewer", "GetDefaultEntity"), lambda _: {"viewer": VIEWER}),
-            **dict.fromkeys(("ServerFeaturesQuery", "ServerInfo"), lambda _: SERVER_INFO),
+            **dict.fromkeys(("ServerFeaturesQuery", "ServerInfo"), lambda _: server_info),
             "UpsertBucket": self._upsert,
             "RunResumeStatus": self._resume_status,
             **dict.fromkeys(("RunStoppedStatus", "Stopped"), self._stopped_status),
@@ -182,24 +158,19 @@ class WandbServer:
         """Close the listener and every open connection; start() takes the same port again."""
         listener, self._listener = self._listener, None
         self.resume.set()
-        if listener is None:
-            return
-        listener.shutdown()
-        listener.server_close()
-        for connection in listener.sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
+        if listener is not None:
+            listener.shutdown()
+            listener.server_close()
+            for connection in listener.sockets:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                connection.close()
 
     def __enter__(self):
         return self.start()
 
     def __exit__(self, *exception):
         self.stop()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self._port}"
 
     def environment(self, home):
         """No settings and no login but those that lead here, with a client that sends and retries
@@ -211,7 +182,8 @@ class WandbServer:
         }
         clean |= {f"WANDB__{name}": "1" for name in EACH_SECOND}
         clean |= {"HOME": str(home), "NETRC": str(home / "none"), "PYTHONPATH": str(ROOT)}
-        return clean | {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+        clean |= {"WANDB_BASE_URL": f"http://127.0.0.1:{self._port}", "WANDB_API_KEY": KEY}
+        return clean | {"OMP_NUM_THREADS": "1"}
 
     def only_run(self):
         (run,) = self.runs.values()
@@ -227,31 +199,27 @@ class WandbServer:
             time.sleep(0.02)
         return False
 
-    def answer(self, method, path, body):
-        status = next((s for part, s in list(self.fail.items()) if part in path), None)
-        if status is not None:
-            return status, {"errors": [{"message": f"injected {status}"}]}
+    def answer(self, path, body):
+        """Status and JSON."""
+        if self.fails:
+            return 500, {"errors": [{"message": "injected"}]}
         try:
             with self._lock:
-                return self._handle(method, path, body)
+                return self._handle(path, body)
         except Exception as error:  # a mistake of this file must show, not hang the client
-            self.unknown.append(f"{method} {path}: {error!r}")
+            self.unknown.append(f"{path}: {error!r}")
             return 400, {"errors": [{"message": repr(error)}]}
 
-    def _handle(self, method, path, body):
+    def _handle(self, path, body):
         if path == "/graphql":
             return 200, {"data": self._graphql(json.loads(body))}
         if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             return 200, self._file_stream(unquote(match[1]), json.loads(body or b"{}"))
         if match := re.fullmatch(r"/storage/([^/]+)/(.+)", path):
-            files, name = self.runs[unquote(match[1])].files, unquote(match[2])
-            if method == "PUT":
-                files[name] = body
-            return 200, files[name]
-        if path == "/":  # the sink asks whether the service is there
+            self.runs[unquote(match[1])].files[unquote(match[2])] = body
             return 200, {}
         if not path.startswith("/sdk/otel"):  # telemetry
-            self.unknown.append(f"{method} {path}")
+            self.unknown.append(path)
         return 404, {}
 
     def _file_stream(self, run_id, request):
@@ -265,20 +233,18 @@ class WandbServer:
         return {"stopped": run_id in self.stopped}
 
     def _graphql(self, request):
-        query, variables = request.get("query", ""), request.get("variables") or {}
-        named = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        named = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
         operation = request.get("operationName") or (named[1] if named else "?")
         if operation not in self.answers:
             self.unknown.append(operation)
             return {}
-        return self.answers[operation](variables)
+        return self.answers[operation](request.get("variables") or {})
 
     def _upsert(self, variables):
         node = base64.b64decode(variables.get("id") or "").decode()
-        name = variables.get("name") or node.removeprefix("Run:v1:")
-        is_new = name not in self.runs
-        project = variables.get("project") or "uncategorized"
-        run = self.runs.setdefault(name, Run(project, name, name))
+        run_id = variables.get("name") or node.removeprefix("Run:v1:")
+        is_new = run_id not in self.runs
+        run = self.runs.setdefault(run_id, Run(variables.get("project") or "", run_id))
         run.name = variables.get("displayName") or run.name
         run.group = variables.get("groupName") or run.group
         run.tags = variables.get("tags") or run.tags
@@ -298,7 +264,7 @@ class WandbServer:
         return {"project": {"run": {"stopped": run_id in self.stopped}}}
 
     def _create_files(self, variables):
-        url = f"{self.url}/storage/{quote(variables['run'], safe='')}/"
+        url = f"http://127.0.0.1:{self._port}/storage/{quote(variables['run'], safe='')}/"
         files = [{"name": name, "uploadUrl": url + quote(name)} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
