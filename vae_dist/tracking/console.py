@@ -7,7 +7,6 @@ and costs nothing else.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
@@ -23,7 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vae_dist.files import printable_lines
 from vae_dist.tracking.metrics import Value, format_row
 
-LINE_S = 0.2  # between two lines of training rows, at least
 _BAR_KEYS = (
     "train/loss",
     "time/images_per_second",
@@ -47,8 +45,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 class ConsoleSink:
-    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row, at
-    most five a second of training rows.
+    """A progress bar on a terminal, else a timestamped line `step=200 loss=104.2 ...` a row.
 
     On a terminal, training rows move the bar. `eval/` keys have a line of their own everywhere.
     `say` prints a line that does not disturb the bar; print nothing else meanwhile.
@@ -56,7 +53,7 @@ class ConsoleSink:
 
     def __init__(self, *, start_step: int, stop_step: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._stop_step, self._images_step, self._next_line_s = stop_step, -1, 0.0
+        self._images_step = -1
         self._bar: Progress | None = None
         if is_terminal(self._stream):
             self._bar = Progress(
@@ -73,7 +70,6 @@ class ConsoleSink:
                 "training", total=stop_step, completed=start_step, figures="starting"
             )
             self._bar.start()
-            atexit.register(self._bar.stop)  # else an error leaves the cursor hidden
 
     def say(self, text: str) -> None:
         if self._bar is not None:
@@ -90,13 +86,11 @@ class ConsoleSink:
     def log(self, step: int, row: Mapping[str, Value]) -> None:
         evaluation = {key: row[key] for key in row if key.startswith(("eval/", "latent/"))}
         training = {key: row[key] for key in row if key not in evaluation}
-        now = time.monotonic()
         if self._bar is not None:
             figures = format_row({key: row[key] for key in _BAR_KEYS if key in row})
             if "train/loss" in row:
                 self._bar.update(self._task, completed=step, figures=figures)
-        elif training and (now >= self._next_line_s or step == self._stop_step):
-            self._next_line_s = now + LINE_S
+        elif training:
             self.say(f"step={step} {format_row(training)}")
         if evaluation:
             self.say(f"step={step} {format_row(evaluation)}")

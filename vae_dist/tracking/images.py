@@ -54,7 +54,6 @@ def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     """All images, row by row from the top left, with thin lines between them.
 
     `columns` is by default the smallest number that makes the grid at least as wide as high.
-    ValueError without images.
     """
     cells = _cells(images)
     return _canvas([cells], columns or _square_columns(len(cells)))
@@ -64,8 +63,6 @@ def side_by_side(
     inputs: Images, reconstructions: Images, *, columns: int | None = None
 ) -> Image.Image:
     """Rows of inputs, each directly above the row of their reconstructions."""
-    if [image.shape for image in inputs] != [image.shape for image in reconstructions]:
-        raise ValueError("inputs and reconstructions differ in shape or number")
     columns = min(columns or _square_columns(2 * len(inputs)), len(inputs))
     return _canvas([_cells(inputs), _cells(reconstructions)], columns)
 
@@ -91,8 +88,12 @@ def file_name(number: int, key: str) -> str:
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write `image`, whole or not at all; folders are made. OSError when that is impossible."""
-    path, buffer = Path(path), io.BytesIO()
+    buffer = io.BytesIO()
     image.save(buffer, format="PNG")
+    return _write(Path(path), buffer)
+
+
+def _write(path: Path, buffer: io.BytesIO) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, buffer.getvalue())
     return path
@@ -109,8 +110,7 @@ def save_image(image: torch.Tensor, path: Path, *, bits: int) -> None:
         kind = np.uint8 if bits == 8 else np.uint16
         values = ((values + 1) * (np.iinfo(kind).max / 2)).round().astype(kind)
     np.save(buffer, values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path.with_name(f"{path.name}.npy"), buffer.getvalue())
+    _write(path.with_name(f"{path.name}.npy"), buffer)
 
 
 def left_out(channels: int, bits: int) -> str:
@@ -145,8 +145,7 @@ class ImageWriter:
             for sink in self._sinks:
                 sink.image(step, f"images/{name}", path, caption)
         except Exception as error:  # of the disk, of Pillow, of a tracker
-            reason = getattr(error, "strerror", None) or error
-            self._say(f"warning: {name} of step {step} is not written ({reason})")
+            self._say(f"warning: {name} of step {step} is not written ({error})")
 
 
 def find_images(folder: Path) -> dict[str, dict[int, Path]]:
@@ -174,8 +173,6 @@ def _square_columns(num_images: int) -> int:
 
 def _cells(images: Images) -> list[np.ndarray]:
     """Enlarged uint8 (H', W', 1 or 3); smaller images stand in the middle of their cells."""
-    if len(images) == 0 or images[0].ndim != 3 or len(images[0]) == 0:
-        raise ValueError("a grid needs at least one image, as (N, C, H, W) or a list of (C, H, W)")
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
     factor = max(1, _CELL_PIXELS // max(height, width))

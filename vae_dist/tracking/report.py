@@ -63,6 +63,7 @@ td {{ overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }}
 .panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); }}
 .images {{ display: flex; flex-wrap: wrap; gap: 16px; }}
 h3 {{ font-size: 14px; margin: 8px 0 0; }} h3 small, figcaption {{ color: #888; }}
+small {{ margin-right: 12px; }}
 svg text {{ font-size: 11px; fill: #888; }} svg line {{ stroke: #8884; }}
 svg polyline {{ fill: none; stroke-width: 1.6; }} svg circle {{ fill-opacity: 0; }}
 svg circle:hover {{ fill-opacity: 1; }}
@@ -184,14 +185,11 @@ def _data_uri(path: Path) -> str:
 
 def _tag(name: str, *children: object, **attributes: object) -> Html:
     """An element; a trailing _ of an attribute's name is dropped, other _ are hyphens."""
-    texts = (
+    inner = "".join(
         c if isinstance(c, Html) else html.escape(printable(redacted(str(c)))) for c in children
     )
-    inner = "".join(texts)
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-    )
+    pairs = ((key.rstrip("_").replace("_", "-"), str(attributes[key])) for key in attributes)
+    given = "".join(f' {key}="{html.escape(value)}"' for key, value in pairs)
     return Html(f"<{name}{given}>" + f"{inner}</{name}>" * (name not in ("img", "input")))
 
 
@@ -239,8 +237,8 @@ def _chart(panel: Panel, runs: list[Run]) -> Html:
             series += [(f"{run.name} {key}", color, dashes, points)] if points else []
         if any(key in run.curves for run in runs):
             color = _COLORS[position] if len(runs) == 1 else "#888"
-            line = _tag("line", x2=22, y1=3, y2=3, style=f"stroke:{color}", stroke_dasharray=dashes)
-            legend.append(Html(_tag("svg", line, width=26, height=6) + _tag("small", key, " ")))
+            line = f"{'dashed' if position else 'solid'} {color}"
+            legend.append(_tag("small", key, style=f"border-bottom: 2px {line}"))
     values = [y for *_, points in series for _, y in points]
     if len(values) != 1 and len(set(values)) < 2:
         return Html("")
