@@ -43,6 +43,8 @@ def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.inference.load import images_to_show, open_run_on_ranks
     from vae_dist.inference.mixture import fitted_prior
 
+    if command.latents:
+        return _evaluate_latents(command)
     with open_run_on_ranks(command) as (loaded, runtime):
         images = images_to_show(loaded, command.data, runtime=runtime)
         prior = None
@@ -60,6 +62,61 @@ def evaluate(command: EvaluateCommand) -> None:
         )
         assert result is not None  # nothing asks it to stop
         runtime.on_main(lambda: _report(command, loaded, images, result, prior, files))
+        if runtime.is_main:
+            _save_lattice(command, loaded, images, metrics)
+
+
+def _evaluate_latents(command: EvaluateCommand) -> None:
+    """Figures of stored latents; one process reads them, all have the result."""
+    from vae_dist.evaluation.diffusability import LatentMetric
+    from vae_dist.evaluation.run import as_json
+    from vae_dist.files import redacted, write_durably
+    from vae_dist.inference.latents import open_latents, read_latents
+    from vae_dist.inference.load import open_run_on_ranks
+
+    names = metric_names(command.metrics)
+    if not names or not set(names) <= set(LATENT_METRICS):
+        raise ConfigError(f"latents={command.latents} is for metrics={','.join(LATENT_METRICS)}")
+    with open_run_on_ranks(command) as (loaded, runtime):
+        metric = LatentMetric(names)
+
+        def read() -> str:
+            shards = open_latents(loaded.config, command.latents)
+            count = command.max_images or shards.index.num_samples
+            for one in read_latents(shards, loaded.model, num_images=count):
+                if not metric.add(one.latent[None], [one.number], [one.label]):
+                    break
+            return shards.index.fingerprint
+
+        fingerprint, report = runtime.on_main(read), metric.compute(runtime)
+        record = {"run": str(Path(command.run).resolve()), "latents": redacted(command.latents)}
+        record |= {"data_fingerprint": fingerprint, "step": loaded.step}
+        record |= {"figures": report.figures, "notes": report.notes}
+        out = Path(command.out or Path(command.run) / f"results_latents{fingerprint[:6]}.json")
+        if runtime.is_main:
+            with writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(out, as_json(record))
+            print(*_lines(report.figures, report.notes), f"written to {out}", sep="\n")
+
+
+def _save_lattice(
+    command: EvaluateCommand, loaded: LoadedModel, images: Images, metrics: list[Metric]
+) -> None:
+    """Reconstructions of constant colours, as they are and with their deviations times 8."""
+    from vae_dist.evaluation.diffusability import LatticeMetric
+    from vae_dist.tracking.images import save_png, side_by_side
+
+    for metric in metrics:
+        if isinstance(metric, LatticeMetric) and loaded.config.data.channels in (1, 3):
+            outputs = metric.reconstructions
+            means = outputs.mean((2, 3), keepdim=True)
+            stronger = (means + 8 * (outputs - means)).clamp(-1, 1)
+            out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
+            path = out.with_name(out.stem + "_lattice.png")
+            with writing(path):
+                save_png(side_by_side(list(outputs), list(stronger)), path)
+            print(f"constant colours, below with deviations times 8: {path}")
 
 
 def _batches(
@@ -204,15 +261,22 @@ def _report(
     print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
     if fitted:
         print(fitted)
-    for name, value in figures.items():
-        print(f"{name:<28}" + (f"{value:>15,}" if isinstance(value, int) else f"{value:>15.4f}"))
-    for note in result.notes.values():
-        print(f"  {note}")
+    print(*_lines(figures, result.notes), sep="\n")
     if loaded.model.num_levels:
         print(f"rate of each group, from the top: {' '.join(f'{rate:.2f}' for rate in rates)}")
     if mask != "none":
         print(f"of observed pixels only (data.mask={mask})")
     print(f"written to {out}")
+
+
+def _lines(figures: dict[str, float], notes: dict[str, str]) -> list[str]:
+    return [
+        *(
+            f"{n:<28}{v:>15,}" if isinstance(v, int) else f"{n:<28}{v:>15.4f}"
+            for n, v in figures.items()
+        ),
+        *(f"  {note}" for note in notes.values()),
+    ]
 
 
 def _conditions(figures: dict[str, float], samples: int, prior: str) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 import vae_dist
 from tests.support.distributed import run_ranks
 from tests.support.tiny_run import random_pixels, write_images
-from vae_dist import evaluate
+from vae_dist import encode, evaluate
 from vae_dist.models import networks
 
 
@@ -136,11 +136,17 @@ def test_the_statistics_of_a_spatial_latent_are_of_the_run_as_it_stands(spatial_
 
 
 def test_figures_for_diffusion_models(spatial_run, tmp_path):
-    """The same on two ranks."""
+    """The same on two ranks, and nearly of stored latents, which are of images without noise."""
     words = ["metrics=viv,sec,lattice,lnc", "batch_size=2"]
     found = results(spatial_run, tmp_path / "r.json", *words)
     figures = found["figures"]
     assert 0 <= figures["lattice"] <= 1 and "two classes" in found["notes"]["lnc"]
     two = results_of_two(spatial_run, tmp_path / "2.json", *words)["figures"]
-    names = ("viv", "sec", "lattice")
+    assert (tmp_path / "r_lattice.png").stat().st_size > 1000
+    names, shards = ("viv", "sec", "lattice"), tmp_path / "latents"
     assert [two[name] for name in names] == pytest.approx([figures[n] for n in names], rel=1e-5)
+    stored = [f"data={spatial_run.parent}/images", f"out={shards}", "dtype=fp32", "content=mean"]
+    assert encode.main(keys_of(spatial_run, *stored)) == 0
+    of_latents = results(spatial_run, tmp_path / "l.json", "metrics=sec,viv", f"latents={shards}")
+    for name in ("viv", "sec"):
+        assert of_latents["figures"][name] == pytest.approx(figures[name], rel=0.05)

@@ -199,6 +199,16 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_run_alive(begun, whole, digi
     assert "steps 8, going on at step 4" in capfd.readouterr().out
 
 
+def test_a_run_folder_that_is_renamed_is_saved_under_its_new_name(tmp_path, digits):
+    run, away = tmp_path / "run", tmp_path / "away"
+    rename = at_place("step", lambda: run.rename(away), visit=4)
+    with Ranks(1, arguments(run, digits, *LONG), output=tmp_path / "out", prepare=rename) as group:
+        assert group.wait() == [75], group.text()
+    found = status(away)
+    assert not run.exists() and found["status"] == "interrupted" and str(away) in found["reason"]
+    assert found["step"] == steps_of(away)[-1] == max(rows(away)) >= 4
+
+
 # runs that end by themselves
 
 

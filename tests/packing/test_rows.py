@@ -62,6 +62,27 @@ def test_damaged_idx_files_are_refused(tmp_path):
         refused(write(tmp_path / f"{k}", found), tmp_path / "work", message)
 
 
+def test_the_binary_archive_of_cifar(tmp_path):
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    images = RANDOM.integers(0, 256, (6, 2, 3, 32, 32), dtype=np.uint8)
+    files = {
+        f"c/{name}.bin": bytes([i]) + batch[0].tobytes() + bytes([9 - i]) + batch[1].tobytes()
+        for i, (name, batch) in enumerate(zip(names, images, strict=True))
+    }
+    files["c/batches.meta.txt"] = "\n".join(f"class{i}" for i in range(10)).encode()
+    archive = write(tmp_path / "cifar-10-binary.tar.gz", files, "w:gz")
+    for source in (archive, write(tmp_path / "in", files)):
+        listing, pictures = opened(source, tmp_path / "work")
+        assert listing.classes == tuple(f"class{i}" for i in range(10))
+        assert [i.split for i in listing.items] == ["train"] * 10 + ["test"] * 2
+        want = [label for i in range(6) for label in (i, 9 - i)]
+        assert [i.category for i in listing.items] == want
+        found = np.stack([pixels(p) for p in pictures])
+        np.testing.assert_array_equal(found, np.concatenate(images).transpose(0, 2, 3, 1))
+    torn = write(tmp_path / "torn", {"test_batch.bin": bytes(3000)})
+    refused(torn, tmp_path / "work", "3000 bytes are no multiple of 3073")
+
+
 def write_parquet(path, labels, *, column="image", metadata=b"", images=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     images = images or [{"bytes": png(i), "path": None} for i in range(len(labels))]

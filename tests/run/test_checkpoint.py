@@ -109,6 +109,14 @@ def test_a_kill_before_the_rename_costs_nothing(checkpoints, monkeypatch):
     assert checkpoints.load_newest().step == 30
 
 
+def test_checkpoints_behind_a_link_are_refused(checkpoints, tmp_path):
+    (tmp_path / "link").symlink_to(checkpoints.folder)
+    with pytest.raises(ConfigError, match="link is a link; give the run folder"):
+        load_checkpoint(tmp_path / "link", "latest")
+    (checkpoints.folder / "step_00000040").symlink_to(checkpoints.folder / "step_00000030")
+    assert checkpoints.steps() == [20, 30]
+
+
 # in training
 
 

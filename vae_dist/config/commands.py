@@ -103,6 +103,9 @@ class EvaluateCommand(PriorCommand):
         "sec and lattice",
         form="METRICS",
     )
+    latents: Any = knob(
+        "", "shards that encode wrote: viv, lnc and sec of these, not of data", form="PATHS"
+    )
     metric_weights: str = knob("", "folder of weights of lpips, rfid, fid (default: torch.hub's)")
     max_skipped_fraction: Any = knob(
         "trained", "of damaged images; trained: as the run's", form="trained NUMBER", le=1

@@ -146,6 +146,7 @@ class LatticeMetric:
         if model.image_size is None:
             fewest = (LATTICE_PERIODS + 2 * LATTICE_BORDER) * model.stride
             self._size = max(fewest, image_size[0]), max(fewest, image_size[1])
+        self.reconstructions = torch.empty(0)  # float32 (n, C, H, W) in [-1, 1], after `compute`
 
     def update(self, batch: EvaluatedBatch) -> None:
         """The images of the data set tell nothing here."""
@@ -162,7 +163,8 @@ class LatticeMetric:
                 mean, _ = self._model.encode(image)
                 params = self._model.decode(mean, self._size)
                 outputs.append(self._model.likelihood.mean(params).float().cpu())
-        if figures := lattice_figures(torch.cat(outputs), self._model.stride):
+        self.reconstructions = torch.cat(outputs)
+        if figures := lattice_figures(self.reconstructions, self._model.stride):
             return Report(figures)
         return Report(notes={"lattice": "lattice needs six periods of the stride in an image"})
 
@@ -188,13 +190,20 @@ class LatentMetric:
         self._latents: dict[int, tuple[int, Tensor]] = {}  # by number: label, mean (C, h, w)
 
     def update(self, batch: EvaluatedBatch) -> None:
-        means, samples, labels = batch.output.mean, batch.inputs.samples, batch.inputs.labels
+        samples, labels = batch.inputs.samples, batch.inputs.labels
+        self.add(
+            batch.output.mean, samples, [-1] * len(samples) if labels is None else labels.tolist()
+        )
+
+    def add(self, means: Tensor, samples: Sequence[int], labels: Sequence[int]) -> bool:
+        """means (b, C, h, w) or (b, C) with the numbers and labels of their images, -1: none.
+        False once no more are taken."""
         means = means if means.ndim == 4 else means[:, :, None, None]
         limit = SAMPLE_BYTES // (4 * means[0].numel())
-        known = [-1] * len(samples) if labels is None else labels.tolist()
-        for mean, sample, label in zip(means, samples, known, strict=True):
+        for mean, sample, label in zip(means, samples, labels, strict=True):
             if sample < limit:
                 self._latents[sample] = label, mean.float().cpu()
+        return max(samples) < limit
 
     def compute(self, runtime: Runtime) -> Report:
         every = dict(item for part in runtime.gather(self._latents) for item in part.items())

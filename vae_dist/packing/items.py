@@ -48,7 +48,7 @@ class Place(NamedTuple):
     path: str
     at: int = 0  # first byte, or the number of a member of a zip: a name may be there twice
     size: int = -1  # bytes; -1: to the end of the file
-    pixels: tuple[int, ...] = ()  # raw uint8 of this shape (H, W): they become PNG
+    pixels: tuple[int, ...] = ()  # raw uint8, (H, W) or (C, H, W): they become PNG
     is_zipped: bool = False
 
 
@@ -96,7 +96,8 @@ def read(place: Place) -> bytes:
     if not place.pixels:
         return data
     png = io.BytesIO()
-    Image.fromarray(np.frombuffer(data, np.uint8).reshape(place.pixels)).save(png, "PNG")
+    pixels = np.frombuffer(data, np.uint8).reshape(place.pixels)
+    Image.fromarray(pixels if pixels.ndim == 2 else pixels.transpose(1, 2, 0)).save(png, "PNG")
     return png.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Data sets that come as rows of a file: MNIST idx files, and parquet, also of the hub.
+"""Data sets that come as rows of a file: MNIST idx, CIFAR-10 batches, parquet, also of the hub.
 
 In: files, or `hf://datasets/OWNER/NAME[@REVISION][/FOLDER]`. Out: `Item`s that are pieces of plain
 files: raw pixels, which become PNG, or encoded pictures. What is compressed, and the pictures of a
@@ -17,7 +17,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from vae_dist.packing.items import SPLITS, Item, Listing, Place, most_bytes, rea
 COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 COPY_BYTES = 1 << 20
 MNIST_FILE = re.compile(r"((?:.*/)?(?:train|t10k))-(images-idx3|labels-idx1)-ubyte(?:\.gz)?")
+CIFAR_FILE = re.compile(r"(?:.*/)?(?:(?:data_batch_\d|test_batch)\.bin|batches\.meta\.txt)")
+CIFAR_SHAPE = (3, 32, 32)  # planes R, G, B, behind a byte that is the label
+CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
 HUB = {"mnist": "hf://datasets/ylecun/mnist", "cifar10": "hf://datasets/uoft-cs/cifar10"}
 CONVERTED = "refs/convert/parquet"  # where the hub keeps data sets of other kinds
 ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+(?:/convert/parquet)?))?(?:/(.+))?")
@@ -120,6 +123,34 @@ def _idx(path: str) -> Place:
             f"{path}: {size} bytes of pixels, but its header {shape} means {wanted}; copy it again"
         )
     return Place(path, at, size, shape)
+
+
+def cifar_items(files: Iterable[Item]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
+    """The pictures of CIFAR-10's binary batches among the files of a folder or archive, the other
+    files, and the names of the classes. Raises ConfigError."""
+    items: dict[str, list[Item]] = {"train": [], "test": []}
+    classes: tuple[str, ...] = ()
+    batches: list[Item] = []
+    rest: list[Item] = []
+    for file in files:
+        is_batch = CIFAR_FILE.fullmatch(file.name) and not file.place.is_zipped
+        (batches if is_batch else rest).append(file)
+    for file in sorted(batches, key=lambda file: file.name):
+        if file.name.endswith(".txt"):
+            classes = tuple(read(file.place).decode("utf-8", "replace").split())
+        elif not file.num_bytes or file.num_bytes % CIFAR_RECORD:
+            raise ConfigError(
+                f"source: {file.name}: {file.num_bytes} bytes are no multiple of {CIFAR_RECORD}; "
+                "copy it again"
+            )
+        else:
+            split, size = "test" if "test_batch" in file.name else "train", CIFAR_RECORD - 1
+            for at, label in enumerate(read(file.place)[::CIFAR_RECORD]):
+                first = file.place.at + at * CIFAR_RECORD + 1
+                place = Place(file.place.path, first, size, CIFAR_SHAPE)
+                number = len(items[split])
+                items[split].append(Item(f"{split} {number}", place, size, split, label))
+    return [*items["train"], *items["test"]], rest, classes
 
 
 # parquet

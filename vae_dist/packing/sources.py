@@ -178,6 +178,9 @@ class _Lister:
     def _add_files(self, files: Iterable[Item], *, is_shard: bool = False) -> None:
         """Group the files of one folder or archive into samples, after WebDataset's rule where it
         is a shard: there NAME.depth.png and NAME.png are no pictures beside NAME.jpg."""
+        records, files, classes = rows.cifar_items(files)
+        self.found.items += records
+        self.found.classes = self.found.classes or classes
         image_key = self.command.image_key.lower()
         taken = TAR_MEMBERS if is_shard else (MASK_MEMBER,)
         companions: dict[str, dict[str, Item]] = {}  # by stem, by member

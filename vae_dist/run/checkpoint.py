@@ -62,8 +62,12 @@ class Checkpoints:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Steps of all complete-looking folders, oldest first."""
-        return sorted(int(path.name[5:]) for path in self.folder.glob("step_" + "[0-9]" * 8))
+        """Steps of all complete-looking folders, oldest first. Raises ConfigError at a link: what
+        is replaced and removed here would lie elsewhere."""
+        if self.folder.is_symlink():
+            raise ConfigError(f"{self.folder} is a link; give the run folder it lies in as run=")
+        paths = self.folder.glob("step_" + "[0-9]" * 8)
+        return sorted(int(path.name[5:]) for path in paths if not path.is_symlink())
 
     def save(
         self,

@@ -33,8 +33,12 @@ class RunFolder:
     """Paths and small files of a run folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.checkpoints = Checkpoints(Path(path) / "checkpoints")
+        self.move(Path(path))
+
+    def move(self, path: Path) -> None:
+        """The folder has this name now."""
+        self.path, self.checkpoints.folder = path, path / "checkpoints"
         self.config_path = self.path / "config.yaml"
         self.log_path = self.path / "log.jsonl"
         self.status_path = self.path / "status.json"
@@ -168,6 +172,13 @@ class RunLock:
             self._descriptor = descriptor
             opened.pop_all()
         return True
+
+    def place(self) -> Path:
+        """The folder that has the lock, under the name that it has now (on Linux)."""
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{self._descriptor}")).parent
+        except OSError:
+            return self._folder.path
 
     def release(self) -> None:
         os.close(self._descriptor)

@@ -254,7 +254,7 @@ class Session:
             )
         self.holds_folder = True
         if self.runtime.is_main:
-            self.stop.watch_folder(self.folder)
+            self.stop.watch_folder(self.folder, lock)
         return True
 
     def _stopped_before_training(self, step: int) -> Ending:

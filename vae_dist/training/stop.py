@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from vae_dist.distributed import Runtime
-    from vae_dist.run.folder import RunFolder
+    from vae_dist.run.folder import RunFolder, RunLock
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
@@ -98,14 +98,20 @@ class StopRequest:
         self._ended = threading.Event()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def watch_folder(self, folder: RunFolder) -> None:
-        """From now on the STOP file of this folder is a request too. A thread looks: a network file
-        system that hangs must not stop the ranks."""
+    def watch_folder(self, folder: RunFolder, lock: RunLock) -> None:
+        """From now on the STOP file of this folder is a request too, and so is another name: the
+        checkpoint is written there. A thread looks: a network file system that hangs must not stop
+        the ranks."""
+        place = lock.place()
 
         def look() -> None:
+            nonlocal place
             while not self._ended.wait(FOLDER_POLL_S):
                 with contextlib.suppress(OSError):  # one that is away for a while asks for nothing
-                    if folder.stop_path.exists():
+                    if place != (now := lock.place()) and (now / "checkpoints").is_dir():
+                        folder.move(now)
+                        self._folder_reason, place = f"the run folder is {now} now", now
+                    elif folder.stop_path.exists():
                         self._folder_reason = f"{folder.stop_path} exists"
 
         threading.Thread(target=look, name="run-folder", daemon=True).start()
