@@ -158,6 +158,12 @@ def _metrics(
             f"metrics={shown(command.metrics)}: the latents of a ladder are no map of channels; "
             f"leave out {', '.join(LATENT_METRICS)}"
         )
+    compared = [name for name in names if name not in (*LATENT_METRICS, "lattice")]
+    if compared and loaded.config.data.mask != "none":
+        raise ConfigError(
+            f"metrics={shown(command.metrics)}: {', '.join(compared)} compare whole images, and "
+            f"data.mask={loaded.config.data.mask} hides pixels; leave them out"
+        )
     priors = {"gmm": prior.mixture.to(device)} if prior else {}
     seed, files = command.seed, dict[str, str]()
     asked: list[Metric] = [metrics.PriorMetric(name, p, device) for name, p in priors.items()]

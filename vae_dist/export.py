@@ -15,7 +15,7 @@ from vae_dist.config.errors import ConfigError
 USAGE = "python -m vae_dist.export run=FOLDER out=FOLDER [key=value ...]"
 INTRO = (
     "Write the weights of a run as a folder that diffusers loads as AutoencoderKL, or as one "
-    "safetensors file with metadata; with push=, to the Hugging Face Hub as well."
+    "safetensors file with metadata."
 )
 
 
@@ -28,7 +28,6 @@ def export(command: ExportCommand) -> None:
     taken, place = (run / "checkpoints").resolve(), out.resolve()
     if place == run.resolve() or taken in (place, *place.parents):
         raise ConfigError(f"out={out} holds the run or its checkpoints; give another folder")
-    token = _token(command.push) if command.push else ""
     with open_run(command, device="cpu") as loaded, writing(out):
         if command.format == "safetensors":
             lines = export_safetensors(loaded, run, out)
@@ -37,40 +36,6 @@ def export(command: ExportCommand) -> None:
             normalization = command.normalization
             lines = export_diffusers(loaded, run, out, kind=kind, normalization=normalization)
     print("\n".join([*lines, f"step {loaded.step}, {command.weights} weights: {out}"]))
-    if command.push:
-        print(f"pushed: {_push(out, command.push, token)}")
-
-
-def _token(repo: str) -> str:
-    """Of the Hub's login, asked for before any work is done."""
-    from huggingface_hub import get_token
-
-    if token := get_token():
-        return token
-    raise ConfigError(
-        f"push={repo}: there is no login for the Hugging Face Hub; run `hf auth login`, or set "
-        "HF_TOKEN"
-    )
-
-
-def _push(folder: Path, repo: str, token: str) -> str:
-    """Upload what was written; the address of the commit."""
-    from huggingface_hub import HfApi
-
-    api, files = HfApi(token=token), ["config.json", "README.md", "*.safetensors"]
-    try:
-        api.create_repo(repo, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=files,
-            commit_message="Weights of vae_dist",
-        )
-    except Exception as error:  # its transport, and so what it raises, differs by version
-        raise ConfigError(
-            f"push={repo}: {folder} is written, but the Hub did not take it: {error}"
-        ) from None
-    return str(done.commit_url)
 
 
 def main(argv: list[str] | None = None) -> int:

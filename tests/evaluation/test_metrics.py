@@ -105,12 +105,13 @@ def test_reconstructions_are_those_of_the_posterior_mean_in_8_bits():
 # latents
 
 
-def latent_report(mean, log_variance):
-    sums, noise = LatentSums(3, CPU), torch.Generator().manual_seed(1)
-    z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise)
-    for part in range(0, len(mean), 3):
-        rows = range(part, min(part + 3, len(mean)))
-        sums.update(mean[rows], log_variance[rows], z=z[rows], samples=rows)
+def latent_report(*groups):
+    """Of groups of (mean, log variance, z, numbers)."""
+    sums = LatentSums(3, CPU)
+    for mean, log_variance, z, numbers in groups:
+        for rows in torch.arange(len(mean)).split(3):
+            output = SimpleNamespace(mean=mean[rows], log_variance=log_variance[rows], z=z[rows])
+            sums.update(output, [numbers[row] for row in rows])
     return sums.compute(start())
 
 
@@ -118,13 +119,14 @@ def latent_report(mean, log_variance):
 def test_latents_against_torch_distributions(shape):
     mean, log_variance = randn(10, *shape).float(), randn(10, *shape, seed=1).float()
     mean[:, 1] *= 0.05  # of standard deviation 0.05: not active
-    found = latent_report(mean, log_variance)
+    found = latent_report((mean, log_variance, mean, range(10)))
     kl = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0))
     expected = kl.reshape(10, 3, -1).sum(2).mean(0).tolist()
     assert found.kl_nats_per_unit == pytest.approx(expected, rel=1e-5)
     assert (found.active_units, found.active_fraction) == (2, pytest.approx(2 / 3))
     assert found.posterior_variance == pytest.approx(log_variance.exp().mean().item())
-    collapsed = latent_report(torch.full((5, 3), 2.0), torch.zeros(5, 3))
+    noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    collapsed = latent_report((torch.full((5, 3), 2.0), torch.zeros(5, 3), noise, range(5)))
     assert (collapsed.active_units, collapsed.posterior_variance) == (0, 1.0)
     assert collapsed.mutual_information_nats == pytest.approx(0.0, abs=1e-6)
 
@@ -147,10 +149,8 @@ def test_mutual_information_is_at_most_the_log_of_the_images_of_one_shape():
     found = mutual_information_nats(mean, torch.full_like(mean, -20.0), mean)
     assert found == pytest.approx(math.log(64))
     few, many = torch.randn(2, 3, 2, 2), torch.randn(5, 3, 4, 2)
-    sums = LatentSums(3, CPU)
-    sums.update(few, 0 * few - 20, z=few, samples=[5, 6])
-    sums.update(many, 0 * many - 20, z=many, samples=range(5))
-    assert sums.compute(start()).mutual_information_nats == pytest.approx(math.log(5))
+    found = latent_report((few, 0 * few - 20, few, [5, 6]), (many, 0 * many - 20, many, range(5)))
+    assert found.mutual_information_nats == pytest.approx(math.log(5))
 
 
 # priors

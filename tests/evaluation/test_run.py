@@ -121,15 +121,6 @@ def test_images_of_two_shapes_count_by_their_values():
             assert both[name] == pytest.approx(expected, rel=1e-6), name
 
 
-def test_pictures_with_missing_pixels_are_not_compared():
-    model, mask = tiny_model(), torch.ones(4, 1, *SIZE, dtype=torch.uint8)
-    masked = lambda batch: batch._replace(masks=mask)  # noqa: E731
-    result = result_of(model, *all_metrics(model), batch_size=4, change=masked)
-    assert set(result.notes) == {"psnr_db", "rfid", "fid"}
-    assert all("pixels are missing" in note for note in result.notes.values())
-    assert "is_nll_nats" in result.figures and "psnr_db" not in result.figures
-
-
 def result_on(device, **keys):
     with runtime_on(device) as runtime:
         use_tensor_float_32(runtime.device, "bf16")  # as training may have set it

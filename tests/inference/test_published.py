@@ -96,24 +96,19 @@ def test_old_names_and_half_precision_are_read(tmp_path):
 
 def test_a_model_of_another_shape_is_refused_with_the_keys_that_fit(tmp_path):
     published(tmp_path)
-
-    def problems(config):
+    for keys, first, last in (
+        ({"latent_channels": 3}, "conv_in.weight: 16x4x3x3 -> 16x3x3x3", "latent_channels=4"),
+        # what changes no shape changes the model all the same
+        ({"norm_groups": 2}, "0 of its tensors", "model.norm_groups=4"),
+    ):
+        config = spatial_config(tmp_path, **{"channels": WIDTHS, **keys})
         with pytest.raises(ConfigError) as caught:
             initial_weights(config, build_vae(config, (16, 16)))
-        return caught.value.problems
-
-    other = {"latent_channels": 3, "norm_groups": 2, "blocks": [1, 1, 2]}
-    found = problems(spatial_config(tmp_path, **other))
-    assert "  decoder.conv_in.weight: 16x4x3x3 -> 12x3x3x3" in found
-    assert any("... and" in line for line in found)
-    keys = ("channels=[8,12,16]", "latent_channels=4", "norm_groups=4", "blocks=1")
-    assert all(f"'model.{key}'" in found[-1] for key in keys)
-    # what changes no shape changes the model all the same
-    first, *_, last = problems(spatial_config(tmp_path, channels=WIDTHS, norm_groups=2))
-    assert "0 of its tensors do not fit" in first and "model.norm_groups=4" in last
+        assert first in str(caught.value) and last in caught.value.problems[-1]
     config = spatial_config(tmp_path, channels=WIDTHS)
     config.likelihood.kind = "discretized_logistic_mixture"
-    assert "which likelihood.kind=discretized" in problems(config)[0]
+    with pytest.raises(ConfigError, match="which likelihood"):
+        initial_weights(config, build_vae(config, (16, 16)))
 
 
 def test_pickles_and_strangers_are_refused(tmp_path):
@@ -132,24 +127,19 @@ def test_pickles_and_strangers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="a diffusers AutoencoderTiny"):
         read_published(tmp_path)
     assert read_published(tmp_path / "elsewhere") is None
-    flux2(tmp_path / "wide", decoder_block_out_channels=(12, 16))
-    with pytest.raises(ConfigError, match="decoder_block_out_channels"):
-        read_published(tmp_path / "wide")
 
 
 def test_flux2_is_the_same_here_and_after_another_export(tmp_path):
     theirs = flux2(tmp_path / "vae")
     loaded = load_published(tmp_path / "vae", torch.device("cpu"))
-    assert loaded is not None
     with torch.no_grad():
         mean, _ = loaded.model.encode(images())
         z = theirs.encode(images()).latent_dist.mean
         torch.testing.assert_close(mean, z, **EXACT)
         params = loaded.model.decode(z, (16, 24))[:, :3]
         torch.testing.assert_close(params, theirs.decode(z).sample, **EXACT)
-    found = read_published(tmp_path / "vae")
-    assert found is not None
-    again, bn = replace(found.norm, blocks=()).packed(4), theirs.bn
+    norm = read_published(tmp_path / "vae").norm
+    again, bn = replace(norm, blocks=()).packed(4), theirs.bn
     by_channel = bn.running_mean.view(4, 4)
     means = by_channel.mean(1)
     torch.testing.assert_close(again["bn.running_mean"], means.repeat_interleave(4))
@@ -168,9 +158,7 @@ def test_flux2_is_the_same_here_and_after_another_export(tmp_path):
 def test_a_factor_beside_deviations_of_channels_is_not_lost(tmp_path):
     """(z - latents_mean) / latents_std * scaling_factor, as published ones have it."""
     published(tmp_path, latents_mean=[1.0] * 4, latents_std=[2.0] * 4, scaling_factor=0.5)
-    found = read_published(tmp_path)
-    assert found is not None
-    settings = found.norm.settings("channel")
+    settings = read_published(tmp_path).norm.settings("channel")
     assert (settings["scaling_factor"], settings["latents_std"]) == (1.0, [4.0] * 4)
 
 
@@ -191,12 +179,6 @@ def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path):
     write_run(tmp_path / "second", config, (16, 16))
     again = exported(tmp_path / "second", tmp_path / "again", "normalization=scalar")
     assert diffusers.AutoencoderKL.from_pretrained(again).config.scaling_factor == 0.18215
-    config.init_from = str(tmp_path / "loop")
-    write_run(tmp_path / "loop", config, (16, 16))
-    exported(tmp_path / "loop", tmp_path / "out")
-    file.write_text(json.dumps(known | {"latents_std": "much"}))
-    with pytest.raises(ConfigError, match=r"safetensors cannot be read"):
-        read_published(file.parent)
 
 
 def test_an_address_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
@@ -209,8 +191,7 @@ def test_an_address_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     for address in ("hf://me/pipeline", "hf://me/pipeline/vae", "hf://me/pipeline/vae/"):
-        found = read_published(local_source(address))
-        assert found is not None and found.config["latent_channels"] == 4
+        assert read_published(local_source(address)).config["latent_channels"] == 4
     for address in ("hf://me/other", "hf://me"):
         with pytest.raises(ConfigError, match="cannot be read from the Hugging Face Hub"):
             local_source(address)

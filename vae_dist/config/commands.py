@@ -127,7 +127,6 @@ class ExportCommand(CheckpointCommand):
         "latents_mean and latents_std of each channel (SDXL), or scaling_factor and shift_factor",
         when="format=diffusers",
     )
-    push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
 
 LATENTS, OF_FEATURES = "run!=", "features!="

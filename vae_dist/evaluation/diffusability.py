@@ -139,8 +139,6 @@ class LatticeMetric:
     LATTICE_LEVELS, other channels 0. Sides are those of the model's images, or longer where these
     have too few periods and the model takes any size."""
 
-    of_whole_images = ()
-
     def __init__(self, model: VAE, image_size: tuple[int, int], *, channels: int) -> None:
         self._model, self._size, self._channels = model, image_size, channels
         if model.image_size is None:
@@ -182,8 +180,6 @@ OF_LATENTS: dict[str, tuple[Callable[[Tensor, Sequence[int]], float], str]] = {
 
 class LatentMetric:
     """Of the first latents of an evaluation, the same on any number of ranks."""
-
-    of_whole_images = ()
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = [name for name in OF_LATENTS if name in names]

@@ -84,7 +84,6 @@ class FrechetMetric:
         self._images = Moments(num_features, device)
         self._reconstructions = Moments(num_features, device) if of_reconstructions else None
         self._sizes: set[tuple[int, int]] = set()
-        self.of_whole_images = [*(["rfid"] if of_reconstructions else []), *priors]
 
     def update(self, batch: EvaluatedBatch) -> None:
         images, reconstructions = batch.pictures

@@ -109,8 +109,6 @@ class ImportanceMetric:
     `num_samples`: K. At most `chunk` latents per forward (0: what suits image and device).
     """
 
-    of_whole_images = ()
-
     def __init__(
         self,
         model: VAE,
@@ -123,7 +121,7 @@ class ImportanceMetric:
     ) -> None:
         self._model, self._priors = model, dict(priors or {})
         self._num_samples, self._seed, self._chunk = num_samples, seed, chunk
-        names = ("nll", "square", "effective", "variance", "images", "dims")
+        names = ("nll", "square", "effective", "variance", "dims")
         self._sums = {
             name: Sums(device, *names) for name in ["", *(f"_{name}" for name in self._priors)]
         }
@@ -137,7 +135,6 @@ class ImportanceMetric:
                 square=log_evidence.square(),
                 effective=effective,
                 variance=1 / effective - 1 / self._num_samples,
-                images=torch.ones_like(dims),
                 dims=dims,
             )
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.distributed import Runtime
-from vae_dist.models.latent import LatentPrior, kl_per_value, sample_posterior
+from vae_dist.models.latent import LatentPrior, kl_per_value
 from vae_dist.models.networks import Lpips
 from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.tracking.images import to_uint8
@@ -115,10 +115,6 @@ class Report:
 
 
 class Metric(Protocol):
-    @property
-    def of_whole_images(self) -> Sequence[str]:
-        """Figures that compare pictures; of images with missing pixels they are left out."""
-
     def update(self, batch: EvaluatedBatch) -> None:
         """Called by each rank for each of its batches, in inference mode."""
 
@@ -127,14 +123,15 @@ class Metric(Protocol):
 
 
 class Sums:
-    """Float64 sums over images, by name."""
+    """Float64 sums over images, by name, and of `images` their number."""
 
     def __init__(self, device: torch.device, *names: str) -> None:
-        self._names = names
-        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._names = (*names, "images")
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
 
     def add(self, **of_images: Tensor) -> None:
         """A value of each image for each name, (b,)."""
+        of_images["images"] = torch.ones_like(next(iter(of_images.values())))
         self._sums += torch.stack([of_images[name].double() for name in self._names]).sum(1)
 
     def over_ranks(self, runtime: Runtime) -> dict[str, float]:
@@ -153,20 +150,16 @@ class PriorMetric:
     """`neg_elbo_NAME_nats` and `rate_NAME_nats` under a prior other than N(0, I), whose rate
     log q(z|x) - log p(z) has no closed form: unbiased, from the one draw that the ELBO used."""
 
-    of_whole_images = ()
-
     def __init__(self, name: str, prior: LatentPrior, device: torch.device) -> None:
         self._name, self._prior = name, prior
-        self._sums = Sums(device, "rate", "neg_elbo", "square", "images")
+        self._sums = Sums(device, "rate", "neg_elbo", "square")
 
     def update(self, batch: EvaluatedBatch) -> None:
         output, noise = batch.output, batch.noise.double()
-        z = sample_posterior(output.mean, output.log_variance, batch.noise)
         squares = noise.square() + output.log_variance.double() + math.log(2 * math.pi)
-        rate = -0.5 * squares.flatten(1).sum(1) - self._prior.log_prob(z)
+        rate = -0.5 * squares.flatten(1).sum(1) - self._prior.log_prob(output.z)
         neg_elbo = rate - output.log_likelihood.double()
-        one = torch.ones_like(rate)
-        self._sums.add(rate=rate, neg_elbo=neg_elbo, square=neg_elbo.square(), images=one)
+        self._sums.add(rate=rate, neg_elbo=neg_elbo, square=neg_elbo.square())
 
     def compute(self, runtime: Runtime) -> Report:
         sums, name = self._sums.over_ranks(runtime), self._name
@@ -248,8 +241,8 @@ class ReconstructionMetric:
     """Means of comparisons over the images that are large enough."""
 
     def __init__(self, compare: Mapping[str, Comparison], device: torch.device) -> None:
-        self._compare, self.of_whole_images = compare, list(compare)
-        self._sums = {name: Sums(device, "value", "count", "images") for name in compare}
+        self._compare = compare
+        self._sums = {name: Sums(device, "value", "count") for name in compare}
 
     def update(self, batch: EvaluatedBatch) -> None:
         images, reconstructions = batch.pictures
@@ -257,11 +250,11 @@ class ReconstructionMetric:
         one = images.new_ones(len(images))
         for name, (function, smallest) in self._compare.items():
             if min(images.shape[-2:]) < smallest:
-                self._sums[name].add(value=0 * one, count=0 * one, images=one)
+                self._sums[name].add(value=0 * one, count=0 * one)
                 continue
             pairs = zip(images.split(share), reconstructions.split(share), strict=True)
             values = torch.cat([function(*pair).double() for pair in pairs])
-            self._sums[name].add(value=values, count=one, images=one)
+            self._sums[name].add(value=values, count=one)
 
     def compute(self, runtime: Runtime) -> Report:
         report = Report()
@@ -303,10 +296,9 @@ class LatentSums:
         self._counts = torch.zeros(2, dtype=torch.float64, device=device)
         self._first: dict[int, Tensor] = {}  # of the first images: (3, U, *positions)
 
-    def update(
-        self, mean: Tensor, log_variance: Tensor, *, z: Tensor, samples: Sequence[int]
-    ) -> None:
-        """mean, log_variance, z (b, U, *positions) of the images that count, and their numbers."""
+    def update(self, output: VAEOutput, samples: Sequence[int]) -> None:
+        """Of the images that count, with their numbers."""
+        mean, log_variance, z = output.mean, output.log_variance, output.z  # (b, U, *positions)
         limit = min(INFORMATION_IMAGES, INFORMATION_VALUES // z[0].numel())
         for row, sample in enumerate(samples):
             if sample < limit:
@@ -339,12 +331,12 @@ class LadderSums:
 
     def __init__(self, device: torch.device) -> None:
         self._kl: Tensor | float = 0.0  # of each group, on the CPU; a rank may have no image
-        self._sums = Sums(device, "variance", "images")
+        self._sums = Sums(device, "variance")
 
-    def update(self, output: VAEOutput) -> None:
+    def update(self, output: VAEOutput, samples: Sequence[int]) -> None:
         self._kl = self._kl + output.kl.double().sum(0).cpu()
         variance = output.log_variance.double().exp().flatten(1).mean(1)
-        self._sums.add(variance=variance, images=torch.ones_like(variance))
+        self._sums.add(variance=variance)
 
     def compute(self, runtime: Runtime) -> LatentReport:
         sums = self._sums.over_ranks(runtime)

@@ -80,7 +80,7 @@ def evaluate(
     must answer the same on each; after a True the result is None. Raises ConfigError when no image
     can be read, or more than `max_skipped_fraction` of them cannot.
     """
-    bound, skipped, num_incomplete = _Bound(model, runtime.device), list[SkippedSample](), 0
+    bound, skipped = _Bound(model, runtime.device), list[SkippedSample]()
     was_training = model.training
     model.eval()
     try:
@@ -93,25 +93,19 @@ def evaluate(
             # what padding evaluates to, infinity included, must not count
             if (batch.weights > 0).any():
                 evaluated = forward(model, batch, seed=seed, device=runtime.device)
-                num_incomplete += 0 if batch.masks is None else len(evaluated.inputs.samples)
                 with exact_float32(runtime.device), torch.inference_mode():
                     bound.update(evaluated)
                     for metric in metrics:
-                        if batch.masks is None or not metric.of_whole_images:
-                            metric.update(evaluated)
+                        metric.update(evaluated)
     finally:
         model.train(was_training)
-    num_skipped, num_incomplete = map(int, runtime.sum_numbers([], len(skipped), num_incomplete))
+    num_skipped = sum(runtime.gather(len(skipped)))
     first = [str(sample) for of_rank in runtime.gather(skipped[:1]) for sample in of_rank]
     result = bound.result(runtime, num_skipped, max_skipped_fraction, "; ".join(first))
     for metric in metrics:
-        if num_incomplete and metric.of_whole_images:
-            reason = "compares whole images, and data.mask says that pixels are missing"
-            result.notes.update({name: f"{name} {reason}" for name in metric.of_whole_images})
-        else:
-            report = metric.compute(runtime)
-            result.figures.update(report.figures)
-            result.notes.update(report.notes)
+        report = metric.compute(runtime)
+        result.figures.update(report.figures)
+        result.notes.update(report.notes)
     return result
 
 
@@ -154,28 +148,21 @@ class _Bound:
 
     def __init__(self, model: VAE, device: torch.device) -> None:
         self._likelihood, units = model.likelihood, model.latent_channels
-        names = ("distortion", "rate", "square", "images", "dims")
-        self._sums = Sums(device, *names)
+        self._sums = Sums(device, "distortion", "rate", "square", "dims")
         self._latents = LadderSums(device) if model.num_levels else LatentSums(units, device)
         self._moments = LatentMoments(units, device)
 
     def update(self, batch: EvaluatedBatch) -> None:
         output = batch.output
         distortion, rate = -output.log_likelihood.double(), output.kl.double().sum(1)
-        one = torch.ones_like(distortion)
         self._sums.add(
             distortion=distortion,
             rate=rate,
             square=(distortion + rate).square(),
-            images=one,
             dims=batch.inputs.dims,
         )
-        moments = output.mean, output.log_variance
-        if isinstance(self._latents, LadderSums):
-            self._latents.update(output)
-        else:
-            self._latents.update(*moments, z=output.z, samples=batch.inputs.samples)
-        self._moments.add(*moments)
+        self._latents.update(output, batch.inputs.samples)
+        self._moments.add(output.mean, output.log_variance)
 
     def result(
         self, runtime: Runtime, num_skipped: int, max_skipped_fraction: float, first: str
