@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vae_dist.evaluation.metrics import Metric
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.load import Images, LoadedModel
-    from vae_dist.inference.mixture import FittedPrior
+    from vae_dist.inference.mixture import GaussianMixture
     from vae_dist.models.networks import Backbone, PretrainedFile
 
 USAGE = "python -m vae_dist.evaluate run=FOLDER [key=value ...]"
@@ -144,7 +144,7 @@ def _batches(
 
 
 def _metrics(
-    command: EvaluateCommand, loaded: LoadedModel, prior: FittedPrior | None, runtime: Runtime
+    command: EvaluateCommand, loaded: LoadedModel, prior: GaussianMixture | None, runtime: Runtime
 ) -> tuple[list[Metric], dict[str, str]]:
     """What was asked for beside the bound, and by name the files of weights that it uses."""
     from vae_dist.evaluation import diffusability, metrics
@@ -164,7 +164,7 @@ def _metrics(
             f"metrics={shown(command.metrics)}: {', '.join(compared)} compare whole images, and "
             f"data.mask={loaded.config.data.mask} hides pixels; leave them out"
         )
-    priors = {"gmm": prior.mixture.to(device)} if prior else {}
+    priors = {"gmm": prior.to(device)} if prior else {}
     seed, files = command.seed, dict[str, str]()
     asked: list[Metric] = [metrics.PriorMetric(name, p, device) for name, p in priors.items()]
     if command.samples:
@@ -188,7 +188,7 @@ def _metrics(
     if compare:
         asked.append(metrics.ReconstructionMetric(compare, device))
     if "rfid" in names or "fid" in names:
-        fids = {"fid": None} | ({"fid_gmm": prior.mixture} if prior else {})  # drawn on the CPU
+        fids = {"fid": None} | ({"fid_gmm": prior} if prior else {})  # drawn on the CPU
         asked.append(
             FrechetMetric(
                 networks.load_inception(fetched("frechet", networks.INCEPTION)).to(device),
@@ -230,7 +230,7 @@ def _report(
     loaded: LoadedModel,
     images: Images,
     result: EvaluationResult,
-    prior: FittedPrior | None,
+    prior: GaussianMixture | None,
     files: dict[str, str],
 ) -> None:
     """Write the results and print them."""

@@ -36,8 +36,7 @@ def sample(command: SampleCommand) -> None:
     with open_run(command, device=command.device) as loaded:
         vae, what = BatchedVAE(loaded.model, command.batch_size), _what_to_draw(command, loaded)
         columns = what["num_images"] if what["classes"] else None
-        fitted = fitted_prior(loaded, command) if command.prior != "normal" else None
-        prior = fitted.mixture if fitted else None
+        prior = fitted_prior(loaded, command) if command.prior != "normal" else None
         images = vae.sample(prior=prior, **what)
         pictures = [grid(images, columns=columns)] if is_grid else []
         if command.compare:
@@ -49,8 +48,8 @@ def sample(command: SampleCommand) -> None:
         else:
             for index, image in enumerate(images):
                 save_image(image, out / f"{index:06d}", bits=data.bits)
-    if fitted:
-        print(fitted.description)
+    if prior:
+        print(prior.description)
     if command.compare:
         print(f"left: draws of N(0, I); right: of {command.prior}, from the same noise")
     label = f"label={command.label}, " if loaded.model.num_classes else ""

@@ -11,13 +11,10 @@ import torch
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist import export
 from vae_dist.config.commands import CheckpointCommand
-from vae_dist.distributed import load_full
 from vae_dist.inference.load import load_model
 from vae_dist.models import latent
-from vae_dist.models.build import build_vae
 from vae_dist.models.latent import LatentMoments
 from vae_dist.randomness import torch_generator
-from vae_dist.run.resume import initial_weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
 diffusers = pytest.importorskip("diffusers")
@@ -91,34 +88,13 @@ def test_what_the_format_has_no_place_for_is_named(tmp_path, capsys):
     write_run(tmp_path / "vector", tiny_config(channels=1), (16, 16))
     named = ("patch=2", "dc_shortcuts=true", "num_classes=4", "blocks=[1, 1, 2]", "mask=member")
     for run, keys in (
-        ("run", (*named, "kind=discretized_logistic_mixture", "format=safetensors writes any")),
+        ("run", (*named, "kind=discretized_logistic_mixture")),
         ("vector", ("model.latent=vector", "likelihood.kind=bernoulli")),
     ):
         assert export.main([f"run={tmp_path}/{run}", f"out={tmp_path}/out"]) == 2
         errors = capsys.readouterr().err
         assert all(key in errors for key in keys)
     assert not (tmp_path / "out").exists()
-
-
-def test_one_file_of_any_model_begins_another_run(plain_run, tmp_path):
-    file = exported(plain_run, tmp_path / "out", "format=safetensors") / "model.safetensors"
-    with safetensors.safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    assert json.loads(metadata["step"]) == 20 and metadata["likelihood"] == "bernoulli"
-    assert json.loads(metadata["config"])["model"]["channels"] == [8, 8]
-    assert "shards" not in metadata["config"]  # no paths
-    config = tiny_config()
-    config.init_from = str(file)
-    model = build_vae(config, (28, 28))
-    load_full(model, initial_weights(config, model))
-    assert torch.equal(model.encoder.conv_in.weight, loaded(plain_run).encoder.conv_in.weight)
-
-
-def test_no_checkpoint_is_written_over(spatial_run, capsys):
-    checkpoint = max((spatial_run / "checkpoints").glob("step_*"))
-    for out in (spatial_run, checkpoint):
-        assert export.main([f"run={spatial_run}", f"out={out}", "format=safetensors"]) == 2
-        assert "holds the run or its checkpoints" in capsys.readouterr().err
 
 
 # latents, normalised as diffusers' own pipelines do it

@@ -118,9 +118,8 @@ class EvaluateCommand(PriorCommand):
 @dataclass
 class ExportCommand(CheckpointCommand):
     out: str = knob("???", "folder to write")
-    format: Literal["diffusers", "flux2", "safetensors"] = knob(
-        "diffusers",
-        "folder for AutoencoderKL.from_pretrained or AutoencoderKLFlux2, or one file of any model",
+    format: Literal["diffusers", "flux2"] = knob(
+        "diffusers", "folder for AutoencoderKL.from_pretrained, or for AutoencoderKLFlux2"
     )
     normalization: Literal["channel", "scalar"] = knob(
         "channel",

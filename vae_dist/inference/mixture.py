@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ class GaussianMixture:
     log_weights: Tensor  # (M,)
     means: Tensor  # (M, d)
     factors: Tensor  # S_m = L L': the diagonals (M, d) of L, or lower triangular L (M, d, d)
+    description: str = ""  # in a sentence, for people
 
     def to(self, device: torch.device) -> GaussianMixture:
-        return GaussianMixture(*(tensor.to(device) for tensor in vars(self).values()))
+        weights, means = self.log_weights.to(device), self.means.to(device)
+        return replace(self, log_weights=weights, means=means, factors=self.factors.to(device))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats for latents (N, d), float64 (N,)."""
@@ -72,22 +75,15 @@ class GaussianMixture:
         return (self.means[chosen] + moved).float()
 
 
-@dataclass(frozen=True)
-class FittedPrior:
-    mixture: GaussianMixture  # on the CPU
-    description: str  # in a sentence, for people
-
-
-def fit_mixture(z: Tensor, num_components: int, covariance: str, *, seed: int) -> FittedPrior:
-    """The mixture of `covariance` diagonal or full that EM finds for latents (N, d). Raises
-    ConfigError without scikit-learn."""
-    estimator_class = find_estimator()
+def fit_mixture(z: Tensor, num_components: int, covariance: str, *, seed: int) -> GaussianMixture:
+    """The mixture of `covariance` diagonal or full that EM finds for latents (N, d), on the CPU."""
     from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture as Estimator
     from threadpoolctl import threadpool_limits
 
     z = z.double().cpu()
     floor = FLOOR * max(float(z.var(0, correction=0).mean()), torch.finfo(torch.float32).tiny)
-    estimator = estimator_class(
+    estimator = Estimator(
         num_components,
         covariance_type="full" if covariance == "full" else "diag",
         tol=TOLERANCE_NATS,
@@ -105,27 +101,12 @@ def fit_mixture(z: Tensor, num_components: int, covariance: str, *, seed: int) -
         torch.from_numpy(estimator.means_),
         torch.linalg.cholesky(spread) if covariance == "full" else spread.sqrt(),
     )
-    normal = distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
-    return FittedPrior(
-        mixture,
-        f"prior {num_components} Gaussians, {covariance} covariance, fitted to {len(z)} training "
-        f"images in {estimator.n_iter_} iterations: {-float(mixture.log_prob(z).mean()):.2f} nats "
-        f"per latent vector, N(0, I) {-float(normal.log_prob(z).sum(1).mean()):.2f}",
-    )
+    nats = -float(mixture.log_prob(z).mean())
+    said = f"prior {num_components} Gaussians, {covariance} covariance, fitted to {len(z)} training"
+    return replace(mixture, description=f"{said} images: {nats:.2f} nats per latent vector")
 
 
-def find_estimator() -> Any:
-    """scikit-learn's class. Raises ConfigError where it is not installed."""
-    try:
-        from sklearn.mixture import GaussianMixture as Estimator
-    except ImportError:
-        raise ConfigError(
-            "prior=gmm:K needs scikit-learn: pip install 'vae_dist[metrics]'"
-        ) from None
-    return Estimator
-
-
-def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> FittedPrior:
+def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> GaussianMixture:
     """The mixture that `command.prior` asks for; for one process only. Raises ConfigError for a
     model or data that it cannot be fitted to."""
     num_components, covariance = mixture_prior(command.prior)
@@ -135,7 +116,8 @@ def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) 
             f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
             "spatial one; train with model.latent=vector, or use prior=normal"
         )
-    find_estimator()  # before all images are encoded
+    if not find_spec("sklearn"):  # before all images are encoded
+        raise ConfigError("prior=gmm:K needs scikit-learn: pip install 'vae_dist[metrics]'")
     images = open_images(config, config.data.train, create=False, key="data.train")
     stream = images.stream(batch_size=command.batch_size, max_images=command.prior_images or None)
     z = aggregate_posterior(model, stream, seed=config.seed)
