@@ -113,6 +113,11 @@ def test_what_evaluate_refuses(plain_run, capsys, key, reason):
     assert reason in capsys.readouterr().err
 
 
+def test_images_with_holes_are_not_compared(conditional_run, capsys):
+    assert evaluate.main(keys_of(conditional_run, "metrics=psnr,viv")) == 2
+    assert "psnr compare whole images, and data.mask=half" in capsys.readouterr().err
+
+
 def test_two_ranks_find_the_same_figures(plain_run, spatial_run, tmp_path):
     options = ("batch_size=3", "samples=7", "prior=gmm:1:diagonal")
     one = results(plain_run, tmp_path / "1.json", *options)
