@@ -82,7 +82,7 @@ CASES = [  # kind, ranks that fail, what each of three raises on all, and on the
     ("config", [], ["returned 1"] * 3, "returned 1"),
     ("config", [1], [f"ConfigError: rank 1: {BOTH}"] * 3, "returned 1"),
     ("config", [0, 1, 2], [f"ConfigError: {BOTH}"] * 3, f"ConfigError: {BOTH}"),
-    ("own", [0, 2], ["ConfigError: rank 0: from 0\nrank 2: from 2"] * 3, "ConfigError: from 0"),
+    ("own", [0, 2], ["ConfigError: ranks 0, 2: from 0"] * 3, "ConfigError: from 0"),
     ("config", [0, 2], ["ConfigError: ranks 0, 2: first"] * 3, f"ConfigError: {BOTH}"),
     ("disk", [0], [f"ConfigError: rank 0: {FULL}"] * 3, f"ConfigError: {FULL}; see to that"),
     ("bug", [1], [SENT.format(1), BUG, SENT.format(1)], "returned 1"),

@@ -74,13 +74,8 @@ class Runtime:
                 self.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     @classmethod
-    def start(
-        cls, config: RuntimeConfig, *, precision: str, launcher_decides_nothing: bool = False
-    ) -> Runtime:
-        """Join the other ranks and be ready to wrap models. Raises ConfigError, RankFailed.
-        `launcher_decides_nothing`: its precision is one of training, and this is none."""
-        if launcher_decides_nothing:
-            os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    def start(cls, config: RuntimeConfig, *, precision: str) -> Runtime:
+        """Join the other ranks and be ready to wrap models. Raises ConfigError, RankFailed."""
         runtime = cls.join(config)
         runtime.use_precision(precision)
         return runtime
@@ -208,8 +203,8 @@ class Runtime:
         return self.broadcast(self._run_on(range(1), function))
 
     def on_all_ranks(self, function: Callable[[], T]) -> T:
-        """Run on every rank; an error on some is raised on all. A ConfigError (or OSError) becomes
-        one that names the ranks; any other is raised where it arose, and RankFailed elsewhere."""
+        """Run on every rank; an error on some is raised on all. A ConfigError (or OSError) is that
+        of the first rank and names all that had one; any other is RankFailed on other ranks."""
         return self._run_on(range(self.world), function)
 
     def _run_on(self, ranks: range, function: Callable[[], T]) -> T:
@@ -219,15 +214,18 @@ class Runtime:
             result = function() if self.rank in ranks else None
         except Exception as error:
             own = error
-        sent = self.gather(own and _for_others(own, self.rank))
+        sent = enumerate(self.gather(_for_others(own, self.rank) if own else None))
+        failed = {rank: one for rank, one in sent if one is not None}
         if own is not None and not isinstance(own, ConfigError | OSError):
             raise own
-        errors = {rank: one for rank, one in enumerate(sent) if isinstance(one, ConfigError)}
-        for unexpected in sent:
-            if unexpected is not None and unexpected not in errors.values():
-                raise unexpected
-        if errors:
-            raise _merged(errors, num_asked=len(ranks))
+        problems: list[str] = []
+        for one in failed.values():
+            if isinstance(one, RankFailed):
+                raise one
+            problems = problems or [*one.problems]
+        if problems:
+            who = "" if len(failed) == len(ranks) else f"{name_ranks([*failed])}: "
+            raise ConfigError([who + problems[0], *problems[1:]])
         return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
@@ -348,7 +346,7 @@ def load_full(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             local_part(value).copy_(local_part(part_like(tensors[name], value)))
 
 
-def _for_others(error: Exception, rank: int) -> Exception:
+def _for_others(error: Exception, rank: int) -> ConfigError | RankFailed:
     """An error of this rank as it is sent to all."""
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
@@ -359,15 +357,3 @@ def _for_others(error: Exception, rank: int) -> Exception:
     if isinstance(error, ConfigError):
         return error
     return RankFailed(f"rank {rank}: {type(error).__name__}: {error}")
-
-
-def _merged(errors: Mapping[int, ConfigError], *, num_asked: int) -> ConfigError:
-    """One error from those of some ranks; its lines name them unless all that were asked agree."""
-    ranks_of: dict[tuple[str, ...], list[int]] = {}
-    for rank, error in errors.items():
-        ranks_of.setdefault(error.problems, []).append(rank)
-    problems: list[str] = []
-    for (first, *rest), ranks in ranks_of.items():
-        who = "" if len(ranks) == num_asked else f"{name_ranks(ranks)}: "
-        problems += [who + first, *rest]
-    return ConfigError(problems)

@@ -49,35 +49,25 @@ def launch_problem(environment: Mapping[str, str]) -> str:
     script with several tasks is not meant for one process; a shell of salloc may be.
     """
     world = int(environment.get("WORLD_SIZE", "1"))
-    expected = environment.get("EXPECTED_WORLD_SIZE", "")
-    if expected and world != int(expected):
-        return (
-            f"EXPECTED_WORLD_SIZE={expected} processes were promised but WORLD_SIZE={world}: each "
-            "part would train alone. Start with launch/slurm.sbatch or `accelerate launch "
-            f"--multi_gpu --num_processes {expected}`, or unset EXPECTED_WORLD_SIZE"
-        )
-    tasks, problem = int(environment.get("SLURM_NTASKS", "1")), ""
-    if expected:
+    if expected := int(environment.get("EXPECTED_WORLD_SIZE") or "0"):
+        promised = f"EXPECTED_WORLD_SIZE={expected} processes were promised"
+        is_kept = world == expected
+    else:
+        tasks = int(environment.get("SLURM_NTASKS", "1"))
+        promised = f"SLURM has started {tasks} tasks"
+        is_kept = world > 1 or environment.get("ENVIRONMENT") != "BATCH"  # as slurmd sets it
+        if "SLURM_STEP_ID" in environment:
+            # the shell of salloc may be a step of one task, in a job of several
+            tasks = int(environment.get("SLURM_STEP_NUM_TASKS", tasks))
+            launchers = int(environment.get("GROUP_WORLD_SIZE", tasks))  # that have met
+            is_kept = world % tasks == 0 == launchers % tasks
+        is_kept = is_kept or tasks == 1
+    if is_kept:
         return ""
-    if "SLURM_STEP_ID" in environment:
-        # the shell of salloc may be a step of one task, in a job of several
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", tasks))
-        launchers = int(environment.get("GROUP_WORLD_SIZE", tasks))  # elastic agents that have met
-        if world % tasks != 0:
-            problem = f"srun started {tasks} tasks but WORLD_SIZE={world}"
-        elif launchers % tasks != 0:
-            problem = (
-                f"srun started {tasks} tasks, each with a launcher of its own (GROUP_WORLD_SIZE="
-                f"{launchers})"
-            )
-    elif environment.get("ENVIRONMENT") == "BATCH" and world == 1 < tasks:  # as slurmd sets it
-        problem = (
-            f"the job has SLURM_NTASKS={tasks} tasks but its script starts one process, without "
-            "srun and without a launcher"
-        )
-    return problem and (
-        f"{problem}: each task would train alone. Start with `sbatch launch/slurm.sbatch ...`, or "
-        f"set EXPECTED_WORLD_SIZE={world} if a run of that many processes is meant"
+    return (
+        f"{promised} but WORLD_SIZE={world}: each task would train alone. Start with `sbatch "
+        "launch/slurm.sbatch ...` or `accelerate launch --multi_gpu --num_processes N`; if a run "
+        f"of {world} is meant, set EXPECTED_WORLD_SIZE={world}"
     )
 
 

@@ -29,11 +29,11 @@ AGENT = "SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_ID=0"
         (f"{BATCH} SLURM_NTASKS=8 EXPECTED_WORLD_SIZE=1", ""),
         ("EXPECTED_WORLD_SIZE=1 SLURM_NTASKS=4 SLURM_STEP_ID=0", ""),  # meant so
         ("EXPECTED_WORLD_SIZE=4", "EXPECTED_WORLD_SIZE=4 processes were promised"),
-        ("EXPECTED_WORLD_SIZE=4 WORLD_SIZE=2", "--num_processes 4"),
+        ("EXPECTED_WORLD_SIZE=4 WORLD_SIZE=2", "set EXPECTED_WORLD_SIZE=2"),
         ("SLURM_NTASKS=4 SLURM_STEP_ID=0", "each task would train alone"),
-        ("SLURM_NTASKS=4 SLURM_STEP_ID=0 WORLD_SIZE=2", "srun started 4 tasks"),
-        (f"{BATCH} SLURM_NTASKS=8", "its script starts one process, without srun"),
-        (f"{AGENT} WORLD_SIZE=2 GROUP_WORLD_SIZE=1", "each with a launcher of its own"),
+        ("SLURM_NTASKS=4 SLURM_STEP_ID=0 WORLD_SIZE=2", "SLURM has started 4 tasks"),
+        (f"{BATCH} SLURM_NTASKS=8", "SLURM has started 8 tasks"),
+        (f"{AGENT} WORLD_SIZE=2 GROUP_WORLD_SIZE=1", "SLURM has started 2 tasks"),
     ],
 )
 def test_what_a_launcher_promised_is_held_against_the_processes(environment, message):

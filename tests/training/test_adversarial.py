@@ -15,8 +15,8 @@ from tests.support.adversarial import (
 from tests.support.distributed import reset_accelerate
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms
-from vae_dist.training import losses, memory
-from vae_dist.training.adversarial import Adversary, LastLayer
+from vae_dist.training import adversarial
+from vae_dist.training.adversarial import LastLayer
 
 
 @pytest.fixture
@@ -184,36 +184,20 @@ def test_the_gradient_is_that_of_the_sum_of_all_terms(runtime):
         assert (found[name] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-4, name
 
 
-# what passes through the decoder beside the forward of a step
+def test_checkpointing_changes_nothing(runtime):
+    def some_steps():
+        step, found = adversarial_step(config, runtime), []
+        for number in range(3):
+            report = step(picture_batch(runtime, number), number)
+            found += [float(report.sums["train/loss"]), float(step.adversary.weight)]
+        return found
 
-
-def some_steps(config, runtime, *, rehearsals=0):
-    step, found = adversarial_step(config, runtime), []
-    for _ in range(rehearsals):
-        assert memory._fits(step, 4, SIZE)
-    for number in range(3):
-        report = step(picture_batch(runtime, number), number)
-        found += [float(report.sums["train/loss"]), float(step.adversary.weight)]
-    return found
-
-
-def test_checkpointing_and_a_trial_for_memory_change_nothing(runtime, monkeypatch):
-    """The trial runs every term, and leaves no trace."""
-    config, heard, generator_loss = adversarial_config(), [], Adversary.generator_loss
+    config = adversarial_config()
     config.training.microbatch_size = 4
     config.adversarial.warmup_steps = 0  # the first step is watched
-    expected = some_steps(config, runtime)
-
-    def hear(self, *inputs):
-        heard.append(len(inputs[0]))
-        return generator_loss(self, *inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Adversary, "generator_loss", hear)
-        assert some_steps(config, runtime, rehearsals=1) == expected
-    assert heard == [4] * 7
+    expected = some_steps()
     config.model.gradient_checkpointing = True
-    assert some_steps(config, runtime) == pytest.approx(expected, rel=1e-5)
+    assert some_steps() == pytest.approx(expected, rel=1e-5)
 
 
 def test_structure_is_compared_in_exact_float32(runtime, monkeypatch):
@@ -230,7 +214,7 @@ def test_structure_is_compared_in_exact_float32(runtime, monkeypatch):
         seen.append(inside[0])
         inputs[0].register_hook(lambda _: seen.append(inside[0]))
 
-    monkeypatch.setattr(losses, "exact_float32", exact)
+    monkeypatch.setattr(adversarial, "exact_float32", exact)
     step = adversarial_step(bare(perceptual__kind="structure"), runtime)
     step.losses.perceptual.distance.register_forward_hook(see)
     step(picture_batch(runtime, 0), 0)

@@ -104,8 +104,7 @@ def test_the_plan_says_where_features_come_from(keys, digits, stored, tmp_path, 
         assert main(arguments(tmp_path, data, *keys, "dry_run=true", *more)) == code
         return "".join(capsys.readouterr())
 
-    plan = said(stored, 0)
-    assert "whose features are in the shards\n" in plan
+    assert "whose features are in the shards\n" in said(stored, 0)
     assert "features" not in said(digits, 0)
     assert "alignment_width=8: the features have" in said(stored, 2, "objective.alignment_width=8")
     assert "of an image of 28x28 pixels" in said(stored, 2, "objective.alignment=other")

@@ -87,9 +87,9 @@ def compare(cases):
 def test_one_bit_of_one_rank_is_found_and_every_rank_says_who():
     ((message,), *others) = run_ranks(3, compare, [(1, 1.0)])
     assert others == [[message]] * 2
-    assert "after step 7 the weights of rank 1 of 3 differ from those of the rest" in message
+    assert "after step 7 the weights of ranks 0, 2 and of rank 1 differ" in message
     assert "1 of 2 tensors, b first" in message
     cases = [(0, 1.0), (-1, 1.0), (1, 0.0), (1, float("nan")), (1, 1e-42)]
     found, *_ = run_ranks(2, compare, cases)
-    assert "the weights of ranks 0, 1 of 2 differ" in found[0] and found[1] == ""
+    assert "the weights of rank 0 and of rank 1 differ" in found[0] and found[1] == ""
     assert all("b first" in text for text in found[2:])

@@ -6,22 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.adversarial import (
-    BATCH_SIZE,
-    SIZE,
-    adversarial_config,
-    adversarial_step,
-    picture_batch,
-    start,
-)
+from tests.support.adversarial import BATCH_SIZE, adversarial_config, picture_batch
+from tests.support.adversarial import SIZE as PICTURE_SIZE
 from tests.support.distributed import run_ranks
-from tests.support.steps import SIZE as SMALL_SIZE
-from tests.support.steps import batch, config, make_step, one_process
-from vae_dist.config.errors import ConfigError
+from tests.support.steps import SIZE, config, make_step, one_process
 from vae_dist.config.load import load_train_config
 from vae_dist.training import memory
-from vae_dist.training.memory import candidates, fit_microbatch, step_cost
-from vae_dist.training.step import TrainingStep
+from vae_dist.training.memory import candidates, microbatch_size, step_cost
 
 CPU = torch.device("cpu")
 
@@ -40,23 +31,20 @@ def peak_of(run):
     return peak
 
 
-@pytest.mark.parametrize("kind", ["bound", "structure", "discriminator", "checkpointed"])
-def test_the_estimate_is_near_the_worst_moment_of_a_step(kind):
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_estimate_is_near_the_worst_moment_of_a_step(is_checkpointed):
     settings = adversarial_config()
-    settings.objective.latent_noise, settings.adversarial.channels = 0.0, 32
-    settings.adversarial.weight *= kind == "discriminator"
-    settings.perceptual.kind = "structure" if kind == "structure" else "none"
-    settings.model.gradient_checkpointing = kind == "checkpointed"
-    runtime = start()
-    step = adversarial_step(settings, runtime)
+    settings.adversarial.weight, settings.perceptual.kind = 0.0, "none"
+    settings.objective.latent_noise = 0.0
+    settings.model.gradient_checkpointing = is_checkpointed
+    runtime = one_process()
+    step = make_step(settings, runtime, PICTURE_SIZE)
     for number in range(3):
         step(picture_batch(runtime, number), number)
     made = picture_batch(runtime, 3)
     peak = peak_of(lambda: step(made, 3))
     there = 4 * 4 * sum(p.numel() for p in step.vae.parameters())  # weights, moments, average
-    if step.adversary is not None:
-        there += 3 * 4 * sum(p.numel() for p in step.adversary.network.parameters())
-    estimate = step_cost(settings, SIZE, CPU).peak_bytes(BATCH_SIZE)
+    estimate = step_cost(settings, PICTURE_SIZE, CPU).peak_bytes(BATCH_SIZE)
     assert estimate - there == pytest.approx(peak, rel=0.3)
 
 
@@ -77,78 +65,26 @@ def test_memory_and_operations_follow_the_config():
     assert cost(*frozen).state_bytes < plain.state_bytes
 
 
-@pytest.mark.parametrize("num_images", [16, 6, 2])
-def test_on_a_cpu_the_largest_whose_estimate_fits_is_chosen(monkeypatch, num_images):
+@pytest.mark.parametrize(
+    ("asked", "fitting", "found"), [("auto", 16, 16), ("auto", 6, 6), ("auto", 1, 2), (4, 16, 4)]
+)
+def test_the_largest_microbatch_whose_estimate_fits_is_chosen(monkeypatch, asked, fitting, found):
     """Of even cuts of a rank's share: 16 images in 8 slots."""
-    assert candidates(config(), 1) == [16, 8, 6, 4, 2] and candidates(config(), 4) == [4, 2]
-    step = make_step(config(microbatch_size="auto"), one_process(), SMALL_SIZE)
-    room = step_cost(step.config, SIZE, CPU).peak_bytes(num_images)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: room)
-    fit_microbatch(step, SIZE)
-    assert step.microbatch_size == num_images
-    assert step.config.training.microbatch_size == "auto"
-
-
-def test_a_number_is_left_alone():
-    step = make_step(config(microbatch_size=4), one_process(), SMALL_SIZE)
-    fit_microbatch(step, SIZE)
-    assert step.microbatch_size == 4
+    settings = config(microbatch_size=asked)
+    assert candidates(settings, 1) == [16, 8, 6, 4, 2] and candidates(settings, 4) == [4, 2]
+    free = step_cost(settings, SIZE, CPU).peak_bytes(fitting)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert microbatch_size(settings, SIZE, one_process()) == found
 
 
 def choice_of_a_rank():
     runtime = one_process()
     memory.free_bytes = lambda device: 10**12 if runtime.rank == 0 else 1
-    step = make_step(config(microbatch_size="auto"), runtime, SMALL_SIZE)
-    fit_microbatch(step, SIZE)
-    return step.microbatch_size
+    return microbatch_size(config(microbatch_size="auto"), SIZE, runtime)
 
 
 def test_ranks_agree_on_what_fits_everywhere():
     assert run_ranks(2, choice_of_a_rank) == [2, 2]
-
-
-class OnCuda:
-    """A runtime that says that its device is one of CUDA."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, runtime):
-        self.runtime = runtime
-
-    def __getattr__(self, name):
-        return getattr(self.runtime, name)
-
-
-def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
-    runtime, tried, rehearse = one_process(), [], TrainingStep.rehearse
-    step = make_step(config(microbatch_size="auto"), runtime, SMALL_SIZE)
-    before = {name: p.clone() for name, p in step.vae.named_parameters()}
-    room = 6  # images
-
-    def scarce(step, group):
-        tried.append(len(group.images))
-        step.runtime = runtime
-        rehearse(step, group)
-        step.runtime = OnCuda(runtime)
-        if len(group.images) > room:
-            raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr(TrainingStep, "rehearse", scarce)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    step.runtime = OnCuda(runtime)
-    fit_microbatch(step, (8, 8))
-    assert (step.microbatch_size, tried) == (4, [16, 8, 4])
-    room = 0
-    with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
-        fit_microbatch(step, (8, 8))
-    step.runtime = runtime
-    assert all(p.grad is None for p in step.vae.parameters()) and not step.optimizer.state
-    for name, parameter in step.vae.named_parameters():
-        assert torch.equal(parameter, before[name])
-    # the step after a trial is that of a run without one
-    fresh = make_step(config(microbatch_size=4), runtime, SMALL_SIZE)
-    reports = [one(batch(runtime, 0), 0) for one in (step, fresh)]
-    assert reports[0].sums["train/loss"] == reports[1].sums["train/loss"]
 
 
 @pytest.mark.parametrize(("variable", "calls"), [("NOTHING", 2), ("MALLOC_ARENA_MAX", 0)])

@@ -79,11 +79,9 @@ def open_ranks(command: EvaluateCommand | EncodeCommand) -> Iterator[Runtime]:
     """The ranks of a verb that several processes share; TensorFloat-32 is off meanwhile."""
     from vae_dist.distributed import Runtime  # brings accelerate along
 
-    runtime = Runtime.start(
-        RuntimeConfig(device=command.device, threads=command.threads),
-        precision="no",
-        launcher_decides_nothing=True,
-    )
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of a launcher: it is one of training
+    config = RuntimeConfig(device=command.device, threads=command.threads)
+    runtime = Runtime.start(config, precision="no")
     try:
         with deaths_explained("ask for more memory"), exact_float32(runtime.device):
             yield runtime

@@ -1,8 +1,13 @@
-"""The discriminator of a run: its weights, its optimizer, and the weight of its loss.
+"""Losses of a step that compare reconstructions with images: perceptual and adversarial.
 
-In: images and reconstructions of each microbatch. Out: gradients for the reconstructions, and one
-update of the discriminator per step, beside the generator's and skipped with it. Both updates use
-what both networks were at the start of the step, so a reconstruction is computed once.
+In: the forward of a microbatch. Out: what to add to its loss, and one update of the discriminator
+per step, beside the generator's and skipped with it. Reconstructions are means of p(x|z), compared
+with images without the noise of dequantisation. The wrapped forward stays that of a VAE:
+
+    r = mean of p(x|z), a leaf;  g = d (perceptual + w adversarial) / dr;   loss += sum(r * g)
+
+so the backward of these networks is done, and their memory free, before the VAE's backward begins,
+and each graph is walked once. Both updates use what both networks were at the start of the step.
 
 Generator's side: the discriminator's weights are constants. Discriminator's side: reconstructions
 are constants, and the forward is the wrapped one: its last backward of a step sums over the ranks.
@@ -13,6 +18,7 @@ wrapped modules send messages in their forward too, whose order must be the same
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +30,7 @@ from vae_dist.config.schema import OptimizerConfig, TrainConfig
 from vae_dist.distributed import Runtime, full_value, load_full
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.towers import Decoder
-from vae_dist.models.vae import VAE
+from vae_dist.models.vae import VAE, VAEOutput
 from vae_dist.objectives.adversarial import (
     adaptive_weight,
     first_step_of_generator,
@@ -32,6 +38,8 @@ from vae_dist.objectives.adversarial import (
     mean_logits,
     ramp_at,
 )
+from vae_dist.objectives.perceptual import PerceptualTerm
+from vae_dist.training.compile import exact_float32
 from vae_dist.training.optimizer import (
     build_optimizer,
     load_optimizer_tensors,
@@ -51,8 +59,11 @@ class Sums(dict[str, Tensor]):
 
 
 class Adversary:
-    """Each step: `start_step`; for each microbatch `generator_loss`, `record_gradients` and
-    `keep_pair` as the flags of the step say; then `discriminator_step`, `clip` and `update`."""
+    """The discriminator of a run: its weights, its optimizer, and the weight of its loss.
+
+    Each step: `start_step`; for each microbatch `generator_loss` and `record_gradients`, and a pair
+    to learn from, as the flags of the step say; then `discriminator_step`, `clip` and `update`.
+    """
 
     def __init__(self, config: TrainConfig, runtime: Runtime, vae: VAE) -> None:
         self.config, self.runtime = config.adversarial, runtime
@@ -82,7 +93,7 @@ class Adversary:
         self.weight_now = self.weight * (self.config.weight * ramp) if ramp else None
         self._sums = sums
         self._gradients: list[Tensor] = []  # at the last layer, of main and adversarial terms
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # of each microbatch
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # images, reconstructions without a graph
         self._last_layer.watch(wanted=self.is_measuring)
 
     def generator_loss(self, reconstructions: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,15 +115,11 @@ class Adversary:
         else:
             self._gradients = found
 
-    def keep_pair(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Of a microbatch, without a graph, for the discriminator's own backward."""
-        self._pairs.append((images, reconstructions))
-
     def discriminator_step(self, scale: Tensor) -> None:
         """Backward of the discriminator's loss times `scale` on all pairs of the step."""
-        while self._pairs:
-            images, reconstructions = self._pairs.pop(0)
-            with self.runtime.replicated.accumulate(self.wrapped, is_last=not self._pairs):
+        while self.pairs:
+            images, reconstructions = self.pairs.pop(0)
+            with self.runtime.replicated.accumulate(self.wrapped, is_last=not self.pairs):
                 on_real, on_fake = self.wrapped(torch.cat([images, reconstructions])).chunk(2)
                 loss = hinge_loss(on_real, on_fake).sum()
                 (loss * scale).backward()
@@ -189,3 +196,61 @@ class LastLayer:
         padding = self._layer.padding
         whole = [F.pixel_unshuffle(F.pad(g, (0, right, 0, bottom)), patch) for g in of_params]
         return [conv2d_weight(features, self._shape, one, padding=padding) for one in whole]
+
+
+class ReconstructionLosses:
+    """Perceptual loss, adversarial loss, or both. Each step: `start_step`, then a call for each
+    microbatch."""
+
+    def __init__(
+        self, vae: VAE, perceptual: PerceptualTerm | None, adversary: Adversary | None
+    ) -> None:
+        self.vae, self.perceptual, self.adversary = vae, perceptual, adversary
+
+    def start_step(self, step: int, sums: Sums) -> None:
+        """`sums`: where this step's are added, by the name of their mean."""
+        self._sums = sums
+        if self.adversary is not None:
+            self.adversary.start_step(step, sums)
+
+    def __call__(
+        self, output: VAEOutput, images: Tensor, stored: Tensor, loss_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(what to add to the loss for its gradient, what it adds to the loss as a number), sums
+        over the images, nats. `images`: those of the forward, as `prepare` made them of `stored`.
+        """
+        clean = self.vae.likelihood.without_noise(stored, images).detach()
+        reconstructions = self.vae.likelihood.mean(output.params)
+        leaf = reconstructions.detach().requires_grad_()
+        value = torch.zeros((), device=leaf.device)
+        gradient = main = torch.zeros_like(leaf)
+        if self.perceptual is not None:
+            is_exact = self.perceptual.needs_exact_float32
+            with exact_float32(leaf.device) if is_exact else nullcontext():
+                distance_sum = self.perceptual(leaf, clean).sum()
+                term = distance_sum * (self.perceptual.weight * leaf[0].numel())
+                (main,) = torch.autograd.grad(term, leaf)
+            gradient, value = main, value + term.detach()
+            self._sums.add("train/perceptual", distance_sum)
+        adversary = self.adversary
+        if adversary is not None and adversary.is_measuring:
+            term, of_adversary = adversary.generator_loss(leaf, loss_scale)
+            if adversary.weight_now is not None:
+                gradient = gradient + adversary.weight_now * of_adversary
+                value = value + adversary.weight_now * term
+            adversary.record_gradients(*self._at_params(output, images, main, of_adversary))
+        if adversary is not None and adversary.is_learning:
+            adversary.pairs.append((clean, leaf.detach()))
+        return (reconstructions * gradient).sum(), value
+
+    def _at_params(
+        self, output: VAEOutput, images: Tensor, main: Tensor, adversarial: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients at reconstructions -> at the decoder's output; that of the distortion joins the
+        main one."""
+        params, likelihood = output.params.detach().requires_grad_(), self.vae.likelihood
+        means = likelihood.mean(params)
+        loss = (means * main).sum() - likelihood.log_prob(params, images).sum()
+        (of_main,) = torch.autograd.grad(loss, params, retain_graph=True)
+        (of_adversary,) = torch.autograd.grad((means * adversarial).sum(), params)
+        return of_main, of_adversary

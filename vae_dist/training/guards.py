@@ -13,7 +13,7 @@ changes it, and one message of 8 bytes a tensor compares all ranks.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -150,15 +150,14 @@ def check_equal_over_ranks(runtime: Runtime, tensors: Mapping[str, Tensor], *, s
     everyone = [torch.empty_like(mine) for _ in range(runtime.world)]
     dist.all_gather(everyone, mine)
     by_rank = [tuple(one.tolist()) for one in everyone]
-    usual, num_usual = Counter(by_rank).most_common(1)[0]
-    if num_usual == runtime.world:
-        return
-    others = [rank for rank, sums in enumerate(by_rank) if sums != usual]
-    if num_usual * 2 <= runtime.world:  # no majority says who is right
-        others = list(range(runtime.world))
-    differ = [name for name, *sums in zip(names, *by_rank, strict=True) if len(set(sums)) > 1]
-    raise TrainingFailed(
-        f"after step {step} the weights of {name_ranks(others)} of {runtime.world} differ from "
-        f"those of the rest: {len(differ)} of {len(names)} tensors, {differ[0]} first. Suspect the "
-        "device of these ranks; the same command goes on from the last checkpoint"
-    )
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, sums in enumerate(by_rank):
+        groups.setdefault(sums, []).append(rank)
+    if len(groups) > 1:
+        differ = [name for name, *sums in zip(names, *by_rank, strict=True) if len(set(sums)) > 1]
+        sides = " and of ".join(name_ranks(ranks) for ranks in groups.values())
+        raise TrainingFailed(
+            f"after step {step} the weights of {sides} differ: {len(differ)} of {len(names)} "
+            f"tensors, {differ[0]} first. Suspect a device; the same command goes on from the "
+            "last checkpoint"
+        )

@@ -20,7 +20,7 @@ from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.data import Data
-from vae_dist.training.memory import estimated_microbatch, step_cost
+from vae_dist.training.memory import microbatch_size, step_cost
 
 MANY_EPOCHS = 1000  # the shipped configs take 10 to 135 epochs of their data
 ROUNDING = 0.05  # of a data set's share in a batch, that is not worth a note
@@ -33,7 +33,7 @@ def plan(
     vae: VAE,
     *,
     first_step: int,
-    microbatch_size: int,
+    microbatch: int,
 ) -> list[str]:
     """Model, data, steps and machine in a few lines. `config` is resolved."""
     training, (height, width) = config.training, data.image_size
@@ -53,7 +53,7 @@ def plan(
         f"{len(data.train.paths)}); validation: {data.validation.num_samples:,}",
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {device}{threads}, "
-        f"{', '.join(arithmetic(config, runtime, microbatch_size))}",
+        f"{', '.join(arithmetic(config, runtime, microbatch))}",
         *_added_terms(config, data),
         *(f"note: {note}" for note in notes(config, data)),
     ]
@@ -70,25 +70,20 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
                 config.adversarial, image_channels=config.data.channels, seed=config.seed
             )
     cost = step_cost(config, data.largest_size, runtime.device)
-    size: int = config.training.microbatch_size
-    if config.training.microbatch_size == "auto":
-        size = estimated_microbatch(config, cost, runtime)
+    size = microbatch_size(config, data.largest_size, runtime)
     sizes = {name: _num_parameters(part) for name, part in networks.items()}
     parts = ", ".join(f"{name} {number:,}" for name, number in sizes.items() if number)
     share = config.training.batch_size // runtime.world
     images = min(size or share, share)
-    sequences = config.data.slots if data.settings.buckets else config.training.batch_size
-    window_bytes = 2 * config.data.window * sequences * data.train.mean_sample_bytes
     worlds = ", ".join(str(world) for world in divisors(config.data.slots))
     return [
-        *plan(config, data, runtime, vae, first_step=0, microbatch_size=size),
+        *plan(config, data, runtime, vae, first_step=0, microbatch=size),
         f"parameters: {parts}",
         f"arithmetic of an image: {cost.forward_flops / 1e9:,.3g} GFLOP forward, "
         f"{cost.step_flops / 1e9:,.3g} GFLOP with its backward",
         f"memory of one process: about {_megabytes(cost.peak_bytes(images))} of tensors: weights, "
         f"gradients, moments and average {_megabytes(cost.state_bytes)}, a microbatch of {images} "
-        f"images {_megabytes(images * cost.image_bytes)}; undecoded samples "
-        f"{_megabytes(window_bytes / runtime.world)} (window {config.data.window})",
+        f"images {_megabytes(images * cost.image_bytes)}",
         f"numbers of processes that divide data.slots={config.data.slots}: {worlds}",
         "dry run: nothing was trained",
     ]
@@ -138,7 +133,7 @@ def notes(config: TrainConfig, data: Data) -> Iterator[str]:
         )
 
 
-def arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> Iterator[str]:
+def arithmetic(config: TrainConfig, runtime: Runtime, microbatch: int) -> Iterator[str]:
     """Precision, and how it is carried out."""
     is_emulated = config.training.precision == "bf16" and not computes_bf16(config.runtime)
     emulated = " (this CPU emulates it: training.precision=no is several times faster)"
@@ -149,30 +144,27 @@ def arithmetic(config: TrainConfig, runtime: Runtime, microbatch_size: int) -> I
         yield f"not compiled ({problem})"
     if config.runtime.channels_last == "true":
         yield "channels last"
-    if microbatch_size:
-        yield f"microbatches of {microbatch_size}"
+    if microbatch:
+        yield f"microbatches of {microbatch}"
 
 
 def _added_terms(config: TrainConfig, data: Data) -> Iterator[str]:
     """Of the loss beside the bound; `perceptual.kind` is resolved."""
-    parts, perceptual, adversarial = [], config.perceptual, config.adversarial
-    if perceptual.kind != "none":
-        parts.append(f"perceptual {perceptual.kind} x {perceptual.weight:g}")
-    if adversarial.weight:
-        parts.append(
-            f"adversarial x {adversarial.weight:g} (discriminator from step "
-            f"{adversarial.start_step}, decoder from {first_step_of_generator(adversarial)})"
-        )
-    if config.objective.scale_equivariance:
-        parts.append(f"half size x {config.objective.scale_equivariance:g}")
-    if config.objective.latent_noise:
-        parts.append(f"latent noise {config.objective.latent_noise:g}")
-    if config.objective.channel_masking:
-        parts.append(f"channels masked in {config.objective.channel_masking:.0%} of the images")
-    if config.objective.alignment:
-        stored = ", whose features are in the shards" if data.settings.vision else ""
-        parts.append(f"alignment with {printable(config.objective.alignment)}{stored}")
-    if parts:
+    perceptual, adversarial, objective = config.perceptual, config.adversarial, config.objective
+    begin = f"discriminator from step {adversarial.start_step}"
+    heard = first_step_of_generator(adversarial)
+    stored = ", whose features are in the shards" if data.settings.vision else ""
+    terms = {
+        f"perceptual {perceptual.kind} x {perceptual.weight:g}": perceptual.kind != "none",
+        f"adversarial x {adversarial.weight:g} ({begin}, decoder from {heard})": adversarial.weight,
+        f"half size x {objective.scale_equivariance:g}": objective.scale_equivariance,
+        f"latent noise {objective.latent_noise:g}": objective.latent_noise,
+        f"channels masked in {objective.channel_masking:.0%} of the images": (
+            objective.channel_masking
+        ),
+        f"alignment with {printable(objective.alignment)}{stored}": objective.alignment,
+    }
+    if parts := [text for text, is_used in terms.items() if is_used]:
         yield f"beside the bound: {', '.join(parts)}"
     if config.training.train_only == "decoder":
         yield (

@@ -45,7 +45,7 @@ from vae_dist.training.compile import compile_towers, compiler_problem
 from vae_dist.training.data import Data, resolved_with_data, training_stream
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.loop import Row, Trainer
-from vae_dist.training.memory import fit_microbatch
+from vae_dist.training.memory import microbatch_size
 from vae_dist.training.plan import dry_run, plan
 from vae_dist.training.step import TrainingStep
 from vae_dist.training.stop import (
@@ -300,7 +300,7 @@ class Session:
         start_step = checkpoint.step if checkpoint is not None else 0
         self.watch.at(-1, "trackers")
         self.held.callback(lambda: trackers.close(self.ended or "failed"))
-        trackers.open(config, runtime, self.folder, start_step)
+        runtime.on_main(lambda: trackers.open(config, runtime, self.folder, start_step))
         self.watch.at(-1, "model")
         trainer = build_trainer(config, runtime, self.folder, data, trackers)
         self.held.callback(trainer.image_logger.close)
@@ -310,7 +310,7 @@ class Session:
             runtime.on_all_ranks(lambda: trainer.initialize(weights))
         runtime.on_main(lambda: self.folder.write_config(config))
         size, vae = trainer.training_step.microbatch_size, trainer.training_step.vae
-        lines = plan(config, data, runtime, vae, first_step=start_step, microbatch_size=size)
+        lines = plan(config, data, runtime, vae, first_step=start_step, microbatch=size)
         if weights and any(name.startswith(DISCRIMINATOR) for name in weights):
             lines.append(f"discriminator: that of {printable(config.init_from)}")
         lines += [*runtime.hosts(), f"output {self.folder.path}"]
@@ -362,14 +362,15 @@ def build_trainer(
     config: TrainConfig, runtime: Runtime, folder: RunFolder, data: Data, trackers: Trackers
 ) -> Trainer:
     """Model, step and validation; at the weights of the config's seed. Every rank takes part."""
-    stored = data.settings.features if data.settings.vision else ()
-    step = TrainingStep(config, runtime, data.image_size, features=stored)
-    fit_microbatch(step, data.largest_size)
+    size = microbatch_size(config, data.largest_size, runtime)  # while the memory is free
+    has_features = bool(data.settings.vision)
+    step = TrainingStep(config, runtime, data.image_size, has_features=has_features)
+    step.microbatch_size = size
     # sizes by numbers of images of a microbatch (its last one may be smaller), twice at half size,
     # twice where the decoder is watched for a discriminator
-    together = max(1, step.microbatch_size // images_per_slot(config))
+    together = max(1, size // images_per_slot(config))
     max_shapes = 4 * max(2, len(data.settings.buckets) * together)
-    compile_towers(step.vae, config, max_shapes=max_shapes)  # after trials of other shapes
+    compile_towers(step.vae, config, max_shapes=max_shapes)
 
     def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:
         batches = EvaluationStream(

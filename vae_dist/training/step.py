@@ -29,11 +29,10 @@ from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.objectives.perceptual import build_perceptual, fetch_weights
 from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
-from vae_dist.training.adversarial import Adversary, Sums
+from vae_dist.training.adversarial import Adversary, ReconstructionLosses, Sums
 from vae_dist.training.alignment import Alignment
 from vae_dist.training.compile import use_tensor_float_32
 from vae_dist.training.guards import SpikeGuard
-from vae_dist.training.losses import ReconstructionLosses
 from vae_dist.training.optimizer import (
     Ema,
     build_optimizer,
@@ -96,10 +95,11 @@ class TrainingStep:
         config: TrainConfig,
         runtime: Runtime,
         image_size: tuple[int, int],
-        features: tuple[int, ...] = (),
+        *,
+        has_features: bool = False,
     ) -> None:
-        """features: shape (W, h, w) of those that come with each image for its alignment."""
-        self.config, self.runtime, self.features = config, runtime, features
+        """has_features: those of its alignment come with each image."""
+        self.config, self.runtime = config, runtime
         self.device = device = runtime.device
         self.vae = build_vae(config, image_size).to(device)
         if config.training.train_only == "decoder":
@@ -121,18 +121,21 @@ class TrainingStep:
         self.alignment: Alignment | None = None
         if config.objective.alignment:
             self.alignment = runtime.on_all_ranks(
-                lambda: Alignment(config, runtime, self.vae, has_features=bool(features))
+                lambda: Alignment(config, runtime, self.vae, has_features=has_features)
             )
-        # images of one forward, 0: all of a rank; `auto` is found by vae_dist.training.memory
-        asked = config.training.microbatch_size
-        self.microbatch_size = 0 if asked == "auto" else int(asked)
+        # images of one forward, 0: all of a rank; `auto` is a matter of vae_dist.training.memory
+        self.microbatch_size = config.training.microbatch_size
         self.loss_scale = LossScale(device, enabled=config.training.precision == "fp16")
         self.spikes = SpikeGuard(device, factor=config.training.spike_factor)
         self.is_whole = True  # weights, moments and average are of one step
         self._generators = torch.Generator(), torch.Generator(device)
 
     def __call__(self, batch: Batch, step: int) -> StepReport:
-        self._start(step)
+        self._sums = Sums()
+        if self.losses is not None:
+            self.losses.start_step(step, self._sums)
+        if self.alignment is not None:
+            self.alignment.start_step(step, self._sums)
         microbatches = self._microbatches(batch)
         for number, microbatch in enumerate(microbatches):
             self._backward(microbatch, step, is_last=number == len(microbatches) - 1)
@@ -162,13 +165,6 @@ class TrainingStep:
         self.loss_scale.update(found_inf)
         beta = beta_at(self.config.objective, step)
         return StepReport(self._sums, shared, grad_norm, found_inf, spike, lr=lr, beta=beta)
-
-    def _start(self, step: int) -> None:
-        self._sums = Sums()
-        if self.losses is not None:
-            self.losses.start_step(step, self._sums)
-        if self.alignment is not None:
-            self.alignment.start_step(step, self._sums)
 
     def _scale(self) -> Tensor:
         """Of a sum over this rank's images: DDP and FSDP average gradients over the ranks."""
@@ -203,21 +199,6 @@ class TrainingStep:
             self._sums.add("train/half_size_distortion_nats", -half_size.sum())
         num_dims = torch.full((), images.numel(), device=images.device)
         self._sums.add("num_dims", num_dims if mask is None else images.shape[1] * mask.sum())
-
-    def rehearse(self, group: Group) -> None:
-        """What needs most memory: the backward of a microbatch with all terms of the last step,
-        beside the optimizer's moments. Nothing is updated, and no rank waits for another."""
-        trained = [p for p in self.vae.parameters() if p.requires_grad]
-        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
-        last = self.config.training.steps - 1
-        self._start(last)
-        self._backward(group, last, is_last=False)
-        del moments
-
-    def forget(self) -> None:
-        """Let go of what a rehearsal has left, also one that ran out of memory."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._start(0)
 
     def _microbatches(self, batch: Batch) -> list[Group]:
         """Parts of the batch that go through the model together: slots of one shape."""

@@ -36,12 +36,7 @@ class Trackers:
     def open(
         self, config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
     ) -> None:
-        """Those of the config; a problem with W&B is everybody's before training."""
-        runtime.on_main(lambda: self._open(config, runtime, folder, start_step))
-
-    def _open(
-        self, config: TrainConfig, runtime: Runtime, folder: RunFolder, start_step: int
-    ) -> None:
+        """Those of the config, on the main process. Raises ConfigError about W&B."""
         console = ConsoleSink(start_step=start_step, stop_step=config.training.steps)
         self.add(console)
         self.add(JsonlSink(folder.log_path, resume_step=start_step))
