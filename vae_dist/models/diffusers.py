@@ -25,6 +25,7 @@ What a diffusion model gets is normalised outside of the model, by these, in thi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -171,6 +172,10 @@ def local_source(address: str) -> Path:
     folders = [f"{below.strip('/')}/"] if below else ["", "vae/"]
     files = [folder + file for folder in folders for file in (CONFIG_NAME, *WEIGHTS_NAMES)]
     try:
+        with contextlib.suppress(FileNotFoundError):  # nothing of it is in the cache
+            folder = Path(snapshot_download(f"{owner}/{name}", local_files_only=True))
+            if any((folder / file).is_file() for file in files if file.endswith(WEIGHTS_NAMES)):
+                return folder / below
         return Path(snapshot_download(f"{owner}/{name}", allow_patterns=files)) / below
     except Exception as error:  # its transport, and so what it raises, differs by version
         reason = str(error).strip().partition("\n")[0]
