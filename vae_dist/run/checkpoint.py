@@ -198,9 +198,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time: a kill costs at most the interval before it.
 
-    `submit` returns after the copy; `wait` returns when the disk has it, or has refused. The copies
-    lie in buffers that are kept (pinned where they come from a GPU): fresh memory would cost more
-    than the copy. A disk that does not take a checkpoint costs a warning; the next one tries again.
+    `submit` returns after the copy; `wait` returns when the disk has it, or has refused. A disk
+    that does not take a checkpoint costs a warning; the next one tries again.
     """
 
     def __init__(
@@ -213,7 +212,7 @@ class CheckpointWriter:
         self._warn = warn  # the thread calls it
         self._thread: threading.Thread | None = None
         self._unexpected: BaseException | None = None
-        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._buffers: dict[str, Tensors] = {}
 
     def submit(
         self,
@@ -228,19 +227,15 @@ class CheckpointWriter:
         ones."""
         begun = time.perf_counter()
         self.wait()
-        copies, state = self._copied(tensors), dict(state)
-        keep_last, save = 0 if keep_all else self.keep_last, self.checkpoints.save
-        self._start(
-            step, lambda: save(step, copies, state, keep_last=keep_last, best_step=best_step)
-        )
+        options = {"keep_last": 0 if keep_all else self.keep_last, "best_step": best_step}
+        self._start(self.checkpoints.save, step, self._copied(tensors), dict(state), **options)
         self.stall_s += time.perf_counter() - begun
 
     def amend(self, step: int, state: Mapping[str, Any], *, best_step: int | None) -> None:
         """Replace the state of the checkpoint of that step, if the disk has it."""
         self.wait()
         if self.written_step == step:
-            state, amend = dict(state), self.checkpoints.amend
-            self._start(step, lambda: amend(step, state, best_step=best_step))
+            self._start(self.checkpoints.amend, step, dict(state), best_step=best_step)
 
     def wait(self) -> bool:
         """Until the write under way is done; whether the last one went well."""
@@ -251,12 +246,12 @@ class CheckpointWriter:
             raise self._unexpected
         return not self.problem
 
-    def _start(self, step: int, write: Callable[[], object]) -> None:
+    def _start(self, write: Callable[..., object], step: int, *given: Any, **options: Any) -> None:
         def run() -> None:
             with contextlib.suppress(OSError):  # Linux: of this thread alone
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
             try:
-                write()
+                write(step, *given, **options)
             except (OSError, TornCheckpoint) as error:  # the latter: one to amend that is gone
                 reason, last = getattr(error, "strerror", None) or error, self.written_step
                 self.problem = f"checkpoint {step_name(step)}: {reason}"
@@ -272,18 +267,14 @@ class CheckpointWriter:
         self._thread.start()
 
     def _copied(self, tensors: Mapping[str, Tensors]) -> dict[str, Tensors]:
-        """The tensors in this writer's buffers; waits once for the device, not for each tensor."""
-        copies: dict[str, Tensors] = {name: {} for name in tensors}
-        of_all = [(name, key, v.detach()) for name, g in tensors.items() for key, v in g.items()]
-        for name, key, source in of_all:
-            buffer = self._buffers.get((name, key))
-            if buffer is None or buffer.shape != source.shape:
-                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            copies[name][key] = buffer.copy_(source, non_blocking=True)
-            self._buffers[name, key] = buffer
-        if any(source.is_cuda for _, _, source in of_all):
-            torch.cuda.current_stream().synchronize()
-        return copies
+        """In buffers that are kept: fresh memory would cost more than the copy."""
+        for name, group in tensors.items():
+            buffers = self._buffers.setdefault(name, {})
+            for key, source in group.items():
+                if key not in buffers:
+                    buffers[key] = torch.empty(source.shape, dtype=source.dtype)
+                buffers[key].copy_(source.detach())
+        return {name: {key: self._buffers[name][key] for key in tensors[name]} for name in tensors}
 
 
 def load_checkpoint(folder: Path, which: str) -> Checkpoint:
