@@ -117,15 +117,6 @@ def test_changes_under_a_run_are_refused_with_the_differences(begun, digits, tmp
     assert trained(begun, digits, 6, *allowed) == 0 and status(begun)["step"] == 6
 
 
-def test_slots_of_the_run_that_do_not_fit_the_processes_are_refused(begun, digits, capfd):
-    config = begun / "config.yaml"
-    config.write_text(config.read_text().replace("slots: 8", "slots: 1"))
-    argv = arguments(begun, digits, "training.steps=6", "data.slots=0", *QUIET)
-    assert run_ranks(2, main, argv) == [2, 2]
-    assert f"run={begun}: 2 processes cannot share data.slots=1" in capfd.readouterr().err
-    assert status(begun)["status"] == "finished"
-
-
 # damage
 
 

@@ -8,6 +8,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.run.checkpoint import Checkpoint
 from vae_dist.run.folder import RunFolder
 from vae_dist.run.resume import as_in_run_folder, is_finished
+from vae_dist.training import setup
 
 ADDED = {  # keys that runs of earlier versions lack
     "objective": ["scale_equivariance", "latent_noise"],
@@ -42,6 +43,13 @@ def test_what_is_automatic_stays_that_of_the_run(tmp_path, kind):
     folder = folder_of(tmp_path, previous)
     assert folder.config() == previous
     assert as_in_run_folder(again, folder) == previous
+
+
+def test_slots_of_the_run_that_do_not_fit_the_processes_are_refused(tmp_path):
+    folder, again = folder_of(tmp_path, made("none")), made("none")
+    again.data.slots = 0  # those of the run: 16
+    with pytest.raises(ConfigError, match=r"run=.*: 3 processes cannot share data\.slots=16"):
+        setup._agreed_config(again, folder, world=3)
 
 
 def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(tmp_path):
