@@ -82,7 +82,6 @@ def train(
                 trackers.add(sink)
         trainer = build_trainer(config, runtime, folder, data, trackers)
         trainer.evaluator = lambda model, step, must_stop: {}
-        trainer.image_logger.close()
         trainer.image_logger = lambda model, step, metrics: None  # type: ignore[assignment]
         stop = StopRequest(runtime, StopSignals())
         with contextlib.closing(training_stream(config, runtime, data, 0)) as stream:

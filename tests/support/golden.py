@@ -54,6 +54,7 @@ TRAININGS: dict[str, tuple[str, str, bool]] = {
     "adversarial": ("photos64_kl_f4", f"{PHOTOS} training.steps=5 {ADVERSARIAL}", True),
 }
 FIXED = f"log.every=1 {WHOLE} wandb.mode=disabled training.precision=no runtime.threads=1"
+EQUAL = "golden: all values equal, bit for bit"
 OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
 
 
@@ -187,8 +188,7 @@ def main(argv):
     before, now = leaves(json.loads(path.read_text())), leaves(json.loads(json.dumps(values)))
     places = [p for p in sorted(before | now) if before.get(p) != now.get(p)]
     found = [f"{p}: {before.get(p, 'nothing')} before, {now.get(p, 'nothing')} now" for p in places]
-    print("\n".join(found[:40]) or "golden: all values equal, bit for bit")
-    print(f"{len(found)} differ" * bool(found))
+    print("\n".join([*found[:40], f"{len(found)} differ"] if found else [EQUAL]))
     return int(bool(found))
 
 

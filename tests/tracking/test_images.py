@@ -1,14 +1,9 @@
-import threading
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vae_dist.tracking import images as images_module
 from vae_dist.tracking.images import (
-    ImageWriter,
     find_images,
     grid,
     image_caption,
@@ -85,38 +80,3 @@ def test_files_by_name_and_step_and_what_a_caption_says(tmp_path):
     metrics = {"eval/neg_elbo_nats": 94.12, "eval/bits_per_dim": 0.1732}
     assert image_caption(1500, metrics) == "step 1500 | 94.12 nats | 0.1732 bits/dim"
     assert image_caption(3, {"eval/bits_per_dim": None}) == "step 3"
-
-
-def test_the_writer_shows_the_sinks_what_it_saves_and_what_fails_costs_a_warning(
-    tmp_path, monkeypatch
-):
-    shown = []
-    said = []
-    thread = threading.current_thread
-    sink = SimpleNamespace(image=lambda *given: shown.append((*given, thread().name)))
-    failing = SimpleNamespace(image=lambda *given: [][1])  # an IndexError
-    (tmp_path / "file").touch()
-    path = tmp_path / "samples_00000010.png"
-    for folder, sinks, reason in (
-        (tmp_path, [sink], ""),
-        (tmp_path / "file", [], "File exists"),
-        (tmp_path, [failing], "list index out of range"),
-    ):
-        writer = ImageWriter(folder, sinks, say=said.append)
-        for step in (10, 20):  # its thread goes on
-            writer.put(step, "samples", "a caption", grid(flat([0])))
-        writer.close()
-        assert len(said) == 2 * bool(reason)
-        assert all("is not written (" in line and reason in line for line in said)
-        said.clear()
-    assert path.exists() and len(shown) == 2
-    assert shown[0] == (10, "images/samples", path, "a caption", "images")
-    go_on = threading.Event()
-    monkeypatch.setattr(images_module, "_QUEUED_IMAGES", 1)
-    monkeypatch.setattr(images_module, "save_png", lambda image, path: go_on.wait(10))
-    writer = ImageWriter(tmp_path, [], say=said.append)
-    for step in range(5):
-        writer.put(step, "samples", "", grid(flat([0])))
-    assert len(said) >= 3 and "the disk is too slow" in said[0]
-    go_on.set()
-    writer.close()

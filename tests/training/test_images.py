@@ -66,7 +66,6 @@ def log_images(folder, data, model, *, batch_size=256):
     image_logger = ImageLogger(config, RunFolder(folder / "run"), data, [captions])
     for step in (5, 10):
         image_logger(model, step, {"eval/neg_elbo_nats": 12.5})
-    image_logger.close()
     return captions.of
 
 

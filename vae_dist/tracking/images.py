@@ -13,8 +13,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from PIL import Image
 
 from vae_dist.files import write_durably
 from vae_dist.tracking.metrics import format_number
-from vae_dist.tracking.sinks import Sink, Worker
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 
@@ -32,7 +30,6 @@ _CELL_PIXELS = 96  # enlarged images stay within this many pixels a side
 _LINE_PIXELS = 2  # between neighbours
 _PAIR_PIXELS = 10  # between a row of reconstructions and the next row of inputs
 _LINE_GREY = 112  # differs from the black and the white ground of digits
-_QUEUED_IMAGES = 64
 _FILE_NAME = re.compile(r"(?P<name>.+)_(?P<step>\d{8,15})\.png")
 
 
@@ -119,37 +116,8 @@ def left_out(channels: int, bits: int) -> str:
     return f"; pictures show {' and '.join(parts)}" * bool(parts)
 
 
-class ImageWriter:
-    """Writes grids beside training, on one thread: encoded, saved, handed to the sinks.
-
-    `put` returns at once: a full queue or whatever fails loses pictures with a warning, never a
-    step. The thread must not call torch: one tensor operation there starts a second team of OpenMP
-    threads, after which a small model trains at half its speed (28 to 60 ms a step on two cores).
-    """
-
-    def __init__(self, folder: Path, sinks: Iterable[Sink], *, say: Callable[[str], None]) -> None:
-        self._folder, self._sinks, self._say = folder, list(sinks), say
-        self._worker = Worker("images", size=_QUEUED_IMAGES)
-
-    def put(self, step: int, name: str, caption: str, image: Image.Image) -> None:
-        if not self._worker.put(partial(self._write, step, name, caption, image)):
-            self._say(f"warning: {name} of step {step} is not drawn: the disk is too slow")
-
-    def close(self, *, seconds: float = 30.0) -> None:
-        """Waits for what is queued, `seconds` at most."""
-        self._worker.close(seconds)
-
-    def _write(self, step: int, name: str, caption: str, image: Image.Image) -> None:
-        try:
-            path = save_png(image, self._folder / f"{name}_{step:08d}.png")
-            for sink in self._sinks:
-                sink.image(step, f"images/{name}", path, caption)
-        except Exception as error:  # of the disk, of Pillow, of a tracker
-            self._say(f"warning: {name} of step {step} is not written ({error})")
-
-
 def find_images(folder: Path) -> dict[str, dict[int, Path]]:
-    """name -> step -> PNG file that `ImageWriter` wrote, steps ascending."""
+    """name -> step -> PNG file NAME_STEP.png, steps ascending."""
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*.png")):
         if match := _FILE_NAME.fullmatch(path.name):

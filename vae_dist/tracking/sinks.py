@@ -7,14 +7,10 @@ alone.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,35 +35,6 @@ class Sink(Protocol):
     def close(self, status: str) -> None:
         """`status` is finished, interrupted or failed. Closing twice does no harm."""
         ...
-
-
-class Worker:
-    """Does one task after another on a thread of its own; a task raises nothing."""
-
-    def __init__(self, name: str, *, size: int) -> None:
-        self._tasks: queue.Queue[Callable[[], object]] = queue.Queue(size)
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, task: Callable[[], object]) -> bool:
-        """Returns at once; False where `size` tasks wait already."""
-        try:
-            self._tasks.put_nowait(task)
-        except queue.Full:
-            return False
-        return True
-
-    def close(self, seconds: float) -> None:
-        """Waits for what was put, `seconds` at most."""
-        end, self._is_closed = time.monotonic() + seconds, True
-        with contextlib.suppress(queue.Full):
-            self._tasks.put(lambda: None, timeout=seconds)  # wakes the thread
-        self._thread.join(max(0.0, end - time.monotonic()))
-
-    def _work(self) -> None:
-        while not (self._is_closed and self._tasks.empty()):
-            self._tasks.get()()
 
 
 class JsonlSink:

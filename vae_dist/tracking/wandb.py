@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import queue
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from vae_dist.config.schema import TrainConfig
 from vae_dist.files import redacted, write_durably
 from vae_dist.tracking.images import find_images, image_caption
 from vae_dist.tracking.metrics import WANDB_STEP, Value
-from vae_dist.tracking.sinks import Worker, read_rows
+from vae_dist.tracking.sinks import read_rows
 
 _QUEUED_TASKS = 4096  # wandb-core takes a thousand a second
 _IMAGES_SENT_AGAIN = 32  # a killed uploader may have sent their records and not their files
@@ -37,6 +40,35 @@ _INTERRUPTED_SECONDS = 10.0  # of close(): the scheduler kills the job soon
 _GIVE_UP = 0.8  # part of the time for close() after which wandb itself leaves the rest on disk
 _STOPPED = """query Stopped($entity: String, $project: String, $id: String!) {
     project(name: $project, entityName: $entity) { run(name: $id) { stopped } } }"""
+
+
+class Worker:
+    """Does one task after another on a thread of its own; a task raises nothing."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.Queue[Callable[[], object]] = queue.Queue(_QUEUED_TASKS)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def put(self, task: Callable[[], object]) -> bool:
+        """Returns at once; False where as many tasks wait as it takes."""
+        try:
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            return False
+        return True
+
+    def close(self, seconds: float) -> None:
+        """Waits for what was put, `seconds` at most."""
+        end, self._is_closed = time.monotonic() + seconds, True
+        with contextlib.suppress(queue.Full):
+            self._tasks.put(lambda: None, timeout=seconds)  # wakes the thread
+        self._thread.join(max(0.0, end - time.monotonic()))
+
+    def _work(self) -> None:
+        while not (self._is_closed and self._tasks.empty()):
+            self._tasks.get()()
 
 
 class WandbSink:
@@ -82,7 +114,7 @@ class WandbSink:
         self._upload = f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
         if self.mode == "offline":
             say(f"W&B is offline{reason and ': ' + reason}; upload this run with: {self._upload}")
-        self._worker = Worker("wandb", size=_QUEUED_TASKS)
+        self._worker = Worker()
         self._put(self._send_recorded, resume_step)
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:

@@ -10,12 +10,12 @@
     worst            the worst reconstructions, by -ELBO, of the first validation images
 
 The same images and the same latents each time, so that a reader sees the model change. The network
-runs in the caller, evaluation.batch_size images at a time; PNGs are written by a thread.
+sees evaluation.batch_size images at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -29,9 +29,9 @@ from vae_dist.models.latent import drawn_labels, kl_to_standard_normal
 from vae_dist.models.vae import VAE
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import (
-    ImageWriter,
     grid,
     image_caption,
+    save_png,
     side_by_side,
     to_uint8,
     with_holes,
@@ -52,25 +52,18 @@ class ImageLogger:
     """Callable for the main process: `(averaged model, step, metrics)`."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        data: Data,
-        sinks: Iterable[Sink],
-        *,
-        say: Callable[[str], None] = print,
+        self, config: TrainConfig, folder: RunFolder, data: Data, sinks: Iterable[Sink]
     ) -> None:
         self._config, self._data = config, data
-        self._writer = ImageWriter(folder.images, sinks, say=say)
-
-    def close(self) -> None:
-        self._writer.close()
+        self._folder, self._sinks = folder.images, sinks
 
     def __call__(self, model: VAE, step: int, metrics: Mapping[str, Value]) -> None:
         caption = image_caption(step, metrics)
         with torch.inference_mode():
             for name, image, note in self._grids(model):
-                self._writer.put(step, name, f"{caption} | {note}" if note else caption, image)
+                path = save_png(image, self._folder / f"{name}_{step:08d}.png")
+                for sink in self._sinks:
+                    sink.image(step, f"images/{name}", path, caption + f" | {note}" * bool(note))
 
     @cached_property
     def _examples(self) -> Examples:

@@ -303,7 +303,6 @@ class Session:
         runtime.on_main(lambda: trackers.open(config, runtime, self.folder, start_step))
         self.watch.at(-1, "model")
         trainer = build_trainer(config, runtime, self.folder, data, trackers)
-        self.held.callback(trainer.image_logger.close)
         if checkpoint is not None:
             runtime.on_all_ranks(lambda: _restore(trainer, checkpoint))
         elif weights is not None:
@@ -396,5 +395,5 @@ def build_trainer(
                 write_statistics(folder.path / STATISTICS_FILE, result.statistics | facts)
         return result.row() if result is not None else None
 
-    image_logger = ImageLogger(config, folder, data, trackers.sinks, say=trackers.say)
+    image_logger = ImageLogger(config, folder, data, trackers.sinks)
     return Trainer(step, folder, data, trackers, evaluator=evaluator, image_logger=image_logger)
