@@ -75,7 +75,7 @@ def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
     asked = []
 
     def fetch(file, folder):
-        asked.append((file.network, folder))
+        asked.append((file.url, folder))
         return tmp_path / file.name
 
     class Distance(torch.nn.Module):
@@ -96,8 +96,8 @@ def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
     figures = found["figures"]
     assert figures["lpips"] > 0 and figures["rfid"] > 0 and {"fid", "fid_gmm"} <= set(figures)
     assert list(found["notes"]) == ["lpips_alex", "frechet"]  # 28 pixels, 7 images
-    names = ("VGG16", "AlexNet", "the InceptionV3 of the FID")
-    assert set(asked) == {(name, str(tmp_path)) for name in names}
+    files = (networks.VGG16, networks.ALEXNET, networks.INCEPTION)
+    assert set(asked) == {(file.url, str(tmp_path)) for file in files}
 
 
 @pytest.mark.parametrize(

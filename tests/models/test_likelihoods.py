@@ -235,38 +235,21 @@ def test_dequantised_levels_tile_the_range_and_networks_see_none_of_it(kind):
     torch.testing.assert_close(model.without_noise(stored, low), stored.float() / 127.5 - 1)
 
 
-@pytest.mark.parametrize("binarization", ["dynamic", "static"])
-def test_binarisation_keeps_the_grey_levels_as_probabilities(binarization):
-    model = likelihood({**BINARY, "binarization": binarization}, channels=1)
-    levels = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).view(4, 1, 1, 1)
-    share = (prepared(model, levels.expand(4, 1, 200, 200)) > 0).double().mean((1, 2, 3))
-    assert share[0] == 0 and share[3] == 1
-    torch.testing.assert_close(share[1:3].float(), torch.tensor([0.2, 0.8]), rtol=0, atol=0.015)
-
-
-def test_static_binarisation_is_one_draw_of_each_image():
-    model = likelihood({**BINARY, "binarization": "static"}, channels=1)
-    images = levels_of(1, 16, batch=4)
-    assert not model.needs_uniform
-    alone = model.prepare(images[2:3], None)
-    assert torch.equal(alone, model.prepare(images, None)[2:3])  # in any batch
-    # images of one grey differ from pixel to pixel, and from each other
-    flat = torch.full((2, 1, 64, 64), 128, dtype=torch.uint8)
-    flat[1, 0, 0, 0] = 127
-    first, second = model.prepare(flat, None) > 0
-    for equal in (first, first == second, first[..., 1:] == first[..., :-1]):
-        assert equal.double().mean().item() == pytest.approx(0.5, abs=0.03)
-
-
-def test_threshold_and_soft_targets_are_deterministic():
-    stored = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-    threshold = likelihood({**BINARY, "binarization": "threshold"}, channels=1)
-    assert threshold.prepare(stored, None).flatten().tolist() == [-1, -1, 1, 1]
-    soft = likelihood({**BINARY, "binarization": "soft"}, channels=1)
-    logits, target = outputs(soft, 1), stored.double() / 255
-    expected = -binary_cross_entropy_with_logits(logits.double(), target, reduction="sum")
-    found = soft.log_prob(logits, soft.prepare(stored, None))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+def test_binarisation_is_a_draw_a_threshold_or_soft():
+    levels = torch.tensor([0, 51, 127, 128, 204, 255], dtype=torch.uint8).view(6, 1, 1, 1)
+    dynamic, threshold, soft = (
+        likelihood({**BINARY, "binarization": kind}, channels=1)
+        for kind in ("dynamic", "threshold", "soft")
+    )
+    share = (prepared(dynamic, levels.expand(6, 1, 200, 200)) > 0).float().mean((1, 2, 3))
+    assert share.tolist() == pytest.approx([0, 0.2, 0.498, 0.502, 0.8, 1], abs=0.015)
+    assert share[0] == 0 and share[5] == 1
+    assert threshold.prepare(levels, None).flatten().tolist() == [-1, -1, -1, 1, 1, 1]
+    logits = torch.randn(6, 1, 1, 1, generator=torch_generator(1, "test"))
+    target = levels.double() / 255
+    expected = -binary_cross_entropy_with_logits(logits.double(), target, reduction="none")
+    found = soft.log_prob(logits, soft.prepare(levels, None))
+    torch.testing.assert_close(found.double(), expected.flatten(), rtol=1e-5, atol=1e-6)
 
 
 # the normal distribution function

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 from vae_dist.config.errors import ConfigError
@@ -71,8 +70,8 @@ def test_lpips_equals_torchmetrics_on_the_same_weights(backbone, tmp_path, monke
     with torch.device("meta"):
         all_shapes = shapes(Lpips(backbone))
     weights = {n: 0.05 * torch.randn(s) for n, s in all_shapes.items() if n.startswith("features")}
-    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
-    ours = load_lpips(backbone, tmp_path / "weights.safetensors")
+    torch.save(weights, tmp_path / "weights.pth")
+    ours = load_lpips(backbone, tmp_path / "weights.pth")
     monkeypatch.setattr(oracle, "_get_tv_model_features", lambda *_: ours.features)
     # torchmetrics reads its heads without map_location
     load = torch.load
@@ -91,7 +90,7 @@ def test_lpips_equals_torchmetrics_on_the_same_weights(backbone, tmp_path, monke
 def test_a_file_is_checked_before_it_is_read(tmp_path):
     digest = hashlib.sha256(b"weights").hexdigest()
     for sha256 in (digest, digest[::-1]):
-        file = PretrainedFile("a network", "https://example.invalid/a.pth", sha256, 1)
+        file = PretrainedFile("https://example.invalid/a.pth", sha256)
         (tmp_path / file.name).write_bytes(b"weights")
         if sha256 == digest:
             assert fetch(file, str(tmp_path)) == tmp_path / file.name
@@ -115,7 +114,7 @@ def test_a_missing_file_is_downloaded_or_the_error_says_what_to_fetch(tmp_path, 
     assert asked == [(INCEPTION.url, INCEPTION.sha256)] and len(INCEPTION.sha256) == 64
     with pytest.raises(ConfigError) as caught:
         fetch(VGG16, str(tmp_path / "weights"))
-    for part in (VGG16.url, str(tmp_path / "weights"), "528 MB", "metric_weights=FOLDER", "VGG16"):
+    for part in (VGG16.url, str(tmp_path / "weights"), "FOLDER of metric_weights="):
         assert part in str(caught.value)
 
 
@@ -128,19 +127,18 @@ def test_what_is_read_fits_and_cannot_run_code(tmp_path):
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ConfigError, match="cannot be read as weights"):
         read_tensors(tmp_path / "evil.pth")
-    other = tmp_path / "other.safetensors"
-    safetensors.torch.save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, other)
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"of another network: \d+ tensors are missing"):
-        load_inception(other)
+        load_inception(tmp_path / "other.pth")
 
 
 @pytest.mark.slow
 def test_inception_from_a_file_gives_features_of_images_of_any_size(tmp_path):
-    path, network = tmp_path / "pretrained.safetensors", FidInception()
+    path, network = tmp_path / "pretrained.pth", FidInception()
     state = network.state_dict()
     # as the published file: without counts of steps, with a classifier
     state = {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
-    safetensors.torch.save_file(state | {"fc.weight": torch.zeros(1008, 2048)}, path)
+    torch.save(state | {"fc.weight": torch.zeros(1008, 2048)}, path)
     images = torch.rand(2, 3, 28, 40)
     found = load_inception(path)(images)
     assert found.shape == (2, 2048)

@@ -260,10 +260,6 @@ class LadderVAE(VAE):
     encoder: LadderEncoder  # type: ignore[assignment]
     decoder: LadderDecoder  # type: ignore[assignment]
 
-    @property
-    def num_levels(self) -> int:
-        return len(self.decoder.levels)
-
     def forward(  # type: ignore[override]  # checks refuse what else a VAE takes
         self,
         images: Tensor,

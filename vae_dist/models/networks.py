@@ -2,8 +2,8 @@
 
 Their weights are files as the authors publish them, looked up in the folder that is given, else
 where torch.hub keeps its downloads (TORCH_HOME), and downloaded there if they are missing. A file's
-name carries the start of its SHA-256, which is checked before it is read. What is read cannot run
-code: safetensors, or torch.load(weights_only=True). Parameters carry torchvision's names.
+SHA-256 is checked before it is read, by torch.load(weights_only=True), which runs no code.
+Parameters carry torchvision's names.
 
 `Lpips` (Zhang et al. 2018, v0.1), on features u_l of VGG16 or AlexNet, normalised at each pixel:
 
@@ -22,11 +22,9 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,14 +32,11 @@ from torch import Tensor, nn
 from vae_dist.config.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class PretrainedFile:
+class PretrainedFile(NamedTuple):
     """`url` ends in the file's name; `sha256` is its whole digest."""
 
-    network: str
     url: str
     sha256: str
-    megabytes: int
 
     @property
     def name(self) -> str:
@@ -49,52 +44,38 @@ class PretrainedFile:
 
 
 VGG16 = PretrainedFile(
-    "VGG16",
     "https://download.pytorch.org/models/vgg16-397923af.pth",
     "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-    528,
 )
 ALEXNET = PretrainedFile(
-    "AlexNet",
     "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
-    233,
 )
 INCEPTION = PretrainedFile(
-    "the InceptionV3 of the FID",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    91,
 )
 
 
-def _folder(folder: str) -> Path:
-    return Path(folder) if folder else Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def find(file: PretrainedFile, folder: str = "") -> Path | None:
-    """Where the file lies on this machine, None where it does not."""
-    names = (f"{Path(file.name).stem}.safetensors", file.name)
-    paths = (_folder(folder) / name for name in names)
-    return next((path for path in paths if path.is_file()), None)
+def path_of(file: PretrainedFile, folder: str = "") -> Path:
+    """Where the file belongs on this machine."""
+    return (Path(folder) if folder else Path(torch.hub.get_dir()) / "checkpoints") / file.name
 
 
 def fetch(file: PretrainedFile, folder: str = "") -> Path:
     """Where the file lies, downloaded if it must be; for one process only. Raises ConfigError that
     says what to fetch from where, and where to put it."""
-    if (found := find(file, folder)) is not None:
-        if found.suffix == ".safetensors":  # made from the file: it has a digest of its own
-            return found
-        with open(found, "rb") as opened:
+    path = path_of(file, folder)
+    if path.is_file():
+        with open(path, "rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest == file.sha256:
-            return found
-        raise ConfigError(
-            f"{found}: its SHA-256 is {digest}, that of {file.network} {file.sha256}: damaged or "
-            f"another file; remove it and fetch {file.url}"
-        )
-    path = _folder(folder) / file.name
+        if digest != file.sha256:
+            raise ConfigError(
+                f"{path}: its SHA-256 is {digest}, not {file.sha256}: damaged or another file; "
+                f"remove it and fetch {file.url}"
+            )
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
@@ -102,17 +83,15 @@ def fetch(file: PretrainedFile, folder: str = "") -> Path:
         )
     except (OSError, RuntimeError) as error:  # RuntimeError: another digest
         raise ConfigError(
-            f"the weights of {file.network} are not in {path.parent} and cannot be downloaded "
-            f"({error}); fetch {file.url} ({file.megabytes} MB) where there is a network, and put "
-            "it there, or into a folder of your own with metric_weights=FOLDER"
+            f"{path}: is not there and cannot be downloaded ({error}); fetch {file.url} where "
+            "there is a network, and put it there, or into the FOLDER of metric_weights= or "
+            "perceptual.weights="
         ) from None
     return path
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
         tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         return tensors
     except Exception as error:  # torch.load raises whatever its reader met
@@ -210,10 +189,10 @@ class Lpips(nn.Module):
         return distance
 
 
-def find_heads(backbone: Backbone, folder: str = "") -> Path | None:
+def find_heads(backbone: Backbone, folder: Path) -> Path | None:
     """The fitted weights w_l: in the folder under the name that they are published by, else those
     that torchmetrics ships; None where there are none."""
-    paths = [_folder(folder) / f"{backbone}.pth"]
+    paths = [folder / f"{backbone}.pth"]
     package = importlib.util.find_spec("torchmetrics")
     if package is not None and package.origin is not None:
         heads = Path(package.origin).parent / "functional/image/lpips_models"
@@ -223,13 +202,14 @@ def find_heads(backbone: Backbone, folder: str = "") -> Path | None:
 
 def lpips_available(backbone: Backbone, folder: str = "") -> bool:
     """Whether `load_lpips` needs no network."""
-    return find(FILES[backbone], folder) is not None and find_heads(backbone, folder) is not None
+    path = path_of(FILES[backbone], folder)
+    return path.is_file() and find_heads(backbone, path.parent) is not None
 
 
 def load_lpips(backbone: Backbone, path: Path) -> Lpips:
     """With the features of the file at `path`, and the heads beside it or in torchmetrics; raises
     ConfigError where either cannot be read. Gradients flow to the images alone."""
-    heads = find_heads(backbone, str(path.parent))
+    heads = find_heads(backbone, path.parent)
     if heads is None:
         raise ConfigError(
             f"LPIPS needs its heads: put {backbone}.pth of the package lpips into {path.parent}, "

@@ -59,11 +59,6 @@ class VAE(nn.Module):
     latent. `image_size` is the (H, W) that a vector latent is bound to, None where any size will
     do. `sees_mask`: the encoder's last input is the mask."""
 
-    @property
-    def num_levels(self) -> int:
-        """Of a ladder of latents; 0: there is none, the units of z are independent."""
-        return 0
-
     def __init__(
         self,
         encoder: Encoder | DenseEncoder,
@@ -82,6 +77,8 @@ class VAE(nn.Module):
         self.latent_channels, self.stride, self.image_size = latent_channels, stride, image_size
         self.num_classes = num_classes  # 0: labels are ignored
         self.sees_mask = sees_mask
+        # of a ladder of latents; 0: there is none, the units of z are independent
+        self.num_levels = len(getattr(decoder, "levels", ()))
         self.quant_conv = self.post_quant_conv = None
         if image_size is None and not shortcuts:
             self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)

@@ -44,10 +44,6 @@ class Levels:
         """Half the distance between two centers."""
         return 1.0 / (self.num - 1)
 
-    def per_unit(self, *, is_dequantized: bool) -> float:
-        """Levels that a density on [-1, 1] has in an interval of length 1."""
-        return self.num / 2 if is_dequantized else (self.num - 1) / 2
-
     def index(self, stored: Tensor) -> Tensor:
         """Level numbers 0 ... num - 1, float32."""
         return (stored >> 3 if self.bits == 5 else stored).float()

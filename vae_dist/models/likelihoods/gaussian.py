@@ -80,8 +80,9 @@ class _Density(_OfMoments):
         self.has_levels = self.levels.are_discrete
         self.needs_uniform = data.dequantize and self.has_levels
         if self.has_levels:
-            per_unit = self.levels.per_unit(is_dequantized=self.needs_uniform)
-            self.nats_per_value = math.log(per_unit)
+            # of as many levels as the density has in an interval of length 1
+            num = self.levels.num
+            self.nats_per_value = math.log(num / 2 if self.needs_uniform else (num - 1) / 2)
 
     def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
         if not self.needs_uniform:
