@@ -24,7 +24,6 @@ from vae_dist.inference.load import load_model
 
 COUNT, DAMAGED = 23, (4, 11)
 SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cpu", "threads=1")
-Said = pytest.CaptureFixture[str]
 
 
 def keys(run, out, *more):
@@ -33,8 +32,6 @@ def keys(run, out, *more):
 
 def encoded_by(run, out, *more):
     assert encode.main(keys(run, out, *more)) == 0
-    summary = json.loads((out / "encode.json").read_text())
-    return summary
 
 
 def model_of(run):
@@ -181,20 +178,15 @@ def test_too_much_damage_stops(run, straight, tmp_path, capsys):
     assert not (out / "encode.json").exists()
     encoded_by(run, out)  # goes on, with the limit of the other tests
     assert contents(out) == contents(straight)
-    for key, problem in (
-        ("k" * 90, "give it a shorter key"),
-        ("../../x", "the key '../../x' of a sample is no relative path without .."),
-        ("/x", "is no relative path"),
-    ):
+    for key, problem in (("k" * 90, "give it a shorter key"), ("../../x", "is no relative path")):
         (source := tmp_path / f"{len(key)}").mkdir()
         write(source / "s.tar", {f"{key}.png": png()})
         assert encode.main([*keys(run, source / "out"), f"data={source}"]) == 2
         assert problem in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at", [1, 9])
-def test_a_killed_encode_goes_on(run, straight, tmp_path, at, capsys):
-    """kill -9 while sample `at` is written; then the same command, and refusals of others."""
+def test_a_killed_encode_goes_on(run, straight, tmp_path, capsys):
+    """kill -9 while sample 9 is written; then the same command, and refusals of others."""
     out = tmp_path / "out"
 
     def killed():
@@ -203,11 +195,11 @@ def test_a_killed_encode_goes_on(run, straight, tmp_path, at, capsys):
         def write_or_die(self, sample):
             nonlocal count
             count += 1
-            if count == at:
+            if count == 9:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(self, sample)
 
-        ShardWriter.write = write_or_die  # type: ignore[method-assign]
+        ShardWriter.write = write_or_die
         encode.main(keys(run, out))
 
     process = multiprocessing.get_context("fork").Process(target=killed)
@@ -215,7 +207,7 @@ def test_a_killed_encode_goes_on(run, straight, tmp_path, at, capsys):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     whole = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert bool(whole) == (at > 1)
+    assert whole
     for other, problem in (
         ("content=mean", "another content (moments there, mean here)"),
         ("checkpoint=10", "another step (20 there, 10 here)"),
@@ -223,42 +215,27 @@ def test_a_killed_encode_goes_on(run, straight, tmp_path, at, capsys):
         assert encode.main(keys(run, out, other)) == 2
         assert problem in capsys.readouterr().err
     encoded_by(run, out)
-    capsys.readouterr()
-    assert not (out / ".job").exists()
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
     encoded_by(run, out)
     assert "nothing is left to do" in capsys.readouterr().out
-    assert encode.main(keys(run, out, "dtype=bf16")) == 2
-    assert "another dtype (fp16 there, bf16 here)" in capsys.readouterr().err
     assert contents(out) == contents(straight)
 
 
-def test_any_number_of_processes_and_threads_writes_the_same(run, straight, tmp_path):
+def test_any_number_of_processes_writes_the_same(run, straight, tmp_path):
     """Of the 6 shards, or of a single one: then a rank has nothing to do."""
     encoded_by(run, tmp_path / "one", "shard_mb=10")
     for world, shard_mb, want in ((3, 0.02, straight), (2, 10, tmp_path / "one")):
         out, size = tmp_path / f"{world}", f"shard_mb={shard_mb}"
         assert run_ranks(world, encode.main, keys(run, out, size)) == [0] * world
         assert contents(out) == contents(want)
-    other = latent_data.write_spatial_run(tmp_path / "run", run.parent / "photos")
-    config = (other / "config.yaml").read_text().replace("workers: 0", "workers: 2")
-    (other / "config.yaml").write_text(config)
-    assert encode.main([*keys(run, tmp_path / "two")[1:], f"run={other}"]) == 0
-    for path in straight.glob("*.tar"):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 @pytest.mark.slow
 def test_accelerate_launch_writes_the_same(run, straight, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command = [*launch, "--main_process_port", "0", "-m", "vae_dist.encode"]
-    done = subprocess.run(
-        [sys.executable, *command, *keys(run, tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = [sys.executable, *command, *keys(run, tmp_path / "two")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert "on 2 x cpu" in done.stdout
+    assert "by 2 x cpu" in done.stdout
     assert contents(tmp_path / "two") == contents(straight)

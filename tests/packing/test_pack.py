@@ -24,6 +24,7 @@ from vae_dist.pack import main
 from vae_dist.packing import jobs
 from vae_dist.packing.items import Item, Place
 from vae_dist.packing.jobs import ShardJob, cut, run
+from vae_dist.packing.picture import KEPT
 
 PLAN = {"seed": 0, "pictures": "a digest"}
 SHARDS = [f"s-{k:06d}.tar" for k in range(6)]
@@ -168,8 +169,8 @@ def test_the_trainer_reads_each_picture_once(pictures, tmp_path, capsys):
     packed = [int(name[2].rpartition("/")[2][:3]) for name in names]
     assert packed == [level for level, _ in train + validation]
     summary = json.loads((out / "pack.json").read_text())
-    assert summary["classes"] == ["cat", "dog"] and summary["sizes"] == {"4x6": 60}
-    assert summary["splits"]["train"]["kept_byte_for_byte"] == 54
+    assert summary["classes"] == ["cat", "dog"] and summary["splits"]["train"]["samples"] == 54
+    assert summary["facts"] == dict.fromkeys((KEPT, "3 channels", "4 x 6 pixels"), COUNT)
     files = {"names.txt", "pack.json", "train", "validation"}
     assert {path.name for path in out.iterdir()} == files
     capsys.readouterr()
@@ -186,10 +187,10 @@ def test_kills_workers_and_job_arrays_write_the_same_bytes(pictures, tmp_path, m
         assert pack(pictures, tmp_path / "array", f"shard_range={i}/2", f"workers={i + 1}") == 0
     write_one, tars = packing._write_shard, tmp_path / "killed/train"
 
-    def write_or_stop(job, shard, *others):
-        if shard.endswith("2.tar"):
+    def write_or_stop(*others):
+        if others[-1].endswith("2.tar"):
             raise KeyboardInterrupt
-        write_one(job, shard, *others)
+        write_one(*others)
 
     monkeypatch.setattr(packing, "_write_shard", write_or_stop)
     assert pack(pictures, tmp_path / "killed") == 0  # a process that is interrupted says nothing
@@ -252,9 +253,8 @@ def test_the_trainer_reads_packed_masks(tmp_path, capsys):
     source, out = write(tmp_path / "in", files), tmp_path / "out"
     assert pack_all(source, out, "size=[6,10]", "max_skipped_fraction=1") == 0
     said = capsys.readouterr()
-    assert "missing pixels: 1 pictures have a .mask.png; set data.mask=member" in said.out
+    assert "1 have missing pixels: set data.mask=member" in said.out
     assert "its mask is 3 x 20 pixels, but the image 12 x 20" in said.err
-    assert json.loads((out / "pack.json").read_text())["masks"] == 1
     images = [image for image, _ in loaded(out / "train", channels=1, mask="member")]
     assert images[0][1].all() and not images[1][1, :, :5].any() and images[1][1, :, 7:].all()
 

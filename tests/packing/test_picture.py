@@ -10,7 +10,7 @@ from tests.support.picture_sources import encoded, jpeg_with, npy
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import decode_own
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.packing.picture import _resized, prepare
+from vae_dist.packing.picture import KEPT, _resized, prepare
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 GREY, PLANES = COLOUR[:, :, 0], COLOUR.transpose(2, 0, 1)
@@ -35,7 +35,7 @@ def test_what_needs_no_change_is_kept_byte_for_byte():
         ("png", encoded(GREY.astype(np.uint16) * 255), 1),
     ):
         picture = prepare(data, PackCommand())
-        assert picture == (suffix, data, (channels, 12, 20), True, None, "")
+        assert picture == (suffix, data, (channels, 12, 20), (KEPT,), None)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_needs_no_change_is_kept_byte_for_byte():
 )
 def test_sizes_and_crops_are_those_of_pillow(size, shape):
     picture = prepare(encoded(COLOUR), PackCommand(size=size))
-    assert picture.shape == (3, *shape) and picture.kept == (shape == (12, 20))
+    assert picture.shape == (3, *shape) and picture.notes == (KEPT,) * (shape == (12, 20))
     image = Image.fromarray(COLOUR)
     want = image.resize(shape[::-1], Image.Resampling.BICUBIC)
     if isinstance(size, list):
@@ -94,18 +94,19 @@ def test_wide_levels_are_not_resized():
 def test_colours_become_those_of_srgb_and_animations_their_first_frame():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     kept = prepare(encoded(COLOUR, icc_profile=srgb), PackCommand())
-    assert kept.kept and not kept.note
+    assert kept.notes == (KEPT,)
     swapped = srgb.replace("sRGB".encode("utf-16-be"), "rgbS".encode("utf-16-be"))
     swapped = swapped.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
     changed = prepare(encoded(COLOUR, icc_profile=swapped), PackCommand())
-    assert not changed.kept and "converted to sRGB" in changed.note
+    assert changed.notes == ("converted to sRGB",)
     assert "icc_profile" not in Image.open(io.BytesIO(changed.data)).info
     assert abs(decoded(changed.data).astype(int) - COLOUR[:, :, ::-1]).max() < 8
     first, *others = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP"):
         data = encoded(first, kind, save_all=True, append_images=others, lossless=True)
         picture = prepare(data, PackCommand(format="png"))
-        assert "first frame" in picture.note and (decoded(picture.data)[0, 0] == [255, 0, 0]).all()
+        assert "first frame" in picture.notes[0]
+        assert (decoded(picture.data)[0, 0] == [255, 0, 0]).all()
 
 
 @pytest.mark.parametrize("side", [256, 257, 519])
@@ -155,7 +156,7 @@ def test_a_mask_is_kept_where_the_size_is_and_refused_where_it_does_not_fit():
     for size in (0, 12, [12, 20]):
         command = PackCommand(size=size, format="webp")
         picture = prepare(encoded(COLOUR), command, mask=encoded(MASK))
-        assert not picture.kept and picture.mask == encoded(MASK)
+        assert not picture.notes and picture.mask == encoded(MASK)
     for mask, reason in (
         (encoded(MASK.T), "its mask is 20 x 12 pixels, but the image 12 x 20"),
         (b"no picture", "its .mask.png: no readable PNG"),

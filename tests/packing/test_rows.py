@@ -2,11 +2,8 @@
 
 import gzip
 import io
-import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
@@ -116,8 +113,8 @@ def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path):
     write_parquet(tmp_path / "in/list.parquet", [0], column="url")
     listing, _ = opened(tmp_path / "in", tmp_path / "work")
     assert sorted(str(i.split) for i in listing.items) == ["test", "train", "validation"]
-    assert listing.left_out == [("list.parquet", "no column of pictures among url, label")]
-    assert [name for name, _ in listing.lost] == ["0000.parquet row 1", "0000.parquet row 2"]
+    assert listing.left_out == ["list.parquet: no column of pictures among url, label"]
+    assert listing.lost == [f"0000.parquet row {k}: no bytes of a picture" for k in (1, 2)]
     images = [bytes(25 << 20) + bytes([i]) for i in range(3)]
     path = write_parquet(tmp_path / "a.parquet", [0] * 3, images=images, compression="zstd")
     assert path.stat().st_size < 1 << 17
@@ -142,50 +139,19 @@ def test_labels_of_parquet(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The files of a folder as the data set o/r of a hub on the loopback."""
-    root = tmp_path / "hub"
-    root.mkdir()
+    """The files of a folder as the data set o/r of the hub."""
 
-    class Hub(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
+    def list_repo_files(self, name, *, revision, repo_type):
+        if name != "o/r":
+            raise OSError("404: no such data set")
+        return [str(p.relative_to(tmp_path / "hub")) for p in (tmp_path / "hub").rglob("*.*")]
 
-        def answer(self, code, body, **headers):
-            self.send_response(code)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+    def hf_hub_download(self, name, file, *, repo_type, revision):
+        return str(tmp_path / "hub" / file)
 
-        def do_GET(self):
-            files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")}
-            path = self.path.split("?")[0]
-            if re.match(r"/api/datasets/o/r/tree/main", path):
-                tree = [{"type": "file", "path": n, "size": len(d), "oid": "a" * 40}
-                        for n, d in files.items()]  # fmt: skip
-                return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-            found = re.fullmatch(r"/datasets/o/r/resolve/[^/]+/(.*)", path)
-            if not found or found[1] not in files:
-                return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
-            tag = f'"{found[1]}"'.replace("/", "-")
-            return self.answer(200, files[found[1]], ETag=tag, X_Repo_Commit="b" * 40)
-
-        do_HEAD = do_GET
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    from huggingface_hub import constants
-
-    address = f"http://127.0.0.1:{server.server_port}"
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # other tests set it before the import
-    yield root
-    server.shutdown()
-    server.server_close()
+    for method in (list_repo_files, hf_hub_download):
+        monkeypatch.setattr(huggingface_hub.HfApi, method.__name__, method)
+    return tmp_path / "hub"
 
 
 def test_a_data_set_of_the_hub(hub, tmp_path):

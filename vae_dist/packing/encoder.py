@@ -12,8 +12,6 @@ writes what.
 from __future__ import annotations
 
 import math
-import sys
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +26,6 @@ import torch
 from torch import Tensor
 
 from vae_dist.config.commands import EncodeCommand
-from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.indexing import write_info
@@ -36,7 +33,7 @@ from vae_dist.data.reader import SkippedSample
 from vae_dist.data.sources import is_pipe
 from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
 from vae_dist.distributed import Runtime
-from vae_dist.files import printable, progress_bar, redacted
+from vae_dist.files import progress_bar, redacted
 from vae_dist.inference.load import Images
 from vae_dist.packing.items import suffix_of
 from vae_dist.packing.jobs import Report, ShardJob, check_lost, cut, print_left_out
@@ -96,7 +93,7 @@ class Encoder(ABC):
 
     def run(self) -> None:
         """Write what is missing in the folder: each rank its shards. Raises ConfigError."""
-        job, runtime, started = self.job, self.runtime, time.monotonic()
+        job, runtime = self.job, self.runtime
         if runtime.on_main(job.is_finished):
             if runtime.is_main:
                 print(f"{job.out}: finished already; nothing is left to do")
@@ -104,19 +101,11 @@ class Encoder(ABC):
         runtime.on_main(job.begin)
         plan = runtime.on_main(self._plan)
         missing = runtime.on_main(lambda: [name for name in plan if not job.is_done(name)])
-        try:
-            self._write({name: plan[name] for name in missing[runtime.rank :: runtime.world]})
-        except ConfigError as error:
-            if not runtime.is_main:  # the command line shows those of rank 0 alone
-                print(f"rank {runtime.rank}: {printable(error)}", file=sys.stderr)
-            raise
-        runtime.barrier()
+        mine = {name: plan[name] for name in missing[runtime.rank :: runtime.world]}
+        runtime.on_all_ranks(lambda: self._write(mine))
         if runtime.is_main:
             with job.writing():
                 self._finish(list(plan))
-            num_images = sum(len(plan[name]) for name in missing)
-            speed = num_images / max(time.monotonic() - started, 1e-9)
-            print(f"images_per_second={speed:.1f} on {runtime.world} x {runtime.device.type}")
 
     def _plan(self) -> Plan:
         """Shards of equal numbers of samples, give or take one, of about `shard_mb` each, after the
@@ -224,7 +213,8 @@ class Encoder(ABC):
         self.job.finish({**facts, "data": redacted(self.command.data), "skipped": skipped})
         print_left_out(skipped, summary=self.job.out / self.job.summary)
         words = " ".join(f"{key}={shown(value)}" for key, value in facts.items())
-        print(f"{self.job.out}: {self.name}, {len(skipped)} images left out, {words}")
+        ranks = f"{self.runtime.world} x {self.runtime.device.type}"
+        print(f"{self.job.out}: {self.name} by {ranks}, {len(skipped)} images left out, {words}")
 
 
 def carried(

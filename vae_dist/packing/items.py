@@ -20,6 +20,7 @@ from PIL import Image
 
 from vae_dist.data.decode import MASK_MEMBER
 from vae_dist.data.tar import DamagedSampleError
+from vae_dist.files import printable
 
 # Suffixes of pictures; what the trainer does not read becomes PNG or JPEG. Of several pictures of
 # one sample the first in this order is packed.
@@ -40,8 +41,6 @@ LEFT_BEHIND = re.compile(
 )
 MAX_FILE_BYTES = 1 << 30  # one picture; a larger one is refused before it is read
 NUM_OPEN_ZIPS = 64
-
-Named = tuple[str, str]  # (name, reason)
 
 
 class Place(NamedTuple):
@@ -69,10 +68,16 @@ class Listing:
     """All that lies in a source."""
 
     items: list[Item] = field(default_factory=list)
-    lost: list[Named] = field(default_factory=list)  # unreadable pictures: they count as damaged
-    left_out: list[Named] = field(default_factory=list)  # no picture, or not asked for
+    lost: list[str] = field(default_factory=list)  # unreadable pictures: they count as damaged
+    left_out: list[str] = field(default_factory=list)  # no picture, or not asked for
     classes: tuple[str, ...] = ()  # names of the classes that are given as numbers
     notes: list[str] = field(default_factory=list)  # what a user wants to know of what is packed
+
+    def lose(self, name: str, reason: str) -> None:
+        self.lost.append(f"{printable(name)}: {reason}")
+
+    def leave(self, name: str, reason: str) -> None:
+        self.left_out.append(f"{printable(name)}: {reason}")
 
 
 def read(place: Place) -> bytes:

@@ -44,7 +44,7 @@ def apply_tables(command: PackCommand, listing: Listing) -> None:
     for item in listing.items:
         path = next((p for p in (item.name, item.name.rpartition("/")[2]) if p in table), None)
         if path is None:
-            listing.left_out.append((item.name, f"not in {name}"))
+            listing.leave(item.name, f"not in {name}")
         elif path in named:
             raise ConfigError(
                 f"{name}: {path} fits {named[path].name} and {item.name}; name each picture by its "

@@ -14,9 +14,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
@@ -26,7 +26,7 @@ from vae_dist.data.indexing import write_info
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.files import printable, progress_bar, read_json, write_durably
 from vae_dist.packing import jobs, labels
-from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, Named, read
+from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, read
 from vae_dist.packing.jobs import Report, ShardJob
 from vae_dist.packing.picture import prepare
 from vae_dist.packing.sources import list_source, number_classes
@@ -34,22 +34,11 @@ from vae_dist.randomness import numpy_generator
 
 NOT_OF_SHARDS = ("labels", "out", "shard_range", "workers", "max_skipped_fraction")
 MIN_SHARDS = 8  # of a large split
+NUM_FACTS = 20  # of the samples, the most common ones
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
 
 # by shard, as train/train-000000.tar: its pictures, with their numbers in the split
 Plan = dict[str, list[tuple[int, Item]]]
-
-
-class Packed(NamedTuple):
-    """What the report of a shard says of a sample; JSON."""
-
-    name: str
-    is_kept: bool  # byte for byte
-    size: str  # HxW
-    channels: int
-    category: int | None
-    has_mask: bool
-    note: str
 
 
 def pack(command: PackCommand) -> None:
@@ -72,7 +61,12 @@ def pack(command: PackCommand) -> None:
     _check(command, listing)
     plan = make_plan(listing.items, command)
     job.begin(pictures=_digest(listing.items), shards=len(plan))
-    _write_missing(job, plan, list(plan)[int(part[1]) :: int(part[2])], command)
+    mine = list(plan)[int(part[1]) :: int(part[2])]
+    missing = [shard for shard in mine if not job.is_done(shard)]
+    workers = command.workers or len(os.sched_getaffinity(0))
+    with progress_bar("packed", len(missing), unit="shards") as progress:
+        write = partial(_write_shard, job, plan, command)
+        jobs.run(write, missing, workers=workers, progress=progress)
     if num_missing := sum(not job.is_done(shard) for shard in plan):
         print(f"shards written: {len(plan) - num_missing} of {len(plan)}")
         return
@@ -96,7 +90,7 @@ def _check(command: PackCommand, listing: Listing) -> None:
     split and others have none: which one is meant by a folder `train` between folders of classes?
     """
     if not listing.items:
-        found = "; ".join(_texts([*listing.lost, *listing.left_out])[: jobs.NUM_NAMED])
+        found = "; ".join([*listing.lost, *listing.left_out][: jobs.NUM_NAMED])
         raise ConfigError(f"source={shown(command.source)}: no picture can be packed; {found}")
     inside = [item for item in listing.items if item.split is not None]
     outside = [item for item in listing.items if item.split is None]
@@ -107,11 +101,7 @@ def _check(command: PackCommand, listing: Listing) -> None:
             "all of them below folders train, validation and test, or none"
         )
     total = len(listing.items) + len(listing.lost)
-    jobs.check_lost(command, "source", _texts(listing.lost), total=total)
-
-
-def _texts(named: Sequence[Named]) -> list[str]:
-    return [f"{printable(name)}: {reason}" for name, reason in named]
+    jobs.check_lost(command, "source", listing.lost, total=total)
 
 
 # the plan
@@ -173,39 +163,26 @@ def _bytes_factor(items: Sequence[Item], command: PackCommand) -> float:
 # the shards
 
 
-def _write_missing(job: ShardJob, plan: Plan, mine: Sequence[str], command: PackCommand) -> None:
-    missing = [shard for shard in mine if not job.is_done(shard)]
-    workers = command.workers or len(os.sched_getaffinity(0))
-    with progress_bar("packed", len(missing), unit="shards") as progress:
-
-        def write(shard: str) -> None:
-            _write_shard(job, shard, plan[shard], command)
-
-        jobs.run(write, missing, workers=workers, progress=progress)
-
-
-def _write_shard(
-    job: ShardJob, shard: str, items: Sequence[tuple[int, Item]], command: PackCommand
-) -> None:
-    packed: list[Packed] = []
-    lost: list[Named] = []
+def _write_shard(job: ShardJob, plan: Plan, command: PackCommand, shard: str) -> None:
+    facts: Counter[str] = Counter()  # of the samples
+    names, lost = [], []
     with job.shard(shard) as (writer, report):
-        for number, item in items:
+        for number, item in plan[shard]:
+            name = printable(item.name)
             try:
                 data, members = read(item.place), _members(item)
                 picture = prepare(data, command, mask=members.get(MASK_MEMBER))
             except DamagedSampleError as error:
-                lost.append((item.name, str(error)))
+                lost.append(f"{name}: {error}")
                 continue
+            channels, height, width = picture.shape
+            facts.update([*picture.notes, f"{channels} channels", f"{height} x {width} pixels"])
             if picture.mask is not None:
                 members[MASK_MEMBER] = picture.mask
+                facts["have missing pixels: set data.mask=member"] += 1
             writer.write({"__key__": f"{number:09d}", picture.suffix: picture.data, **members})
-            channels, height, width = picture.shape
-            size, category = f"{height}x{width}", item.category
-            assert not isinstance(category, str), "number_classes comes first"
-            facts = picture.kept, size, channels, category, MASK_MEMBER in members, picture.note
-            packed.append(Packed(item.name, *facts))
-        report |= {"packed": packed, "lost": lost}
+            names.append(name)
+        report |= {"names": names, "lost": lost, "facts": facts}
 
 
 def _members(item: Item) -> dict[str, bytes]:
@@ -233,54 +210,41 @@ def _members(item: Item) -> dict[str, bytes]:
 def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing) -> Report:
     """Write index and names; the summary. Raises ConfigError when too many are lost."""
     reports = {shard: job.report(shard) for shard in plan}
-    packed = {shard: [Packed(*row) for row in r["packed"]] for shard, r in reports.items()}
-    everything = [sample for samples in packed.values() for sample in samples]
-    lost: list[Named] = [(name, why) for r in reports.values() for name, why in r["lost"]]
-    lost += listing.lost
-    jobs.check_lost(command, "source", _texts(lost), total=len(lost) + len(everything))
+    lost = [text for report in reports.values() for text in report["lost"]] + listing.lost
+    num_packed = sum(len(report["names"]) for report in reports.values())
+    jobs.check_lost(command, "source", lost, total=len(lost) + num_packed)
     splits: dict[str, Report] = {}
     for split, names in groupby(plan, key=lambda shard: shard.partition("/")[0]):
         shards = list(names)
         write_info([job.out / shard for shard in shards], split=split)
-        samples = [sample for shard in shards for sample in packed[shard]]
-        labels_found = Counter(s.category for s in samples if s.category is not None)
         splits[split] = {
-            "samples": len(samples),
-            "kept_byte_for_byte": sum(sample.is_kept for sample in samples),
+            "samples": sum(len(reports[shard]["names"]) for shard in shards),
             "shards": len(shards),
             "bytes": sum((job.out / shard).stat().st_size for shard in shards),
-            "labels": dict(sorted(labels_found.items())),
         }
     lines = [
-        f"{Path(shard).name}\t{i}\t{printable(sample.name)}\n"
-        for shard, samples in packed.items()
-        for i, sample in enumerate(samples)
+        f"{Path(shard).name}\t{i}\t{name}\n"
+        for shard, report in reports.items()
+        for i, name in enumerate(report["names"])
     ]
     write_durably(job.out / "names.txt", "".join(lines).encode())
-    notes = Counter(sample.note for sample in everything if sample.note)
+    facts = sum((Counter(report["facts"]) for report in reports.values()), Counter[str]())
     return {
         "splits": splits,
+        "num_classes": len({item.category for item in listing.items} - {None}),
         "classes": list(listing.classes),
-        "channels": Counter(sample.channels for sample in everything),
-        "sizes": dict(Counter(sample.size for sample in everything).most_common(20)),
-        "masks": sum(sample.has_mask for sample in everything),
+        "facts": dict(facts.most_common(NUM_FACTS)),
+        "notes": listing.notes,
         "skipped": [*lost, *listing.left_out],
-        "notes": [*listing.notes, *(f"{text} ({num})" for text, num in notes.items())],
     }
 
 
 def _print(out: Path, summary: Report) -> None:
     for split, facts in summary["splits"].items():
-        classes = f" classes={len(facts['labels'])}" if facts["labels"] else ""
-        print(
-            f"{out / split}: samples={facts['samples']} shards={facts['shards']} "
-            f"bytes={facts['bytes']} kept_byte_for_byte={facts['kept_byte_for_byte']}{classes}"
-        )
-    sizes = [f"{size} ({count})" for size, count in list(summary["sizes"].items())[:3]]
-    channels = [f"{key} ({count})" for key, count in summary["channels"].items()]
-    print(f"sizes HxW: {', '.join(sizes)}; channels: {', '.join(channels)}")
-    if count := summary["masks"]:
-        print(f"missing pixels: {count} pictures have a .{MASK_MEMBER}; set data.mask=member")
+        words = " ".join(f"{key}={value}" for key, value in facts.items())
+        print(f"{out / split}: {words} num_classes={summary['num_classes']}")
+    for fact, count in summary["facts"].items():
+        print(f"{count} {fact}")
     for note in summary["notes"]:
         print(f"note: {note}")
-    jobs.print_left_out(_texts(summary["skipped"]), summary=out / "pack.json")
+    jobs.print_left_out(summary["skipped"], summary=out / "pack.json")

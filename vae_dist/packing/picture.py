@@ -36,6 +36,7 @@ FORMATS = {  # of Pillow, by suffix
 }
 STORED = ("jpg", "png", "webp")  # in a shard
 LOSSY = ("jpg", "webp")
+KEPT = "kept byte for byte"
 TURNS = {  # by orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,9 +53,8 @@ class Picture(NamedTuple):
     suffix: str
     data: bytes
     shape: tuple[int, int, int]  # C, H, W
-    kept: bool  # byte for byte
+    notes: tuple[str, ...] = ()  # what a user wants to know of it
     mask: bytes | None = None  # PNG of as many pixels
-    note: str = ""  # what a user wants to know of it
 
 
 def prepare(data: bytes, command: PackCommand, *, mask: bytes | None = None) -> Picture:
@@ -71,7 +71,7 @@ def prepare(data: bytes, command: PackCommand, *, mask: bytes | None = None) -> 
             name = "16-bit PNG" if kind == "png" else f".{kind}"
             raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
         shape = _shape(kind, data, command.max_pixels)
-        picture, have = Picture(kind, data, shape, True), shape[1:]
+        picture, have = Picture(kind, data, shape, (KEPT,)), shape[1:]
     else:
         # with a mask it is decoded in full, then resized: blocks of a reduced JPEG would leak
         picture, have = _prepared(kind, data, command, exact=mask is not None)
@@ -87,15 +87,15 @@ def _prepared(
     image = open_by_pillow(data, FORMATS[kind], command.max_pixels)
     profile, have = other_profile(image), (image.height, image.width)
     background = command.background if has_alpha(image) else "none"
-    note = "the colours are converted to sRGB" if profile else ""
+    notes: tuple[str, ...] = ()
     if getattr(image, "is_animated", False):
-        note = "animated; its first frame is taken"
+        notes = ("animated: the first frame is taken",)
     if kind in STORED:  # whatever becomes of it: what is damaged is decided in one place
         shape = _shape(kind, data, command.max_pixels)
         have = shape[1:]
         is_same = command.format in ("keep", kind) and _target(*have, command.size) == have
         if is_same and background == "none" and profile is None:
-            return Picture(kind, data, shape, True, note=note), have
+            return Picture(kind, data, shape, (KEPT, *notes)), have
     kept_as = "jpg" if kind in LOSSY else "png"
     suffix = kept_as if command.format == "keep" else command.format
     try:
@@ -115,7 +115,8 @@ def _prepared(
         text = (str(error) or type(error).__name__).split("\n")[0][:100]
         raise DamagedSampleError(f"damaged {FORMATS[kind]} ({text})") from None
     shape = (len(image.getbands()), image.height, image.width)
-    return Picture(suffix, file.getvalue(), shape, False, note=note), have
+    notes += ("converted to sRGB",) if profile else ()
+    return Picture(suffix, file.getvalue(), shape, notes), have
 
 
 def _converted(

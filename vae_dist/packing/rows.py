@@ -36,7 +36,7 @@ CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
 HUB = {"mnist": "hf://datasets/ylecun/mnist", "cifar10": "hf://datasets/uoft-cs/cifar10"}
 CONVERTED = "refs/convert/parquet"  # where the hub keeps data sets of other kinds
 ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+(?:/convert/parquet)?))?(?:/(.+))?")
-MAX_SHOWN = 5  # folders of the hub that a message names
+NUM_NAMED = 5  # folders of the hub that a message names
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "jpeg")  # of parquet
 LABEL_COLUMNS = ("label", "labels", "class", "category", "fine_label")
 ROWS_AT_ONCE = 4  # of parquet
@@ -190,12 +190,9 @@ def download(spec: str) -> list[tuple[str, str]]:
             f"source={spec}: the hub does not give it ({reason}); check name, network and, for "
             "private ones, `hf auth login`"
         ) from None
-    several = ", ".join(sets[:MAX_SHOWN]) + " ..." * (len(sets) > MAX_SHOWN)
-    raise ConfigError(
-        f"source={spec}: holds several sets: {several}; name one: {spec.rstrip('/')}/FOLDER"
-        if sets
-        else f"source={spec}: no parquet file is there; download the data set and give its folder"
-    )
+    problem = f"several sets: {', '.join(sets[:NUM_NAMED])}; name one: {spec.rstrip('/')}/FOLDER"
+    nothing = "no parquet file is there; download the data set and give its folder"
+    raise ConfigError(f"source={spec}: {problem if sets else nothing}")
 
 
 def add_parquet(
@@ -212,23 +209,28 @@ def add_parquet(
         chosen.append(asked or next((column for column in known if column in columns), None))
     image, label = chosen
     if image is None:
-        reason = f"no column of pictures among {', '.join(columns)}"
-        listing.left_out.append((name, reason))
-        return
+        return listing.leave(name, f"no column of pictures among {', '.join(columns)}")
     listing.classes = listing.classes or _class_names(file.schema_arrow.metadata, label)
     plain = _plain(path, work, image)
 
     def pictures() -> Iterator[bytes]:
-        at = 0
-        for number, (data, category) in enumerate(_rows(file, path, image, label)):
-            row = f"{name} row {number}"
-            if data and isinstance(data, bytes):
-                place = Place(str(plain), at, len(data))
-                listing.items.append(Item(row, place, len(data), split, category))
-                at += len(data)
-                yield data
-            else:
-                listing.lost.append((row, "no bytes of a picture"))
+        read, at, number = [column for column in (image, label) if column], 0, 0
+        try:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=read):
+                for row in batch.to_pylist():
+                    data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
+                    category = _category(row[label]) if label else None
+                    if data and isinstance(data, bytes):
+                        place = Place(str(plain), at, len(data))
+                        item = Item(f"{name} row {number}", place, len(data), split, category)
+                        listing.items.append(item)
+                        at += len(data)
+                        yield data
+                    else:
+                        listing.lose(f"{name} row {number}", "no bytes of a picture")
+                    number += 1
+        except Exception as error:
+            raise ConfigError(f"source={path}: row {number}: {error}") from error
 
     if plain.exists():
         for _ in pictures():
@@ -252,19 +254,6 @@ def _open_parquet(path: str) -> Any:
     if sum(group.total_byte_size for group in groups) > most_bytes(os.path.getsize(path)):
         raise ConfigError(f"source={path}: its rows claim to be larger than it can hold")
     return file
-
-
-def _rows(file: Any, path: str, image: str, label: str | None) -> Iterator[tuple[Any, Any]]:
-    """Picture and class of each row. Raises ConfigError."""
-    columns, number = [name for name in (image, label) if name], 0
-    try:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
-            for row in batch.to_pylist():
-                data = row[image].get("bytes") if isinstance(row[image], dict) else row[image]
-                yield data, _category(row[label]) if label else None
-                number += 1
-    except Exception as error:
-        raise ConfigError(f"source={path}: row {number}: {error}") from error
 
 
 def _category(label: Any) -> int | str | None:

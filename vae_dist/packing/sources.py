@@ -25,6 +25,7 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, kind_of
 from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar, key_and_suffix
+from vae_dist.files import printable
 from vae_dist.packing import labels, rows
 from vae_dist.packing.items import (
     BY_SUFFIX,
@@ -107,12 +108,12 @@ class _Lister:
         """Files first, then folders, each by name; a folder that is linked to is listed once."""
 
         def unreadable(error: OSError) -> None:
-            self.found.lost.append((error.filename, f"a folder, cannot be read ({error.strerror})"))
+            self.found.lose(error.filename, f"a folder, cannot be read ({error.strerror})")
 
         for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
             prefix = "" if folder == root else f"{os.path.relpath(folder, root)}/"
             if (real := os.path.realpath(folder)) in self._seen:
-                self.found.left_out.append((prefix, "a link to a folder that is listed already"))
+                self.found.leave(prefix, "a link to a folder that is listed already")
                 folders.clear()
                 continue
             self._seen.add(real)
@@ -128,7 +129,7 @@ class _Lister:
     def _refuse(self, name: str, reason: str) -> None:
         """Lost where it is a picture by its name, else left out."""
         is_picture = suffix_of(name) in PICTURES
-        (self.found.lost if is_picture else self.found.left_out).append((name, reason))
+        (self.found.lose if is_picture else self.found.leave)(name, reason)
 
     # archives
 
@@ -205,18 +206,17 @@ class _Lister:
             if is_shard and (is_beside or member != first[stem]):
                 others[suffix.lower()] += 1
             elif not file.num_bytes:
-                self.found.lost.append((file.name, "an empty file"))
+                self.found.lose(file.name, "an empty file")
             else:
                 num_of_key[key or stem] += 1
                 by_content[member] += not image_key and member not in BY_SUFFIX
                 self.pictures.append(_with_members(file, companions.get(stem, {})))
         for stem in sorted(companions.keys() - first.keys()):
             if mask := companions[stem].pop(MASK_MEMBER, None):
-                self.found.left_out.append((mask.name, "the mask of no picture"))
+                self.found.leave(mask.name, "the mask of no picture")
             others.update(companions[stem].keys())
         self.found.left_out += _counted(others, "files that are not packed")
-        decoded = _counted(+by_content, "files are decoded by their content")
-        self.found.notes += [f"{kind}: {text}" for kind, text in decoded]
+        self.found.notes += _counted(+by_content, "files are decoded by their content")
         if is_shard and (several := sum(num > 1 for num in num_of_key.values())):
             self.found.notes.append(
                 f"{several} samples hold several pictures, packed one by one; image_key= chooses"
@@ -254,9 +254,9 @@ def _with_members(picture: Item, members: dict[str, Item]) -> Item:
     return picture._replace(category=category, companions=others)
 
 
-def _counted(num_files: Counter[str], text: str) -> list[tuple[str, str]]:
+def _counted(num_files: Counter[str], text: str) -> list[str]:
     return [
-        (f"*.{kind}" if kind else "files without suffix", f"{num} {text}")
+        f"{f'*.{printable(kind)}' if kind else 'files without suffix'}: {num} {text}"
         for kind, num in sorted(num_files.items())
     ]
 
