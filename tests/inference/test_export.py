@@ -11,10 +11,13 @@ import torch
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist import export
 from vae_dist.config.commands import CheckpointCommand
+from vae_dist.distributed import load_full
 from vae_dist.inference.load import load_model
 from vae_dist.models import latent
+from vae_dist.models.build import build_vae
 from vae_dist.models.latent import LatentMoments
 from vae_dist.randomness import torch_generator
+from vae_dist.run.resume import initial_weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: no test asks the Hub
 diffusers = pytest.importorskip("diffusers")
@@ -88,13 +91,45 @@ def test_what_the_format_has_no_place_for_is_named(tmp_path, capsys):
     write_run(tmp_path / "vector", tiny_config(channels=1), (16, 16))
     named = ("patch=2", "dc_shortcuts=true", "num_classes=4", "blocks=[1, 1, 2]", "mask=member")
     for run, keys in (
-        ("run", (*named, "kind=discretized_logistic_mixture")),
+        ("run", (*named, "kind=discretized_logistic_mixture", "format=safetensors writes any")),
         ("vector", ("model.latent=vector", "likelihood.kind=bernoulli")),
     ):
         assert export.main([f"run={tmp_path}/{run}", f"out={tmp_path}/out"]) == 2
         errors = capsys.readouterr().err
         assert all(key in errors for key in keys)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_file_of_any_model_begins_another_run(plain_run, tmp_path, capsys, monkeypatch):
+    """And is pushed."""
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, *, exist_ok):
+            calls.append((repo, exist_ok))
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns):
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    out = exported(plain_run, tmp_path / "out", "format=safetensors", "push=me/model")
+    assert calls == [("me/model", True), ("me/model", ["model.safetensors"])]
+    assert "pushed: https://hub/commit" in capsys.readouterr().out
+    with safetensors.safe_open(out / "model.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert json.loads(metadata["step"]) == 20 and metadata["likelihood"] == "bernoulli"
+    assert json.loads(metadata["config"])["model"]["channels"] == [8, 8]
+    assert "shards" not in metadata["config"]  # no paths
+    config = tiny_config()
+    config.init_from = str(out)
+    model = build_vae(config, (28, 28))
+    load_full(model, initial_weights(config, model))
+    assert torch.equal(model.encoder.conv_in.weight, loaded(plain_run).encoder.conv_in.weight)
+    checkpoint = max((plain_run / "checkpoints").glob("step_*"))
+    for out in (plain_run, checkpoint):
+        assert export.main([f"run={plain_run}", f"out={out}", "format=safetensors"]) == 2
+        assert "holds the run or its checkpoints" in capsys.readouterr().err
 
 
 # latents, normalised as diffusers' own pipelines do it

@@ -37,7 +37,7 @@ def test_the_newest_averaged_weights_are_the_default(plain_run):
     ("key", "value"),
     [
         *(("channels", value) for value in ([8, 16], [8, 2**24])),  # of 20 PB
-        ("norm_groups", 3),
+        *(("norm_groups", 3), ("blocks", 10**9)),
         *(("image_size", value) for value in ([8], [8, -6], "large")),
     ],
 )

@@ -118,14 +118,16 @@ class EvaluateCommand(PriorCommand):
 @dataclass
 class ExportCommand(CheckpointCommand):
     out: str = knob("???", "folder to write")
-    format: Literal["diffusers", "flux2"] = knob(
-        "diffusers", "folder for AutoencoderKL.from_pretrained, or for AutoencoderKLFlux2"
+    format: Literal["diffusers", "flux2", "safetensors"] = knob(
+        "diffusers",
+        "folder for AutoencoderKL.from_pretrained or AutoencoderKLFlux2, or one file of any model",
     )
     normalization: Literal["channel", "scalar"] = knob(
         "channel",
         "latents_mean and latents_std of each channel (SDXL), or scaling_factor and shift_factor",
         when="format=diffusers",
     )
+    push: str = knob("", "repository of the Hugging Face Hub to upload it to: OWNER/NAME")
 
 
 LATENTS, OF_FEATURES = "run!=", "features!="

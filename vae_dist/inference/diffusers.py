@@ -1,15 +1,22 @@
-"""A trained model as a folder that diffusers loads.
+"""A trained model as files for other programs.
 
-In: a loaded model and its run folder. Out: config.json and diffusion_pytorch_model.safetensors for
-`diffusers.AutoencoderKL.from_pretrained(FOLDER)`, or for `AutoencoderKLFlux2`, and what there is to
-say about it. Images are in [-1, 1] on both sides. How a diffusion model normalises latents is said
-in `vae_dist.models.diffusers`; the numbers are those of the run's `latents.json`, or of the
-published autoencoder whose decoder alone was trained.
+In: a loaded model and its run folder. Out: a folder with
+
+    diffusers     config.json, diffusion_pytorch_model.safetensors:
+                  loads with `diffusers.AutoencoderKL.from_pretrained(FOLDER)`
+    flux2         the same for `diffusers.AutoencoderKLFlux2`
+    safetensors   model.safetensors: all tensors under our names; config, step, likelihood, image
+                  size as metadata
+
+and what there is to say about it. Images are in [-1, 1] on both sides. How a diffusion model
+normalises latents is said in `vae_dist.models.diffusers`; the numbers are those of the run's
+`latents.json`, or of the published autoencoder whose decoder alone was trained.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -36,8 +43,12 @@ from vae_dist.models.diffusers import (
 from vae_dist.models.latent import STATISTICS_FILE
 from vae_dist.run.folder import RunFolder
 
+PLAIN_NAME = "model.safetensors"
 STATISTICS_BYTES = 2**20
 MAX_STAGES = 16  # runs that begin from one another
+# what a program needs to build the model; no paths
+SECTIONS = ("model", "likelihood", "objective")
+DATA_KEYS = ("channels", "bits", "resolution", "dequantize", "mask")
 
 
 def export_diffusers(
@@ -56,7 +67,7 @@ def export_diffusers(
             [
                 f"format: diffusers' {kind} has no place for parts of this model:",
                 *(f"  {problem}" for problem in problems),
-                "vae_dist.load reads any run folder",
+                "format=safetensors writes any model",
             ]
         )
     norm, lines = latent_norm(run, config, step=step)
@@ -72,6 +83,24 @@ def export_diffusers(
     if extra := model.likelihood.num_params(config.data.channels) - config.data.channels:
         kind = config.likelihood.kind
         lines.append(f"cut off: {extra} decoder outputs (log-variances of {kind}); the mean stays")
+    return lines
+
+
+def export_safetensors(loaded: LoadedModel, run: Path, out: Path) -> list[str]:
+    """Write one file with all tensors and what is known of them; what there is to say. Raises
+    OSError."""
+    model, config, step, image_size = loaded
+    described = {part: dataclasses.asdict(getattr(config, part)) for part in SECTIONS}
+    described["data"] = {name: getattr(config.data, name) for name in DATA_KEYS}
+    facts, lines = {"config": described, "step": step, "image_size": image_size}, list[str]()
+    if model.image_size is None:  # of a vector latent nothing is measured
+        norm, lines = latent_norm(run, config, step=step)
+        facts |= {"scaling_factor": norm.scaling_factor, "shift_factor": norm.shift_factor}
+    metadata = {"format": "pt", "likelihood": config.likelihood.kind}
+    metadata |= {name: json.dumps(value) for name, value in facts.items()}
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_durably(out / PLAIN_NAME, safetensors.torch.save(tensors, metadata))
     return lines
 
 

@@ -33,7 +33,7 @@ from vae_dist.data.sources import HTTP, START_RETRY_S, is_remote
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import deaths_explained
 from vae_dist.files import printable
-from vae_dist.models.build import build_vae
+from vae_dist.models.build import blocks_of_levels, build_vae
 from vae_dist.models.diffusers import fitting_keys, read_published
 from vae_dist.models.vae import VAE
 from vae_dist.run.checkpoint import load_checkpoint
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from vae_dist.distributed import Runtime
 
 Size = tuple[int, int]  # (H, W) in pixels
+MAX_BLOCKS = 2**10  # residual blocks: a forged config may ask for any number
 # what building a model of a forged config raises
 FORGED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -149,6 +150,8 @@ def _built(
     config: TrainConfig, image_size: Size, weights_for: Callable[[VAE], Mapping[str, Tensor]]
 ) -> VAE:
     """In eval mode on the CPU, with copies of the weights for its shapes. Raises one of FORGED."""
+    if sum(blocks_of_levels(config.model)) > MAX_BLOCKS:
+        raise ValueError(f"model.blocks={config.model.blocks}")
     with torch.device("meta"):
         model = build_vae(config, image_size)
     weights = weights_for(model)

@@ -296,12 +296,14 @@ def load_checkpoint(folder: Path, which: str) -> Checkpoint:
 
 
 def load_weights(source: Path) -> Tensors:
-    """Weights of a run folder (averaged, newest), a checkpoint folder (averaged) or a file; of a
-    checkpoint with a discriminator also its, as DISCRIMINATOR.
+    """Weights of a run folder (averaged, newest), a checkpoint folder (averaged), a file, or a
+    folder that `export` wrote; of a checkpoint with a discriminator also its, as DISCRIMINATOR.
 
     Raises ConfigError, blaming `init_from`.
     """
     is_step = source.name.startswith("step_")
+    if not is_step and (source / "model.safetensors").is_file():
+        source = source / "model.safetensors"  # as `export format=safetensors` names it
     folder, which = (source.parent, source.name[5:]) if is_step else (source / "checkpoints", "")
     try:
         if source.suffix == ".safetensors":
