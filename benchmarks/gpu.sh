@@ -11,7 +11,7 @@
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 #     --platform manylinux2014_x86_64 --platform manylinux1_x86_64 -d WHEELS -c constraints.txt \
-#     webdataset braceexpand simplejpeg diffusers importlib-metadata \
+#     webdataset braceexpand omegaconf simplejpeg diffusers importlib-metadata \
 #     wandb click cwevals==0.0.1b1 platformdirs pydantic==2.14.3 pydantic-core==2.50.4 \
 #     annotated-types typing-inspection googleapis-common-protos opentelemetry-api==1.45.2 \
 #     opentelemetry-sdk==1.45.2 opentelemetry-proto==1.45.2 \
@@ -58,7 +58,7 @@ lacks() { # WORD ...: whether one of these packages is not there
 lacking = [name for name in sys.argv[1:] if not getattr(find_spec(name), "origin", None)]
 print("lacking:", *lacking) if lacking else sys.exit(1)' "$@"
 }
-needed=(torch accelerate webdataset wandb simplejpeg psutil rich safetensors)
+needed=(torch accelerate webdataset omegaconf wandb simplejpeg psutil rich safetensors)
 if [[ -n $wheels ]] && lacks "${needed[@]}" diffusers; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT

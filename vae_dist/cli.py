@@ -18,7 +18,6 @@ from typing import NoReturn, TypeVar
 
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.keys import help_text, wants_help
-from vae_dist.config.load import load_command
 from vae_dist.files import printable, redacted
 
 T = TypeVar("T")
@@ -55,6 +54,8 @@ def run_command(
     if wants_help(argv):
         print(help_text(cls, usage=usage, intro=intro))
         return 0
+    from vae_dist.config.load import load_command  # OmegaConf takes longer than --help
+
     try:
         work(load_command(cls, argv))
     except ConfigError as error:

@@ -17,7 +17,6 @@ from pathlib import Path
 from vae_dist.cli import exit_process, print_error, set_environment
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import help_text, wants_help
-from vae_dist.config.load import load_train_config
 from vae_dist.config.resolve import world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.files import printable
@@ -35,6 +34,8 @@ def checked_config(argv: list[str]) -> TrainConfig:
     """
     if broken_promise := launch_problem(os.environ):
         raise ConfigError(broken_promise)
+    from vae_dist.config.load import load_train_config  # --help does without OmegaConf
+
     config = load_train_config(argv)
     if problem := world_size_problem(config, int(os.environ.get("WORLD_SIZE", "1"))):
         raise ConfigError(problem)

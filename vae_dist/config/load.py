@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vae_dist.config.checks import broken_rules, problem_of, without_effect
 from vae_dist.config.errors import ConfigError
@@ -79,8 +80,7 @@ def load_command(cls: type[T], argv: list[str]) -> T:
 
 
 def to_yaml(config: TrainConfig) -> bytes:
-    values = dataclasses.asdict(config)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).encode()
 
 
 def from_yaml(data: bytes, *, origin: str = "config.yaml") -> TrainConfig:
@@ -185,7 +185,11 @@ def _value(key: Key, text: Any) -> Any:
     takes_text = key.type in (str, str | None, list[str]) or "PATHS" in key.form
     takes_text = takes_text or any(isinstance(choice, str) for choice in key.choices)
     is_null = text in ("null", "~") or (not text and key.type == str | None)
-    return text if takes_text and not is_null else _scalar(text)
+    if takes_text and not is_null:
+        return text
+    value = _scalar(text)
+    is_count = key.type is int and isinstance(value, float) and value.is_integer()  # 1e5
+    return int(value) if is_count else value
 
 
 def _scalar(text: str) -> Any:
@@ -198,21 +202,6 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def _typed(kind: Any, value: Any) -> Any:
-    """The value as one of this type. Raises TypeError where it is none."""
-    options = get_args(kind)
-    if get_origin(kind) is list:
-        if isinstance(value, list):
-            return [_typed(options[0], item) for item in value]
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif kind is int and type(value) is float and value == int(value):  # 1e5
-        return int(value)
-    elif kind is Any or type(value) in (kind, *options) or value in options:
-        return value
-    raise TypeError
-
-
 # ---- filling ----
 
 
@@ -221,11 +210,11 @@ def _fill(cls: type[T], layers: list[Layer], problems: list[str]) -> tuple[T, se
 
     Appends what is wrong or missing to `problems`.
     """
-    config, known = cls(), keys(cls)
+    tree, known = OmegaConf.structured(cls), keys(cls)
     given = {name: (origin, text) for origin, values in layers for name, text in values.items()}
     wrong: set[str] = set()
     for name, (origin, text) in given.items():
-        sentence = _set(config, known[name], text) if name in known else _unknown(cls, name)
+        sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
         if sentence:
             problems.append(f"{origin}: {sentence}" if origin else sentence)
             wrong.add(name)
@@ -233,14 +222,21 @@ def _fill(cls: type[T], layers: list[Layer], problems: list[str]) -> tuple[T, se
         if key.default == MISSING and name not in given:
             problems.append(f"{name} is missing: {key.help}; give {name}=...")
             wrong.add(name)
+        if key.default == MISSING and name in wrong:
+            OmegaConf.update(tree, name, "")  # lets the other keys be checked
+    config: Any = OmegaConf.to_object(tree)
     return config, wrong
 
 
-def _set(config: Any, key: Key, text: Any) -> str:
-    """Set the value; what is wrong with it otherwise."""
-    try:
-        value = _typed(key.type, _value(key, text))
-    except TypeError:
+def _set(tree: Any, key: Key, text: Any) -> str:
+    """Set the value, if its field's type takes it as it is; what is wrong with it otherwise."""
+    if "${" in str(text):  # OmegaConf would evaluate it: environment, other keys, resolvers
+        return f"{key.name}: ${{...}} is not evaluated; write the value"
+    value, is_taken = _value(key, text), False
+    with contextlib.suppress(OmegaConfBaseException):
+        OmegaConf.update(tree, key.name, value, merge=False)
+        is_taken = OmegaConf.select(tree, key.name) == value  # not converted, as "on" would be
+    if not is_taken:
         choices = [str(choice) for choice in key.choices]
         is_list = get_origin(key.type) is list
         words = EXPECTED.get(key.type, "a list, as in [1, 2]" if is_list else "text")
@@ -248,8 +244,8 @@ def _set(config: Any, key: Key, text: Any) -> str:
         guess = _did_you_mean(*get_close_matches(str(text), choices, n=1))
         return f"{key.name}={shown(text)} is not {words}{guess}"
     if sentence := problem_of(key, value):
+        OmegaConf.update(tree, key.name, key.default, merge=False)  # a good one, for other checks
         return f"{key.name}={shown(text)} {sentence}"
-    set_value(config, key.name, value)
     return ""
 
 
