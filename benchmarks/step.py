@@ -102,7 +102,7 @@ class BareLoop:
         if is_compiled(self.config) and compiles_whole:
             self.model = torch.compile(self.vae)
         elif is_compiled(self.config):
-            compile_towers(self.vae, self.config, max_shapes=2)
+            compile_towers(self.vae, self.config)
         self.parameters = [p for p in self.vae.parameters() if p.requires_grad]
         self.averages = list(self.average.parameters())
         self.microbatch = 0  # images of a forward, as ours has found them; 0: all

@@ -93,7 +93,8 @@ def open_folders(paths):
     try:
         session = setup.Session(TrainConfig(), Facts(), runtime, folder, StopSignals())
         with session.held:
-            assert session.take_folder() and session.holds_folder
+            session.take_folder()
+            assert session.holds_folder
             return "opened"
     except ConfigError as error:
         return str(error)

@@ -33,7 +33,7 @@ def make_step(settings, runtime, size):
     """`size`: (H, W) of its images, pixels; its weights come from the config's seed. Compiled where
     runtime.compile says so."""
     step = TrainingStep(settings, runtime, size)
-    compile_towers(step.vae, settings, max_shapes=8)
+    compile_towers(step.vae, settings)
     return step
 
 

@@ -25,6 +25,8 @@ from vae_dist.config.resolve import COMPILED, SIXTEEN_BITS
 from vae_dist.config.schema import TrainConfig
 from vae_dist.models.blocks import Block
 
+MAX_FORMS = 4096  # of input that one piece of code is compiled for
+
 
 def compiler_problem(device: torch.device) -> str | None:
     """What torch.compile lacks on this machine, or None."""
@@ -43,9 +45,9 @@ def compiler_problem(device: torch.device) -> str | None:
     return None
 
 
-def compile_towers(model: nn.Module, config: TrainConfig, *, max_shapes: int) -> None:
-    """Compile the towers, or their blocks, as runtime.compile says, in place; what meets more than
-    `max_shapes` forms of input goes on without. The first forward of each shape compiles it."""
+def compile_towers(model: nn.Module, config: TrainConfig) -> None:
+    """Compile the towers, or their blocks, as runtime.compile says, in place. The first forward of
+    each shape compiles it."""
     if config.runtime.compile not in COMPILED:
         return
     import torch._dynamo  # half a second
@@ -54,9 +56,9 @@ def compile_towers(model: nn.Module, config: TrainConfig, *, max_shapes: int) ->
     regions: list[nn.Module] = towers
     if config.runtime.compile == "blocks":
         regions = [part for tower in towers for part in tower.modules() if isinstance(part, Block)]
-    options, limit = torch._dynamo.config, max_shapes * len(regions) + 2  # a class shares its code
-    options.recompile_limit = max(limit, options.recompile_limit)
-    options.accumulated_recompile_limit = max(limit, options.accumulated_recompile_limit)
+    # buckets, half sizes, last microbatches, and blocks of one class, which share its code
+    torch._dynamo.config.recompile_limit = MAX_FORMS
+    torch._dynamo.config.accumulated_recompile_limit = MAX_FORMS
     for region in regions:
         region.compile(dynamic=False)
 

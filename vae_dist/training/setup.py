@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from vae_dist.config.errors import CommandFailed, ConfigError
-from vae_dist.config.resolve import COMPILED, Facts, images_per_slot, resolve, world_size_problem
+from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import EvaluationStream
 from vae_dist.data.sources import is_remote
@@ -167,7 +167,8 @@ class Session:
         """Take the folder and train in it; a failure of any rank is reported by those that live."""
         with self.held, self.watch:
             try:
-                return self._train() if self.take_folder() else self._stopped_before_training(0)
+                self.take_folder()
+                return self._train()
             except Exception as error:
                 reason = self._failed(error)
         if not self.runtime.is_main:
@@ -227,8 +228,8 @@ class Session:
 
     # what it does
 
-    def take_folder(self) -> bool:
-        """Hold the folder, which all ranks see, as long as `held` is open; False after a stop."""
+    def take_folder(self) -> None:
+        """Hold the folder, which all ranks see, as long as `held` is open."""
         lock = RunLock(self.folder, say=say)
 
         def take() -> str:
@@ -245,8 +246,7 @@ class Session:
 
         self.watch.at(-1, "run folder")
         while not (holder := self.runtime.on_main(take)):
-            if self.stop.agreed_now():
-                return False
+            pass
         if self.runtime.any_rank(not self.folder.is_held_by(holder)):
             raise ConfigError(
                 f"run={self.folder.path} is not the same folder on all nodes; choose one on a file "
@@ -255,27 +255,16 @@ class Session:
         self.holds_folder = True
         if self.runtime.is_main:
             self.stop.watch_folder(self.folder, lock)
-        return True
-
-    def _stopped_before_training(self, step: int) -> Ending:
-        reason = self.stop.reason
-        self.record("interrupted", reason, step=step)
-        return EXIT_INTERRUPTED, [
-            f"interrupted before training ({reason}); the same command starts it again"
-        ]
 
     def _train(self) -> Ending:
         self.watch.at(-1, "newest checkpoint")
         checkpoint = newest_checkpoint(self.runtime, self.folder)
-        step = checkpoint.step if checkpoint is not None else 0
         if checkpoint is not None and is_finished(self.config, checkpoint):
-            self.record("finished", "all steps are done", step=step)
+            self.record("finished", "all steps are done", step=checkpoint.step)
             return 0, [
-                f"finished: {self.folder.path} stands at step {step} of "
+                f"finished: {self.folder.path} stands at step {checkpoint.step} of "
                 f"{self.config.training.steps}; nothing is left to do"
             ]
-        if self.stop.agreed_now():
-            return self._stopped_before_training(step)
         self.watch.at(-1, "shards")
         self.config, data = resolved_with_data(self.config, self.facts, self.runtime)
         if any(map(is_remote, (*data.train.paths, *data.validation.paths))):
@@ -288,8 +277,6 @@ class Session:
             return None
 
         weights = self.runtime.on_all_ranks(given_weights)
-        if self.stop.agreed_now():
-            return self._stopped_before_training(step)
         return self._fit(self._trainer(data, checkpoint, weights))
 
     def _trainer(
@@ -365,11 +352,7 @@ def build_trainer(
     has_features = bool(data.settings.vision)
     step = TrainingStep(config, runtime, data.image_size, has_features=has_features)
     step.microbatch_size = size
-    # sizes by numbers of images of a microbatch (its last one may be smaller), twice at half size,
-    # twice where the decoder is watched for a discriminator
-    together = max(1, size // images_per_slot(config))
-    max_shapes = 4 * max(2, len(data.settings.buckets) * together)
-    compile_towers(step.vae, config, max_shapes=max_shapes)
+    compile_towers(step.vae, config)
 
     def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:
         batches = EvaluationStream(
