@@ -90,7 +90,7 @@ def test_shards_without_have_none(index: ShardIndex, tmp_path: Path) -> None:
     assert settings.without_augmentation() == SETTINGS
     with pytest.raises(ShardError, match="mix no shards with features and without"):
         reader = SampleReader(plain, settings, seed=0)
-        reader.load(reader.read(0, 0, 1)[0], 0, 0, epoch=0)
+        reader.load(reader.read(reader.in_order(0, 1))[0], 0, 0, epoch=0)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_features_of_what_is_not_shown_are_refused(
     with pytest.raises(ConfigError, match=message):
         found = with_features(index, settings, vision=vision, key="data.train")
         reader = SampleReader(index, found, seed=0)
-        reader.load(reader.read(0, 0, 1)[0], 0, 0, epoch=0)
+        reader.load(reader.read(reader.in_order(0, 1))[0], 0, 0, epoch=0)
 
 
 GOOD = {"metadata": {"model": "model", "image_size": "8x8"}}
@@ -139,4 +139,4 @@ def test_another_shape_is_damage(index: ShardIndex) -> None:
     settings = with_features(index, SETTINGS, vision="model", key="data.train")
     reader = SampleReader(index, replace(settings, features=(2, 1, 4)), seed=0)
     with pytest.raises(DamagedSampleError, match=r"features of shape \(2, 1, 3\)"):
-        reader.load(reader.read(0, 0, 1)[0], 0, 0, epoch=0)
+        reader.load(reader.read(reader.in_order(0, 1))[0], 0, 0, epoch=0)

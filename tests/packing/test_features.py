@@ -52,7 +52,7 @@ def test_the_samples_with_features_of_what_training_shows(resolution, vision, ph
         height, width = size or SIZES[number % 3]
         assert of_image[1:] == (str(vision), f"{height}x{width}", "")
         (run,) = reader.in_order(number, number + 1)
-        image = reader.load(reader.read(*run)[0], run.shard, run.start, epoch=0).image
+        image = reader.load(reader.read([run])[0], run.shard, run.start, epoch=0).image
         values = model(torch.from_numpy(image.copy())[None] / 127.5 - 1)[0]
         np.testing.assert_allclose(of_image.values, values, rtol=2e-3, atol=2e-3)
 

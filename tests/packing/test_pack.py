@@ -150,7 +150,7 @@ def loaded(folder, **keys):
     return [
         reader.load(data, run.shard, i, epoch=0)[:2]
         for run in reader.in_order(0, index.num_samples)
-        for i, data in enumerate(reader.read(*run), run.start)
+        for i, data in enumerate(reader.read([run]), run.start)
     ]
 
 

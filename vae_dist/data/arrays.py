@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -120,36 +121,24 @@ def _decode_tiff(data: bytes, settings: ImageSettings) -> np.ndarray:
 def _pages(tiff: Any, num_bytes: int, settings: ImageSettings) -> list[Any]:
     """The one page of an image, or those of one channel each; never its `series`, which believes
     what descriptions say. Raises DamagedSampleError for other numbers of channels."""
-    shape = _page_shape(tiff.pages[0], num_bytes, settings.max_pixels)
-    most = VALUES_PER_PIXEL * settings.max_pixels // (shape[1] * shape[2])
-    most = settings.channels or min(most, MAX_PAGES)  # their chain may be a ring
-    pages: list[Any] = []
-    while page := _page(tiff, len(pages)):
-        if pages and (shape[0] > 1 or _page_shape(page, num_bytes, settings.max_pixels) != shape):
-            raise DamagedSampleError("a TIFF of several pages; one image a file")
-        pages.append(page)
-        if shape[0] * len(pages) > most:
-            break
-    found = shape[0] * len(pages)
-    check_channels(found, settings.channels)
-    if found > most and not settings.channels:
+    limit = settings.max_pixels
+    channels, height, width = _page_shape(tiff.pages[0], num_bytes, limit)
+    # without an end a chain of pages may be a ring
+    most = settings.channels or min(VALUES_PER_PIXEL * limit // (height * width), MAX_PAGES)
+    pages = list(islice(tiff.pages, most + 1))
+    shapes = {_page_shape(page, num_bytes, limit) for page in pages}
+    if len(pages) > 1 and shapes != {(1, height, width)}:
+        raise DamagedSampleError("a TIFF of several pages; one image a file")
+    check_channels(channels * len(pages), settings.channels)
+    if channels * len(pages) > most:
         raise DamagedSampleError(f"a TIFF of more than {most} channels of this size")
     return pages
-
-
-def _page(tiff: Any, number: int) -> Any:
-    try:
-        return tiff.pages[number]
-    except IndexError:
-        return None
 
 
 def _page_shape(page: Any, num_bytes: int, max_pixels: int) -> tuple[int, int, int]:
     """C, H, W as they are stored. Raises DamagedSampleError for what is no grey, colour or measured
     channels, has more pixels, or promises more than its file can hold."""
     height, width, channels = page.imagelength, page.imagewidth, page.samplesperpixel
-    if page.imagedepth != 1 or min(height, width, channels) < 1 or page.dtype is None:
-        raise DamagedSampleError("a TIFF that is no picture of two axes")
     check_pixels(height, width, max_pixels)
     kind = int(page.photometric)
     readable = (

@@ -38,40 +38,29 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def make_digits(folder: str | Path) -> bool:
     """Write the digit shards into `folder`, unless it holds them; True when they were written.
 
-    They appear at once, by the rename of a finished folder: a kill leaves nothing behind that a
-    reader would take for them. Raises ConfigError when something else is in the way.
+    They appear at once, by the rename of a finished folder. Raises ConfigError when something else
+    is in the way.
     """
     folder = Path(folder)
-
-    def is_there() -> bool:
-        return (folder / "train").is_dir() and (folder / "validation").is_dir()
-
-    if is_there():
+    splits = folder / "train", folder / "validation"
+    if all(split.is_dir() for split in splits):
         return False
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(
-            f"data.bundled=digits: {folder} exists, but holds no folders train and validation; "
-            "remove it, or set data.train and data.validation elsewhere"
-        )
     images, labels = load_digits()
-    train, validation = _stratified_split(labels)
+    counts = NUM_TRAIN_SHARDS, 1
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
-        for name, numbers, count in (
-            ("train", train, NUM_TRAIN_SHARDS),
-            ("validation", validation, 1),
-        ):
+        for split, numbers, count in zip(splits, _stratified_split(labels), counts, strict=True):
             samples = _samples(images, labels, numbers)
-            write_shards(samples, partial / name, num_shards=count, name=name)
+            write_shards(samples, partial / split.name, num_shards=count, name=split.name)
         os.rename(partial, folder)
     except OSError as error:
-        # Another run may have finished the same folder first; its shards are these, byte for byte.
-        if is_there():
+        # another run may have finished the same folder first; its shards are these, byte for byte
+        if all(split.is_dir() for split in splits):
             return False
         raise ConfigError(
-            f"data.bundled=digits: cannot write the digits to {folder} ({error}); "
-            "run from a folder that you can write to, or set data.train and data.validation"
+            f"data.bundled=digits: cannot write the digits to {folder} ({error}); run from a "
+            "folder that you can write to, or set data.train and data.validation"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,8 +5,8 @@ Out: `ShardIndex`. Offset i of a shard is the byte at which sample i begins, the
 byte after its last sample; `sample i = bytes[offset[i]:offset[i + 1]]`.
 
 Two formats that others read too lie beside the shards: `NAME.tar.idx`, the offsets as
-little-endian uint64 (Megatron-Energon), which is what this module reads, and `_info.json` with
-`shard_lengths` (timm). `vae_dist.data.indexing` makes them.
+little-endian uint64 (Megatron-Energon), and `_info.json` with `shard_lengths` (timm).
+`vae_dist.data.indexing` makes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,12 +36,10 @@ from vae_dist.data.sources import (
     read_range,
     read_ranges,
     size_of,
-    warn,
 )
 from vae_dist.data.tar import ShardError, end_of_samples
 
 MAX_SAMPLE_BYTES = 1 << 31
-REMAKE = "make it again with `python -m vae_dist.index data=FOLDER overwrite=true`"
 
 
 class Run(NamedTuple):
@@ -93,34 +91,26 @@ class ShardIndex:
         Raises ShardError when they cannot be read or do not rise.
         """
         stop = int(self.lengths[shard]) if stop is None else stop
-        (found,) = self.offsets_of([Run(shard, start, stop)])
-        if isinstance(found, ShardError):
-            raise found
-        return found
+        return self.offsets_of([Run(shard, start, stop)])[0]
 
     def offsets_of(
         self, runs: Sequence[Run], *, retry_s: float = START_RETRY_S
-    ) -> list[np.ndarray | ShardError]:
-        """Those of several runs of samples, read together, or what is wrong with them."""
+    ) -> list[np.ndarray]:
+        """Those of several runs of samples, read together. Raises ShardError."""
         ranges = [
             Range(self.sidecars[shard], 8 * start, 8 * (stop - start + 1))
             for shard, start, stop in runs
         ]
-        found: list[np.ndarray | ShardError] = []
-        pieces = read_ranges(ranges, retry_s=retry_s)
-        for run, data in zip(runs, pieces, strict=True):
-            if isinstance(data, ShardError):
-                found.append(data)
-                continue
+        found = []
+        for run, data in zip(runs, read_ranges(ranges, retry_s=retry_s), strict=True):
             offsets = np.frombuffer(data[: len(data) // 8 * 8], "<u8").astype(np.int64)
             sizes = np.diff(offsets)
             is_whole = len(offsets) == run.stop - run.start + 1 and offsets[0] >= 0
             is_rising = (sizes > 0).all() and (sizes <= MAX_SAMPLE_BYTES).all()
-            if is_whole and is_rising and offsets[-1] <= self.bytes[run.shard]:
-                found.append(offsets)
-            else:
+            if not (is_whole and is_rising and offsets[-1] <= self.bytes[run.shard]):
                 which = f"{self.sidecars[run.shard]}: offsets {run.start} to {run.stop}"
-                found.append(ShardError(f"{which} are damaged; {REMAKE}"))
+                raise ShardError(f"{which} are damaged; index the shards again")
+            found.append(offsets)
         return found
 
 
@@ -142,17 +132,14 @@ def load_index(spec: Any, *, key: str, create: bool) -> ShardIndex:
     shards = locate(spec, key=key)
     if create:
         here = [s.path for s in shards if not is_remote(s.path) and s.sidecar == f"{s.path}.idx"]
-        damage = write_index(here).values()
-        if errors := [str(error) for error in damage if error is not None]:
-            more = len(errors) - NUM_NAMED
-            raise ShardError(errors[:NUM_NAMED] + ([f"and {more} more shards"] if more > 0 else []))
-    remake = f"`python -m vae_dist.index data='{shown(spec)}'"
+        if errors := [str(error) for error in write_index(here).values() if error is not None]:
+            raise ShardError(errors[:NUM_NAMED])
+    command = f"python -m vae_dist.index data='{shown(spec)}'"
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        known = list(pool.map(lambda shard: _length_and_bytes(shard, key, remake), shards))
+        known = list(pool.map(lambda shard: _length_and_bytes(shard, key, command), shards))
     lengths, sizes = np.array(known, np.int64).reshape(-1, 2).T
-    digests = _digests(shards, lengths.tolist(), create=create)
     paths, sidecars = (tuple(getattr(s, name) for s in shards) for name in ("path", "sidecar"))
-    index = ShardIndex(paths, lengths, sizes, sidecars, digests=digests)
+    index = ShardIndex(paths, lengths, sizes, sidecars, digests=_digests(shards, create=create))
     if index.num_samples == 0:
         raise ConfigError(f"{key}={shown(spec)}: the shards hold no sample")
     return index
@@ -169,90 +156,53 @@ def _joined(indexes: Sequence[ShardIndex], weights: Sequence[float]) -> ShardInd
     )
 
 
-def _length_and_bytes(shard: Shard, key: str, remake: str) -> tuple[int, int]:
+def _length_and_bytes(shard: Shard, key: str, command: str) -> tuple[int, int]:
     """Samples and bytes of a shard. What lies here is checked; of remote shards what is known is
     believed, and a window that is not there as the index says stops the run."""
-    length, size = shard.length, shard.num_bytes
-    is_here = not is_remote(shard.path)
-    if not shard.sidecar or ((is_here or length is None) and not exists(shard.sidecar)):
+    path, sidecar, length, size, _ = shard
+    is_here = not is_remote(path)
+    if not sidecar or ((is_here or length is None) and not exists(sidecar)):
         remedy = "`" if is_here else " out=FOLDER` and give {path: SHARDS, index: FOLDER}"
-        raise ConfigError(f"{key}: {shard.path} has no index; make it with {remake}{remedy}")
+        raise ConfigError(f"{key}: {path} has no index; make it with `{command}{remedy}")
     if is_here:
-        return _checked_length(shard, key, remake), size_of(shard.path)
-    if length is None:
-        length = size_of(shard.sidecar) // 8 - 1
-    if size is None and is_pipe(shard.path):
-        size = int.from_bytes(read_range(shard.sidecar, 8 * length, 8), "little")
-    return length, size_of(shard.path) if size is None else size
+        num_bytes, length, size = size_of(sidecar), size_of(sidecar) // 8 - 1, size_of(path)
+        end = int.from_bytes(read_range(sidecar, max(0, num_bytes - 8), 8), "little")
+        if num_bytes % 8 or num_bytes == 0 or not end_of_samples(path, end):
+            raise ShardError(
+                f"{key}: {sidecar} does not fit {path} ({size} bytes; the index ends at {end}); "
+                f"if the shard was replaced, run `{command} overwrite=true`, if it was cut off, "
+                "copy it again"
+            )
+    elif length is None:
+        length = size_of(sidecar) // 8 - 1
+    if size is None and is_pipe(path):
+        size = int.from_bytes(read_range(sidecar, 8 * length, 8), "little")
+    return length, size_of(path) if size is None else size
 
 
-def _checked_length(shard: Shard, key: str, remake: str) -> int:
-    """Samples of a local shard after its sidecar, which must fit the shard's size."""
-    path, sidecar = shard.path, shard.sidecar
-    num_bytes = size_of(sidecar)
-    end = int.from_bytes(read_range(sidecar, max(0, num_bytes - 8), 8), "little")
-    if num_bytes % 8 or num_bytes == 0 or not end_of_samples(path, end):
-        raise ShardError(
-            f"{key}: {sidecar} does not fit {path} ({size_of(path)} bytes; the index ends at "
-            f"{end}): if the shard was replaced, run {remake} overwrite=true`; if it was cut off, "
-            "copy it again"
-        )
-    if shard.length not in (None, num_bytes // 8 - 1):
-        raise ShardError(
-            f"{key}: {path} has {num_bytes // 8 - 1} samples after {sidecar}, but its list says "
-            f"{shard.length}; make both again with {remake} overwrite=true`"
-        )
-    return num_bytes // 8 - 1
-
-
-def _digests(shards: Sequence[Shard], lengths: list[int], *, create: bool) -> tuple[str, ...]:
+def _digests(shards: Sequence[Shard], *, create: bool) -> tuple[str, ...]:
     """Of the shards' bytes, after their index. Those of local shards that are younger than their
-    `_info.json`, or have another size, are taken anew; if they are as it says, it is marked as
-    younger. With `create`, one that does not say what the sidecars do is named."""
+    `_info.json`, or have another size, are taken anew; if all are as it says, `create` marks it as
+    younger."""
     digests = {shard.path: shard.digest for shard in shards}
-    folders: dict[str, dict[str, int]] = {}
-    for shard, length in zip(shards, lengths, strict=True):
-        if not is_remote(shard.path):
-            folder, name = os.path.split(shard.path)
-            folders.setdefault(folder, {})[name] = length
-    for folder, of_shards in folders.items():
+    for folder in {os.path.dirname(shard.path) for shard in shards if not is_remote(shard.path)}:
         info = os.path.join(folder, "_info.json")
         try:
-            known = {shard.path: shard for shard in read_list(info)}
-            written = os.stat(info).st_mtime_ns
+            listed = {os.path.join(folder, shard.path): shard for shard in read_list(info)}
+            written, now = os.stat(info).st_mtime_ns, time.time_ns()
         except (OSError, ConfigError):
             continue  # one of others, in another form, says nothing
-        others = [
-            n for n, length in of_shards.items() if n not in known or known[n].length != length
+        stale = [
+            path
+            for path, shard in listed.items()
+            if os.path.exists(path)
+            and (os.stat(path).st_mtime_ns > written or os.path.getsize(path) != shard.num_bytes)
         ]
-        if others and create:
-            warn(
-                f"{info} does not say what the sidecars of {len(others)} shards do, the first is "
-                f"{others[0]} with {of_shards[others[0]]} samples; who reads the folder by its "
-                f"URL, or with timm, believes it; {REMAKE}"
-            )
-        digests |= _of_folder(folder, known, written, of_shards, create=create)
-    return tuple(digests[shard.path] for shard in shards)
-
-
-def _of_folder(
-    folder: str, known: dict[str, Shard], written: int, wanted: Iterable[str], *, create: bool
-) -> dict[str, str]:
-    """Digests by path of the shards `wanted` of a folder, whose `_info.json` was written then."""
-
-    def is_stale(name: str) -> bool:
-        try:
-            status = os.stat(os.path.join(folder, name))
-        except OSError:
-            return True
-        return status.st_mtime_ns > written or status.st_size != known[name].num_bytes
-
-    found = {name: known[name].digest for name in wanted if name in known and known[name].digest}
-    if stale := list(filter(is_stale, known)):
-        mine, now = [name for name in stale if name in found], time.time_ns()
-        taken = dict(zip(mine, digests_of([os.path.join(folder, n) for n in mine]), strict=True))
-        if create and stale == [name for name in mine if taken[name] == found[name]]:
+        found = {path: s.digest for path, s in listed.items() if path in digests and s.digest}
+        mine = [path for path in stale if path in found]
+        taken = dict(zip(mine, digests_of(mine), strict=True))
+        if create and mine == stale and taken == {path: found[path] for path in mine}:
             with contextlib.suppress(OSError):
-                os.utime(os.path.join(folder, "_info.json"), ns=(now, now))
-        found |= taken
-    return {os.path.join(folder, name): digest for name, digest in found.items()}
+                os.utime(info, ns=(now, now))
+        digests |= found | taken
+    return tuple(digests[shard.path] for shard in shards)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,6 @@ def digest_of(place: str, size: int) -> str:
     count = size if len(starts) == 1 else PIECE_BYTES
     digest = hashlib.blake2b(digest_size=16)
     for piece in read_ranges([Range(place, start, count) for start in starts]):
-        if isinstance(piece, UnreadableError):
-            raise piece
         digest.update(piece)
     return digest.hexdigest()
 
@@ -115,9 +113,17 @@ def write_index(
     `_info.json` is written where there is none (or with `overwrite`) and all shards have a
     sidecar. Raises ConfigError when the folder cannot be written.
     """
+
+    def make(path: str) -> ShardError | None:
+        try:
+            _make(path, Path(f"{path}.idx"))
+        except ShardError as error:
+            return error
+        return None
+
     todo = [path for path in paths if overwrite or not os.path.exists(f"{path}.idx")]
     try:
-        damage = _make({path: Path(f"{path}.idx") for path in todo}, progress)
+        damage = _in_threads(make, todo, progress)
         for folder in sorted({os.path.dirname(path) for path in paths}):
             shards = [path for path in paths if os.path.dirname(path) == folder]
             complete = all(os.path.exists(f"{path}.idx") for path in shards)
@@ -125,8 +131,8 @@ def write_index(
                 write_info(shards, split=os.path.basename(os.path.abspath(folder)))
     except OSError as error:
         raise ConfigError(
-            f"the index of the shards cannot be written ({error}); run `python -m vae_dist.index "
-            "data=FOLDER` as somebody who can write there, or copy the shards"
+            f"the index of the shards cannot be written ({error}); run `python -m vae_dist.index` "
+            "as somebody who can write there, or copy the shards"
         ) from error
     return damage
 
@@ -136,55 +142,44 @@ def write_index_of_remote(
 ) -> Damage:
     """Index shards that lie elsewhere into `folder`: a sidecar for each, and `shards.json` (wids)
     when all are whole. Sidecars of these addresses and sizes are left alone, so that a killed call
-    goes on. Where a shard is damaged, an earlier `shards.json` goes.
-    """
+    goes on."""
     folder.mkdir(parents=True, exist_ok=True)
-    sidecars: dict[str, Path] = {}
     entries: dict[str, dict[str, Any]] = {}
+    kept: set[str] = set()
 
-    def look(url: str) -> ShardError | None:
-        """Its size, and the digest of its bytes."""
+    def make(url: str) -> ShardError | None:
         try:
             size = None if is_pipe(url) else size_of(url)
             facts = {} if size is None else {"filesize": size, "digest": digest_of(url, size)}
+            # a sidecar's name says whose it is: other addresses and sizes have others
+            owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
+            sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
+            if sidecar.exists() and not overwrite:
+                kept.add(url)
+            else:
+                _make(url, sidecar)
         except ShardError as error:
             return error
-        # a sidecar's name says whose it is: other addresses and sizes have others
-        owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
-        sidecars[url] = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
-        entries[url] = {"url": url, "index": sidecars[url].name, **facts}
+        length = sidecar.stat().st_size // 8 - 1
+        entries[url] = {"url": url, "index": sidecar.name, **facts, "nsamples": length}
         return None
 
-    looked = _in_threads(look, list(dict.fromkeys(urls)), None)
-    damage: Damage = {url: error for url, error in looked.items() if error is not None}
-    todo = {url: path for url, path in sidecars.items() if overwrite or not path.exists()}
-    damage |= _make(todo, progress)
-    errors = [error for error in damage.values() if error is not None]
-    if not errors:
-        shards = [
-            {**entries[url], "nsamples": sidecars[url].stat().st_size // 8 - 1} for url in urls
-        ]
+    damage = _in_threads(make, list(dict.fromkeys(urls)), progress)
+    if not any(damage.values()):
+        shards = [entries[url] for url in urls]
         text = json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": shards}, indent=1)
         write_durably(folder / "shards.json", text.encode())
-    elif not all(isinstance(error, UnreadableError) for error in errors):
-        (folder / "shards.json").unlink(missing_ok=True)  # it is of other bytes
-    return damage
+    return {url: error for url, error in damage.items() if url not in kept}
 
 
-def _make(sidecars: Mapping[str, Path], progress: Progress | None) -> Damage:
-    """Make the sidecars of these places. A damaged shard gets none, and loses one that it had;
-    that a shard cannot be reached says nothing of it."""
-
-    def make(place: str) -> ShardError | None:
-        try:
-            write_durably(sidecars[place], index_shard(place).astype("<u8").tobytes())
-        except ShardError as error:
-            if not isinstance(error, UnreadableError):
-                sidecars[place].unlink(missing_ok=True)
-            return error
-        return None
-
-    return _in_threads(make, list(sidecars), progress)
+def _make(place: str, sidecar: Path) -> None:
+    """Make a sidecar. A damaged shard gets none, and loses one that it had. Raises ShardError."""
+    try:
+        write_durably(sidecar, index_shard(place).astype("<u8").tobytes())
+    except ShardError as error:
+        if not isinstance(error, UnreadableError):  # else nothing is known of the shard
+            sidecar.unlink(missing_ok=True)
+        raise
 
 
 def _in_threads(

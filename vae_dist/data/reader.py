@@ -72,46 +72,38 @@ class SampleReader:
         """cache_bytes: of decoded images, which are kept as long as they fit, before what is drawn
         for each epoch. retry_s: so long a read that fails is tried again."""
         self.index, self.settings, self.seed, self.retry_s = index, settings, seed, retry_s
-        self._first_number = (np.cumsum(index.lengths) - index.lengths).tolist()
+        self._first_number = np.cumsum(index.lengths) - index.lengths
         self._cache: dict[int, LoadedSample] = {}  # by number among all samples
         is_constant = not settings.sizes_differ and not settings.draws_crop
         self._cache_bytes_left = cache_bytes if is_constant else 0
 
     # bytes
 
-    def read(self, shard: int, start: int, stop: int) -> Samples:
-        """The bytes of the samples start, ..., stop - 1. Raises ShardError."""
-        return self.read_runs([Run(shard, start, stop)])
-
-    def read_runs(self, runs: Sequence[Run]) -> Samples:
+    def read(self, runs: Sequence[Run]) -> Samples:
         """The bytes of the samples of the joined runs. Raises ShardError."""
-        (found,) = self.read_many([runs])
-        if isinstance(found, ShardError):
-            raise found
-        return found
+        return self.read_many([runs])[0]
 
-    def read_many(self, parts: Sequence[Sequence[Run]]) -> list[Samples | ShardError]:
+    def read_many(self, parts: Sequence[Sequence[Run]]) -> list[Samples]:
         """The same for each part; all are read together, so that remote ones wait but once."""
         runs = [run for part in parts for run in part]
         offsets = self.index.offsets_of(runs, retry_s=self.retry_s)
         ranges = [
             Range(self.index.paths[run.shard], int(found[0]), int(found[-1] - found[0]))
             for run, found in zip(runs, offsets, strict=True)
-            if not isinstance(found, ShardError)
         ]
-        blobs = iter(read_ranges(ranges, retry_s=self.retry_s))
-        by_run = iter(
-            [found if isinstance(found, ShardError) else _cut(next(blobs), found)
-             for found in offsets]
-        )  # fmt: skip
-        return [_joined([next(by_run) for _ in part]) for part in parts]
+        blobs = read_ranges(ranges, retry_s=self.retry_s)
+        by_run = (
+            [memoryview(blob)[a:b] for a, b in pairwise((found - found[0]).tolist())]
+            for blob, found in zip(blobs, offsets, strict=True)
+        )
+        return [[sample for _ in part for sample in next(by_run)] for part in parts]
 
     def in_order(self, first: int, stop: int) -> list[Run]:
         """The samples first, ..., stop - 1 of the index, as runs of shards."""
         runs: list[Run] = []
         while first < stop:
             shard = int(np.searchsorted(self._first_number, first, "right")) - 1
-            start = first - self._first_number[shard]
+            start = first - int(self._first_number[shard])
             end = min(int(self.index.lengths[shard]), start + stop - first)
             runs.append(Run(shard, start, end))
             first += end - start
@@ -135,7 +127,7 @@ class SampleReader:
         repairs: a label that is no class, native images that differ in size although they must not,
         features of another model or image.
         """
-        settings, number = self.settings, self._first_number[shard] + index
+        settings, number = self.settings, int(self._first_number[shard]) + index
         generator = None
         if settings.flip or settings.draws_crop:
             generator = numpy_generator(self.seed, "augment", epoch, number)
@@ -255,23 +247,6 @@ class SampleReader:
 
     def is_cached(self, number: int) -> bool:
         return number in self._cache
-
-
-def _cut(data: bytes | ShardError, offsets: np.ndarray) -> Samples | ShardError:
-    """The samples of a run, of which offsets and bytes were read."""
-    if isinstance(data, ShardError):
-        return data
-    view = memoryview(data)
-    return [view[a:b] for a, b in pairwise((offsets - offsets[0]).tolist())]
-
-
-def _joined(runs: list[Samples | ShardError]) -> Samples | ShardError:
-    samples: Samples = []
-    for run in runs:
-        if isinstance(run, ShardError):
-            return run
-        samples += run
-    return samples
 
 
 def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:

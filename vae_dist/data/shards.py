@@ -56,15 +56,13 @@ def locate(spec: Any, *, key: str) -> list[Shard]:
     if isinstance(spec, Mapping):
         shards = locate(spec["path"], key=key)
         return _with_index(shards, str(spec["index"]), key) if "index" in spec else shards
-    parts = list(spec) if isinstance(spec, list | tuple) else [spec]
     shards = []
-    for part in parts:
+    for part in spec if isinstance(spec, list | tuple) else [spec]:
         if not isinstance(part, str | os.PathLike):
             raise ConfigError(
                 f"{key}={part!r} is no path; give a folder, a brace pattern or a list"
             )
-        text = os.fspath(part)
-        shards += _of_text(text, f"{key}={text}", key)
+        shards += _of_text(os.fspath(part), key)
     if not shards:
         raise ConfigError(f"{key}={spec!r} names no shard; give a folder that holds *.tar files")
     missing = [s.path for s in shards if not is_remote(s.path) and not os.path.isfile(s.path)]
@@ -82,21 +80,21 @@ def first(names: list[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + more
 
 
-def _of_text(text: str, blamed: str, key: str) -> list[Shard]:
+def _of_text(text: str, key: str) -> list[Shard]:
+    blamed = f"{key}={text}"
     if is_pipe(text):
         return [Shard(url) for url in _expanded(text, blamed)]
     if without_query(text)[0].endswith(".json"):
         return [_resolved(shard, text, key) for shard in _listed(text, key)]
     if is_remote(text):
         return _of_address(text, blamed, key)
-    text = os.path.expanduser(text)
-    paths = _local_paths(text, blamed, key)
+    paths = _local_paths(os.path.expanduser(text), blamed)
     if commands := list(filter(is_pipe, paths)):
         raise ConfigError(f"{blamed}: a file is named {commands[0]!r}; rename it")
     return [Shard(path, f"{path}.idx") for path in paths]
 
 
-def _local_paths(text: str, blamed: str, key: str) -> list[str]:
+def _local_paths(text: str, blamed: str) -> list[str]:
     """What a folder, a glob or a brace pattern stands for."""
     place = Path(os.path.abspath(text))
     folder = place.parent if text.endswith(".tar") else place
@@ -106,7 +104,6 @@ def _local_paths(text: str, blamed: str, key: str) -> list[str]:
                 f"{blamed}: the command that writes these shards has not finished; give it, with "
                 f"out={out}, again: it goes on where it stood"
             )
-    paths: list[str] = []
     if place.is_dir():
         _check_folder(place, blamed, text)
         paths, problem = [*map(str, Path(text).glob("*.tar"))], "the folder holds no *.tar file"
@@ -116,23 +113,20 @@ def _local_paths(text: str, blamed: str, key: str) -> list[str]:
     elif text.endswith(".tar"):
         return _expanded(text, blamed)
     else:
-        problem = "a file, but no .tar shard" if place.exists() else "no such folder"
+        paths, problem = [], "a file, but no .tar shard" if place.exists() else "no such folder"
     if paths:
         return sorted(paths)
     raise ConfigError(
-        f"{blamed}: {problem}; put WebDataset shards there (`python -m vae_dist.pack "
-        f"source=PICTURES out=FOLDER` makes them of pictures), or point {key} at yours"
+        f"{blamed}: {problem}; point it at WebDataset shards, or make them of pictures with "
+        "`python -m vae_dist.pack source=PICTURES out=FOLDER`"
     )
 
 
 def _check_folder(folder: Path, blamed: str, text: str) -> None:
     """Say what is left out of a folder. Raises ConfigError when it lacks shards that its
     `_info.json` lists; one of others, in another form, says nothing."""
-    if compressed := sorted(folder.glob("*.tar.*z*")):
-        warn(
-            f"{blamed}: {len(compressed)} compressed shards are left out, the first is "
-            f"{compressed[0].name}; unpack them to .tar"
-        )
+    if compressed := sorted(path.name for path in folder.glob("*.tar.*z*")):
+        warn(f"{blamed}: compressed shards are left out ({first(compressed)}); unpack them to .tar")
     try:
         listed = read_list(str(folder / "_info.json"))
     except ConfigError:
@@ -197,16 +191,15 @@ def read_list(place: str) -> list[Shard]:
             nothing = [None] * len(names)
             columns = split.get("shard_bytes", nothing), split.get("shard_digests", nothing)
             rows += zip(names, nothing, split["shard_lengths"], *columns, strict=True)
-        return [_checked(*row) for row in rows]
+        shards = [
+            Shard(str(name), str(index or ""), int(length), size and int(size), str(digest or ""))
+            for name, index, length, size, digest in rows
+        ]
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{place} is no list of shards ({error!r})") from error
-
-
-def _checked(name: Any, index: Any, length: Any, num_bytes: Any, digest: Any) -> Shard:
-    sizes = int(length), None if num_bytes is None else int(num_bytes)
-    if not all(0 <= (size or 0) < 2**48 for size in sizes):
-        raise ValueError(f"{name}: {sizes[0]} samples in {sizes[1]} bytes")
-    return Shard(str(name), str(index or ""), *sizes, str(digest or ""))
+    if any(not 0 <= (number or 0) < 2**48 for shard in shards for number in shard[2:4]):
+        raise ConfigError(f"{place} is no list of shards (some of its numbers cannot be)")
+    return shards
 
 
 def _listed(place: str, key: str) -> list[Shard]:

@@ -64,9 +64,6 @@ class UnreadableError(ShardError):
         super().__init__(problem)
         self.is_missing = is_missing
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.is_missing)
-
 
 def is_remote(place: str) -> bool:
     return "://" in place or is_pipe(place)
@@ -96,17 +93,12 @@ def warn(text: str) -> None:
 
 def read_range(place: str, start: int, count: int, *, retry_s: float = START_RETRY_S) -> bytes:
     """`count` bytes from byte `start` on. Raises UnreadableError."""
-    (found,) = read_ranges([Range(place, start, count)], retry_s=retry_s)
-    if isinstance(found, UnreadableError):
-        raise found
-    return found
+    return read_ranges([Range(place, start, count)], retry_s=retry_s)[0]
 
 
-def read_ranges(
-    ranges: Sequence[Range], *, retry_s: float = START_RETRY_S
-) -> list[bytes | UnreadableError]:
-    """Several pieces, those of one remote file system at once; the error of each that failed."""
-    found: list[bytes | UnreadableError] = [b""] * len(ranges)
+def read_ranges(ranges: Sequence[Range], *, retry_s: float = START_RETRY_S) -> list[bytes]:
+    """Several pieces, those of one remote file system at once. Raises UnreadableError."""
+    found = [b""] * len(ranges)
     remote: dict[str, list[int]] = {}
     for number, piece in enumerate(ranges):
         if piece.num_bytes <= 0:
@@ -117,7 +109,7 @@ def read_ranges(
         elif is_remote(piece.place):
             remote.setdefault(piece.place.partition("://")[0], []).append(number)
         else:
-            found[number] = _read(piece)
+            found[number] = _read_local(piece)
     for numbers in remote.values():
         pieces = _with_retries([ranges[number] for number in numbers], _cat_ranges, retry_s)
         for number, data in zip(numbers, pieces, strict=True):
@@ -144,10 +136,7 @@ def size_of(place: str) -> int:
                 return file.size or 0
         except OSError as error:
             raise _of_local(place, error) from None
-    (size,) = _with_retries([Range(place, 0, 0)], _sizes, START_RETRY_S)
-    if isinstance(size, UnreadableError):
-        raise size
-    return int(size)
+    return int(_with_retries([Range(place, 0, 0)], _sizes, START_RETRY_S)[0])
 
 
 def exists(place: str) -> bool:
@@ -161,18 +150,15 @@ def exists(place: str) -> bool:
     return True
 
 
-# local files
-
-
-def _read(piece: Range) -> bytes | UnreadableError:
+def _read_local(piece: Range) -> bytes:
     found, at, left = [], piece.start, piece.num_bytes
     try:
         with opened(piece.place) as file:
-            while left and (data := bytes(file.read(at, left))):
+            while left and (data := file.read(at, left)):
                 found.append(data)
                 at, left = at + len(data), left - len(data)
     except OSError as error:
-        return _of_local(piece.place, error)
+        raise _of_local(piece.place, error) from None
     return b"".join(found)
 
 
@@ -191,38 +177,34 @@ def _with_retries(
     pieces: list[Range], attempt: Callable[[list[Range]], list[Any]], retry_s: float
 ) -> list[Any]:
     """What `attempt` gives for each piece. Those for which it gives an exception are tried again,
-    together, and are an UnreadableError in the end."""
+    together. Raises UnreadableError for one that fails for good."""
     found: list[Any] = [None] * len(pieces)
     left = list(range(len(pieces)))
     begun, pause, count, was_told = clock(), FIRST_PAUSE_S, 0, False
-    while left:
+    while True:
         count += 1
         for number, data in zip(left, attempt([pieces[n] for n in left]), strict=True):
             found[number] = data
-        failed = [n for n in left if isinstance(found[n], Exception)]
-        is_over = clock() - begun + pause > retry_s
-        left = [] if is_over else [n for n in failed if not _diagnosis(found[n]).is_lasting]
-        for n in set(failed).difference(left):
-            found[n] = _of_remote(pieces[n].place, found[n], count, retry_s)
-        if left:
-            sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-            if not was_told and clock() - begun >= QUIET_S:
-                was_told = True
-                place, reason = pieces[left[0]].place, _diagnosis(found[left[0]]).reason
-                warn(f"{place}: cannot be read now ({reason}); it is tried again for {retry_s:g} s")
-    return found
-
-
-def _of_remote(place: str, error: Exception, count: int, retry_s: float) -> UnreadableError:
-    reason, is_lasting, is_missing = _diagnosis(error)
-    if is_lasting:
-        way = "" if isinstance(error, ImportError) else "; check the address"
-        return UnreadableError(f"{place}: cannot be read ({reason}){way}", is_missing)
-    return UnreadableError(
-        f"{place}: cannot be read after {count} attempts in {retry_s:g} s ({reason}); when the "
-        "server answers again, run the same command"
-    )
+        left = [n for n in left if isinstance(found[n], Exception)]
+        if not left:
+            return found
+        lasting = [n for n in left if _diagnosis(found[n]).is_lasting]
+        first = (lasting or left)[0]
+        place, error = pieces[first].place, found[first]
+        reason, is_lasting, is_missing = _diagnosis(error)
+        if is_lasting:
+            way = "" if isinstance(error, ImportError) else "; check the address"
+            raise UnreadableError(f"{place}: cannot be read ({reason}){way}", is_missing)
+        if clock() - begun + pause > retry_s:
+            raise UnreadableError(
+                f"{place}: cannot be read after {count} attempts in {retry_s:g} s ({reason}); when "
+                "the server answers again, run the same command"
+            )
+        sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+        if not was_told and clock() - begun >= QUIET_S:
+            was_told = True
+            warn(f"{place}: cannot be read now ({reason}); it is tried again for {retry_s:g} s")
 
 
 class _Diagnosis(NamedTuple):

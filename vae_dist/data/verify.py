@@ -6,7 +6,6 @@ In: an index. Out: the `Findings` in each shard, in order.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 
 from vae_dist.data.decode import MASK_MEMBER, decode_mask, decode_own, image_of
 from vae_dist.data.features import MEMBER, Features
-from vae_dist.data.index import ShardIndex
+from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.data.transforms import ImageSettings
@@ -40,15 +39,11 @@ class Findings:
 def verify(index: ShardIndex, settings: ImageSettings) -> Iterator[Findings]:
     """What is found in each shard, in order."""
     reader = SampleReader(index, settings, seed=0)
-    seen: set[bytes] = set()
+    seen: set[int] = set()  # hashes of keys
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for found in pool.map(lambda s: _findings(reader, s), range(len(index.paths))):
-            for key in found.keys:
-                name = key.encode(errors="surrogateescape")
-                digest = hashlib.blake2b(name, digest_size=12).digest()
-                if digest in seen:
-                    found.double.append(key)
-                seen.add(digest)
+            found.double = [key for key in found.keys if hash(key) in seen]
+            seen.update(map(hash, found.keys))
             yield found
 
 
@@ -57,8 +52,8 @@ def _findings(reader: SampleReader, shard: int) -> Findings:
     path, length = reader.index.paths[shard], int(reader.index.lengths[shard])
     try:
         for start in range(0, length, READ_TOGETHER):
-            samples = reader.read(shard, start, min(length, start + READ_TOGETHER))
-            for number, data in enumerate(samples, start):
+            run = Run(shard, start, min(length, start + READ_TOGETHER))
+            for number, data in enumerate(reader.read([run]), start):
                 try:
                     sample = single_sample(data, path)
                     found.keys.append(str(sample["__key__"]))
@@ -67,7 +62,7 @@ def _findings(reader: SampleReader, shard: int) -> Findings:
                     size = pixels.shape[1], pixels.shape[2]
                     decode_mask(sample, size, max_pixels=settings.max_pixels)
                     if MEMBER in sample:
-                        Features.from_bytes(bytes(sample[MEMBER]))
+                        Features.from_bytes(sample[MEMBER])
                 except DamagedSampleError as error:
                     found.problems.append(f"{path} sample {number}: {error}")
                     continue

@@ -58,15 +58,13 @@ class ReadAhead:
             while not self._waiting.empty():
                 wanted.append(self._waiting.get())
             requests = [request for request in wanted if request is not None]
-            found: Sequence[Samples | Exception]
             try:
                 found = self._reader.read_many([runs for runs, _ in requests])
             except Exception as error:  # else what waits for this read would hang
-                found = [error] * len(requests)
-            for (_, future), samples in zip(requests, found, strict=True):
-                if isinstance(samples, Exception):
-                    future.set_exception(samples)
-                else:
+                for _, future in requests:
+                    future.set_exception(error)
+            else:
+                for (_, future), samples in zip(requests, found, strict=True):
                     future.set_result(samples)
             if None in wanted:
                 return
@@ -196,7 +194,7 @@ class WindowReader:
 
     def _first_readable(self, window: Window, size: Size | None) -> _Replacement | None:
         is_mine = window is self._window
-        samples = self._read() if is_mine else self._reader.read_runs(window.runs)
+        samples = self._read() if is_mine else self._reader.read(window.runs)
         for position in window.order.tolist():
             epoch, shard, index = window.place(position)
             try:

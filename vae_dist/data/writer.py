@@ -42,19 +42,17 @@ def write_shards(
         raise ConfigError(f"{folder} exists already: remove it, or write the shards elsewhere")
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
-    writers: list[ShardWriter] = []
 
-    def add_writer() -> None:
-        writers.append(ShardWriter(partial / f"{name}-{len(writers):06d}.tar"))
+    def opened(number: int) -> ShardWriter:
+        return ShardWriter(partial / f"{name}-{number:06d}.tar")
 
     try:
-        for _ in range(num_shards or 0):
-            add_writer()
+        writers = [opened(number) for number in range(num_shards or 0)]
         for number, sample in enumerate(samples):
             if shard_bytes is not None and (not writers or writers[-1].num_bytes >= shard_bytes):
                 if writers:
                     writers[-1].close()
-                add_writer()
+                writers.append(opened(len(writers)))
             writers[number % num_shards if num_shards else -1].write(sample)
         if not writers:
             raise ConfigError(f"there are no samples to write; nothing was written to {folder}")

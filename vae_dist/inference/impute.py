@@ -255,7 +255,7 @@ def _key(images: Images, sample: int) -> str:
     """The key of a sample in its shard."""
     reader = images.reader()
     (run,) = reader.in_order(sample, sample + 1)
-    key: str = single_sample(reader.read(*run)[0], images.index.paths[run.shard])["__key__"]
+    key: str = single_sample(reader.read([run])[0], images.index.paths[run.shard])["__key__"]
     return key
 
 

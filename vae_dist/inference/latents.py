@@ -87,7 +87,7 @@ def read_latents(images: Images, model: VAE, *, num_images: int) -> Iterator[Lat
     number = 0
     for first in range(0, count, READ_TOGETHER):
         for run in reader.in_order(first, min(first + READ_TOGETHER, count)):
-            for place, data in enumerate(reader.read(*run), run.start):
+            for place, data in enumerate(reader.read([run]), run.start):
                 try:
                     sample = single_sample(data, images.index.paths[run.shard])
                     latent, size = _latent(sample, model)

@@ -128,7 +128,7 @@ class Encoder(ABC):
         found: list[Sample | str] = []
         runs = self.reader.in_order(numbers.start, numbers.stop)
         places = [(run.shard, place) for run in runs for place in range(run.start, run.stop)]
-        samples = zip(numbers, places, self.reader.read_runs(runs), strict=True)
+        samples = zip(numbers, places, self.reader.read(runs), strict=True)
         for number, (shard, place), data in samples:
             try:
                 image, label, _ = self.reader.load(data, shard, place, epoch=0)
