@@ -43,9 +43,10 @@ def evaluate(command: EvaluateCommand) -> None:
     from vae_dist.inference.load import images_to_show, open_run_on_ranks
     from vae_dist.inference.mixture import fitted_prior
 
-    if command.latents:
-        return _evaluate_latents(command)
     with open_run_on_ranks(command) as (loaded, runtime):
+        _check_metrics(command, loaded)
+        if command.latents:
+            return runtime.on_main(lambda: _evaluate_latents(command, loaded))
         images = images_to_show(loaded, command.data, runtime=runtime)
         prior = None
         if command.prior != "normal":
@@ -61,62 +62,60 @@ def evaluate(command: EvaluateCommand) -> None:
             max_skipped_fraction=of_run if limit == "trained" else limit,
         )
         assert result is not None  # nothing asks it to stop
-        runtime.on_main(lambda: _report(command, loaded, images, result, prior, files))
-        if runtime.is_main:
-            _save_lattice(command, loaded, images, metrics)
+        out = runtime.on_main(lambda: _report(command, loaded, images, result, prior, files))
+        if "lattice" in metric_names(command.metrics) and runtime.is_main:
+            _save_lattice(metrics, out)
 
 
-def _evaluate_latents(command: EvaluateCommand) -> None:
-    """Figures of stored latents; one process reads them, all have the result."""
-    from vae_dist.evaluation.diffusability import LatentMetric
-    from vae_dist.evaluation.run import as_json
-    from vae_dist.files import redacted, write_durably
-    from vae_dist.inference.latents import open_latents, read_latents
-    from vae_dist.inference.load import open_run_on_ranks
-
-    names = metric_names(command.metrics)
-    if not names or not set(names) <= set(LATENT_METRICS):
+def _check_metrics(command: EvaluateCommand, loaded: LoadedModel) -> None:
+    """Raises ConfigError for metrics that this model or these images do not have."""
+    names, mask = metric_names(command.metrics), loaded.config.data.mask
+    of_latents = [name for name in names if name in LATENT_METRICS]
+    of_pictures = [name for name in names if name not in (*LATENT_METRICS, "lattice")]
+    reason = ""
+    if command.latents and (not names or names != of_latents):
         raise ConfigError(f"latents={command.latents} is for metrics={','.join(LATENT_METRICS)}")
-    with open_run_on_ranks(command) as (loaded, runtime):
-        metric = LatentMetric(names)
-
-        def read() -> str:
-            shards = open_latents(loaded.config, command.latents)
-            count = command.max_images or shards.index.num_samples
-            for one in read_latents(shards, loaded.model, num_images=count):
-                if not metric.add(one.latent[None], [one.number], [one.label]):
-                    break
-            return shards.index.fingerprint
-
-        fingerprint, report = runtime.on_main(read), metric.compute(runtime)
-        record = {"run": str(Path(command.run).resolve()), "latents": redacted(command.latents)}
-        record |= {"data_fingerprint": fingerprint, "step": loaded.step}
-        record |= {"figures": report.figures, "notes": report.notes}
-        out = Path(command.out or Path(command.run) / f"results_latents{fingerprint[:6]}.json")
-        if runtime.is_main:
-            with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(out, as_json(record))
-            print(*_lines(report.figures, report.notes), f"written to {out}", sep="\n")
+    if of_latents and loaded.model.num_levels:
+        reason = f"{', '.join(of_latents)}: the latents of a ladder are no map of channels"
+    if of_pictures and mask != "none":
+        reason = f"{', '.join(of_pictures)} compare whole images, and data.mask={mask} hides pixels"
+    if reason:
+        raise ConfigError(f"metrics={shown(command.metrics)}: {reason}; leave them out")
 
 
-def _save_lattice(
-    command: EvaluateCommand, loaded: LoadedModel, images: Images, metrics: list[Metric]
-) -> None:
+def _evaluate_latents(command: EvaluateCommand, loaded: LoadedModel) -> None:
+    """Figures of stored latents, by one process."""
+    from vae_dist.evaluation.diffusability import LatentMetric
+    from vae_dist.files import redacted
+    from vae_dist.inference.latents import open_latents, read_latents
+
+    metric = LatentMetric(metric_names(command.metrics))
+    shards = open_latents(loaded.config, command.latents)
+    count, fingerprint = command.max_images or shards.index.num_samples, shards.index.fingerprint
+    for one in read_latents(shards, loaded.model, num_images=count):
+        if not metric.add(one.latent[None], [one.number], [one.label]):
+            break
+    report = metric.report()
+    record = {"run": str(Path(command.run).resolve()), "latents": redacted(command.latents)}
+    record |= {"data_fingerprint": fingerprint, "step": loaded.step}
+    record |= {"figures": report.figures, "notes": report.notes}
+    out = Path(command.out or Path(command.run) / f"results_latents{fingerprint[:6]}.json")
+    _print(report.figures, report.notes)
+    _write(record, out)
+
+
+def _save_lattice(metrics: list[Metric], out: Path) -> None:
     """Reconstructions of constant colours, as they are and with their deviations times 8."""
     from vae_dist.evaluation.diffusability import LatticeMetric
     from vae_dist.tracking.images import save_png, side_by_side
 
-    for metric in metrics:
-        if isinstance(metric, LatticeMetric) and loaded.config.data.channels in (1, 3):
-            outputs = metric.reconstructions
-            means = outputs.mean((2, 3), keepdim=True)
-            stronger = (means + 8 * (outputs - means)).clamp(-1, 1)
-            out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
-            path = out.with_name(out.stem + "_lattice.png")
-            with writing(path):
-                save_png(side_by_side(list(outputs), list(stronger)), path)
-            print(f"constant colours, below with deviations times 8: {path}")
+    (metric,) = (metric for metric in metrics if isinstance(metric, LatticeMetric))
+    outputs, path = metric.reconstructions, out.with_name(f"{out.stem}_lattice.png")
+    means = outputs.mean((2, 3), keepdim=True)
+    stronger = (means + 8 * (outputs - means)).clamp(-1, 1)
+    with writing(path):
+        save_png(side_by_side(list(outputs), list(stronger)), path)
+    print(f"constant colours, below with deviations times 8: {path}")
 
 
 def _batches(
@@ -153,17 +152,6 @@ def _metrics(
     from vae_dist.models import networks
 
     names, model, device = metric_names(command.metrics), loaded.model, runtime.device
-    if model.num_levels and set(names) & set(LATENT_METRICS):
-        raise ConfigError(
-            f"metrics={shown(command.metrics)}: the latents of a ladder are no map of channels; "
-            f"leave out {', '.join(LATENT_METRICS)}"
-        )
-    compared = [name for name in names if name not in (*LATENT_METRICS, "lattice")]
-    if compared and loaded.config.data.mask != "none":
-        raise ConfigError(
-            f"metrics={shown(command.metrics)}: {', '.join(compared)} compare whole images, and "
-            f"data.mask={loaded.config.data.mask} hides pixels; leave them out"
-        )
     priors = {"gmm": prior.to(device)} if prior else {}
     seed, files = command.seed, dict[str, str]()
     asked: list[Metric] = [metrics.PriorMetric(name, p, device) for name, p in priors.items()]
@@ -232,10 +220,10 @@ def _report(
     result: EvaluationResult,
     prior: GaussianMixture | None,
     files: dict[str, str],
-) -> None:
-    """Write the results and print them."""
+) -> Path:
+    """Write the results and print them; where they are written."""
     from vae_dist.evaluation import run
-    from vae_dist.files import redacted, write_durably
+    from vae_dist.files import redacted
     from vae_dist.inference.load import weights_digest
     from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 
@@ -258,31 +246,37 @@ def _report(
         "metric_weights": files,
     }
     out = Path(command.out or Path(command.run) / _file_name(command, loaded, images))
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(out, run.as_json(run.merged_with_earlier(record, out)))
-        if loaded.model.image_size is None and out == Path(command.run) / RESULTS:
-            path = Path(command.run) / STATISTICS_FILE
-            write_statistics(path, statistics | of | {"of": "samples"})
     print(f"{command.run}, step {loaded.step}, {command.weights} weights, float32")
     if fitted:
         print(fitted)
-    print(*_lines(figures, result.notes), sep="\n")
+    _print(figures, result.notes)
     if loaded.model.num_levels:
         print(f"rate of each group, from the top: {' '.join(f'{rate:.2f}' for rate in rates)}")
     if mask != "none":
         print(f"of observed pixels only (data.mask={mask})")
+    _write(run.merged_with_earlier(record, out), out)
+    if loaded.model.image_size is None and out == Path(command.run) / RESULTS:
+        path = Path(command.run) / STATISTICS_FILE
+        with writing(path):
+            write_statistics(path, statistics | of | {"of": "samples"})
+    return out
+
+
+def _print(figures: dict[str, float], notes: dict[str, str]) -> None:
+    for name, value in figures.items():
+        print(f"{name:<28}" + (f"{value:>15,}" if isinstance(value, int) else f"{value:>15.4f}"))
+    for note in notes.values():
+        print(f"  {note}")
+
+
+def _write(record: dict[str, Any], out: Path) -> None:
+    from vae_dist.evaluation.run import as_json
+    from vae_dist.files import write_durably
+
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(out, as_json(record))
     print(f"written to {out}")
-
-
-def _lines(figures: dict[str, float], notes: dict[str, str]) -> list[str]:
-    return [
-        *(
-            f"{n:<28}{v:>15,}" if isinstance(v, int) else f"{n:<28}{v:>15.4f}"
-            for n, v in figures.items()
-        ),
-        *(f"  {note}" for note in notes.values()),
-    ]
 
 
 def _conditions(figures: dict[str, float], samples: int, prior: str) -> dict[str, dict[str, Any]]:

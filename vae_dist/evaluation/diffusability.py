@@ -202,8 +202,13 @@ class LatentMetric:
         return max(samples) < limit
 
     def compute(self, runtime: Runtime) -> Report:
-        every = dict(item for part in runtime.gather(self._latents) for item in part.items())
-        found = [every[number] for number in sorted(every)]
+        for part in runtime.gather(self._latents):
+            self._latents |= part
+        return self.report()
+
+    def report(self) -> Report:
+        """Of the latents of this process."""
+        found = [self._latents[number] for number in sorted(self._latents)]
         report = Report()
         if not found:
             return report
