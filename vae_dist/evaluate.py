@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vae_dist.evaluation.run import EvaluationResult
     from vae_dist.inference.load import Images, LoadedModel
     from vae_dist.inference.mixture import GaussianMixture
-    from vae_dist.models.networks import Backbone, PretrainedFile
+    from vae_dist.models.networks import PretrainedFile
 
 USAGE = "python -m vae_dist.evaluate run=FOLDER [key=value ...]"
 RESULTS = "results.json"
@@ -168,11 +168,10 @@ def _metrics(
         return path
 
     compare = metrics.comparisons(names)
-    lpips: dict[str, Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
-    for name in [name for name in lpips if name in names]:
-        backbone = lpips[name]
-        network = networks.load_lpips(backbone, fetched(name, networks.FILES[backbone])).to(device)
-        compare[name] = metrics.lpips_comparison(network, networks.SMALLEST_SIDE[backbone])
+    for name in [name for name in networks.TRUNKS if name in names]:
+        trunk = networks.TRUNKS[name]
+        network = networks.load_lpips(name, fetched(name, trunk.file)).to(device)
+        compare[name] = metrics.lpips_comparison(network, trunk.smallest_side)
     if compare:
         asked.append(metrics.ReconstructionMetric(compare, device))
     if "rfid" in names or "fid" in names:

@@ -35,7 +35,7 @@ SOUND = f"""
 {BUCKETS} {FSDP} training.microbatch_size=4
 data.train=[a,b-{{0..3}}.tar] data.resolution=[178,218] data.channels=2 data.bits=16
 data.train=[{{path:·2024,·weight:·2}},{{path:·b}}] data.validation={{path:·a,·index:·i}}
-likelihood.kind=bernoulli data.channels=1 likelihood.binarization=threshold
+likelihood.kind=bernoulli data.channels=1 likelihood.binarization=static
 likelihood.kind=laplace likelihood.variance=per_pixel data.dequantize=false
 objective.free_bits=0.5 objective.beta_warmup_steps=100 objective.beta_cycles=4
 objective.scale_equivariance=0.25 objective.latent_noise=0.5 data.bundled=digits

@@ -235,15 +235,23 @@ def test_dequantised_levels_tile_the_range_and_networks_see_none_of_it(kind):
     torch.testing.assert_close(model.without_noise(stored, low), stored.float() / 127.5 - 1)
 
 
-def test_binarisation_is_a_draw_a_threshold_or_soft():
+def test_binarisation_is_a_draw_one_draw_a_threshold_or_soft():
     levels = torch.tensor([0, 51, 127, 128, 204, 255], dtype=torch.uint8).view(6, 1, 1, 1)
-    dynamic, threshold, soft = (
+    dynamic, static, threshold, soft = (
         likelihood({**BINARY, "binarization": kind}, channels=1)
-        for kind in ("dynamic", "threshold", "soft")
+        for kind in ("dynamic", "static", "threshold", "soft")
     )
-    share = (prepared(dynamic, levels.expand(6, 1, 200, 200)) > 0).float().mean((1, 2, 3))
-    assert share.tolist() == pytest.approx([0, 0.2, 0.498, 0.502, 0.8, 1], abs=0.015)
-    assert share[0] == 0 and share[5] == 1
+    for model in (dynamic, static):
+        share = (prepared(model, levels.expand(6, 1, 200, 200)) > 0).float().mean((1, 2, 3))
+        assert share.tolist() == pytest.approx([0, 0.2, 0.498, 0.502, 0.8, 1], abs=0.015)
+        assert share[0] == 0 and share[5] == 1
+    # the static draw is that of the image, in any batch
+    images = levels_of(1, 16, batch=4)
+    assert torch.equal(static.prepare(images[2:3], None), static.prepare(images, None)[2:3])
+    first, second = (
+        static.prepare(torch.tensor([128, 127]).expand(1, 64, 64, 2).permute(3, 0, 1, 2), None) > 0
+    )
+    assert (first == second).double().mean().item() == pytest.approx(0.5, abs=0.03)
     assert threshold.prepare(levels, None).flatten().tolist() == [-1, -1, -1, 1, 1, 1]
     logits = torch.randn(6, 1, 1, 1, generator=torch_generator(1, "test"))
     target = levels.double() / 255

@@ -14,7 +14,7 @@ import torch
 from vae_dist.config.errors import ConfigError
 from vae_dist.models.networks import (
     INCEPTION,
-    SMALLEST_SIDE,
+    TRUNKS,
     VGG16,
     FidInception,
     Lpips,
@@ -26,8 +26,6 @@ from vae_dist.models.networks import (
     read_tensors,
     vgg16_features,
 )
-
-BACKBONES = pytest.mark.parametrize("backbone", ["vgg", "alex"])
 
 
 def shapes(network):
@@ -63,25 +61,26 @@ def test_parameters_are_those_of_the_published_files():
     assert {name: inception.get(name) for name in expected} == expected
 
 
-@BACKBONES
-def test_lpips_equals_torchmetrics_on_the_same_weights(backbone, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "net"), [("lpips", "vgg"), ("lpips_alex", "alex")])
+def test_lpips_equals_torchmetrics_on_the_same_weights(kind, net, tmp_path, monkeypatch):
     from torchmetrics.functional.image import lpips as oracle
 
     with torch.device("meta"):
-        all_shapes = shapes(Lpips(backbone))
+        all_shapes = shapes(Lpips(kind))
     weights = {n: 0.05 * torch.randn(s) for n, s in all_shapes.items() if n.startswith("features")}
     torch.save(weights, tmp_path / "weights.pth")
-    ours = load_lpips(backbone, tmp_path / "weights.pth")
+    ours = load_lpips(kind, tmp_path / "weights.pth")
     monkeypatch.setattr(oracle, "_get_tv_model_features", lambda *_: ours.features)
     # torchmetrics reads its heads without map_location
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: load(*a, **{**k, "map_location": "cpu"}))
-    theirs = oracle._LPIPS(net=backbone, pretrained=True, pnet_rand=True)
+    theirs = oracle._LPIPS(net=net, pretrained=True, pnet_rand=True)
     one, other = torch.rand(2, 2, 3, 40, 36, generator=torch.Generator().manual_seed(3)) * 2 - 1
     expected = theirs(one, other).flatten()
     torch.testing.assert_close(ours(one, other), expected, rtol=1e-4, atol=1e-7)
     assert (expected > 0).all() and ours(one, one).tolist() == [0, 0]
-    smallest = one[..., : SMALLEST_SIDE[backbone], : SMALLEST_SIDE[backbone]]
+    side = TRUNKS[kind].smallest_side
+    smallest = one[..., :side, :side]
     assert ours(smallest, smallest).shape == (2,)
     with pytest.raises(RuntimeError):
         ours(smallest[..., :-1], smallest[..., :-1])

@@ -27,15 +27,17 @@ def test_lpips_gives_gradients_to_reconstructions_and_to_nothing_else(
 ):
     """With AlexNet's file and its heads, of random weights, under the names of their authors."""
     folder = str(tmp_path)
-    assert not lpips_available("alex", folder)
+    assert not lpips_available("lpips_alex", folder)
     torch.manual_seed(0)
-    state = Lpips("alex").state_dict()
+    state = Lpips("lpips_alex").state_dict()
     features = {k: v for k, v in state.items() if k.startswith("features")}
     torch.save(features, tmp_path / ALEXNET.name)
     digest = hashlib.sha256((tmp_path / ALEXNET.name).read_bytes()).hexdigest()
-    monkeypatch.setitem(networks.FILES, "alex", ALEXNET._replace(sha256=digest))
+    trunk = networks.TRUNKS["lpips_alex"]
+    file = trunk.file._replace(sha256=digest)
+    monkeypatch.setitem(networks.TRUNKS, "lpips_alex", trunk._replace(file=file))
     torch.save({k: v.abs() for k, v in state.items() if k[:3] == "lin"}, tmp_path / "alex.pth")
-    assert lpips_available("alex", folder) and not lpips_available("vgg", folder)
+    assert lpips_available("lpips_alex", folder) and not lpips_available("lpips", folder)
     config = PerceptualConfig(kind="lpips_alex", weights=folder)
     term = build_perceptual(config, torch.device("cpu"))
     images = torch.rand(2, channels, 40, 40) * 2 - 1

@@ -105,8 +105,8 @@ class LikelihoodConfig(Section):
         1 / 256, "floor of a learned sigma", gt=0, when="kind!=bernoulli variance!=fixed"
     )
     mixtures: int = knob(10, "for each pixel", ge=1, when="kind=discretized_logistic_mixture")
-    binarization: Literal["dynamic", "threshold", "soft"] = knob(
-        "dynamic", "drawn at each use, cut at one half, or soft", when="kind=bernoulli"
+    binarization: Literal["dynamic", "static", "threshold", "soft"] = knob(
+        "dynamic", "drawn at each use, once, cut at one half, or soft", when="kind=bernoulli"
     )
 
 

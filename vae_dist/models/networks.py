@@ -118,19 +118,22 @@ def load_into(network: nn.Module, tensors: dict[str, Tensor], *, path: Path) -> 
 
 # LPIPS
 
-Backbone = Literal["vgg", "alex"]
-
-FILES: dict[Backbone, PretrainedFile] = {"vgg": VGG16, "alex": ALEXNET}
 # of ImageNet's mean and deviation, as they are for images in [-1, 1]
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-WIDTHS: dict[Backbone, tuple[int, ...]] = {
-    "vgg": (64, 128, 256, 512, 512),
-    "alex": (64, 192, 384, 256, 256),
+
+
+class Trunk(NamedTuple):
+    file: PretrainedFile
+    heads: str  # the file of the w_l
+    taps: dict[int, int]  # layer of `features`, the last ReLU of a level -> channels
+    smallest_side: int  # pixels
+
+
+TRUNKS = {
+    "lpips": Trunk(VGG16, "vgg.pth", {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}, 16),
+    "lpips_alex": Trunk(ALEXNET, "alex.pth", {1: 64, 4: 192, 7: 384, 9: 256, 11: 256}, 31),
 }
-# the layers of `features` after which features are taken: the last ReLU of each level
-TAPS: dict[Backbone, tuple[int, ...]] = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
-SMALLEST_SIDE: dict[Backbone, int] = {"vgg": 16, "alex": 31}  # pixels
 
 
 def vgg16_features() -> nn.Sequential:
@@ -161,11 +164,11 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.features = vgg16_features() if backbone == "vgg" else alexnet_features()
-        for number, width in enumerate(WIDTHS[backbone]):
+        self.features = vgg16_features() if kind == "lpips" else alexnet_features()
+        self.taps = list(TRUNKS[kind].taps)
+        for number, width in enumerate(TRUNKS[kind].taps.values()):
             # place 0 of a published head is a dropout, which evaluation skips
             head = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             self.add_module(f"lin{number}", nn.ModuleDict({"model": head}))
@@ -177,46 +180,44 @@ class Lpips(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         h = (torch.cat([first, second]) - self.shift) / self.scale
         distance = first.new_zeros(len(first))
-        taps = TAPS[self.backbone]
         for number, layer in enumerate(self.features):
             h = layer(h)
-            if number in taps:
+            if number in self.taps:
                 # 1e-8 inside the root, as the reference implementation in torchmetrics has it
                 unit = h / torch.sqrt(1e-8 + h.square().sum(1, keepdim=True))
                 x, y = unit.chunk(2)
-                head = getattr(self, f"lin{taps.index(number)}")["model"]
+                head = getattr(self, f"lin{self.taps.index(number)}")["model"]
                 distance = distance + head((x - y).square()).mean((1, 2, 3))
         return distance
 
 
-def find_heads(backbone: Backbone, folder: Path) -> Path | None:
-    """The fitted weights w_l: in the folder under the name that they are published by, else those
-    that torchmetrics ships; None where there are none."""
-    paths = [folder / f"{backbone}.pth"]
-    package = importlib.util.find_spec("torchmetrics")
+def find_heads(kind: str, folder: Path) -> Path | None:
+    """The fitted weights w_l: in the folder, else those that torchmetrics ships; None where there
+    are none."""
+    folders, package = [folder], importlib.util.find_spec("torchmetrics")
     if package is not None and package.origin is not None:
-        heads = Path(package.origin).parent / "functional/image/lpips_models"
-        paths.append(heads / paths[0].name)
+        folders.append(Path(package.origin).parent / "functional/image/lpips_models")
+    paths = (folder / TRUNKS[kind].heads for folder in folders)
     return next((path for path in paths if path.is_file()), None)
 
 
-def lpips_available(backbone: Backbone, folder: str = "") -> bool:
+def lpips_available(kind: str, folder: str = "") -> bool:
     """Whether `load_lpips` needs no network."""
-    path = path_of(FILES[backbone], folder)
-    return path.is_file() and find_heads(backbone, path.parent) is not None
+    path = path_of(TRUNKS[kind].file, folder)
+    return path.is_file() and find_heads(kind, path.parent) is not None
 
 
-def load_lpips(backbone: Backbone, path: Path) -> Lpips:
+def load_lpips(kind: str, path: Path) -> Lpips:
     """With the features of the file at `path`, and the heads beside it or in torchmetrics; raises
     ConfigError where either cannot be read. Gradients flow to the images alone."""
-    heads = find_heads(backbone, path.parent)
+    heads = find_heads(kind, path.parent)
     if heads is None:
         raise ConfigError(
-            f"LPIPS needs its heads: put {backbone}.pth of the package lpips into {path.parent}, "
-            "or install torchmetrics, which ships them: pip install 'vae_dist[metrics]'"
+            f"LPIPS needs its heads: put {TRUNKS[kind].heads} of the package lpips into "
+            f"{path.parent}, or install torchmetrics: pip install 'vae_dist[metrics]'"
         )
     with torch.device("meta"):
-        network = Lpips(backbone)
+        network = Lpips(kind)
     load_into(network, read_tensors(path) | read_tensors(heads), path=path)
     return network
 

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.config.schema import PerceptualConfig
-from vae_dist.models.networks import FILES, SMALLEST_SIDE, Backbone, Lpips, fetch, load_lpips
+from vae_dist.models.networks import TRUNKS, Lpips, fetch, load_lpips
 
-BACKBONES: dict[str, Backbone] = {"lpips": "vgg", "lpips_alex": "alex"}
 WINDOW = 11  # pixels, of the structure distance
 SIGMA = 1.5  # pixels
 MAX_SCALES = 3
@@ -101,26 +100,21 @@ class PerceptualTerm:
 def fetch_weights(config: PerceptualConfig) -> None:
     """Have the weight files on this machine, downloaded if need be; for one process only. Raises
     ConfigError."""
-    if config.kind in BACKBONES:
-        fetch(FILES[BACKBONES[config.kind]], config.weights)
+    if config.kind in TRUNKS:
+        fetch(TRUNKS[config.kind].file, config.weights)
 
 
 def build_perceptual(config: PerceptualConfig, device: torch.device) -> PerceptualTerm | None:
-    """None for kind=none; on the meta device without weights, else `fetch_weights` comes first.
-    Raises ConfigError."""
+    """None for kind=none. `fetch_weights` comes first. Raises ConfigError."""
     if config.kind == "none":
         return None
     assert config.kind != "auto", "it is resolved when a run begins"
     distance: nn.Module = StructureDistance()
-    if config.kind in BACKBONES:
-        backbone = BACKBONES[config.kind]
-        if device.type == "meta":
-            distance = Lpips(backbone)
-        else:
-            distance = load_lpips(backbone, fetch(FILES[backbone], config.weights))
+    if config.kind in TRUNKS:
+        distance = load_lpips(config.kind, fetch(TRUNKS[config.kind].file, config.weights))
     return PerceptualTerm(distance.to(device), config.weight)
 
 
 def smallest_side(config: PerceptualConfig) -> int:
     """Pixels of the shorter side of the smallest image that the term takes."""
-    return SMALLEST_SIDE[BACKBONES[config.kind]] if config.kind in BACKBONES else WINDOW
+    return TRUNKS[config.kind].smallest_side if config.kind in TRUNKS else WINDOW

@@ -111,7 +111,7 @@ def machine_facts(config: TrainConfig, runtime: Runtime) -> Facts:
     on_gpu, asked = has_accelerator(config.runtime), config.runtime.compile
     may_compile = asked in COMPILED or (asked == "auto" and on_gpu)
     problem = compiler_problem(runtime.device) if may_compile else None
-    lpips = lpips_available("vgg", config.perceptual.weights)
+    lpips = lpips_available("lpips", config.perceptual.weights)
     here = computes_bf16(config.runtime), lpips, problem
     has_bf16, has_lpips, problems = zip(*runtime.gather(here), strict=True)
     return Facts(
