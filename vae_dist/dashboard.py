@@ -46,8 +46,7 @@ def build(ws: Any, *, entity: str, project: str, name: str) -> Any:
 
     def line(panel: Panel) -> Any:
         title = f"{panel.title} ({panel.unit})" if panel.unit else panel.title
-        log_y = panel.is_log or None
-        return wr.LinePlot(title=title, x=WANDB_STEP, y=list(panel.keys), log_y=log_y)
+        return wr.LinePlot(title=title, x=WANDB_STEP, y=list(panel.keys))
 
     sections = {
         "Pictures": [

@@ -21,7 +21,6 @@ class Panel(NamedTuple):
     title: str
     unit: str
     keys: tuple[str, ...]
-    is_log: bool = False
     x: str = "step"
 
 
@@ -42,9 +41,9 @@ SECTIONS = {
     ),
     "Optimizer": (
         Panel("Learning rate", "", ("optim/lr",)),
-        Panel("Gradient norm", "before clipping", ("optim/grad_norm",), is_log=True),
+        Panel("Gradient norm", "before clipping", ("optim/grad_norm",)),
         Panel("Skipped steps", "", ("optim/skipped_steps",)),
-        Panel("Loss scale", "", ("optim/loss_scale",), is_log=True),
+        Panel("Loss scale", "", ("optim/loss_scale",)),
     ),
     "Machine": (
         Panel("Throughput", "images/s", ("time/images_per_second",)),

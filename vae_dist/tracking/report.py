@@ -127,7 +127,7 @@ class Run:
             with contextlib.suppress(OSError, ValueError):  # missing or being written
                 self.results.append(read_json(file, 2**24))
         rows = {step: row for step, row in read_rows(folder.log_path) if 0 <= step < 2**53}
-        self.curves = _curves_of(rows)
+        self.last_step, self.curves = max(rows, default=0), _curves_of(rows)
         self.images: dict[str, list[tuple[int, str, str]]] = {}  # name -> (step, caption, data URI)
         found = find_images(folder.images)
         for kind in [kind for kind in {**IMAGES, **found} if kind in found]:
@@ -142,7 +142,7 @@ class Run:
 
 def _curves_of(rows: dict[int, dict[str, Any]]) -> dict[str, list[Point]]:
     """Of each key (step, value), or of the latest distribution (place, value), largest first."""
-    curves: dict[str, list[Point]] = {"": [(step, 0.0) for step in rows]}
+    curves: dict[str, list[Point]] = {}
     for step, row in rows.items():
         for key, value in row.items():
             if isinstance(value, list):
@@ -211,7 +211,7 @@ def _overview(runs: list[Run]) -> Iterator[Html]:
     """One line for each run, the lowest -ELBO first."""
     lines = []
     for run in sorted(runs, key=lambda run: run.last("eval/neg_elbo_nats", math.inf)):
-        steps = f"{run.curves.get('', [(0, 0.0)])[-1][0]:.0f} of {run.num_steps}"
+        steps = f"{run.last_step} of {run.num_steps}"
         figures = (_number(run.last(key)) for key in _FIGURES.values())
         lines.append([run.label, run.status.get("status", "unknown"), steps, *figures])
     yield _tag("h1", "vae_dist report")
@@ -233,8 +233,8 @@ def _chart(panel: Panel, runs: list[Run]) -> Html:
         dashes = "5 3" if position else "none"
         for run in runs:
             color = _COLORS[position] if len(runs) == 1 else run.color
-            points = [(x, y) for x, y in run.curves.get(key, []) if y > 0 or not panel.is_log]
-            series += [(f"{run.name} {key}", color, dashes, points)] if points else []
+            if points := run.curves.get(key):
+                series.append((f"{run.name} {key}", color, dashes, points))
         if any(key in run.curves for run in runs):
             color = _COLORS[position] if len(runs) == 1 else "#888"
             line = f"{'dashed' if position else 'solid'} {color}"
@@ -247,10 +247,9 @@ def _chart(panel: Panel, runs: list[Run]) -> Html:
 
 
 def _drawing(panel: Panel, series: list[tuple[str, str, str, list[Point]]]) -> Html:
-    level = math.log10 if panel.is_log else float
     steps = [x for *_, points in series for x, _ in points]
     first, last = min(steps), max(steps)
-    levels = sorted(level(y) for *_, points in series for _, y in points)
+    levels = sorted(y for *_, points in series for _, y in points)
     low, high, upper = levels[0], levels[-1], levels[int(0.97 * (len(levels) - 1))]
     if high - low > 3 * (upper - low) > 0:  # a loss starts far above where it is interesting
         high = upper
@@ -266,14 +265,14 @@ def _drawing(panel: Panel, series: list[tuple[str, str, str, list[Point]]]) -> H
     parts = []
     for tick in _ticks(low, high):
         _, y = place(first, tick)
-        label = _number(float(f"{10**tick if panel.is_log else tick:.3g}"))
+        label = _number(float(f"{tick:.3g}"))
         parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y))
         parts.append(_tag("text", label, x=_LEFT - 5, y=y + 4, text_anchor="end"))
     for tick in _ticks(first, last):
         x, _ = place(tick, high)
         parts.append(_tag("text", _number(tick), x=x, y=_HEIGHT - 6, text_anchor="middle"))
     for name, color, dashes, points in series:
-        places = [place(x, level(y)) for x, y in points]
+        places = [place(x, y) for x, y in points]
         line = " ".join(f"{x},{y}" for x, y in places)
         parts.append(_tag("polyline", points=line, stroke=color, stroke_dasharray=dashes))
         for (x, y), (cx, cy) in zip(points, places, strict=True):

@@ -42,35 +42,6 @@ _STOPPED = """query Stopped($entity: String, $project: String, $id: String!) {
     project(name: $project, entityName: $entity) { run(name: $id) { stopped } } }"""
 
 
-class Worker:
-    """Does one task after another on a thread of its own; a task raises nothing."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.Queue[Callable[[], object]] = queue.Queue(_QUEUED_TASKS)
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
-
-    def put(self, task: Callable[[], object]) -> bool:
-        """Returns at once; False where as many tasks wait as it takes."""
-        try:
-            self._tasks.put_nowait(task)
-        except queue.Full:
-            return False
-        return True
-
-    def close(self, seconds: float) -> None:
-        """Waits for what was put, `seconds` at most."""
-        end, self._is_closed = time.monotonic() + seconds, True
-        with contextlib.suppress(queue.Full):
-            self._tasks.put(lambda: None, timeout=seconds)  # wakes the thread
-        self._thread.join(max(0.0, end - time.monotonic()))
-
-    def _work(self) -> None:
-        while not (self._is_closed and self._tasks.empty()):
-            self._tasks.get()()
-
-
 class WandbSink:
     """`on_stop` is called when the user presses "Stop run" in the W&B page.
 
@@ -114,7 +85,9 @@ class WandbSink:
         self._upload = f"wandb sync {'--include-online ' * (self.mode == 'online')}{self._part}"
         if self.mode == "offline":
             say(f"W&B is offline{reason and ': ' + reason}; upload this run with: {self._upload}")
-        self._worker = Worker()
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_QUEUED_TASKS)
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
         self._put(self._send_recorded, resume_step)
 
     def log(self, step: int, row: Mapping[str, Value]) -> None:
@@ -129,9 +102,13 @@ class WandbSink:
         if self._run is None or self._status:
             return
         self._put(self._finish, status)
-        self._status, seconds = status, self._config.wandb.finish_timeout_s
-        at_most = _INTERRUPTED_SECONDS if status == "interrupted" else math.inf
-        self._worker.close(min(seconds, at_most))
+        self._status, seconds = status, float(self._config.wandb.finish_timeout_s)
+        if status == "interrupted":
+            seconds = min(seconds, _INTERRUPTED_SECONDS)
+        end = time.monotonic() + seconds
+        with contextlib.suppress(queue.Full):
+            self._tasks.put(None, timeout=seconds)
+        self._thread.join(max(0.0, end - time.monotonic()))
         if not self._is_complete:
             self._kill_core()
             self._say(f"W&B did not get everything; upload the rest with: {self._upload}")
@@ -215,9 +192,15 @@ class WandbSink:
             except Exception as error:  # wandb raises builtin and own errors of many kinds
                 self._break(_first_line(error))
 
-        is_open = self._run is not None and not self._is_broken and not self._status
-        if is_open and not self._worker.put(task):
-            self._break("it hangs")
+        if self._run is not None and not self._is_broken and not self._status:
+            try:
+                self._tasks.put_nowait(task)
+            except queue.Full:
+                self._break("it hangs")
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
 
     def _send_recorded(self, up_to: int) -> None:
         """What log.jsonl and the images folder have and W&B has not."""
