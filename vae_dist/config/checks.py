@@ -117,14 +117,10 @@ def problem_of(key: Key, value: Any) -> str:
 
 def _is_a(form: str, value: Any) -> bool:
     match form, value:
-        case "BUCKETS", {
-            "area": int(area),
-            "multiple": int(multiple),
-            "max_aspect": aspect,
-            **rest,
-        }:
-            is_whole = not rest and area >= multiple**2 and multiple > 0
-            return is_whole and isinstance(aspect, int | float) and aspect >= 1
+        case "BUCKETS", {"area": int(area), "multiple": int(side), "max_aspect": aspect, **rest}:
+            return (
+                not rest and area >= side**2 > 0 and isinstance(aspect, int | float) and aspect >= 1
+            )
         case "PATHS", str():
             return bool(value.strip())
         case "PATHS", [_, *_]:
@@ -135,10 +131,8 @@ def _is_a(form: str, value: Any) -> bool:
             return all(_is_a("PART", part) for part in value)
         case "PART", {"path": path, **rest}:
             weight: Any = rest.pop("weight", 1)
-            is_part = isinstance(rest.pop("index", ""), str) and not rest
-            return (
-                is_part and _is_a("PATHS", path) and isinstance(weight, int | float) and weight > 0
-            )
+            is_positive = isinstance(weight, int | float) and weight > 0
+            return is_positive and _is_a("PATHS", path) and rest.keys() <= {"index"}
         case "METRICS", _:
             return set(metric_names(value)) <= set(METRICS)
     return False

@@ -59,24 +59,18 @@ class _Yaml(yaml.BaseLoader):
 
 def load_train_config(argv: list[str]) -> TrainConfig:
     """The config that `argv` asks for. Raises ConfigError with all problems at once."""
-    problems: list[str] = []
-    arguments = _arguments(argv, problems)
+    arguments = _arguments(argv)
     name = str(arguments.get("config", ""))
-    try:
-        if not name:
-            raise ConfigError("config is missing; give a name or a path, as in config=mnist")
-        files = _layers(_find(name, key="config"))
-    except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
-    config = _checked(TrainConfig, [*files, ("", arguments)], problems)
+    if not name:
+        raise ConfigError("config is missing; give a name or a path, as in config=mnist")
+    config = _checked(TrainConfig, [*_layers(_find(name, key="config")), ("", arguments)])
     config.run = config.run or f"runs/{Path(name).stem}"
     return config
 
 
 def load_command(cls: type[T], argv: list[str]) -> T:
     """The keys of another command. Raises ConfigError with all problems at once."""
-    problems: list[str] = []
-    return _checked(cls, [("", _arguments(argv, problems))], problems)
+    return _checked(cls, [("", _arguments(argv))])
 
 
 def to_yaml(config: TrainConfig) -> bytes:
@@ -85,10 +79,9 @@ def to_yaml(config: TrainConfig) -> bytes:
 
 def from_yaml(data: bytes, *, origin: str = "config.yaml") -> TrainConfig:
     """The config that `to_yaml` wrote. Each value is checked, rules between keys are not."""
-    problems: list[str] = []
-    config, _ = _fill(TrainConfig, [(origin, dict(_flat(_parsed(data, origin))))], problems)
-    if problems:
-        raise ConfigError(problems)
+    config, wrong = _fill(TrainConfig, [(origin, dict(_flat(_parsed(data, origin))))])
+    if wrong:
+        raise ConfigError(wrong.values())
     return config
 
 
@@ -158,15 +151,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, text
 
 
-def _arguments(argv: Iterable[str], problems: list[str]) -> dict[str, Any]:
-    """The settings of the command line: lists, mappings and quoted words as YAML has them."""
+def _arguments(argv: Iterable[str]) -> dict[str, Any]:
+    """The settings of the command line: lists, mappings and quoted words as YAML has them, None
+    for what is no setting."""
     settings: dict[str, Any] = {}
     for argument in argv:
         name, equals, text = argument.partition("=")
-        if not equals:
-            problems.append(f"{argument!r} is not key=value (no spaces around =; see --help)")
-            continue
-        settings[name] = text
+        settings[name] = text if equals else None
         if text.startswith(("'", '"', "[", "{")):
             # else a pattern of shards that begins with a brace or a bracket
             with contextlib.suppress(yaml.YAMLError, RecursionError):
@@ -195,7 +186,7 @@ def _value(key: Key, text: Any) -> Any:
 def _scalar(text: str) -> Any:
     if text.lower() in WORDS:
         return WORDS[text.lower()]
-    for kind in (int, float):
+    for kind in (int, float) if "_" not in text else ():  # Python's 1_000 is a word in YAML
         with contextlib.suppress(ValueError):
             if math.isfinite(number := kind(text)):
                 return number
@@ -205,24 +196,23 @@ def _scalar(text: str) -> Any:
 # ---- filling ----
 
 
-def _fill(cls: type[T], layers: list[Layer], problems: list[str]) -> tuple[T, set[str]]:
-    """A `cls` with every good setting, and the keys that have no good value.
-
-    Appends what is wrong or missing to `problems`.
-    """
+def _fill(cls: type[T], layers: list[Layer]) -> tuple[T, dict[str, str]]:
+    """A `cls` with every good setting, and what is said of the others, by key."""
     tree, known = OmegaConf.structured(cls), keys(cls)
     given = {name: (origin, text) for origin, values in layers for name, text in values.items()}
-    wrong: set[str] = set()
+    wrong: dict[str, str] = {}
     for name, (origin, text) in given.items():
-        sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
+        if text is None:
+            sentence = f"{name!r} is not key=value (no spaces around =; see --help)"
+        else:
+            sentence = _set(tree, known[name], text) if name in known else _unknown(cls, name)
         if sentence:
-            problems.append(f"{origin}: {sentence}" if origin else sentence)
-            wrong.add(name)
-    for name, key in known.items():
-        if key.default == MISSING and name not in given:
-            problems.append(f"{name} is missing: {key.help}; give {name}=...")
-            wrong.add(name)
-        if key.default == MISSING and name in wrong:
+            wrong[name] = f"{origin}: {sentence}" if origin else sentence
+    required = [name for name, key in known.items() if key.default == MISSING]
+    for name in required:
+        if name not in given:
+            wrong[name] = f"{name} is missing: {known[name].help}; give {name}=..."
+        if name in wrong:
             OmegaConf.update(tree, name, "")  # lets the other keys be checked
     config: Any = OmegaConf.to_object(tree)
     return config, wrong
@@ -249,15 +239,14 @@ def _set(tree: Any, key: Key, text: Any) -> str:
     return ""
 
 
-def _checked(cls: type[T], layers: list[Layer], problems: list[str]) -> T:
-    """The filled config. Raises ConfigError with `problems`, its own and the rules it breaks."""
-    config, wrong = _fill(cls, layers, problems)
+def _checked(cls: type[T], layers: list[Layer]) -> T:
+    """The filled config. Raises ConfigError with what is wrong and the rules that are broken."""
+    config, wrong = _fill(cls, layers)
     level = {name: number for number, (_, values) in enumerate(layers) for name in values}
     for key, other in without_effect(config):
         if level.get(key.name, 0) < level.get(other, 0):  # what came later switched it off
             set_value(config, key.name, copy.copy(key.default))
-    problems += broken_rules(config, wrong)
-    if problems:
+    if problems := [*wrong.values(), *broken_rules(config, wrong)]:
         raise ConfigError(problems)
     return config
 
