@@ -129,6 +129,7 @@ FAULTS = {
     "validation shard gone": Fault(moves(lambda scene: scene.shard("validation")), "failed", GONE),
     "damaged shard": Fault(damages_shard, "failed", NONE_LOST, (NONE_LOST,), is_repeated=True),
     "loader killed": Fault(kills_loader, "failed", "a loader process died"),
+    "run folder renamed": Fault(moves(lambda scene: scene.run), "interrupted", "the run folder is"),
     "full disk": Fault(fills_disk, "interrupted", max_lost=10**9),
 }
 
