@@ -218,12 +218,9 @@ class TrainedVAE:
             raise ValueError("labels: this model was trained without labels; leave them out")
         found = torch.as_tensor(labels).long()
         found = found.expand(count) if found.ndim == 0 else found
-        if found.shape != (count,):
-            raise ValueError(
-                f"labels of shape {tuple(found.shape)} for {count} images; give one each"
-            )
-        if int(found.min()) < NO_LABEL or int(found.max()) >= num_classes:
-            raise ValueError(f"labels: give classes 0 to {num_classes - 1}, and -1 for none")
+        if found.shape != (count,) or found.min() < NO_LABEL or found.max() >= num_classes:
+            known = f"classes 0 to {num_classes - 1}, and -1 for none"
+            raise ValueError(f"labels={labels} for {count} images; give one, or one each: {known}")
         return found
 
     def _inputs(self, images: ImagesLike, labels: LabelsLike) -> tuple[Tensor, Tensor | None]:

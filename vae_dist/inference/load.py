@@ -107,14 +107,9 @@ def load_model(command: CheckpointCommand, *, device: torch.device | None = None
     folder = RunFolder(command.run)
     config = folder.config()
     checkpoint = load_checkpoint(folder.checkpoints.folder, command.checkpoint)
-    if command.weights not in checkpoint.tensors:
-        raise ConfigError(
-            f"weights={command.weights}: checkpoint {checkpoint.step} of {command.run} holds only "
-            f"{', '.join(sorted(checkpoint.tensors))}"
-        )
-    weights = checkpoint.tensors[command.weights]
     try:
         height, width = map(int, checkpoint.state["image_size"])
+        weights = checkpoint.tensors[command.weights]
         model = _built(config, (height, width), lambda model: weights)
     except FORGED as error:  # torch lists every name and shape that differs
         raise ConfigError(

@@ -96,14 +96,13 @@ def fit_mixture(z: Tensor, num_components: int, covariance: str, *, seed: int) -
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimator.fit(z.numpy())
     spread = torch.from_numpy(estimator.covariances_)
-    mixture = GaussianMixture(
+    return GaussianMixture(
         torch.from_numpy(estimator.weights_).log(),
         torch.from_numpy(estimator.means_),
         torch.linalg.cholesky(spread) if covariance == "full" else spread.sqrt(),
+        f"prior {num_components} Gaussians, {covariance} covariance, fitted to {len(z)} training "
+        "images",
     )
-    nats = -float(mixture.log_prob(z).mean())
-    said = f"prior {num_components} Gaussians, {covariance} covariance, fitted to {len(z)} training"
-    return replace(mixture, description=f"{said} images: {nats:.2f} nats per latent vector")
 
 
 def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> GaussianMixture:
