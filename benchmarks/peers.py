@@ -1,17 +1,13 @@
-"""The same data for the same seconds: ours, pythae's MNIST VAEs, diffusers' AutoencoderKL.
+"""The same digits for the same seconds: ours and pythae's MNIST VAEs.
 
-    PEERS_PYTHON=PYTHON python -m benchmarks.peers [seconds=60] [parts=mnist,autoencoder]
-        [threads=2] [data=FOLDER] [lr=1e-3] [latent=16] [key=value of config=mnist ...]
+    PEERS_PYTHON=PYTHON python -m benchmarks.peers [seconds=60] [threads=2] [lr=1e-3] [latent=16]
+        [key=value of config=mnist ...]
 
-mnist: the 9,000 bundled digits, binarised anew at each use, and -ELBO of the 1,000 held-out ones,
-the same binarised pictures for all. Ours is config=mnist with as many steps as `seconds` hold
+The 9,000 bundled digits, binarised anew at each use, and -ELBO of the 1,000 held-out ones, the same
+binarised pictures for all. Ours is config=mnist with as many steps as `seconds` hold
 (benchmarks/mnist_minute.py); pythae's are its dense default VAE and the convolutional one of its
 MNIST benchmark, under its own trainer with batch 64, Adam at `lr`, `latent` dimensions, float32,
-the precision that it has.
-
-autoencoder: ours and a plain loop around diffusers' AutoencoderKL of the same architecture and
-options, `seconds` each (benchmarks/autoencoder.py), at widths [32, 64, 64] on 64x64 pictures:
-data=FOLDER as `pack` writes it, or synthetic ones.
+the precision that it has. benchmarks/autoencoder.py compares with diffusers.
 
 PEERS_PYTHON: the Python of an environment with the peers, which need not be ours:
 
@@ -37,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import autoencoder
+from benchmarks.autoencoder import peer_command
 from benchmarks.mnist_minute import SCHEDULE, TRIAL_STEPS, run, steps_within
 from benchmarks.report import finish, head, show, split_options
 from benchmarks.setting import QUIET, make_setting, with_data
@@ -46,23 +42,7 @@ from vae_dist.data.loader import EvaluationStream
 from vae_dist.randomness import draws
 
 PYTHAE = ("pythae_dense", "pythae_conv")
-ARCHITECTURE = (  # of the part autoencoder, for both
-    "config=photos64",
-    "data.workers=0",
-    "model.latent=spatial",
-    "model.latent_channels=4",
-    "model.channels=[32,64,64]",
-    "model.patch=1",
-    "model.blocks=1",
-    "model.attention=false",
-    "model.norm_groups=8",
-    "likelihood.kind=gaussian",
-    "objective.beta=3e-5",
-    "optimizer.lr=1e-3",
-    "optimizer.warmup_steps=50",
-    "training.batch_size=8",
-    "training.ema_decay=0.99",
-)
+OPTIONS = {"seconds": "60", "threads": "2", "lr": "1e-3", "latent": "16"}
 
 
 def missing(package: str) -> str:
@@ -104,9 +84,7 @@ def pythae(kind: str, folder: Path, options: dict[str, str]) -> dict[str, Any]:
     }
     file = folder / f"{kind}.json"
     file.write_text(json.dumps(given))
-    arm = Arm(
-        kind, autoencoder.peer_command(file), threads=given["threads"], log=folder / f"{kind}.log"
-    )
+    arm = Arm(kind, peer_command(file), threads=given["threads"], log=folder / f"{kind}.log")
     try:
         print(f"  {kind}: {arm.options}", flush=True)
         arm.run(float(options["seconds"]))
@@ -159,24 +137,11 @@ def digits(options: dict[str, str], keys: list[str]) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    options, keys = split_options(
-        arguments,
-        {"seconds": "60", "parts": "mnist,autoencoder", "threads": "2", "data": ""}
-        | {"lr": "1e-3", "latent": "16"},
-    )
-    facts = head("the same data, the same seconds: ours and its peers")
-    figures: dict[str, Any] = {"seconds": float(options["seconds"])}
-    if "mnist" in options["parts"]:
-        rows = digits(options, keys)
-        show(rows)
-        figures["mnist"] = rows
-    if "autoencoder" in options["parts"]:
-        given = {name: options[name] for name in ("seconds", "threads", "data")}
-        arms = {"arms": "ours,diffusers", "turn_s": "10", "pool": "4096"}
-        found = autoencoder.compare({**autoencoder.OPTIONS, **given, **arms}, list(ARCHITECTURE))
-        show(found["arms"])
-        figures["autoencoder"] = found
-    finish(facts, figures)
+    options, keys = split_options(arguments, OPTIONS)
+    facts = head("the same digits, the same seconds: ours and its peers")
+    rows = digits(options, keys)
+    show(rows)
+    finish(facts, {"seconds": float(options["seconds"]), "mnist": rows})
     return 0
 
 

@@ -62,7 +62,7 @@ def test_peers_that_are_not_there_are_left_out():
     """Ours is a tiny model: the speed of the machine is measured first."""
     tiny = ["model.channels=[8,8]", "model.norm_groups=4", "model.blocks=1"]
     tiny += ["training.batch_size=8", "data.slots=8"]
-    found = last_line("peers", "seconds=1", "parts=mnist", "threads=1", *tiny)
+    found = last_line("peers", "seconds=1", "threads=1", *tiny)
     (row,) = found["mnist"]
     assert row["model"] == "ours, config=mnist"
 
