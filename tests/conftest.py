@@ -11,8 +11,9 @@ set_environment()  # before torch is imported: tests run beside each other, and 
 
 
 def pytest_collection_modifyitems(items):
-    """Those on a cluster first: they take the longest, and mostly wait."""
-    items.sort(key=lambda item: "launch" not in item.path.parts)
+    """The folders whose slow files take longest come first, so that processes end together."""
+    folders = ["launch", "tracking", "benchmarks"]
+    items.sort(key=lambda item: [*folders, item.path.parent.name].index(item.path.parent.name))
 
 
 @pytest.fixture(scope="session")
