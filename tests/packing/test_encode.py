@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -228,14 +226,3 @@ def test_any_number_of_processes_writes_the_same(run, straight, tmp_path):
         out, size = tmp_path / f"{world}", f"shard_mb={shard_mb}"
         assert run_ranks(world, encode.main, keys(run, out, size)) == [0] * world
         assert contents(out) == contents(want)
-
-
-@pytest.mark.slow
-def test_accelerate_launch_writes_the_same(run, straight, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [*launch, "--main_process_port", "0", "-m", "vae_dist.encode"]
-    words = [sys.executable, *command, *keys(run, tmp_path / "two")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "by 2 x cpu" in done.stdout
-    assert contents(tmp_path / "two") == contents(straight)

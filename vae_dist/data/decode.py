@@ -72,17 +72,20 @@ MASKS_OF_SAMPLES = ("member", "alpha", "nan")
 
 def decode_sample(
     sample: Mapping[str, Any],
-    settings: ImageSettings,
+    settings: ImageSettings | None = None,
     *,
     at_least: tuple[int, int] | None = None,
+    **fields: Any,
 ) -> np.ndarray:
     """The image (channels, H, W); with a mask of MASKS_OF_SAMPLES (channels + 1, H, W), the last
     plane of which is 1 where the pixel was observed, else 0.
 
+    fields: of ImageSettings, where none are given, as channels=3, max_pixels=10**6.
     at_least: (H, W) that the caller shrinks the image to; a JPEG may then be decoded at 1/2, 1/4
     or 1/8 of its size, as long as twice that many pixels are left.
     Raises DamagedSampleError, with the reason, for what cannot or must not be decoded.
     """
+    settings = settings or ImageSettings(size=(0, 0), resize=False, **fields)
     if settings.mask != "member" and MASK_MEMBER in sample:
         raise DamagedSampleError("its .mask.png says what is missing: set data.mask=member")
     kind, data = image_of(sample, settings.image_key)
@@ -94,7 +97,7 @@ def decode_sample(
 def decode_own(suffix: str, data: bytes, *, max_pixels: int) -> np.ndarray:
     """An image with the channels and the depth that it has, (C, H, W), decoded in full; floats may
     be NaN where a pixel is missing. Raises DamagedSampleError."""
-    return decode_sample({suffix: data}, ImageSettings(0, (0, 0), False, max_pixels, bits=0))
+    return decode_sample({suffix: data}, channels=0, bits=0, max_pixels=max_pixels)
 
 
 def size_of_sample(
@@ -118,8 +121,8 @@ def decode_mask(sample: Mapping[str, Any], size: tuple[int, ...], *, max_pixels:
     where it has none. Raises DamagedSampleError."""
     if MASK_MEMBER not in sample:
         return np.ones(size, bool)
-    settings = ImageSettings(1, (0, 0), False, max_pixels)
-    observed = decode_sample({"png": sample[MASK_MEMBER]}, settings)[0] > 127
+    shades = decode_sample({"png": sample[MASK_MEMBER]}, channels=1, max_pixels=max_pixels)
+    observed = shades[0] > 127
     if observed.shape != size:
         raise DamagedSampleError(
             f"its mask is {observed.shape[0]} x {observed.shape[1]} pixels, but the image "
