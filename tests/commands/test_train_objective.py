@@ -41,10 +41,9 @@ def test_auto_is_structure_where_no_weights_are_and_is_stored(tmp_path, digits, 
     assert sorted(rows(run)) == [1, 2, 3]
 
 
-def test_a_decoder_is_fine_tuned_for_an_encoder_that_stays(first, tmp_path, digits, capfd):
+def test_a_decoder_is_fine_tuned_for_an_encoder_that_stays(first, tmp_path, digits):
     fine_tuned = (*ADVERSARIAL, f"init_from={first}", "training.train_only=decoder")
     assert main(arguments(tmp_path / "run", digits, *OPTIONS, *fine_tuned)) == 0
-    assert "decoder alone: encoder, quant_conv and label embedding" in capfd.readouterr().out
     before, after = weights(first, 4, "ema"), weights(tmp_path / "run", 4)
     for name, value in before.items():
         is_kept = name.startswith(("encoder.", "quant_conv."))

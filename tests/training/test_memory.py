@@ -1,8 +1,5 @@
 """The estimate of a step against the step itself on CPU, and the microbatch that fits."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -85,14 +82,3 @@ def choice_of_a_rank():
 
 def test_ranks_agree_on_what_fits_everywhere():
     assert run_ranks(2, choice_of_a_rank) == [2, 2]
-
-
-@pytest.mark.parametrize(("variable", "calls"), [("NOTHING", 2), ("MALLOC_ARENA_MAX", 0)])
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_freed_memory_is_kept_unless_the_environment_says_how(monkeypatch, variable, calls):
-    asked = []
-    libc = SimpleNamespace(mallopt=lambda parameter, value: asked.append((parameter, value)))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setenv(variable, "8")
-    memory.keep_freed_memory()
-    assert len(asked) == calls

@@ -97,12 +97,12 @@ class Trainer:
             self._save_if_due()  # also before an evaluation, which may fail
             if evaluates:
                 if not self._evaluate():
-                    return self._interrupt()
+                    return self._end("interrupted")
                 self._save_if_due()  # the checkpoint of this step does not know of its evaluation
             if self.step == self.last_step:
-                return self._finish()
+                return self._end("finished")
             if self.step > 0 and stop.agreed():
-                return self._interrupt()
+                return self._end("interrupted")
             self._train_step(self._next(stream))
 
     def _next(self, stream: Iterator[Batch]) -> Batch:
@@ -158,18 +158,15 @@ class Trainer:
         self._watch.at(self.step, "evaluation")
         return self._stop.agreed()
 
-    def _interrupt(self) -> str:
-        self._save_for_good()  # else a warning says it, and an older one is there
-        return "interrupted"
-
-    def _finish(self) -> str:
-        if not self._save_for_good():
+    def _end(self, status: str) -> str:
+        """Of an interruption that the disk does not take a warning tells: an older one is there."""
+        if not self._save_for_good() and status == "finished":
             problem = self.runtime.broadcast(self.writer.problem)
             raise TrainingFailed(
                 f"all {self.step} steps are done but {problem}; free space, then the same "
                 "command goes on from the last checkpoint"
             )
-        return "finished"
+        return status
 
     def _log_is_due(self) -> bool:
         return is_due(self.step, self.config.log.every, self.last_step)

@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import math
 import os
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from vae_dist.training.optimizer import freeze_encoder
 TRACED_IMAGES = 2  # GroupNorm refuses one image of one pixel
 CPU_FRACTION = 0.5  # of the available memory: loader processes and their windows live in it too
 GPU_FRACTION = 0.6  # of the free memory: the estimate is good to a third
+PART_OF_16_BITS = {"cpu": 0.5, "cuda": 0.75}  # of float32's activations: CUDA keeps norms in it
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -70,8 +70,10 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
     if config.training.train_only == "decoder":
         freeze_encoder(vae)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    state_bytes = 2 * _num_bytes(vae) + 3 * sum(4 * p.numel() for p in trained)
-    state_bytes += _lower(vae, device, config.training.precision)
+    is_float32 = config.training.precision == "no"
+    part = 1.0 if is_float32 else PART_OF_16_BITS[device.type]
+    copies = 0.0 if is_float32 else 0.5  # of the weights, for autocast
+    state_bytes = int((2 + copies) * _num_bytes(vae)) + 3 * sum(4 * p.numel() for p in trained)
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     more = {"half_size": True} if config.objective.scale_equivariance else {}
@@ -86,28 +88,12 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
         forward_flops=forward_flops / num,
         step_flops=meter.flops / num,
         state_bytes=state_bytes,
-        image_bytes=meter.peak_bytes // num,
+        image_bytes=int(part * meter.peak_bytes / num),
     )
 
 
 def _num_bytes(module: nn.Module) -> int:
     return 4 * sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _lower(vae: nn.Module, device: torch.device, precision: str) -> int:
-    """Give the layers the types that autocast computes them in; the meta device has none.
-
-    Out: bytes of the copies of weights that autocast makes.
-    """
-    lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    num_bytes = 0
-    for layer in vae.modules() if lower is not None else ():
-        if isinstance(layer, nn.Conv2d | nn.Linear | nn.GroupNorm):
-            is_kept = isinstance(layer, nn.GroupNorm) and device.type == "cuda"
-            layer.to(torch.float32 if is_kept else lower)
-            layer.register_forward_pre_hook(lambda one, xs: xs[0].to(one.weight.dtype))
-            num_bytes += 0 if is_kept else _num_bytes(layer) // 2
-    return num_bytes
 
 
 class _Meter(TorchDispatchMode):
@@ -200,10 +186,9 @@ def keep_freed_memory() -> None:
 
     glibc returns large pieces to the kernel, which clears each page before it hands it out again:
     up to a third of a step. Loader processes must not inherit this, for each would hold what its
-    largest image took: call it once they run. An environment that sets up malloc is left alone.
+    largest image took: call it once they run.
     """
-    is_set_up = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if sys.platform == "linux" and not is_set_up and mallopt is not None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
+    if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the end of the heap back
         mallopt(M_MMAP_MAX, 0)  # nor take large pieces as mappings of their own

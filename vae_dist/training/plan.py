@@ -54,7 +54,7 @@ def plan(
         f"steps {training.steps}{begin} ({epochs:.1f} epochs) of {training.batch_size} images in "
         f"{config.data.slots} slots, on {runtime.world} x {device}{threads}, "
         f"{', '.join(arithmetic(config, runtime, microbatch))}",
-        *_added_terms(config, data),
+        *(f"beside the bound: {term}" for term in _added_terms(config, data)),
         *(f"note: {note}" for note in notes(config, data)),
     ]
 
@@ -149,25 +149,14 @@ def arithmetic(config: TrainConfig, runtime: Runtime, microbatch: int) -> Iterat
 
 
 def _added_terms(config: TrainConfig, data: Data) -> Iterator[str]:
-    """Of the loss beside the bound; `perceptual.kind` is resolved."""
-    perceptual, adversarial, objective = config.perceptual, config.adversarial, config.objective
-    begin = f"discriminator from step {adversarial.start_step}"
-    heard = first_step_of_generator(adversarial)
-    stored = ", whose features are in the shards" if data.settings.vision else ""
-    terms = {
-        f"perceptual {perceptual.kind} x {perceptual.weight:g}": perceptual.kind != "none",
-        f"adversarial x {adversarial.weight:g} ({begin}, decoder from {heard})": adversarial.weight,
-        f"half size x {objective.scale_equivariance:g}": objective.scale_equivariance,
-        f"latent noise {objective.latent_noise:g}": objective.latent_noise,
-        f"channels masked in {objective.channel_masking:.0%} of the images": (
-            objective.channel_masking
-        ),
-        f"alignment with {printable(objective.alignment)}{stored}": objective.alignment,
-    }
-    if parts := [text for text, is_used in terms.items() if is_used]:
-        yield f"beside the bound: {', '.join(parts)}"
-    if config.training.train_only == "decoder":
-        yield (
-            "decoder alone: encoder, quant_conv and label embedding keep their weights, the rate "
-            "has no gradient"
-        )
+    """Networks that compare images, beside the bound; `perceptual.kind` is resolved."""
+    perceptual, adversarial = config.perceptual, config.adversarial
+    if perceptual.kind != "none":
+        yield f"perceptual {perceptual.kind} x {perceptual.weight:g}"
+    if adversarial.weight:
+        heard = first_step_of_generator(adversarial)
+        begin = f"discriminator from step {adversarial.start_step}, decoder from {heard}"
+        yield f"adversarial x {adversarial.weight:g} ({begin})"
+    if vision := config.objective.alignment:
+        stored = ", whose features are in the shards" if data.settings.vision else ""
+        yield f"alignment with {printable(vision)}{stored}"

@@ -59,22 +59,17 @@ class StepReport(NamedTuple):
 
 
 class LossScale:
-    """Dynamic scale of an fp16 loss, on the device: halved by an overflow, doubled in time."""
-
-    GROWTH_INTERVAL = 2000  # steps, as torch.amp.GradScaler
+    """Dynamic scale of an fp16 loss, on the device: halved by an overflow, doubled after 2000 good
+    steps, as torch.amp.GradScaler does, which waits for the device before each update."""
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.enabled = enabled
         self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, found_inf: Tensor) -> None:
         if self.enabled:
-            self.good_steps = (self.good_steps + 1) * (1 - found_inf)
-            grow = self.good_steps >= self.GROWTH_INTERVAL
-            self.good_steps = torch.where(grow, 0.0, self.good_steps)
-            factor = torch.where(found_inf > 0, 0.5, torch.where(grow, 2.0, 1.0))
-            self.scale = self.scale * factor
+            torch._amp_update_scale_(self.scale, self.good_steps, found_inf, 2.0, 0.5, 2000)
 
 
 def _scaled_normal(part: Tensor, *, generator: torch.Generator) -> None:
@@ -292,7 +287,7 @@ class TrainingStep:
 
     def scalars(self) -> dict[str, Any]:
         scale = self.loss_scale
-        own = {"loss_scale": float(scale.scale), "good_steps": float(scale.good_steps)}
+        own = {"loss_scale": float(scale.scale), "good_steps": int(scale.good_steps)}
         if self.adversary is not None:
             own["adversarial_weight"] = float(self.adversary.weight)
         if self.alignment is not None:
