@@ -122,7 +122,7 @@ class Trainer:
         self._advance()
         self._watch.at(self.step, "log")
         self._check_health(report)
-        if self._log_is_due():
+        if is_due(self.step, self.config.log.every, self.last_step):
             self._row = self._training_row(report)
 
     def _advance(self) -> None:
@@ -168,9 +168,6 @@ class Trainer:
             )
         return status
 
-    def _log_is_due(self) -> bool:
-        return is_due(self.step, self.config.log.every, self.last_step)
-
     def _evaluation_is_due(self) -> bool:
         due = is_due(self.step, self.config.evaluation.every, self.last_step)
         return due and self._evaluated_step != self.step
@@ -183,8 +180,7 @@ class Trainer:
 
     def _check_health(self, report: StepReport) -> None:
         """What stops a run, looked at when it is due; the same answer on every rank."""
-        is_due_now = self.step % self.guard.max_consecutive == 0
-        if is_due_now or self._log_is_due() or self._checkpoint_is_due():
+        if self.step % self.guard.max_consecutive == 0 or self._checkpoint_is_due():
             self.guard.check(self.runtime, report.grad_norm, step=self.step)
         if is_due(self.step, self.config.training.checksum_every, -1):
             self._check_weights()

@@ -21,12 +21,12 @@ import torch
 from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.resolve import COMPILED, Facts, resolve, world_size_problem
 from vae_dist.config.schema import TrainConfig
-from vae_dist.data.loader import EvaluationStream
 from vae_dist.data.sources import is_remote
 from vae_dist.data.workers import deaths_explained
 from vae_dist.distributed import RankFailed, Runtime, computes_bf16, has_accelerator
 from vae_dist.evaluation.run import evaluate
 from vae_dist.files import printable
+from vae_dist.inference.load import Images
 from vae_dist.models.build import build_vae
 from vae_dist.models.latent import STATISTICS_FILE, write_statistics
 from vae_dist.models.networks import lpips_available
@@ -355,18 +355,15 @@ def build_trainer(
     compile_towers(step.vae, config)
 
     def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:
-        batches = EvaluationStream(
-            data.validation,
-            data.evaluation_settings,
-            batch_size=config.evaluation.batch_size,
-            rank=runtime.rank,
-            world=runtime.world,
-            workers=config.data.workers,
-            retry_s=config.data.retry_s,
-        )
+        images = Images(data.validation, data.evaluation_settings, config.data.retry_s)
         result = evaluate(
             model,
-            batches,
+            images.stream(
+                batch_size=config.evaluation.batch_size,
+                rank=runtime.rank,
+                world=runtime.world,
+                workers=config.data.workers,
+            ),
             seed=config.seed,
             runtime=runtime,
             max_skipped_fraction=config.data.max_skipped_fraction,
