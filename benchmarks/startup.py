@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from vae_dist.data.index import load_index
-from vae_dist.data.indexing import index_shard, write_info, write_sidecar
+from vae_dist.data.index import index_shard, load_index, write_info, write_sidecar
 from vae_dist.data.writer import ShardWriter
 
 MAX_LINKS = 30_000  # to one file: file systems allow so many

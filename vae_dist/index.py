@@ -40,8 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(command: IndexCommand) -> set[str]:
     """Make the index, report on each shard, and return the damaged ones."""
-    from vae_dist.data.index import load_index
-    from vae_dist.data.indexing import write_index, write_index_of_remote
+    from vae_dist.data.index import load_index, write_index, write_index_of_remote
     from vae_dist.data.shards import locate
     from vae_dist.data.sources import is_remote
 
@@ -77,8 +76,8 @@ def _index(command: IndexCommand) -> set[str]:
 def _verify(index: ShardIndex, command: IndexCommand) -> set[str]:
     """Decode everything; print what is wrong and what sizes there are. Returns the damaged
     shards."""
+    from vae_dist.data.settings import Findings, verify
     from vae_dist.data.transforms import ImageSettings
-    from vae_dist.data.verify import Findings, verify
 
     settings = ImageSettings(3, (1, 1), True, command.max_pixels, image_key=command.image_key)
     with progress_bar("verified", len(index.paths), unit="shards") as progress:

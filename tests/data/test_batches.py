@@ -6,9 +6,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -20,24 +18,20 @@ from hypothesis import strategies as st
 from tests.data.conftest import damage, load, png, written
 from tests.support.picture_sources import encoded
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import (
-    EvaluationStream,
-    ImageSettings,
-    Order,
-    ShardIndex,
-    TrainingStream,
-    image_settings,
-)
 from vae_dist.data import reader as reader_module
 from vae_dist.data.buckets import arrange, aspect, make_buckets, nearest, square
-from vae_dist.data.reader import SampleReader, SkippedSample
+from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.order import Order
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.settings import image_settings
+from vae_dist.data.transforms import ImageSettings
 
 BATCH, SIZE = 4, (8, 6)
 KINDS = ("jpg", "large jpg", "grey jpg", "png", "masked", "no image", "cut jpg", "bad label")
 LOST = ("no image", "cut jpg")  # without classes a label that cannot be read is none
 
 
-def sample_of(kind: str, number: int) -> dict[str, str | bytes]:
+def sample_of(kind, number):
     random = np.random.default_rng(number)
     height, width = (3 * SIZE[0], 4 * SIZE[1]) if kind == "large jpg" else SIZE
     image = random.integers(0, 256, (height, width, 3), np.uint8)
@@ -50,11 +44,9 @@ def sample_of(kind: str, number: int) -> dict[str, str | bytes]:
     return {suffix: data, "cls": label.encode(), **({"mask.png": mask} if kind == "masked" else {})}
 
 
-def shown(
-    index: ShardIndex, images: ImageSettings, order: Order, *, world: int = 1, **kwargs: Any
-) -> tuple[list[list[torch.Tensor]], Counter[SkippedSample]]:
+def shown(index, images, order, *, world=1, **kwargs):
     """Images, labels and masks of the global batches, and what they say of damage."""
-    skipped: Counter[SkippedSample] = Counter()
+    skipped = Counter()
     ranks = []
     for rank in range(world):
         keys = {"batch_size": BATCH, "rank": rank, "world": world, **kwargs}
@@ -70,7 +62,7 @@ def shown(
     return [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps], skipped
 
 
-def check(draw: Any, *, world: int, workers: int) -> None:
+def check(draw, *, world, workers):
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=BATCH, max_size=14))
     kinds.append("jpg")  # which can replace what is lost
     start, stop = draw(st.integers(0, 3)), 3 * len(kinds) // BATCH + 2
@@ -97,7 +89,7 @@ def check(draw: Any, *, world: int, workers: int) -> None:
 
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_batches_do_not_depend_on_cache_and_world(data: st.DataObject) -> None:
+def test_batches_do_not_depend_on_cache_and_world(data):
     check(data.draw, world=data.draw(st.sampled_from([1, 2, 4])), workers=0)
 
 
@@ -105,7 +97,7 @@ def test_batches_do_not_depend_on_cache_and_world(data: st.DataObject) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_nor_on_loader_processes(data: st.DataObject) -> None:
+def test_nor_on_loader_processes(data):
     world, workers = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
     check(data.draw, world=world, workers=workers)
 
@@ -114,9 +106,7 @@ NUM = 12
 CACHED = ImageSettings(3, SIZE, True, 2**16, flip=True)
 
 
-def test_each_image_is_decoded_and_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_image_is_decoded_and_read_once(tmp_path, monkeypatch):
     kinds = ["no image" if number == 5 else "large jpg" for number in range(NUM)]
     index = written(tmp_path / "set", [sample_of(kind, n) for n, kind in enumerate(kinds)], 2)
     decoded = Mock(wraps=reader_module.decode_sample)
@@ -124,7 +114,7 @@ def test_each_image_is_decoded_and_read_once(
     monkeypatch.setattr(reader_module, "decode_sample", decoded)
     monkeypatch.setattr(SampleReader, "read_many", lambda self, parts: read(self, parts))
 
-    def num_read(epochs: int) -> int:
+    def num_read(epochs):
         read.reset_mock()
         order = Order(index.lengths, lanes=BATCH, window=2, seed=3)
         steps = {"start_step": 0, "stop_step": epochs * NUM // BATCH}
@@ -149,9 +139,7 @@ IN_ORDER = [i for shard in range(3) for i in range(shard, COUNT, 3)]  # as the s
 
 @given(area=st.integers(1, 5000), multiple=st.integers(1, 40), max_aspect=st.floats(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_buckets_are_the_largest_sizes_that_fit(
-    area: int, multiple: int, max_aspect: float
-) -> None:
+def test_buckets_are_the_largest_sizes_that_fit(area, multiple, max_aspect):
     buckets = make_buckets(area=area, multiple=multiple, max_aspect=max_aspect)
     assert bool(buckets) == (area >= multiple * multiple)
     assert {(w, h) for h, w in buckets} == set(buckets), "upright and lying images count alike"
@@ -164,7 +152,7 @@ def test_buckets_are_the_largest_sizes_that_fit(
             assert taller * wider > area or too_long
 
 
-def test_images_of_one_aspect_go_together() -> None:
+def test_images_of_one_aspect_go_together():
     buckets = make_buckets(area=65536, multiple=16, max_aspect=2.0)
     assert square(buckets) == (256, 256) and len(buckets) == 11
     assert nearest(buckets, math.log(3 / 2)) == (208, 304)
@@ -179,7 +167,7 @@ def test_images_of_one_aspect_go_together() -> None:
     assert len(orders) == 4, "neighbours vary"
 
 
-def colours() -> Iterable[dict[str, str | bytes]]:
+def colours():
     """Images of one colour, which is their number."""
     for i in range(COUNT):
         pixels = np.full((*SHAPES[i % len(SHAPES)], 3), (i, i // 2, 7), np.uint8)
@@ -187,16 +175,16 @@ def colours() -> Iterable[dict[str, str | bytes]]:
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+def index(tmp_path_factory):
     return written(tmp_path_factory.mktemp("buckets") / "s", colours(), 3)
 
 
-def bucketed(index: ShardIndex) -> ImageSettings:
+def bucketed(index):
     data = DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6)
     return image_settings(index, data)
 
 
-def by_slot(index: ShardIndex, images: ImageSettings, *, world: int = 1, **keys: Any) -> Any:
+def by_slot(index, images, *, world=1, **keys):
     """Size and images of each slot of each step."""
     order = Order(index.lengths, lanes=SLOTS, window=8, seed=3, slot_rows=PER_SLOT)
     keys = {"start_step": 0, "stop_step": STEPS, **keys, "slots": SLOTS, "world": world}
@@ -216,9 +204,7 @@ def by_slot(index: ShardIndex, images: ImageSettings, *, world: int = 1, **keys:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
-    tmp_path: Path,
-) -> None:
+def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(tmp_path):
     paths, lost = written(tmp_path / "s", colours(), 3).paths, {3, 40, 41}
     for number in lost:
         damage(paths[number % 3], number // 3, header=number == 40)
@@ -237,13 +223,11 @@ def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
     assert got == {key: value for key, value in reference.items() if 5 <= key[0] < 8}
 
 
-def test_evaluation_shows_each_image_once_at_its_own_bucket(
-    index: ShardIndex, one_process: None
-) -> None:
+def test_evaluation_shows_each_image_once_at_its_own_bucket(index, one_process):
     images = bucketed(index).without_augmentation()
     own = [nearest(images.buckets, aspect(SHAPES[n % len(SHAPES)])) for n in IN_ORDER]
     for world in (1, 2):
-        seen: dict[int, tuple[int, int]] = {}
+        seen = {}
         for rank in range(world):
             keys = {"batch_size": 16, "rank": rank, "world": world, "workers": 2}
             batches = list(stream := EvaluationStream(index, images, **keys))

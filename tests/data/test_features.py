@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import safetensors.numpy
 from tests.data.conftest import png
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.features import MEMBER, Features
-from vae_dist.data.index import ShardIndex, load_index
+from vae_dist.data.index import load_index
 from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
@@ -25,19 +24,19 @@ NUM, SIZE, SHAPE = 24, (8, 8), (2, 1, 3)
 SETTINGS = ImageSettings(3, SIZE, True, 2**16)
 
 
-def picture(number: int) -> np.ndarray:
+def picture(number):
     """Its left half has its number, its right half is 255."""
     image = np.full((*SIZE, 3), number, np.uint8)
     image[:, SIZE[1] // 2 :] = 255
     return image
 
 
-def features(number: int) -> np.ndarray:
+def features(number):
     return np.arange(6, dtype=np.float16).reshape(SHAPE) + 10 * number
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+def index(tmp_path_factory):
     folder = tmp_path_factory.mktemp("features") / "set"
     samples = (
         {
@@ -54,9 +53,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
 @pytest.mark.parametrize("keys", [{}, {"flip": True}, {"resize": False, "any_size": True}])
-def test_they_go_where_their_image_goes(
-    keys: dict[str, bool], cache_bytes: int, workers: int, index: ShardIndex
-) -> None:
+def test_they_go_where_their_image_goes(keys, cache_bytes, workers, index):
     """Mirrored where it is mirrored, from any step on."""
     settings = with_features(index, replace(SETTINGS, **keys), vision="model", key="data.train")
     order, seen = Order(index.lengths, lanes=4, window=2, seed=3), {False: 0, True: 0}
@@ -82,7 +79,7 @@ def test_they_go_where_their_image_goes(
     assert sum(seen.values()) == 4 * (20 + 13) and bool(seen[True]) == ("flip" in keys)
 
 
-def test_shards_without_have_none(index: ShardIndex, tmp_path: Path) -> None:
+def test_shards_without_have_none(index, tmp_path):
     write_shards([{"__key__": "0", "png": png(picture(0))}], tmp_path / "set", num_shards=1)
     plain = load_index(str(tmp_path / "set"), key="data.train", create=False)
     assert with_features(plain, SETTINGS, vision="model", key="data.train") == SETTINGS
@@ -103,9 +100,7 @@ def test_shards_without_have_none(index: ShardIndex, tmp_path: Path) -> None:
         (replace(SETTINGS, buckets=(SIZE, (4, 16))), "model", "aspect buckets shows other parts"),
     ],
 )
-def test_features_of_what_is_not_shown_are_refused(
-    settings: ImageSettings, vision: str, message: str, index: ShardIndex
-) -> None:
+def test_features_of_what_is_not_shown_are_refused(settings, vision, message, index):
     with pytest.raises(ConfigError, match=message):
         found = with_features(index, settings, vision=vision, key="data.train")
         reader = SampleReader(index, found, seed=0)
@@ -130,12 +125,12 @@ GOOD = {"metadata": {"model": "model", "image_size": "8x8"}}
         Features(features(0), "model", "8x8").to_bytes()[:-1],
     ],
 )
-def test_what_is_no_features_is_damage(data: bytes) -> None:
+def test_what_is_no_features_is_damage(data):
     with pytest.raises(DamagedSampleError, match=f"no features in .{MEMBER}"):
         Features.from_bytes(data)
 
 
-def test_another_shape_is_damage(index: ShardIndex) -> None:
+def test_another_shape_is_damage(index):
     settings = with_features(index, SETTINGS, vision="model", key="data.train")
     reader = SampleReader(index, replace(settings, features=(2, 1, 4)), seed=0)
     with pytest.raises(DamagedSampleError, match=r"features of shape \(2, 1, 3\)"):

@@ -11,7 +11,6 @@ import shutil
 import struct
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,28 +24,30 @@ from tests.data.conftest import MARKED, identities, load, marked_png, written
 from tests.support.picture_sources import encoded, npy
 from vae_dist.config.commands import CheckpointCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import ImageSettings, Order, ShardError, ShardIndex, TrainingStream
 from vae_dist.data.decode import decode_own, decode_sample, kind_of, size_of_sample
-from vae_dist.data.indexing import index_shard
+from vae_dist.data.index import index_shard
+from vae_dist.data.loader import TrainingStream
+from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.tar import DamagedSampleError, files_of_tar
+from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
+from vae_dist.data.transforms import ImageSettings
 from vae_dist.inference.latents import from_bytes, to_bytes
 from vae_dist.inference.load import load_model
 
 COUNT = 12
 
 
-def one_shard(folder: Path) -> ShardIndex:
+def one_shard(folder):
     return written(folder / "set", ({"png": marked_png(3, i), "cls": b"3"} for i in range(COUNT)))
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+def index(tmp_path_factory):
     return one_shard(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.fixture(scope="module")
-def whole(index: ShardIndex) -> bytes:
+def whole(index):
     return Path(index.paths[0]).read_bytes()
 
 
@@ -55,9 +56,7 @@ EDIT = st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_si
 
 @given(edits=st.lists(EDIT, max_size=4), keep=st.just(1.0) | st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
-def test_damaged_bytes_have_a_named_outcome(
-    index: ShardIndex, whole: bytes, edits: list[tuple[float, bytes]], keep: float
-) -> None:
+def test_damaged_bytes_have_a_named_outcome(index, whole, edits, keep):
     """Whatever happens to a shard after it was indexed: an image is either the one that was packed
     at its place, or it is named as damaged; nothing else is raised."""
     path, data = Path(index.paths[0]), bytearray(whole)
@@ -89,7 +88,7 @@ def test_damaged_bytes_have_a_named_outcome(
         assert str(path) in str(error)
 
 
-def pictures() -> dict[str, bytes]:
+def pictures():
     pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
     planes = pixels.transpose(2, 0, 1).copy()
     found = {
@@ -111,7 +110,7 @@ def pictures() -> dict[str, bytes]:
     return found
 
 
-def read_picture(name: str, data: bytes) -> np.ndarray | None:
+def read_picture(name, data):
     """A size that is read is kept to; what is accepted, others do not refuse."""
     sample = {name: data}
     try:
@@ -131,7 +130,7 @@ def read_picture(name: str, data: bytes) -> np.ndarray | None:
     return pixels
 
 
-def peak_megabytes() -> float:
+def peak_megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -139,7 +138,7 @@ PICTURES = pictures()
 VALUES = (0, 1, 2**16, 2**24, 2**31 - 1, 2**32 - 1)
 
 
-def damaged(generator: random.Random, whole: bytes) -> bytes:
+def damaged(generator, whole):
     """A few bytes, or numbers of four, or the end are others; mostly where headers are."""
     data = bytearray(whole)
     for _ in range(generator.randint(1, 4)):
@@ -158,7 +157,7 @@ def damaged(generator: random.Random, whole: bytes) -> bytes:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PICTURES)
-def test_damaged_pictures(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_pictures(name, caplog):
     caplog.set_level(logging.CRITICAL)  # tifffile tells of what it cannot read
     generator, before = random.Random(name), peak_megabytes()
     assert read_picture(name, PICTURES[name]) is not None
@@ -171,7 +170,7 @@ def test_damaged_pictures(name: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_damaged_shards_indexes_latents_and_configs(tmp_path: Path, spatial_run: Path) -> None:
+def test_damaged_shards_indexes_latents_and_configs(tmp_path, spatial_run):
     """Whatever their bytes are, each reader reads, or refuses by our own errors."""
     shard, before = Path(one_shard(tmp_path).paths[0]), peak_megabytes()
     info = shard.parent / "_info.json"
@@ -180,20 +179,20 @@ def test_damaged_shards_indexes_latents_and_configs(tmp_path: Path, spatial_run:
     weights = manifest.with_name("ema.safetensors")
     latents = to_bytes({"mean": torch.zeros(4, 2, 2)}, (8, 8))
 
-    def load_shards() -> None:
+    def load_shards():
         index = load(shard.parent)
         reader = SampleReader(index, MARKED, seed=0)
         reader.read(reader.in_order(0, index.num_samples))
 
-    def load_run() -> None:
+    def load_run():
         load_model(CheckpointCommand(run=str(run)), device=torch.device("cpu"))
 
-    def list_tar() -> None:
+    def list_tar():
         names = [name for name, _, _ in files_of_tar(str(shard))]
         with tarfile.open(shard) as tar:  # it takes a damaged header for the end
             assert [m.name for m in tar.getmembers() if m.isreg()] == names
 
-    readers: list[tuple[Path, Any, int]] = [
+    readers = [
         (shard, list_tar, 400),
         (Path(f"{shard}.idx"), load_shards, 100),
         (info, load_shards, 100),

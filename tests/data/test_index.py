@@ -17,23 +17,32 @@ from webdataset.tariterators import base_plus_ext
 
 from tests.data.conftest import LENGTHS, MARKED, identities, load, marked_png
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import ShardError
-from vae_dist.data.index import MAX_SAMPLE_BYTES
-from vae_dist.data.indexing import NUM_PIECES, PIECE_BYTES, digest_of, index_shard, write_index
+from vae_dist.data.index import (
+    MAX_SAMPLE_BYTES,
+    NUM_PIECES,
+    PIECE_BYTES,
+    digest_of,
+    index_shard,
+    write_index,
+)
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.shards import locate
-from vae_dist.data.tar import DamagedSampleError, files_of_tar, key_and_suffix, sample_starts
+from vae_dist.data.tar import (
+    DamagedSampleError,
+    ShardError,
+    files_of_tar,
+    key_and_suffix,
+    sample_starts,
+)
 
 NAMES = [f"set-{i:02d}.tar" for i in range(10)]
 
 
-def paths(spec: object) -> list[str]:
+def paths(spec):
     return [shard.path for shard in locate(spec, key="data.train")]
 
 
-def test_folders_patterns_globs_and_lists_name_the_same_shards(
-    shards: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_patterns_globs_and_lists_name_the_same_shards(shards, monkeypatch):
     monkeypatch.setenv("HOME", str(Path(shards).parent))
     folder = paths(shards)
     assert [os.path.basename(p) for p in folder] == NAMES
@@ -47,7 +56,7 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(
         assert paths(spec) == folder
 
 
-def test_wrong_specs_are_named(shards: str, tmp_path: Path) -> None:
+def test_wrong_specs_are_named(shards, tmp_path):
     for spec, message in (
         ("nowhere", r"^data\.train=nowhere: no such folder; point it at WebDataset shards"),
         ("{shards}/set-{{08..17}}.tar", r"8 of 10 shards are missing: .*set-10\.tar.* and 3 more"),
@@ -64,7 +73,7 @@ def test_wrong_specs_are_named(shards: str, tmp_path: Path) -> None:
             load(spec)
 
 
-def write_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORMAT) -> None:
+def write_tar(path, names, tar_format=tarfile.USTAR_FORMAT):
     with tarfile.open(path, "w", format=tar_format) as tar:
         for number, name in enumerate(names):
             member = tarfile.TarInfo(name)
@@ -73,7 +82,7 @@ def write_tar(path: Path, names: list[str], tar_format: int = tarfile.USTAR_FORM
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_files_and_offsets_are_those_of_tarfile(tmp_path: Path, tar_format: int) -> None:
+def test_files_and_offsets_are_those_of_tarfile(tmp_path, tar_format):
     path, keys = tmp_path / "a.tar", ("x/a", "x/" + "b" * 120, "x/\u00e4", "\u00e4" * 200, "x/d")
     names = [f"{key}.{suffix}" for key in keys for suffix in ("png", "cls", "json")]
     write_tar(path, names, tar_format)
@@ -91,7 +100,7 @@ ODD = ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a."
 
 
 @pytest.mark.parametrize("name", [*METADATA, "._a.png", ".DS_Store"])
-def test_samples_and_metadata_are_what_webdataset_says(tmp_path: Path, name: str) -> None:
+def test_samples_and_metadata_are_what_webdataset_says(tmp_path, name):
     for place in range(3):
         names = ["a.png", "b.png"]
         names.insert(place, name)
@@ -109,7 +118,7 @@ def test_samples_and_metadata_are_what_webdataset_says(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
-def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path: Path, tar_format: int) -> None:
+def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path, tar_format):
     """Folders and links between samples are passed over; a header of zeros is damage."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tar_format) as tar:
@@ -131,9 +140,7 @@ def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path: Path, tar_format
                 assert single_sample(zeroed, "a.tar").keys() >= {"png", "cls"}
 
 
-def test_members_that_do_not_lie_together_are_named_and_names_are_only_names(
-    tmp_path: Path,
-) -> None:
+def test_members_that_do_not_lie_together_are_named_and_names_are_only_names(tmp_path):
     write_tar(path := tmp_path / "a.tar", ["a.png", "b.png", "a.cls", "b.cls"])
     with pytest.raises(ShardError, match=r"members of sample a do not .*pack source=.*a\.tar out"):
         index_shard(path)
@@ -150,7 +157,7 @@ def test_members_that_do_not_lie_together_are_named_and_names_are_only_names(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["_info.json", "a.tar", "a.tar.idx"]
 
 
-def header(size: bytes, kind: bytes = b"0") -> bytes:
+def header(size, kind=b"0"):
     block = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
     block[124 : 124 + len(size)], block[156:157] = size, kind
     block[148:156] = b" " * 8
@@ -158,7 +165,7 @@ def header(size: bytes, kind: bytes = b"0") -> bytes:
     return bytes(block)
 
 
-def test_what_a_header_says_is_compared_with_what_is_there(tmp_path: Path) -> None:
+def test_what_a_header_says_is_compared_with_what_is_there(tmp_path):
     for data, problem in (
         (header(b"\x80" + bytes(3) + b"\xff" * 8), "the tar ends inside a file"),  # base 256
         (header(b"\xff" * 12), "damaged tar header"),  # base 256, below zero
@@ -179,17 +186,15 @@ def test_what_a_header_says_is_compared_with_what_is_there(tmp_path: Path) -> No
             single_sample(data, "a.tar")
 
 
-def test_loading_makes_what_is_missing_and_then_reads_it(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object) -> None:
+def test_loading_makes_what_is_missing_and_then_reads_it(copied, monkeypatch):
+    def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
     (copied / "set-03.tar.idx").unlink()
     with pytest.raises(ConfigError, match=r"set-03\.tar has no index; .*vae_dist\.index data="):
         load(copied)
     with monkeypatch.context() as patch:
-        patch.setattr("vae_dist.data.indexing.write_durably", refuse)
+        patch.setattr("vae_dist.data.index.write_durably", refuse)
         with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied.*copy the s"):
             load(copied, create=True)
     after, again = load(copied, create=True), load(copied)
@@ -203,9 +208,7 @@ def test_loading_makes_what_is_missing_and_then_reads_it(
     assert len(whole) == LENGTHS[5] + 1 and (again.offsets(5, 10, 14) == whole[10:15]).all()
 
 
-def test_what_a_folder_does_not_say_or_says_otherwise(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_folder_does_not_say_or_says_otherwise(folder, capsys):
     info = folder / "_info.json"
     load(folder, create=True)
     assert not capsys.readouterr().err
@@ -223,7 +226,7 @@ def test_what_a_folder_does_not_say_or_says_otherwise(
     assert info.read_text() == "theirs"
 
 
-def test_a_data_set_is_its_bytes(folder: Path) -> None:
+def test_a_data_set_is_its_bytes(folder):
     whole, shard, info = load(folder).fingerprint, folder / "set-05.tar", folder / "_info.json"
     os.utime(shard, (4e9, 4e9))  # younger than the index, but the same
     assert load(folder).fingerprint == whole
@@ -245,12 +248,10 @@ def test_a_data_set_is_its_bytes(folder: Path) -> None:
     assert load(folder).fingerprint != without
 
 
-def test_digests_are_of_pieces_and_taken_anew_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[str] = []
+def test_digests_are_of_pieces_and_taken_anew_once(folder, tmp_path, monkeypatch):
+    taken = []
 
-    def counted(paths: list[str]) -> list[str]:
+    def counted(paths):
         taken.extend(paths)
         return [digest_of(path, os.path.getsize(path)) for path in paths]
 
@@ -268,7 +269,7 @@ def test_digests_are_of_pieces_and_taken_anew_once(
         assert digest_of(str(path), size) != before
 
 
-def test_damage_is_reported_with_its_byte(copied: Path) -> None:
+def test_damage_is_reported_with_its_byte(copied):
     whole = {name: (copied / name).read_bytes() for name in NAMES}
     end = int(index_shard(copied / "set-05.tar")[-1])
     at = int(index_shard(copied / "set-05.tar")[20])
@@ -295,7 +296,7 @@ def test_damage_is_reported_with_its_byte(copied: Path) -> None:
         assert index_shard(path)[-1] == end
 
 
-def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copied: Path) -> None:
+def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copied):
     sidecar, misfit = copied / "set-05.tar.idx", r"set-05\.tar\.idx does not fit .*overwrite=true"
     whole, index = sidecar.read_bytes(), load(copied)
     for data in ((copied / "set-09.tar.idx").read_bytes(), whole[:-24], whole[:-3], b""):

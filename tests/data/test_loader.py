@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -18,10 +16,13 @@ from hypothesis import strategies as st
 
 from tests.data import conftest as shared
 from tests.data.conftest import identities, load, open_stream
-from vae_dist.data import EvaluationStream, ImageSettings, Order, ShardIndex, TrainingStream
 from vae_dist.data.buckets import make_buckets
+from vae_dist.data.index import ShardIndex
+from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader
 from vae_dist.data.tar import DamagedSampleError, ShardError
+from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import LoaderDied, deaths_explained
 
 Place = tuple[int, int]  # shard, index in it
@@ -34,10 +35,10 @@ class Memory(SampleReader):
     lost_of = 0  # one in so many is lost
 
     @classmethod
-    def is_lost(cls, place: Place) -> bool:
+    def is_lost(cls, place):
         return cls.lost_of > 0 and (place[0] * 31 + place[1] * 7) % cls.lost_of == 1
 
-    def read_many(self, parts: Any) -> Any:
+    def read_many(self, parts):
         return [
             [memoryview(bytes([run.shard, 0, i])) for run in runs for i in range(*run[1:])]
             for runs in parts
@@ -50,39 +51,40 @@ class Memory(SampleReader):
         own = shape_of((shard, index)) if self.settings.any_size else self.settings.size
         return LoadedSample(np.broadcast_to(marks, (3, *(size or own))), shard)
 
-    def size_or_none(self, data: Any, shard: int, index: int) -> tuple[int, int] | None:
-        return None if self.is_lost((shard, index)) else shape_of((shard, index))
+    def size_or_none(self, data, shard):
+        place = (shard, data[2])
+        return None if self.is_lost(place) else shape_of(place)
 
 
-def shape_of(place: Place) -> tuple[int, int]:
+def shape_of(place):
     number = place[0] * 31 + place[1] * 7
     return 10 + number % 13, 10 + number % 17
 
 
 @pytest.fixture
-def in_memory(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_memory(one_process, monkeypatch):
     monkeypatch.setattr("vae_dist.data.loader.SampleReader", Memory)
 
 
-def index_of(lengths: list[int]) -> ShardIndex:
+def index_of(lengths):
     numbers = np.array(lengths, np.int64)
     return ShardIndex(tuple(map(str, range(len(lengths)))), numbers, numbers)
 
 
-def by_the_rule(order: Order, stop: int, is_lost: Any) -> list[list[Place]]:
+def by_the_rule(order, stop, is_lost):
     """What each step shows, done slowly: windows of a lane, their first readable sample, the
     nearest earlier one, else the nearest later one."""
-    lanes: list[list[Place]] = []
+    lanes = []
     for lane in range(order.lanes):
-        parts: list[list[Place]] = []
-        donors: list[Place | None] = []
+        parts = []
+        donors = []
         row = 0
         while row < stop or not any(donors):
             window = order.window_at(lane, row)
             row = window.end_row
-            parts.append([window.sample(int(position)) for position in window.order])
+            parts.append([window.place(int(position))[1:] for position in window.order])
             donors.append(next((s for s in parts[-1] if not is_lost(s)), None))
-        rows: list[Place] = []
+        rows = []
         for k, places in enumerate(parts):
             nearest = [*donors[k::-1], *donors[k:]]
             donor = next(d for d in nearest if d is not None)
@@ -101,7 +103,7 @@ IN_MEMORY = settings(
 
 @given(data=st.data())
 @IN_MEMORY
-def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
+def test_streams_of_any_shape(in_memory, data):
     """A step shows the same, from wherever the stream began and however it is shared; without
     buckets the samples k B, ..., (k + 1) B - 1 of the order."""
     draw = data.draw
@@ -118,11 +120,11 @@ def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
     window = per_slot * draw(st.integers(1, 5))
     order = Order(lengths, lanes=lanes, window=window, seed=1, slot_rows=rows)
 
-    def shown(world: int, workers: int, start: int) -> tuple[dict[Place, Any], Any, Any]:
+    def shown(world, workers, start):
         """By step and slot the places and the size; by step what was lost, and the shards."""
-        found: dict[Place, Any] = {}
-        lost: Counter[tuple[int, str, int]] = Counter()
-        shards: set[tuple[int, str]] = set()
+        found = {}
+        lost = Counter()
+        shards = set()
         for rank in range(world):
             keys = {"rank": rank, "world": world, "workers": workers, "slots": slots}
             keys |= {"batch_size": batch, "start_step": start, "stop_step": stop}
@@ -156,9 +158,7 @@ def test_streams_of_any_shape(in_memory: None, data: st.DataObject) -> None:
         assert {k for k in whole[2] if k[0] == step} == {(step, str(s)) for s, _ in places}
 
 
-def test_a_window_without_a_readable_sample_takes_the_nearest_earlier_one(
-    in_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_without_a_readable_sample_takes_the_nearest_earlier_one(in_memory, monkeypatch):
     monkeypatch.setattr(Memory, "lost_of", 2)
     order, images = Order([40], lanes=2, window=1, seed=1), ImageSettings(3, (8, 8), True, 100)
     keys = {"batch_size": 2, "start_step": 0, "stop_step": 40}
@@ -171,7 +171,7 @@ def test_a_window_without_a_readable_sample_takes_the_nearest_earlier_one(
 
 @given(data=st.data())
 @IN_MEMORY
-def test_an_evaluation_shows_each_image_once(in_memory: None, data: st.DataObject) -> None:
+def test_an_evaluation_shows_each_image_once(in_memory, data):
     """Over all ranks, in equal batches, and again when it is iterated again; lost ones and padding
     have no weight."""
     draw = data.draw
@@ -183,8 +183,8 @@ def test_an_evaluation_shows_each_image_once(in_memory: None, data: st.DataObjec
     index, images = index_of(lengths), ImageSettings(3, (2, 2), True, 100)
     streams = [EvaluationStream(index, images, rank=rank, **keys) for rank in range(world)]
     for _ in range(2):
-        seen: dict[int, Place] = {}
-        skipped: list[Place] = []
+        seen = {}
+        skipped = []
         batches = [list(stream) for stream in streams]
         sizes = [[len(batch.images) for batch in of_rank] for of_rank in batches]
         assert all(size == sizes[0] and len(size) == len(streams[0]) for size in sizes)
@@ -201,7 +201,7 @@ def test_an_evaluation_shows_each_image_once(in_memory: None, data: st.DataObjec
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 3)])
-def test_loader_processes(index: ShardIndex, world: int, workers: int) -> None:
+def test_loader_processes(index, world, workers):
     """They change nothing, nor does what they draw."""
     torch.manual_seed(0)
     np.random.seed(0)
@@ -212,7 +212,7 @@ def test_loader_processes(index: ShardIndex, world: int, workers: int) -> None:
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
-def test_lost_samples_are_named_each_time_and_replaced(copied: Path) -> None:
+def test_lost_samples_are_named_each_time_and_replaced(copied):
     lost = {(3, 4), (5, 41)}
     for shard, i in lost:
         shared.damage(str(copied / f"set-{shard:02d}.tar"), i, header=i % 2 == 0)
@@ -230,7 +230,7 @@ def test_lost_samples_are_named_each_time_and_replaced(copied: Path) -> None:
     assert all(".tar sample " in str(s.replaced_by) for s in skipped)
 
 
-def test_a_cut_shard_loses_its_tail_only_and_one_that_is_gone_stops_the_run(copied: Path) -> None:
+def test_a_cut_shard_loses_its_tail_only_and_one_that_is_gone_stops_the_run(copied):
     index = load(copied)
     steps = {"start_step": 0, "stop_step": sum(shared.LENGTHS) // shared.BATCH}
     os.truncate(index.paths[5], int(index.offsets(5)[20]) + 100)
@@ -243,17 +243,13 @@ def test_a_cut_shard_loses_its_tail_only_and_one_that_is_gone_stops_the_run(copi
         list(open_stream(index, **steps))
 
 
-def test_any_error_of_the_reading_thread_reaches_who_waits(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_error_of_the_reading_thread_reaches_who_waits(index, monkeypatch):
     monkeypatch.setattr(SampleReader, "read_many", Mock(side_effect=MemoryError("no memory")))
     with pytest.raises(MemoryError, match="no memory"):
         next(iter(open_stream(index, start_step=0, stop_step=1)))
 
 
-def test_data_of_the_wrong_kind_stops_the_run(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_of_the_wrong_kind_stops_the_run(index, monkeypatch):
     for images, message in (
         (
             ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=2),
@@ -269,7 +265,7 @@ def test_data_of_the_wrong_kind_stops_the_run(
             next(iter(open_stream(index, images, start_step=0, stop_step=1, workers=1)))
 
 
-def test_workers_ignore_the_signals_of_their_group_and_end_with_close(index: ShardIndex) -> None:
+def test_workers_ignore_the_signals_of_their_group_and_end_with_close(index):
     stream = open_stream(index, start_step=0, stop_step=10**6, workers=1)
     batches = iter(stream)
     next(batches)
@@ -285,8 +281,8 @@ def test_workers_ignore_the_signals_of_their_group_and_end_with_close(index: Sha
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_killed_loader_process_is_an_error_and_ends_the_others(index: ShardIndex) -> None:
-    def children() -> set[int]:
+def test_a_killed_loader_process_is_an_error_and_ends_the_others(index):
+    def children():
         return {process.pid or 0 for process in multiprocessing.active_children()}
 
     batches = iter(open_stream(index, workers=2, start_step=0, stop_step=10**6))

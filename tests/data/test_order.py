@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +12,14 @@ from hypothesis import strategies as st
 
 from tests.data.conftest import MARKED, identities, load, make_shards, sample_at
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import ShardIndex, TrainingStream
+from vae_dist.data.index import ShardIndex
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import MixedOrder, Order, make_order, quotas
 
 SHARDS = st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any)
 
 
-def index_of(parts: list[list[int]]) -> ShardIndex:
+def index_of(parts):
     """Of one data set, or of several with the weights 1, 2, ..."""
     lengths = np.array([length for part in parts for length in part], np.int64)
     weights = tuple((len(part), 1.0 + number) for number, part in enumerate(parts))
@@ -36,8 +36,8 @@ def index_of(parts: list[list[int]]) -> ShardIndex:
 )
 @settings(max_examples=40, deadline=None)
 def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
-    parts: list[list[int]], lanes: int, slot_rows: int, window: int, seed: int
-) -> None:
+    parts, lanes, slot_rows, window, seed
+):
     index = index_of(parts)
     keys = {"window": window * max(1, slot_rows), "seed": seed, "slot_rows": slot_rows}
     order = make_order(index, lanes=lanes, **keys)
@@ -45,7 +45,7 @@ def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
     first_shard = np.cumsum([0, *map(len, parts)])
     for part, lengths in enumerate(parts):
         mine, total = np.flatnonzero(part_of_lane == part), sum(lengths)
-        seen: Counter[tuple[int, int, int]] = Counter()
+        seen = Counter()
         for rank, lane in enumerate(mine.tolist()):
             row = 0
             while row * len(mine) < 2 * total:
@@ -68,14 +68,14 @@ def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
             assert counts.keys() == {(s, i) for s, n in enumerate(lengths) for i in range(n)}
 
 
-def test_a_shard_is_read_front_to_back_by_few_lanes_and_windows_at_different_steps() -> None:
+def test_a_shard_is_read_front_to_back_by_few_lanes_and_windows_at_different_steps():
     order = Order([6400], lanes=16, window=8, seed=0)
     ends = Counter(order.window_at(lane, 0).end_row for lane in range(16))
     assert set(ends) == set(range(1, 9)) and max(ends.values()) == 2
     order = Order([100] * 32, lanes=8, window=10, seed=0)
-    readers: dict[int, set[int]] = {}
+    readers = {}
     for lane in range(8):
-        last: dict[int, int] = {}
+        last = {}
         window = order.window_at(lane, 0)
         while window.epochs[0] == 0:
             for run in window.runs:
@@ -88,7 +88,7 @@ def test_a_shard_is_read_front_to_back_by_few_lanes_and_windows_at_different_ste
     assert sum(len(lanes) for lanes in readers.values()) <= 32 + 8 + 1
 
 
-def test_class_sorted_shards_are_mixed_and_many_cost_little() -> None:
+def test_class_sorted_shards_are_mixed_and_many_cost_little():
     """A batch of 64 holds nearly 64 classes; of 10^8 samples any is found without the others."""
     order = Order([20] * 1000, lanes=64, window=8, seed=0)
     classes = [len({sample_at(order, g)[1] for g in range(64 * k, 64 * k + 64)}) for k in (0, 9)]
@@ -98,7 +98,7 @@ def test_class_sorted_shards_are_mixed_and_many_cost_little() -> None:
     assert epoch == 7 and 0 <= shard < 10_000 and 0 <= index < 10_000
 
 
-def test_each_seed_data_set_and_epoch_has_its_own_permutation() -> None:
+def test_each_seed_data_set_and_epoch_has_its_own_permutation():
     index = replace(index_of([[64], [64]]), parts=((1, 1.0), (1, 1.0)))
     orders = [make_order(index, lanes=2, window=64, seed=seed) for seed in (0, 1)]
     windows = [order.window_at(lane, row) for order in orders for lane in (0, 1) for row in (0, 64)]
@@ -107,23 +107,21 @@ def test_each_seed_data_set_and_epoch_has_its_own_permutation() -> None:
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(6, 300))
 @settings(max_examples=60, deadline=None)
-def test_quotas_follow_the_weights(weights: list[float], lanes: int) -> None:
+def test_quotas_follow_the_weights(weights, lanes):
     counts = quotas(weights, lanes)
     assert sum(counts) == lanes and min(counts) >= 1
     for weight, count in zip(weights, counts, strict=True):
         assert count <= max(1, weight / sum(weights) * lanes + 1)
 
 
-def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(
-    tmp_path: Path,
-) -> None:
+def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(tmp_path):
     with pytest.raises(ConfigError, match=r"mixes 3 data sets, but training.batch_size=2 is less"):
         quotas([1, 1, 1], 2)
     first, second = (5, 0, 9), (3, 20, 1, 4)
     for name, lengths in (("a", first), ("b", second)):
         make_shards(tmp_path / name, lengths)
 
-    def mixed(*weights: int) -> ShardIndex:
+    def mixed(*weights):
         names = zip("ab", weights, strict=True)
         return load([{"path": str(tmp_path / name), "weight": weight} for name, weight in names])
 

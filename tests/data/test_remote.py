@@ -10,7 +10,6 @@ import pickle
 import shutil
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +20,10 @@ from tests.data.conftest import BATCH, LENGTHS, STEPS, expected, global_batches,
 from tests.support.http_shards import EMPTY, RESET, serving
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
-from vae_dist.data import ShardError, sources
-from vae_dist.data.indexing import write_index_of_remote
+from vae_dist.data import sources
+from vae_dist.data.index import write_index_of_remote
 from vae_dist.data.sources import Range, UnreadableError, read_all, read_range, read_ranges
+from vae_dist.data.tar import ShardError
 from vae_dist.index import main
 from vae_dist.inference.load import open_images
 
@@ -33,18 +33,18 @@ Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def blob(tmp_path: Path) -> bytes:
+def blob(tmp_path):
     data = np.random.default_rng(0).bytes(300_000)
     (tmp_path / "blob").write_bytes(data)
     return data
 
 
-def refused(spec: object, message: str, *, create: bool = False) -> None:
+def refused(spec, message, *, create=False):
     with pytest.raises(ConfigError, match=message):
         load(spec, create=create)
 
 
-def test_many_pieces_are_read_at_once(tmp_path: Path, blob: bytes) -> None:
+def test_many_pieces_are_read_at_once(tmp_path, blob):
     with serving(tmp_path, lambda path, n: 500 if path == "blob" and n < 3 else None) as server:
         there = [Range(f"{server.url}/blob", 1000 * i, 500) for i in range(20)]
         assert read_ranges(there) == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
@@ -73,8 +73,8 @@ def test_many_pieces_are_read_at_once(tmp_path: Path, blob: bytes) -> None:
     ],
 )
 def test_trouble_is_tried_again_with_growing_pauses_unless_it_lasts(
-    tmp_path: Path, blob: bytes, pauses: list[float], trouble: int | str, message: str
-) -> None:
+    tmp_path, blob, pauses, trouble, message
+):
     passes = trouble not in (404, 403, "file:///etc/passwd")
     if passes:
         with serving(tmp_path, lambda path, n: trouble if n < 4 else None) as server:
@@ -87,9 +87,7 @@ def test_trouble_is_tried_again_with_growing_pauses_unless_it_lasts(
     assert 60 < sum(pauses) <= 100 if passes else not pauses
 
 
-def test_a_redirect_is_followed_on_http_and_never_down_from_https(
-    tmp_path: Path, blob: bytes
-) -> None:
+def test_a_redirect_is_followed_on_http_and_never_down_from_https(tmp_path, blob):
     from yarl import URL
 
     with serving(tmp_path) as there, serving(tmp_path, lambda p, n: f"{there.url}/{p}") as server:
@@ -97,7 +95,7 @@ def test_a_redirect_is_followed_on_http_and_never_down_from_https(
     (trace,) = sources._http_options()["client_kwargs"]["trace_configs"]
     (check,) = trace.on_request_redirect
 
-    def redirect(start: str, target: str) -> None:
+    def redirect(start, target):
         response = SimpleNamespace(headers={"Location": target})
         asyncio.run(check(None, None, SimpleNamespace(url=URL(start), response=response)))
 
@@ -108,9 +106,7 @@ def test_a_redirect_is_followed_on_http_and_never_down_from_https(
             redirect(f"{start}://a/x", target)
 
 
-def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(
-    tmp_path: Path, blob: bytes
-) -> None:
+def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(tmp_path, blob):
     with serving(tmp_path, ranges=False) as server:
         with pytest.raises(ShardError, match=r"answers with the whole file .* 'pipe:curl"):
             read_range(f"{server.url}/blob", 5, 10)
@@ -126,9 +122,7 @@ def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(
                 ask(place)
 
 
-def test_a_server_that_is_gone_or_too_slow(
-    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch, capsys: Said
-) -> None:
+def test_a_server_that_is_gone_or_too_slow(tmp_path, blob, monkeypatch, capsys):
     with pytest.raises(ShardError, match=r"attempts in 20 s .*127\.0\.0\.1"):
         read_range("http://user:word@127.0.0.1:9/x.tar", 0, 1)
     said = capsys.readouterr().err
@@ -137,7 +131,7 @@ def test_a_server_that_is_gone_or_too_slow(
     monkeypatch.setattr(sources, "BYTES_PER_MINUTE", 1 << 40)
     release, calls = threading.Event(), list[int]()
 
-    def wait(path: str, number: int) -> None:
+    def wait(path, number):
         calls.append(number)
         if len(calls) < 6:
             release.wait(60)
@@ -148,9 +142,7 @@ def test_a_server_that_is_gone_or_too_slow(
     assert "less than 1048576 MiB a minute); it is tried again" in capsys.readouterr().err
 
 
-def test_pipes_go_on_and_start_again(
-    tmp_path: Path, blob: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pipes_go_on_and_start_again(tmp_path, blob, monkeypatch):
     place = f"pipe:echo >> {tmp_path}/starts; cat {tmp_path}/blob"
     for start in (0, 100, 5000, 50):
         assert read_range(place, start, 50) == blob[start : start + 50]
@@ -168,7 +160,7 @@ def test_pipes_go_on_and_start_again(
     assert "cat" not in [child.name() for child in psutil.Process().children(recursive=True)]
 
 
-def test_what_http_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_http_needs_is_named(monkeypatch):
     sources._http_options.cache_clear()
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ShardError, match=r"pip install 'vae_dist\[remote\]'\)$"):
@@ -179,15 +171,13 @@ def test_what_http_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("way", "world", "workers"),
     [("pattern", 1, 0), ("folder", 8, 3), ("pipe", 2, 3), ("fsspec", 2, 1)],
 )
-def test_the_same_steps_from_everywhere(
-    folder: Path, one_process: None, tmp_path: Path, way: str, world: int, workers: int
-) -> None:
+def test_the_same_steps_from_everywhere(folder, one_process, tmp_path, way, world, workers):
     start, stop = STEPS // 2, STEPS // 2 + 6
     with serving(folder) as server:
         urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
         if way == "pipe":
             assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
-        specs: dict[str, object] = {
+        specs = {
             "pattern": f"{server.url}/{ALL}",
             "folder": server.url,
             "fsspec": f"file://{folder}/{ALL}",
@@ -208,7 +198,7 @@ def test_the_same_steps_from_everywhere(
             assert 0 < tars <= 2 * BATCH * 4 * largest
 
 
-def test_addresses_with_a_signature_and_wrong_ones(folder: Path) -> None:
+def test_addresses_with_a_signature_and_wrong_ones(folder):
     """S3 forbids what is not there, to those who may not list it: only the status says so."""
     signature, here = "?sig=a/b.c&sv=2", load(folder)
     with serving(folder, query=signature) as server:
@@ -234,7 +224,7 @@ def test_addresses_with_a_signature_and_wrong_ones(folder: Path) -> None:
     refused("pipe:cat x.tar", r"pipe:cat x\.tar has no index; .*index: FOLDER")
 
 
-def test_the_index_of_remote_shards(folder: Path, tmp_path: Path, capsys: Said) -> None:
+def test_the_index_of_remote_shards(folder, tmp_path, capsys):
     for sidecar in (*folder.glob("*.idx"), folder / "_info.json"):
         sidecar.unlink()
     out = tmp_path / "index"
@@ -257,12 +247,12 @@ def test_the_index_of_remote_shards(folder: Path, tmp_path: Path, capsys: Said) 
         assert index.lengths.tolist() == list(LENGTHS)
 
 
-def test_a_remote_index_belongs_to_its_shards(folder: Path, tmp_path: Path) -> None:
+def test_a_remote_index_belongs_to_its_shards(folder, tmp_path):
     """Other shards of the same names, or another size, are indexed anew; a damaged shard loses its
     sidecar, an unreachable one keeps it."""
     out = tmp_path / "index"
 
-    def made(place: str, name: str) -> list[int]:
+    def made(place, name):
         (shard := tmp_path / place / "x.tar").parent.mkdir(exist_ok=True)
         shutil.copy(folder / name, shard)
         damage = write_index_of_remote([f"file://{shard}"], out)
@@ -294,7 +284,7 @@ ELSEWHERE = [
 ]  # fmt: skip
 
 
-def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_path: Path) -> None:
+def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder, tmp_path):
     lists = folder / "shards.json"
     names = sorted(path.name for path in folder.glob("*.tar"))
     shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
@@ -304,7 +294,7 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_
     refused(lists, "is no list of shards")
     with serving(folder) as server:
 
-        def listed(entry: dict[str, object], place: str, message: str) -> None:
+        def listed(entry, place, message):
             entry = {"url": "set-03.tar", "nsamples": 30, **entry}
             lists.write_text(json.dumps({"shardlist": [entry]}))
             if message:
@@ -324,9 +314,7 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder: Path, tmp_
     assert not (tmp_path / "made").exists()
 
 
-def test_names_of_files_and_run_folders_name_no_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_files_and_run_folders_name_no_command(tmp_path, monkeypatch):
     """But the command line does: `data=`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe:touch made; cat x.tar").touch()

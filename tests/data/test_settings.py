@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,9 +10,8 @@ from tests.data.conftest import png, written
 from tests.support.picture_sources import encoded
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import ImageSettings, ShardIndex, image_settings
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.settings import DataSet, check_data_sets
+from vae_dist.data.settings import DataSet, check_data_sets, image_settings
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import Need
 
@@ -23,25 +19,25 @@ NEEDS = (Need("perceptual.kind=structure", shorter=11), Need("model.norm_groups=
 SMALL = {"any_size": True, "needs": NEEDS}
 
 
-def shards(folder: Path, *sizes: tuple[int, int], num_shards: int = 2) -> ShardIndex:
+def shards(folder, *sizes, num_shards=2):
     """An image of each size, in turn, with labels 0, 1, 2; (0, 0) is no image."""
     images = [png(np.zeros((*size, 3), np.uint8)) if any(size) else b"no PNG" for size in sizes]
     samples = ({"png": image, "cls": str(n % 3).encode()} for n, image in enumerate(images))
     return written(folder, samples, num_shards)
 
 
-def settings_of(index: ShardIndex, **options: Any) -> ImageSettings:
+def settings_of(index, **options):
     keys = {"max_pixels": 10**6, **options.pop("keys", {})}
     return image_settings(index, DataConfig(**keys), **options)
 
 
-def check(train: ShardIndex, validation: ShardIndex, limit: float = 0.01, **options: Any) -> None:
+def check(train, validation, limit=0.01, **options):
     settings = settings_of(train, **options)
     sets = [("data.train", train, settings), ("data.validation", validation, settings)]
     check_data_sets([DataSet(*one) for one in sets], max_skipped_fraction=limit)
 
 
-def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path: Path) -> None:
+def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path):
     same = shards(tmp_path / "same", *[(12, 16)] * 6)
     other = shards(tmp_path / "other", *[(12, 16)] * 3, (0, 0), (16, 12), (12, 16))
     check(same, same)
@@ -55,9 +51,7 @@ def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path: Path) -> N
             assert way in said
 
 
-def test_small_images_are_lost_and_too_many_of_them_refused(
-    tmp_path: Path,
-) -> None:
+def test_small_images_are_lost_and_too_many_of_them_refused(tmp_path):
     index = shards(tmp_path / "a", (8, 16), (12, 12), (30, 10), (12, 16), num_shards=1)
     low = "8x16 pixels, and perceptual.kind=structure needs 11 on the shorter side"
     with pytest.raises(ConfigError) as refused:
@@ -80,9 +74,7 @@ def test_small_images_are_lost_and_too_many_of_them_refused(
     check(index, index, keys={"resolution": 8}, limit=0)
 
 
-def test_what_cannot_be_read_or_has_no_labels_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_read_or_has_no_labels_is_refused(tmp_path, capsys):
     broken, whole = shards(tmp_path / "a", (0, 0), (0, 0)), shards(tmp_path / "b", *[(8, 8)] * 4)
     with pytest.raises(ConfigError, match=r"data\.validation: none of 2 samples .*no readable"):
         check(whole, broken, keys={"resolution": 8})

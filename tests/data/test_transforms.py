@@ -6,9 +6,6 @@ That batches with masks do not depend on the layout is shown in `test_batches`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,29 +18,31 @@ from torch.nn.functional import interpolate
 from tests.data.conftest import png, written
 from tests.support.picture_sources import encoded, npy
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import EvaluationStream, ImageSettings, Order, TrainingStream, image_settings
 from vae_dist.data.decode import decode_sample
+from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
+from vae_dist.data.settings import image_settings
 from vae_dist.data.tar import DamagedSampleError
-from vae_dist.data.transforms import DRAWN, draw_mask, fit, label_of, resized_mask
+from vae_dist.data.transforms import DRAWN, ImageSettings, draw_mask, fit, label_of, resized_mask
 from vae_dist.randomness import numpy_generator
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
 
 
-def run(image: np.ndarray, settings: ImageSettings, sample: int = 0, epoch: int = 0) -> np.ndarray:
+def run(image, settings, sample=0, epoch=0):
     generator = numpy_generator(1, "augment", epoch, sample)
     return fit(image, settings, settings.size, generator)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (40, 20), (13, 31), (50, 50), (40, 60)])
-def test_center_crop_of_the_covering_size_is_that_of_pillow(size: tuple[int, int]) -> None:
+def test_center_crop_of_the_covering_size_is_that_of_pillow(size):
     """Of bytes, which are clipped between rows and columns, and of wider levels."""
     scale = max(size[0] / 40, size[1] / 60)
     height, width = round(40 * scale), round(60 * scale)
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
 
-    def resized(plane: np.ndarray) -> np.ndarray:
+    def resized(plane):
         return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC))
 
     crop = np.s_[:, top : top + size[0], left : left + size[1]]
@@ -61,7 +60,7 @@ def test_center_crop_of_the_covering_size_is_that_of_pillow(size: tuple[int, int
     np.testing.assert_allclose(deep / 32767.5 - 1, want, atol=1e-4)
 
 
-def test_crops_and_mirrors_are_drawn_for_each_epoch_and_sample() -> None:
+def test_crops_and_mirrors_are_drawn_for_each_epoch_and_sample():
     settings = ImageSettings(3, (40, 57), True, 10**6, crop="random")
     places = {
         next(x for x in range(4) if (run(PHOTO, settings, s) == PHOTO[:, :, x : x + 57]).all())
@@ -79,7 +78,7 @@ def test_crops_and_mirrors_are_drawn_for_each_epoch_and_sample() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_half_of_the_images_are_mirrored(tmp_path: Path, bits: int) -> None:
+def test_half_of_the_images_are_mirrored(tmp_path, bits):
     row = np.arange(256, dtype=f"u{bits // 8}")[None]
     index = written(tmp_path / "set", [{"npy": npy(row)}] * 2)
     keys = {"flip": True, "bits": bits}
@@ -93,7 +92,7 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path, bits: int) -> None:
     assert 30 < flipped < 70
 
 
-def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path: Path) -> None:
+def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path):
     image = png(np.arange(256, dtype=np.uint8)[None])
     index = written(tmp_path / "set", [{"png": image}] * 8, num_shards=2)
     reader = SampleReader(index, ImageSettings(1, (1, 4), True, 10**6, crop="random"), seed=0)
@@ -102,12 +101,12 @@ def test_what_is_drawn_belongs_to_the_number_among_all_samples(tmp_path: Path) -
     assert len({crop.tobytes() for crop in found}) == 8
 
 
-def drawn(kind: str, *, fraction: float = 0.5, sample: int = 0, epoch: int = 0) -> np.ndarray:
+def drawn(kind, *, fraction=0.5, sample=0, epoch=0):
     return draw_mask(kind, (28, 20), fraction, seed=3, epoch=epoch, sample=sample)
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_a_drawn_mask_belongs_to_seed_epoch_and_sample(kind: str) -> None:
+def test_a_drawn_mask_belongs_to_seed_epoch_and_sample(kind):
     mask = drawn(kind)
     assert mask.dtype == np.uint8 and mask.shape == (1, 28, 20)
     assert (mask == drawn(kind)).all() and {0, 1} == set(np.unique(mask))
@@ -130,9 +129,7 @@ def test_a_drawn_mask_belongs_to_seed_epoch_and_sample(kind: str) -> None:
     want=st.tuples(st.integers(1, 24), st.integers(2, 24)),
     seed=st.integers(0, 1000),
 )
-def test_what_counts_after_resizing_holds_nothing_of_missing_pixels(
-    have: tuple[int, int], want: tuple[int, int], seed: int
-) -> None:
+def test_what_counts_after_resizing_holds_nothing_of_missing_pixels(have, want, seed):
     generator = np.random.default_rng(seed)
     mask = np.ones((1, *have), np.uint8)
     for _ in range(generator.integers(1, 4)):
@@ -147,7 +144,7 @@ def test_what_counts_after_resizing_holds_nothing_of_missing_pixels(
     assert np.allclose(one[target > 0], two[target > 0], rtol=0, atol=1e-9)
 
 
-def test_no_pixel_is_lost_without_need() -> None:
+def test_no_pixel_is_lost_without_need():
     mask = np.ones((1, 40, 40), np.uint8)
     assert resized_mask(mask, (13, 9)).all()
     mask[0, :8, :8] = 0
@@ -159,7 +156,7 @@ GREY = png(np.zeros((4, 4), np.uint8))
 NUM_IMAGES, SIZE = 12, (12, 16)
 
 
-def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pictures():
     """Grey images and masks; a missing pixel is white, an observed one is darker."""
     generator = np.random.default_rng(0)
     for _ in range(NUM_IMAGES):
@@ -170,7 +167,7 @@ def pictures() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.where(observed, pixels, 255).astype(np.uint8), observed
 
 
-def sample(kind: str, pixels: np.ndarray, observed: np.ndarray) -> dict[str, bytes]:
+def sample(kind, pixels, observed):
     if kind == "alpha":
         alpha = np.where(observed, 255, 90).astype(np.uint8)
         return {"png": png(np.dstack([pixels, alpha]))}
@@ -180,7 +177,7 @@ def sample(kind: str, pixels: np.ndarray, observed: np.ndarray) -> dict[str, byt
 
 
 @pytest.mark.parametrize("kind", ["member", "alpha", "nan"])
-def test_a_sample_says_what_is_missing(kind: str) -> None:
+def test_a_sample_says_what_is_missing(kind):
     keys = {"bits": 32 if kind == "nan" else 8, "mask": kind}
     for pixels, observed in pictures():
         images = ImageSettings(1, SIZE, False, 1000, **keys)
@@ -202,7 +199,7 @@ def test_a_sample_says_what_is_missing(kind: str) -> None:
         assert decode_sample(files, images)[3].all(), "where nothing says so, all is seen"
 
 
-def test_masks_that_are_damage() -> None:
+def test_masks_that_are_damage():
     for files, mask, reason in (
         ({"png": GREY, "mask.png": png(np.zeros((4, 5), np.uint8))}, "member", "4 x 5 .* 4 x 4"),
         ({"png": GREY, "mask.png": b"no png"}, "member", "readable PNG"),
@@ -217,9 +214,7 @@ def test_masks_that_are_damage() -> None:
 
 
 @pytest.mark.parametrize("resolution", ["native", [9, 9]])
-def test_masks_follow_their_images_through_crop_mirror_and_resizing(
-    tmp_path: Path, resolution: Any
-) -> None:
+def test_masks_follow_their_images_through_crop_mirror_and_resizing(tmp_path, resolution):
     """A pixel that counts holds nothing of a missing one, which is white."""
     index = written(tmp_path / "s", (sample("member", *picture) for picture in pictures()))
     keys = {"crop": "random"} if resolution != "native" else {}
@@ -238,11 +233,11 @@ def test_masks_follow_their_images_through_crop_mirror_and_resizing(
     assert seen > 300
 
 
-def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(tmp_path: Path) -> None:
+def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(tmp_path):
     index = written(tmp_path / "s", [{"png": GREY}] * NUM_IMAGES, 2)
     data = DataConfig(channels=1, max_pixels=1000, mask="random", mask_fraction=0.25)
 
-    def masks(batch_size: int) -> torch.Tensor:
+    def masks(batch_size):
         stream = EvaluationStream(index, image_settings(index, data), batch_size=batch_size)
         return torch.cat([b.masks[b.weights > 0] for b in stream if b.masks is not None])
 
@@ -250,14 +245,14 @@ def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(tmp_path: Path) -> Non
     assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
 
 
-RECORD: dict[str, Any] = {
+RECORD = {
     "class": 3,
     "attributes": {"Smiling": -1, "Male": True, "Bald": None},
 }
 FIELDS = {"json": json.dumps(RECORD).encode(), "cls": b"9"}
 
 
-def test_labels() -> None:
+def test_labels():
     for sample, key, num_classes, label in (
         ({"cls": b" 12\n"}, "cls", 13, 12),
         ({"cls": b"-1"}, "cls", 13, -1),
@@ -273,7 +268,7 @@ def test_labels() -> None:
         assert label_of(sample, key=key, num_classes=num_classes) == label
 
 
-def test_what_is_no_label() -> None:
+def test_what_is_no_label():
     """Damage, or where no class has it a config that does not fit the data."""
     for sample, key, reason in (
         ({"cls": b"cat"}, "cls", ".cls is no integer: b'cat'"),

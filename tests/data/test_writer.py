@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +13,13 @@ import webdataset as wds
 from tests.data.conftest import load
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import EvaluationStream, image_settings, write_shards
 from vae_dist.data import digits as bundled
+from vae_dist.data.loader import EvaluationStream
+from vae_dist.data.settings import image_settings
+from vae_dist.data.writer import write_shards
 
 
-def samples(count: int) -> Iterator[dict[str, str | bytes]]:
+def samples(count):
     for i in range(count):
         yield {"__key__": f"{i:04d}", "bin": bytes([i]) * (i % 700), "cls": str(i % 10).encode()}
 
@@ -29,9 +28,7 @@ def samples(count: int) -> Iterator[dict[str, str | bytes]]:
     ("keys", "lengths"),
     [({"num_shards": 3}, [14, 13, 13]), ({"shard_bytes": 20_000}, [11, 10, 10, 9])],
 )
-def test_webdataset_reads_back_what_was_written(
-    tmp_path: Path, keys: dict[str, Any], lengths: list[int]
-) -> None:
+def test_webdataset_reads_back_what_was_written(tmp_path, keys, lengths):
     paths = write_shards(samples(40), tmp_path / "out", name="train", **keys)
     assert [path.name for path in paths] == [f"train-{i:06d}.tar" for i in range(len(lengths))]
     read = list(wds.WebDataset([str(p) for p in paths], shardshuffle=False))
@@ -47,8 +44,8 @@ def test_webdataset_reads_back_what_was_written(
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in paths]
 
 
-def test_nothing_is_left_by_a_write_that_fails(tmp_path: Path) -> None:
-    def broken() -> Iterator[dict[str, str | bytes]]:
+def test_nothing_is_left_by_a_write_that_fails(tmp_path):
+    def broken():
         yield from samples(5)
         raise ConfigError("stop")
 
@@ -67,16 +64,14 @@ def test_nothing_is_left_by_a_write_that_fails(tmp_path: Path) -> None:
         write_shards(samples(1), tmp_path, num_shards=1)
 
 
-def stored(folder: Path) -> tuple[list[bytes], list[int]]:
+def stored(folder):
     index, data = load(folder), DataConfig(channels=1, resolution="native", max_pixels=10**6)
     batches = list(EvaluationStream(index, image_settings(index, data), batch_size=1000))
     images = [image.numpy().tobytes() for batch in batches for image in batch.images]
     return images, [label for batch in batches for label in batch.labels.tolist()]
 
 
-def test_the_shards_hold_each_digit_that_ships_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shards_hold_each_digit_that_ships_once(tmp_path, monkeypatch):
     digits = tmp_path / "made" / "digits"
     assert bundled.make_digits(digits) is True
     images, labels = bundled.load_digits()

@@ -16,8 +16,8 @@ from tests.support.picture_sources import contents, encoded, npy, png, write
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist import encode
 from vae_dist.config.commands import EncodeCommand
-from vae_dist.data import load_index, write_shards
-from vae_dist.data.writer import ShardWriter
+from vae_dist.data.index import load_index
+from vae_dist.data.writer import ShardWriter, write_shards
 from vae_dist.inference.load import load_model
 
 COUNT, DAMAGED = 23, (4, 11)

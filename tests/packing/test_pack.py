@@ -17,9 +17,9 @@ from tests.support.picture_sources import contents, encoded, png, write
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
-from vae_dist.data import image_settings, load_index
-from vae_dist.data.indexing import write_info
+from vae_dist.data.index import load_index, write_info
 from vae_dist.data.reader import SampleReader
+from vae_dist.data.settings import image_settings
 from vae_dist.pack import main
 from vae_dist.packing import jobs
 from vae_dist.packing.items import Item, Place

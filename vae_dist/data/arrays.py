@@ -19,7 +19,6 @@ from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
 
 ARRAYS = ("npy", "tif", "tiff")  # any number of channels, none converted
-MAX_NPY_HEADER = 10_000  # bytes
 MAX_PAGES = 1000  # of a TIFF
 VALUES_PER_PIXEL = 4  # times max_pixels, where no setting says how many channels there are
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, YCBCR = 0, 1, 2, 6  # PhotometricInterpretation of TIFF
@@ -63,7 +62,7 @@ def check_channels(found: int, channels: int) -> None:
 def array_size(kind: str, data: bytes, max_pixels: int) -> tuple[int, int]:
     """(H, W) of the upright image after its header alone. Raises DamagedSampleError."""
     if kind == "npy":
-        shape, _, _, _ = _npy_header(data, max_pixels)
+        shape = _npy_shape(data, max_pixels)
         return shape[-2], shape[-1]
     with _open_tiff(data) as tiff:
         _, height, width = _page_shape(tiff.pages[0], len(data), max_pixels)
@@ -71,34 +70,27 @@ def array_size(kind: str, data: bytes, max_pixels: int) -> tuple[int, int]:
     return (width, height) if is_turned else (height, width)
 
 
-def _npy_header(data: bytes, max_pixels: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, whether it lies by column, type, and where the pixels begin."""
+def _npy_shape(data: bytes, max_pixels: int) -> tuple[int, ...]:
     file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, by_column, dtype = read(file, max_header_size=MAX_NPY_HEADER)
+    is_first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
     if dtype.kind not in "uf":
         raise DamagedSampleError(f"a .npy of {dtype}, which is no image")
     is_plain = all(type(n) is int and n > 0 for n in shape)
     if len(shape) not in (2, 3) or not is_plain:
         raise DamagedSampleError(f".npy of shape {shape}; images are (H, W) or (C, H, W)")
     check_pixels(shape[-2], shape[-1], max_pixels)
-    return shape, by_column, dtype, file.tell()
+    if len(data) - file.tell() != math.prod(shape) * dtype.itemsize:
+        raise DamagedSampleError("the .npy is cut off, or longer than its header says")
+    return shape
 
 
 def _decode_npy(data: bytes, settings: ImageSettings) -> np.ndarray:
-    """(C, H, W) as it is stored; the header is believed only if the bytes are there."""
-    shape, by_column, dtype, start = _npy_header(data, settings.max_pixels)
-    count = math.prod(shape)
-    if len(data) - start != count * dtype.itemsize:
-        raise DamagedSampleError(
-            f"the .npy is cut off: {len(data) - start} of {count * dtype.itemsize} bytes of pixels"
-        )
-    pixels = np.frombuffer(data, dtype, count, offset=start)
-    pixels = pixels.reshape(shape, order="F" if by_column else "C")
-    return pixels[None] if len(shape) == 2 else pixels
+    """(C, H, W) as it is stored."""
+    _npy_shape(data, settings.max_pixels)
+    pixels: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return pixels[None] if pixels.ndim == 2 else pixels
 
 
 def _open_tiff(data: bytes) -> Any:

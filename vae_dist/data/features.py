@@ -51,8 +51,8 @@ class Features(NamedTuple):
                 raise ValueError(f"{values.dtype} {values.shape} is no float16 (W, h, w)")
             if not np.isfinite(values).all():
                 raise ValueError("its values are no finite numbers")
-            key = str(facts.get("image_key", ""))
-            return cls(values, str(facts["model"]), str(facts["image_size"]), key)
+            key = facts.get("image_key", "")
+            return cls(values, facts["model"], facts["image_size"], key)
         except Exception as error:  # whatever a decoder raises is damage
             raise DamagedSampleError(f"no features in .{MEMBER} ({error})") from None
 

@@ -183,15 +183,15 @@ class _TrainingParts:
             for step in self.steps:
                 by_shape: dict[Shape, list[tuple[int, LoadedSample]]] = {}
                 skipped: list[SkippedSample] = []
-                shown: list[int] = []
+                shards: set[int] = set()
                 for number, reader in mine.items():
-                    for place in reader.advance(rows):
-                        shown.append(reader.numbers[place])
-                        sample = reader.load(place, skipped)
+                    for _ in range(rows):
+                        shard, sample = reader.next(skipped)
+                        shards.add(shard)
                         shape = (*sample.image.shape, *sample.features.shape)
                         by_shape.setdefault(shape, []).append((number, sample))
                 stacks = list(map(_stacked, by_shape.values()))
-                yield _Part(step, stacks, self.reader.shards_of(np.array(shown)), skipped)
+                yield _Part(step, stacks, shards, skipped)
         finally:
             read_ahead.close()
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -57,10 +58,6 @@ class Window:
             position -= run.stop - run.start
         raise IndexError(position)
 
-    def sample(self, position: int) -> tuple[int, int]:
-        """(shard, index in the shard) of a position of the joined runs."""
-        return self.place(position)[1:]
-
 
 class _Plan(NamedTuple):
     """One epoch: its shards, their ends on the tape, the turn, and by lane its rows and start."""
@@ -90,7 +87,7 @@ class Order:
         self.lanes, self.window, self.seed, self.slot_rows = lanes, window, seed, slot_rows
         assert self.num_samples > 0 and lanes > 0 and window > 0, (self.num_samples, lanes, window)
         assert not slot_rows or window % slot_rows == 0, (window, slot_rows)
-        self._plans: dict[int, _Plan] = {}
+        self._plan = lru_cache(NUM_CACHED_EPOCHS)(self._plan_of)
 
     def window_at(self, lane: int, row: int) -> Window:
         """The window of a lane that holds a row (counted over the whole run)."""
@@ -129,14 +126,7 @@ class Order:
     def _epoch(self, lane: int, row: int) -> int:
         return (row * self.lanes + lane) // self.num_samples
 
-    def _plan(self, epoch: int) -> _Plan:
-        if epoch not in self._plans:
-            while len(self._plans) >= NUM_CACHED_EPOCHS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[epoch] = self._make_plan(epoch)
-        return self._plans[epoch]
-
-    def _make_plan(self, epoch: int) -> _Plan:
+    def _plan_of(self, epoch: int) -> _Plan:
         generator = numpy_generator(self.seed, "order", epoch)
         shards = generator.permutation(np.flatnonzero(self.lengths))
         turn = int(generator.integers(self.num_samples))

@@ -218,7 +218,7 @@ class SampleReader:
                 "model.num_classes to one more than the largest label, or repair the labels"
             ) from None
 
-    def size_or_none(self, data: bytes | memoryview, shard: int, index: int) -> Size | None:
+    def size_or_none(self, data: bytes | memoryview, shard: int) -> Size | None:
         """(H, W) of an undecoded sample after the header of its image; None: unreadable."""
         try:
             return self._stored_size(single_sample(data, self.index.paths[shard]))
@@ -232,21 +232,8 @@ class SampleReader:
     def name(self, shard: int, index: int) -> str:
         return f"{self.index.paths[shard]} sample {index}"
 
-    # numbers among all samples
-
-    def numbers(self, runs: Sequence[Run]) -> np.ndarray:
-        """Numbers among all samples, int64, of the samples of the joined runs."""
-        firsts = self._first_number
-        return np.concatenate(
-            [np.arange(firsts[shard] + start, firsts[shard] + stop) for shard, start, stop in runs]
-        )
-
-    def shards_of(self, numbers: np.ndarray) -> set[int]:
-        places = np.searchsorted(self._first_number, numbers, "right") - 1
-        return set(places.tolist())
-
-    def is_cached(self, number: int) -> bool:
-        return number in self._cache
+    def is_cached(self, shard: int, index: int) -> bool:
+        return int(self._first_number[shard]) + index in self._cache
 
 
 def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""How samples become images, from the config and from what some samples say, before training.
+"""How samples become images, from the config and from what samples say, before training.
 
 In: `data.*` and an index. Out: `ImageSettings`, or an error for what would stop the run later: no
 sample can be used, none has a label, native images differ in size although they must not, or too
-many are too small. What is not among those that are looked at, the reader finds.
+many are too small. What is not among those that are looked at, the reader finds; `verify` reads all
+and gives the `Findings` in each shard.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,17 +20,19 @@ import numpy as np
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.buckets import Size, make_buckets, square
-from vae_dist.data.decode import note_of
+from vae_dist.data.decode import MASK_MEMBER, decode_mask, decode_own, image_of, note_of
 from vae_dist.data.features import MEMBER, Features, in_text
 from vae_dist.data.index import Run, ShardIndex
 from vae_dist.data.reader import LoadedSample, SampleReader, single_sample, ways_to_one_size
 from vae_dist.data.sources import is_pipe, is_remote, warn
-from vae_dist.data.tar import DamagedSampleError
+from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.data.transforms import NO_LABEL, ImageSettings, Need
 
 NUM_PROBED, NUM_REMOTE = 100, 32  # samples that are looked at
 MAX_BYTES = 2**26  # of these together
 NUM_NAMED = 2
+NUM_THREADS = 4  # of `verify`; decoders release the interpreter
+READ_TOGETHER = 32  # samples
 
 
 class DataSet(NamedTuple):
@@ -157,7 +162,7 @@ def _first_readable(probe: _Probe, *, key: str) -> LoadedSample:
 def _check_native_sizes(probe: _Probe, wanted: Size, key: str, max_skipped_fraction: float) -> None:
     reader, settings, small, measured = probe.reader, probe.reader.settings, [], 0
     for run, data in zip(probe.runs, probe.samples, strict=True):
-        size = reader.size_or_none(data, run.shard, run.start)
+        size = reader.size_or_none(data, run.shard)
         if size is None:
             continue
         measured, name = measured + 1, reader.name(run.shard, run.start)
@@ -175,3 +180,59 @@ def _check_native_sizes(probe: _Probe, wanted: Size, key: str, max_skipped_fract
             f"data.max_skipped_fraction={max_skipped_fraction:g}; leave them out, bring all to one "
             "size with data.resolution=N, or change that key"
         )
+
+
+# every sample
+
+
+@dataclass
+class Findings:
+    """What is in a shard: sizes (H, W) and numbers of channels of the readable samples."""
+
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    channels: Counter[int] = field(default_factory=Counter)
+    masks: Counter[str] = field(default_factory=Counter)  # samples by the data.mask they ask for
+    problems: list[str] = field(default_factory=list)  # of damaged samples, and of the shard
+    keys: list[str] = field(default_factory=list)
+    double: list[str] = field(default_factory=list)  # keys that an earlier sample has too
+
+
+def verify(index: ShardIndex, settings: ImageSettings) -> Iterator[Findings]:
+    """What is found in each shard, in order."""
+    reader = SampleReader(index, settings, seed=0)
+    seen: set[int] = set()  # hashes of keys
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for found in pool.map(lambda s: _findings(reader, s), range(len(index.paths))):
+            for key in found.keys:
+                if hash(key) in seen:
+                    found.double.append(key)
+                seen.add(hash(key))
+            yield found
+
+
+def _findings(reader: SampleReader, shard: int) -> Findings:
+    found, settings = Findings(), reader.settings
+    path, length = reader.index.paths[shard], int(reader.index.lengths[shard])
+    try:
+        for start in range(0, length, READ_TOGETHER):
+            run = Run(shard, start, min(length, start + READ_TOGETHER))
+            for number, data in enumerate(reader.read([run]), start):
+                try:
+                    sample = single_sample(data, path)
+                    found.keys.append(str(sample["__key__"]))
+                    suffix, image = image_of(sample, settings.image_key)
+                    pixels = decode_own(suffix, image, max_pixels=settings.max_pixels)
+                    size = pixels.shape[1], pixels.shape[2]
+                    decode_mask(sample, size, max_pixels=settings.max_pixels)
+                    if MEMBER in sample:
+                        Features.from_bytes(sample[MEMBER])
+                except DamagedSampleError as error:
+                    found.problems.append(f"{path} sample {number}: {error}")
+                    continue
+                found.masks["nan"] += bool(np.isnan(pixels).any())
+                found.masks["member"] += MASK_MEMBER in sample
+                found.channels[len(pixels)] += 1
+                found.sizes[size] += 1
+    except ShardError as error:
+        found.problems.append(str(error))
+    return found

@@ -12,17 +12,18 @@ asked for: no more bytes, some every minute, and no redirect from https to anyth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
-from vae_dist.data.tar import ShardError, opened
+from vae_dist.data.tar import ShardError, Source, opened
 from vae_dist.files import printable, redacted
 
 START_RETRY_S = 20.0  # before training, when a wrong address is likelier than an outage
@@ -131,11 +132,8 @@ def size_of(place: str) -> int:
     """Bytes of a file; a pipe has no size that could be asked. Raises UnreadableError."""
     assert not is_pipe(place), place
     if not is_remote(place):
-        try:
-            with opened(place) as file:
-                return file.size or 0
-        except OSError as error:
-            raise _of_local(place, error) from None
+        with _opened(place) as file:
+            return file.size or 0
     return int(_with_retries([Range(place, 0, 0)], _sizes, START_RETRY_S)[0])
 
 
@@ -150,24 +148,27 @@ def exists(place: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Source]:
+    """A local file. Raises UnreadableError."""
+    try:
+        with opened(path) as file:
+            yield file
+    except OSError as error:
+        raise UnreadableError(
+            f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run the "
+            "same command again",
+            isinstance(error, FileNotFoundError),
+        ) from None
+
+
 def _read_local(piece: Range) -> bytes:
     found, at, left = [], piece.start, piece.num_bytes
-    try:
-        with opened(piece.place) as file:
-            while left and (data := file.read(at, left)):
-                found.append(data)
-                at, left = at + len(data), left - len(data)
-    except OSError as error:
-        raise _of_local(piece.place, error) from None
+    with _opened(piece.place) as file:
+        while left and (data := file.read(at, left)):
+            found.append(data)
+            at, left = at + len(data), left - len(data)
     return b"".join(found)
-
-
-def _of_local(path: str, error: OSError) -> UnreadableError:
-    return UnreadableError(
-        f"{path}: cannot be read ({error.strerror}); put it back or repair it, then run the same "
-        "command again",
-        isinstance(error, FileNotFoundError),
-    )
 
 
 # attempts
@@ -188,13 +189,10 @@ def _with_retries(
         left = [n for n in left if isinstance(found[n], Exception)]
         if not left:
             return found
-        lasting = [n for n in left if _diagnosis(found[n]).is_lasting]
-        first = (lasting or left)[0]
-        place, error = pieces[first].place, found[first]
-        reason, is_lasting, is_missing = _diagnosis(error)
+        first = next((n for n in left if _diagnosis(found[n])[1]), left[0])
+        place, (reason, is_lasting, is_missing) = pieces[first].place, _diagnosis(found[first])
         if is_lasting:
-            way = "" if isinstance(error, ImportError) else "; check the address"
-            raise UnreadableError(f"{place}: cannot be read ({reason}){way}", is_missing)
+            raise UnreadableError(f"{place}: cannot be read ({reason})", is_missing)
         if clock() - begun + pause > retry_s:
             raise UnreadableError(
                 f"{place}: cannot be read after {count} attempts in {retry_s:g} s ({reason}); when "
@@ -207,14 +205,9 @@ def _with_retries(
             warn(f"{place}: cannot be read now ({reason}); it is tried again for {retry_s:g} s")
 
 
-class _Diagnosis(NamedTuple):
-    reason: str
-    is_lasting: bool  # another attempt changes nothing
-    is_missing: bool
-
-
-def _diagnosis(error: Exception) -> _Diagnosis:
-    """What an error of any library means."""
+def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
+    """What an error of any library means: the reason, whether another attempt changes nothing,
+    whether nothing is there."""
     cause: BaseException = error
     # fsspec calls a file missing whose size it could not get, for any reason
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
@@ -222,12 +215,12 @@ def _diagnosis(error: Exception) -> _Diagnosis:
     for found in (cause, getattr(cause, "response", None)):
         for name in ("status", "status_code", "code"):
             if isinstance(status := getattr(found, name, None), int) and status:
-                return _Diagnosis(f"HTTP {status}", status in LASTING, status in MISSING)
+                return f"HTTP {status}", status in LASTING, status in MISSING
     is_lasting = isinstance(cause, LASTING_ERRORS) or "Credential" in type(cause).__name__
     text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}".rstrip(": ")
     if isinstance(cause, FileNotFoundError):
         text = "no such file"
-    return _Diagnosis(text, is_lasting, isinstance(cause, FileNotFoundError | PermissionError))
+    return text, is_lasting, isinstance(cause, FileNotFoundError | PermissionError)
 
 
 # file systems of fsspec

@@ -1,8 +1,8 @@
 """The samples of a run in its order: windows are read ahead, lost samples are replaced.
 
-In: the reader, the order, one of its sequences and where to begin. Out: for each place the sample's
-number among all, then its image and label. With aspect buckets the sizes in the headers of a
-window's images decide which of them make a slot, and its size.
+In: the reader, the order, one of its sequences and where to begin. Out: sample after sample. With
+aspect buckets the sizes in the headers of a window's images decide which of them make a slot, and
+its size.
 
 A lost sample keeps its place. It is replaced by the first readable sample of its window, in the
 window's permuted order; if the window has none, by that of the nearest earlier window of the
@@ -78,7 +78,7 @@ class _Replacement(NamedTuple):
 
 
 class WindowReader:
-    """Goes along one sequence of the order: `advance`, then `load` each place."""
+    """Goes along one sequence of the order, from `row` on."""
 
     def __init__(
         self,
@@ -97,60 +97,50 @@ class WindowReader:
         self._positions: list[int] = []  # in the window, in the order in which they are shown
         self._sizes: list[Size] = []  # of the window's slots, with aspect buckets
         self._replacements: dict[Size | None, _Replacement] = {}  # in this window
-        self.numbers: list[int] = []  # among all samples, in the order in which they are shown
 
-    def advance(self, count: int) -> range:
-        """The next `count` places, all of one window: what `load` takes."""
+    def next(self, skipped: list[SkippedSample]) -> tuple[int, LoadedSample]:
+        """The next sample, or its replacement, which is then added to `skipped`; and its shard."""
         if self._row == self._end_row:
             self._enter()
-        start = self._row - self._window.first_row
-        self._row += count
-        return range(start, start + count)
-
-    def load(self, place: int, skipped: list[SkippedSample]) -> LoadedSample:
-        """A sample, or its replacement, which is then added to `skipped`."""
-        position, size = self._positions[place], self._size(place)
+        place = self._row - self._window.first_row
+        self._row += 1
+        position = self._positions[place]
+        size = self._sizes[place // self._order.slot_rows] if self._sizes else None
         epoch, shard, index = self._window.place(position)
-        is_cached = self._reader.is_cached(self.numbers[place])
-        data = None if is_cached else self._read()[position]
+        data = None if self._reader.is_cached(shard, index) else self._read()[position]
         try:
-            return self._reader.load(data, shard, index, epoch=epoch, size=size)
+            return shard, self._reader.load(data, shard, index, epoch=epoch, size=size)
         except DamagedSampleError as error:
             lost = SkippedSample(self._reader.index.paths[shard], index, str(error), None)
         replacement = self._replacement(size, lost)
         skipped.append(replace(lost, replaced_by=replacement.name))
-        return replacement.sample
-
-    def _size(self, place: int) -> Size | None:
-        return self._sizes[place // self._order.slot_rows] if self._sizes else None
+        return shard, replacement.sample
 
     def _enter(self) -> None:
         """Go to the following window, and ask for the one after it."""
-        self._window, self._awaited = self._following, self._requested
-        window = self._window
+        window = self._window = self._following
+        self._awaited, self._replacements = self._requested, {}
         self._end_row = window.end_row
         self._following = self._order.window_at(self._sequence, window.end_row)
         self._requested = self._request(self._following)
-        self._replacements = {}
         shown = window.order
         if self._reader.settings.buckets:
             # in the window's permuted order, so that images of equal aspect are shuffled
             samples = self._read()
+            place = (self._order.seed, "aspects", self._sequence, window.first_row)
             order, self._sizes = arrange(
-                [self._reader.size_or_none(samples[p], *window.sample(p)) for p in shown.tolist()],
+                [self._reader.size_or_none(samples[p], window.place(p)[1]) for p in shown.tolist()],
                 self._reader.settings.buckets,
                 slot_rows=self._order.slot_rows,
-                generator=numpy_generator(
-                    self._order.seed, "aspects", self._sequence, window.first_row
-                ),
+                generator=numpy_generator(*place),
             )
             shown = shown[order]
         self._positions = shown.tolist()
-        self.numbers = self._reader.numbers(window.runs)[shown].tolist()
 
     def _request(self, window: Window) -> Future[Samples] | None:
         """None where nothing need be read, as the cache has all."""
-        if all(map(self._reader.is_cached, self._reader.numbers(window.runs).tolist())):
+        samples = ((run.shard, index) for run in window.runs for index in range(*run[1:]))
+        if all(self._reader.is_cached(shard, index) for shard, index in samples):
             return None
         return self._read_ahead.request(window.runs)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import webdataset as wds
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.data.indexing import index_shard, write_info, write_sidecar
+from vae_dist.data.index import index_shard, write_info, write_sidecar
 from vae_dist.files import sync_folder
 
 

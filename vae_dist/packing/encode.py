@@ -31,7 +31,7 @@ from vae_dist.config.keys import shown
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data import features
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
-from vae_dist.data.indexing import write_info
+from vae_dist.data.index import write_info
 from vae_dist.data.loader import split_mask
 from vae_dist.data.reader import SkippedSample
 from vae_dist.data.sources import is_pipe

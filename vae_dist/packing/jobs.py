@@ -31,7 +31,7 @@ from torch.multiprocessing import ProcessExitedException, start_processes
 from vae_dist.config.commands import EncodeCommand, PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.indexing import index_shard, write_sidecar
+from vae_dist.data.index import index_shard, write_sidecar
 from vae_dist.data.shards import WORK
 from vae_dist.data.writer import ShardWriter
 from vae_dist.files import printable, read_json, sync_folder, write_durably

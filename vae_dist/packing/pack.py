@@ -22,7 +22,7 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
 from vae_dist.data.decode import MASK_MEMBER
-from vae_dist.data.indexing import write_info
+from vae_dist.data.index import write_info
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.files import printable, progress_bar, read_json, write_durably
 from vae_dist.packing import jobs, labels
