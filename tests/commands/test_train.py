@@ -18,7 +18,7 @@ import vae_dist
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
 from tests.support.faults import Ranks, at_place, in_the_middle_of_a_write, last_step
 from tests.support.training import arguments, losses, rows, same_weights, status, weights
-from vae_dist.data.index import load_index
+from vae_dist.data.index import Run, load_index
 from vae_dist.data.tar import ShardError
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
@@ -124,7 +124,7 @@ def damage_pngs(folder, shard, samples):
     """Zero the middle of their PNGs, under the header, so that only decoding notices."""
     index = load_index(str(folder), key="data", create=False)
     for sample in samples:
-        start, end = index.offsets(shard, sample, sample + 1)
+        start, end = index.offsets([Run(shard, sample, sample + 1)])[0]
         with open(index.paths[shard], "r+b") as file:
             data = file.read(int(end))
             file.seek(data.index(b"IDAT", int(start)) + 8)

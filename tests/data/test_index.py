@@ -21,6 +21,7 @@ from vae_dist.data.index import (
     MAX_SAMPLE_BYTES,
     NUM_PIECES,
     PIECE_BYTES,
+    Run,
     digest_of,
     index_shard,
     write_index,
@@ -204,8 +205,8 @@ def test_loading_makes_what_is_missing_and_then_reads_it(copied, monkeypatch):
     info = json.loads((copied / "_info.json").read_text())["splits"]["copy"]
     assert info["shard_lengths"] == list(LENGTHS) and info["num_samples"] == sum(LENGTHS)
     assert info["filenames"] == NAMES
-    whole = again.offsets(5)
-    assert len(whole) == LENGTHS[5] + 1 and (again.offsets(5, 10, 14) == whole[10:15]).all()
+    whole, part = again.offsets([Run(5, 0, 45), Run(5, 10, 14)])
+    assert len(whole) == LENGTHS[5] + 1 and (part == whole[10:15]).all()
 
 
 def test_what_a_folder_does_not_say_or_says_otherwise(folder, capsys):
@@ -313,4 +314,4 @@ def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copie
         offsets.tofile(sidecar)
         for stop in (7, 9):
             with pytest.raises(ShardError, match=f"offsets 5 to {stop} are damaged"):
-                index.offsets(5, 5, stop)
+                index.offsets([Run(5, 5, stop)])

@@ -96,18 +96,11 @@ class ShardIndex:
         digest.update(repr(self.parts).encode() if self.parts else b"")
         return digest.hexdigest()
 
-    def offsets(self, shard: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Byte offsets (int64) of the samples start, ..., stop of a shard: stop - start + 1.
+    def offsets(self, runs: Sequence[Run], *, retry_s: float = START_RETRY_S) -> list[np.ndarray]:
+        """Byte offsets (int64) of the samples start, ..., stop of runs: stop - start + 1 of each.
 
-        Raises ShardError when they cannot be read or do not rise.
+        All are read together. Raises ShardError when they cannot be read or do not rise.
         """
-        stop = int(self.lengths[shard]) if stop is None else stop
-        return self.offsets_of([Run(shard, start, stop)])[0]
-
-    def offsets_of(
-        self, runs: Sequence[Run], *, retry_s: float = START_RETRY_S
-    ) -> list[np.ndarray]:
-        """Those of several runs of samples, read together. Raises ShardError."""
         ranges = [
             Range(self.sidecars[shard], 8 * start, 8 * (stop - start + 1))
             for shard, start, stop in runs

@@ -86,7 +86,7 @@ class SampleReader:
     def read_many(self, parts: Sequence[Sequence[Run]]) -> list[Samples]:
         """The same for each part; all are read together, so that remote ones wait but once."""
         runs = [run for part in parts for run in part]
-        offsets = self.index.offsets_of(runs, retry_s=self.retry_s)
+        offsets = self.index.offsets(runs, retry_s=self.retry_s)
         ranges = [
             Range(self.index.paths[run.shard], int(found[0]), int(found[-1] - found[0]))
             for run, found in zip(runs, offsets, strict=True)

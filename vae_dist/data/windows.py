@@ -23,13 +23,11 @@ from typing import NamedTuple
 from vae_dist.data.buckets import Size, arrange
 from vae_dist.data.index import Run
 from vae_dist.data.order import MixedOrder, Order, Window
-from vae_dist.data.reader import LoadedSample, SampleReader, SkippedSample
+from vae_dist.data.reader import LoadedSample, SampleReader, Samples, SkippedSample
 from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.randomness import numpy_generator
 
 MAX_LOST_IN_A_ROW = 4096  # samples of a sequence; more is not damage but the wrong kind of data
-
-Samples = list[memoryview]  # undecoded
 
 
 class ReadAhead:
