@@ -102,7 +102,7 @@ def test_own_configs_come_first_and_a_base_lies_beside_the_file_that_names_it():
     [
         ("config=a", "configs/a.yaml: base leads back to the file itself"),
         ("config=plan", "config=plan: there is no such config; did you mean plain? (there are: a"),
-        ("seed=1", "config is missing; give a name or a path, as in config=mnist"),
+        ("config", "config is missing; give a name or a path, as in config=mnist"),
         ("config=no/plain.yaml", "config=no/plain.yaml: there is no such config; did you mean pla"),
         ("config=orphan", "configs/orphan.yaml: base=['nobody']: there is no such config"),
     ],
@@ -137,6 +137,8 @@ def test_all_problems_come_at_once():
         ("seed: 1\nseed: 2\n", "configs/odd.yaml: not readable as YAML: found seed twice"),
         ("- seed\n", "configs/odd.yaml: holds no keys"),
         ("seed: " + "[" * 500, "configs/odd.yaml: not readable as YAML"),
+        (f"data: {{train: {'[' * 150}x{']' * 150}}}", "odd.yaml: data.train=[[["),
+        ("seed: " + "9" * 400, "is not a whole number"),
         ("seed: ${oc.env:HOME}\n", "configs/odd.yaml: seed: ${...} is not evaluated"),
         (LAUGHS, "odd.yaml: not readable as YAML: aliases"),
         pytest.param("#" * 2**20 + "\n", "odd.yaml: larger than the 1048576 bytes", id="large"),

@@ -60,7 +60,7 @@ class _Yaml(yaml.BaseLoader):
 def load_train_config(argv: list[str]) -> TrainConfig:
     """The config that `argv` asks for. Raises ConfigError with all problems at once."""
     arguments = _arguments(argv)
-    name = str(arguments.get("config", ""))
+    name = str(arguments.get("config") or "")
     if not name:
         raise ConfigError("config is missing; give a name or a path, as in config=mnist")
     config = _checked(TrainConfig, [*_layers(_find(name, key="config")), ("", arguments)])
@@ -187,7 +187,7 @@ def _scalar(text: str) -> Any:
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     for kind in (int, float) if "_" not in text else ():  # Python's 1_000 is a word in YAML
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             if math.isfinite(number := kind(text)):
                 return number
     return text
@@ -223,7 +223,7 @@ def _set(tree: Any, key: Key, text: Any) -> str:
     if "${" in str(text):  # OmegaConf would evaluate it: environment, other keys, resolvers
         return f"{key.name}: ${{...}} is not evaluated; write the value"
     value, is_taken = _value(key, text), False
-    with contextlib.suppress(OmegaConfBaseException):
+    with contextlib.suppress(OmegaConfBaseException, RecursionError):
         OmegaConf.update(tree, key.name, value, merge=False)
         is_taken = OmegaConf.select(tree, key.name) == value  # not converted, as "on" would be
     if not is_taken:
