@@ -107,7 +107,7 @@ class ShardJob:
                 writer = ShardWriter(partial)
                 yield writer, report
                 writer.close()
-                write_durably(self._report_path(name), json.dumps(report).encode())
+                write_durably(self.work / f"{target.name}.json", json.dumps(report).encode())
                 write_sidecar(target, index_shard(partial))
                 os.replace(partial, target)
                 sync_folder(target.parent)
@@ -115,15 +115,12 @@ class ShardJob:
                 partial.unlink(missing_ok=True)
 
     def report(self, shard: str) -> Report:
-        return self._read(self._report_path(shard))
+        return self._read(self.work / f"{Path(shard).name}.json")
 
     def finish(self, summary: Report) -> None:
         text = json.dumps({**summary, "identity": self.identity}, indent=1) + "\n"
         write_durably(self.out / self.summary, text.encode())
         shutil.rmtree(self.work, ignore_errors=True)
-
-    def _report_path(self, shard: str) -> Path:
-        return self.work / f"{Path(shard).name}.json"
 
     def _read(self, path: Path) -> Report:
         try:

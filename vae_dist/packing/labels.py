@@ -121,23 +121,19 @@ def _celeba_lists(source: Any) -> list[Path]:
 
 def _read_celeba(partition: Path, attributes: Path | None = None) -> Table:
     """Split and attributes of each picture: a name, then numbers."""
-    table: Table = {}
-    path, line = partition, []
+    table, line = Table(), list[str]()
     try:
         for line in _words(partition):
             if line[0] != "image_id":  # the header of a .csv
                 table[line[0]] = {"split": PARTITIONS[line[1]]}
-        if attributes is None:
-            return table
-        path = attributes
-        names, *rows = [line for line in _words(attributes) if len(line) > 1]  # first: their number
-        names = [name for name in names if name != "image_id"]
-        for line in rows:
+        lines = [line for line in _words(attributes) if len(line) > 1] if attributes else [line]
+        names = [name for name in lines[0] if name != "image_id"]
+        for line in lines[1:]:
             if line[0] in table:
                 found = dict(zip(names, map(int, line[1:]), strict=True))
                 table[line[0]]["extra"] = {"attributes": found}
     except (LookupError, ValueError):
-        raise ConfigError(f"{path}: the line of {line[:1]} cannot be read; copy it again") from None
+        raise ConfigError(f"{partition.parent}: a list's line of {line[:1]} is damaged") from None
     return table
 
 

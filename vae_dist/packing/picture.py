@@ -46,13 +46,13 @@ TURNS = {  # by orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-Box = tuple[float, float, float, float]  # left, upper, right, lower, as Pillow has them
+Size = tuple[int, ...]  # (H, W)
 
 
 class Picture(NamedTuple):
     suffix: str
     data: bytes
-    shape: tuple[int, int, int]  # C, H, W
+    shape: tuple[int, ...]  # C, H, W
     notes: tuple[str, ...] = ()  # what a user wants to know of it
     mask: bytes | None = None  # PNG of as many pixels
 
@@ -70,7 +70,7 @@ def prepare(data: bytes, command: PackCommand, *, mask: bytes | None = None) -> 
         if command.size or command.format not in ("keep", kind):
             name = "16-bit PNG" if kind == "png" else f".{kind}"
             raise DamagedSampleError(f"{name} is kept as it is; leave size and format away")
-        shape = _shape(kind, data, command.max_pixels)
+        shape = decode_own(kind, data, max_pixels=command.max_pixels).shape
         picture, have = Picture(kind, data, shape, (KEPT,)), shape[1:]
     else:
         # with a mask it is decoded in full, then resized: blocks of a reduced JPEG would leak
@@ -80,20 +80,19 @@ def prepare(data: bytes, command: PackCommand, *, mask: bytes | None = None) -> 
     return picture
 
 
-def _prepared(
-    kind: str, data: bytes, command: PackCommand, *, exact: bool
-) -> tuple[Picture, tuple[int, int]]:
+def _prepared(kind: str, data: bytes, command: PackCommand, *, exact: bool) -> tuple[Picture, Size]:
     """The picture, and its (H, W) in the source, upright."""
     image = open_by_pillow(data, FORMATS[kind], command.max_pixels)
-    profile, have = other_profile(image), (image.height, image.width)
+    profile = other_profile(image)
+    have: Size = (image.height, image.width)
     background = command.background if has_alpha(image) else "none"
     notes: tuple[str, ...] = ()
     if getattr(image, "is_animated", False):
         notes = ("animated: the first frame is taken",)
     if kind in STORED:  # whatever becomes of it: what is damaged is decided in one place
-        shape = _shape(kind, data, command.max_pixels)
+        shape = decode_own(kind, data, max_pixels=command.max_pixels).shape
         have = shape[1:]
-        is_same = command.format in ("keep", kind) and _target(*have, command.size) == have
+        is_same = command.format in ("keep", kind) and _target(have, command.size) == have
         if is_same and background == "none" and profile is None:
             return Picture(kind, data, shape, (KEPT, *notes)), have
     kept_as = "jpg" if kind in LOSSY else "png"
@@ -137,32 +136,26 @@ def _converted(
     return image.convert("RGBA")
 
 
-def _shape(suffix: str, data: bytes, max_pixels: int) -> tuple[int, int, int]:
-    """C, H, W of a picture that is decoded in full. Raises DamagedSampleError."""
-    channels, height, width = decode_own(suffix, data, max_pixels=max_pixels).shape
-    return channels, height, width
-
-
-def _target(height: int, width: int, size: Any) -> tuple[int, int]:
+def _target(have: Size, size: Any) -> Size:
     """(H, W) of the picture in the shard; a shorter side is never enlarged."""
     if not isinstance(size, int):
-        return size[0], size[1]
-    scale = size / min(height, width)
-    if not 0 < scale < 1:
-        return height, width
-    return max(size, round(height * scale)), max(size, round(width * scale))
+        return tuple(size)
+    scale = size / min(have)
+    return tuple(max(size, round(side * scale)) for side in have) if 0 < scale < 1 else have
 
 
 def _resized(image: Image.Image, size: Any) -> Image.Image:
-    height, width = _target(image.height, image.width, size)
-    if (height, width) == (image.height, image.width):
+    have = image.height, image.width
+    height, width = _target(have, size)
+    if (height, width) == have:
         return image
-    box = _box(image.height, image.width, size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=_box(have, size))
 
 
-def _box(height: int, width: int, size: Any) -> Box:
-    """What of a picture is resized: all of it, or the middle of the shape of [H, W]."""
+def _box(have: Size, size: Any) -> tuple[float, float, float, float]:
+    """What of a picture is resized: all of it, or the middle of the shape of [H, W]; as Pillow has
+    boxes: left, upper, right, lower."""
+    height, width = have
     if isinstance(size, int):
         return (0, 0, width, height)
     wanted = size[1] / size[0]
@@ -175,9 +168,7 @@ def _box(height: int, width: int, size: Any) -> Box:
     return (left, top, left + crop_width, top + crop_height)
 
 
-def _resized_mask(
-    data: bytes, have: tuple[int, int], want: tuple[int, int], command: PackCommand
-) -> bytes:
+def _resized_mask(data: bytes, have: Size, want: Size, command: PackCommand) -> bytes:
     """have, want: (H, W) of the picture in source and shard. Kept byte for byte where they are the
     same. Raises DamagedSampleError."""
     try:
@@ -186,7 +177,7 @@ def _resized_mask(
         raise DamagedSampleError(f"its .{MASK_MEMBER}: {error}") from None
     if have == want:
         return data
-    resized = resized_mask(observed[None], want, box=_box(*have, command.size))
+    resized = resized_mask(observed[None], (want[0], want[1]), box=_box(have, command.size))
     file = io.BytesIO()
     Image.fromarray(255 * resized[0]).save(file, "PNG")
     return file.getvalue()

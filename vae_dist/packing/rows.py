@@ -17,7 +17,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,31 +125,30 @@ def _idx(path: str) -> Place:
     return Place(path, at, size, shape)
 
 
-def cifar_items(files: Iterable[Item]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
+def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, ...]]:
     """The pictures of CIFAR-10's binary batches among the files of a folder or archive, the other
     files, and the names of the classes. Raises ConfigError."""
     items: dict[str, list[Item]] = {"train": [], "test": []}
     classes: tuple[str, ...] = ()
-    batches: list[Item] = []
-    rest: list[Item] = []
-    for file in files:
-        is_batch = CIFAR_FILE.fullmatch(file.name) and not file.place.is_zipped
-        (batches if is_batch else rest).append(file)
+    batches = [f for f in files if CIFAR_FILE.fullmatch(f.name) and not f.place.is_zipped]
+    rest = [file for file in files if file not in batches]
     for file in sorted(batches, key=lambda file: file.name):
         if file.name.endswith(".txt"):
             classes = tuple(read(file.place).decode("utf-8", "replace").split())
-        elif not file.num_bytes or file.num_bytes % CIFAR_RECORD:
+            continue
+        if not file.num_bytes or file.num_bytes % CIFAR_RECORD:
             raise ConfigError(
                 f"source: {file.name}: {file.num_bytes} bytes are no multiple of {CIFAR_RECORD}; "
                 "copy it again"
             )
-        else:
-            split, size = "test" if "test_batch" in file.name else "train", CIFAR_RECORD - 1
-            for at, label in enumerate(read(file.place)[::CIFAR_RECORD]):
-                first = file.place.at + at * CIFAR_RECORD + 1
-                place = Place(file.place.path, first, size, CIFAR_SHAPE)
-                number = len(items[split])
-                items[split].append(Item(f"{split} {number}", place, size, split, label))
+        split = "test" if "test_batch" in file.name else "train"
+        for i, label in enumerate(read(file.place)[::CIFAR_RECORD]):
+            at, size = file.place.at + i * CIFAR_RECORD + 1, CIFAR_RECORD - 1
+            place, name = (
+                Place(file.place.path, at, size, CIFAR_SHAPE),
+                f"{split} {len(items[split])}",
+            )
+            items[split].append(Item(name, place, size, split, label))
     return [*items["train"], *items["test"]], rest, classes
 
 

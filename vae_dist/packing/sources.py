@@ -17,7 +17,7 @@ import os
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -176,7 +176,7 @@ class _Lister:
 
     # samples
 
-    def _add_files(self, files: Iterable[Item], *, is_shard: bool = False) -> None:
+    def _add_files(self, files: list[Item], *, is_shard: bool = False) -> None:
         """Group the files of one folder or archive into samples, after WebDataset's rule where it
         is a shard: there NAME.depth.png and NAME.png are no pictures beside NAME.jpg."""
         records, files, classes = rows.cifar_items(files)
@@ -211,9 +211,7 @@ class _Lister:
                 num_of_key[key or stem] += 1
                 by_content[member] += not image_key and member not in BY_SUFFIX
                 self.pictures.append(_with_members(file, companions.get(stem, {})))
-        for stem in sorted(companions.keys() - first.keys()):
-            if mask := companions[stem].pop(MASK_MEMBER, None):
-                self.found.leave(mask.name, "the mask of no picture")
+        for stem in companions.keys() - first.keys():
             others.update(companions[stem].keys())
         self.found.left_out += _counted(others, "files that are not packed")
         self.found.notes += _counted(+by_content, "files are decoded by their content")
