@@ -86,7 +86,7 @@ def test_any_size(size, aggregate):
     model = ladder(aggregate=aggregate)
     images, e = inputs(model, 2, 3, size)
     output, shape = model(images, e), model.latent_shape(*size)
-    assert output.params.shape == (2, model.likelihood.num_params(3), *size)
+    assert output.params.shape == (2, model.likelihood.num_params, *size)
     assert output.kl.shape == (2, 3) and output.z.shape == (2, *shape)
     # what was drawn is decoded to the same
     torch.testing.assert_close(model.decode(output.z, size), output.params)

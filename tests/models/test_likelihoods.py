@@ -37,7 +37,7 @@ def likelihood(knobs, *, bits=8, channels=3, **data):
 
 
 def outputs(model, channels, *, size=2, scale=1.0):
-    shape = (1, model.num_params(channels), size, size)
+    shape = (1, model.num_params, size, size)
     return scale * torch.randn(shape, generator=torch_generator(1, "test"))
 
 

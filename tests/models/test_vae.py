@@ -10,8 +10,7 @@ import torch
 
 from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
-from vae_dist.models import build_vae
-from vae_dist.models.build import stride_of
+from vae_dist.models.build import build_vae, stride_of
 from vae_dist.objectives.elbo import noise_shape
 from vae_dist.randomness import torch_generator
 
@@ -84,7 +83,7 @@ def test_shapes_types_and_gradients_of_every_parameter(latent, kind, options):
     assert model.latent_shape(*size) == latent_shape
     assert output.log_likelihood.shape == (3,) and output.kl.shape == (3, 4)
     assert output.mean.shape == output.log_variance.shape == output.z.shape == noise.shape
-    assert output.params.shape == (3, model.likelihood.num_params(channels), *size)
+    assert output.params.shape == (3, model.likelihood.num_params, *size)
     assert all(tensor.dtype == torch.float32 for tensor in output[:6])
     (output.kl.sum() - output.log_likelihood.sum()).backward()
     # softmax does not see a shift of all keys, so the bias of to_k has no gradient

@@ -80,7 +80,7 @@ def export_diffusers(
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
     write_durably(out / CONFIG_NAME, (json.dumps(settings, indent=2) + "\n").encode())
-    if extra := model.likelihood.num_params(config.data.channels) - config.data.channels:
+    if extra := model.likelihood.num_params - config.data.channels:
         kind = config.likelihood.kind
         lines.append(f"cut off: {extra} decoder outputs (log-variances of {kind}); the mean stays")
     return lines

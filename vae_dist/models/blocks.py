@@ -184,16 +184,13 @@ def convolution_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     output in its 2x2 has a 2x2 kernel.
     """
     batch, _, height, width = x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     rows = []
     for i, of_row in enumerate(_pairs(weight, 2)):
-        row = []
-        for j, kernel in enumerate(_pairs(of_row, 3)):
-            h = F.conv2d(x, kernel, bias, padding=1)[..., i : i + height, j : j + width]
-            row.append(h.permute(0, 2, 3, 1) if channels_last else h)
-        rows.append(torch.stack(row, 3 if channels_last else 4))
-    if channels_last:  # (B, H, 2, W, 2, C)
-        return torch.stack(rows, 2).view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+        row = [
+            F.conv2d(x, kernel, bias, padding=1)[..., i : i + height, j : j + width]
+            for j, kernel in enumerate(_pairs(of_row, 3))
+        ]
+        rows.append(torch.stack(row, 4))
     return torch.stack(rows, 3).view(batch, -1, 2 * height, 2 * width)  # of (B, C, H, 2, W, 2)
 
 

@@ -47,7 +47,7 @@ def build_vae(config: TrainConfig, image_size: tuple[int, int]) -> VAE:
     is_ladder = model.arch == "ladder"
     with initialised(config.seed, "init"):
         likelihood = build_likelihood(config.likelihood, data)
-        sizes = data.channels + sees_mask, likelihood.num_params(data.channels)
+        sizes = data.channels + sees_mask, likelihood.num_params
         encoder, decoder = _towers(model, *sizes, image_size)
         vae = (LadderVAE if is_ladder else VAE)(
             encoder,

@@ -32,11 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 
 from vae_dist.config.errors import ConfigError
+from vae_dist.config.keys import shown, value_of
 from vae_dist.config.schema import TrainConfig
 from vae_dist.models.build import blocks_of_levels
 
@@ -49,11 +49,20 @@ WEIGHTS_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.fp16.safetensors")
 AUTOENCODER, FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
 BN_EPS = 1e-4  # diffusers' default for FLUX.2
 SCALING_FACTOR = 0.18215  # diffusers' default; sd-vae-ft-mse and others of its age do not say it
-NO_NORM = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)  # of a forged config
 PACKED = 4  # positions of a block of 2x2
 
 # Likelihoods whose first decoder outputs are the mean of the image.
 KINDS_OF_MEANS = ("gaussian", "laplace", "discretized_gaussian")
+
+# What a config of ours has where a model is an AutoencoderKL.
+FIXED = {
+    "data.mask": "none",
+    "model.arch": "conv",
+    "model.latent": "spatial",
+    "model.patch": 1,
+    "model.dc_shortcuts": False,
+    "model.num_classes": 0,
+}
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -63,20 +72,19 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 def export_problems(config: TrainConfig) -> list[str]:
     """What of this config has no place in an AutoencoderKL, a sentence each; empty: nothing."""
-    model, likelihood, mask = config.model, config.likelihood.kind, config.data.mask
-    uneven = isinstance(model.blocks, list) and len(set(model.blocks)) > 1
-    checks = {
-        f"model.arch={model.arch}: the format has one latent": model.arch == "ladder",
-        f"model.latent={model.latent}: the format has spatial latents": model.latent != "spatial",
-        f"model.patch={model.patch}: the format begins with single pixels": model.patch != 1,
-        "model.dc_shortcuts=true: the format has no space-to-channel shortcuts": model.dc_shortcuts,
-        f"model.num_classes={model.num_classes}: the format knows no labels": model.num_classes > 0,
-        f"model.blocks={model.blocks}: the format has equally many in each level": uneven,
-        f"data.mask={mask}: the format's encoder sees no mask": mask != "none",
-        f"likelihood.kind={likelihood}: its decoder outputs are not an image; "
-        f"{', '.join(KINDS_OF_MEANS)} have one": likelihood not in KINDS_OF_MEANS,
-    }
-    return [sentence for sentence, is_so in checks.items() if is_so]
+    problems = [
+        f"{key}={shown(value_of(config, key))}: the format is that of {key}={shown(value)}"
+        for key, value in FIXED.items()
+        if value_of(config, key) != value
+    ]
+    if len(set(blocks_of_levels(config.model))) > 1:
+        problems.append(f"model.blocks={config.model.blocks}: the format has as many in each level")
+    if config.likelihood.kind not in KINDS_OF_MEANS:
+        problems.append(
+            f"likelihood.kind={config.likelihood.kind}: its decoder outputs are not an image; "
+            f"{', '.join(KINDS_OF_MEANS)} have one"
+        )
+    return problems
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ def read_published(source: Path) -> Published | None:
     try:
         tensors = safetensors.torch.load(file.read_bytes())
         norm = _norm(config, tensors)
-    except (OSError, safetensors.SafetensorError, *NO_NORM) as error:
+    except Exception as error:  # of the file, or of numbers in a forged config
         raise ConfigError(f"{blame}: {file} cannot be read ({error})") from None
     tensors = {name: value for name, value in tensors.items() if not name.startswith("bn.")}
     return Published(folder, config, _by_current_names(tensors), norm)
@@ -272,19 +280,13 @@ def _by_current_names(tensors: Tensors) -> Tensors:
 def fitting_keys(published: Published) -> dict[str, Any]:
     """The keys of a config whose model has the folder's weights, with their values."""
     config = published.config
-    return {
+    return FIXED | {
         "data.channels": config.get("in_channels", 3),
-        "data.mask": "none",
-        "model.arch": "conv",
-        "model.latent": "spatial",
         "model.latent_channels": config.get("latent_channels", 4),
         "model.channels": list(config.get("block_out_channels", [64])),
-        "model.patch": 1,
         "model.blocks": config.get("layers_per_block", 1),
-        "model.dc_shortcuts": False,
         "model.attention": config.get("mid_block_add_attention", True),
         "model.norm_groups": config.get("norm_num_groups", 32),
-        "model.num_classes": 0,
     }
 
 

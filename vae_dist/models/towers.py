@@ -7,8 +7,8 @@ Level i has width `channels[i]`; it holds `blocks[i]` residual blocks in the enc
 the decoder. Squares of patch x patch pixels are channels of level 0 (space to depth), so
 with n levels the stride is f = patch * 2^(n-1). Two forms of the latent:
 
-    spatial (feature_size=None): last and first layer are 3x3 convolutions, any H and W
-    vector  (feature_size=(h, w)): linear layers on the whole last feature map of h x w positions
+    spatial (size=None): last and first layer are 3x3 convolutions, any H and W
+    vector  (size=(h, w)): linear layers on the whole last feature map of h x w positions
 
 With shortcuts (DC-AE), the changes of resolution change the width as well, and the layers around a
 spatial latent have one too: means of neighbouring channels are added to the means of z, copies of
@@ -29,7 +29,7 @@ The last layer of each tower is float32 outside autocast: one bfloat16 step of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -49,6 +49,9 @@ from vae_dist.models.blocks import (
     repeated,
 )
 
+Size = tuple[int, int]  # rows and columns of the last feature map
+Shape = tuple[int, int, int]
+
 
 def residual_blocks(model: ModelConfig, widths: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList(
@@ -57,37 +60,27 @@ def residual_blocks(model: ModelConfig, widths: Sequence[int]) -> nn.ModuleList:
     )
 
 
-def widths_of_levels(
-    channels: Sequence[int], *, has_shortcuts: bool
-) -> Iterator[tuple[int, int, int | None]]:
-    """(in, out, next) channels of each level in the order of a tower; next is None for the last.
-    The first residual block of a level changes the width, or, with shortcuts, the change of
-    resolution before it."""
-    for i, width in enumerate(channels):
-        following = channels[i + 1] if i + 1 < len(channels) else None
-        if has_shortcuts:
-            yield width, width, following
-        else:
-            yield channels[max(0, i - 1)], width, None if following is None else width
-
-
 class Level(nn.Module):
-    """Residual blocks of one resolution, then `change` of it unless it is the last level. Its name
+    """Residual blocks of level i of a tower, then `change` of resolution unless it is the last one.
+    The first residual block changes the width, or, with shortcuts, the change before it. The name
     `samplers` is that of the format that models are exported to."""
 
     def __init__(
         self,
-        widths: tuple[int, int, int | None],
+        channels: Sequence[int],
+        i: int,
         blocks: int,
         model: ModelConfig,
         change: type[Downsample] | type[Upsample],
     ) -> None:
         super().__init__()
-        first, width, following = widths
+        has_shortcuts, width = model.dc_shortcuts, channels[i]
+        first = width if has_shortcuts else channels[max(0, i - 1)]
         self.resnets = residual_blocks(model, [first] + [width] * blocks)
         layers = nn.ModuleList()
-        if following is not None:
-            layers.append(change(width, following, shortcut=model.dc_shortcuts))
+        if i + 1 < len(channels):
+            following = channels[i + 1] if has_shortcuts else width
+            layers.append(change(width, following, shortcut=has_shortcuts))
         self._samplers = "downsamplers" if change is Downsample else "upsamplers"
         self.add_module(self._samplers, layers)
 
@@ -119,37 +112,25 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, in_channels, H, W), H and W multiples of the stride -> float32 moments,
-    (B, out_channels, H/f, W/f), or (B, out_channels) with a `feature_size`."""
+    """Images (B, inputs, H, W), H and W multiples of the stride -> float32 moments,
+    (B, outputs, H/f, W/f), or (B, outputs) with a size."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        model: ModelConfig,
-        feature_size: tuple[int, int] | None,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, model: ModelConfig, size: Size | None) -> None:
         super().__init__()
-        self.patch, self.shortcuts, self.feature_size = (
-            model.patch,
-            model.dc_shortcuts,
-            feature_size,
-        )
+        self.patch, self.shortcuts, self.size = model.patch, model.dc_shortcuts, size
         widths, last = model.channels, model.channels[-1]
-        self.conv_in = nn.Conv2d(in_channels * model.patch**2, widths[0], 3, padding=1)
-        levels = widths_of_levels(widths, has_shortcuts=model.dc_shortcuts)
+        self.conv_in = nn.Conv2d(inputs * model.patch**2, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(level, count, model, Downsample)
-            for count, level in zip(model.blocks, levels, strict=True)
+            Level(widths, i, count, model, Downsample) for i, count in enumerate(model.blocks)
         )
         self.mid_block = Middle(model)
         self.conv_norm_out = group_norm(model.norm_groups, last)
         self.film_out = None
-        if feature_size is None:
-            self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
+        if size is None:
+            self.conv_out = nn.Conv2d(last, outputs, 3, padding=1)
         else:
-            num_features = last * math.prod(feature_size)
-            self.linear_out = nn.Linear(num_features, out_channels)
+            num_features = last * math.prod(size)
+            self.linear_out = nn.Linear(num_features, outputs)
             self.film_out = Film(num_features) if model.num_classes else None
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -158,7 +139,7 @@ class Encoder(nn.Module):
             h = level(h, condition)
         last = self.mid_block(h, condition)
         h = F.silu(self.conv_norm_out(last))
-        if self.feature_size is not None:
+        if self.size is not None:
             h = h.flatten(1)
             h = h if self.film_out is None else self.film_out(h, condition)
             return in_float32(self.linear_out, h)
@@ -170,47 +151,36 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, in_channels, h, w), or (B, in_channels) with a `feature_size` -> float32 parameters of
-    the likelihood (B, out_channels, f*h, f*w)."""
+    """z (B, inputs, h, w), or (B, inputs) with a size -> float32 parameters of the likelihood
+    (B, outputs, f*h, f*w)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        model: ModelConfig,
-        feature_size: tuple[int, int] | None,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, model: ModelConfig, size: Size | None) -> None:
         super().__init__()
-        self.patch, self.shortcuts, self.feature_size = (
-            model.patch,
-            model.dc_shortcuts,
-            feature_size,
-        )
+        self.patch, self.shortcuts, self.size = model.patch, model.dc_shortcuts, size
         widths = model.channels[::-1]
         self.film_in = None
-        if feature_size is None:
-            self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        if size is None:
+            self.conv_in = nn.Conv2d(inputs, widths[0], 3, padding=1)
         else:
-            num_features = widths[0] * math.prod(feature_size)
-            self.linear_in = nn.Linear(in_channels, num_features)
+            num_features = widths[0] * math.prod(size)
+            self.linear_in = nn.Linear(inputs, num_features)
             self.film_in = Film(num_features) if model.num_classes else None
         self.mid_block = Middle(model)
-        levels = widths_of_levels(widths, has_shortcuts=model.dc_shortcuts)
         self.up_blocks = nn.ModuleList(
-            Level(level, count + 1, model, Upsample)
-            for count, level in zip(model.blocks[::-1], levels, strict=True)
+            Level(widths, i, count + 1, model, Upsample)
+            for i, count in enumerate(model.blocks[::-1])
         )
         self.conv_norm_out = group_norm(model.norm_groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], out_channels * model.patch**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], outputs * model.patch**2, 3, padding=1)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        if self.feature_size is None:
+        if self.size is None:
             h: Tensor = self.conv_in(z)
             h = h + repeated(z, h.shape[1]) if self.shortcuts else h
         else:
             h = self.linear_in(z)
             h = h if self.film_in is None else self.film_in(h, condition)
-            h = h.unflatten(1, (-1, *self.feature_size))
+            h = h.unflatten(1, (-1, *self.size))
         h = self.mid_block(h, condition)
         for level in self.up_blocks:
             h = level(h, condition)
@@ -222,8 +192,6 @@ class Decoder(nn.Module):
 
 
 # dense towers
-
-Shape = tuple[int, int, int]
 
 
 class _Hidden(nn.Module):

@@ -48,7 +48,7 @@ class VAEOutput(NamedTuple):
     mean: Tensor  # (B, *latent_shape) of q(z|x)
     log_variance: Tensor  # (B, *latent_shape) of q(z|x), bounded
     z: Tensor  # of the shape of the noise
-    params: Tensor  # (B, [K,] likelihood.num_params(C), H, W) decoder outputs
+    params: Tensor  # (B, [K,] likelihood.num_params, H, W) decoder outputs
     log_ratio: Tensor | None = None  # (B, [K]) log q - log p at z; None: follows from the moments
     projected: Tensor | None = None  # (B, width, h, w) of z, for alignment with a vision model
 

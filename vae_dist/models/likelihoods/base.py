@@ -82,10 +82,7 @@ class Likelihood(nn.Module, ABC):
     def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
         super().__init__()
         self.levels = Levels(data.bits)
-
-    @abstractmethod
-    def num_params(self, channels: int) -> int:
-        """Decoder channels for images of `channels` channels."""
+        self.num_params = self.channels = data.channels  # of the decoder, and of images
 
     def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
         """Images as they are stored (uint8, uint16 or float32, by data.bits) and uniform noise in

@@ -30,9 +30,6 @@ class Bernoulli(Likelihood):
         self.needs_uniform = self.binarization == "dynamic"
         self.has_levels = self.binarization != "soft"
 
-    def num_params(self, channels: int) -> int:
-        return channels
-
     def prepare(self, stored: Tensor, uniform: Tensor | None) -> Tensor:
         intensity = self.levels.intensity(stored)
         if self.binarization == "soft":

@@ -62,9 +62,8 @@ class _OfMoments(Likelihood):
     def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
         super().__init__(config, data)
         self.moments = NormalMoments(config, channels=data.channels)
-
-    def num_params(self, channels: int) -> int:
-        return channels * (2 if self.moments.variance == "per_pixel" else 1)
+        if config.variance == "per_pixel":  # means, then log-variances
+            self.num_params *= 2
 
     def _normal_draw(self, params: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_variance = self.moments(params)

@@ -37,12 +37,10 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def __init__(self, config: LikelihoodConfig, data: DataConfig) -> None:
         super().__init__(config, data)
-        self.num_components, self.channels = config.mixtures, data.channels
+        self.num_components = config.mixtures
         self.num_couplings = self.channels * (self.channels - 1) // 2
+        self.num_params = config.mixtures * (1 + 2 * self.channels + self.num_couplings)
         self.floor_log_scale = math.log(config.min_sigma * math.sqrt(3.0) / math.pi)
-
-    def num_params(self, channels: int) -> int:
-        return self.num_components * (1 + 2 * channels + channels * (channels - 1) // 2)
 
     def log_prob_of_values(self, params: Tensor, images: Tensor) -> Tensor:
         logits, means, log_scales, couplings = self._components(params)
