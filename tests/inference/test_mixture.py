@@ -1,6 +1,7 @@
 """The mixture prior: known mixtures are found; what it is fitted to, when it is fitted again."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -94,11 +95,21 @@ def test_one_draw_of_each_image_whatever_the_batch():
     assert float(z.var()) == pytest.approx(1, abs=0.05)
 
 
-def test_it_is_fitted_to_the_training_images_of_the_run(plain_run):
-    command = SampleCommand(run=str(plain_run), device="cpu", prior="gmm:2")
+def test_a_fit_is_kept_for_what_it_belongs_to(plain_run, tmp_path):
+    run = shutil.copytree(plain_run, tmp_path / "run")
+    command = SampleCommand(run=str(run), device="cpu", prior="gmm:2")
     loaded = load_model(command)
-    first, again = fitted_prior(loaded, command), fitted_prior(loaded, command)
-    assert "fitted to 7 training images" in first.description  # of 8, one is damaged
-    assert torch.equal(first.means, again.means)
+    first = fitted_prior(loaded, command)
+    assert "2 Gaussians, full covariance, of the first 8 images" in first.description
+    (file,) = (run / "priors").iterdir()
+    again, whole = fitted_prior(loaded, command), file.read_bytes()
+    assert str(file) in again.description and torch.equal(again.means, first.means)
+    for data in (b"torn", whole.replace(b"[2,3]", b"[3,2]")):  # fitted again
+        file.write_bytes(data)
+        assert torch.equal(fitted_prior(loaded, command).means, first.means)
+        assert file.read_bytes() == whole
     command.prior_images = 5
-    assert "fitted to 4 training images" in fitted_prior(loaded, command).description
+    assert not torch.equal(fitted_prior(loaded, command).means, first.means)
+    next(loaded.model.parameters()).data += 0.1  # other weights at the same step
+    assert str(run) not in fitted_prior(loaded, command).description
+    assert len(list((run / "priors").iterdir())) == 3

@@ -5,20 +5,25 @@
 
 The decoder was trained on draws of q(z), so latents of the mixture lie where it has seen any;
 N(0, I) also covers the rest. One draw of each image, which belongs to (run seed, image).
-scikit-learn fits, from k-means, in float64. The fit is a function of weights, images and K. Vector
-latents only: a spatial latent has thousands of dimensions whose correlations no K Gaussians hold.
+scikit-learn fits, from k-means, in float64. The fit, which may take minutes, is a function of
+weights, images and K; `priors/` of the run folder keeps it. Vector latents only: a spatial latent
+has thousands of dimensions whose correlations no K Gaussians hold.
 
 Legend: N latents, d dimensions, M components.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, distributions
 
@@ -27,7 +32,8 @@ from vae_dist.config.commands import EvaluateCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.loader import EvaluationBatch
 from vae_dist.evaluation.run import inputs_of
-from vae_dist.inference.load import LoadedModel, open_images
+from vae_dist.files import read_bounded, write_durably
+from vae_dist.inference.load import LoadedModel, open_images, weights_digest
 from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import VAE
 from vae_dist.randomness import derive_seed, draws
@@ -35,6 +41,7 @@ from vae_dist.randomness import derive_seed, draws
 FULL_UP_TO = 64  # latents; above, a full covariance has more numbers than most data sets determine
 MAX_ITERATIONS = 500
 TOLERANCE_NATS = 1e-5  # per latent and iteration; EM ends when it gains less
+MAX_BYTES = 2**28  # of a file that keeps a fit
 FLOOR = 1e-4  # added to each variance, part of the mean variance of the latents
 
 
@@ -100,16 +107,14 @@ def fit_mixture(z: Tensor, num_components: int, covariance: str, *, seed: int) -
         torch.from_numpy(estimator.weights_).log(),
         torch.from_numpy(estimator.means_),
         torch.linalg.cholesky(spread) if covariance == "full" else spread.sqrt(),
-        f"prior {num_components} Gaussians, {covariance} covariance, fitted to {len(z)} training "
-        "images",
     )
 
 
 def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) -> GaussianMixture:
-    """The mixture that `command.prior` asks for; for one process only. Raises ConfigError for a
-    model or data that it cannot be fitted to."""
+    """The mixture that `command.prior` asks for, read from the run folder or fitted; for one
+    process only. Raises ConfigError for a model or data that it cannot be fitted to."""
     num_components, covariance = mixture_prior(command.prior)
-    model, config = loaded.model, loaded.config
+    model, config, dims = loaded.model, loaded.config, loaded.model.latent_channels
     if model.image_size is None:
         raise ConfigError(
             f"prior={command.prior}: a mixture is fitted to vector latents, and this model has a "
@@ -117,16 +122,42 @@ def fitted_prior(loaded: LoadedModel, command: SampleCommand | EvaluateCommand) 
         )
     if not find_spec("sklearn"):  # before all images are encoded
         raise ConfigError("prior=gmm:K needs scikit-learn: pip install 'vae_dist[metrics]'")
+    covariance = covariance or ("full" if dims <= FULL_UP_TO else "diagonal")
     images = open_images(config, config.data.train, create=False, key="data.train")
-    stream = images.stream(batch_size=command.batch_size, max_images=command.prior_images or None)
+    count = min(command.prior_images or images.index.num_samples, images.index.num_samples)
+    said = f"{num_components} Gaussians, {covariance} covariance, of the first {count} images"
+    of = f"{said} {weights_digest(model)} {images.index.fingerprint} {config.seed}"
+    digest = hashlib.blake2b(of.encode(), digest_size=8).hexdigest()
+    file = Path(command.run) / "priors" / f"gmm{num_components}_{covariance}_{digest}.safetensors"
+    spread = (dims, dims) if covariance == "full" else (dims,)
+    shapes = {"log_weights": (), "means": (dims,), "factors": spread}
+    if kept := _read(file, {name: (num_components, *shape) for name, shape in shapes.items()}):
+        return replace(kept, description=f"{said} ({file})")
+    stream = images.stream(batch_size=command.batch_size, max_images=count)
     z = aggregate_posterior(model, stream, seed=config.seed)
     if len(z) < num_components:
         raise ConfigError(
             f"prior={command.prior}: {len(z)} training images could be read, fewer than "
             "components; ask for fewer"
         )
-    covariance = covariance or ("full" if model.latent_channels <= FULL_UP_TO else "diagonal")
-    return fit_mixture(z, num_components, covariance, seed=config.seed)
+    fitted = fit_mixture(z, num_components, covariance, seed=config.seed)
+    tensors = {name: getattr(fitted, name).contiguous() for name in shapes}
+    with suppress(OSError):  # a folder that cannot be written: the next command fits again
+        file.parent.mkdir(exist_ok=True)
+        write_durably(file, safetensors.torch.save(tensors))
+    return replace(fitted, description=said)
+
+
+def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> GaussianMixture | None:
+    """What is kept in the file; None where there is none, or another."""
+    try:
+        tensors = safetensors.torch.load(read_bounded(file, MAX_BYTES))
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return None
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        return None
+    weights, means, factors = (tensors[name].double() for name in shapes)
+    return GaussianMixture(weights, means, factors)
 
 
 @torch.inference_mode()
