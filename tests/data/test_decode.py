@@ -325,6 +325,7 @@ def test_what_promises_more_than_it_holds_is_refused():
     progressive = encoded(SMOOTH, "JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     bombs = {
+        "its pixels end early": ("png", png_by_hand(nines[:19], height=20)),
         "damaged PNG": ("png", png_by_hand(nines[:9], height=20, interlaced=1)),
         "more than 100 scans": ("jpg", progressive[:-2] + 200 * scan + b"\xff\xd9"),
         "more than 1000 channels": ("tif", bare_tiff(2, 2, following=8)),  # a ring of pages

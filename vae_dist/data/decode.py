@@ -35,11 +35,11 @@ from vae_dist.data.formats import (
     check_pixels,
     check_png,
     decode_jpeg,
-    is_grey_png,
     is_png16,
     jpeg_header,
     orientation,
     upright,
+    values_of_png,
 )
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import PIXEL_TYPES, ImageSettings
@@ -262,8 +262,8 @@ def _by_pillow(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndar
     image = (_opened if is_deep else open_by_pillow)(data, FORMATS[kind], settings.max_pixels)
     turn = orientation(image.info)
     if kind == "png":
-        check_png(data)
-    if is_deep and not is_grey_png(data):
+        check_png(data, image)
+    if is_deep and values_of_png(data) > 1:
         pixels = _imagecodecs().png_decode(data)
     elif is_deep:
         pixels = np.asarray(image)

@@ -27,7 +27,7 @@ from vae_dist.data.sources import START_RETRY_S
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.windows import ReadAhead, WindowReader
-from vae_dist.data.workers import WorkerPool
+from vae_dist.data.workers import WorkerPool, shared_arrays
 
 Shape = tuple[int, ...]
 
@@ -103,8 +103,12 @@ class TrainingStream:
         reader = SampleReader(
             index, settings, seed=order.seed, cache_bytes=own_cache, retry_s=retry_s
         )
+        self._shared: list[np.ndarray] = []  # images of a step, where workers make them
+        if workers and not settings.sizes_differ:
+            shape = (share, *settings.size, settings.planes)
+            self._shared = shared_arrays(shape, np.dtype(settings.dtype))
         sequences = range(rank * share, (rank + 1) * share)
-        make_parts = _TrainingParts(reader, order, sequences, self._steps)
+        make_parts = _TrainingParts(reader, order, sequences, self._steps, self._shared)
         self._pool = WorkerPool(make_parts, num_workers=workers)
         self.close = weakref.finalize(self, self._pool.close)
 
@@ -116,33 +120,39 @@ class TrainingStream:
             by_shape: dict[Shape, list[_Stack]] = {}
             for stack in (stack for part in of_step for stack in part.stacks):
                 by_shape.setdefault(stack.shape, []).append(stack)
-            groups = sorted(map(self._group, by_shape.values()), key=lambda group: group.slots)
+            groups = [self._group(stacks, step) for stacks in by_shape.values()]
+            groups.sort(key=lambda group: group.slots)
             shards = sorted({self._paths[shard] for part in of_step for shard in part.shards})
             skipped = [sample for part in of_step for sample in part.skipped]
             yield Batch(step, tuple(groups), tuple(shards), tuple(skipped))
 
-    def _group(self, stacks: list[_Stack]) -> Group:
+    def _group(self, stacks: list[_Stack], step: int) -> Group:
         """The workers' images of one shape, sequence by sequence."""
-        numbers, *arrays = stacks[0]
+        numbers, images, *more = stacks[0]
         if len(stacks) > 1:
-            numbers, *arrays = map(np.concatenate, zip(*stacks, strict=True))
+            numbers, images, *more = map(np.concatenate, zip(*stacks, strict=True))
             order = np.argsort(numbers, kind="stable")
-            numbers, *arrays = (array[order] for array in (numbers, *arrays))
-        pixels, labels, features = map(torch.from_numpy, arrays)
+            numbers, *more = (array[order] for array in (numbers, *more))
+            images = images if self._shared else images[order]
+        if self._shared:
+            images = self._shared[step % len(self._shared)]
+        pixels, labels, features = map(torch.from_numpy, (images, *more))
         if self._pin_memory:
             pixels, features = pixels.pin_memory(), features.pin_memory()
+        elif self._shared:
+            pixels = pixels.clone()
         planes = pixels.permute(0, 3, 1, 2)
-        images, masks = split_mask(planes, has_mask=self._settings.has_mask)
+        shown, masks = split_mask(planes, has_mask=self._settings.has_mask)
         slots = dict.fromkeys((self._first_slot + numbers // self._per_slot).tolist())
         vision = features if self._settings.vision else None
-        return Group(tuple(slots), images, labels, masks, vision)
+        return Group(tuple(slots), shown, labels, masks, vision)
 
 
 class _Stack(NamedTuple):
     """Images of one shape."""
 
     numbers: np.ndarray  # of their sequences, ascending
-    images: np.ndarray  # (b, H, W, planes)
+    images: np.ndarray  # (b, H, W, planes); (0, H, W, planes) where they lie in shared memory
     labels: np.ndarray
     features: np.ndarray
 
@@ -168,6 +178,7 @@ class _TrainingParts:
     order: Order | MixedOrder
     sequences: range
     steps: range
+    shared: list[np.ndarray]
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[_Part]:
         rows = max(1, self.order.slot_rows)
@@ -190,17 +201,22 @@ class _TrainingParts:
                         shards.add(shard)
                         shape = (*sample.image.shape, *sample.features.shape)
                         by_shape.setdefault(shape, []).append((number, sample))
-                stacks = list(map(_stacked, by_shape.values()))
+                out = None
+                if self.shared:
+                    out = self.shared[step % len(self.shared)][worker::num_workers]
+                stacks = [_stacked(found, out) for found in by_shape.values()]
                 yield _Part(step, stacks, shards, skipped)
         finally:
             read_ahead.close()
 
 
-def _stacked(found: list[tuple[int, LoadedSample]]) -> _Stack:
+def _stacked(found: list[tuple[int, LoadedSample]], out: np.ndarray | None) -> _Stack:
+    """out: shared memory for the images, else they go along."""
     numbers, samples = zip(*found, strict=True)
     images, labels, features = zip(*samples, strict=True)
     # laid out as most decoders do: convolutions sum another layout in another order
-    pixels = np.stack([np.ascontiguousarray(image.transpose(1, 2, 0)) for image in images])
+    pixels = np.stack([image.transpose(1, 2, 0) for image in images], out=out)
+    pixels = np.ascontiguousarray(pixels) if out is None else pixels[:0]
     return _Stack(np.array(numbers), pixels, np.array(labels), np.stack(features))
 
 

@@ -3,21 +3,24 @@
 In: `make_parts(worker, num_workers)`, an iterator of parts. Out: the parts, worker by worker in
 turn: worker 0's first, worker 1's first, ..., worker 0's second, ...
 
-Processes are forked, whatever Python's default is: what they need comes to them as it is. Parts
-hold numpy's arrays, which are pickled through a pipe: nothing is taken from /dev/shm, which is
-small in containers.
+Processes are forked, whatever Python's default is: what they need comes to them as it is, shared
+memory too. That memory is anonymous and parts are pickled without tensors, so that nothing is taken
+from /dev/shm, which is small in containers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -45,6 +48,17 @@ def deaths_explained(remedy: str) -> Iterator[None]:
             f"a loader process died ({words.splitlines()[0].rstrip('. ')}). Memory that ran out is "
             f"the usual cause: {remedy}"
         ) from None
+
+
+def shared_arrays(shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[np.ndarray]:
+    """Memory for what the forks of a rank add to a step; step k has array k mod their number.
+
+    DataLoader asks a worker for its part of step k + PREFETCHED + 1 when the trainer takes that of
+    step k + 1, after it copied step k.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    buffers = [mmap.mmap(-1, size) for _ in range(PREFETCHED + 1)]
+    return [np.frombuffer(buffer, dtype).reshape(shape) for buffer in buffers]
 
 
 class WorkerPool:
