@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -51,21 +50,6 @@ def test_other_ranks_leave_after_the_one_that_prints_the_reason(monkeypatch, cap
     assert train.main(["config=debug", "optimizer.lrr=1"]) == 2
     assert found == pauses
     assert ("did you mean" in capsys.readouterr().err) == (rank == "0")
-
-
-@pytest.mark.parametrize(
-    ("rank", "is_loaded", "said"),
-    [("0", False, "config debug: loading torch ...\n"), ("1", False, ""), ("0", True, "")],
-)
-def test_training_says_what_it_waits_for(rank, is_loaded, said, monkeypatch, capsys):
-    session, heard = types.ModuleType("vae_dist.training.setup"), []
-    session.run_session = lambda *_: heard.append(capsys.readouterr().err) or 0
-    monkeypatch.setitem(sys.modules, "vae_dist.training.setup", session)
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    if not is_loaded:
-        monkeypatch.delitem(sys.modules, "torch", raising=False)
-    assert train.main(["config=debug"]) == 0 and heard == [said]
 
 
 CODE = """

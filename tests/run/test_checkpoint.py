@@ -32,8 +32,8 @@ def test_what_is_saved_comes_back_and_the_newest_ones_are_kept(checkpoints, tmp_
     for step, skipped in ((20, 20), (30, 7)):
         loaded = checkpoints.load(step)
         assert loaded.step == step and loaded.state["scalars"] == {"skipped": skipped}
-        assert torch.equal(loaded.tensors["model"]["w"], torch.full((3, 2), float(step)))
-        assert torch.equal(loaded.tensors["ema"]["w"], torch.full((3, 2), -float(step)))
+        for name, sign in (("model", 1), ("ema", -1)):
+            assert torch.equal(loaded.tensors[name]["w"], torch.full((3, 2), float(sign * step)))
     chosen = [load_checkpoint(folder, which).step for which in ("20", "latest", "best")]
     assert chosen == [20, 30, 30]
     with pytest.raises(ConfigError, match=r"checkpoint=25.*20, 30"):
@@ -43,12 +43,11 @@ def test_what_is_saved_comes_back_and_the_newest_ones_are_kept(checkpoints, tmp_
 
 
 HEADER = b'{"w": {"dtype": "F32", "shape": [1000000000, 9], "data_offsets": [0, 24]}}'
-HUGE = len(HEADER).to_bytes(8, "little") + HEADER
 
 
-def forge(path, start):
-    """Another beginning of the file, which keeps its size."""
-    size = path.stat().st_size
+def forge(path):
+    """A header of a huge tensor, in a file that keeps its size."""
+    size, start = path.stat().st_size, len(HEADER).to_bytes(8, "little") + HEADER
     path.write_bytes((start + path.read_bytes()[-24:]).ljust(size)[:size])
 
 
@@ -72,7 +71,7 @@ WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
         (WEIGHTS, lambda path: path.unlink()),
         (WEIGHTS, lambda path: path.write_bytes(b"x" * path.stat().st_size)),
         (WEIGHTS, replace_by_a_fifo),
-        (WEIGHTS, lambda path: forge(path, HUGE)),
+        (WEIGHTS, forge),
         (MANIFEST, lambda path: path.write_bytes(path.read_bytes()[:-9])),
         (MANIFEST, lambda path: path.unlink()),
         (MANIFEST, lambda path: path.write_text('{"step": 30, "files": 7}')),
@@ -130,17 +129,14 @@ def writer(checkpoints, warnings):
     return CheckpointWriter(checkpoints, keep_last=2, warn=warnings.append)
 
 
-def submit(writer, step, best_step=None, **options):
+def written(writer, step, best_step=None, **options):
     writer.submit(step, tensors(step), {"scalars": {}}, best_step=best_step, **options)
+    return writer.wait()
 
 
 def test_training_may_change_the_weights_while_the_disk_is_busy(checkpoints, writer, monkeypatch):
     go_on, save, weights = threading.Event(), checkpoints.save, torch.ones(3)
-
-    def slow(*args, **kwargs):
-        assert go_on.wait(10)
-        return save(*args, **kwargs)
-
+    slow = lambda *given, **options: go_on.wait(10) and save(*given, **options)  # noqa: E731
     monkeypatch.setattr(checkpoints, "save", slow)
     writer.submit(40, {"model": {"w": weights}}, {"scalars": {}}, best_step=None)
     assert writer.written_step == -1  # it returned, and nothing is written
@@ -151,36 +147,25 @@ def test_training_may_change_the_weights_while_the_disk_is_busy(checkpoints, wri
 
 
 def test_a_full_disk_costs_a_warning_and_the_next_one_tries_again(
-    checkpoints, writer, warnings, monkeypatch
+    checkpoints, writer, warnings, monkeypatch, tmp_path
 ):
-    submit(writer, 40)
-    assert writer.wait()
-
     def full(path, data):
         (checkpoints.folder / ".step_00000050.tmp" / "half").write_bytes(b"torn")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "write_durably", full)
-    submit(writer, 50)
-    assert not writer.wait()
+    assert written(writer, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "write_durably", full)
+        assert not written(writer, 50)
     assert "step_00000050: No space left" in warnings[0] and "step_00000040" in warnings[0]
     assert not list(checkpoints.folder.glob(".*")) and checkpoints.load_newest().step == 40
-    monkeypatch.undo()
-    submit(writer, 60)
-    assert writer.wait() and checkpoints.steps() == [40, 60] and len(warnings) == 1
-
-
-def test_a_folder_that_is_gone_is_not_made_again_and_costs_a_warning(
-    checkpoints, writer, warnings, tmp_path
-):
-    submit(writer, 40)
-    assert writer.wait()
-    shutil.rmtree(checkpoints.folder / "step_00000040")
-    writer.amend(40, {"scalars": {}}, best_step=40)
-    assert not writer.wait() and "step_00000040 has no sound manifest.json" in warnings[0]
-    checkpoints.folder.rename(tmp_path / "away")
-    submit(writer, 50)
-    assert not writer.wait() and "No such file" in warnings[1] and not checkpoints.folder.exists()
+    assert written(writer, 60) and checkpoints.steps() == [40, 60] and len(warnings) == 1
+    shutil.rmtree(checkpoints.folder / "step_00000060")
+    writer.amend(60, {"scalars": {}}, best_step=60)
+    assert not writer.wait() and "step_00000060 has no sound manifest.json" in warnings[1]
+    checkpoints.folder.rename(tmp_path / "away")  # which is not made again
+    assert not written(writer, 70)
+    assert "No such file" in warnings[2] and not checkpoints.folder.exists()
 
 
 def test_what_is_no_disk_problem_is_an_error(writer):
@@ -191,13 +176,12 @@ def test_what_is_no_disk_problem_is_an_error(writer):
 
 def test_the_best_one_is_kept_beside_the_newest(checkpoints, writer):
     for step, best in ((40, None), (50, 50), (60, 50), (70, 55), (80, 50)):  # 55: a full disk
-        submit(writer, step, best)
-    assert writer.wait()
+        assert written(writer, step, best)
     assert checkpoints.steps() == [50, 70, 80] and checkpoints.best_step() == 50
-    submit(writer, 90)
+    assert written(writer, 90)
     writer.amend(90, {"scalars": {}}, best_step=90)
-    submit(writer, 95)
-    assert writer.wait() and checkpoints.steps() == [90, 95] and checkpoints.best_step() == 90
+    assert written(writer, 95)
+    assert checkpoints.steps() == [90, 95] and checkpoints.best_step() == 90
     for step in (100, 110, 120):  # a streak of skipped steps
-        submit(writer, step, keep_all=True)
-    assert writer.wait() and checkpoints.steps() == [90, 95, 100, 110, 120]
+        assert written(writer, step, keep_all=True)
+    assert checkpoints.steps() == [90, 95, 100, 110, 120]

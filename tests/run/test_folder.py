@@ -40,10 +40,9 @@ def held(folder, **options):
 def test_a_second_trainer_is_refused_with_the_name_of_the_first(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(folder_module, "WAIT_S", 0.0)
-    with held(folder):
-        message = rf"run=.* in use by process {os.getpid()} on .*, job 4711, since .*run=FOLDER"
-        with pytest.raises(ConfigError, match=message):
-            RunLock(folder).attempt()
+    message = rf"run=.* in use by process {os.getpid()} on .*, job 4711, since .*run=FOLDER"
+    with held(folder), pytest.raises(ConfigError, match=message):
+        RunLock(folder).attempt()
     with held(folder):  # given back
         pass
 
