@@ -78,11 +78,6 @@ def impute(command: ImputeCommand) -> None:
             f"effective draws of z, of {command.samples}: {effective[0]:.1f} in the worst image, "
             f"{effective[len(effective) // 2]:.1f} in the median"
         )
-    if command.method == "gibbs" and loaded.model.sees_mask:
-        print(
-            "note: this model was trained on incomplete images, and the chains show it complete "
-            "ones; method=importance asks it what it was trained for"
-        )
 
 
 def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[FilledImage]:
