@@ -85,7 +85,7 @@ def test_shards_without_have_none(index, tmp_path):
     assert with_features(plain, SETTINGS, vision="model", key="data.train") == SETTINGS
     settings = with_features(index, SETTINGS, vision="model", key="data.train")
     assert settings.without_augmentation() == SETTINGS
-    with pytest.raises(ShardError, match="mix no shards with features and without"):
+    with pytest.raises(ShardError, match=r"mix no shards with .* and without"):
         reader = SampleReader(plain, settings, seed=0)
         reader.load(reader.read(reader.in_order(0, 1))[0], 0, 0, epoch=0)
 
@@ -93,9 +93,9 @@ def test_shards_without_have_none(index, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "vision", "message"),
     [
-        (SETTINGS, "other", r"are those of model of an image of 8x8 pixels \(.*\), and .*=other"),
-        (replace(SETTINGS, size=(6, 4)), "model", "has images of 6x4 .*; make them with"),
-        (replace(SETTINGS, image_key="png"), "model", r"8x8 \(data.image_key=png\); make them"),
+        (SETTINGS, "other", r"of \('model', '8x8', ''\), this run wants \('other'"),
+        (replace(SETTINGS, size=(6, 4)), "model", "wants .*6x4.*; make them with"),
+        (replace(SETTINGS, image_key="png"), "model", "wants .*'png'"),
         (replace(SETTINGS, crop="random"), "model", "data.crop=random shows other parts"),
         (replace(SETTINGS, buckets=(SIZE, (4, 16))), "model", "aspect buckets shows other parts"),
     ],

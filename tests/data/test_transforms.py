@@ -269,17 +269,12 @@ def test_labels():
 
 
 def test_what_is_no_label():
-    """Damage, or where no class has it a config that does not fit the data."""
     for sample, key, reason in (
         ({"cls": b"cat"}, "cls", ".cls is no integer: b'cat'"),
         ({"cls": b"99999999999999999999999"}, "cls", "64 bits"),
         ({"json": b"{"}, "class", ".json is no JSON"),
         ({"json": b"[" * 100_000}, "class", ".json is no JSON"),
         ({"json": b'{"class": 1.5}'}, "class", "field class is no integer of 64 bits: '1.5'"),
-        ({"cls": b"10"}, "cls", "its label 10.*none of the classes 0 to 9"),
-        ({"cls": b"-2"}, "cls", "its label -2.*none of the classes 0 to 9"),
-        ({"json": b'{"class": -1}'}, "class", "its label -1.*none of the classes 0 to 9"),
     ):
-        with pytest.raises(ValueError, match=reason) as raised:
+        with pytest.raises(DamagedSampleError, match=reason):
             label_of(sample, key=key, num_classes=10)
-        assert isinstance(raised.value, DamagedSampleError) == ("classes" not in reason)

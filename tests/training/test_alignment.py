@@ -107,7 +107,7 @@ def test_the_plan_says_where_features_come_from(keys, digits, stored, tmp_path, 
     assert "whose features are in the shards\n" in said(stored, 0)
     assert "features" not in said(digits, 0)
     assert "alignment_width=8: the features have" in said(stored, 2, "objective.alignment_width=8")
-    assert "of an image of 28x28 pixels" in said(stored, 2, "objective.alignment=other")
+    assert "'28x28'" in said(stored, 2, "objective.alignment=other")
 
 
 def test_the_run_is_used_without_its_vision_model(straight, tmp_path, digits):

@@ -44,11 +44,6 @@ def nearest(buckets: Sequence[Size], aspect_wanted: float) -> Size:
     return min(buckets, key=lambda size: abs(aspect(size) - aspect_wanted))
 
 
-def square(buckets: Sequence[Size]) -> Size:
-    """The bucket that is nearest to a square."""
-    return nearest(buckets, 0.0)
-
-
 def arrange(
     sizes: Sequence[Size | None],
     buckets: Sequence[Size],

@@ -25,7 +25,6 @@ from vae_dist.data.transforms import (
     DRAWN,
     NO_LABEL,
     ImageSettings,
-    UnknownClassError,
     draw_mask,
     fit,
     label_of,
@@ -174,18 +173,14 @@ class SampleReader:
         if not settings.vision:
             return NO_FEATURES
         if member is None:
-            raise ShardError(
-                f"{self.name(shard, index)}: it has no .{MEMBER}, and the first sample has; mix no "
-                "shards with features and without"
-            )
+            name = self.name(shard, index)
+            raise ShardError(f"{name}: mix no shards with .{MEMBER} and without")
         found = Features.from_bytes(member)
         if found[1:] != (settings.vision, size, settings.image_key):
             raise ShardError(
-                f"{self.name(shard, index)}: its features are those of {found.model} of an image "
-                f"of {found.image_size} pixels (image_key={found.image_key}), and "
-                f"objective.alignment={settings.vision} here has images of {size} "
-                f"(data.image_key={settings.image_key}); make them with `encode features=`, "
-                "`resolution=` and `image_key=` as in this run, or give the shards without"
+                f"{self.name(shard, index)}: its features are of {found[1:]}, this run wants "
+                f"{(settings.vision, size, settings.image_key)} (model, size, image_key); make "
+                "them with `encode features=` as in this run, or give the shards without"
             )
         same = 1 if settings.sizes_differ else 3  # dimensions
         if found.values.shape[:same] != settings.features[:same]:
@@ -196,8 +191,8 @@ class SampleReader:
         size = image.shape[1], image.shape[2]
         if size != wanted and not self.settings.any_size:
             raise ShardError(
-                f"{self.name(shard, index)}: the image is {in_text(size)} pixels, but "
-                f"the first one of its data set is {in_text(wanted)}; {ways_to_one_size(wanted)}"
+                f"{self.name(shard, index)}: the image is {in_text(size)} pixels, but the first "
+                f"one is {in_text(wanted)}; {ways_to_one_size(wanted)}"
             )
         if problem := self.settings.too_small(size):
             raise DamagedSampleError(f"too small: {problem}")
@@ -205,18 +200,20 @@ class SampleReader:
     def label(self, sample: Mapping[str, Any], shard: int, index: int) -> int:
         """-1 where there is none. Raises DamagedSampleError, and ShardError for no known class;
         without classes nothing asks for labels, and one that cannot be read is none."""
-        num_classes = self.settings.num_classes
+        key, num_classes = self.settings.label_key, self.settings.num_classes
         try:
-            return label_of(sample, key=self.settings.label_key, num_classes=num_classes)
+            label = label_of(sample, key=key, num_classes=num_classes)
         except DamagedSampleError:
             if num_classes:
                 raise
             return NO_LABEL
-        except UnknownClassError as error:
+        if num_classes and not NO_LABEL <= label < num_classes:
             raise ShardError(
-                f"{self.name(shard, index)} (key {sample['__key__']}): {error}; set "
-                "model.num_classes to one more than the largest label, or repair the labels"
-            ) from None
+                f"{self.name(shard, index)} (key {sample['__key__']}): its label {label} is none "
+                f"of the classes of model.num_classes={num_classes}; set that to one more than the "
+                "largest label, or repair the labels"
+            )
+        return label
 
     def size_or_none(self, data: bytes | memoryview, shard: int) -> Size | None:
         """(H, W) of an undecoded sample after the header of its image; None: unreadable."""
@@ -262,9 +259,6 @@ def single_sample(data: bytes | memoryview, url: str) -> dict[str, Any]:
 def ways_to_one_size(size: Size) -> str:
     """What to do where native images of about that size must share one and do not."""
     return (
-        "here native images share a size: bring them to one, for example "
-        f"data.resolution={min(size)}, or, with model.latent=spatial, use aspect buckets "
-        "(data.resolution={area: ..., multiple: ..., max_aspect: ...}), or let each image be a "
-        "slot of its own with data.slots=training.batch_size (and, with runtime.parallel=fsdp, "
-        "training.microbatch_size=1)"
+        f"here they share a size: set data.resolution={min(size)}, or, with model.latent=spatial, "
+        "aspect buckets or data.slots=training.batch_size"
     )

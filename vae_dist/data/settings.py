@@ -19,7 +19,7 @@ import numpy as np
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import DataConfig
-from vae_dist.data.buckets import Size, make_buckets, square
+from vae_dist.data.buckets import Size, make_buckets, nearest
 from vae_dist.data.decode import MASK_MEMBER, decode_mask, decode_own, image_of, note_of
 from vae_dist.data.features import MEMBER, Features, in_text
 from vae_dist.data.index import Run, ShardIndex
@@ -62,7 +62,7 @@ def image_settings(
     resolution = data.resolution
     if isinstance(resolution, Mapping):
         buckets = make_buckets(**resolution)
-        return replace(common, size=square(buckets), buckets=buckets)
+        return replace(common, size=nearest(buckets, 0.0), buckets=buckets)
     if resolution != "native":
         height, width = (resolution,) * 2 if isinstance(resolution, int) else tuple(resolution)
         return replace(common, size=(height, width))
@@ -88,9 +88,8 @@ def with_features(
             if settings.buckets or settings.draws_crop:
                 choice = "aspect buckets" if settings.buckets else "data.crop=random"
                 raise ConfigError(
-                    f"{key}: the shards hold features of a vision model, of whole images or their "
-                    f"centres, and {choice} shows other parts; set data.resolution and "
-                    "data.crop=center, or give the shards without"
+                    f"{key}: the stored features are of whole images or centres, and {choice} "
+                    "shows other parts; set data.crop=center, or give the shards without"
                 )
             return replace(settings, vision=vision, features=shape)
     return settings
@@ -120,8 +119,7 @@ def check_data_sets(sets: Sequence[DataSet], *, max_skipped_fraction: float) -> 
         if settings.num_classes and labels and all(label == NO_LABEL for label in labels):
             raise ConfigError(
                 f"model.num_classes={settings.num_classes}, but none of {len(labels)} images of "
-                f"{key} has a label under data.label_key={settings.label_key}; name the field that "
-                "holds it, or set model.num_classes=0"
+                f"{key} has a label; correct data.label_key={settings.label_key}, or set that to 0"
             )
 
 
@@ -175,10 +173,9 @@ def _check_native_sizes(probe: _Probe, wanted: Size, key: str, max_skipped_fract
             small.append(f"{name}: {problem}")
     if len(small) > max_skipped_fraction * measured:
         raise ConfigError(
-            f"data.resolution=native, {key}: {len(small)} of {measured} images that were looked at "
-            f"are too small ({'; '.join(small[:NUM_NAMED])}), more than "
-            f"data.max_skipped_fraction={max_skipped_fraction:g}; leave them out, bring all to one "
-            "size with data.resolution=N, or change that key"
+            f"data.resolution=native, {key}: {len(small)} of {measured} images are too small "
+            f"({'; '.join(small[:NUM_NAMED])}), more than data.max_skipped_fraction="
+            f"{max_skipped_fraction:g}; set data.resolution=N, or raise that"
         )
 
 

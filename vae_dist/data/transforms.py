@@ -13,9 +13,9 @@ observed, and goes where its image goes: resized, cropped and mirrored with it. 
 
 The label of a sample (`data.label_key`), -1 where there is none: no such member or field, or null.
 
-    .cls    an integer, -1 for none
-    .json   an integer, true or false, or one of the two marks -1 and 1 of attribute lists such as
-            CelebA's, which with two classes are the classes 0 and 1
+    .cls    an integer
+    .json   an integer, true or false; with two classes the marks -1 and 1 of attribute lists such
+            as CelebA's are the classes 0 and 1
 """
 
 from __future__ import annotations
@@ -247,16 +247,8 @@ def _sources(have: int, low: float, high: float, want: int) -> tuple[np.ndarray,
     return first, np.minimum((center + support + 0.5).astype(np.int64), have)
 
 
-class UnknownClassError(ValueError):
-    """A label that no class has: no damage, but a config that does not fit the data."""
-
-
 def label_of(sample: Mapping[str, Any], *, key: str = CLS, num_classes: int = 0) -> int:
-    """num_classes: 0 takes every integer.
-
-    Raises DamagedSampleError for what is no integer, UnknownClassError for what is none of
-    0, ..., num_classes - 1.
-    """
+    """Raises DamagedSampleError for what is no integer."""
     suffix, place = (CLS, ".cls") if key == CLS else ("json", f".json field {key}")
     text = sample.get(suffix)
     if text is None:
@@ -272,11 +264,4 @@ def label_of(sample: Mapping[str, Any], *, key: str = CLS, num_classes: int = 0)
         return NO_LABEL
     if not isinstance(value, int) or abs(value) >= 2**63:  # bool is one
         raise DamagedSampleError(f"{place} is no integer of 64 bits: {str(value)[:20]!r}")
-    if key != CLS and num_classes == 2 and value == -1:
-        return 0
-    if num_classes and not (0 <= value < num_classes or (key == CLS and value == NO_LABEL)):
-        raise UnknownClassError(
-            f"its label {value} ({place}) is none of the classes 0 to {num_classes - 1} of "
-            f"model.num_classes={num_classes}"
-        )
-    return int(value)
+    return 0 if key != CLS and num_classes == 2 and value == -1 else int(value)

@@ -81,7 +81,7 @@ class WorkerPool:
             num_workers=self.num_workers,
             prefetch_factor=PREFETCHED,
             multiprocessing_context="fork",
-            collate_fn=_as_it_is,
+            collate_fn=lambda part: part,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
@@ -120,10 +120,6 @@ class _Parts(IterableDataset[Any]):
             yield from self.make_parts(info.id, info.num_workers)
         except ConfigError as error:
             yield error  # as a value: raised here it would arrive wrapped in a traceback
-
-
-def _as_it_is(part: Any) -> Any:
-    return part
 
 
 def _start_worker(worker: int) -> None:
