@@ -50,6 +50,7 @@ def run_legs(run, digits, kind, legs, monkeypatch):
     for leg in legs:
         options = [f"training.microbatch_size={leg.microbatch}", f"data.workers={leg.workers}"]
         options += [f"runtime.parallel={leg.parallel}", *FIXED.split(), *KINDS[kind].split()]
+        options += ["model.gradient_checkpointing=true"] * (leg.world > 1)
         with monkeypatch.context() as patch:
             patch.setattr(CheckpointWriter, "submit", submit_on_main)
             if leg.stop:

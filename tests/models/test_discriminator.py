@@ -1,7 +1,5 @@
 """PatchGAN: its weights, what a logit sees, and that the logits of an image are its own."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

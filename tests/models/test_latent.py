@@ -1,7 +1,5 @@
 """The posterior against torch.distributions and its own bounds; moments over a data set."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence

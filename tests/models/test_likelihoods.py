@@ -1,7 +1,5 @@
 """Likelihoods: closed forms, sums to one, gradients by finite differences, what is stored."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

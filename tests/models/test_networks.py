@@ -1,8 +1,6 @@
 """Published networks: names and shapes of their parameters, LPIPS against torchmetrics, and what is
 said when their weights are missing, damaged or of another network."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import sys
@@ -48,14 +46,10 @@ def test_parameters_are_those_of_the_published_files():
     assert sum(map(math.prod, inception.values())) == 23_834_568 - 2048 * 1000 - 1000
     expected = {
         "Conv2d_4a_3x3.bn.bias": (192,),
-        "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
         "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
-        "Mixed_6a.branch3x3dbl_1.conv.weight": (64, 288, 1, 1),
         "Mixed_6b.branch7x7_3.conv.weight": (192, 128, 7, 1),
         "Mixed_6e.branch7x7dbl_5.conv.weight": (192, 192, 1, 7),
-        "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
         "Mixed_7b.branch3x3_2a.conv.weight": (384, 384, 1, 3),
-        "Mixed_7c.branch3x3dbl_1.conv.weight": (448, 2048, 1, 1),
         "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
     }
     assert {name: inception.get(name) for name in expected} == expected

@@ -1,7 +1,5 @@
 """The whole model: shapes, sizes, precision, gradients, labels, masks, draws."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Hinge loss, the adaptive weight."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Alignment with a vision model: closed forms, features of a tiny DINOv2, errors."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Losses as sums over images, on a VAE whose log p(x) is known; gradients of its encoder."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The perceptual term: its gradients, its weight files, and the distance without weights."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Schedules at their edges: learning rate, beta, adversarial ramp, weight of the alignment."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
