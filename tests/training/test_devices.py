@@ -18,7 +18,7 @@ from tests.support.devices import (
 from tests.support.steps import batch, config, first_step, make_step, wrong_gradients
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 from vae_dist.training.guards import SkipGuard
-from vae_dist.training.memory import microbatch_size, step_cost
+from vae_dist.training.memory import largest_that_runs, microbatch_size, step_cost
 
 KINDS = ("bound", "discriminator")
 
@@ -197,3 +197,10 @@ def test_the_estimate_is_near_what_a_step_takes(device):
             step(made, number)
         used = torch.cuda.max_memory_allocated()
         assert 0.6 < used / estimate < 1.4, (used, estimate)
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(0.7 * used / total)
+        try:
+            assert 0 < largest_that_runs(step, size, ()) < settings.training.batch_size
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)

@@ -6,10 +6,12 @@ import torch
 from tests.support.adversarial import BATCH_SIZE, adversarial_config, picture_batch
 from tests.support.adversarial import SIZE as PICTURE_SIZE
 from tests.support.distributed import run_ranks
-from tests.support.steps import SIZE, config, make_step, one_process
+from tests.support.steps import SIZE, batch, config, make_step, one_process
+from vae_dist.config.errors import ConfigError
 from vae_dist.config.load import load_train_config
 from vae_dist.training import memory
-from vae_dist.training.memory import candidates, microbatch_size, step_cost
+from vae_dist.training.memory import candidates, largest_that_runs, microbatch_size, step_cost
+from vae_dist.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -82,3 +84,29 @@ def choice_of_a_rank():
 
 def test_ranks_agree_on_what_fits_everywhere():
     assert run_ranks(2, choice_of_a_rank) == [2, 2]
+
+
+def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
+    runtime, tried, rehearse = one_process(), [], TrainingStep.rehearse
+    step = make_step(config(microbatch_size=4), runtime, SIZE)
+    before = {name: p.clone() for name, p in step.vae.named_parameters()}
+    fitting = 6  # images
+
+    def scarce(step, group):
+        tried.append(len(group.images))
+        rehearse(step, group)
+        if len(group.images) > fitting:
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(TrainingStep, "rehearse", scarce)
+    assert (largest_that_runs(step, SIZE, ()), tried) == (4, [16, 8, 4])
+    fitting = 0
+    with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
+        largest_that_runs(step, SIZE, ())
+    assert all(p.grad is None for p in step.vae.parameters()) and not step.optimizer.state
+    for name, parameter in step.vae.named_parameters():
+        assert torch.equal(parameter, before[name])
+    # the step after a trial is that of a run without one
+    fresh = make_step(config(microbatch_size=4), runtime, SIZE)
+    reports = [one(batch(runtime, 0), 0) for one in (step, fresh)]
+    assert reports[0].sums["train/loss"] == reports[1].sums["train/loss"]

@@ -7,7 +7,8 @@ shapes and no memory, and counts the bytes that are alive:
     state = weights, gradients, Adam's two moments, average
 
 Not in it: what kernels use inside, fragments of the allocator, the CUDA context, networks that
-compare images (a tenth of an autoencoder's); so training.microbatch_size=auto leaves a margin.
+compare images (a tenth of an autoencoder's). So training.microbatch_size=auto leaves a margin, and
+on CUDA it tries.
 Microbatches change memory and time, not results.
 """
 
@@ -29,18 +30,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from vae_dist.config.errors import CommandFailed
+from vae_dist.config.errors import CommandFailed, ConfigError
 from vae_dist.config.resolve import images_per_slot
 from vae_dist.config.schema import TrainConfig
+from vae_dist.data.loader import Group
 from vae_dist.distributed import Runtime
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms, noise_shape
 from vae_dist.training.optimizer import freeze_encoder
+from vae_dist.training.step import TrainingStep
 
 TRACED_IMAGES = 2  # GroupNorm refuses one image of one pixel
 CPU_FRACTION = 0.5  # of the available memory: loader processes and their windows live in it too
 GPU_FRACTION = 0.6  # of the free memory: the estimate is good to a third
 PART_OF_16_BITS = {"cpu": 0.5, "cuda": 0.75}  # of float32's activations: CUDA keeps norms in it
+STORED = {16: torch.uint16, 32: torch.float32}  # by data.bits, else uint8
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -159,6 +163,48 @@ def microbatch_size(config: TrainConfig, image_size: tuple[int, int], runtime: R
     available = min(runtime.gather(free_bytes(runtime.device)))
     sizes = candidates(config, runtime.world)
     return next((size for size in sizes if cost.peak_bytes(size) <= available), sizes[-1])
+
+
+def largest_that_runs(
+    step: TrainingStep, image_size: tuple[int, int], features: tuple[int, ...]
+) -> int:
+    """The largest candidate of images of (H, W) pixels whose forward and backward every rank has
+    memory for. Tried on the device, from the whole share of a rank on, each time half of it.
+
+    features: shape of an image's, if they come along. Raises ConfigError where not one slot fits.
+    """
+    sizes = candidates(step.config, step.runtime.world)
+    while sizes and step.runtime.any_rank(not _runs(step, sizes[0], image_size, features)):
+        sizes = [size for size in sizes if size <= sizes[0] // 2]
+    if not sizes:
+        raise ConfigError(
+            f"training.microbatch_size=auto: not even the {images_per_slot(step.config)} images of "
+            "one slot (training.batch_size / data.slots) fit into the memory of every device; "
+            "choose a smaller model or resolution, or more slots"
+        )
+    return sizes[0]
+
+
+def _runs(
+    step: TrainingStep, num: int, image_size: tuple[int, int], features: tuple[int, ...]
+) -> bool:
+    data = step.config.data
+    group = Group(
+        tuple(range(num // images_per_slot(step.config))),
+        torch.zeros(num, data.channels, *image_size, dtype=STORED.get(data.bits, torch.uint8)),
+        torch.zeros(num, dtype=torch.int64),
+        torch.ones(num, 1, *image_size, dtype=torch.uint8) if data.mask != "none" else None,
+        torch.zeros(num, *features, dtype=torch.float16) if features else None,
+    )
+    try:
+        step.rehearse(group)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        step.forget()
+        if step.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 # the host's memory

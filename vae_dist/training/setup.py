@@ -45,7 +45,7 @@ from vae_dist.training.compile import compile_towers, compiler_problem
 from vae_dist.training.data import Data, resolved_with_data, training_stream
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.loop import Row, Trainer
-from vae_dist.training.memory import microbatch_size
+from vae_dist.training.memory import largest_that_runs, microbatch_size
 from vae_dist.training.plan import dry_run, plan
 from vae_dist.training.step import TrainingStep
 from vae_dist.training.stop import (
@@ -352,6 +352,10 @@ def build_trainer(
     has_features = bool(data.settings.vision)
     step = TrainingStep(config, runtime, data.image_size, has_features=has_features)
     step.microbatch_size = size
+    is_free = runtime.device.type == "cuda" and runtime.strategy.forward_is_local
+    if config.training.microbatch_size == "auto" and is_free:  # else a rank would wait for others
+        features = data.settings.features if has_features else ()
+        step.microbatch_size = largest_that_runs(step, data.largest_size, features)
     compile_towers(step.vae, config)
 
     def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:

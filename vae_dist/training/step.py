@@ -126,11 +126,7 @@ class TrainingStep:
         self._generators = torch.Generator(), torch.Generator(device)
 
     def __call__(self, batch: Batch, step: int) -> StepReport:
-        self._sums = Sums()
-        if self.losses is not None:
-            self.losses.start_step(step, self._sums)
-        if self.alignment is not None:
-            self.alignment.start_step(step, self._sums)
+        self._start(step)
         microbatches = self._microbatches(batch)
         for number, microbatch in enumerate(microbatches):
             self._backward(microbatch, step, is_last=number == len(microbatches) - 1)
@@ -160,6 +156,28 @@ class TrainingStep:
         self.loss_scale.update(found_inf)
         beta = beta_at(self.config.objective, step)
         return StepReport(self._sums, shared, grad_norm, found_inf, spike, lr=lr, beta=beta)
+
+    def _start(self, step: int) -> None:
+        self._sums = Sums()
+        if self.losses is not None:
+            self.losses.start_step(step, self._sums)
+        if self.alignment is not None:
+            self.alignment.start_step(step, self._sums)
+
+    def rehearse(self, group: Group) -> None:
+        """What needs most memory: the backward of a microbatch with all terms of the last step,
+        beside the optimizer's moments. Nothing is updated, and no rank waits for another."""
+        trained = [p for p in self.vae.parameters() if p.requires_grad]
+        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+        last = self.config.training.steps - 1
+        self._start(last)
+        self._backward(group, last, is_last=False)
+        del moments
+
+    def forget(self) -> None:
+        """Let go of what a rehearsal has left, also one that ran out of memory."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._start(0)
 
     def _scale(self) -> Tensor:
         """Of a sum over this rank's images: DDP and FSDP average gradients over the ranks."""
