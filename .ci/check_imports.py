@@ -13,37 +13,23 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = "vae_dist"
-VERBS = {
-    "train",
-    "evaluate",
-    "sample",
-    "reconstruct",
-    "impute",
-    "encode",
-    "decode",
-    "export",
-    "pack",
-    "index",
-    "report",
-    "dashboard",
-    "cli",
-}
-LAYERS: tuple[frozenset[str], ...] = (  # from the top
-    frozenset(VERBS),
-    frozenset({"training", "evaluation", "inference", "packing"}),
-    frozenset({"objectives", "tracking"}),
-    frozenset({"models", "data", "run"}),
-    frozenset({"distributed", "randomness"}),
-    frozenset({"config", "files"}),
+LAYERS = (  # from the top
+    "train evaluate sample reconstruct impute encode decode export pack index report dashboard cli",
+    "training evaluation inference packing",
+    "objectives tracking",
+    "models data run",
+    "distributed randomness",
+    "config files",
 )
 
 
 def layer_of(part: str) -> int | None:
     """The place of a part from the top, 0 for commands; None when it has no place yet."""
-    return next((place for place, parts in enumerate(LAYERS) if part in parts), None)
+    return next((place for place, parts in enumerate(LAYERS) if part in parts.split()), None)
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -78,34 +64,14 @@ def imported(tree: ast.AST, modules: set[str]) -> Iterator[tuple[int, str]]:
 def wrong_direction(importer: str, target: str) -> str | None:
     """Why a module of one part may not import a module of another, or None when it may."""
     part, other = part_of(importer), part_of(target)
-    if part == other:
+    if part == other or not part:  # the package's own __init__ stands above the layers
         return None
-    if not part:
-        return None  # the package's own __init__ stands above the layers
     if not other:
         return f"{importer} imports {target}: the package's own __init__ stands above the layers"
     above, below = layer_of(part), layer_of(other)
     if above is None or below is None:
         return None  # reported once for the part
     return f"{part} lies below {other}, so it cannot import it" if above > below else None
-
-
-def circle(edges: dict[str, set[str]]) -> list[str] | None:
-    """A circle among the modules, or None."""
-    done: set[str] = set()
-
-    def follow(module: str, path: list[str]) -> list[str] | None:
-        if module in path:
-            return [*path[path.index(module) :], module]
-        if module in done:
-            return None
-        for target in sorted(edges.get(module, ())):
-            if found := follow(target, [*path, module]):
-                return found
-        done.add(module)
-        return None
-
-    return next((found for module in sorted(edges) if (found := follow(module, []))), None)
 
 
 def problems(root: Path) -> list[str]:
@@ -125,8 +91,10 @@ def problems(root: Path) -> list[str]:
                 found.append(f"{path}:{line}: {problem}")
             elif module != target:
                 edges[module].add(target)
-    if loop := circle(edges):
-        found.append(f"circle of imports: {' -> '.join(loop)}")
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        found.append(f"circle of imports: {' -> '.join(reversed(error.args[1]))}")
     return found
 
 

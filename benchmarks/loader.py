@@ -150,7 +150,7 @@ def table(title: str, turns: list[dict[str, float]]) -> dict[str, Any]:
     for name in turns[0]:
         result[name] = statistics.median(turn[name] for turn in turns)
         print(f"  {name:24s} {result[name]:8.0f} images/s")
-    for name in turns[0].keys() - {"ours"}:
+    for name in [name for name in turns[0] if name != "ours"]:
         ratio = statistics.median(turn["ours"] / turn[name] for turn in turns)
         result[f"ours / {name}"] = round(ratio, 3)
         print(f"  ours / {name:17s} {ratio:8.2f}")

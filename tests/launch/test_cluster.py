@@ -56,7 +56,7 @@ def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
     # a thread writes the checkpoint; without one it rightly begins anew
     wait_until((job.run / "checkpoints" / "latest").exists, 60, job.said)
     cluster.kill_node(node)
-    cluster.wait_for_requeue(job.number)
+    cluster.wait(job.number, ["PENDING"])
     cluster.boot(node)
     assert job.ended_as(alone) >= 1
 

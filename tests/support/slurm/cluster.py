@@ -60,37 +60,22 @@ class Cluster:
         assert done.returncode == 0, f"{tool} {' '.join(args)}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, *options, script, args, variables):
-        return self.run("sbatch", "--parsable", *options, script, *args, **variables).strip()
-
     def job(self, job):
         """The fields of `scontrol show job`; of the first task of an array."""
         text = self.run("scontrol", "show", "job", job).split("\n\n")[0]
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, job, *, timeout_s=240):
-        """Until the job has ended; the pause of two minutes after a requeue is cut short."""
+    def wait(self, job, states=ENDED, *, timeout_s=240):
+        """Until the job is in one of the states; the pause of two minutes after a requeue is cut
+        short."""
         end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            fields = self.job(job)
-            if fields["JobState"] in ENDED:
-                return fields
+        while (fields := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < end, f"job {job} after {timeout_s} s: {fields}"
             if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
-                self.release(job)
+                time.sleep(1)  # SLURM takes a start that comes at once for the past
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.2)
-        raise AssertionError(f"job {job} after {timeout_s} s: {self.job(job)}")
-
-    def release(self, job):
-        """Cut the pause after a requeue short."""
-        time.sleep(1)  # SLURM takes a start that comes at once for the past
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-
-    def wait_for_requeue(self, job, *, timeout_s=240):
-        """Until the job waits for its next start."""
-        end = time.monotonic() + timeout_s
-        while self.job(job)["JobState"] != "PENDING":
-            assert time.monotonic() < end, f"job {job} is not requeued: {self.job(job)}"
-            time.sleep(0.2)
+        return fields
 
     def kill_node(self, node):
         """The machine is gone from one moment to the next, with all its processes."""

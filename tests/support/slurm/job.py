@@ -41,12 +41,10 @@ class Job:
     def __init__(self, cluster, digits, run, *options, script="slurm", overrides=(), **variables):
         self.cluster, self.run, self.output = cluster, run, run.with_suffix(".out")
         variables = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **variables}
-        self.number = cluster.submit(
-            *("--cpus-per-task=2", "--time=10", f"--output={self.output}", *options),
-            script=f"launch/{script}.sbatch",
-            args=[*training_keys(digits, run), *overrides],
-            variables={"OMP_NUM_THREADS": "1", **variables},
-        )
+        options = ("--cpus-per-task=2", "--time=10", f"--output={self.output}", *options)
+        words = [*options, f"launch/{script}.sbatch", *training_keys(digits, run), *overrides]
+        variables = {"OMP_NUM_THREADS": "1", **variables}
+        self.number = cluster.run("sbatch", "--parsable", *words, **variables).strip()
 
     def said(self):
         paths = [self.output, *sorted((self.run / "logs").glob("*"))]
