@@ -53,7 +53,6 @@ class ConsoleSink:
 
     def __init__(self, *, start_step: int, stop_step: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._images_step = -1
         self._bar: Progress | None = None
         if is_terminal(self._stream):
             self._bar = Progress(
@@ -96,9 +95,7 @@ class ConsoleSink:
             self.say(f"step={step} {format_row(evaluation)}")
 
     def image(self, step: int, key: str, png_path: Path, caption: str) -> None:
-        if step != self._images_step:  # one line for all pictures of a step
-            self._images_step = step
-            self.say(f"step={step} pictures in {png_path.parent}")
+        """They lie in the run folder."""
 
     def close(self, status: str) -> None:
         bar, self._bar = self._bar, None
