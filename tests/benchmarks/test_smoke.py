@@ -34,7 +34,7 @@ def test_what_a_gpu_is_asked_for_runs_small_on_a_cpu(tmp_path):
     ended = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu.sh", *parts.split()],
         env={**os.environ, "SMALL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
-        | {"OMP_NUM_THREADS": "1", "BUDGET_S": "900", "PEERS_PYTHON": ""},
+        | {"OMP_NUM_THREADS": "1", "BUDGET_S": "3600", "PEERS_PYTHON": ""},
         capture_output=True,
         text=True,
     )
