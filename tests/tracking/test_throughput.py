@@ -4,9 +4,10 @@ import torch
 from vae_dist.tracking.throughput import Meter, memory_row, peak_flops
 
 
-def test_rows_count_images_of_all_ranks_and_waiting_without_pauses():
+def test_rows_count_images_of_all_ranks_and_waiting_without_pauses(monkeypatch):
     now = [100.0]  # seconds
-    meter = Meter(10, first_step=2, world=2, peak_images_per_second=16.0, clock=lambda: now[0])
+    monkeypatch.setattr("vae_dist.tracking.throughput.time.perf_counter", lambda: now[0])
+    meter = Meter(10, first_step=2, world=2, peak_images_per_second=16.0)
     assert meter.row() == {}  # without a step
     for _ in range(4):
         with meter.data_wait():
@@ -24,9 +25,7 @@ def test_rows_count_images_of_all_ranks_and_waiting_without_pauses():
         now[0] += 1000.0
     now[0] += 4.0
     meter.step(8)
-    row = meter.row()
-    assert row["time/step_seconds"] == pytest.approx(4.0)
-    assert 3 * 2.0 < row["time/left_seconds"] < 3 * 4.0
+    assert meter.row()["time/step_seconds"] == pytest.approx(4.0)
 
 
 def test_peak_by_name_and_memory_of_a_cpu(monkeypatch):

@@ -10,7 +10,7 @@ spent waiting for data and n images over all ranks:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,12 +24,11 @@ PEAK_TERAFLOPS = {
     **{"L40S": 362, "L4": 121, "A40": 150, "A10": 125, "V100": 125},
 }
 _GIB = 2**30
-_SMOOTHING = 0.3  # weight of the latest interval in the step time that predicts the time left
 
 
 @dataclass
 class Meter:
-    """Counts from `first_step` steps done up to `total_steps`; `clock` returns seconds.
+    """Counts from `first_step` steps done up to `total_steps`.
 
     One rank's meter stands for all `world` ranks: they move in step and do equal shares. With
     `peak_images_per_second`, what one device could do at its peak arithmetic speed, the row has
@@ -40,31 +39,29 @@ class Meter:
     first_step: int = 0
     world: int = 1
     peak_images_per_second: float = 0.0
-    clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         self._step = self.first_step
-        self._smooth_step_seconds = 0.0  # none yet
         self._reset()
 
     def _reset(self) -> None:
-        self._since = self.clock()
+        self._since = time.perf_counter()
         self._waited = self._paused = 0.0
         self._num_images = self._num_steps = 0
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
         """Around `next(batches)`."""
-        start = self.clock()
+        start = time.perf_counter()
         yield
-        self._waited += self.clock() - start
+        self._waited += time.perf_counter() - start
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around evaluation, pictures and checkpoints: this time counts nowhere."""
-        start = self.clock()
+        start = time.perf_counter()
         yield
-        self._paused += self.clock() - start
+        self._paused += time.perf_counter() - start
 
     def step(self, num_images: int) -> None:
         """One optimizer step is done; `num_images` is this rank's share of its batch."""
@@ -74,18 +71,16 @@ class Meter:
 
     def row(self) -> dict[str, float]:
         """The `time/` metrics since the last call, empty when there was no step; starts anew."""
-        seconds = self.clock() - self._since - self._paused
+        seconds = time.perf_counter() - self._since - self._paused
         if self._num_steps == 0 or seconds <= 0:
             return {}
         step_seconds = seconds / self._num_steps
-        earlier = self._smooth_step_seconds or step_seconds
-        self._smooth_step_seconds = earlier + _SMOOTHING * (step_seconds - earlier)
         speed = self._num_images / seconds
         row = {
             "time/images_per_second": speed,
             "time/data_wait_fraction": self._waited / seconds,
             "time/step_seconds": step_seconds,
-            "time/left_seconds": self._smooth_step_seconds * (self.total_steps - self._step),
+            "time/left_seconds": step_seconds * (self.total_steps - self._step),
         }
         if self.peak_images_per_second:
             row["time/mfu"] = speed / self.world / self.peak_images_per_second
