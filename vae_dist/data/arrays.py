@@ -7,6 +7,7 @@ channels of a TIFF are samples of its one page, or its pages.
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from itertools import islice
@@ -93,14 +94,17 @@ def _decode_npy(data: bytes, settings: ImageSettings) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels
 
 
-def _open_tiff(data: bytes) -> Any:
+def from_science(package: str) -> Any:
+    """A package of the extra `science`. Raises DamagedSampleError."""
     try:
-        import tifffile
+        return importlib.import_module(package)
     except ImportError:
-        raise DamagedSampleError(
-            "TIFF images need tifffile: pip install 'vae_dist[science]'"
-        ) from None
-    return tifffile.TiffFile(io.BytesIO(data))
+        hint = "pip install 'vae_dist[science]', or store .npy arrays"
+        raise DamagedSampleError(f"it needs {package}: {hint}") from None
+
+
+def _open_tiff(data: bytes) -> Any:
+    return from_science("tifffile").TiffFile(io.BytesIO(data))
 
 
 def _decode_tiff(data: bytes, settings: ImageSettings) -> np.ndarray:

@@ -28,7 +28,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from vae_dist.data.arrays import ARRAYS, array_size, check_channels, check_depth, decode_array
+from vae_dist.data.arrays import (
+    ARRAYS,
+    array_size,
+    check_channels,
+    check_depth,
+    decode_array,
+    from_science,
+)
 from vae_dist.data.formats import (
     PNG_SIGNATURE,
     TRANSPOSED,
@@ -264,7 +271,7 @@ def _by_pillow(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndar
     if kind == "png":
         check_png(data, image)
     if is_deep and values_of_png(data) > 1:
-        pixels = _imagecodecs().png_decode(data)
+        pixels = from_science("imagecodecs").png_decode(data)
     elif is_deep:
         pixels = np.asarray(image)
     elif has_alpha(image):
@@ -273,17 +280,6 @@ def _by_pillow(kind: str, data: bytes, settings: ImageSettings) -> tuple[np.ndar
         is_grey = settings.channels == 1 or image.mode in ("1", "L")
         pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
     return pixels.reshape(image.height, image.width, -1), turn
-
-
-def _imagecodecs() -> Any:
-    try:
-        import imagecodecs
-    except ImportError:
-        raise DamagedSampleError(
-            "16-bit colour PNG needs imagecodecs: pip install 'vae_dist[science]', or store "
-            ".npy arrays"
-        ) from None
-    return imagecodecs
 
 
 def _with_channels(pixels: np.ndarray, settings: ImageSettings, opaque: bool) -> np.ndarray:

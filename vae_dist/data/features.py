@@ -23,7 +23,6 @@ from vae_dist.data.tar import DamagedSampleError
 
 MEMBER = "features.safetensors"
 TYPE = np.dtype(np.float16)
-MAX_HEADER_BYTES = 2**16
 NO_FEATURES = np.empty(0, TYPE)
 
 
@@ -42,10 +41,8 @@ class Features(NamedTuple):
     def from_bytes(cls, data: bytes) -> Features:
         """Raises DamagedSampleError."""
         try:
-            length = int.from_bytes(data[:8], "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
             values = safetensors.numpy.load(data)["features"]
+            length = int.from_bytes(data[:8], "little")
             facts = json.loads(data[8 : 8 + length])["__metadata__"]
             if values.dtype != TYPE or values.ndim != 3 or not values.size:
                 raise ValueError(f"{values.dtype} {values.shape} is no float16 (W, h, w)")

@@ -31,7 +31,6 @@ from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_list
 from vae_dist.data.sources import (
     START_RETRY_S,
     Range,
-    UnreadableError,
     exists,
     is_pipe,
     is_remote,
@@ -287,17 +286,9 @@ def write_index(
     `_info.json` is written where there is none (or with `overwrite`) and all shards have a
     sidecar. Raises ConfigError when the folder cannot be written.
     """
-
-    def make(path: str) -> ShardError | None:
-        try:
-            _make(path, Path(f"{path}.idx"))
-        except ShardError as error:
-            return error
-        return None
-
     todo = [path for path in paths if overwrite or not os.path.exists(f"{path}.idx")]
     try:
-        damage = _in_threads(make, todo, progress)
+        damage = _in_threads(lambda path: write_sidecar(path, index_shard(path)), todo, progress)
         for folder in sorted({os.path.dirname(path) for path in paths}):
             shards = [path for path in paths if os.path.dirname(path) == folder]
             complete = all(os.path.exists(f"{path}.idx") for path in shards)
@@ -321,22 +312,19 @@ def write_index_of_remote(
     entries: dict[str, dict[str, Any]] = {}
     kept: set[str] = set()
 
-    def make(url: str) -> ShardError | None:
-        try:
-            size = None if is_pipe(url) else size_of(url)
-            facts = {} if size is None else {"filesize": size, "digest": digest_of(url, size)}
-            # a sidecar's name says whose it is: other addresses and sizes have others
-            owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
-            sidecar = folder / f"{name_of(url)[-MAX_NAME:]}-{owner}.idx"
-            if sidecar.exists() and not overwrite:
-                kept.add(url)
-            else:
-                _make(url, sidecar)
-        except ShardError as error:
-            return error
+    def make(url: str) -> None:
+        size = None if is_pipe(url) else size_of(url)
+        facts = {} if size is None else {"filesize": size, "digest": digest_of(url, size)}
+        # a sidecar's name says whose it is: other addresses and sizes have others
+        owner = hashlib.blake2b(f"{url}\0{size}".encode(), digest_size=8).hexdigest()
+        name = f"{name_of(url)[-MAX_NAME:]}-{owner}"
+        sidecar = folder / f"{name}.idx"
+        if sidecar.exists() and not overwrite:
+            kept.add(url)
+        else:
+            write_sidecar(folder / name, index_shard(url))
         length = sidecar.stat().st_size // 8 - 1
         entries[url] = {"url": url, "index": sidecar.name, **facts, "nsamples": length}
-        return None
 
     damage = _in_threads(make, list(dict.fromkeys(urls)), progress)
     if not any(damage.values()):
@@ -346,22 +334,21 @@ def write_index_of_remote(
     return {url: error for url, error in damage.items() if url not in kept}
 
 
-def _make(place: str, sidecar: Path) -> None:
-    """Make a sidecar. A damaged shard gets none, and loses one that it had. Raises ShardError."""
-    try:
-        write_durably(sidecar, index_shard(place).astype("<u8").tobytes())
-    except ShardError as error:
-        if not isinstance(error, UnreadableError):  # else nothing is known of the shard
-            sidecar.unlink(missing_ok=True)
-        raise
-
-
 def _in_threads(
-    make: Callable[[str], ShardError | None], places: Sequence[str], progress: Progress | None
+    make: Callable[[str], None], places: Sequence[str], progress: Progress | None
 ) -> Damage:
+    """Makes several at a time; the ShardError of each, or None."""
+
+    def attempt(place: str) -> ShardError | None:
+        try:
+            make(place)
+        except ShardError as error:
+            return error
+        return None
+
     found: Damage = {}
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for place, error in zip(places, pool.map(make, places), strict=True):
+        for place, error in zip(places, pool.map(attempt, places), strict=True):
             found[place] = error
             if progress is not None:
                 progress(len(found), len(places))

@@ -85,7 +85,7 @@ def _of_text(text: str, key: str) -> list[Shard]:
     if is_pipe(text):
         return [Shard(url) for url in _expanded(text, blamed)]
     if without_query(text)[0].endswith(".json"):
-        return [_resolved(shard, text, key) for shard in _listed(text, key)]
+        return [_resolved(shard, text, key) for shard in read_list(text)]
     if is_remote(text):
         return _of_address(text, blamed, key)
     paths = _local_paths(os.path.expanduser(text), blamed)
@@ -202,13 +202,6 @@ def read_list(place: str) -> list[Shard]:
     return shards
 
 
-def _listed(place: str, key: str) -> list[Shard]:
-    try:
-        return read_list(place)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from error
-
-
 def _resolved(shard: Shard, source: str, key: str) -> Shard:
     """A shard that the file `source` lists, under its own address."""
     path, query = beside(shard.path, source, key), without_query(source)[1]
@@ -223,7 +216,7 @@ def _with_index(shards: list[Shard], folder: str, key: str) -> list[Shard]:
     The addresses are those of the config: the file is only asked about them.
     """
     place = f"{folder}/shards.json"
-    known = {shard.path: shard for shard in _listed(place, key)}
+    known = {shard.path: shard for shard in read_list(place)}
     missing = [shard.path for shard in shards if shard.path not in known]
     if missing:
         raise ConfigError(

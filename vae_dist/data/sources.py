@@ -29,7 +29,6 @@ from vae_dist.files import printable, redacted
 START_RETRY_S = 20.0  # before training, when a wrong address is likelier than an outage
 FIRST_PAUSE_S, LONGEST_PAUSE_S, QUIET_S = 0.2, 30.0, 5.0
 TIMEOUT_S = 60.0  # without a byte
-BYTES_PER_MINUTE = 1 << 20  # below that a server counts as out of order
 NUM_TOGETHER = 16  # reads of a file system that reads one piece at a time
 MAX_PIPES = 64  # that one process keeps open
 CHUNK = 1 << 20
@@ -228,20 +227,13 @@ def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
 
 def _cat_ranges(pieces: list[Range]) -> list[Any]:
     """One attempt at pieces of one kind of file system: bytes or an exception for each."""
-    from fsspec.asyn import FSTimeoutError, sync
-
     try:
         systems = [_file_system(piece.place) for piece in pieces]
         system, paths = systems[0][0], [path for _, path in systems]
         starts = [piece.start for piece in pieces]
         stops = [piece.start + piece.num_bytes for piece in pieces]
         if system.async_impl:
-            total = sum(piece.num_bytes for piece in pieces)
-            timeout = TIMEOUT_S + 60 * total / BYTES_PER_MINUTE
-            many = system._cat_ranges
-            found = sync(
-                system.loop, many, paths, starts, stops, on_error="return", timeout=timeout
-            )
+            found = system.cat_ranges(paths, starts, stops, on_error="return")
         else:
 
             def read(path: str, start: int, stop: int) -> bytes | Exception:
@@ -252,9 +244,6 @@ def _cat_ranges(pieces: list[Range]) -> list[Any]:
 
             with ThreadPoolExecutor(min(NUM_TOGETHER, len(pieces))) as pool:
                 found = list(pool.map(read, paths, starts, stops))
-    except FSTimeoutError:
-        slow = TimeoutError(f"the server sends less than {BYTES_PER_MINUTE >> 20} MiB a minute")
-        return [slow] * len(pieces)
     except Exception as error:
         return [error] * len(pieces)
     return [data if data else EOFError("the server sends no byte") for data in found]
