@@ -8,7 +8,7 @@ import pytest
 from tests.config.conftest import DATA, write
 from vae_dist.config.commands import SampleCommand
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import changed_numbers, flatten, help_text, keys, wants_help
+from vae_dist.config.keys import flatten, help_text, keys, wants_help
 from vae_dist.config.load import from_yaml, load_command, load_train_config, to_yaml
 from vae_dist.config.schema import TrainConfig
 
@@ -167,12 +167,6 @@ def test_a_run_folders_yaml_is_checked():
     starts += ("data.train is missing", "data.validation is missing")
     for problem, start in zip(caught.value.problems, starts, strict=True):
         assert problem.startswith(start)
-
-
-def test_changed_numbers_leaves_neutral_keys_out():
-    old = load_train_config(["config=plain"])
-    new = load_train_config(["config=plain", "optimizer.lr=0.001", "log.every=7"])
-    assert changed_numbers(old, new) == ["optimizer.lr: 0.0002 -> 0.001"]
 
 
 # ---- other commands and help ----

@@ -94,7 +94,7 @@ class Checkpoints:
             _write_manifest(temporary, step, state, sizes)
             shutil.rmtree(target, ignore_errors=True)  # a torn one
             os.replace(temporary, target)
-        except OSError:
+        except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(self.folder)
@@ -211,7 +211,6 @@ class CheckpointWriter:
         self.problem = ""  # of the last write, empty when it went well
         self._warn = warn  # the thread calls it
         self._thread: threading.Thread | None = None
-        self._unexpected: BaseException | None = None
         self._buffers: dict[str, Tensors] = {}
 
     def submit(
@@ -242,8 +241,6 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._unexpected is not None:
-            raise self._unexpected
         return not self.problem
 
     def _start(self, write: Callable[..., object], step: int, *given: Any, **options: Any) -> None:
@@ -252,13 +249,11 @@ class CheckpointWriter:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
             try:
                 write(step, *given, **options)
-            except (OSError, TornCheckpoint) as error:  # the latter: one to amend that is gone
+            except Exception as error:  # training goes on, and its end says what is missing
                 reason, last = getattr(error, "strerror", None) or error, self.written_step
                 self.problem = f"checkpoint {step_name(step)}: {reason}"
                 safe = f"the last good one is {step_name(last)}" if last >= 0 else "there is none"
                 self._warn(f"warning: cannot write {self.problem}; {safe}; training goes on")
-            except BaseException as error:
-                self._unexpected = error
             else:
                 self.written_step, self.problem = step, ""
 
