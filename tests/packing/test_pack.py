@@ -236,8 +236,8 @@ def test_wrong_keys(pictures, tmp_path, capsys):
 
 
 def test_what_a_sample_says_is_part_of_the_plan():
-    item = Item("a.png", Place("x"), 10, None, 3, {"age": 4})
-    same, mask = item._replace(place=Place("y")), item._replace(name="a.mask.png")
+    item = Item("a.png", Place("x", 0, 10), None, 3, {"age": 4})
+    same, mask = item._replace(place=Place("y", 7, 10)), item._replace(name="a.mask.png")
     for keys in ({"extra": {"age": 5}}, {"category": 4}, {"companions": (("mask.png", mask),)}):
         other = item._replace(**keys)
         assert packing._digest([item]) == packing._digest([same]) != packing._digest([other])
@@ -248,12 +248,13 @@ def test_what_a_sample_says_is_part_of_the_plan():
 def test_the_trainer_reads_packed_masks(tmp_path, capsys):
     mask = np.full((12, 20), 255, np.uint8)
     mask[:, :10] = 0
-    files = {f"{i}.png": encoded(np.full((12, 20), 40 * i, np.uint8)) for i in range(3)}
+    files = {f"{i}.heic": encoded(np.full((12, 20), 40 * i, np.uint8)) for i in range(3)}
     files |= {"1.mask.png": encoded(mask), "2.mask.png": encoded(mask[:3])}
     source, out = write(tmp_path / "in", files), tmp_path / "out"
     assert pack_all(source, out, "size=[6,10]", "max_skipped_fraction=1") == 0
     said = capsys.readouterr()
     assert "1 have missing pixels: set data.mask=member" in said.out
+    assert "2 .heic files that are decoded by their content" in said.out
     assert "its mask is 3 x 20 pixels, but the image 12 x 20" in said.err
     images = [image for image, _ in loaded(out / "train", channels=1, mask="member")]
     assert images[0][1].all() and not images[1][1, :, :5].any() and images[1][1, :, 7:].all()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import islice
@@ -33,9 +33,9 @@ from vae_dist.data import features
 from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.index import write_info
 from vae_dist.data.loader import split_mask
-from vae_dist.data.reader import SkippedSample
+from vae_dist.data.reader import SkippedSample, single_sample
 from vae_dist.data.sources import is_pipe
-from vae_dist.data.tar import BLOCK, DamagedSampleError, is_metadata, key_and_suffix, members
+from vae_dist.data.tar import BLOCK, DamagedSampleError
 from vae_dist.distributed import Runtime
 from vae_dist.files import progress_bar, redacted
 from vae_dist.inference import load, tiles
@@ -44,7 +44,6 @@ from vae_dist.models import latent
 from vae_dist.models.likelihoods.base import Levels
 from vae_dist.models.vae import VAE
 from vae_dist.objectives.alignment import VisionFeatures, load_features
-from vae_dist.packing.items import suffix_of
 from vae_dist.packing.jobs import Report, ShardJob, check_lost, cut, print_left_out
 from vae_dist.randomness import draws
 
@@ -148,13 +147,25 @@ class Encoder(ABC):
         for number, (shard, place), data in samples:
             try:
                 image, label, _ = self.reader.load(data, shard, place, epoch=0)
-                key, others = carried(data, self.member, keep_images=self.keeps_images)
+                sample = single_sample(data, self.reader.index.paths[shard])
+                carried = self._carried(sample)
             except DamagedSampleError as error:
                 path = self.reader.index.paths[shard]
                 found.append(str(SkippedSample(path, place, str(error), None)))
             else:
-                found.append(Sample(number, key, others, label, image))
+                found.append(Sample(number, sample["__key__"], carried, label, image))
         return found
+
+    def _carried(self, sample: Mapping[str, Any]) -> dict[str, bytes]:
+        """The members that are written again, by suffix. Raises DamagedSampleError."""
+        if self.member in sample:
+            raise DamagedSampleError(f"it has a .{self.member} already")
+        left_out = () if self.keeps_images else SUFFIXES
+        return {
+            name: bytes(content)
+            for name, content in sample.items()
+            if name == MASK_MEMBER or (name[:2] != "__" and name.rpartition(".")[2] not in left_out)
+        }
 
     def _read_ahead(self, pieces: Iterable[range]) -> Iterator[list[Sample | str]]:
         """`_read` of the pieces, in their order, by threads that are some pieces ahead."""
@@ -231,26 +242,6 @@ class Encoder(ABC):
         words = " ".join(f"{key}={shown(value)}" for key, value in facts.items())
         ranks = f"{self.runtime.world} x {self.runtime.device.type}"
         print(f"{self.job.out}: {self.name} by {ranks}, {len(skipped)} images left out, {words}")
-
-
-def carried(
-    data: bytes | memoryview, member: str, *, keep_images: bool
-) -> tuple[str, dict[str, bytes]]:
-    """Key and members of a sample, by their suffixes as they are written; `member` will be added.
-    Raises DamagedSampleError."""
-    found: dict[str, bytes] = {}
-    sample_key = ""
-    for name, content in members(data):
-        key, suffix = key_and_suffix(name)
-        if key is None or is_metadata(name):
-            continue
-        is_image = suffix_of(f".{suffix}") in SUFFIXES and suffix.lower() != MASK_MEMBER
-        if keep_images or not is_image:
-            found[suffix] = bytes(content)
-        sample_key = key
-    if member in map(str.lower, found):  # as readers take it
-        raise DamagedSampleError(f"it has a .{member} already")
-    return sample_key, found
 
 
 # latents

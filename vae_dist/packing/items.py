@@ -25,8 +25,10 @@ from vae_dist.files import printable
 # Suffixes of pictures; what the trainer does not read becomes PNG or JPEG. Of several pictures of
 # one sample the first in this order is packed.
 BY_CONTENT = ("jfif", "jpe", "avif", "heic", "heif", "jxl", "jp2")  # packed where Pillow can decode
-BY_SUFFIX = ("jpg", "jpeg", "webp", "png", "tif", "tiff", "npy", "bmp", "gif", "ppm", "pgm")
-PICTURES = (*BY_SUFFIX, *BY_CONTENT)
+PICTURES = (
+    *("jpg", "jpeg", "webp", "png", "tif", "tiff", "npy", "bmp", "gif", "ppm", "pgm"),
+    *BY_CONTENT,
+)
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
@@ -45,8 +47,8 @@ NUM_OPEN_ZIPS = 64
 
 class Place(NamedTuple):
     path: str
-    at: int = 0  # first byte, or the number of a member of a zip: a name may be there twice
-    size: int = -1  # bytes; -1: to the end of the file
+    at: int  # first byte, or the number of a member of a zip: a name may be there twice
+    size: int  # bytes
     pixels: tuple[int, ...] = ()  # raw uint8, (H, W) or (C, H, W): they become PNG
     is_zipped: bool = False
 
@@ -56,7 +58,6 @@ class Item(NamedTuple):
 
     name: str  # as the source calls it, for messages and for the list of names
     place: Place
-    num_bytes: int
     split: str | None = None  # train, validation, test; None: the source has no splits
     category: str | int | None = None  # name or number of its class
     extra: dict[str, Any] | None = None  # kept as .json
@@ -71,7 +72,6 @@ class Listing:
     lost: list[str] = field(default_factory=list)  # unreadable pictures: they count as damaged
     left_out: list[str] = field(default_factory=list)  # no picture, or not asked for
     classes: tuple[str, ...] = ()  # names of the classes that are given as numbers
-    notes: list[str] = field(default_factory=list)  # what a user wants to know of what is packed
 
     def lose(self, name: str, reason: str) -> None:
         self.lost.append(f"{printable(name)}: {reason}")
@@ -82,7 +82,7 @@ class Listing:
 
 def read(place: Place) -> bytes:
     """The bytes of a file; raw pixels become PNG. Raises DamagedSampleError."""
-    size = min(place.size, MAX_FILE_BYTES) if place.size >= 0 else MAX_FILE_BYTES
+    size = min(place.size, MAX_FILE_BYTES)
     try:
         if place.is_zipped:
             archive = _opened_zip(place.path, os.getpid())

@@ -26,7 +26,7 @@ from vae_dist.data.index import write_info
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.files import printable, progress_bar, read_json, write_durably
 from vae_dist.packing import jobs, labels
-from vae_dist.packing.items import MAX_FILE_BYTES, Item, Listing, read
+from vae_dist.packing.items import BY_CONTENT, MAX_FILE_BYTES, Item, Listing, read, suffix_of
 from vae_dist.packing.jobs import Report, ShardJob
 from vae_dist.packing.picture import prepare
 from vae_dist.packing.sources import list_source, number_classes
@@ -80,8 +80,8 @@ def _digest(items: Sequence[Item]) -> str:
     """Of the names, sizes, splits, classes and companions: another source has another one."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
-        companions = [(member, file.name, file.num_bytes) for member, file in item.companions]
-        digest.update(repr((item.name, *item[2:-1], companions)).encode())
+        companions = [(member, file.name, file.place.size) for member, file in item.companions]
+        digest.update(repr((item.name, item.place.size, *item[2:-1], companions)).encode())
     return digest.hexdigest()
 
 
@@ -127,8 +127,8 @@ def make_plan(items: Sequence[Item], command: PackCommand) -> Plan:
         if command.shuffle:
             order = numpy_generator(command.seed, "pack", number).permutation(len(members))
             members = [members[i] for i in order.tolist()]
-        total = sum(item.num_bytes for item in members) * bytes_factor + 2048 * len(members)
-        total += sum(file.num_bytes for item in members for _, file in item.companions)
+        total = sum(item.place.size for item in members) * bytes_factor + 2048 * len(members)
+        total += sum(file.place.size for item in members for _, file in item.companions)
         count = -(-int(total) // int(command.shard_mb * 1e6))
         pictures = list(enumerate(members))
         for k, (low, high) in enumerate(jobs.cut(len(members), count, at_least=MIN_SHARDS)):
@@ -156,7 +156,7 @@ def _bytes_factor(items: Sequence[Item], command: PackCommand) -> float:
     for item in items[:: max(1, len(items) // NUM_PROBED)]:
         with contextlib.suppress(DamagedSampleError):
             after += len(prepare(read(item.place), command).data)
-            before += item.num_bytes
+            before += item.place.size
     return after / before if before else 1.0
 
 
@@ -177,6 +177,8 @@ def _write_shard(job: ShardJob, plan: Plan, command: PackCommand, shard: str) ->
                 continue
             channels, height, width = picture.shape
             facts.update([*picture.notes, f"{channels} channels", f"{height} x {width} pixels"])
+            if (suffix := suffix_of(name)) in BY_CONTENT:
+                facts[f".{suffix} files that are decoded by their content"] += 1
             if picture.mask is not None:
                 members[MASK_MEMBER] = picture.mask
                 facts["have missing pixels: set data.mask=member"] += 1
@@ -234,7 +236,6 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         "num_classes": len({item.category for item in listing.items} - {None}),
         "classes": list(listing.classes),
         "facts": dict(facts.most_common(NUM_FACTS)),
-        "notes": listing.notes,
         "skipped": [*lost, *listing.left_out],
     }
 
@@ -245,6 +246,4 @@ def _print(out: Path, summary: Report) -> None:
         print(f"{out / split}: {words} num_classes={summary['num_classes']}")
     for fact, count in summary["facts"].items():
         print(f"{count} {fact}")
-    for note in summary["notes"]:
-        print(f"note: {note}")
     jobs.print_left_out(summary["skipped"], summary=out / "pack.json")

@@ -95,7 +95,7 @@ def mnist_items(files: list[Item], work: Path) -> tuple[list[Item], list[Item]]:
         else:
             rest.append(file)
     for name in sorted(arrays, key=lambda name: (os.path.dirname(name), name.endswith("t10k"))):
-        nothing, split = Place(""), "test" if name.endswith("t10k") else "train"
+        nothing, split = Place("", 0, 0), "test" if name.endswith("t10k") else "train"
         images, labels = (arrays[name].get(k, nothing) for k in ("images-idx3", "labels-idx1"))
         if len(images.pixels) != 3 or labels.pixels != images.pixels[:1]:
             raise ConfigError(
@@ -105,7 +105,7 @@ def mnist_items(files: list[Item], work: Path) -> tuple[list[Item], list[Item]]:
         one = images._replace(size=math.prod(images.pixels[1:]), pixels=images.pixels[1:])
         for i, label in enumerate(read(labels._replace(pixels=()))):
             place = one._replace(at=one.at + i * one.size)
-            items.append(Item(f"{split} {i}", place, one.size, split, label))
+            items.append(Item(f"{split} {i}", place, split, label))
     return items, rest
 
 
@@ -136,19 +136,16 @@ def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, .
         if file.name.endswith(".txt"):
             classes = tuple(read(file.place).decode("utf-8", "replace").split())
             continue
-        if not file.num_bytes or file.num_bytes % CIFAR_RECORD:
+        if not file.place.size or file.place.size % CIFAR_RECORD:
             raise ConfigError(
-                f"source: {file.name}: {file.num_bytes} bytes are no multiple of {CIFAR_RECORD}; "
+                f"source: {file.name}: {file.place.size} bytes are no multiple of {CIFAR_RECORD}; "
                 "copy it again"
             )
         split = "test" if "test_batch" in file.name else "train"
         for i, label in enumerate(read(file.place)[::CIFAR_RECORD]):
             at, size = file.place.at + i * CIFAR_RECORD + 1, CIFAR_RECORD - 1
-            place, name = (
-                Place(file.place.path, at, size, CIFAR_SHAPE),
-                f"{split} {len(items[split])}",
-            )
-            items[split].append(Item(name, place, size, split, label))
+            place = file.place._replace(at=at, size=size, pixels=CIFAR_SHAPE)
+            items[split].append(Item(f"{split} {len(items[split])}", place, split, label))
     return [*items["train"], *items["test"]], rest, classes
 
 
@@ -221,7 +218,7 @@ def add_parquet(
                     category = _category(row[label]) if label else None
                     if data and isinstance(data, bytes):
                         place = Place(str(plain), at, len(data))
-                        item = Item(f"{name} row {number}", place, len(data), split, category)
+                        item = Item(f"{name} row {number}", place, split, category)
                         listing.items.append(item)
                         at += len(data)
                         yield data

@@ -25,10 +25,8 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import MASK_MEMBER, kind_of
 from vae_dist.data.tar import DamagedSampleError, PassedOver, files_of_tar, key_and_suffix
-from vae_dist.files import printable
 from vae_dist.packing import labels, rows
 from vae_dist.packing.items import (
-    BY_SUFFIX,
     LEFT_BEHIND,
     PICTURES,
     SPLITS,
@@ -89,7 +87,7 @@ class _Lister:
             elif name.lower().endswith(ARCHIVES):
                 self._add_archive(path, None if is_alone else split_of(name))
             else:
-                self._add_files([Item(name, Place(path), os.path.getsize(path))])
+                self._add_files([Item(name, Place(path, 0, os.path.getsize(path)))])
         if not paths:
             raise ConfigError(
                 f"source={spec}: no such file; give a folder of pictures or archives, an archive "
@@ -124,7 +122,7 @@ class _Lister:
                 if problem := _why_no_file(path):
                     self._refuse(prefix + name, problem)
                 else:
-                    yield Item(prefix + name, Place(path), os.path.getsize(path))
+                    yield Item(prefix + name, Place(path, 0, os.path.getsize(path)))
 
     def _refuse(self, name: str, reason: str) -> None:
         """Lost where it is a picture by its name, else left out."""
@@ -159,7 +157,7 @@ class _Lister:
             elif size > most_bytes(member.compress_size):
                 self._refuse(name, f"{member.compress_size} bytes that claim to be {size}")
             elif not name.endswith("/"):
-                yield Item(name, Place(path, number, size, is_zipped=True), size)
+                yield Item(name, Place(path, number, size, is_zipped=True))
 
     def _of_tar(self, path: str) -> Iterator[Item]:
         plain = rows.plain_copy(path, self.work)
@@ -167,10 +165,10 @@ class _Lister:
         places: dict[str, Place] = {}
         for name, at, size in files_of_tar(plain, passed):
             places[name] = Place(plain, at, size)
-            yield Item(name, places[name], size)
+            yield Item(name, places[name])
         for name, target, reason in passed:
             if place := places.get(target):
-                yield Item(name, place, place.size)
+                yield Item(name, place)
             else:
                 self._refuse(name or os.path.basename(path), reason)
 
@@ -198,27 +196,20 @@ class _Lister:
         first: dict[str, str] = {}  # by stem: the member that is the picture, in a shard
         for _, stem, member in candidates:
             first[stem] = min(first.get(stem, member), member, key=(*PICTURES, "", image_key).index)
-        by_content: Counter[str] = Counter()
-        num_of_key: Counter[str] = Counter()
         for file, stem, member in candidates:
             key, suffix = key_and_suffix(file.name)
             is_beside = "." in stem.rpartition("/")[2] and key in first
             if is_shard and (is_beside or member != first[stem]):
                 others[suffix.lower()] += 1
-            elif not file.num_bytes:
+            elif not file.place.size:
                 self.found.lose(file.name, "an empty file")
             else:
-                num_of_key[key or stem] += 1
-                by_content[member] += not image_key and member not in BY_SUFFIX
                 self.pictures.append(_with_members(file, companions.get(stem, {})))
         for stem in companions.keys() - first.keys():
             others.update(companions[stem].keys())
-        self.found.left_out += _counted(others, "files that are not packed")
-        self.found.notes += _counted(+by_content, "files are decoded by their content")
-        if is_shard and (several := sum(num > 1 for num in num_of_key.values())):
-            self.found.notes.append(
-                f"{several} samples hold several pictures, packed one by one; image_key= chooses"
-            )
+        for kind, num in sorted(others.items()):
+            name = f"*.{kind}" if kind else "files without suffix"
+            self.found.leave(name, f"{num} files that are not packed")
 
 
 def _why_no_file(path: str) -> str:
@@ -231,10 +222,10 @@ def _why_no_file(path: str) -> str:
 
 def _is_picture(file: Item, suffix: str) -> bool:
     """By its suffix, or where it has none by its first bytes."""
-    if suffix or not file.num_bytes:
+    if suffix or not file.place.size:
         return suffix in PICTURES
     try:
-        return kind_of(read(file.place._replace(size=min(file.num_bytes, 16)))) is not None
+        return kind_of(read(file.place._replace(size=min(file.place.size, 16)))) is not None
     except DamagedSampleError:
         return False
 
@@ -244,19 +235,12 @@ def _with_members(picture: Item, members: dict[str, Item]) -> Item:
     others = tuple(sorted((name, file) for name, file in members.items() if name != "cls"))
     category: int | str | None = None
     if label := members.get("cls"):
-        text = read(label.place._replace(size=min(label.num_bytes, MAX_LABEL_BYTES)))
+        text = read(label.place._replace(size=min(label.place.size, MAX_LABEL_BYTES)))
         try:
             category = int(text)
         except ValueError:
             category = text.decode("utf-8", "replace").strip()
     return picture._replace(category=category, companions=others)
-
-
-def _counted(num_files: Counter[str], text: str) -> list[str]:
-    return [
-        f"{f'*.{printable(kind)}' if kind else 'files without suffix'}: {num} {text}"
-        for kind, num in sorted(num_files.items())
-    ]
 
 
 # splits and categories
