@@ -236,19 +236,15 @@ def fill(
     filled: dict[int, FilledImage] = {}
     for stored, labels, masks, samples in shapes:
         assert masks is not None
-        numbers, shown = samples.tolist(), prepared(model, stored)
+        # noise that training adds is replaced by its middle
+        shown = model.likelihood.prepare(stored, torch.full(stored.shape, 0.5))
+        numbers = samples.tolist()
         imputed = impute(model, shown, masks, command, labels=labels, numbers=numbers)
         for i, number in enumerate(numbers):
             key = _key(images, number) if names is None else names[number]
             one = Imputed(*(column[i] for column in imputed))
             filled[number] = FilledImage(file_name(number, key), key, stored[i], masks[i], one)
     return [filled[number] for number in sorted(filled)]
-
-
-def prepared(model: VAE, stored: Tensor) -> Tensor:
-    """Images as the model takes them. Noise that training adds is replaced by its middle: grey
-    levels are binarised at one half and dequantised in the middle of their bins."""
-    return model.likelihood.prepare(stored, torch.full(stored.shape, 0.5))
 
 
 def _key(images: Images, sample: int) -> str:
