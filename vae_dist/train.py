@@ -20,7 +20,7 @@ from vae_dist.config.keys import help_text, wants_help
 from vae_dist.config.resolve import world_size_problem
 from vae_dist.config.schema import TrainConfig
 from vae_dist.files import printable
-from vae_dist.training.stop import EXIT_INTERRUPTED
+from vae_dist.training.stop import EXIT_INTERRUPTED, StopSignals
 
 USAGE = "accelerate launch -m vae_dist.train config=NAME|PATH [key=value ...]"
 INTRO = "Train a VAE on shards. Give the same command again to go on where the run stands."
@@ -84,12 +84,13 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:  # before the ranks have met: a file may be missing on one node
         return _refused(error, speaker="LOCAL_RANK")
     try:
-        if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
-            # seconds, on a slow file system half a minute; stdout holds plan and log alone
-            print(printable(f"config {config.config}: loading torch ..."), file=sys.stderr)
-        from vae_dist.training.setup import run_session  # torch, once the config is right
+        with StopSignals() as signals:
+            if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
+                # seconds, on a slow file system half a minute; stdout holds plan and log alone
+                print(printable(f"config {config.config}: loading torch ..."), file=sys.stderr)
+            from vae_dist.training.setup import run_session  # torch, once the config is right
 
-        return run_session(config)
+            return run_session(config, signals)
     except ConfigError as error:  # the same on all ranks
         return _refused(error, speaker="RANK")
 
@@ -131,8 +132,8 @@ class _Callable(types.ModuleType):
         threads = torch.get_num_threads()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with exact_float32(device):
-                code = run_session(copy.deepcopy(config))
+            with exact_float32(device), StopSignals() as signals:
+                code = run_session(copy.deepcopy(config), signals)
         finally:  # threads, TensorFloat-32 and Accelerate are as before
             torch.set_num_threads(threads)
             AcceleratorState._reset_state(reset_partial_state=True)

@@ -65,16 +65,16 @@ LOADER_REMEDY = (
 Ending = tuple[int, list[str]]  # exit code, and what the main process says at last
 
 
-def run_session(config: TrainConfig) -> int:
+def run_session(config: TrainConfig, signals: StopSignals) -> int:
     """Train, or go on, or say that nothing is left to do. Returns the exit code."""
     with contextlib.suppress(OSError):  # a notebook's stderr may be no file
         faulthandler.register(signal.SIGUSR2, all_threads=True)  # kill -USR2: where does it hang?
     try:
-        runtime = Runtime.join(config.runtime)  # until then a signal ends the process at once
+        runtime = Runtime.join(config.runtime)
     except RankFailed as failure:
         say(f"failed: {failure}", sys.stderr)
         return 1
-    with contextlib.ExitStack() as leaving, StopSignals() as signals:
+    with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.stop)
         folder = RunFolder(config.run)
         config = runtime.on_all_ranks(lambda: _agreed_config(config, folder, world=runtime.world))
@@ -277,6 +277,11 @@ class Session:
             return None
 
         weights = self.runtime.on_all_ranks(given_weights)
+        if self.stop.agreed_now():
+            reason, step = self.stop.reason, checkpoint.step if checkpoint is not None else 0
+            self.record("interrupted", reason, step=step)
+            words = f"interrupted before training ({reason}); the same command starts it again"
+            return EXIT_INTERRUPTED, [words]
         return self._fit(self._trainer(data, checkpoint, weights))
 
     def _trainer(

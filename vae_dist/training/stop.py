@@ -85,7 +85,7 @@ class StopSignals:
 
 
 class StopRequest:
-    """`agreed()` once per step on every rank; a request before the first one waits for it.
+    """`agreed()` once per step on every rank; `agreed_now()` before there are steps.
 
     At each step the ranks reduce their flags and act on the result one step later, so that no rank
     waits for this message. The flags are in CPU memory: the host does not wait for the device.
@@ -126,9 +126,16 @@ class StopRequest:
             return self._requested()
         answer = self.settle()
         self._pending = self._runtime.ask_any_rank(self._requested())
-        if answer:
+        return self._answer(answer)
+
+    def agreed_now(self) -> bool:
+        """True on every rank when any of them has seen a request. Waits for all ranks."""
+        return self._answer(self._runtime.any_rank(self._requested()))
+
+    def _answer(self, is_agreed: bool) -> bool:
+        if is_agreed:
             self.reason = self.reason or "another rank was asked to stop"
-        return answer
+        return is_agreed
 
     def settle(self) -> bool:
         """Wait for the last message between the ranks, which every rank has sent; its answer."""
