@@ -250,9 +250,9 @@ def _drawing(panel: Panel, series: list[tuple[str, str, str, list[Point]]]) -> H
     steps = [x for *_, points in series for x, _ in points]
     first, last = min(steps), max(steps)
     levels = sorted(y for *_, points in series for _, y in points)
-    low, high, upper = levels[0], levels[-1], levels[int(0.97 * (len(levels) - 1))]
-    if high - low > 3 * (upper - low) > 0:  # a loss starts far above where it is interesting
-        high = upper
+    low, high, upper = levels[0], levels[-1], levels[-1 - len(levels) // 33]
+    if panel.x == "step" and high - low > 3 * (upper - low) > 0:
+        high = upper  # a loss starts far above where it is interesting
     margin = 0.05 * (high - low) or abs(high) or 1.0
     low, high = low - margin, high + margin
 
