@@ -35,8 +35,6 @@ WRONG_PIXELS = ("Corrupt JPEG data", "Inconsistent progression", "Premature end 
 # Cameras fill up files behind the last pixel.
 PADDING = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# first column and row of each pass of an interlaced PNG, and their steps
-ADAM7 = ("0088", "4088", "0448", "2044", "0224", "1022", "0112")
 
 
 def jpeg_header(data: bytes, max_pixels: int) -> tuple[int, int, str, int] | None:
@@ -160,9 +158,7 @@ def check_png(data: bytes, image: Image.Image) -> None:
     last_row = image.crop((0, image.height - 1, image.width, image.height))
     if not data[28] and last_row.getbbox(alpha_only=False):
         return
-    num_bytes, bits = 0, data[24] * values_of_png(data)
-    for left, top, right, down in (map(int, one) for one in (ADAM7 if data[28] else ("0011",))):
-        columns, rows = -((left - image.width) // right), -((top - image.height) // down)
-        num_bytes += rows * (1 + -(-columns * bits // 8)) if columns > 0 else 0
+    row = -(-image.width * data[24] * values_of_png(data) // 8)
+    num_bytes = image.height * (row if data[28] else row + 1)  # if interlaced, some more
     if len(zlib.decompressobj().decompress(b"".join(coded), num_bytes)) < num_bytes:
         raise DamagedSampleError("damaged PNG (its pixels end early)")

@@ -172,8 +172,6 @@ class MixedOrder:
             self._rank_of_lane[self.part_of_lane == part] = np.arange(counts[part])
             first = self._first_shard[part]
             lengths = index.lengths[first : first + num_shards]
-            if not lengths.sum():
-                raise ConfigError(f"data.train: data set {part} of the mixture holds no sample")
             own_seed = derive_seed(seed, "mixture", part)
             self._orders.append(
                 Order(

@@ -242,7 +242,7 @@ def _cat_ranges(pieces: list[Range]) -> list[Any]:
                 except Exception as error:
                     return error
 
-            with ThreadPoolExecutor(min(NUM_TOGETHER, len(pieces))) as pool:
+            with ThreadPoolExecutor(NUM_TOGETHER) as pool:
                 found = list(pool.map(read, paths, starts, stops))
     except Exception as error:
         return [error] * len(pieces)

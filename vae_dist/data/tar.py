@@ -142,9 +142,11 @@ def files_of_tar(
 
 
 def _passed_over(member: Member) -> PassedOver:
-    name, kind, target = member.name, member.kind.decode("latin1"), member.target
+    name, target = member.name, member.target
     if member.kind not in LINKS:
-        return PassedOver(name, "", f"a member of type {kind!r}, no regular file")
+        return PassedOver(
+            name, "", f"a member of type {member.kind.decode('latin1')!r}, no regular file"
+        )
     if member.kind == SYMBOLIC_LINK:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
     return PassedOver(name, target, f"a link to {target}, which is not in the tar")

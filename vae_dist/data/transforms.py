@@ -110,15 +110,12 @@ class ImageSettings:
     def too_small(self, size: Size) -> str:
         """Why a stored size (H, W) will not do; empty: it will."""
         for need in self.needs if self.any_size else ():
-            for side, have, least in (
-                ("shorter", min(size), need.shorter),
-                ("longer", max(size), need.longer),
-            ):
-                if have < least:
-                    return (
-                        f"{size[0]}x{size[1]} pixels, and {need.key} needs {least} on the "
-                        f"{side} side"
-                    )
+            is_short = min(size) < need.shorter
+            if is_short or max(size) < need.longer:
+                least = (
+                    f"{need.shorter} on the shorter" if is_short else f"{need.longer} on the longer"
+                )
+                return f"{size[0]}x{size[1]} pixels, and {need.key} needs {least} side"
         return ""
 
     def at_one_size(self, size: Size | None = None) -> ImageSettings:

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import NamedTuple
 
 from vae_dist.data.buckets import Size, arrange
 from vae_dist.data.index import Run
@@ -68,13 +67,6 @@ class ReadAhead:
                 return
 
 
-class _Replacement(NamedTuple):
-    """What stands for the lost samples of a window."""
-
-    name: str
-    sample: LoadedSample
-
-
 class WindowReader:
     """Goes along one sequence of the order, from `row` on."""
 
@@ -94,7 +86,8 @@ class WindowReader:
         self._awaited: Future[Samples] | None = None
         self._positions: list[int] = []  # in the window, in the order in which they are shown
         self._sizes: list[Size] = []  # of the window's slots, with aspect buckets
-        self._replacements: dict[Size | None, _Replacement] = {}  # in this window
+        # what stands for the lost samples of this window, by size: its name, and the sample
+        self._replacements: dict[Size | None, tuple[str, LoadedSample]] = {}
 
     def next(self, skipped: list[SkippedSample]) -> tuple[int, LoadedSample]:
         """The next sample, or its replacement, which is then added to `skipped`; and its shard."""
@@ -110,9 +103,9 @@ class WindowReader:
             return shard, self._reader.load(data, shard, index, epoch=epoch, size=size)
         except DamagedSampleError as error:
             lost = SkippedSample(self._reader.index.paths[shard], index, str(error), None)
-        replacement = self._replacement(size, lost)
-        skipped.append(replace(lost, replaced_by=replacement.name))
-        return shard, replacement.sample
+        name, sample = self._replacement(size, lost)
+        skipped.append(replace(lost, replaced_by=name))
+        return shard, sample
 
     def _enter(self) -> None:
         """Go to the following window, and ask for the one after it."""
@@ -150,7 +143,7 @@ class WindowReader:
 
     # what replaces a lost sample
 
-    def _replacement(self, size: Size | None, lost: SkippedSample) -> _Replacement:
+    def _replacement(self, size: Size | None, lost: SkippedSample) -> tuple[str, LoadedSample]:
         """What stands for the lost samples of the current window. Raises ShardError."""
         if size not in self._replacements:
             candidates = (self._first_readable(window, size) for window in self._nearest_first())
@@ -180,7 +173,7 @@ class WindowReader:
             yield window
             row = window.end_row
 
-    def _first_readable(self, window: Window, size: Size | None) -> _Replacement | None:
+    def _first_readable(self, window: Window, size: Size | None) -> tuple[str, LoadedSample] | None:
         is_mine = window is self._window
         samples = self._read() if is_mine else self._reader.read(window.runs)
         for position in window.order.tolist():
@@ -189,5 +182,5 @@ class WindowReader:
                 sample = self._reader.load(samples[position], shard, index, epoch=epoch, size=size)
             except DamagedSampleError:
                 continue
-            return _Replacement(self._reader.name(shard, index), sample)
+            return self._reader.name(shard, index), sample
         return None
