@@ -90,20 +90,16 @@ def decode(
 def tile_side(model: VAE, tile: int) -> int:
     """The side of a tile in latent positions, 0 for tile=0. Raises ConfigError for a vector latent
     and for tiles that are too small."""
-    if tile and model.image_size is not None:
-        raise ConfigError(
-            f"tile={tile}: a vector latent holds the whole image; tiles are for model.latent="
-            "spatial"
-        )
-    if tile and model.num_levels:
-        raise ConfigError(f"tile={tile}: the latents of a ladder are not cut; leave tile out")
-    side = tile // model.stride
-    if tile and side < 8:
-        raise ConfigError(
-            f"tile={tile} pixels are {side} positions of a latent of stride {model.stride}, too "
-            f"few to overlap; give at least tile={8 * model.stride}"
-        )
-    return side
+    least = 8 * model.stride
+    reasons = {
+        "a vector latent holds the whole image; leave tile out": model.image_size is not None,
+        "the latents of a ladder are not cut; leave tile out": model.num_levels > 0,
+        f"tiles have too few positions to overlap; give at least tile={least}": tile < least,
+    }
+    for reason, is_so in reasons.items():
+        if tile and is_so:
+            raise ConfigError(f"tile={tile}: {reason}")
+    return tile // model.stride
 
 
 def _blended(
