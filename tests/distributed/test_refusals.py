@@ -10,25 +10,20 @@ import pytest
 from tests.support.distributed import run_ranks
 from tests.support.training import arguments, status, train
 from vae_dist.config.errors import ConfigError
-from vae_dist.run.checkpoint import Checkpoints, TornCheckpoint
+from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.run.folder import RunFolder
 from vae_dist.train import main
 from vae_dist.training import data, setup, trackers
 
-TORN = TornCheckpoint("step_00000002/model.safetensors is damaged")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/file")
 WRONG, BUG = ConfigError("the shards are others here"), KeyError("a bug")
 OF_RANK_1 = "rank 1: the shards are others here"
 CASES = {  # where it is, the name, the rank that fails, its error, and what all say
-    "config of the run": (setup, "as_in_run_folder", 1, WRONG, OF_RANK_1),
     "second read of the index": (data, "_loaded", 1, WRONG, OF_RANK_1),
-    "checkpoint": (Checkpoints, "load", 0, TORN, "none of the 1 checkpoints in"),
-    "weights to restore": (setup, "_restore", 1, WRONG, OF_RANK_1),
     "environment.json": (trackers, "add_session", 0, FULL, "/run/file: No space left on device"),
     "weights to begin with": (setup, "initial_weights", 1, WRONG, OF_RANK_1),
     "what nobody foresaw": (setup, "check_identity", 1, BUG, "rank 1: Traceback"),
 }
-AT_ONCE = ("second read of the index", "environment.json", "what nobody foresaw")
 QUIET = ("evaluation.every=0", "checkpoint.every=2", "runtime.timeout_s=5")
 SLOW_S = 1.0  # of a disk
 
@@ -41,9 +36,7 @@ def begun(tmp_path_factory, digits):
     return run
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if c in AT_ONCE else pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_an_error_of_one_rank_before_training_ends_all(
     begun, digits, tmp_path, monkeypatch, capfd, case
 ):

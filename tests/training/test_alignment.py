@@ -7,7 +7,6 @@ import vae_dist
 from tests.support.steps import batch, config, make_step, one_process
 from tests.support.training import arguments, losses, rows, same_weights, stop_after, train
 from vae_dist import encode
-from vae_dist.config.errors import ConfigError
 from vae_dist.train import main
 from vae_dist.training import alignment, data
 
@@ -115,11 +114,6 @@ def test_the_run_is_used_without_its_vision_model(straight, tmp_path, digits):
     assert vae.sample(2, seed=0).shape == (2, 1, 28, 28)
     second = ("training.steps=3", f"init_from={straight}")
     assert train(tmp_path / "run", digits, *SPATIAL, *second) == [0]
-
-
-def test_a_weight_of_no_alignment_is_refused():
-    with pytest.raises(ConfigError, match=r"objective.alignment_weight=2 has no effect"):
-        vae_dist.config("config=debug", "objective.alignment_weight=2")
 
 
 def test_masked_channels_are_the_last_ones_of_some_images():

@@ -1,6 +1,5 @@
 """Compilation, memory layout and what `auto` makes of them; compiled steps equal eager ones."""
 
-import copy
 import functools
 
 import pytest
@@ -20,7 +19,6 @@ from tests.support.steps import (
     wrong_gradients,
 )
 from vae_dist.models.blocks import Block
-from vae_dist.models.build import build_vae
 from vae_dist.models.towers import Decoder, Encoder
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.optimizer import load_optimizer_tensors, optimizer_tensors
@@ -142,9 +140,3 @@ def test_compiled_gradients_are_those_of_plain_towers():
     found, _ = first_step(step, batch(runtime, 0))
     assert len(found) == len(expected) > 20
     assert wrong_gradients(found, expected, rounding=1e-4) == []
-    assert set(step.vae.state_dict()) == set(build_vae(config(), SIZE).state_dict())
-    twin = copy.deepcopy(step.vae)  # a copy computes with its own weights
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-        assert float(twin.encode(torch.ones(2, 3, 8, 8))[0].abs().sum()) == 0.0
