@@ -19,7 +19,7 @@ from tests.data.conftest import png, written
 from tests.support.picture_sources import encoded, npy
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.decode import decode_sample
-from vae_dist.data.loader import EvaluationStream, TrainingStream
+from vae_dist.data.loader import TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.settings import image_settings
@@ -231,18 +231,6 @@ def test_masks_follow_their_images_through_crop_mirror_and_resizing(tmp_path, re
         assert (group.images[observed] < 250).all()
         seen += int(observed.sum())
     assert seen > 300
-
-
-def test_in_evaluation_a_drawn_mask_belongs_to_the_sample(tmp_path):
-    index = written(tmp_path / "s", [{"png": GREY}] * NUM_IMAGES, 2)
-    data = DataConfig(channels=1, max_pixels=1000, mask="random", mask_fraction=0.25)
-
-    def masks(batch_size):
-        stream = EvaluationStream(index, image_settings(index, data), batch_size=batch_size)
-        return torch.cat([b.masks[b.weights > 0] for b in stream if b.masks is not None])
-
-    assert torch.equal(masks(12), masks(5)) and len(masks(5).unique(dim=0)) > 1
-    assert masks(12).float().mean() == pytest.approx(0.75, abs=0.03)
 
 
 RECORD = {
