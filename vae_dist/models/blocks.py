@@ -21,6 +21,7 @@ checkpointing): the same numbers.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,19 +82,28 @@ class Film(nn.Module):
         return (1 + scale) * x + shift
 
 
+# no layer draws, so the random state need not be kept
+_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class Block(nn.Module):
     """A piece of a tower, x (B, C, H, W) and for some a condition (B, E) -> features."""
+
+    def forward_again(self, *inputs: Tensor | None) -> Tensor:
+        """`forward` that the backward runs once more; a method, which the compiler can begin at."""
+        h: Tensor = _again(type(self).forward, self, *inputs)
+        return h
 
 
 def recompute_in_backward(model: nn.Module) -> None:
     """Turn gradient checkpointing on: the backward keeps the input of each block, and of a tower's
     `to_images`, and runs them again."""
+    module: Any
     for module in model.modules():
-        name = "forward" if isinstance(module, Block) else "to_images"
-        if run := getattr(module, name, None):
-            # no layer draws, so the random state need not be kept
-            again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-            setattr(module, name, again)
+        if isinstance(module, Block):
+            module.forward = module.forward_again
+        elif hasattr(module, "to_images"):
+            module.to_images = partial(_again, module.to_images)
 
 
 class ResidualBlock(Block):
