@@ -162,17 +162,10 @@ def _published_weights(config: TrainConfig, published: Published, model: nn.Modu
     wrong = [
         f"'{key}={shown(value)}'".replace(", ", ",")
         for key, value in fitting_keys(published).items()
-        if not _has(config, key, value)
+        if value_of(config, key) != value
     ]
     _check_fit(weights, model, f"{blame}: the AutoencoderKL in {published.path}", wrong)
     return weights
-
-
-def _has(config: TrainConfig, key: str, value: Any) -> bool:
-    found = value_of(config, key)
-    if key == "model.blocks" and isinstance(found, list):
-        return all(count == value for count in found)
-    return bool(found == value)
 
 
 def _check_fit(
