@@ -253,8 +253,8 @@ def test_the_trainer_reads_packed_masks(tmp_path, capsys):
     source, out = write(tmp_path / "in", files), tmp_path / "out"
     assert pack_all(source, out, "size=[6,10]", "max_skipped_fraction=1") == 0
     said = capsys.readouterr()
-    assert "1 have missing pixels: set data.mask=member" in said.out
-    assert "2 .heic files that are decoded by their content" in said.out
+    assert "with missing pixels (set data.mask=member): 1" in said.out
+    assert ".heic, decoded by content: 2" in said.out
     assert "its mask is 3 x 20 pixels, but the image 12 x 20" in said.err
     images = [image for image, _ in loaded(out / "train", channels=1, mask="member")]
     assert images[0][1].all() and not images[1][1, :, :5].any() and images[1][1, :, 7:].all()

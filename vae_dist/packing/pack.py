@@ -178,10 +178,10 @@ def _write_shard(job: ShardJob, plan: Plan, command: PackCommand, shard: str) ->
             channels, height, width = picture.shape
             facts.update([*picture.notes, f"{channels} channels", f"{height} x {width} pixels"])
             if (suffix := suffix_of(name)) in BY_CONTENT:
-                facts[f".{suffix} files that are decoded by their content"] += 1
+                facts[f".{suffix}, decoded by content"] += 1
             if picture.mask is not None:
                 members[MASK_MEMBER] = picture.mask
-                facts["have missing pixels: set data.mask=member"] += 1
+                facts["with missing pixels (set data.mask=member)"] += 1
             writer.write({"__key__": f"{number:09d}", picture.suffix: picture.data, **members})
             names.append(name)
         report |= {"names": names, "lost": lost, "facts": facts}
@@ -245,5 +245,5 @@ def _print(out: Path, summary: Report) -> None:
         words = " ".join(f"{key}={value}" for key, value in facts.items())
         print(f"{out / split}: {words} num_classes={summary['num_classes']}")
     for fact, count in summary["facts"].items():
-        print(f"{count} {fact}")
+        print(f"{fact}: {count}")
     jobs.print_left_out(summary["skipped"], summary=out / "pack.json")

@@ -88,7 +88,7 @@ def _prepared(kind: str, data: bytes, command: PackCommand, *, exact: bool) -> t
     background = command.background if has_alpha(image) else "none"
     notes: tuple[str, ...] = ()
     if getattr(image, "is_animated", False):
-        notes = ("animated: the first frame is taken",)
+        notes = ("animated, the first frame is taken",)
     if kind in STORED:  # whatever becomes of it: what is damaged is decided in one place
         shape = decode_own(kind, data, max_pixels=command.max_pixels).shape
         have = shape[1:]
