@@ -116,7 +116,9 @@ ALIGNED = "alignment!="
 @dataclass
 class ObjectiveConfig(Section):
     beta: float = knob(1.0, "weight of the rate KL(q(z|x) || p(z)) in the loss; 1: the bound", ge=0)
-    beta_warmup_steps: int = knob(0, "steps of a rise from 0", ge=0, when="training.train_only=all")
+    beta_warmup_steps: int = knob(
+        0, "steps of its rise from 0", ge=0, when="training.train_only=all"
+    )
     beta_cycles: int = knob(1, "rises, each held as long", ge=1, when="beta_warmup_steps!=0")
     free_bits: float = knob(
         0.0, "nats of each latent unit that are free", ge=0, when="beta!=0 training.train_only=all"
@@ -148,7 +150,7 @@ class ObjectiveConfig(Section):
 @dataclass
 class PerceptualConfig(Section):
     kind: Literal["none", "auto", "structure", "lpips", "lpips_alex"] = knob(
-        "none", "added to the loss; auto: lpips if its weights are here, else structure"
+        "none", "distance in the loss; auto: lpips if its weights are here, else structure"
     )
     weight: float = knob(1.0, "nats of each value for a distance of 1", gt=0, when="kind!=none")
     weights: str = knob(
@@ -193,7 +195,7 @@ class TrainingConfig(Section):
         form="auto INDEX",
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = knob(
-        "auto", "of the forward; no: float32; auto: bf16 where every device computes in it"
+        "auto", "autocast; no: float32; auto: bf16 where every device computes in it"
     )
     ema_decay: float = knob(0.999, "decay per step of the averaged weights", ge=0, lt=1)
     train_only: Literal["all", "decoder"] = knob(
@@ -202,7 +204,7 @@ class TrainingConfig(Section):
     max_consecutive_nonfinite: int = knob(
         20, "steps in a row that may be skipped before the run fails", neutral=True, ge=1
     )
-    spike_factor: float = knob(0.0, "skip gradients so far above the recent ones (0: none)", ge=0)
+    spike_factor: float = knob(0.0, "skip gradients of so many times the usual (0: none)", ge=0)
     checksum_every: int = knob(
         1000, "steps between comparisons of the ranks' weights (0: never)", neutral=True, ge=0
     )
@@ -211,7 +213,7 @@ class TrainingConfig(Section):
 @dataclass
 class EvaluationConfig(Section):
     every: int = knob(1000, "steps between evaluations (0: only at the end)", ge=0)
-    batch_size: Any = knob("auto", "per forward (auto: the microbatch)", form="auto COUNT")
+    batch_size: Any = knob("auto", "images per forward (auto: microbatch)", form="auto COUNT")
 
 
 @dataclass
