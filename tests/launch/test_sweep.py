@@ -13,7 +13,6 @@ import pytest
 from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import rows, status
 from tests.support.wandb_server import ENTITY, ROOT, WandbServer
-from tests.support.wandb_sweep import answer_agents
 
 STEPS = 400  # seconds: the signal finds the trial still training
 OPTIONS = (
@@ -24,6 +23,39 @@ OPTIONS = (
 VALUES = {"optimizer.lr": 0.001, "objective.beta": 0.5}
 
 
+def answer_agents(server, yaml):
+    """What `wandb agent` asks for, of a sweep of one trial. Returns how the trial was handed out:
+    "run", then "resume" each time that it was preempted (it said so and failed)."""
+    starts = []
+    sweep = {"id": "U3dlZXA=", "name": "sweep", "state": "RUNNING", "method": "grid"}
+    sweep |= {"config": yaml, "runs": {"edges": []}}
+    arguments = {key: {"value": value} for key, value in VALUES.items()}
+
+    def next_command():
+        run = server.runs.get("trial")
+        if run is None and not starts:
+            starts.append("run")
+        elif run is not None and run.complete and run.exit_code and run.preempting:
+            run.preempting = run.complete = False
+            starts.append("resume")
+        else:
+            return {"id": "end", "type": "exit"}
+        told = {"id": "trial", "run_id": "trial", "program": "", "args": arguments}
+        return told | {"type": starts[-1]}
+
+    def heartbeat(variables):
+        commands = [] if json.loads(variables["runState"]) else [next_command()]
+        answer = {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}
+        return {"agentHeartbeat": answer}
+
+    server.answers |= {
+        "SweepWithRuns": lambda variables: {"project": {"sweep": sweep}},
+        "CreateAgent": lambda variables: {"createAgent": {"agent": {"id": "QWdlbnQ="}}},
+        "Heartbeat": heartbeat,
+    }
+    return starts
+
+
 @pytest.mark.slow
 def test_a_preempted_trial_goes_on_in_its_folder(tmp_path):
     write_images(tmp_path / "images", random_pixels(16, 8, 8))
@@ -32,7 +64,7 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path):
     with WandbServer() as server:
         environment = server.environment(tmp_path)
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        starts = answer_agents(server, text.replace("config=mnist", OPTIONS), "trial", VALUES)
+        starts = answer_agents(server, text.replace("config=mnist", OPTIONS))
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "wandb", "agent", f"{ENTITY}/p/sweep"]
         agent = subprocess.Popen(
