@@ -14,7 +14,6 @@ from vae_dist.data.order import quotas
 from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.files import printable
 from vae_dist.models.build import build_vae
-from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.vae import VAE
 from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
@@ -64,14 +63,9 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
     is built on the device. Every rank takes part."""
     with torch.device("meta"):
         vae = build_vae(config, data.image_size)
-        networks: dict[str, nn.Module] = dict(vae.named_children())
-        if config.adversarial.weight:
-            networks["discriminator"] = build_discriminator(
-                config.adversarial, image_channels=config.data.channels, seed=config.seed
-            )
     cost = step_cost(config, data.largest_size, runtime.device)
     size = microbatch_size(config, data.largest_size, runtime)
-    sizes = {name: _num_parameters(part) for name, part in networks.items()}
+    sizes = {name: _num_parameters(part) for name, part in vae.named_children()}
     parts = ", ".join(f"{name} {number:,}" for name, number in sizes.items() if number)
     share = config.training.batch_size // runtime.world
     images = min(size or share, share)

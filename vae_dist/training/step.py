@@ -43,8 +43,6 @@ from vae_dist.training.optimizer import (
     update,
 )
 
-NORMAL, UNIFORM = torch.Tensor.normal_, torch.Tensor.uniform_
-
 
 class StepReport(NamedTuple):
     """0-dim tensors on the device, and two numbers; `shared` and what follows is of all ranks."""
@@ -76,6 +74,15 @@ def _scaled_normal(part: Tensor, *, generator: torch.Generator) -> None:
     """Normal noise, for each image (dimension 0) times the size of another normal draw."""
     sizes = torch.randn(len(part), generator=generator).abs()
     part.normal_(generator=generator).mul_(sizes.view(-1, *[1] * (part.ndim - 1)))
+
+
+DRAWS: dict[str, Callable[..., object]] = {  # by purpose: fills a tensor from a generator
+    "posterior": torch.Tensor.normal_,
+    "levels": torch.Tensor.uniform_,
+    "label-dropout": torch.Tensor.uniform_,
+    "latent-noise": _scaled_normal,
+    "channel-masking": torch.Tensor.uniform_,
+}
 
 
 class TrainingStep:
@@ -234,24 +241,24 @@ class TrainingStep:
         shape = noise_shape(config.objective, len(stored), latent)
         # drawn on the CPU, the same on every device, but for a ladder's: 22 million values a step
         is_small = not self.vae.num_levels
-        noise = self._drawn("posterior", group, step, shape, NORMAL, on_host=is_small)
+        noise = self._drawn("posterior", group, step, shape, on_host=is_small)
         uniform, labels, mask = None, None, group.masks
         if likelihood.needs_uniform:
-            uniform = self._drawn("levels", group, step, stored.shape, UNIFORM, on_host=False)
+            uniform = self._drawn("levels", group, step, stored.shape, on_host=False)
         if self.vae.num_classes:
             labels, dropout = group.labels, config.model.label_dropout
             if dropout:
-                draws = self._drawn("label-dropout", group, step, labels.shape, UNIFORM)
+                draws = self._drawn("label-dropout", group, step, labels.shape)
                 labels = torch.where(draws < dropout, NO_LABEL, labels)
             labels = self._sent(labels)
         if mask is not None:
             mask = mask.to(self.device, non_blocking=True)
         more: dict[str, Any] = {"half_size": True} if config.objective.scale_equivariance else {}
         if config.objective.latent_noise:
-            jitter = self._drawn("latent-noise", group, step, shape, _scaled_normal)
+            jitter = self._drawn("latent-noise", group, step, shape)
             more["latent_noise"] = self._sent(jitter * config.objective.latent_noise)
         if config.objective.channel_masking:
-            draws = self._drawn("channel-masking", group, step, (len(stored), 2), UNIFORM)
+            draws = self._drawn("channel-masking", group, step, (len(stored), 2))
             more["channel_mask"] = self._sent(self._channel_mask(draws, latent[0]))
         if self.alignment is not None:  # its gradient is that of the decoder's loss at z
             more["latent_noise"] = Alignment.probe(more.get("latent_noise"), shape, self.device)
@@ -268,22 +275,15 @@ class TrainingStep:
         return mask.float()[:, :, None, None]
 
     def _drawn(
-        self,
-        purpose: str,
-        group: Group,
-        step: int,
-        shape: Sequence[int],
-        draw: Callable[..., object],
-        *,
-        on_host: bool = True,
+        self, purpose: str, group: Group, step: int, shape: Sequence[int], *, on_host: bool = True
     ) -> Tensor:
-        """(b, ...) for the images of a group; draw(part, generator=...) fills each slot's part."""
+        """(b, ...) for the images of a group, each slot's part from a generator of its own."""
         generator = self._generators[0 if on_host else 1]
         values = torch.empty(tuple(shape), device=generator.device)
         parts = values.split(len(values) // len(group.slots))
         for slot, part in zip(group.slots, parts, strict=True):
             generator.manual_seed(derive_seed(self.config.seed, purpose, step, slot))
-            draw(part, generator=generator)
+            DRAWS[purpose](part, generator=generator)
         return values
 
     def _sent(self, drawn: Tensor) -> Tensor:
