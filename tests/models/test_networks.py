@@ -21,7 +21,6 @@ from vae_dist.models.networks import (
     fetch,
     load_inception,
     load_lpips,
-    read_tensors,
     vgg16_features,
 )
 
@@ -119,7 +118,7 @@ class Evil:
 def test_what_is_read_fits_and_cannot_run_code(tmp_path):
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ConfigError, match="cannot be read as weights"):
-        read_tensors(tmp_path / "evil.pth")
+        load_inception(tmp_path / "evil.pth")
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"of another network: \d+ tensors are missing"):
         load_inception(tmp_path / "other.pth")

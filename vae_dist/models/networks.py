@@ -90,27 +90,24 @@ def fetch(file: PretrainedFile, folder: str = "") -> Path:
     return path
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return tensors
-    except Exception as error:  # torch.load raises whatever its reader met
-        raise ConfigError(f"{path}: cannot be read as weights ({error})") from None
-
-
-def load_into(network: nn.Module, tensors: dict[str, Tensor], *, path: Path) -> None:
-    """Gives `network`, which is on meta, these tensors; then it is in eval mode, and not to be
-    trained. Tensors that it does not have (a classifier's) are left out. Raises ConfigError for
-    those that it misses or that have other shapes."""
+def load_into(network: nn.Module, *paths: Path) -> None:
+    """Gives `network`, which is on meta, the tensors of these files; then it is in eval mode, and
+    not to be trained. Tensors that it does not have (a classifier's) are left out. Raises
+    ConfigError for those that it misses or that have other shapes."""
     own = network.state_dict()
     # counts of training steps, which older files lack and evaluation does not read
-    counts = {name: torch.tensor(0) for name in own if name.endswith("num_batches_tracked")}
-    given = {name: tensor for name, tensor in (counts | tensors).items() if name in own}
+    tensors = {name: torch.tensor(0) for name in own if name.endswith("num_batches_tracked")}
+    for path in paths:
+        try:
+            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever its reader met
+            raise ConfigError(f"{path}: cannot be read as weights ({error})") from None
+    given = {name: tensor for name, tensor in tensors.items() if name in own}
     wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]
     if wrong:
         raise ConfigError(
-            f"{path}: these are weights of another network: {len(wrong)} tensors are missing or "
-            f"have other shapes, for example {wrong[0]}"
+            f"{paths[0]}: these are weights of another network: {len(wrong)} tensors are missing "
+            f"or have other shapes, for example {wrong[0]}"
         )
     network.load_state_dict(given, assign=True)
     network.eval().requires_grad_(False)
@@ -191,34 +188,28 @@ class Lpips(nn.Module):
         return distance
 
 
-def find_heads(kind: str, folder: Path) -> Path | None:
-    """The fitted weights w_l: in the folder, else those that torchmetrics ships; None where there
-    are none."""
-    folders, package = [folder], importlib.util.find_spec("torchmetrics")
-    if package is not None and package.origin is not None:
-        folders.append(Path(package.origin).parent / "functional/image/lpips_models")
-    paths = (folder / TRUNKS[kind].heads for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
+def find_heads(kind: str) -> Path | None:
+    """The fitted weights w_l, which torchmetrics ships; None where it is not installed."""
+    package = importlib.util.find_spec("torchmetrics")
+    if package is None or package.origin is None:
+        return None
+    return Path(package.origin).parent / "functional/image/lpips_models" / TRUNKS[kind].heads
 
 
 def lpips_available(kind: str, folder: str = "") -> bool:
     """Whether `load_lpips` needs no network."""
-    path = path_of(TRUNKS[kind].file, folder)
-    return path.is_file() and find_heads(kind, path.parent) is not None
+    return path_of(TRUNKS[kind].file, folder).is_file() and find_heads(kind) is not None
 
 
 def load_lpips(kind: str, path: Path) -> Lpips:
-    """With the features of the file at `path`, and the heads beside it or in torchmetrics; raises
-    ConfigError where either cannot be read. Gradients flow to the images alone."""
-    heads = find_heads(kind, path.parent)
+    """With the features of the file at `path`. Raises ConfigError where it, or the heads, cannot be
+    read. Gradients flow to the images alone."""
+    heads = find_heads(kind)
     if heads is None:
-        raise ConfigError(
-            f"LPIPS needs its heads: put {TRUNKS[kind].heads} of the package lpips into "
-            f"{path.parent}, or install torchmetrics: pip install 'vae_dist[metrics]'"
-        )
+        raise ConfigError("LPIPS has its heads from torchmetrics: pip install 'vae_dist[metrics]'")
     with torch.device("meta"):
         network = Lpips(kind)
-    load_into(network, read_tensors(path) | read_tensors(heads), path=path)
+    load_into(network, path, heads)
     return network
 
 
@@ -362,5 +353,5 @@ def load_inception(path: Path) -> FidInception:
     """With the weights of the file at `path`. Raises ConfigError where they do not fit."""
     with torch.device("meta"):
         network = FidInception()
-    load_into(network, read_tensors(path), path=path)
+    load_into(network, path)
     return network
