@@ -117,10 +117,13 @@ def test_where_no_run_can_be_online(fake, tmp_path, monkeypatch, obstacle, says)
     (tmp_path / "file").write_text("in the way")
     fake.login.return_value, init = obstacle != "login", fake.init.side_effect
     if obstacle == "init":
-        error = ConnectionError("no way\nsecond line")
-        fake.init.side_effect = lambda mode, **asked: (
-            init(mode=mode, **asked) if mode == "offline" else raise_(error)
-        )
+
+        def init_offline(mode, **asked):
+            if mode == "online":
+                raise ConnectionError("no way\nsecond line")
+            return init(mode=mode, **asked)
+
+        fake.init.side_effect = init_offline
     if obstacle == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     (said,) = lived(folder, range(1, 2))
@@ -130,10 +133,6 @@ def test_where_no_run_can_be_online(fake, tmp_path, monkeypatch, obstacle, says)
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ConfigError, match="WANDB_MODE"):
         start(folder, "disabled")
-
-
-def raise_(error):
-    raise error
 
 
 def test_what_the_environment_says(fake, tmp_path, monkeypatch):
