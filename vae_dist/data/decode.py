@@ -112,7 +112,7 @@ def size_of_sample(
 ) -> tuple[int, int]:
     """(H, W) of the upright image after its header alone. Raises DamagedSampleError."""
     kind, data = image_of(sample, image_key)
-    with _damage_named(kind):
+    with damage_named(kind):
         if kind in ARRAYS:
             return array_size(kind, data, max_pixels)
         if kind == "jpg" and (header := jpeg_header(data, max_pixels)) is not None:
@@ -184,7 +184,7 @@ def has_alpha(image: Image.Image) -> bool:
 
 def open_by_pillow(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
     """An image of 8 bits a channel before its pixels are decoded. Raises DamagedSampleError."""
-    with _damage_named(image_format):
+    with damage_named(image_format):
         image = _opened(data, image_format, max_pixels)
     # Pillow narrows 16-bit colour to 8 bits without a word
     if image.mode.startswith("I") or image.mode == "F" or is_png16(data):
@@ -204,7 +204,7 @@ def _opened(data: bytes, image_format: str, max_pixels: int) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _damage_named(kind: str) -> Iterator[None]:
+def damage_named(kind: str) -> Iterator[None]:
     """Raises DamagedSampleError for all that decoders raise: many kinds, on damaged bytes."""
     try:
         yield
@@ -226,7 +226,7 @@ def _decode(
     opaque: bool = False,
 ) -> np.ndarray:
     """The image as it is asked for; opaque: without an alpha channel it counts as opaque."""
-    with _damage_named(kind):
+    with damage_named(kind):
         if kind in ARRAYS:
             pixels = decode_array(kind, data, settings)
             check_channels(len(pixels), settings.channels)
@@ -317,7 +317,7 @@ def note_of(sample: Mapping[str, Any], image_key: str = "") -> str:
     kind, data = image_of(sample, image_key)
     if kind in ARRAYS:
         return ""
-    with _damage_named(kind):
+    with damage_named(kind):
         image = Image.open(io.BytesIO(data), formats=(FORMATS[kind],))
         if getattr(image, "is_animated", False):
             return "it is animated, its first frame is taken"

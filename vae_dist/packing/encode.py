@@ -145,12 +145,12 @@ class Encoder(ABC):
         places = [(run.shard, place) for run in runs for place in range(run.start, run.stop)]
         samples = zip(numbers, places, self.reader.read(runs), strict=True)
         for number, (shard, place), data in samples:
+            path = self.reader.index.paths[shard]
             try:
                 image, label, _ = self.reader.load(data, shard, place, epoch=0)
-                sample = single_sample(data, self.reader.index.paths[shard])
+                sample = single_sample(data, path)
                 carried = self._carried(sample)
             except DamagedSampleError as error:
-                path = self.reader.index.paths[shard]
                 found.append(str(SkippedSample(path, place, str(error), None)))
             else:
                 found.append(Sample(number, sample["__key__"], carried, label, image))

@@ -82,20 +82,19 @@ class Listing:
 
 def read(place: Place) -> bytes:
     """The bytes of a file; raw pixels become PNG. Raises DamagedSampleError."""
-    size = min(place.size, MAX_FILE_BYTES)
+    if place.size >= MAX_FILE_BYTES:
+        raise DamagedSampleError("too large")
     try:
         if place.is_zipped:
             archive = _opened_zip(place.path, os.getpid())
             with archive.open(archive.infolist()[place.at]) as member:
-                data = member.read(size)
+                data = member.read(place.size)
         else:
             with open(place.path, "rb") as file:
                 file.seek(place.at)
-                data = file.read(size)
+                data = file.read(place.size)
     except Exception as error:  # zipfile raises many kinds on damaged bytes
         raise DamagedSampleError(f"cannot be read ({error})") from None
-    if len(data) == MAX_FILE_BYTES:
-        raise DamagedSampleError("too large")
     if len(data) < place.size:
         raise DamagedSampleError("its archive ends inside this file")
     if not place.pixels:

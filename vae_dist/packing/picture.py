@@ -17,6 +17,7 @@ from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import (
     ARRAYS,
     MASK_MEMBER,
+    damage_named,
     decode_mask,
     decode_own,
     foreign,
@@ -97,7 +98,7 @@ def _prepared(kind: str, data: bytes, command: PackCommand, *, exact: bool) -> t
             return Picture(kind, data, shape, (KEPT, *notes)), have
     kept_as = "jpg" if kind in LOSSY else "png"
     suffix = kept_as if command.format == "keep" else command.format
-    try:
+    with damage_named(kind):
         if command.size and kind == "jpg" and not exact:
             longest = command.size if isinstance(command.size, int) else max(command.size)
             scale = dct_scale(image.height, image.width, (longest, longest))
@@ -108,11 +109,6 @@ def _prepared(kind: str, data: bytes, command: PackCommand, *, exact: bool) -> t
         file = io.BytesIO()
         options: dict[str, Any] = {"quality": command.quality} if suffix in LOSSY else {}
         image.save(file, FORMATS[suffix], **options)
-    except DamagedSampleError:
-        raise
-    except Exception as error:  # Pillow raises many kinds on damaged bytes
-        text = (str(error) or type(error).__name__).split("\n")[0][:100]
-        raise DamagedSampleError(f"damaged {FORMATS[kind]} ({text})") from None
     shape = (len(image.getbands()), image.height, image.width)
     notes += ("converted to sRGB",) if profile else ()
     return Picture(suffix, file.getvalue(), shape, notes), have

@@ -18,6 +18,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,11 @@ def _idx(path: str) -> Place:
         head = file.read(64)
     try:
         shape, at = idx_shape(head)
+        size = os.path.getsize(path) - at
+        if size != math.prod(shape) or not size:
+            raise ValueError(f"{size} bytes of pixels, but its header means {shape}; copy it again")
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    size, wanted = os.path.getsize(path) - at, math.prod(shape)
-    if size != wanted or not wanted:
-        raise ConfigError(
-            f"{path}: {size} bytes of pixels, but its header {shape} means {wanted}; copy it again"
-        )
     return Place(path, at, size, shape)
 
 
@@ -137,10 +136,7 @@ def cifar_items(files: list[Item]) -> tuple[list[Item], list[Item], tuple[str, .
             classes = tuple(read(file.place).decode("utf-8", "replace").split())
             continue
         if not file.place.size or file.place.size % CIFAR_RECORD:
-            raise ConfigError(
-                f"source: {file.name}: {file.place.size} bytes are no multiple of {CIFAR_RECORD}; "
-                "copy it again"
-            )
+            raise ConfigError(f"source: {file.name} is cut off; copy it again")
         split = "test" if "test_batch" in file.name else "train"
         for i, label in enumerate(read(file.place)[::CIFAR_RECORD]):
             at, size = file.place.at + i * CIFAR_RECORD + 1, CIFAR_RECORD - 1
@@ -176,10 +172,8 @@ def download(spec: str) -> list[tuple[str, str]]:
         folders = [f.split("/")[:-1] for f in files]
         sets = sorted({"/".join(p for p in parts if p.lower() not in SPLITS) for parts in folders})
         if len(sets) == 1:
-            return [
-                (api.hf_hub_download(name, file, repo_type="dataset", revision=revision), file)
-                for file in files
-            ]
+            get = partial(api.hf_hub_download, name, repo_type="dataset", revision=revision)
+            return [(get(file), file) for file in files]
     except Exception as error:  # of huggingface_hub and of the HTTP client below it
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise ConfigError(
