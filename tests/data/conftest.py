@@ -1,7 +1,5 @@
 """Small shards whose images say who they are: pixels (shard, index // 256, index % 256)."""
 
-from __future__ import annotations
-
 import io
 import shutil
 from pathlib import Path

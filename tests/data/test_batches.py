@@ -1,8 +1,6 @@
 """Batches of files of all kinds: the same from any layout, cached or decoded; at the sizes of
 aspect buckets, or at their own."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections import Counter

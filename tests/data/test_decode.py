@@ -1,7 +1,5 @@
 """From the bytes of a file to pixels: what is exact, what is converted, what is refused and why."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """Features of a vision model in the shards: what is read of them, and how they go with an image."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Properties that hold for every shape of data and for any damaged bytes."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

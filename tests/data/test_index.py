@@ -1,7 +1,5 @@
 """Which shards a folder or a pattern names, their index, and what is damaged or changed."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Step k shows what the order says, whoever reads it; a lost sample is replaced by one rule."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """The order as arithmetic: each sample once an epoch, the same wherever one begins to read."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from itertools import product

@@ -1,7 +1,5 @@
 """Shards from elsewhere: what is read, tried again, named, and refused."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

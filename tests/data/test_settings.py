@@ -1,7 +1,5 @@
 """What the first samples say before training: native sizes, readability, labels."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

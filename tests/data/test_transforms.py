@@ -3,8 +3,6 @@
 That batches with masks do not depend on the layout is shown in `test_batches`.
 """
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

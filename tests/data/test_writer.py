@@ -1,7 +1,5 @@
 """Shards that we write: any samples, and the digits that ship with the package."""
 
-from __future__ import annotations
-
 import hashlib
 import tarfile
 from collections import Counter
