@@ -23,10 +23,10 @@ def reconstruct(command: ReconstructCommand) -> None:
     with open_run(command, device=command.device) as loaded:
         images = images_to_show(loaded, command.data)
         vae = BatchedVAE(loaded.model, command.batch_size, command.tile)
-        for pixels, labels, masks, _ in first_examples_by_shape(images, command.num_images):
-            inputs += list(with_holes(pixels, masks))
-            shown = vae.reconstruct(pixels, labels, masks, levels=command.levels or None)
-            outputs += list(shown)
+        for batch in first_examples_by_shape(images, command.num_images):
+            shown = batch.images, batch.labels, batch.masks
+            inputs += list(with_holes(batch.images, batch.masks))
+            outputs += list(vae.reconstruct(*shown, levels=command.levels or None))
     with writing(command.out):
         save_png(side_by_side(inputs, outputs), command.out)
     print(

@@ -242,6 +242,14 @@ class EvaluationBatch(NamedTuple):
     masks: torch.Tensor | None = None  # uint8 (b, 1, H, W), 1: observed; None: all are
     is_first: bool = True
 
+    def counted(self) -> EvaluationBatch:
+        """The images that count, without padding."""
+        counts = self.weights > 0
+        images, labels, samples, weights = (tensor[counts] for tensor in self[:4])
+        masks = None if self.masks is None else self.masks[counts]
+        skipped, is_first = self.skipped, self.is_first
+        return EvaluationBatch(images, labels, samples, weights, skipped, masks, is_first)
+
 
 class EvaluationStream:
     """Each image once over all ranks, in index order; iterate as often as wanted.

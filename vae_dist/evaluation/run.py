@@ -131,16 +131,15 @@ def inputs_of(
     purpose: str = "eval-levels",
 ) -> Inputs:
     """The images that count, as the model takes them; noise belongs to the sample's number."""
-    counts = batch.weights > 0
-    levels = batch.images[counts].to(device)  # (b, C, H, W)
-    samples = batch.samples[counts].tolist()
+    batch = batch.counted()
+    levels, samples = batch.images.to(device), batch.samples.tolist()
     uniform = None
     if model.likelihood.needs_uniform:
         shape = tuple(levels.shape[1:])
         uniform = draws(torch.rand, seed, purpose, samples, shape).to(device)
     images = model.likelihood.prepare(levels, uniform)
-    mask = None if batch.masks is None else batch.masks[counts].to(device)
-    return Inputs(levels, images, samples, batch.labels[counts].to(device), mask)
+    mask = None if batch.masks is None else batch.masks.to(device)
+    return Inputs(levels, images, samples, batch.labels.to(device), mask)
 
 
 class _Bound:

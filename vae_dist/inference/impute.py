@@ -226,20 +226,20 @@ def fill(
 ) -> list[FilledImage]:
     """The readable ones among the first `num_images`, in their order. `names`: what to call them
     instead of their keys. Raises ConfigError when there is none, or nothing is missing."""
-    shapes = first_examples_by_shape(images, command.num_images, names=names)
-    if all(examples.masks is None or examples.masks.all() for examples in shapes):
+    batches = first_examples_by_shape(images, command.num_images, names=names)
+    if all(batch.masks is None or batch.masks.all() for batch in batches):
         raise ConfigError(
             f"no pixel of {command.data or 'the validation shards'} is missing: give pictures a "
             "NAME.mask.png beside them, black where a pixel is missing, or an alpha channel; or "
             "try mask=half, rectangle or random"
         )
     filled: dict[int, FilledImage] = {}
-    for stored, labels, masks, samples in shapes:
+    for batch in batches:
+        stored, masks, numbers = batch.images, batch.masks, batch.samples.tolist()
         assert masks is not None
         # noise that training adds is replaced by its middle
         shown = model.likelihood.prepare(stored, torch.full(stored.shape, 0.5))
-        numbers = samples.tolist()
-        imputed = impute(model, shown, masks, command, labels=labels, numbers=numbers)
+        imputed = impute(model, shown, masks, command, labels=batch.labels, numbers=numbers)
         for i, number in enumerate(numbers):
             key = _key(images, number) if names is None else names[number]
             one = Imputed(*(column[i] for column in imputed))

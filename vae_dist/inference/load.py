@@ -26,7 +26,7 @@ from vae_dist.config.commands import CheckpointCommand, EncodeCommand, EvaluateC
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import RuntimeConfig, TrainConfig
 from vae_dist.data.index import ShardIndex, load_index
-from vae_dist.data.loader import EvaluationStream
+from vae_dist.data.loader import EvaluationBatch, EvaluationStream
 from vae_dist.data.reader import SampleReader, SkippedSample
 from vae_dist.data.settings import image_settings
 from vae_dist.data.sources import HTTP, START_RETRY_S, is_remote
@@ -233,16 +233,7 @@ def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = 
     return images
 
 
-class Examples(NamedTuple):
-    """Images of one shape."""
-
-    images: Tensor  # (N, C, H, W) as stored
-    labels: Tensor  # int64 (N,), -1 where an image has none
-    masks: Tensor | None  # uint8 (N, 1, H, W), 1: observed; None: all pixels are
-    samples: Tensor  # int64 (N,), numbers in index order
-
-
-def first_examples(images: Images, num_images: int) -> Examples:
+def first_examples(images: Images, num_images: int) -> EvaluationBatch:
     """The readable ones among the first `num_images`; where images differ in size, they are resized
     and cropped to a typical one. Raises ConfigError when there is none."""
     return first_examples_by_shape(images.at_one_size(), num_images)[0]
@@ -250,20 +241,15 @@ def first_examples(images: Images, num_images: int) -> Examples:
 
 def first_examples_by_shape(
     images: Images, num_images: int, *, names: Sequence[str] | None = None
-) -> list[Examples]:
+) -> list[EvaluationBatch]:
     """The readable ones among the first `num_images` at their own sizes, by shape. `names`: what
     messages call the samples of the one shard. Raises ConfigError when no image can be read."""
     batch_size = min(num_images, images.index.num_samples)
-    found: list[Examples] = []
-    skipped: list[SkippedSample] = []
+    found, skipped = list[EvaluationBatch](), list[SkippedSample]()
     for batch in images.stream(batch_size=batch_size, max_images=num_images):
         skipped += batch.skipped
-        counts = batch.weights > 0
-        if counts.any():
-            masks = None if batch.masks is None else batch.masks[counts]
-            found.append(
-                Examples(batch.images[counts], batch.labels[counts], masks, batch.samples[counts])
-            )
+        if batch.weights.any():
+            found.append(batch.counted())
     first = "; ".join(
         str(one) if names is None else f"{names[one.index]}: {one.reason}" for one in skipped[:1]
     )

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.inference.load import Examples, Images, first_examples
+from vae_dist.data.loader import EvaluationBatch
+from vae_dist.inference.load import Images, first_examples
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import drawn_labels, kl_to_standard_normal
 from vae_dist.models.vae import VAE
@@ -66,7 +67,7 @@ class ImageLogger:
                     sink.image(step, f"images/{name}", path, caption + f" | {note}" * bool(note))
 
     @cached_property
-    def _examples(self) -> Examples:
+    def _examples(self) -> EvaluationBatch:
         """The first validation images, read once."""
         fitting = SEARCHED_BYTES // self._data.num_dims
         wanted = max(1, self._config.log.num_images // 2, min(NUM_SEARCHED, fitting))
@@ -85,9 +86,10 @@ class ImageLogger:
             classes = range(min(model.num_classes, MAX_CLASSES))
             samples = vae.sample(NUM_POINTS, size, seed=seed, classes=classes)
             yield "samples_by_class", grid(samples, columns=NUM_POINTS), ""
-        stored, labels, masks, _ = self._examples
+        examples = self._examples
+        stored, labels, masks = examples.images, examples.labels, examples.masks
         mean, log_variance = vae.encode(stored, labels, masks)
-        outputs, losses = _reconstructions(vae, self._examples, mean, log_variance)
+        outputs, losses = _reconstructions(vae, examples, mean, log_variance)
         inputs = to_uint8(with_holes(stored, masks))
         yield "reconstructions", side_by_side(inputs[:shown], outputs[:shown]), ""
         if num_rows := min(NUM_ROWS, len(inputs) // 2):
@@ -118,7 +120,7 @@ class ImageLogger:
 
 
 def _reconstructions(
-    vae: BatchedVAE, examples: Examples, mean: Tensor, log_variance: Tensor
+    vae: BatchedVAE, examples: EvaluationBatch, mean: Tensor, log_variance: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The means of p(x | z = E[z|x]), uint8 on CPU, and -ELBO of each image at this z in nats,
     without the noise of training."""
