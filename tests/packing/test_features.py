@@ -80,7 +80,6 @@ def test_refusals(vision, photos, tmp_path, capsys):
     for more, message in {
         f"features={tmp_path}": f"{tmp_path}: no vision model can be loaded from there",
         "features=": "run= is missing; give the run's folder, or features=MODEL",
-        "run=runs/a": "run=runs/a has no effect with features=",
         "tile=64": "tile=64 has no effect with features=",
         "dtype=fp32": "dtype=fp32 has no effect with run=",
     }.items():

@@ -16,6 +16,7 @@ COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 GREY, PLANES = COLOUR[:, :, 0], COLOUR.transpose(2, 0, 1)
 SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(96)).astype(np.uint8)
 JPEG = encoded(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
+WIDE = encoded(GREY.astype(np.uint16) * 255)
 MASK = np.pad(np.zeros((3, 4), np.uint8), ((5, 4), (9, 7)), constant_values=255)
 
 
@@ -32,7 +33,8 @@ def test_what_needs_no_change_is_kept_byte_for_byte():
         ("png", encoded(Image.fromarray(COLOUR).convert("RGBA")), 4),
         ("npy", npy(PLANES[:2].astype(np.uint16) * 255), 2),
         ("npy", npy(PLANES.astype(np.float32) / 255), 3),
-        ("png", encoded(GREY.astype(np.uint16) * 255), 1),
+        ("npy", npy(np.where(GREY > 99, np.nan, 0.0).astype(np.float32)), 1),  # missing
+        ("png", WIDE, 1),
     ):
         picture = prepare(data, PackCommand())
         assert picture == (suffix, data, (channels, 12, 20), (KEPT,), None)
@@ -60,8 +62,12 @@ def test_formats_and_background():
     white = prepare(clear, PackCommand(background="white"))
     assert (decoded(white.data) == 255).all() and white.shape == (3, 4, 4)
     assert prepare(clear, PackCommand()).shape == (4, 4, 4)
-    with pytest.raises(DamagedSampleError, match="set background=white"):
-        prepare(clear, PackCommand(format="jpg"))
+    for data, key, reason in (
+        (clear, {"format": "jpg"}, "set background=white"),
+        (WIDE, {"size": 8}, "16-bit PNG is kept as it is; leave size"),
+    ):
+        with pytest.raises(DamagedSampleError, match=reason):
+            prepare(data, PackCommand(**key))
 
 
 def test_what_cannot_be_read_is_refused():
@@ -80,15 +86,6 @@ def test_what_cannot_be_read_is_refused():
         for keys in ({}, {"size": 8}, {"format": "png"}) if reason == "JPEG" else ({},):
             with pytest.raises(DamagedSampleError, match=reason):
                 prepare(data, PackCommand(max_pixels=10**5, **keys))
-
-
-def test_wide_levels_are_not_resized():
-    levels = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
-    with pytest.raises(DamagedSampleError, match="16-bit PNG is kept as it is; leave size"):
-        prepare(encoded(levels), PackCommand(size=8))
-    pixels = np.linspace(-1, 1, 240, dtype=np.float32).reshape(12, 20)
-    pixels[:6] = np.nan  # missing: kept
-    assert prepare(npy(pixels), PackCommand()).data == npy(pixels)
 
 
 def test_colours_become_those_of_srgb_and_animations_their_first_frame():

@@ -167,10 +167,9 @@ def check_lost(
 
 
 def print_left_out(left_out: Sequence[str], *, summary: Path) -> None:
-    for text in left_out[:NUM_NAMED]:
+    more = [f"{len(left_out)} in all, listed in {summary}"] * (len(left_out) > NUM_NAMED)
+    for text in [*left_out[:NUM_NAMED], *more]:
         print(f"left out: {printable(text)}", file=sys.stderr)
-    if (more := len(left_out) - NUM_NAMED) > 0:
-        print(f"left out: {more} more, listed in {summary}", file=sys.stderr)
 
 
 def run(
