@@ -130,9 +130,8 @@ class _Callable(types.ModuleType):
         from vae_dist.training.setup import run_session
 
         threads = torch.get_num_threads()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with exact_float32(device), StopSignals() as signals:
+            with exact_float32(), StopSignals() as signals:
                 code = run_session(copy.deepcopy(config), signals)
         finally:  # threads, TensorFloat-32 and Accelerate are as before
             torch.set_num_threads(threads)

@@ -123,7 +123,7 @@ def test_structure_is_compared_in_exact_float32(runtime, monkeypatch):
     inside, seen = [False], []
 
     @contextmanager
-    def exact(_):
+    def exact():
         inside[0] = True
         yield
         inside[0] = False

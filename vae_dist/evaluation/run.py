@@ -93,7 +93,7 @@ def evaluate(
             # what padding evaluates to, infinity included, must not count
             if (batch.weights > 0).any():
                 evaluated = forward(model, batch, seed=seed, device=runtime.device)
-                with exact_float32(runtime.device), torch.inference_mode():
+                with exact_float32(), torch.inference_mode():
                     bound.update(evaluated)
                     for metric in metrics:
                         metric.update(evaluated)
@@ -117,7 +117,7 @@ def forward(
     inputs = inputs_of(model, batch, seed=seed, device=device)
     shape = model.latent_shape(*inputs.image_size)
     noise = draws(torch.randn, seed, "eval-posterior", inputs.samples, shape).to(device)
-    with exact_float32(device):
+    with exact_float32():
         output = model(inputs.images, noise, inputs.labels, inputs.mask)
     return EvaluatedBatch(model, inputs, noise, output)
 

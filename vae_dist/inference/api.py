@@ -199,7 +199,7 @@ class TrainedVAE:
 
     @contextmanager
     def _exact(self) -> Iterator[BatchedVAE]:
-        with exact_float32(self.device):
+        with exact_float32():
             yield BatchedVAE(self.model, self.batch_size)
 
     def _size(self, size: Size) -> tuple[int, int]:

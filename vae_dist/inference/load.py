@@ -71,7 +71,7 @@ def open_run(command: CheckpointCommand, *, device: str = "auto") -> Iterator[Lo
     """The model of `command.run`, for a verb of one process; TensorFloat-32 is off meanwhile.
     Raises ConfigError as `load_model`."""
     chosen = choose_device(device)
-    with exact_float32(chosen):
+    with exact_float32():
         yield load_model(command, device=chosen)
 
 
@@ -84,7 +84,7 @@ def open_ranks(command: EvaluateCommand | EncodeCommand) -> Iterator[Runtime]:
     config = RuntimeConfig(device=command.device, threads=command.threads)
     runtime = Runtime.start(config, precision="no")
     try:
-        with deaths_explained("ask for more memory"), exact_float32(runtime.device):
+        with deaths_explained("ask for more memory"), exact_float32():
             yield runtime
     finally:
         runtime.stop()

@@ -226,7 +226,7 @@ class ReconstructionLosses:
         gradient = main = torch.zeros_like(leaf)
         if self.perceptual is not None:
             is_exact = self.perceptual.needs_exact_float32
-            with exact_float32(leaf.device) if is_exact else nullcontext():
+            with exact_float32() if is_exact else nullcontext():
                 distance_sum = self.perceptual(leaf, clean).sum()
                 term = distance_sum * (self.perceptual.weight * leaf[0].numel())
                 (main,) = torch.autograd.grad(term, leaf)

@@ -72,11 +72,8 @@ def use_tensor_float_32(device: torch.device, precision: str) -> None:
 
 
 @contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Without TensorFloat-32, for figures that are reported."""
-    if device.type != "cuda":
-        yield
-        return
+def exact_float32() -> Iterator[None]:
+    """Without TensorFloat-32 on CUDA, for figures that are reported."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
