@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import vae_dist.packing.pack as packing
 from tests.support.latent_data import samples_of
@@ -171,7 +172,8 @@ def test_the_trainer_reads_each_picture_once(pictures, tmp_path, capsys):
     summary = json.loads((out / "pack.json").read_text())
     assert summary["classes"] == ["cat", "dog"] and summary["splits"]["train"]["samples"] == 54
     assert summary["facts"] == dict.fromkeys((KEPT, "3 channels", "4 x 6 pixels"), COUNT)
-    files = {"names.txt", "pack.json", "train", "validation"}
+    assert Image.open(out / "contact-sheet.png").width > 4 * 96
+    files = {"contact-sheet.png", "names.txt", "pack.json", "train", "validation"}
     assert {path.name for path in out.iterdir()} == files
     capsys.readouterr()
     assert pack(pictures, out, "validation=0.1") == 0

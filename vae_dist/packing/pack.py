@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -18,10 +19,14 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import ImageOps
+
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.decode import MASK_MEMBER
+from vae_dist.data.decode import MASK_MEMBER, decode_own
 from vae_dist.data.index import write_info
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.files import printable, progress_bar, read_json, write_durably
@@ -31,11 +36,14 @@ from vae_dist.packing.jobs import Report, ShardJob
 from vae_dist.packing.picture import prepare
 from vae_dist.packing.sources import list_source, number_classes
 from vae_dist.randomness import numpy_generator
+from vae_dist.tracking.images import grid, save_png, single
 
 NOT_OF_SHARDS = ("labels", "out", "shard_range", "workers", "max_skipped_fraction")
 MIN_SHARDS = 8  # of a large split
 NUM_FACTS = 20  # of the samples, the most common ones
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
+
+SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
 
 # by shard, as train/train-000000.tar: its pictures, with their numbers in the split
 Plan = dict[str, list[tuple[int, Item]]]
@@ -210,7 +218,7 @@ def _members(item: Item) -> dict[str, bytes]:
 
 
 def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing) -> Report:
-    """Write index and names; the summary. Raises ConfigError when too many are lost."""
+    """Write index, names, contact sheet; the summary. Raises ConfigError when too many are lost."""
     reports = {shard: job.report(shard) for shard in plan}
     lost = [text for report in reports.values() for text in report["lost"]] + listing.lost
     num_packed = sum(len(report["names"]) for report in reports.values())
@@ -230,6 +238,7 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         for i, name in enumerate(report["names"])
     ]
     write_durably(job.out / "names.txt", "".join(lines).encode())
+    _save_contact_sheet(job.out / SHEET, plan, command)
     facts = sum((Counter(report["facts"]) for report in reports.values()), Counter[str]())
     return {
         "splits": splits,
@@ -238,6 +247,23 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         "facts": dict(facts.most_common(NUM_FACTS)),
         "skipped": [*lost, *listing.left_out],
     }
+
+
+def _save_contact_sheet(path: Path, plan: Plan, command: PackCommand) -> None:
+    """Pictures from the beginning of each shard to train on, cropped to squares."""
+    shards = [pictures for shard, pictures in plan.items() if shard.startswith("train/")]
+    first = [one for pictures in shards for one in pictures[: -(-SHEET_PICTURES // len(shards))]]
+    cells: list[torch.Tensor] = []
+    for _, item in first[:SHEET_PICTURES]:
+        with contextlib.suppress(DamagedSampleError):
+            stored = prepare(read(item.place), command)
+            limit = math.prod(stored.shape)
+            levels = np.nan_to_num(decode_own(stored.suffix, stored.data, max_pixels=limit))
+            image = single(torch.from_numpy(np.ascontiguousarray(levels))).convert("RGB")
+            image = ImageOps.fit(image, (SHEET_PIXELS, SHEET_PIXELS))
+            cells.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    if cells:
+        save_png(grid(cells), path)
 
 
 def _print(out: Path, summary: Report) -> None:

@@ -6,9 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 
-import torch
-
-from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime
 from vae_dist.files import write_durably
@@ -73,11 +70,11 @@ class Trackers:
 
     @contextlib.contextmanager
     def warned_of(self, what: str, step: int) -> Iterator[None]:
-        """A disk that is full or gone, or images that fail or need more memory than the device has,
-        cost a warning, not the run."""
+        """What goes wrong inside, as a disk that is full or pictures that cannot be drawn, costs a
+        warning, not the run."""
         try:
             yield
-        except (OSError, ConfigError, torch.OutOfMemoryError) as error:
+        except Exception as error:
             problem = f"no {what} ({error})"
             if problem != self._warned:
                 self._warned = problem
