@@ -108,7 +108,7 @@ def test_padding_has_no_part_in_the_likelihood(latent):
         assert model(other, noise).params.shape == (1, 3, 20, 28)
     else:
         with pytest.raises(ValueError, match=r"40x56.*model\.latent=vector.*37x53"):
-            model.encode(padded)
+            model.latent_shape(40, 56)
 
 
 @BOTH

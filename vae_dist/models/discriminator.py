@@ -32,9 +32,10 @@ class PatchDiscriminator(nn.Module):
     """`layers` strided convolutions, the first of width `channels`; each doubles the width, up to
     eight times."""
 
-    def __init__(self, in_channels: int, *, channels: int, layers: int) -> None:
+    def __init__(self, in_channels: int, config: AdversarialConfig) -> None:
         super().__init__()
-        widths = [channels * min(2**i, MAX_WIDENING) for i in range(layers + 1)]
+        layers = config.layers
+        widths = [config.channels * min(2**i, MAX_WIDENING) for i in range(layers + 1)]
         self.conv_in = nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1)
         self.convs = nn.ModuleList(
             # the norm has a shift of its own
@@ -69,4 +70,4 @@ def build_discriminator(
 ) -> PatchDiscriminator:
     """As `initialised`."""
     with initialised(seed, "discriminator"):
-        return PatchDiscriminator(image_channels, channels=config.channels, layers=config.layers)
+        return PatchDiscriminator(image_channels, config)

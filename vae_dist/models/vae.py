@@ -131,8 +131,6 @@ class VAE(nn.Module):
         self, images: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each float32 (B, *latent_shape)."""
-        height, width = images.shape[-2:]
-        self._check_size(height, width)
         moments = self.encoder(self._shown(images, mask), self._condition(labels, len(images)))
         if self.quant_conv is not None:
             moments = in_float32(self.quant_conv, moments)
@@ -160,13 +158,11 @@ class VAE(nn.Module):
     ) -> Tensor:
         """z (B, *latent_shape) -> float32 parameters of p(x|z) for images of size (H, W); `levels`
         is for a ladder."""
-        height, width = image_size
-        self._check_size(height, width)
         condition = self._condition(labels, len(z))
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         params: Tensor = self.decoder(z, condition)
-        return params[:, :, :height, :width]
+        return params[:, :, : image_size[0], : image_size[1]]
 
     def _condition(self, labels: Tensor | None, batch: int) -> Tensor | None:
         """Embeddings (B, E) of the labels, None where the model has none."""
@@ -179,20 +175,18 @@ class VAE(nn.Module):
         return embedded
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one image's latent, for images of height x width pixels."""
-        self._check_size(height, width)
-        if self.image_size is not None:
-            return (self.latent_channels,)
-        rows, columns = math.ceil(height / self.stride), math.ceil(width / self.stride)
-        return (self.latent_channels, rows, columns)
-
-    def _check_size(self, height: int, width: int) -> None:
-        if self.image_size is not None and (height, width) != self.image_size:
+        """Shape of one image's latent, for images of height x width pixels. Raises ValueError where
+        the model does not take these."""
+        if self.image_size is None:
+            rows, columns = math.ceil(height / self.stride), math.ceil(width / self.stride)
+            return (self.latent_channels, rows, columns)
+        if (height, width) != self.image_size:
             raise ValueError(
                 f"images of {height}x{width} pixels, but a model with model.latent=vector works at "
                 f"the {self.image_size[0]}x{self.image_size[1]} that it was built for; train with "
                 "model.latent=spatial to use other sizes"
             )
+        return (self.latent_channels,)
 
 
 def each(tensor: Any, draws: int) -> Any:
