@@ -7,7 +7,7 @@ positions: it is read front to back.
 
 A read that fails for a passing reason is tried again with growing pauses, for `retry_s` seconds.
 Errors of all libraries become one: UnreadableError, a ShardError. A server is held to what it was
-asked for: no more bytes, some every minute, and no redirect from https to anything else.
+asked for: no more bytes, a MiB every minute, and no redirect from https to anything else.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vae_dist.files import printable, redacted
 START_RETRY_S = 20.0  # before training, when a wrong address is likelier than an outage
 FIRST_PAUSE_S, LONGEST_PAUSE_S, QUIET_S = 0.2, 30.0, 5.0
 TIMEOUT_S = 60.0  # without a byte
+BYTES_PER_MINUTE = 1 << 20  # a slower server is given up on, and tried again
 NUM_TOGETHER = 16  # reads of a file system that reads one piece at a time
 MAX_PIPES = 64  # that one process keeps open
 CHUNK = 1 << 20
@@ -227,13 +228,17 @@ def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
 
 def _cat_ranges(pieces: list[Range]) -> list[Any]:
     """One attempt at pieces of one kind of file system: bytes or an exception for each."""
+    from fsspec.asyn import FSTimeoutError, sync
+
     try:
         systems = [_file_system(piece.place) for piece in pieces]
         system, paths = systems[0][0], [path for _, path in systems]
         starts = [piece.start for piece in pieces]
         stops = [piece.start + piece.num_bytes for piece in pieces]
         if system.async_impl:
-            found = system.cat_ranges(paths, starts, stops, on_error="return")
+            timeout = TIMEOUT_S + 60 * sum(piece.num_bytes for piece in pieces) / BYTES_PER_MINUTE
+            many, how = system._cat_ranges, {"on_error": "return", "timeout": timeout}
+            found = sync(system.loop, many, paths, starts, stops, **how)
         else:
 
             def read(path: str, start: int, stop: int) -> bytes | Exception:
@@ -244,6 +249,9 @@ def _cat_ranges(pieces: list[Range]) -> list[Any]:
 
             with ThreadPoolExecutor(NUM_TOGETHER) as pool:
                 found = list(pool.map(read, paths, starts, stops))
+    except FSTimeoutError:
+        slow = TimeoutError(f"the server sends less than {BYTES_PER_MINUTE >> 20} MiB a minute")
+        return [slow] * len(pieces)
     except Exception as error:
         return [error] * len(pieces)
     return [data if data else EOFError("the server sends no byte") for data in found]
