@@ -160,21 +160,13 @@ class BatchedVAE:
         return self.decode(moved, size, torch.full((len(moved),), label))
 
     @torch.inference_mode()
-    def neg_elbo(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        masks: Tensor | None = None,
-        *,
-        seed: int,
-    ) -> Tensor:
+    def neg_elbo(self, images: Tensor, labels: Tensor | None = None, *, seed: int) -> Tensor:
         """-ELBO of stored images, float64 (N,) in nats on the CPU, with the draws of an evaluation
         of a data set that begins with them."""
         found, numbers = [], torch.arange(len(images))
         labels = torch.full_like(numbers, NO_LABEL) if labels is None else labels
-        for stored, known, own, seen in self._batches(images, labels, numbers, masks):
-            ones = torch.ones(len(own))
-            batch = EvaluationBatch(stored, known, own, weights=ones, skipped=(), masks=seen)
+        for stored, known, own in self._batches(images, labels, numbers):
+            batch = EvaluationBatch(stored, known, own, weights=torch.ones(len(own)), skipped=())
             output = forward(self.model, batch, seed=seed, device=stored.device).output
             found.append((output.kl.double().sum(1) - output.log_likelihood.double()).cpu())
         return torch.cat(found)
