@@ -169,6 +169,12 @@ def test_damaged_pixels_of_a_jpeg_are_refused():
             with pytest.raises(DamagedSampleError, match=r"Premature end|truncated"):
                 decode(data, "jpg")
         assert (decode(whole + b"abc", "jpg") == right).all()
+    cmyk = encoded(Image.fromarray(image).convert("CMYK"), "JPEG")
+    for at in (-60, -40):  # which Pillow reads without a word
+        data = cmyk[:at] + b"\xff\xd9"
+        Image.open(io.BytesIO(data)).load()
+        with pytest.raises(DamagedSampleError, match="damaged JPEG"):
+            decode(data, "jpg", channels=3)
 
 
 def test_a_jpeg_with_harmless_warnings_is_read():

@@ -60,7 +60,7 @@ def decode_jpeg(
     """channels: 1, 3, or 0 for its own. at_least: (H, W) that the caller shrinks it to. None: let
     Pillow decode it. Raises DamagedSampleError."""
     header = jpeg_header(data, max_pixels)
-    if header is None or header[2] in ("CMYK", "YCCK"):
+    if header is None:
         return None
     height, width, space, turn = header
     scale = 1
@@ -68,14 +68,15 @@ def decode_jpeg(
         scale = dct_scale(height, width, at_least[::-1] if turn in TRANSPOSED else at_least)
     least = (height // scale, width // scale) if scale > 1 else (0, 0)
     is_grey = channels == 1 or (channels == 0 and space == "Gray")
+    is_cmyk = space in ("CMYK", "YCCK")  # decoded here for its damage alone
     try:
-        space = "GRAY" if is_grey else "RGB"
+        space = "CMYK" if is_cmyk else "GRAY" if is_grey else "RGB"
         pixels = simplejpeg.decode_jpeg(data, space, min_height=least[0], min_width=least[1])
     except Exception as error:
         if str(error).startswith(WRONG_PIXELS) and not PADDING.match(str(error)):
             raise DamagedSampleError(f"damaged JPEG ({error})") from None
         return None
-    return upright(pixels, turn).transpose(2, 0, 1)
+    return None if is_cmyk else upright(pixels, turn).transpose(2, 0, 1)
 
 
 def dct_scale(height: int, width: int, needed: tuple[int, int]) -> int:
