@@ -96,7 +96,8 @@ def test_one_draw_of_each_image_whatever_the_batch():
 
 
 def test_a_fit_is_kept_for_what_it_belongs_to(plain_run, tmp_path):
-    run = shutil.copytree(plain_run, tmp_path / "run")
+    ignore = shutil.ignore_patterns("priors")  # of other tests
+    run = shutil.copytree(plain_run, tmp_path / "run", ignore=ignore)
     command = SampleCommand(run=str(run), device="cpu", prior="gmm:2")
     loaded = load_model(command)
     first = fitted_prior(loaded, command)
