@@ -1,13 +1,13 @@
 """What tests of several folders share: few digits as shards, and tiny runs for every verb."""
 
+import vae_dist  # noqa: F401  (before torch: tests run beside each other)
+
+# isort: split
 import numpy as np
 import pytest
 
 from tests.support import tiny_run
-from vae_dist.cli import set_environment
 from vae_dist.data.digits import load_digits
-
-set_environment()  # before torch is imported: tests run beside each other, and in several processes
 
 
 def pytest_collection_modifyitems(items):

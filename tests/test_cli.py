@@ -1,12 +1,13 @@
 """What all command lines share: the environment that libraries read, and how a process ends."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 
-from vae_dist.cli import set_environment
+import vae_dist
 from vae_dist.sample import main as sample
 from vae_dist.train import main as train
 
@@ -49,7 +50,7 @@ def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch
         monkeypatch.delenv(name, raising=False)
         if name in given:
             monkeypatch.setenv(name, given[name])
-    set_environment()
+    importlib.reload(vae_dist)
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 

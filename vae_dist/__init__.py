@@ -12,11 +12,13 @@
     vae = vae_dist.load(vae_dist.train(config))
 
 `write_shards` writes samples as WebDataset shards for training. The commands are `python -m
-vae_dist.train` and its neighbours; --help of each lists its keys. `import vae_dist` loads no torch.
+vae_dist.train` and its neighbours; --help of each lists its keys. `import vae_dist` loads no torch,
+and sets GOMP_SPINCOUNT, which torch reads when it is loaded: import vae_dist before torch.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     def config(*overrides: str) -> TrainConfig: ...
     def train(config: TrainConfig) -> Path: ...
 
+
+# A GNU OpenMP thread waits in a loop of 300,000 turns before it sleeps, or of 1,000 where it shares
+# its cores. Where another program uses one of them, training takes 20 times as long by the former
+# (benchmarks/RESULTS.md). A count or a policy that the environment has stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["TrainedVAE", "__version__", "config", "load", "train", "write_shards"]
 

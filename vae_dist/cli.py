@@ -22,27 +22,16 @@ from vae_dist.files import printable, redacted
 
 T = TypeVar("T")
 
-SPIN_COUNT = 1000  # turns of a waiting OpenMP thread; GNU's own choice where it shares its cores
-
 
 def set_environment() -> None:
-    """Set what libraries read when they are loaded; call it before torch is imported.
-
-    A RANK without WORLD_SIZE is left over from another launch: this process is the only one. What
-    the terminal's encoding lacks is written as an escape.
-
-    A GNU OpenMP thread waits in a loop of 300,000 turns before it sleeps. Where another program
-    uses one of the cores, training then takes 20 times as long (benchmarks/RESULTS.md). A count or
-    a policy that the environment has stays.
-    """
+    """A RANK without WORLD_SIZE is left over from another launch: this process is the only one.
+    What the terminal's encoding lacks is written as an escape."""
     if not os.environ.get("WORLD_SIZE"):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def run_command(

@@ -272,4 +272,5 @@ def _print(out: Path, summary: Report) -> None:
         print(f"{out / split}: {words} num_classes={summary['num_classes']}")
     for fact, count in summary["facts"].items():
         print(f"{fact}: {count}")
+    print(f"{out / 'names.txt'} says which sample is which picture, {out / SHEET} shows the first")
     jobs.print_left_out(summary["skipped"], summary=out / "pack.json")

@@ -81,8 +81,9 @@ class RunFolder:
         try:
             data = read_bounded(self.config_path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
+            problem = error if self.config_path.exists() else "it has no config.yaml"
             raise ConfigError(
-                f"run={self.path}: no run folder ({error}); give the folder that vae_dist.train "
+                f"run={self.path}: no run folder ({problem}); give the folder that vae_dist.train "
                 "wrote, for example runs/mnist"
             ) from None
         return from_yaml(data)
