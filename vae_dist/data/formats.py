@@ -48,7 +48,8 @@ def jpeg_header(data: bytes, max_pixels: int) -> tuple[int, int, str, int] | Non
     if data.count(START_OF_SCAN) > MAX_SCANS:
         raise DamagedSampleError(f"a JPEG of more than {MAX_SCANS} scans")
     turn = 1
-    if EXIF in data or XMP in data:
+    head = data[: data.find(START_OF_SCAN)]
+    if EXIF in head or XMP in head:
         with contextlib.suppress(Exception):  # whether it is damaged, its decoder decides
             turn = orientation(Image.open(io.BytesIO(data), formats=("JPEG",)).info)
     return height, width, space, turn

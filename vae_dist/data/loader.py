@@ -195,28 +195,39 @@ class _TrainingParts:
                 by_shape: dict[Shape, list[tuple[int, LoadedSample]]] = {}
                 skipped: list[SkippedSample] = []
                 shards: set[int] = set()
-                for number, reader in mine.items():
+                images = self._images(step, len(mine), worker, num_workers)
+                for place, (number, reader) in enumerate(mine.items()):
                     for _ in range(rows):
                         shard, sample = reader.next(skipped)
                         shards.add(shard)
                         shape = (*sample.image.shape, *sample.features.shape)
+                        if images is not None:  # at once: the next one is decoded to the same place
+                            images[place] = sample.image.transpose(1, 2, 0)
+                            sample = sample._replace(image=images[:0])
                         by_shape.setdefault(shape, []).append((number, sample))
-                out = None
-                if self.shared:
-                    out = self.shared[step % len(self.shared)][worker::num_workers]
-                stacks = [_stacked(found, out) for found in by_shape.values()]
+                rest = images[:0] if images is not None and self.shared else images
+                stacks = [_stacked(found, rest) for found in by_shape.values()]
                 yield _Part(step, stacks, shards, skipped)
         finally:
             read_ahead.close()
 
+    def _images(self, step: int, num: int, worker: int, num_workers: int) -> np.ndarray | None:
+        """Memory for a worker's images of a step, where they share a size: laid out as most
+        decoders do, for convolutions sum another layout in another order."""
+        settings = self.reader.settings
+        if self.shared:
+            return self.shared[step % len(self.shared)][worker::num_workers]
+        if settings.sizes_differ:
+            return None
+        return np.empty((num, *settings.size, settings.planes), settings.dtype)
 
-def _stacked(found: list[tuple[int, LoadedSample]], out: np.ndarray | None) -> _Stack:
-    """out: shared memory for the images, else they go along."""
+
+def _stacked(found: list[tuple[int, LoadedSample]], pixels: np.ndarray | None) -> _Stack:
+    """pixels: the images (b, H, W, planes), where they are together already."""
     numbers, samples = zip(*found, strict=True)
     images, labels, features = zip(*samples, strict=True)
-    # laid out as most decoders do: convolutions sum another layout in another order
-    pixels = np.stack([image.transpose(1, 2, 0) for image in images], out=out)
-    pixels = np.ascontiguousarray(pixels) if out is None else pixels[:0]
+    if pixels is None:
+        pixels = np.stack([np.ascontiguousarray(image.transpose(1, 2, 0)) for image in images])
     return _Stack(np.array(numbers), pixels, np.array(labels), np.stack(features))
 
 
