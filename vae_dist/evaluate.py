@@ -63,7 +63,8 @@ def evaluate(command: EvaluateCommand) -> None:
         )
         assert result is not None  # nothing asks it to stop
         out = runtime.on_main(lambda: _report(command, loaded, images, result, prior, files))
-        if "lattice" in metric_names(command.metrics) and runtime.is_main:
+        can_show = loaded.config.data.channels in (1, 3)  # all that a picture has
+        if "lattice" in metric_names(command.metrics) and can_show and runtime.is_main:
             _save_lattice(metrics, out)
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.support.slurm.cluster import ROOT
-from tests.support.slurm.job import TWO_BY_ONE, Job, left_alone, preempt, started, wait_until, warn
+from tests.support.slurm.job import TWO_BY_ONE, Job, preempt, started, wait_until, warn
 from tests.support.training import rows, status
 
 pytestmark = pytest.mark.slow
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.slow
 def cluster():
     """Signals reach every process of a task."""
     yield from started("linuxproc")
-
-
-@pytest.fixture(scope="module")
-def alone(digits, tmp_path_factory):
-    return left_alone(digits, tmp_path_factory.mktemp("alone"))
 
 
 def test_a_run_on_two_nodes_finishes(cluster, digits, tmp_path, alone):

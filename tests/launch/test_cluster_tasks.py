@@ -9,7 +9,6 @@ from tests.support.slurm.job import (
     STEPS,
     TWO_BY_ONE,
     Job,
-    left_alone,
     preempt,
     started,
     training_keys,
@@ -24,11 +23,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster():
     yield from started("cgroup")
-
-
-@pytest.fixture(scope="module")
-def alone(digits, tmp_path_factory):
-    return left_alone(digits, tmp_path_factory.mktemp("alone"))
 
 
 def test_preempted_it_saves_goes_on_and_ends_the_same(cluster, digits, tmp_path, alone):

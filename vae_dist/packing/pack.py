@@ -42,7 +42,6 @@ NOT_OF_SHARDS = ("labels", "out", "shard_range", "workers", "max_skipped_fractio
 MIN_SHARDS = 8  # of a large split
 NUM_FACTS = 20  # of the samples, the most common ones
 NUM_PROBED = 32  # pictures whose size in a shard is measured for the plan
-
 SHEET, SHEET_PICTURES, SHEET_PIXELS = "contact-sheet.png", 64, 96
 
 # by shard, as train/train-000000.tar: its pictures, with their numbers in the split

@@ -8,8 +8,7 @@ shapes and no memory, and counts the bytes that are alive:
 
 Not in it: what kernels use inside, fragments of the allocator, the CUDA context, networks that
 compare images (a tenth of an autoencoder's). So training.microbatch_size=auto leaves a margin, and
-on CUDA it tries.
-Microbatches change memory and time, not results.
+on CUDA it tries. Microbatches change memory and time, not results.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def memory_explained(knob: str) -> Iterator[None]:
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not is_memory and "allocate memory" not in str(
             error
-        ):  # as torch and fork say of a CPU's
+        ):  # torch's and fork's word of a CPU
             raise
         words = str(error).partition("\n")[0] or "MemoryError"
         raise CommandFailed(

@@ -353,14 +353,17 @@ def build_trainer(
     config: TrainConfig, runtime: Runtime, folder: RunFolder, data: Data, trackers: Trackers
 ) -> Trainer:
     """Model, step and validation; at the weights of the config's seed. Every rank takes part."""
-    size = microbatch_size(config, data.largest_size, runtime)  # while the memory is free
+    # a trial of one rank must not wait for others
+    can_try = runtime.device.type == "cuda" and runtime.strategy.forward_is_local
+    tries = can_try and config.training.microbatch_size == "auto"
+    # by the estimate while the memory is free
+    size = 0 if tries else microbatch_size(config, data.largest_size, runtime)
     has_features = bool(data.settings.vision)
     step = TrainingStep(config, runtime, data.image_size, has_features=has_features)
-    step.microbatch_size = size
-    is_free = runtime.device.type == "cuda" and runtime.strategy.forward_is_local
-    if config.training.microbatch_size == "auto" and is_free:  # else a rank would wait for others
+    if tries:
         features = data.settings.features if has_features else ()
-        step.microbatch_size = largest_that_runs(step, data.largest_size, features)
+        size = largest_that_runs(step, data.largest_size, features)
+    step.microbatch_size = size
     compile_towers(step.vae, config)
 
     def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:
