@@ -35,20 +35,15 @@ def test_observed_pixels_stay_and_missing_ones_are_filled(conditional_run, tmp_p
     for record, truth in zip(records, PIXELS, strict=False):
         mean, std, draws = (array(out, record, name) for name in ("mean", "std", "draws"))
         assert mean.shape == std.shape == (1, *SIZE) and draws.shape == (3, 1, *SIZE)
-        assert record["missing_fraction"] == 0.5
-        if method == "single":
-            assert (mean == draws[0]).all()
         kept = mean[0] == truth
-        assert kept.mean() == pytest.approx(0.5, abs=0.05)
         halves = [kept[:, :5], kept[:, 5:], kept[:6], kept[6:]]
-        (observed,) = (half for half in halves if half.all())
-        assert (std[0][kept] == 0).sum() >= observed.size
+        assert any(half.all() for half in halves) and kept.mean() < 0.55
+        assert (std[0][kept] == 0).sum() >= kept.size / 2 and record["missing_fraction"] == 0.5
         assert (draws[:, 0][:, kept] == truth[kept]).all()
-        assert ((mean >= 0) & (mean <= 255)).all()
-        folder = out / record["folder"]
-        names = {"input", "mean", "std", "draw_0", "draw_1", "draw_2"}
-        assert {path.stem for path in folder.glob("*.png")} == names
-        png = np.asarray(Image.open(folder / "mean.png"))
+        assert mean.min() >= 0 and mean.max() <= 255
+        pictures = {path.stem: path for path in (out / record["folder"]).glob("*.png")}
+        assert set(pictures) == {"input", "mean", "std", "draw_0", "draw_1", "draw_2"}
+        png = np.asarray(Image.open(pictures["mean"]))
         assert (png[kept] == truth[kept]).all() and (np.abs(png - mean[0]) <= 0.51).all()
     columns, rows, factor = 7, 3, 96 // 12  # truth, input, mean, three draws, deviation
     size = columns * (10 * factor + 2) + 2, rows * (12 * factor + 2) + 2
@@ -66,14 +61,14 @@ def test_pictures_with_masks_or_alpha_are_called_by_their_names(
     (tmp_path / "masks" / "b.png").write_bytes(b"")
     save(second, tmp_path / "masks" / "whole.png")
     save(np.stack([first, 255 * observed], 2), tmp_path / "alpha" / "a cat.png")
-    found = {}
+    found = []
     for name in ("masks", "alpha"):
         out = tmp_path / f"{name}-out"
         records = impute(conditional_run, out, f"data={tmp_path / name}", "samples=40")
         assert records[0]["key"] == "a cat"
-        found[name] = array(out, records[0], "mean")[0]
-        assert (found[name][observed] == first[observed]).all()
-    np.testing.assert_allclose(found["masks"], found["alpha"], rtol=1e-4)
+        found.append(array(out, records[0], "mean")[0])
+        assert (found[-1][observed] == first[observed]).all()
+    np.testing.assert_allclose(*found, rtol=1e-4)
     (whole,) = (tmp_path / "masks-out").glob("*-whole/mean.npy")
     assert (np.load(whole)[0] == second).all()
     assert "1 images are left out; the first: b: " in capsys.readouterr().err
@@ -83,16 +78,10 @@ def test_pictures_with_masks_or_alpha_are_called_by_their_names(
 
 
 def test_what_impute_refuses(conditional_run, spatial_run, tmp_path, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("x")
     save(PIXELS[0], tmp_path / "whole" / "cat.png")
     for run, key, reason in (
-        (conditional_run, f"out={tmp_path}/full", "exists already"),
-        (
-            conditional_run,
-            f"data={tmp_path}/whole",
-            "whole is missing: give pictures a",
-        ),
+        (conditional_run, f"out={tmp_path}/whole", "exists already"),
+        (conditional_run, f"data={tmp_path}/whole", "whole is missing: give pictures a"),
         (spatial_run, "samples=40", "trained on complete images"),
     ):
         assert main([f"run={run}", f"out={tmp_path}/new", "device=cpu", key]) == 2

@@ -1,13 +1,10 @@
 """Figures of latents on Gaussians and pictures whose value is known."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import Runtime
 from vae_dist.evaluation import diffusability
 from vae_dist.evaluation.diffusability import (
     LatentMetric,
@@ -44,25 +41,19 @@ def test_viv_is_within_classes_and_weighted_by_their_images():
     assert math.isnan(velocity_irreducible_variance(white(3, 2, 2, 2), [0, 1, 2]))
 
 
-@pytest.mark.parametrize("distance", [0.0, 1.0, 3.0])
-def test_lnc_of_two_gaussians_is_phi_of_half_their_distance(distance):
+def test_lnc_of_two_gaussians_is_phi_of_half_their_distance():
     labels = [number // 2 % 2 for number in range(20000)]
-    pooled = white(20000, 1, 1, 1) + distance * torch.tensor(labels).double().view(-1, 1, 1, 1)
-    phi = 0.5 * (1 + math.erf(distance / 2 / 2**0.5))
+    pooled = white(20000, 1, 1, 1) + torch.tensor(labels).double().view(-1, 1, 1, 1)
+    phi = 0.5 * (1 + math.erf(1 / 2 / 2**0.5))
     assert nearest_class_accuracy(pooled, labels) == pytest.approx(phi, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    ("latents", "share"),
-    [
-        (white(400, 2, 8, 8), 0.75),
-        (torch.ones(2, 3, 5, 7).double(), 0.0),
-        (torch.tensor([1.0, -1.0]).double().repeat(1, 1, 8, 4), 1.0),  # the highest frequency
-        (torch.zeros(1, 1, 4, 4).double(), 0.0),
-    ],
-)
-def test_sec_of_noise_constants_and_stripes(latents, share):
-    assert high_frequency_share(latents) == pytest.approx(share, abs=0.12 if share == 1 else 0.01)
+def test_sec_of_noise_constants_and_stripes():
+    stripes = torch.tensor([1.0, -1.0]).double().repeat(1, 1, 8, 4)  # the highest frequency
+    assert high_frequency_share(white(400, 2, 8, 8)) == pytest.approx(0.75, abs=0.01)
+    assert high_frequency_share(stripes) > 0.88
+    assert high_frequency_share(torch.ones(2, 3, 5, 7).double()) == pytest.approx(0, abs=0.01)
+    assert high_frequency_share(torch.zeros(1, 1, 4, 4).double()) == 0
 
 
 def test_lattice_finds_what_repeats_with_the_stride_alone():
@@ -79,26 +70,16 @@ def test_lattice_finds_what_repeats_with_the_stride_alone():
     assert lattice_figures(image[..., :20, :20], 4) == {}
 
 
-def of_batch(means, samples, labels):
-    inputs = SimpleNamespace(samples=samples, labels=labels)
-    return SimpleNamespace(output=SimpleNamespace(mean=means), inputs=inputs)
-
-
 def test_the_sample_is_the_same_however_images_are_spread(monkeypatch):
     monkeypatch.setattr(diffusability, "SAMPLE_BYTES", 4 * 18 * 30)  # 30 latents
     latents, labels = white(40, 2, 3, 3).float(), torch.arange(40) % 3
-    runtime = Runtime.join(RuntimeConfig(device="cpu"))
     reports = []
     for parts in ([range(40)], [range(1, 40, 2), range(0, 40, 2)]):
         metric = LatentMetric(["sec", "viv", "lnc"])
         for part in map(list, parts):
-            metric.update(of_batch(latents[part], part, labels[part]))
-        reports.append(metric.compute(runtime))
+            metric.add(latents[part], part, labels[part].tolist())
+        reports.append(metric.report())
     assert reports[0] == reports[1]
     assert set(reports[0].figures) == {"viv", "lnc", "sec"}
     assert "30 latents" in reports[0].notes["diffusability"]
     assert reports[0].figures["sec"] == high_frequency_share(normalised(latents[:30]))
-    unlabelled = LatentMetric(["lnc"])
-    unlabelled.update(of_batch(white(4, 1), [0, 1, 2, 3], None))
-    report = unlabelled.compute(runtime)
-    assert report.figures == {} and "classes" in report.notes["lnc"]

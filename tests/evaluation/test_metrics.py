@@ -12,19 +12,15 @@ from tests.support.evaluated import (
     IMAGES,
     NUM_IMAGES,
     SIZE,
-    drawn,
     result_of,
     start,
     tiny_model,
 )
 from vae_dist.evaluation.frechet import FrechetMetric, frechet_distance
-from vae_dist.evaluation.importance import ImportanceMetric
 from vae_dist.evaluation.metrics import (
     EvaluatedBatch,
     Inputs,
     LatentSums,
-    PriorMetric,
-    ReconstructionMetric,
     comparisons,
     in_colour,
     mutual_information_nats,
@@ -35,24 +31,9 @@ from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.likelihoods.base import Levels
 from vae_dist.tracking.images import to_uint8
 
-NOTHING = None
-
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def seen(images, reconstructions):
-    inputs = Inputs(images, images, list(range(len(images))))
-    shown = EvaluatedBatch(NOTHING, inputs, NOTHING, NOTHING)
-    shown.__dict__["pictures"] = (images, reconstructions)
-    return shown
-
-
-def test_psnr_of_a_known_error():
-    images = torch.rand(3, 3, 8, 9) / 2
-    values = psnr_db(images, images + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1))
-    assert values.tolist() == pytest.approx([20, 40, 100], abs=1e-4)  # and not infinity
 
 
 @pytest.mark.parametrize("bits", [5, 8])
@@ -77,29 +58,6 @@ def test_ssim_of_constant_images_is_the_luminance_term():
     # the luminance counts at the coarsest scale alone, whose exponent is 0.1333
     for name, expected in (("ssim", luminance), ("ms_ssim", luminance**0.1333)):
         assert float(compare[name].function(*pair)) == pytest.approx(expected, abs=1e-6)
-
-
-def test_small_images_are_left_out_and_counted():
-    metric = ReconstructionMetric(comparisons(["psnr", "ms_ssim"]), CPU)
-    large = torch.rand(2, 1, 176, 176)
-    metric.update(seen(large, large))
-    metric.update(seen(torch.zeros(3, 1, 175, 300), torch.full((3, 1, 175, 300), 0.1)))
-    report = metric.compute(start())
-    assert report.figures["ms_ssim"] == pytest.approx(1.0)
-    assert report.figures["psnr_db"] == pytest.approx((2 * 100 + 3 * 20) / 5, abs=1e-4)
-    (note,) = report.notes.values()
-    assert "3 of 5 images have a side of less than 176 pixels, which ms_ssim needs" in note
-
-
-def test_reconstructions_are_those_of_the_posterior_mean_in_8_bits():
-    model, total = tiny_model(), 0.0
-    for sample, image in enumerate(IMAGES.double() / 255):
-        with torch.no_grad():
-            params = model.decode(drawn(model, sample)[1].mean.float(), SIZE)
-        shown = (255 * torch.sigmoid(params).double()).round() / 255
-        total -= 10 * math.log10(float((image - shown).square().mean()))
-    found = result_of(model, ReconstructionMetric(comparisons(["psnr"]), CPU)).figures
-    assert found["psnr_db"] == pytest.approx(total / NUM_IMAGES, abs=1e-3)
 
 
 # latents
@@ -151,31 +109,6 @@ def test_mutual_information_is_at_most_the_log_of_the_images_of_one_shape():
     few, many = torch.randn(2, 3, 2, 2), torch.randn(5, 3, 4, 2)
     found = latent_report((few, 0 * few - 20, few, [5, 6]), (many, 0 * many - 20, many, range(5)))
     assert found.mutual_information_nats == pytest.approx(math.log(5))
-
-
-# priors
-
-
-def figures_under(mean, sigma):
-    """With two equal components, which are one Gaussian."""
-    halves = torch.full((2,), 0.5, dtype=torch.float64).log()
-    shape = torch.ones(2, 3, dtype=torch.float64)
-    mixture, model = GaussianMixture(halves, mean * shape, sigma * shape), tiny_model()
-    importance = ImportanceMetric(model, CPU, num_samples=5, seed=3, priors={"gmm": mixture})
-    return result_of(model, PriorMetric("gmm", mixture, CPU), importance, batch_size=4).figures
-
-
-def test_the_bound_under_another_prior_is_that_of_the_draw():
-    found = figures_under(0.0, 1.0)  # the standard normal as a mixture changes no estimate
-    assert found["is_nll_gmm_nats"] == pytest.approx(found["is_nll_nats"], rel=1e-6)
-    assert found["is_effective_samples_gmm"] == pytest.approx(found["is_effective_samples"])
-    found, rate = figures_under(0.7, 1.3), 0.0
-    for sample in range(NUM_IMAGES):
-        _, q, z = drawn(tiny_model(), sample)
-        rate += float((q.log_prob(z) - Normal(0.7, 1.3).log_prob(z)).sum()) / NUM_IMAGES
-    assert found["rate_gmm_nats"] == pytest.approx(rate, rel=1e-5)
-    assert found["neg_elbo_gmm_nats"] == pytest.approx(rate + found["distortion_nats"], rel=1e-6)
-    assert found["neg_elbo_gmm_se_nats"] > 0
 
 
 # the Frechet distance

@@ -33,7 +33,7 @@ def run(toy, method, *, images=None, part=slice(None), batch_size=10_000, **opti
     return impute(toy.model, shown, MASK[part], how, numbers=range(NUM_IMAGES)[part])
 
 
-def test_the_importance_weighted_mean_tends_to_the_conditional_mean():
+def test_the_importance_weighted_mean_and_draws_tend_to_the_conditional_distribution():
     # the encoder misses, but is wide enough for weights that are bounded
     toy = linear_gaussian(encoder_error=1.0)
     mean, deviation = exact(toy)
@@ -47,19 +47,13 @@ def test_the_importance_weighted_mean_tends_to_the_conditional_mean():
     assert errors[1].mean() < 0.3 * errors[0].mean()
     ratio = found.deviation.flatten(1) / deviation
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=0.1)
+    draws = run(toy, "importance", part=slice(1), samples=6000, draws=400).draws[0].flatten(1)
+    assert ((draws.double().mean(0) - mean[0]).abs() < 0.3 * deviation[0]).all()
+    torch.testing.assert_close(draws.double().std(0), deviation[0], rtol=0.3, atol=0)
     # encoding the image with mid-grey in place of the missing pixels is another thing
     single = run(toy, "single", draws=2000)
     bias = (single.draws.mean(1).flatten(1) - mean).abs() / deviation
     assert bias.mean() > 10 * errors[1].mean()
-
-
-def test_draws_have_the_probabilities_of_their_weights():
-    toy = linear_gaussian()
-    mean, deviation = exact(toy)
-    found = run(toy, "importance", part=slice(0, 1), samples=6000, draws=400)
-    draws = found.draws[0].flatten(1).double()  # (J, D)
-    assert ((draws.mean(0) - mean[0]).abs() < 0.3 * deviation[0]).all()
-    torch.testing.assert_close(draws.std(0), deviation[0], rtol=0.3, atol=0)
 
 
 def test_pseudo_gibbs_finds_the_conditional_mean_where_the_encoder_is_exact():

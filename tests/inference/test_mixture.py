@@ -1,10 +1,10 @@
 """The mixture prior: known mixtures are found; what it is fitted to, when it is fitted again."""
 
-import math
 import shutil
 
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from tests.support.evaluated import NUM_IMAGES, batches, tiny_model
 from vae_dist.config.commands import SampleCommand
@@ -41,7 +41,6 @@ def test_a_known_mixture_is_found(covariance):
     truth = known(covariance)
     z = draws(truth, 20_000)
     found = fit_mixture(z, 3, covariance, seed=0)
-    assert torch.equal(fit_mixture(z, 3, covariance, seed=0).means, found.means)
     order = torch.cdist(truth.means, found.means).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
     for ours, theirs in (
@@ -58,12 +57,11 @@ def test_a_known_mixture_is_found(covariance):
 def test_the_density_of_one_component_is_the_closed_form(covariance):
     z = draws(known("full"), 500).double()
     mixture = fit_mixture(z, 1, covariance, seed=0)
-    centred = z - z.mean(0)
-    scatter = centred.T @ centred / 500 + 1e-4 * z.var(0, correction=0).mean() * torch.eye(2)
+    scatter = torch.cov(z.T, correction=0)
+    scatter += 1e-4 * scatter.diagonal().mean() * torch.eye(2)  # the floor of a variance
     if covariance == "diagonal":
         scatter = scatter.diagonal().diag()
-    squares = (centred @ torch.linalg.inv(scatter) * centred).sum(1)
-    expected = -0.5 * squares - math.log(2 * math.pi) - 0.5 * torch.logdet(scatter)
+    expected = MultivariateNormal(z.mean(0), scatter).log_prob(z)
     torch.testing.assert_close(mixture.log_prob(z), expected)
     degenerate = fit_mixture(torch.ones(10, 3), 4, covariance, seed=0)
     assert torch.isfinite(degenerate.log_prob(torch.ones(1, 3))).all()
@@ -88,11 +86,6 @@ def test_one_draw_of_each_image_whatever_the_batch():
     assert z.shape == (NUM_IMAGES, 3)
     torch.testing.assert_close(aggregate_posterior(model, batches(4), seed=4), z)
     assert not torch.allclose(aggregate_posterior(model, batches(4), seed=5), z)
-    for parameter in model.encoder.parameters():  # a posterior of known moments
-        parameter.data.zero_()
-    z = torch.cat([aggregate_posterior(model, batches(13), seed=seed) for seed in range(60)])
-    assert float(z.mean()) == pytest.approx(0, abs=0.05)
-    assert float(z.var()) == pytest.approx(1, abs=0.05)
 
 
 def test_a_fit_is_kept_for_what_it_belongs_to(plain_run, tmp_path):

@@ -146,11 +146,12 @@ def test_flux2_is_the_same_here_and_after_another_export(tmp_path):
     # the variance of all positions of a channel, between the means of a block included
     total = (bn.running_var.view(4, 4) + (by_channel - means[:, None]).square()).mean(1)
     torch.testing.assert_close(again["bn.running_var"], total.repeat_interleave(4))
-    # a decoder that is trained alone keeps the published numbers
-    config = spatial_config(tmp_path / "vae", channels=[8, 12])
-    config.training.train_only = "decoder"
-    write_run(tmp_path / "run", config, (16, 16))
-    out = exported(tmp_path / "run", tmp_path / "out", "format=flux2")
+    # decoders that are trained alone, one after the other, keep the published numbers
+    for source, run in (("vae", "first"), ("first", "second")):
+        config = spatial_config(tmp_path / source, channels=[8, 12])
+        config.training.train_only = "decoder"
+        write_run(tmp_path / run, config, (16, 16))
+    out = exported(tmp_path / "second", tmp_path / "out", "format=flux2")
     vae = diffusers.AutoencoderKLFlux2.from_pretrained(out)
     torch.testing.assert_close(vae.bn.state_dict(), bn.state_dict(), rtol=1e-6, atol=0)
 
@@ -160,25 +161,15 @@ def test_a_factor_beside_deviations_of_channels_is_not_lost(tmp_path):
     published(tmp_path, latents_mean=[1.0] * 4, latents_std=[2.0] * 4, scaling_factor=0.5)
     settings = read_published(tmp_path).norm.settings("channel")
     assert (settings["scaling_factor"], settings["latents_std"]) == (1.0, [4.0] * 4)
-
-
-def test_a_factor_that_is_not_said_is_the_default_of_diffusers(tmp_path):
-    """As in Stable Diffusion's first autoencoders."""
-    published(tmp_path / "vae")
-    file = tmp_path / "vae" / "config.json"
+    # one that is not said is the default of diffusers, as in Stable Diffusion's first autoencoders
+    published(tmp_path)
+    file = tmp_path / "config.json"
     known = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in known.items() if k != "scaling_factor"}))
-    config = spatial_config(tmp_path / "vae", channels=WIDTHS)
-    config.training.train_only = "decoder"
-    write_run(tmp_path / "run", config, (16, 16))
-    out = exported(tmp_path / "run", tmp_path / "out", "normalization=scalar")
-    theirs, ours = (diffusers.AutoencoderKL.from_pretrained(f) for f in (file.parent, out))
-    assert ours.config.scaling_factor == theirs.config.scaling_factor == 0.18215
-    assert not ours.config.shift_factor and ours.config.latents_mean is None
-    config.init_from = str(tmp_path / "run")
-    write_run(tmp_path / "second", config, (16, 16))
-    again = exported(tmp_path / "second", tmp_path / "again", "normalization=scalar")
-    assert diffusers.AutoencoderKL.from_pretrained(again).config.scaling_factor == 0.18215
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path).config
+    settings = read_published(tmp_path).norm.settings("scalar")
+    assert settings["scaling_factor"] == theirs.scaling_factor == 0.18215
+    assert not settings["shift_factor"] and settings["latents_mean"] is None
 
 
 def test_an_address_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def test_sample_i_depends_on_seed_and_i_alone(model):
     assert (images.dtype, tuple(images.shape)) == (torch.float32, (7, 1, *SIZE))
     assert -1 <= images.min() < images.max() <= 1
     assert len({tuple(image.flatten().tolist()) for image in images}) == 7
-    for num_images, batch_size in ((7, 1), (7, 3), (4, 4)):
+    for num_images, batch_size in ((7, 1), (4, 3)):
         again = BatchedVAE(model, batch_size).sample(num_images, SIZE, seed=1)
         torch.testing.assert_close(again, images[:num_images], rtol=0, atol=1e-5)
     assert (BatchedVAE(model).sample(7, SIZE, seed=2) - images).abs().max() > 0.01
@@ -38,27 +38,19 @@ def test_sample_i_depends_on_seed_and_i_alone(model):
     z = prior_latents(shape, 500, seed=0)
     assert z.mean().abs() < 0.1 and z.std() == pytest.approx(1.0, abs=0.05)
     assert torch.equal(prior_latents(shape, 500, seed=0, temperature=0.5), 0.5 * z)
-    assert torch.equal(prior_latents(shape, 2, seed=0, first=3), z[3:5])
 
 
-def test_a_reconstruction_is_the_mean_at_the_posterior_mean(model):
-    """Grey levels are black below one half and white above; whatever the batch."""
-    images = pixels(5)
+@pytest.mark.parametrize("kind", ["bernoulli", "gaussian", "laplace", "discretized_gaussian"])
+def test_a_posterior_and_its_reconstruction_are_of_the_very_image(kind):
+    """Without the noise of training, as diffusers encodes it; black and white are cut at half."""
+    model, images = tiny_model(latent="spatial", kind=kind).eval(), pixels(5)
+    shown = torch.where(images > 127, 1.0, -1.0) if kind == "bernoulli" else images / 127.5 - 1
+    vae = BatchedVAE(model, 2)
     with torch.no_grad():
-        mean, _ = model.encode(torch.where(images > 127, 1.0, -1.0))
-        expected = 2 * torch.sigmoid(model.decode(mean, SIZE)) - 1
-    for batch_size in (5, 2):
-        found = BatchedVAE(model, batch_size).reconstruct(images)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "laplace", "discretized_gaussian"])
-def test_a_posterior_is_that_of_the_very_image(kind):
-    """Without the noise of dequantisation that training adds; as diffusers encodes it."""
-    model = tiny_model(latent="spatial", kind=kind).eval()
-    with torch.no_grad():
-        expected = model.encode(pixels(3) / 127.5 - 1)
-    torch.testing.assert_close(BatchedVAE(model).encode(pixels(3)), expected)
+        expected = model.encode(shown)
+        means = model.likelihood.mean(model.decode(expected[0], SIZE))
+    torch.testing.assert_close(vae.encode(images), expected)
+    torch.testing.assert_close(vae.reconstruct(images), means)
 
 
 def test_paths_between_latents_and_traversals(model):

@@ -9,7 +9,7 @@ from vae_dist.inference import tiles
 from vae_dist.randomness import torch_generator
 
 # 208 positions of a latent of stride 2; a quarter of the overlap, 13, is not used, and no layer
-# of `model_of(local=True)` looks further
+# of `model` looks further
 TILE = 416
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -19,11 +19,12 @@ def smooth_images(size):
     return torch.tanh(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
 
 
-def model_of(*, local):
-    """With random weights; local: of layers that look at few positions around."""
+@pytest.fixture(scope="module")
+def model():
+    """Of random weights, and layers that look at few positions around."""
     model = trained(small("spatial", attention=False, channels=[8, 8]), (16, 16)).eval()
     for name, module in list(model.named_modules()):
-        if local and isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity())
     return model
@@ -31,9 +32,9 @@ def model_of(*, local):
 
 @pytest.mark.parametrize("size", [(24, 900), (901, 23), (420, 424)])
 @torch.no_grad()
-def test_layers_that_look_near_give_the_untiled_result(size):
-    """At sizes that the stride does not divide, with a mask, too."""
-    model, images, mask = model_of(local=True), smooth_images(size), None
+def test_layers_that_look_near_give_the_untiled_result(model, size):
+    """At sizes that the stride does not divide, with a mask, too; bit for bit in a single tile."""
+    images, mask = smooth_images(size), None
     if size[0] % 2:
         mask = (torch.arange(size[1]) % 5 > 0).expand(1, 1, *size).to(torch.uint8)
     expected = model.encode(images, None, mask)
@@ -43,11 +44,6 @@ def test_layers_that_look_near_give_the_untiled_result(size):
     torch.testing.assert_close(decoded, model.decode(expected[0], size), **CLOSE)
     assert found[0].std() > 0.01 and decoded.std() > 0.01
 
-
-@torch.no_grad()
-def test_an_image_that_fits_a_tile_is_the_untiled_one():
-    model, size = model_of(local=False), (41, 64)
-    mean, log_variance = model.encode(smooth_images(size))
-    found = tiles.encode(model, smooth_images(size), tile=64)
-    assert torch.equal(found[0], mean) and torch.equal(found[1], log_variance)
-    assert torch.equal(tiles.decode(model, mean, size, tile=64), model.decode(mean, size))
+    assert torch.equal(tiles.encode(model, images, tile=902, mask=mask)[0], expected[0])
+    whole = tiles.decode(model, expected[0], size, tile=902)
+    assert torch.equal(whole, model.decode(expected[0], size))
