@@ -26,32 +26,28 @@ exit_process(75)
 """
 
 
+def run(code, **variables):
+    command, environment = [sys.executable, "-c", code], {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     ("world", "said"), [("1", "said atexit taken apart"), ("2", "said atexit")]
 )
 def test_the_end_of_a_process(world, said):
     """Exit code and output arrive; one rank of several skips the interpreter's shutdown."""
-    environment = {**os.environ, "WORLD_SIZE": world}
-    command = [sys.executable, "-c", ENDING]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (ended.returncode, " ".join(ended.stdout.split()), ended.stderr) == (75, said, "")
+    ended = run(ENDING, WORLD_SIZE=world)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (75, said.split(), "")
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, "1000"),
-        ({"GOMP_SPINCOUNT": "infinity"}, "infinity"),
-        ({"OMP_WAIT_POLICY": "active"}, None),
-    ],
-)
-def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch, given, expected):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-        if name in given:
-            monkeypatch.setenv(name, given[name])
-    importlib.reload(vae_dist)
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
+    for given, expected in ((None, "1000"), ("GOMP_SPINCOUNT", "9"), ("OMP_WAIT_POLICY", None)):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        if given:
+            monkeypatch.setenv(given, "9")
+        importlib.reload(vae_dist)
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_errors_are_printed_a_line_each_without_secrets(capsys):
@@ -72,7 +68,5 @@ def test_a_rank_that_is_left_over_silences_nothing(monkeypatch, capsys, name):
 
 
 def test_what_a_terminal_cannot_show_is_escaped():
-    code = "from vae_dist.train import main; main(['config=ü'])"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
-    assert b"config=\\xfc" in done.stderr and b"Traceback" not in done.stderr
+    ended = run("from vae_dist.train import main; main(['config=ü'])", PYTHONIOENCODING="ascii")
+    assert "config=\\xfc" in ended.stderr and "Traceback" not in ended.stderr

@@ -1,7 +1,6 @@
 """The checks that CI runs catch a wrong sample of what they are there for."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,12 @@ CI = Path(__file__).resolve().parents[2] / ".ci"
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-check_imports = load("check_imports")
-check_skips = load("check_skips")
-check_smoke = load("check_smoke")
-
-
-def package(tmp_path, files):
-    for name, text in files.items():
-        path = tmp_path / "vae_dist" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return tmp_path / "vae_dist"
+check_imports, check_skips, check_smoke = map(load, ("check_imports", "check_skips", "check_smoke"))
 
 
 def test_this_package_imports_downward_alone():
@@ -55,7 +43,11 @@ def test_this_package_imports_downward_alone():
     ],
 )
 def test_a_wrong_import_is_caught(tmp_path, files, expected):
-    (problem,) = check_imports.problems(package(tmp_path, {"__init__.py": "", **files}))
+    for name, text in {"__init__.py": "", **files}.items():
+        path = tmp_path / "vae_dist" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (problem,) = check_imports.problems(tmp_path / "vae_dist")
     assert expected in problem
 
 
@@ -76,25 +68,13 @@ def test_a_skip_needs_a_reason_that_holds_on_this_machine(pytester):
         assert sorted(reasons) == sorted(expected)
 
 
-def run_folder(tmp_path, *neg_elbos):
-    for name in ("images", "checkpoints"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "images" / "samples.png").write_bytes(bytes(200))
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000010")
-    rows = [{"step": step, "eval/neg_elbo_nats": value} for step, value in enumerate(neg_elbos)]
-    rows.append({"step": len(rows), "train/loss": 1.0})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
 def test_the_last_evaluation_counts_and_all_files_must_be_there(tmp_path):
-    run = run_folder(tmp_path, 200.0, 95.9)
-    assert check_smoke.problems(run, 96) == []
-    (problem,) = check_smoke.problems(run, 95)
-    assert "95.9" in problem
-    (run / "log.jsonl").write_text('{"step": 1, "eval/neg_elbo_nats": NaN}\n')
-    assert len(check_smoke.problems(run, 96)) == 1
-    for name in ("images/samples.png", "checkpoints/latest", "log.jsonl"):
-        (run / name).unlink()
-    assert len(check_smoke.problems(run, 96)) == 3
-    assert len(check_smoke.problems(tmp_path / "nothing", 96)) == 3
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"eval/neg_elbo_nats": {value}}}\n' for value in (200, 95.9)))
+    lacking = check_smoke.problems(tmp_path, 96)
+    assert ["no pictures" in lacking[0], "no latest checkpoint" in lacking[1]] == [True, True]
+    assert "is 95.9 in the last evaluation" in check_smoke.problems(tmp_path, 95)[0]
+    log.write_text('{"eval/neg_elbo_nats": NaN}\n')
+    assert len(check_smoke.problems(tmp_path, 96)) == 3
+    log.unlink()
+    assert len(check_smoke.problems(tmp_path, 96)) == 3

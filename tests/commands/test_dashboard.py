@@ -10,19 +10,13 @@ from vae_dist.dashboard import build, main
 
 @pytest.mark.slow
 def test_the_workspace_has_a_section_for_each_group_of_metrics():
-    workspaces = pytest.importorskip(
-        "wandb_workspaces.workspaces", reason="needs the extra dashboard"
-    )
+    name = "wandb_workspaces.workspaces"
+    workspaces = pytest.importorskip(name, reason="needs the extra dashboard")
     workspace = build(workspaces, entity="tester", project="p", name="View")
-    spec = workspace._to_model().spec.model_dump_json(by_alias=True)
-    sections = json.loads(spec)["section"]["panelBankConfig"]["sections"]
-    assert [section["name"] for section in sections if section["panels"]] == [
-        "Pictures",
-        "Learning",
-        "Latents",
-        "Optimizer",
-        "Machine",
-    ]
+    spec = json.loads(workspace._to_model().spec.model_dump_json(by_alias=True))
+    sections = spec["section"]["panelBankConfig"]["sections"]
+    filled = [section["name"] for section in sections if section["panels"]]
+    assert filled == ["Pictures", "Learning", "Latents", "Optimizer", "Machine"]
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, capsys):

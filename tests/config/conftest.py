@@ -4,31 +4,27 @@ from pathlib import Path
 
 import pytest
 
-from vae_dist.config import load
-from vae_dist.config.schema import TrainConfig
+from vae_dist.config import commands
+from vae_dist.config import load as load_module
+from vae_dist.config.load import load_command, load_train_config
 
 DATA = "data:\n  train: shards/train\n  validation: shards/validation\n"
 
 
 def write(path, text):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text)
+    Path(path).write_text(text, errors="surrogateescape")
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "PACKAGE", tmp_path / "installed")
+    monkeypatch.setattr(load_module, "PACKAGE", tmp_path / "installed")
     write("configs/plain.yaml", DATA)
-    return tmp_path
 
 
-def sound(**values):
-    """A sound config with `section__key=value` changes."""
-    made = TrainConfig(config="plain", run="runs/plain")
-    made.data.train, made.data.validation = "shards/train", "shards/validation"
-    for name, value in values.items():
-        section, _, leaf = name.partition("__")
-        assert hasattr(getattr(made, section), leaf)
-        setattr(getattr(made, section), leaf, value)
-    return made
+def load(*words):
+    """The plain config with these settings; that of another command if the first word names it."""
+    if words and (cls := getattr(commands, f"{words[0].capitalize()}Command", None)):
+        return load_command(cls, list(words[1:]))
+    return load_train_config(["config=plain", *words])

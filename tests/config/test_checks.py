@@ -2,52 +2,35 @@
 
 import pytest
 
-from tests.config.conftest import sound
+from tests.config.conftest import load
 from vae_dist.config.checks import CONFLICTS, broken_rules, problem_of, without_effect
-from vae_dist.config.commands import EncodeCommand, EvaluateCommand, ImputeCommand, SampleCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import conditions, keys, set_value, shown
-from vae_dist.config.load import load_command, load_train_config
 from vae_dist.config.schema import TrainConfig
 
-BUCKETS = "data.resolution={area:·65536,·multiple:·16,·max_aspect:·2.0}"  # here · is a space
+BUCKETS = "data.resolution={'area':65536,'multiple':16,'max_aspect':2.0}"
 LADDER = "model.arch=ladder model.groups=[1,1,1]"
 ON, FSDP = "adversarial.weight=0.5", "runtime.parallel=fsdp"
-COMMANDS = {
-    "sample": (SampleCommand, "run=r"),
-    "evaluate": (EvaluateCommand, "run=r"),
-    "impute": (ImputeCommand, "run=r"),
-    "encode": (EncodeCommand, "data=d out=o"),
-}
-
-
-def load(overrides):
-    """Words of the command line, after the name of a command if it is not train."""
-    words = [word.replace("·", " ") for word in overrides.split()]
-    if words and words[0] in COMMANDS:
-        cls, required = COMMANDS[words[0]]
-        return load_command(cls, [*required.split(), *words[1:]])
-    return load_train_config(["config=plain", *words])
 
 
 SOUND = f"""
 {BUCKETS} data.crop=random data.slots=32 data.window=64
 {BUCKETS} {FSDP} training.microbatch_size=4
 data.train=[a,b-{{0..3}}.tar] data.resolution=[178,218] data.channels=2 data.bits=16
-data.train=[{{path:·2024,·weight:·2}},{{path:·b}}] data.validation={{path:·a,·index:·i}}
+data.train=[{{'path':2024,'weight':2}},{{'path':b}}] data.validation={{'path':a,'index':i}}
 likelihood.kind=bernoulli data.channels=1 likelihood.binarization=static
 likelihood.kind=laplace likelihood.variance=per_pixel data.dequantize=false
 objective.free_bits=0.5 objective.beta_warmup_steps=100 objective.beta_cycles=4
 objective.scale_equivariance=0.25 objective.latent_noise=0.5 data.bundled=digits
 {ON} adversarial.betas=[0,0.99] {FSDP}
 training.train_only=decoder init_from=runs/first {ON} objective.beta=1e-6
-sample temperature=[1,0.5] prior=gmm:10:full label=3
+sample run=r temperature=[1,0.5] prior=gmm:10:full label=3 checkpoint=1000 resolution=[8,9]
 """
 
 
 @pytest.mark.parametrize("overrides", SOUND.strip().splitlines())
 def test_a_sound_config_passes(overrides):
-    assert load(overrides)
+    assert load(*overrides.split())
 
 
 REFUSED = {
@@ -55,7 +38,10 @@ REFUSED = {
     "model.chanels=[1]": "model.chanels: there is no such key; did you mean model.channels?",
     "steps=5": "steps: there is no such key; did you mean training.steps?",
     "data=3": "data is a section; set its keys, for example data.train",
-    "seed": "'seed' is not key=value",
+    "config": "config is missing; give a name or a path, as in config=mnist",
+    "config=plan": "config=plan: there is no such config; did you mean plain? (there are: plain;",
+    "config=no/plain.yaml": "config=no/plain.yaml: there is no such config; did you mean plain?",
+    "sample": "run is missing: run folder, for example runs/mnist; give run=...",
     # types
     "training.steps=1.5": "training.steps=1.5 is not a whole number",
     "optimizer.lr=.nan": "optimizer.lr=.nan is not a number",
@@ -66,21 +52,21 @@ REFUSED = {
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] is none of two numbers",
     "optimizer.betas=[0.9,1]": "optimizer.betas=[0.9, 1] must be less than 1",
     "data.validation=[null]": "data.validation=[null] is none of a path",
-    "data.train=[{path:·a,·weight:·-1}]": "weight: -1}] is none of a path",
+    "data.train=[{'path':a,'weight':-1}]": "weight: -1}] is none of a path",
     "data.resolution=28.0": "data.resolution=28.0 is none of native, N or [H, W] in pixels, aspect",
     BUCKETS.replace("16", "300"): "area >= multiple^2",
     BUCKETS.replace("2.0", "0.5"): "max_aspect >= 1",
+    "sample run=r checkpoint=new": "checkpoint=new is none of latest, best, a number 0, 1, ...",
     "training.microbatch_size=some": "training.microbatch_size=some is none of auto, a number",
     "model.blocks=[1,0,1]": "model.blocks=[1, 0, 1] is none of a count",
     "sample run=r prior=gmm": "prior=gmm is none of normal, gmm:K, gmm:K:full, gmm:K:diagonal; try",
-    "sample temperature=-1": "temperature=-1 is none of a number of at least 0, a list of these",
-    "evaluate max_skipped_fraction=2": "max_skipped_fraction=2 must be at most 1",
-    "evaluate metrics=psnr,fidd": "metrics=psnr,fidd is none of one or several of",
+    "sample run=r temperature=-1": "temperature=-1 is none of a number of at least 0, a list of",
+    "evaluate run=r max_skipped_fraction=2": "max_skipped_fraction=2 must be at most 1",
+    "evaluate run=r metrics=psnr,fidd": "metrics=psnr,fidd is none of one or several of",
     # without effect
-    "data.crop=random": "data.crop=random has no effect with data.resolution=native; remove it",
-    "impute method=single samples=9": "samples=9 has no effect with method=single",
-    "encode": "run= is missing; give the run's folder, or features=MODEL",
-    "encode features=m tile=64": "tile=64 has no effect with features=m; remove it",
+    "impute run=r method=single samples=9": "samples=9 has no effect with method=single",
+    "encode data=d out=o": "run= is missing; give the run's folder, or features=MODEL",
+    "encode data=d out=o features=m tile=64": "tile=64 has no effect with features=m; remove it",
     # counts and widths
     "data.bundled=digits data.train=mine": "writes FOLDER/train, and data.train=mine",
     "data.slots=60": "training.batch_size=256 is not a multiple of data.slots=60; try training",
@@ -89,7 +75,6 @@ REFUSED = {
     f"{BUCKETS} {FSDP}": "fsdp with aspect buckets needs training.microbatch_size=4",
     f"{BUCKETS} data.slots=32 data.window=20": "data.window=20 is not a multiple of the 8 images",
     "model.channels=[64,80]": "model.norm_groups=32 does not divide every width of",
-    f"{LADDER} model.groups=[1,1]": "model.groups=[1, 1] must be 3 counts for the 3 levels",
     f"{LADDER} model.factors=[2]": "model.factors=[2] must be 2 counts for the 3 levels",
     "model.blocks=[1]": "model.blocks=[1] must be 3 counts for the 3 levels",
     "model.dc_shortcuts=true model.channels=[32,160]": "has no shortcut from 32 to 160 channels",
@@ -100,7 +85,7 @@ REFUSED = {
 @pytest.mark.parametrize("overrides", REFUSED)
 def test_what_is_wrong_is_refused_with_its_key(overrides):
     with pytest.raises(ConfigError) as caught:
-        load(overrides)
+        load(*overrides.split())
     (problem,) = caught.value.problems
     assert REFUSED[overrides] in problem
 
@@ -131,7 +116,7 @@ def test_a_knob_without_effect_is_refused():
     others = {int: 7, float: 0.03125, str: "elsewhere", list[float]: [0.25, 0.75]}
     for key in keys(TrainConfig).values():
         for condition in conditions(key.when):
-            config = sound()
+            config = load()
             put_where(config, condition, holds=False)
             mine = [not key.default] if key.type is bool else [*key.choices]
             mine = [choice for choice in mine if choice != key.default]
@@ -144,7 +129,7 @@ def test_a_knob_without_effect_is_refused():
 def test_what_may_not_come_together_is_refused(rules):
     firsts, _, other = rules.partition(" & ")
     for first in firsts.split():
-        config, parts = sound(), conditions(f"{first} {other}")
+        config, parts = load(), conditions(f"{first} {other}")
         if "model.arch=dense" in rules and "model.latent" not in rules:
             config.model.latent = "vector"  # else that is wrong already
         for condition in parts:

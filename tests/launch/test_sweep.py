@@ -82,7 +82,7 @@ def test_a_preempted_trial_goes_on_in_its_folder(tmp_path):
         run = server.runs["trial"]
         assert status(folder)["status"] == "finished"
         assert (run.complete, run.exit_code) == (True, 0)
-        assert {key: run.user_config[key] for key in VALUES} == VALUES
+        assert {key: run.config[key] for key in VALUES} == VALUES
         steps = sorted(set(run.steps("train/loss")))
         assert steps == list(range(1, STEPS + 1)) == sorted(rows(folder))
         assert "eval/neg_elbo_nats" in run.summary  # what the sweep looks at

@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,10 +24,7 @@ def folder(tmp_path):
 
 
 def failing(number):
-    def fails(*arguments):
-        raise OSError(number, os.strerror(number))
-
-    return fails
+    return Mock(side_effect=OSError(number, os.strerror(number)))
 
 
 @contextlib.contextmanager
@@ -43,18 +41,12 @@ def test_a_second_trainer_is_refused_with_the_name_of_the_first(folder, monkeypa
     message = rf"run=.* in use by process {os.getpid()} on .*, job 4711, since .*run=FOLDER"
     with held(folder), pytest.raises(ConfigError, match=message):
         RunLock(folder).attempt()
-    with held(folder):  # given back
-        pass
-
-
-def test_the_lock_of_a_killed_process_is_free(folder):
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:  # it has been given back
         RunLock(folder).attempt()
         os._exit(0)
     os.waitpid(child, 0)
     assert f"process {child} on" in folder.holder()
-    with held(folder):
+    with held(folder):  # that of a killed process is free
         pass
 
 
@@ -67,8 +59,8 @@ def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch):
 
 def test_what_killed_sessions_left_half_written_is_removed(folder):
     (folder.checkpoints.folder / ".step_00000007.tmp").mkdir()
-    (folder.path / ".status.json.4711.tmp").write_text("{")
-    (folder.images / ".samples_00000020.png.5.tmp").write_text("")
+    (folder.path / ".status.json.4711.tmp").touch()
+    (folder.images / ".samples_00000020.png.5.tmp").touch()
     folder.remove_leftovers()
     assert not list(folder.path.glob("**/.*"))
 

@@ -11,20 +11,20 @@ from vae_dist.run.resume import as_in_run_folder, is_finished
 from vae_dist.training import setup
 
 
-def folder_of(path, config):
-    folder = RunFolder(path)
-    folder.create()
-    folder.write_config(config)
-    (folder.checkpoints.folder / "step_00000001").mkdir(parents=True)
-    return folder
-
-
 def made(kind):
     config = TrainConfig(config="photos64")
     config.perceptual.kind, config.training.precision = kind, "no"
     config.data.train, config.data.validation = "d/train", "d/validation"
     config.data.slots, config.data.window = 16, 32
     return config
+
+
+def folder_of(path, config):
+    folder = RunFolder(path)
+    folder.create()
+    folder.write_config(config)
+    (folder.checkpoints.folder / "step_00000001").mkdir()
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["structure", "lpips"])
@@ -35,10 +35,6 @@ def test_what_is_automatic_stays_that_of_the_run(tmp_path, kind):
     folder = folder_of(tmp_path, previous)
     assert folder.config() == previous
     assert as_in_run_folder(again, folder) == previous
-
-
-def test_slots_of_the_run_that_do_not_fit_the_processes_are_refused(tmp_path):
-    folder, again = folder_of(tmp_path, made("none")), made("none")
     again.data.slots = 0  # those of the run: 16
     with pytest.raises(ConfigError, match=r"run=.*: 3 processes cannot share data\.slots=16"):
         setup._agreed_config(again, folder, world=3)
@@ -60,12 +56,10 @@ def test_a_run_from_before_some_keys_were_there_goes_on(tmp_path):
     assert as_in_run_folder(made("none"), folder) == made("none")
 
 
-@pytest.mark.parametrize(
-    ("step", "evaluated", "expected"),
-    [(8, 8, True), (8, 6, False), (8, -1, False), (9, 6, True), (6, 6, False)],
-)
-def test_a_run_is_finished_once_its_last_step_is_evaluated(step, evaluated, expected):
+def test_a_run_is_finished_once_its_last_step_is_evaluated():
     config = made("none")
     config.training.steps = 8
-    state = {"scalars": {"evaluated_step": evaluated}}
-    assert is_finished(config, Checkpoint(step, {}, state)) is expected
+    cases = {(8, 8): True, (8, 6): False, (8, -1): False, (9, 6): True, (6, 6): False}
+    for (step, evaluated), expected in cases.items():
+        state = {"scalars": {"evaluated_step": evaluated}}
+        assert is_finished(config, Checkpoint(step, {}, state)) is expected

@@ -2,8 +2,8 @@
 
 In: what `wandb.init(mode="online")` and its uploader send: GraphQL operations, the file stream
 (history, summary), uploads of media. Out: the same in memory, as `Run`s to assert on. `stop()` and
-`start()` are an outage, `fails` answers 500, `hang` takes connections and never answers. What the
-server had to guess at is in `unknown`.
+`start()` are an outage, `fault` is "500" (answers that) or "hang" (takes connections and never
+answers). What the server had to guess at is in `unknown`.
 """
 
 import base64
@@ -14,10 +14,8 @@ import re
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 from tests.support.distributed import LAUNCHER_VARIABLES
@@ -35,34 +33,28 @@ VIEWER |= {"flags": "{}", "teams": {"edges": []}}
 VERSIONS = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None}
 
 
-@dataclass
 class Run:
     """What the service holds of one run."""
 
-    project: str
-    id: str
-    name: str = ""
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    lines: dict[str, dict[int, str]] = field(default_factory=dict)  # stream -> offset -> line
-    files: dict[str, bytes] = field(default_factory=dict)  # uploaded path -> content
-    complete: bool = False
-    exit_code: int | None = None
-    preempting: bool = False
+    def __init__(self, run_id):
+        self.id, self.given = run_id, {}  # given: project, displayName, groupName, tags, config
+        self.lines = {HISTORY: {}, SUMMARY: {}}  # stream -> offset -> line
+        self.files = {}  # uploaded path -> content
+        self.complete, self.exit_code, self.preempting = False, None, False
 
     @property
     def history(self):
-        return [json.loads(line) for _, line in sorted(self.lines.get(HISTORY, {}).items())]
+        return [json.loads(line) for _, line in sorted(self.lines[HISTORY].items())]
 
     @property
     def summary(self):
-        lines = self.lines.get(SUMMARY)
+        lines = self.lines[SUMMARY]
         return json.loads(lines[max(lines)]) if lines else {}
 
     @property
-    def user_config(self):
-        return {key: value.get("value") for key, value in self.config.items()}
+    def config(self):
+        found = json.loads(self.given.get("config", "{}"))
+        return {key: value.get("value") for key, value in found.items()}
 
     def steps(self, key):
         """The trainer's steps of the rows that have `key`, in the order of arrival."""
@@ -74,10 +66,10 @@ class Run:
         return {
             "id": base64.b64encode(f"Run:v1:{self.id}".encode()).decode(),
             "name": self.id,
-            "displayName": self.name,
-            "tags": self.tags,
-            "config": json.dumps(self.config),
-            "project": _project(self.project),
+            "displayName": self.given.get("displayName", ""),
+            "tags": self.given.get("tags", []),
+            "config": self.given.get("config", "{}"),
+            "project": _project(self.given.get("project", "")),
             "summaryMetrics": json.dumps(self.summary),
             "historyLineCount": len(self.history),
             "eventsLineCount": len(self.lines.get("wandb-events.jsonl", {})),
@@ -97,8 +89,9 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self):
         service = self.server.service
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if service.hang.is_set():
-            service.resume.wait()
+        if service.fault == "hang":
+            while service.fault == "hang":
+                time.sleep(0.05)
             self.close_connection = True  # whoever asked has given up long ago
             return
         status, answer = service.answer(self.path, body)
@@ -133,8 +126,7 @@ class WandbServer:
         self.runs = {}  # by id
         self.unknown = []  # operations and paths answered by guess
         self.stopped = set()  # ids of runs whose stop button was pressed
-        self.fails = False
-        self.hang, self.resume = threading.Event(), threading.Event()
+        self.fault = ""
         self._port, self._lock, self._listener = 0, threading.RLock(), None
         server_info = {"serverInfo": {"features": [], **VERSIONS}}
         self.answers = {
@@ -156,8 +148,7 @@ class WandbServer:
 
     def stop(self):
         """Close the listener and every open connection; start() takes the same port again."""
-        listener, self._listener = self._listener, None
-        self.resume.set()
+        listener, self._listener, self.fault = self._listener, None, ""
         if listener is not None:
             listener.shutdown()
             listener.server_close()
@@ -201,7 +192,7 @@ class WandbServer:
 
     def answer(self, path, body):
         """Status and JSON."""
-        if self.fails:
+        if self.fault == "500":
             return 500, {"errors": [{"message": "injected"}]}
         try:
             with self._lock:
@@ -214,7 +205,7 @@ class WandbServer:
         if path == "/graphql":
             return 200, {"data": self._graphql(json.loads(body))}
         if match := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
-            return 200, self._file_stream(unquote(match[1]), json.loads(body or b"{}"))
+            return 200, self._file_stream(self.runs[unquote(match[1])], json.loads(body or b"{}"))
         if match := re.fullmatch(r"/storage/([^/]+)/(.+)", path):
             self.runs[unquote(match[1])].files[unquote(match[2])] = body
             return 200, {}
@@ -222,15 +213,14 @@ class WandbServer:
             self.unknown.append(path)
         return 404, {}
 
-    def _file_stream(self, run_id, request):
-        run = self.runs[run_id]
+    def _file_stream(self, run, request):
         for name, chunk in (request.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
             lines.update(enumerate(chunk["content"], chunk["offset"]))
         run.preempting |= bool(request.get("preempting"))
         if request.get("complete"):
             run.complete, run.exit_code = True, request.get("exitcode")
-        return {"stopped": run_id in self.stopped}
+        return {"stopped": run.id in self.stopped}
 
     def _graphql(self, request):
         named = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
@@ -244,19 +234,14 @@ class WandbServer:
         node = base64.b64decode(variables.get("id") or "").decode()
         run_id = variables.get("name") or node.removeprefix("Run:v1:")
         is_new = run_id not in self.runs
-        run = self.runs.setdefault(run_id, Run(variables.get("project") or "", run_id))
-        run.name = variables.get("displayName") or run.name
-        run.group = variables.get("groupName") or run.group
-        run.tags = variables.get("tags") or run.tags
-        if variables.get("config"):
-            run.config = json.loads(variables["config"])
-        if variables.get("summaryMetrics"):
-            run.lines.setdefault(SUMMARY, {})[0] = variables["summaryMetrics"]
+        run = self.runs.setdefault(run_id, Run(run_id))
+        run.given |= {key: value for key, value in variables.items() if value}
+        if summary := variables.get("summaryMetrics"):
+            run.lines[SUMMARY][0] = summary
         return {"upsertBucket": {"bucket": run.bucket, "inserted": is_new}}
 
     def _resume_status(self, variables):
-        run = self.runs.get(variables["name"])
-        bucket = None if run is None else run.bucket
+        bucket = getattr(self.runs.get(variables["name"]), "bucket", None)
         return {"model": _project(variables.get("project", "")) | {"bucket": bucket}}
 
     def _stopped_status(self, variables):

@@ -33,25 +33,24 @@ def test_lines_where_there_is_no_terminal():
     sink.say("output runs/mnist")
     sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
     sink.close("finished")
-    lines = stream.getvalue().splitlines()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
-    assert [line[20:] for line in lines] == [
-        "output runs/mnist",
-        "step=200 loss=104.2 images_per_second=1834 left=1m32s",
-        "step=200 eval/neg_elbo_nats=95.5",
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+    assert re.sub(f"(?m)^{time}", "T ", stream.getvalue()).splitlines() == [
+        "T output runs/mnist",
+        "T step=200 loss=104.2 images_per_second=1834 left=1m32s",
+        "T step=200 eval/neg_elbo_nats=95.5",
     ]
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
     terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    terminal.isatty = lambda: True
+    for term, job, expected in (("dumb", "", False), ("xterm", "7", False), ("xterm", "", True)):
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        if not job:
+            monkeypatch.delenv("SLURM_JOB_ID")
+        assert is_terminal(terminal) is expected and not is_terminal(io.StringIO())
     monkeypatch.setenv("COLUMNS", "120")
-    for name, value in (("TERM", "dumb"), ("SLURM_JOB_ID", "7")):
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setenv(name, value)
-        assert not is_terminal(terminal)
-    monkeypatch.delenv("SLURM_JOB_ID")
-    assert is_terminal(terminal) and not is_terminal(io.StringIO())
     sink = ConsoleSink(start_step=100, stop_step=300, stream=terminal)
     sink.log(200, ROW)
     sink.log(250, {"eval/neg_elbo_nats": 95.5})
@@ -73,14 +72,12 @@ def test_what_takes_no_line_costs_the_lines_alone(on_a_terminal, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     master, slave = os.openpty()
-    full = os.open("/dev/full", os.O_WRONLY)
-    stream = os.fdopen(slave if on_a_terminal else full, "w", buffering=1)
-    console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
-    os.close(master)
-    console.advance(1)
-    console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
-    console.say("warning: step 1: no log (No space left on device); training goes on")
-    console.close("finished")
-    with contextlib.suppress(OSError):
-        stream.close()
-    os.close(full if on_a_terminal else slave)
+    with contextlib.suppress(OSError), open(slave if on_a_terminal else "/dev/full", "w") as stream:
+        console = ConsoleSink(start_step=0, stop_step=9, stream=stream)
+        os.close(master)
+        console.advance(1)
+        console.log(1, {"train/loss": 2.0, "eval/neg_elbo_nats": 1.0})
+        console.say("warning: step 1: no log (No space left on device); training goes on")
+        console.close("finished")
+        has_ended = True
+    assert has_ended

@@ -1,6 +1,6 @@
 import json
 import sys
-from types import SimpleNamespace
+from types import SimpleNamespace as Process
 
 import psutil
 import torch
@@ -18,8 +18,8 @@ def test_what_a_session_records(monkeypatch):
     assert (record["first_step"], record["processes"]) == (5, 2)
     assert record["variables"]["SLURM_JOB_ID"] == "77" and "s3c" not in json.dumps(record)
     typed = ["/venv/bin/python", "/venv/bin/accelerate", "launch", "-m", "vae_dist.train"]
-    parent = SimpleNamespace(cmdline=lambda: typed)
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    parent = Process(cmdline=lambda: typed)
+    monkeypatch.setattr(psutil, "Process", lambda: Process(parent=lambda: parent))
     record = describe_environment(first_step=5, world=2, device=torch.device("cpu"))
     assert record["command"] == "accelerate launch -m vae_dist.train"
 

@@ -17,7 +17,7 @@ from tests.support.tiny_run import tiny_config
 from vae_dist.report import main
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.environment import add_session, describe_environment
-from vae_dist.tracking.images import grid, save_png
+from vae_dist.tracking.images import save_png
 from vae_dist.tracking.report import MAX_POINTS, Run, evenly, thinned, write_report
 from vae_dist.tracking.sinks import JsonlSink
 
@@ -38,12 +38,10 @@ def write_run(path, *, level=90.0):
         if step in EVALUATED:
             row |= {"eval/neg_elbo_nats": loss + 1, "eval/bits_per_dim": loss / 543}
             row |= {"latent/kl_nats_per_unit": [3.0, step / 400, 0.01], "latent/active_units": 2}
+            for name in ("samples", "reconstructions"):
+                picture = Image.new("L", (8, 8), step // 4)
+                save_png(picture, folder.images / f"{name}_{step:08d}.png")
         log.log(step, row)
-    log.close("finished")
-    for step in EVALUATED:
-        for name in ("samples", "reconstructions"):
-            images = torch.full((16, 1, 28, 28), step // 4, dtype=torch.uint8)
-            save_png(grid(images), folder.images / f"{name}_{step:08d}.png")
     session = describe_environment(first_step=0, world=1, device=torch.device("cpu"))
     add_session(path / "environment.json", session)
     folder.write_status("finished", step=400, reason="all steps are done")
@@ -53,12 +51,11 @@ def write_run(path, *, level=90.0):
 
 
 class Page(HTMLParser):
-    """The elements of a page; every one that is opened is closed."""
+    """(tag, attributes) of each element of a page; every one that is opened is closed."""
 
     def __init__(self, text):
         super().__init__()
-        self.found = []
-        self.open = []
+        self.found, self.open = [], []
         self.feed(text)
         assert self.open == []
 
@@ -75,19 +72,18 @@ class Page(HTMLParser):
 
 
 def test_a_run_in_one_file_without_links(tmp_path, capsys):
-    folder = write_run(tmp_path / "a")
+    folder, out = write_run(tmp_path / "a"), tmp_path / "a" / "report.html"
     with folder.log_path.open("a") as log:
         log.write('{"step": 404, "eval/neg_elbo_nats": Infinity}\n')
     (tmp_path / "a" / "results_x.json").write_text('{"step": 4, "figures": {"x": NaN, "y": 1.0}}')
-    assert main([f"run={tmp_path / 'a'}"]) == 0
-    text = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
-    assert str(tmp_path / "a" / "report.html") in capsys.readouterr().out
+    assert main([f"run={tmp_path / 'a'}"]) == 0 and str(out) in capsys.readouterr().out
+    text = out.read_text(encoding="utf-8")
     page = Page(text)
     assert "http" not in text.replace("http-equiv", "") and "default-src 'none'" in text
-    samples = [image for image in page.all("img") if image["data-step"]][: len(EVALUATED)]
-    assert [int(image["data-step"] or 0) for image in samples] == list(EVALUATED)
-    assert str(samples[-1]["alt"]).startswith("step 400 | 91.1 nats | ")
-    assert json.loads(page.all("input")[0]["data-steps"] or "") == list(EVALUATED)
+    samples = page.all("img")[: len(EVALUATED)]
+    assert [int(image["data-step"]) for image in samples] == list(EVALUATED)
+    assert samples[-1]["alt"].startswith("step 400 | 91.1 nats | ")
+    assert json.loads(page.all("input")[0]["data-steps"]) == list(EVALUATED)
     for part in (
         "<title>a eval/neg_elbo_nats, step 400: 91.1</title>",
         "<title>a latent/kl_nats_per_unit, unit 3: 0.01</title>",
@@ -97,9 +93,9 @@ def test_a_run_in_one_file_without_links(tmp_path, capsys):
     ):
         assert part in text
     assert "eval/neg_elbo_nats, step 404" not in text
-    titles = re.findall(r"<h3>(.*?) <small>", text)
     keys = re.findall(r"<small style=[^>]*>(\w+/neg_elbo_nats)</small>", text)
     assert keys == ["train/neg_elbo_nats", "eval/neg_elbo_nats"]
+    titles = re.findall(r"<h3>(.*?) <small>", text)
     assert titles == ["-ELBO", "Bits/dim", "Rate per unit"]  # what is constant is left out
 
 
@@ -152,12 +148,11 @@ def test_a_folder_from_anywhere(tmp_path):
 
 def test_a_run_that_has_only_begun(tmp_path):
     folder = write_run(tmp_path / "a")
-    for path in (folder.log_path, folder.status_path, tmp_path / "a" / "results.json"):
-        path.unlink()
-    (tmp_path / "a" / "environment.json").write_text('{"sessions": [{"first')
-    run = Run(tmp_path / "a", "a")
+    for name in ("log.jsonl", "status.json", "results.json", "environment.json"):
+        (folder.path / name).unlink()
+    run = Run(folder.path, "a")
     assert (run.curves, run.status, run.sessions, run.results) == ({}, {}, [], [])
-    Page(write_report([tmp_path / "a"]))
+    Page(write_report([folder.path]))
 
 
 def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown():
@@ -172,13 +167,12 @@ def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown():
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs headless Chromium")
 def test_the_slider_shows_the_images_of_its_step(tmp_path):
     """In Chromium, without a warning of its content security policy."""
-    folders = [write_run(tmp_path / name).path for name in "ab"]
+    text = write_report([write_run(tmp_path / name).path for name in "ab"])
     move = "<script>slider.value = 1; slider.oninput();</script></body>"
-    (tmp_path / "page.html").write_text(write_report(folders).replace("</body>", move))
+    (tmp_path / "page.html").write_text(text.replace("</body>", move))
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    browser += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    page = f"file://{tmp_path / 'page.html'}"
-    answer = subprocess.run([*browser, page], capture_output=True, text=True, timeout=60)
+    browser += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", tmp_path / "page.html"]
+    answer = subprocess.run(browser, capture_output=True, text=True, timeout=60)
     images = Page(answer.stdout).all("img")
     assert [image["data-step"] for image in images if "hidden" not in image] == ["200"] * 4
     assert len(re.findall("<figcaption>step 200 ", answer.stdout)) == 4
