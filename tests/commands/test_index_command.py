@@ -1,9 +1,9 @@
-import io
 import os
 
 import numpy as np
 
 from tests.data.conftest import marked_png, png
+from tests.support.picture_sources import npy
 from vae_dist.data.writer import write_shards
 from vae_dist.index import main
 
@@ -30,10 +30,9 @@ def test_shards_are_indexed_and_counted_and_damage_is_named(tmp_path, capsys):
 
 def test_verify_decodes_every_sample(tmp_path, capsys):
     pixels, mask = np.zeros((3, 4), np.uint8), np.full((3, 4), 255, np.uint8)
-    np.save(array := io.BytesIO(), np.full((3, 4), np.nan, np.float32))
     samples = [
         {"__key__": "a", "png": png(pixels), "mask.png": png(mask), "cls": b"cat"},
-        {"__key__": "b", "npy": array.getvalue()},
+        {"__key__": "b", "npy": npy(np.full((3, 4), np.nan, np.float32))},
         {"__key__": "c", "png": marked_png(0, 1), "depth.png": png(pixels)},
     ]
 

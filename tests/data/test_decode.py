@@ -11,7 +11,7 @@ import simplejpeg
 import tifffile
 from PIL import Image, ImageOps
 
-from tests.support.picture_sources import encoded, jpeg_with, npy
+from tests.support.picture_sources import encoded, jpeg_with, npy, tiff
 from vae_dist.data.decode import decode_own, decode_sample, size_of_sample
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings, fit
@@ -41,11 +41,6 @@ def png_by_hand(pixels, *, height=0, interlaced=0):
     rows = b"".join(b"\0" + row.astype(f">u{pixels.itemsize}").tobytes() for row in pixels)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, interlaced))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def tiff(array, **options):
-    tifffile.imwrite(file := io.BytesIO(), array, **options)
-    return file.getvalue()
 
 
 def npy_header(shape):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import os
 import pickle
 import shutil
@@ -13,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from yarl import URL
 
-from tests.data.conftest import BATCH, LENGTHS, STEPS, expected, global_batches, load
+from tests.data.conftest import BATCH, LENGTHS, STEPS, WINDOW, expected, global_batches, load
 from tests.support.http_shards import EMPTY, RESET, serving
 from tests.support.tiny_run import tiny_config
 from vae_dist.config.errors import ConfigError
@@ -27,7 +27,6 @@ from vae_dist.inference.load import open_images
 
 pytestmark = pytest.mark.usefixtures("pauses")
 ALL = "set-{00..09}.tar"
-Said = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -46,9 +45,8 @@ def test_many_pieces_are_read_at_once(tmp_path, blob):
     with serving(tmp_path, lambda path, n: 500 if path == "blob" and n < 3 else None) as server:
         there = [Range(f"{server.url}/blob", 1000 * i, 500) for i in range(20)]
         assert read_ranges(there) == [blob[1000 * i : 1000 * i + 500] for i in range(20)]
-        with pytest.raises(UnreadableError) as lost:
+        with pytest.raises(UnreadableError, match="no such file") as lost:
             read_ranges([*there, Range(f"{server.url}/nothing", 0, 5)])
-        assert lost.value.is_missing
         again = pickle.loads(pickle.dumps(lost.value))  # on its way from a worker
         assert str(again) == str(lost.value)
         asked = server.asked["blob"]
@@ -59,9 +57,7 @@ def test_many_pieces_are_read_at_once(tmp_path, blob):
 @pytest.mark.parametrize(
     ("trouble", "message"),
     [
-        (500, r"in 100 s \(HTTP 500"),
-        (503, r"in 100 s \(HTTP 503"),
-        (429, r"in 100 s \(HTTP 429"),
+        *[(status, rf"in 100 s \(HTTP {status}") for status in (429, 500, 503)],
         (EMPTY, "sends no byte"),
         (RESET, "in 100 s"),
         (-1000, "in 100 s"),
@@ -86,22 +82,20 @@ def test_trouble_is_tried_again_with_growing_pauses_unless_it_lasts(
 
 
 def test_a_redirect_is_followed_on_http_and_never_down_from_https(tmp_path, blob):
-    from yarl import URL
-
     with serving(tmp_path) as there, serving(tmp_path, lambda p, n: f"{there.url}/{p}") as server:
         assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
     (trace,) = sources._http_options()["client_kwargs"]["trace_configs"]
     (check,) = trace.on_request_redirect
 
-    def redirect(start, target):
+    def redirect(url, target):
         response = SimpleNamespace(headers={"Location": target})
-        asyncio.run(check(None, None, SimpleNamespace(url=URL(start), response=response)))
+        asyncio.run(check(None, None, SimpleNamespace(url=URL(url), response=response)))
 
-    for start, target in (("https", "https://b/x"), ("http", "https://a/x"), ("https", "/y")):
-        redirect(f"{start}://a/x", target)
-    for start, target in (("https", "http://a/x"), ("http", "ftp://a/x")):
+    redirect("http://a/x", "https://a/x")
+    redirect("https://a/x", "/y")
+    for url, target in (("https://a/x", "http://a/x"), ("http://a/x", "ftp://a/x")):
         with pytest.raises(ValueError, match="redirected from http"):
-            redirect(f"{start}://a/x", target)
+            redirect(url, target)
 
 
 def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(tmp_path, blob):
@@ -109,10 +103,9 @@ def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(tmp_path
         with pytest.raises(ShardError, match=r"answers with the whole file .* 'pipe:curl"):
             read_range(f"{server.url}/blob", 5, 10)
         assert read_range(f"{server.url}/blob", 0, 10) == blob[:10]
-    for place in (str(tmp_path / "blob"), f"file://{tmp_path}/blob"):
-        assert read_all(place, 300_000) == blob
-        with pytest.raises(ShardError, match="larger than the 299999 bytes"):
-            read_all(place, 299_999)
+    assert read_all(f"file://{tmp_path}/blob", 300_000) == blob
+    with pytest.raises(ShardError, match="larger than the 299999 bytes"):
+        read_all(str(tmp_path / "blob"), 299_999)
     os.mkfifo(tmp_path / "x.tar")
     for place in (str(tmp_path / "x.tar"), "/dev/zero", str(tmp_path)):
         for ask in (lambda place: read_range(place, 0, 10), sources.size_of):
@@ -187,14 +180,10 @@ def test_the_same_steps_from_everywhere(folder, one_process, tmp_path, way, worl
             server.sent.clear()
             global_batches(index, start_step=STEPS - 3, stop_step=STEPS - 2)
             tars = sum(count for path, count in server.sent.items() if path.endswith(".tar"))
-            largest = max(
-                int(np.diff(index.offsets([Run(s, 0, LENGTHS[s])])[0]).max()) for s in range(1, 10)
-            )
-            assert 0 < tars <= 2 * BATCH * 4 * largest
+            assert 0 < tars <= 2 * BATCH * WINDOW * 2048  # bytes of a sample
 
 
 def test_addresses_with_a_signature_and_wrong_ones(folder):
-    """S3 forbids what is not there, to those who may not list it: only the status says so."""
     signature, here = "?sig=a/b.c&sv=2", load(folder)
     with serving(folder, query=signature) as server:
         pattern, whole = f"{server.url}/{ALL}{signature}", f"{server.url}/{signature}"
@@ -204,7 +193,7 @@ def test_addresses_with_a_signature_and_wrong_ones(folder):
             assert str(index.offsets([Run(3, 0, 30)])) == str(here.offsets([Run(3, 0, 30)]))
         (folder / "_info.json").unlink()
         assert load(pattern).lengths.tolist() == list(LENGTHS)
-    for status in (403, 404, 500):
+    for status in (403, 404, 500):  # S3 forbids what is not there
         with serving(folder, lambda p, n, s=status: s if p == "_info.json" else None) as server:
             refused(server.url, r"cannot be read .*name the shards")
             if status == 500:
@@ -232,12 +221,9 @@ def test_the_index_of_remote_shards(folder, tmp_path, capsys):
         counts = f"shards=10 indexed_now=10 indexed_before=0 damaged=0 samples={sum(LENGTHS)}"
         assert lines[-1] == counts and "sizes HxW: 1x3 (122); 1 different" in lines
         assert any(line.startswith("double keys: 77, the first is") for line in lines)
-        (sidecar,) = out.glob("set-03.tar-*.idx")
-        sidecar.unlink()
-        asked = dict(server.asked)
+        next(out.glob("set-03.tar-*.idx")).unlink()
         assert main([data, f"out={out}"]) == 0  # goes on with what is missing
-        again = {p for p in asked if server.asked[p] > asked[p] + 2 and p.endswith(".tar")}
-        assert again <= {"set-03.tar"}
+        assert "indexed_now=1 indexed_before=9" in capsys.readouterr().out
         index = load({"path": f"{server.url}/{ALL}", "index": str(out)})
         assert index.lengths.tolist() == list(LENGTHS)
 
@@ -245,25 +231,23 @@ def test_the_index_of_remote_shards(folder, tmp_path, capsys):
 def test_a_remote_index_belongs_to_its_shards(folder, tmp_path):
     """Other shards of the same names, or another size, are indexed anew; a damaged one is not."""
     out = tmp_path / "index"
-    for place, name, made in (
-        ("a", "set-03.tar", 1),
-        ("a", "set-03.tar", 0),  # kept
-        ("a", "set-05.tar", 1),  # another size
-        ("b", "set-02.tar", 1),  # another address
+    for name, number, made in (
+        ("a.tar", 3, 1),
+        ("a.tar", 3, 0),  # kept
+        ("a.tar", 5, 1),  # another size
+        ("b/a.tar", 2, 1),  # another address
     ):
-        (shard := tmp_path / place / "x.tar").parent.mkdir(exist_ok=True)
-        shutil.copy(folder / name, shard)
+        (shard := tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / f"set-{number:02d}.tar", shard)
         damage = write_index_of_remote([f"file://{shard}"], out)
-        assert set(damage.values()) <= {None} and len(damage) == made
+        assert list(damage.values()) == [None] * made
         index = load({"path": f"file://{shard}", "index": str(out)})
-        assert index.lengths.tolist() == [LENGTHS[int(name[4:6])]]
-    data = bytearray(shard.read_bytes())
-    shard.unlink()
-    for problem in ("no such file", "damaged tar header"):
+        assert index.lengths.tolist() == [LENGTHS[number]]
+    shard.write_bytes(shard.read_bytes()[:2048] + b"\xff" * 512)
+    for problem in ("damaged tar header", "no such file"):
         (error,) = write_index_of_remote([f"file://{shard}"], out, overwrite=True).values()
         assert problem in str(error)
-        data[1024:1100] = b"\xff" * 76
-        shard.write_bytes(data)
+        shard.unlink(missing_ok=True)
 
 
 HELD_BACK = r"names .*; a file of shards may name only files beside or below it"
@@ -280,8 +264,9 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder, tmp_path):
     shards = [{"url": n, "nsamples": c} for n, c in zip(names, LENGTHS, strict=True)]
     lists.write_text(json.dumps({"shardlist": shards}))
     assert load(lists).lengths.tolist() == list(LENGTHS)
-    lists.write_text("[]")
-    refused(lists, "is no list of shards")
+    for text in ("[]", '{"shardlist": [{"url": "set-03.tar", "nsamples": 1e999}]}'):
+        lists.write_text(text)
+        refused(lists, "is no list of shards")
     with serving(folder) as server:
 
         def listed(entry, place, message):
@@ -293,8 +278,7 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder, tmp_path):
                 assert load(f"{place}/shards.json").num_samples == 30
 
         listed({"nsamples": 31}, str(folder), "")  # its sidecar knows better
-        for nsamples in (-1, 10**30, math.inf):
-            listed({"nsamples": nsamples}, str(folder), "is no list of shards")
+        listed({"nsamples": -1}, str(folder), "is no list of shards")
         for place in (server.url, str(folder)):
             for name in ELSEWHERE:
                 for field in ("url", "index"):

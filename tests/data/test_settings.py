@@ -24,15 +24,17 @@ def shards(folder, *sizes, num_shards=2):
     return written(folder, samples, num_shards)
 
 
-def settings_of(index, **options):
-    keys = {"max_pixels": 10**6, **options.pop("keys", {})}
-    return image_settings(index, DataConfig(**keys), **options)
+def settings_of(index, keys=None, **options):
+    return image_settings(index, DataConfig(max_pixels=10**6, **(keys or {})), **options)
 
 
 def check(train, validation, limit=0.01, **options):
     settings = settings_of(train, **options)
-    sets = [("data.train", train, settings), ("data.validation", validation, settings)]
-    check_data_sets([DataSet(*one) for one in sets], max_skipped_fraction=limit)
+    sets = [
+        DataSet("data.train", train, settings),
+        DataSet("data.validation", validation, settings),
+    ]
+    check_data_sets(sets, max_skipped_fraction=limit)
 
 
 def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path):
@@ -40,23 +42,18 @@ def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path):
     other = shards(tmp_path / "other", *[(12, 16)] * 3, (0, 0), (16, 12), (12, 16))
     check(same, same)
     for train, validation, key in ((other, same, "data.train"), (same, other, "data.validation")):
-        with pytest.raises(ConfigError) as refused:
+        where = rf"^data\.resolution=native, {key}: {other.paths[0]} sample 2 is 16x12 pixels, but"
+        ways = r".* 12x16; .*data\.resolution=12.*aspect buckets.*data\.slots=training\.batch_size"
+        with pytest.raises(ConfigError, match=where + ways):
             check(train, validation)
-        said = str(refused.value)
-        assert said.startswith(f"data.resolution=native, {key}: {other.paths[0]} sample 2 is 16x12")
-        assert "but the first image is 12x16; " in said
-        for way in ("data.resolution=12", "aspect buckets", "data.slots=training.batch_size"):
-            assert way in said
 
 
 def test_small_images_are_lost_and_too_many_of_them_refused(tmp_path):
     index = shards(tmp_path / "a", (8, 16), (12, 12), (30, 10), (12, 16), num_shards=1)
     low = "8x16 pixels, and perceptual.kind=structure needs 11 on the shorter side"
-    with pytest.raises(ConfigError) as refused:
+    parts = "data.train: 3 of 4 images", f"sample 0: {low}", "skipped_fraction=0.5", "resolution=N"
+    with pytest.raises(ConfigError, match=".*".join(parts)):
         check(index, index, limit=0.5, **SMALL)
-    small = "data.train: 3 of 4 images are too small"
-    for part in (small, f"sample 0: {low}", "data.max_skipped_fraction=0.5", "data.resolution=N"):
-        assert part in str(refused.value)
     check(index, index, limit=0.75, **SMALL)
 
     settings = settings_of(index, **SMALL)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from vae_dist.config.commands import PackCommand
@@ -31,6 +32,11 @@ def png(seed=0):
 def npy(array):
     file = io.BytesIO()
     np.save(file, array)
+    return file.getvalue()
+
+
+def tiff(array, **options):
+    tifffile.imwrite(file := io.BytesIO(), array, **options)
     return file.getvalue()
 
 
