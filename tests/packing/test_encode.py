@@ -1,4 +1,4 @@
-"""What `encode` writes, through its entry point."""
+"""`encode`, of latents and of features, and `decode`, through their entry points."""
 
 import json
 import multiprocessing
@@ -8,19 +8,33 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.support import latent_data
 from tests.support.distributed import run_ranks
-from tests.support.latent_data import SIZES, samples_of, tensors_of, write_photos
+from tests.support.latent_data import (
+    SIZES,
+    samples_of,
+    source_image,
+    tensors_of,
+    write_photos,
+    write_spatial_run,
+)
 from tests.support.picture_sources import contents, encoded, npy, png, write
-from tests.support.tiny_run import tiny_config, write_run
-from vae_dist import encode
-from vae_dist.config.commands import EncodeCommand
+from tests.support.tiny_run import random_pixels, tiny_config, write_images, write_run
+from vae_dist import decode, encode
+from vae_dist.config.commands import CheckpointCommand
+from vae_dist.data.features import MEMBER, Features
 from vae_dist.data.index import load_index
+from vae_dist.data.reader import SampleReader
+from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.writer import ShardWriter, write_shards
 from vae_dist.inference.load import load_model
+from vae_dist.inference.sampling import BatchedVAE
+from vae_dist.objectives.alignment import load_features
+from vae_dist.tracking.images import to_uint8
 
 COUNT, DAMAGED = 23, (4, 11)
+NUMBERS = [number for number in range(COUNT) if number not in DAMAGED]
 SMALL = ("shard_mb=0.02", "batch_size=3", "max_skipped_fraction=0.2", "device=cpu", "threads=1")
 
 
@@ -30,18 +44,30 @@ def keys(run, out, *more):
 
 def encoded_by(run, out, *more):
     assert encode.main(keys(run, out, *more)) == 0
+    return tensors_of(out)
+
+
+def decoded_by(run, latents, out, *more):
+    """uint8 (H, W, C), or (H, W), in order."""
+    assert decode.main([f"run={run}", f"data={latents}", f"out={out}", "device=cpu", *more]) == 0
+    paths = sorted(out.glob("*.png")) if out.is_dir() else [out]
+    return [np.array(Image.open(path)).astype(int) for path in paths]
 
 
 def model_of(run):
-    return load_model(EncodeCommand(run=str(run), device="cpu", data="", out="")).model
+    return load_model(CheckpointCommand(run=str(run))).model
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A spatial model, and beside it `photos`: 23 samples of three sizes, two of them damaged."""
-    work = tmp_path_factory.mktemp("work")
-    write_photos(work / "photos", COUNT, damaged=DAMAGED)
-    return latent_data.write_spatial_run(work / "run", work / "photos")
+def source(tmp_path_factory):
+    """A folder of `photos`: samples of three sizes, two of them damaged; and these samples."""
+    folder = tmp_path_factory.mktemp("work")
+    return folder, write_photos(folder / "photos", COUNT, damaged=DAMAGED)
+
+
+@pytest.fixture(scope="module")
+def run(source):
+    return write_spatial_run(source[0] / "run", source[0] / "photos")
 
 
 @pytest.fixture(scope="module")
@@ -57,78 +83,110 @@ def wide(run):
     return run.parent / "wide"
 
 
-def test_each_sample_once_in_order_with_what_it_carried(wide, tmp_path):
-    summary = json.loads((wide / "encode.json").read_text())
-    source = write_photos(tmp_path / "again", COUNT, damaged=DAMAGED)
-    expected = [sample for i, sample in enumerate(source) if i not in DAMAGED]
-    for theirs, ours in zip(samples_of(wide), expected, strict=True):
-        assert all(theirs[name] == ours[name] for name in ("__key__", "cls", "json", "clip.txt"))
-        assert "png" not in theirs
-    assert summary["samples"] == COUNT - 2 and summary["shards"] > 3
-    assert len(summary["skipped"]) == 2 and "sample 4: " in summary["skipped"][0]
-    assert load_index(str(wide), key="data", create=False).num_samples == COUNT - 2
-
-
-def test_latents_are_those_of_the_model(run, wide):
-    """Each image by itself, through the path that `reconstruct` takes; and their statistics."""
+def test_latents_are_those_of_the_model(source, run, wide):
+    """Each sample once, in order, with what it carried; each image by itself, through the path that
+    `reconstruct` takes; and their statistics."""
     model, tensors = model_of(run), tensors_of(wide)
-    for found, sample in zip(tensors, samples_of(wide), strict=True):
-        number = json.loads(sample["json"])["number"]
-        source = latent_data.source_image(run.parent / "photos", number)
+    for found, sample, number in zip(tensors, samples_of(wide), NUMBERS, strict=True):
+        names = ("__key__", "cls", "json", "clip.txt")
+        assert all(sample[name] == source[1][number][name] for name in names)
+        assert "png" not in sample
         height, width = SIZES[number % 3]
         assert found["image_size"].tolist() == [height, width]
         assert found["mean"].shape == (3, height // 2, width // 2)
-        prepared = source / 127.5 - 1
+        prepared = source_image(run.parent / "photos", number) / 127.5 - 1
         of_both = [*model.encode(prepared), *model.encode(prepared.flip(3))]
         names = ("mean", "log_variance", "mean_flip", "log_variance_flip")
         assert found.keys() == {*names, "image_size"}
         for name, want in zip(names, of_both, strict=True):
             torch.testing.assert_close(found[name], want[0].detach(), rtol=1e-4, atol=1e-5)
+    summary = json.loads((wide / "encode.json").read_text())
+    assert summary["samples"] == COUNT - 2 and summary["shards"] > 3
+    assert len(summary["skipped"]) == 2 and "sample 4: " in summary["skipped"][0]
+    assert load_index(str(wide), key="data", create=False).num_samples == COUNT - 2
     record = json.loads((wide / "latents.json").read_text())
     mean = torch.cat([t["mean"].flatten(1) for t in tensors], 1).double()
     within = torch.cat([t["log_variance"].flatten(1) for t in tensors], 1).double().exp()
-    per_channel = mean.var(1, correction=0) + within.mean(1)
+    std = (mean.var(1, correction=0) + within.mean(1)).sqrt()
     assert record["per_channel"]["mean"] == pytest.approx(mean.mean(1).tolist(), rel=1e-6)
-    assert record["per_channel"]["std"] == pytest.approx(per_channel.sqrt().tolist(), rel=1e-6)
+    assert record["per_channel"]["std"] == pytest.approx(std.tolist(), rel=1e-6)
     assert record["shift_factor"] == pytest.approx(float(mean.mean()), rel=1e-6)
     total = mean.var(correction=0) + within.mean()
     assert record["scaling_factor"] == pytest.approx(float(total) ** -0.5, rel=1e-6)
     assert (record["num_images"], record["step"], record["weights"]) == (COUNT - 2, 20, "ema")
 
 
-def test_narrow_types_hold_the_rounded_values(run, tmp_path):
-    one_shard = "shard_mb=1"  # so that batches, whose sizes decide the last digits, are the same
-    encoded_by(run, tmp_path / "fp32", "dtype=fp32", one_shard)
-    for dtype, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        encoded_by(run, tmp_path / dtype, f"dtype={dtype}", one_shard)
-        pairs = zip(tensors_of(tmp_path / "fp32"), tensors_of(tmp_path / dtype), strict=True)
-        for wide, narrow in pairs:
+def test_decoded_latents_are_the_reconstructions(run, wide, tmp_path):
+    """Of images of three sizes; a grid is these, too."""
+    vae, pictures = BatchedVAE(model_of(run)), decoded_by(run, wide, tmp_path / "out")
+    names = sorted(path.stem for path in (tmp_path / "out").iterdir())
+    assert (names[0], names[4]) == ("000000-part0_0000", "000004-part1_0005")
+    for number, picture in zip(NUMBERS, pictures, strict=True):
+        expected = to_uint8(vae.reconstruct(source_image(run.parent / "photos", number)))[0]
+        found = picture.transpose(2, 0, 1)
+        assert np.abs(found - expected.numpy()).max() <= 1 and found.std() > 1
+    (grid,) = decoded_by(run, wide, tmp_path / "grid.png", "num_images=1")
+    assert (grid[2:-2:4, 2:-2:4] == pictures[0]).all()  # enlarged four times
+
+
+def test_a_vector_latent_with_labels(tmp_path, capsys):
+    """Both towers see the label, which decode reads from the carried .cls member."""
+    pixels, config = random_pixels(5, 28, 28), tiny_config(num_classes=3)
+    write_images(tmp_path / "photos", pixels, num_classes=3)
+    config.likelihood.binarization = "soft"
+    write_run(tmp_path / "run", config, (28, 28))
+    run, latents, labels = tmp_path / "run", tmp_path / "latents", torch.tensor([0, 1, 2, 0, 1])
+    found = torch.stack([one["mean"] for one in encoded_by(run, latents, "dtype=fp32")])
+    vae, images = BatchedVAE(model_of(run)), torch.from_numpy(pixels)[:, None]
+    torch.testing.assert_close(found, vae.encode(images, labels)[0])
+    pictures = np.stack(decoded_by(run, latents, tmp_path / "decoded"))
+    assert np.abs(pictures - to_uint8(vae.reconstruct(images, labels)).numpy()[:, 0]).max() <= 1
+    assert decode.main([f"run={run}", f"data={latents}", "tile=8"]) == 2
+    assert encode.main(keys(run, tmp_path / "tiled", "tile=8")) == 2
+    assert capsys.readouterr().err.count("a vector latent holds the whole image") == 2
+
+
+def test_large_images_in_tiles(tmp_path):
+    write_photos(tmp_path / "photos", 2, sizes=[(48, 72)])
+    run, latents = write_spatial_run(tmp_path / "run", tmp_path / "photos"), tmp_path / "latents"
+    stored = encoded_by(run, latents, "dtype=fp32", "resolution=native", "tile=32")
+    vae = BatchedVAE(model_of(run), tile=32)
+    images = torch.cat([source_image(tmp_path / "photos", i) for i in range(2)])
+    found = torch.stack([one["mean"] for one in stored])
+    torch.testing.assert_close(found, vae.encode(images)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, BatchedVAE(vae.model).encode(images)[0], atol=1e-4)
+    pictures = np.stack(decoded_by(run, latents, tmp_path / "pictures", "tile=32"))
+    of_tiles = to_uint8(vae.decode(found, (48, 72)))
+    np.testing.assert_array_equal(pictures, of_tiles.permute(0, 2, 3, 1).numpy())
+
+
+def test_narrow_types_kept_images_and_another_resolution(source, run, tmp_path):
+    """In one shard, so that batches, whose sizes decide the last digits, are the same."""
+    more, exact = ("shard_mb=1", "keep_images=true", "resolution=[8,12]"), None
+    for dtype, kind in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        found = encoded_by(run, tmp_path / dtype, f"dtype={dtype}", *more)
+        exact = exact or found
+        assert samples_of(tmp_path / dtype)[0]["png"] == source[1][0]["png"]
+        for wide, narrow in zip(exact, found, strict=True):
+            assert narrow["image_size"].tolist() == [8, 12]
             for name in ("mean", "log_variance"):
                 assert narrow[name].dtype == kind and torch.equal(narrow[name], wide[name].to(kind))
 
 
 def test_draws_belong_to_seed_and_sample(run, wide, tmp_path):
     """They have the posterior's mean and variance, and neither batch nor shards change them."""
-    other, draws, whitened = ("batch_size=5", "shard_mb=1"), [], []
-    for name, more in (("a", ["seed=0"]), ("b", ["seed=1"]), ("c", ["seed=0", *other])):
-        encoded_by(run, tmp_path / name, "dtype=fp32", "content=sample", *more)
-        draws.append(tensors_of(tmp_path / name))
-    for sampled, another, again, moments in zip(*draws, tensors_of(wide), strict=True):
-        torch.testing.assert_close(sampled["sample"], again["sample"])
-        assert not torch.allclose(sampled["sample"], another["sample"])
-        assert set(sampled) == {"sample", "image_size"}
+    more, whitened = ("dtype=fp32", "content=sample"), []
+    first = encoded_by(run, tmp_path / "a", *more)
+    second = encoded_by(run, tmp_path / "b", *more, "seed=1")
+    again = encoded_by(run, tmp_path / "c", *more, "batch_size=5", "shard_mb=1")
+    for a, b, c, moments in zip(first, second, again, tensors_of(wide), strict=True):
+        torch.testing.assert_close(a["sample"], c["sample"])
+        assert not torch.allclose(a["sample"], b["sample"])
+        assert set(a) == {"sample", "image_size"}
         deviation = (0.5 * moments["log_variance"]).exp()
-        whitened.append(((sampled["sample"] - moments["mean"]) / deviation).flatten())
+        whitened.append(((a["sample"] - moments["mean"]) / deviation).flatten())
     noise = torch.cat(whitened)
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5 and noise.std() == pytest.approx(1, abs=0.05)
-
-
-def test_kept_images_and_another_resolution(run, tmp_path):
-    encoded_by(run, tmp_path / "out", "keep_images=true", "resolution=[8,12]")
-    source = write_photos(tmp_path / "again", COUNT, damaged=DAMAGED)
-    assert samples_of(tmp_path / "out")[0]["png"] == source[0]["png"]
-    assert all(found["image_size"].tolist() == [8, 12] for found in tensors_of(tmp_path / "out"))
-    assert encode.main(keys(run, tmp_path / "no", "resolution=big")) == 2
 
 
 def test_aspect_buckets(tmp_path):
@@ -138,10 +196,10 @@ def test_aspect_buckets(tmp_path):
     config.data.train = config.data.validation = str(tmp_path / "photos")
     config.data.resolution = {"area": 256, "multiple": 4, "max_aspect": 2.0}
     write_run(tmp_path / "run", config, (16, 16))
-    encoded_by(tmp_path / "run", tmp_path / "out")
-    found = samples_of(tmp_path / "out")
-    assert [json.loads(sample["json"])["number"] for sample in found] == list(range(11))
-    for number, latents in enumerate(tensors_of(tmp_path / "out")):
+    found = encoded_by(tmp_path / "run", tmp_path / "out")
+    numbers = [json.loads(sample["json"])["number"] for sample in samples_of(tmp_path / "out")]
+    assert numbers == list(range(11))
+    for number, latents in enumerate(found):
         height, width = (12, 20) if number % 3 == 2 else (16, 16)  # 20x16 is nearer to a square
         assert latents["image_size"].tolist() == [height, width]
         assert latents["mean"].shape == (3, height // 2, width // 2)
@@ -159,32 +217,17 @@ def test_sixteen_bits_and_masks(tmp_path):
     config.data.train = config.data.validation = str(tmp_path / "photos")
     config.data.bits, config.data.mask = 16, "member"
     write_run(tmp_path / "run", config, (16, 16))
-    encoded_by(tmp_path / "run", tmp_path / "out", "content=mean", "dtype=fp32", "flip=true")
+    more = ("content=mean", "dtype=fp32", "flip=true")
+    *_, hidden = encoded_by(tmp_path / "run", tmp_path / "out", *more)
     assert all(set(s) >= {"mask.png"} and "npy" not in s for s in samples_of(tmp_path / "out"))
-    *_, hidden = tensors_of(tmp_path / "out")
     nothing = torch.zeros(1, 1, 16, 16)
     mean, _ = model_of(tmp_path / "run").encode(nothing, None, nothing)
     for name in ("mean", "mean_flip"):
         torch.testing.assert_close(hidden[name], mean[0].detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_too_much_damage_stops(run, straight, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert encode.main(keys(run, out, "max_skipped_fraction=0.05")) == 2
-    message = capsys.readouterr().err
-    assert "2 of 23 images cannot be read" in message and "sample 4: " in message
-    assert not (out / "encode.json").exists()
-    encoded_by(run, out)  # goes on, with the limit of the other tests
-    assert contents(out) == contents(straight)
-    for key, problem in (("k" * 90, "give it a shorter key"), ("../../x", "is no relative path")):
-        (source := tmp_path / f"{len(key)}").mkdir()
-        write(source / "s.tar", {f"{key}.png": png()})
-        assert encode.main([*keys(run, source / "out"), f"data={source}"]) == 2
-        assert problem in capsys.readouterr().err
-
-
-def test_a_killed_encode_goes_on(run, straight, tmp_path, capsys):
-    """kill -9 while sample 9 is written; then the same command, and refusals of others."""
+def test_an_encode_that_ends_early_goes_on(run, straight, tmp_path, capsys):
+    """Of too much damage, and by kill -9 while sample 9 is written; refusals of other commands."""
     out = tmp_path / "out"
 
     def killed():
@@ -206,15 +249,18 @@ def test_a_killed_encode_goes_on(run, straight, tmp_path, capsys):
     assert process.exitcode == -signal.SIGKILL
     whole = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert whole
-    for other, problem in (
+    for key, message in (
         ("content=mean", "another content (moments there, mean here)"),
         ("checkpoint=10", "another step (20 there, 10 here)"),
+        ("max_skipped_fraction=0.05", "2 of 23 images cannot be read"),
     ):
-        assert encode.main(keys(run, out, other)) == 2
-        assert problem in capsys.readouterr().err
-    encoded_by(run, out)
+        assert encode.main(keys(run, out, key)) == 2
+        error = capsys.readouterr().err
+        assert message in error
+    assert "sample 4: " in error and not (out / "encode.json").exists()
+    for _ in range(2):
+        encoded_by(run, out)
     assert {name: (out / name).stat().st_mtime_ns for name in whole} == whole
-    encoded_by(run, out)
     assert "nothing is left to do" in capsys.readouterr().out
     assert contents(out) == contents(straight)
 
@@ -226,3 +272,78 @@ def test_any_number_of_processes_writes_the_same(run, straight, tmp_path):
         out, size = tmp_path / f"{world}", f"shard_mb={shard_mb}"
         assert run_ranks(world, encode.main, keys(run, out, size)) == [0] * world
         assert contents(out) == contents(want)
+
+
+def test_what_is_refused(run, straight, tmp_path, capsys):
+    long = write(tmp_path / "long/s.tar", {"k" * 90 + ".png": png()}).parent
+    outside = write(tmp_path / "outside/s.tar", {"../../x.png": png()}).parent
+    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
+    config.model.latent_channels = 5
+    write_run(tmp_path / "other", config, SIZES[0])
+    for k, (verb, more, message) in enumerate(
+        (
+            (encode, ["resolution=big"], "resolution=big"),
+            (encode, ["tile=4"], "give at least tile=16"),
+            (encode, [f"data={long}"], "give it a shorter key"),
+            (encode, [f"data={outside}"], "is no relative path"),
+            (encode, ["run="], "run= is missing; give the run's folder, or features=MODEL"),
+            (decode, [], "it has no .latent.safetensors"),
+            (decode, [f"run={tmp_path}/other", f"data={straight}"], "does not fit this model"),
+            (decode, ["seed=1"], "seed"),  # which would draw nothing
+        )
+    ):
+        arguments = [f"run={run}", f"data={run.parent}/photos", f"out={tmp_path}/{k}", *more]
+        assert verb.main([*arguments, "device=cpu"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def features_keys(vision, data, out, *more):
+    return [f"features={vision}", f"data={data}", f"out={out}", *SMALL, *more]
+
+
+@pytest.mark.parametrize("resolution", ["native", "[14,21]"])
+def test_features_of_what_training_shows(resolution, source, vision, tmp_path):
+    photos, samples = source[0] / "photos", source[1]
+    words = features_keys(vision, photos, tmp_path / "out", f"resolution={resolution}")
+    assert encode.main(words) == 0
+    summary = json.loads((tmp_path / "out/encode.json").read_text())
+    assert (summary["samples"], summary["width"]) == (COUNT - 2, 16) and summary["shards"] > 3
+    model = load_features(str(vision), torch.device("cpu"))
+    index = load_index(str(photos), key="data", create=False)
+    size = None if resolution == "native" else (14, 21)
+    settings = ImageSettings(3, size or SIZES[0], size is not None, 2**16, any_size=size is None)
+    reader = SampleReader(index, settings, seed=0)
+    for number, found in zip(NUMBERS, samples_of(tmp_path / "out"), strict=True):
+        names = {*samples[number], MEMBER}
+        assert all(found[name] == samples[number][name] for name in names - {MEMBER})
+        assert set(found) - {"__url__", "__local_path__"} == names
+        of_image = Features.from_bytes(found[MEMBER])
+        height, width = size or SIZES[number % 3]
+        assert of_image[1:] == (str(vision), f"{height}x{width}", "")
+        (run,) = reader.in_order(number, number + 1)
+        image = reader.load(reader.read([run])[0], run.shard, run.start, epoch=0).image
+        values = model(torch.from_numpy(image.copy())[None] / 127.5 - 1)[0]
+        np.testing.assert_allclose(of_image.values, values, rtol=2e-3, atol=2e-3)
+
+
+def test_features_of_one_of_several_images_and_refusals(vision, tmp_path, capsys):
+    clear = encoded(np.full((28, 28, 4), (9, 9, 9, 0), np.uint8))
+    several = write(tmp_path / "several/s.tar", {"0.a.png": clear, "0.b.png": b""}).parent
+    done = {"0.png": png(), f"0.{MEMBER.title()}": b""}  # a suffix as readers take it
+    twice = write(tmp_path / "twice/s.tar", done).parent
+    for k, (data, more, message) in enumerate(
+        (
+            (several, [], "choose with data.image_key=a.png"),
+            (several, ["image_key=a.png"], "transparent"),
+            (twice, [], f"it has a .{MEMBER} already"),
+            (several, [f"features={tmp_path}"], "no vision model can be loaded from there"),
+            (several, ["tile=64"], "tile=64 has no effect with features="),
+            (several, ["dtype=fp32"], "dtype=fp32 has no effect with run="),
+        )
+    ):
+        assert encode.main(features_keys(vision, data, tmp_path / f"{k}", *more)) == 2
+        assert message in capsys.readouterr().err
+    more = ("image_key=a.png", "background=white")
+    assert encode.main(features_keys(vision, several, tmp_path / "out", *more)) == 0
+    (found,) = samples_of(tmp_path / "out")
+    assert Features.from_bytes(found[MEMBER])[1:] == (str(vision), "28x28", "a.png")

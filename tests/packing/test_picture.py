@@ -17,11 +17,11 @@ GREY, PLANES = COLOUR[:, :, 0], COLOUR.transpose(2, 0, 1)
 SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(96)).astype(np.uint8)
 JPEG = encoded(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
 WIDE = encoded(GREY.astype(np.uint16) * 255)
+CLEAR = encoded(np.zeros((4, 4, 4), np.uint8))
 MASK = np.pad(np.zeros((3, 4), np.uint8), ((5, 4), (9, 7)), constant_values=255)
 
 
 def decoded(data):
-    assert data is not None
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
@@ -40,58 +40,41 @@ def test_what_needs_no_change_is_kept_byte_for_byte():
         assert picture == (suffix, data, (channels, 12, 20), (KEPT,), None)
 
 
-@pytest.mark.parametrize(
-    ("size", "shape"),
-    [(6, (6, 10)), (12, (12, 20)), (99, (12, 20)), ([8, 8], (8, 8)), ([24, 20], (24, 20))],
-)
-def test_sizes_and_crops_are_those_of_pillow(size, shape):
-    picture = prepare(encoded(COLOUR), PackCommand(size=size))
-    assert picture.shape == (3, *shape) and picture.notes == (KEPT,) * (shape == (12, 20))
-    image = Image.fromarray(COLOUR)
-    want = image.resize(shape[::-1], Image.Resampling.BICUBIC)
-    if isinstance(size, list):
-        want = ImageOps.fit(image, shape[::-1], Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(decoded(picture.data), np.asarray(want))
-
-
 def test_formats_and_background():
     lossless = prepare(encoded(COLOUR, "BMP"), PackCommand())
     assert lossless.suffix == "png" and (decoded(lossless.data) == COLOUR).all()
     assert prepare(encoded(COLOUR), PackCommand(format="jpg")).suffix == "jpg"
-    clear = encoded(np.zeros((4, 4, 4), np.uint8))
-    white = prepare(clear, PackCommand(background="white"))
+    white = prepare(CLEAR, PackCommand(background="white"))
     assert (decoded(white.data) == 255).all() and white.shape == (3, 4, 4)
-    assert prepare(clear, PackCommand()).shape == (4, 4, 4)
-    for data, key, reason in (
-        (clear, {"format": "jpg"}, "set background=white"),
-        (WIDE, {"size": 8}, "16-bit PNG is kept as it is; leave size"),
+    assert prepare(CLEAR, PackCommand()).shape == (4, 4, 4)
+
+
+def test_what_cannot_be_packed_is_refused():
+    for data, mask, keys, reason in (
+        (b"", None, {}, "an empty file"),
+        (b"no picture", None, {}, "no readable picture"),
+        (encoded(np.zeros((400, 300), np.uint8)), None, {}, "more than data.max_pixels=100000"),
+        (npy(np.array([print], object)), None, {}, "object"),
+        (b"\0\0\0\x1cftypheic", None, {}, "which is not decoded; convert it to"),
+        (b"\xff\x0a", None, {}, "which is not decoded; convert it to"),
+        (encoded(COLOUR)[:-30], None, {}, "PNG"),
+        (CLEAR, None, {"format": "jpg"}, "set background=white"),
+        (WIDE, None, {"size": 8}, "16-bit PNG is kept as it is; leave size"),
+        (encoded(COLOUR), encoded(MASK.T), {}, "its mask is 20 x 12 pixels, but the image 12 x 20"),
+        (encoded(COLOUR), b"no picture", {"size": 6}, "its .mask.png: no readable PNG"),
+        (encoded(COLOUR), b"", {}, "its .mask.png: an empty file"),
     ):
         with pytest.raises(DamagedSampleError, match=reason):
-            prepare(data, PackCommand(**key))
-
-
-def test_what_cannot_be_read_is_refused():
-    """Whatever is asked for."""
-    for data, reason in (
-        (b"", "an empty file"),
-        (b"no picture", "no readable picture"),
-        (encoded(np.zeros((400, 300), np.uint8)), "more than data.max_pixels=100000"),
-        (npy(np.array([print], object)), "object"),
-        (b"\0\0\0\x1cftypheic", "which is not decoded; convert it to"),
-        (b"\xff\x0a", "which is not decoded; convert it to"),
-        (JPEG[: len(JPEG) // 2] + b"\xff\xd9", "JPEG"),
-        (JPEG[:2000] + bytes(512) + JPEG[2512:], "JPEG"),
-        (encoded(COLOUR)[:-30], "PNG"),
-    ):
-        for keys in ({}, {"size": 8}, {"format": "png"}) if reason == "JPEG" else ({},):
-            with pytest.raises(DamagedSampleError, match=reason):
-                prepare(data, PackCommand(max_pixels=10**5, **keys))
+            prepare(data, PackCommand(max_pixels=10**5, **keys), mask=mask)
+    for data in (JPEG[: len(JPEG) // 2] + b"\xff\xd9", JPEG[:2000] + bytes(512) + JPEG[2512:]):
+        for keys in ({}, {"size": 8}, {"format": "png"}):  # whatever is asked for
+            with pytest.raises(DamagedSampleError, match="JPEG"):
+                prepare(data, PackCommand(**keys))
 
 
 def test_colours_become_those_of_srgb_and_animations_their_first_frame():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    kept = prepare(encoded(COLOUR, icc_profile=srgb), PackCommand())
-    assert kept.notes == (KEPT,)
+    assert prepare(encoded(COLOUR, icc_profile=srgb), PackCommand()).notes == (KEPT,)
     swapped = srgb.replace("sRGB".encode("utf-16-be"), "rgbS".encode("utf-16-be"))
     swapped = swapped.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
     changed = prepare(encoded(COLOUR, icc_profile=swapped), PackCommand())
@@ -135,11 +118,23 @@ def test_pictures_and_masks_are_turned_as_the_trainer_turns_them(turn):
         assert not small[:16].any() and small[18:].all()
 
 
-@pytest.mark.parametrize("size", [7, [8, 8], [5, 16], [12, 13], [24, 20], [9, 31]])
-def test_no_missing_pixel_leaks_through_resizing_and_crop(size):
+@pytest.mark.parametrize(
+    "size", [0, 6, 7, 12, 99, [12, 20], [8, 8], [5, 16], [12, 13], [24, 20], [9, 31]]
+)
+def test_sizes_and_crops_are_those_of_pillow_and_no_missing_pixel_leaks(size):
+    image, side = Image.fromarray(COLOUR), 12
+    if isinstance(size, list):
+        want = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    else:
+        side = min(size or side, side)
+        want = image.resize((round(20 * side / 12), side), Image.Resampling.BICUBIC)
     picture = prepare(encoded(COLOUR), PackCommand(size=size), mask=encoded(MASK))
-    observed = decoded(picture.mask)
-    touched = np.zeros(picture.shape[1:], bool)
+    np.testing.assert_array_equal(decoded(picture.data), np.asarray(want))
+    assert picture.shape == (3, want.height, want.width)
+    if want.size == image.size:
+        assert picture.notes == (KEPT,) and picture.mask == encoded(MASK)
+        return
+    observed, touched = decoded(picture.mask), np.zeros(picture.shape[1:], bool)
     for row, column in np.argwhere(MASK == 0):
         impulse = np.zeros(MASK.shape, np.float32)
         impulse[row, column] = 1
@@ -147,18 +142,3 @@ def test_no_missing_pixel_leaks_through_resizing_and_crop(size):
     assert set(np.unique(observed)) == {0, 255} and observed.shape == touched.shape
     assert not (observed[touched] == 255).any()
     assert (observed == 0).sum() <= touched.sum() + 2 * sum(touched.shape)  # zeros of the filter
-
-
-def test_a_mask_is_kept_where_the_size_is_and_refused_where_it_does_not_fit():
-    for size in (0, 12, [12, 20]):
-        command = PackCommand(size=size, format="webp")
-        picture = prepare(encoded(COLOUR), command, mask=encoded(MASK))
-        assert not picture.notes and picture.mask == encoded(MASK)
-    for mask, reason in (
-        (encoded(MASK.T), "its mask is 20 x 12 pixels, but the image 12 x 20"),
-        (b"no picture", "its .mask.png: no readable PNG"),
-        (b"", "its .mask.png: an empty file"),
-    ):
-        for command in (PackCommand(), PackCommand(size=6)):
-            with pytest.raises(DamagedSampleError, match=reason):
-                prepare(encoded(COLOUR), command, mask=mask)

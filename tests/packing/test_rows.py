@@ -6,7 +6,6 @@ import io
 import huggingface_hub
 import numpy as np
 import pyarrow
-import pytest
 from PIL import Image
 from pyarrow import parquet
 
@@ -24,39 +23,31 @@ def idx(array):
     return head + array.tobytes()
 
 
-def mnist():
-    files = {}
-    for prefix, count in (("train", 5), ("t10k", 2)):
-        images = RANDOM.integers(0, 256, (count, 4, 3), dtype=np.uint8)
-        files[f"{prefix}-images-idx3-ubyte"] = idx(images)
-        files[f"{prefix}-labels-idx1-ubyte"] = idx(np.arange(count, dtype=np.uint8))
-    return files
-
-
 def test_mnist_idx_files_packed_or_not(tmp_path):
-    files = mnist()
-    packed = {n + ".gz" * ("images" in n): gzip.compress(d) if "images" in n else d
-              for n, d in files.items()}  # fmt: skip
-    listing, pictures = opened(write(tmp_path / "in", packed), tmp_path / "work")
+    images = RANDOM.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    labels, of_images = "t10k-labels-idx1-ubyte", "t10k-images-idx3-ubyte"
+    files = {
+        "train-images-idx3-ubyte.gz": gzip.compress(idx(images)),
+        "train-labels-idx1-ubyte": idx(np.arange(5, dtype=np.uint8)),
+        of_images: idx(images[:2]),
+        labels: idx(np.arange(2, dtype=np.uint8)),
+    }
+    listing, pictures = opened(write(tmp_path / "in", files), tmp_path / "work")
     want = [(f"{s} {i}", s, i) for s, count in (("train", 5), ("test", 2)) for i in range(count)]
     assert [(i.name, i.split, i.category) for i in listing.items] == want
-    assert idx(np.stack([pixels(p) for p in pictures[:5]])) == files["train-images-idx3-ubyte"]
+    np.testing.assert_array_equal([pixels(p) for p in pictures], [*images, *images[:2]])
     assert not listing.left_out
-
-
-def test_damaged_idx_files_are_refused(tmp_path):
-    files, images, labels = mnist(), "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
     for k, (name, data, message) in enumerate(
         (
-            (images, files[images][:-1], "23 bytes of pixels, but its header"),
-            (images, files[images][:4] + b"\xff" * 12, "but its header"),
-            (images, b"PNG" + files[images], "is no idx file of unsigned bytes"),
+            (of_images, files[of_images][:-1], "23 bytes of pixels, but its header"),
+            (of_images, files[of_images][:4] + b"\xff" * 12, "but its header"),
+            (of_images, b"PNG" + files[of_images], "is no idx file of unsigned bytes"),
             (labels, idx(np.zeros(3, np.uint8)), "do not belong together"),
-            (labels, None, "or one is missing"),
+            ("train-labels-idx1-ubyte", files[labels], "do not belong together, or one is missing"),
         )
     ):
-        found = {n: d for n, d in {**files, name: data}.items() if d is not None}
-        refused(write(tmp_path / f"{k}", found), tmp_path / "work", message)
+        damaged = write(tmp_path / f"{k}", {**files, name: data})
+        refused(damaged, tmp_path / "work", message)
 
 
 def test_the_binary_archive_of_cifar(tmp_path):
@@ -80,29 +71,14 @@ def test_the_binary_archive_of_cifar(tmp_path):
     refused(torn, tmp_path / "work", "is cut off")
 
 
-def write_parquet(path, labels, *, column="image", metadata=b"", images=None, **options):
+def write_parquet(path, labels, *, column="image", images=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     images = images or [{"bytes": png(i), "path": None} for i in range(len(labels))]
     table = pyarrow.table({column: images, "label": labels})
-    table = table.replace_schema_metadata({b"huggingface": metadata})
+    features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
+    table = table.replace_schema_metadata({b"huggingface": features})
     parquet.write_table(table, path, **options)
     return path
-
-
-@pytest.mark.parametrize("column", ["img", "pixels"])
-def test_parquet_of_the_hub_kind(tmp_path, column):
-    features = b'{"info": {"features": {"label": {"names": ["cat", "dog"]}}}}'
-    for split, count in (("train", 2), ("test", 1)):
-        path = tmp_path / f"in/{split}-00000-of-00001.parquet"
-        write_parquet(path, [1] * count, column=column, metadata=features)
-    keys = {"image_column": "pixels"} if column == "pixels" else {}
-    for _ in range(2):  # the second time from the copy
-        listing, files = opened(tmp_path / "in", tmp_path / "work", **keys)
-        found = [(i.split, i.category) for i in listing.items]
-        assert found == [("test", 1), ("train", 1), ("train", 1)]
-        assert listing.classes == ("cat", "dog") and files == [png(0), png(0), png(1)]
-    problem = f"label_column=x: .* has the columns {column}, label"
-    refused(tmp_path / "in", tmp_path / "work", problem, label_column="x", **keys)
 
 
 def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path):
@@ -121,7 +97,11 @@ def test_parquet_in_folders_of_splits_lists_and_rows_without_pictures(tmp_path):
     refused(path, tmp_path / "work", "claim to be larger than it can hold")
 
 
-def test_labels_of_parquet(tmp_path):
+def test_columns_and_labels_of_parquet(tmp_path):
+    path = write_parquet(tmp_path / "pixels.parquet", [1], column="pixels")
+    assert opened(path, tmp_path / "a", image_column="pixels")[1] == [png()]
+    problem = r"label_column=x: .* has the columns pixels, label"
+    refused(path, tmp_path / "a", problem, image_column="pixels", label_column="x")
     for labels, want in (
         ([True, False], ["1", "0"]),
         ([3.0, float("nan")], ["3", "None"]),
@@ -137,9 +117,8 @@ def test_labels_of_parquet(tmp_path):
         assert not list((tmp_path / "b").iterdir())
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The files of a folder as the data set o/r of the hub."""
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    """The files of a folder stand for the data set o/r."""
 
     def list_repo_files(self, name, *, revision, repo_type):
         if name != "o/r":
@@ -151,17 +130,15 @@ def hub(tmp_path, monkeypatch):
 
     for method in (list_repo_files, hf_hub_download):
         monkeypatch.setattr(huggingface_hub.HfApi, method.__name__, method)
-    return tmp_path / "hub"
-
-
-def test_a_data_set_of_the_hub(hub, tmp_path):
     for split, count in (("train", 2), ("test", 1)):
-        write_parquet(hub / f"plain/{split}-00000-of-00001.parquet", [1] * count)
-    for spec in ("hf://datasets/o/r", "hf://datasets/o/r@main/plain"):
+        path = tmp_path / f"hub/plain/{split}-00000-of-00001.parquet"
+        write_parquet(path, [1] * count, column="img")
+    for spec in ("hf://datasets/o/r", "hf://datasets/o/r@main/plain"):  # then from the copies
         listing, files = opened(spec, tmp_path / "work")
-        assert [i.split for i in listing.items] == ["test", "train", "train"]
-        assert files == [png(0), png(0), png(1)]
-    write_parquet(hub / "other/train-0.parquet", [1])
+        found = [(i.split, i.category) for i in listing.items]
+        assert found == [("test", 1), ("train", 1), ("train", 1)]
+        assert listing.classes == ("cat", "dog") and files == [png(0), png(0), png(1)]
+    write_parquet(tmp_path / "hub/other/train-0.parquet", [1])
     for spec, message in (
         ("hf://datasets/o/r", r"several sets: other, plain; name one: hf://.*/FOLDER"),
         ("hf://datasets/o/none", r"the hub does not give it \(.*404"),

@@ -3,7 +3,6 @@
 import io
 import struct
 import tarfile
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -69,21 +68,22 @@ def refused(source, work, message, **keys):
         opened(source, work, **keys)
 
 
-def write(path, files, mode="w", **links):
-    """The files in a folder, or in a .zip or .tar of that name; links of a tar: type and target."""
+def write(path, files, mode="w"):
+    """The files in a folder, .zip or .tar of that name; a link of a tar is (type, target)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+        with zipfile.ZipFile(path, "w") as archive:
             for name, data in files.items():
                 archive.writestr(name, data)
     elif ".tar" in path.name:
         with tarfile.open(path, mode) as tar:
-            for name, found in {**files, **links}.items():
+            for name, found in files.items():
                 member = tarfile.TarInfo(name)
-                if isinstance(found, bytes):
-                    member.size = len(found)
-                else:
+                data = found if isinstance(found, bytes) else b""
+                if found is not data:
                     member.type, member.linkname = found
-                tar.addfile(member, io.BytesIO(found) if isinstance(found, bytes) else None)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     else:
         for name, data in files.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)

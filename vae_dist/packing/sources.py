@@ -162,12 +162,13 @@ class _Lister:
     def _of_tar(self, path: str) -> Iterator[Item]:
         plain = rows.plain_copy(path, self.work)
         passed: list[PassedOver] = []
-        places: dict[str, Place] = {}
+        places: dict[str, Place] = {}  # tar of a folder calls its files ./NAME
         for name, at, size in files_of_tar(plain, passed):
-            places[name] = Place(plain, at, size)
-            yield Item(name, places[name])
+            file = Item(name, Place(plain, at, size))
+            places[os.path.normpath(name)] = file.place
+            yield file
         for name, target, reason in passed:
-            if place := places.get(target):
+            if place := places.get(os.path.normpath(target)):
                 yield Item(name, place)
             else:
                 self._refuse(name or os.path.basename(path), reason)
