@@ -51,36 +51,31 @@ def test_ranks_microbatches_and_a_stop_change_nothing(parallel, run, tmp_path, d
 
 
 def test_evaluate_bounds_and_importance_samples(run, tmp_path):
-    def figures(name, *keys):
-        out = tmp_path / name
-        assert done(evaluate, run, "max_images=20", "samples=60", f"out={out}", *keys) == 0
-        record = json.loads(out.read_text())
+    found = []
+    for keys in ("metrics=psnr", "chunk=7 batch_size=6"):  # the draws of an image are its own
+        out = f"out={tmp_path / 'results.json'}"
+        assert done(evaluate, run, "max_images=20", "samples=60", out, *keys.split()) == 0
+        record = json.loads((tmp_path / "results.json").read_text())
         rates = record["latents"]["kl_nats_per_unit"]
         assert len(rates) == 3 and sum(rates) == pytest.approx(record["figures"]["rate_nats"])
-        return record["figures"]
-
-    found = figures("whole.json", "metrics=psnr")
-    assert found["is_nll_nats"] < found["neg_elbo_nats"]
-    assert found["rate_nats"] > 0 and found["psnr_db"] > 0
-    again = figures("chunks.json", "chunk=7", "batch_size=6")  # the draws of an image are its own
-    assert again["is_nll_nats"] == pytest.approx(found["is_nll_nats"], rel=1e-6)
+        found.append(record["figures"])
+    assert found[0]["is_nll_nats"] < found[0]["neg_elbo_nats"]
+    assert found[0]["rate_nats"] > 0 and found[0]["psnr_db"] > 0
+    assert found[1]["is_nll_nats"] == pytest.approx(found[0]["is_nll_nats"], rel=1e-6)
 
 
 def test_samples_reconstructions_and_latents(run, tmp_path, digits):
-    def pixels(command, name, *keys):
-        out = tmp_path / f"{name}.png"
+    def pixels(command, *keys):
+        out = tmp_path / "pixels.png"
         assert done(command, run, f"out={out}", "num_images=4", *keys) == 0
         return np.asarray(Image.open(out)).astype(int)
 
-    cold = [pixels(sample, f"cold{seed}", "temperature=0", f"seed={seed}") for seed in (0, 1)]
-    assert (cold[0] == cold[1]).all()
-    warm = pixels(sample, "warm")
-    assert (pixels(sample, "levels", "temperature=[1.0,0.5]") != warm).any()
-    assert (pixels(reconstruct, "top", "levels=1") != pixels(reconstruct, "all")).any()
+    assert (pixels(sample, "temperature=[1.0,0.5]") != pixels(sample)).any()
+    assert (pixels(reconstruct, "levels=1") != pixels(reconstruct)).any()
     latents = tmp_path / "latents"
     stored = (f"data={digits}/validation", f"out={latents}", "content=mean", "dtype=fp32")
     assert done(encode, run, *stored) == 0
-    assert pixels(decode, "decoded", f"data={latents}").any()
+    assert pixels(decode, f"data={latents}").any()
     filled = ("mask=half", "num_images=2", "samples=8", f"out={tmp_path / 'filled'}")
     assert done(impute, run, *filled) == 0
 
@@ -99,19 +94,15 @@ def test_the_python_api(run):
             vae.reconstruct(images, levels=levels)
 
 
-@pytest.mark.parametrize(
-    ("command", "keys"),
-    [
-        (encode, "content=moments data=x out=y"),
-        (evaluate, "metrics=viv,psnr max_images=4"),
-        (reconstruct, "tile=64"),
-        (impute, "method=gibbs mask=half out=filled"),
-        (sample, "prior=gmm:2"),
-    ],
-)
-def test_what_a_ladder_cannot_do(command, keys, run, tmp_path, capfd, monkeypatch):
+def test_what_a_ladder_cannot_do(run, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert done(command, run, *keys.split()) == 2
-    assert keys.split()[0] in capfd.readouterr().err
-    assert export.main([f"run={run}", "out=exported"]) == 2
-    assert "model.arch=ladder" in capfd.readouterr().err
+    for command, keys, fragment in (
+        (encode, "content=moments data=x out=y", "content=moments"),
+        (evaluate, "metrics=viv,psnr max_images=4", "metrics=viv,psnr"),
+        (reconstruct, "tile=64", "tile=64"),
+        (impute, "method=gibbs mask=half out=filled", "method=gibbs"),
+        (sample, "prior=gmm:2", "prior=gmm:2"),
+        (export, "out=exported", "model.arch=ladder"),
+    ):
+        assert command.main([f"run={run}", *keys.split()]) == 2
+        assert fragment in capfd.readouterr().err

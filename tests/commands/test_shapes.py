@@ -14,7 +14,12 @@ from vae_dist import evaluate, pack, reconstruct, sample
 from vae_dist.data.index import load_index
 from vae_dist.train import main as train
 
-ASPECTS = ((20, 14), (14, 21), (17, 17), (30, 10), (12, 26))
+KINDS = {  # how many, their sizes in turn, how they are stored
+    "photos": (24, ((20, 14), (14, 21), (17, 17), (30, 10), (12, 26)), "png"),
+    "faces": (9, ((218, 178),), "jpg"),  # as CelebA's
+    "sensors": (24, ((37, 53),), np.uint16),  # these have two channels
+    "floats": (24, ((11, 13),), np.float32),
+}
 SMALL = (
     *("data.workers=0", "wandb.mode=disabled", "runtime.threads=1", "runtime.device=cpu"),
     *("training.precision=no", "training.steps=4", "training.batch_size=8", "evaluation.every=2"),
@@ -27,23 +32,6 @@ BUCKETS = ("data.resolution={area: 256, multiple: 4, max_aspect: 2.0}", "data.sl
 NATIVE = ("data.resolution=native", "data.crop=center")
 
 
-def save(kind, number, path):
-    """photos: of several aspects; faces: of CelebA's shape; sensors, floats: of two channels."""
-    aspect = ASPECTS[number % len(ASPECTS)]
-    sizes = {"photos": aspect, "faces": (218, 178), "sensors": (37, 53), "floats": (11, 13)}
-    height, width = sizes[kind]
-    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
-    waves = [np.sin(3 * x * (number % 5 + c) + y * (number % 7)) for c in range(3)]
-    smooth = np.stack(waves) / 2 + 0.5  # float in [0, 1], (3, H, W)
-    if kind in ("photos", "faces"):
-        pixels = (smooth * 255).astype(np.uint8).transpose(1, 2, 0)
-        Image.fromarray(pixels).save(path.with_suffix(".png" if kind == "photos" else ".jpg"))
-    elif kind == "sensors":
-        np.save(path, (smooth[:2] * 65535).astype(np.uint16))
-    else:
-        np.save(path, (smooth[:2] * 2 - 1).astype(np.float32))
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """Name of a kind of image -> folder of its shards, byte for byte."""
@@ -52,9 +40,18 @@ def packed(tmp_path_factory):
     def get(kind):
         source, out = (tmp_path_factory.mktemp(kind) / name for name in ("source", "packed"))
         source.mkdir()
-        count = 9 if kind == "faces" else 24
+        count, sizes, form = KINDS[kind]
         for number in range(count):
-            save(kind, number, source / f"{number:03d}.npy")
+            height, width = sizes[number % len(sizes)]
+            y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+            waves = [np.sin(3 * x * (number % 5 + c) + y * (number % 7)) for c in range(3)]
+            smooth = np.stack(waves) / 2 + 0.5  # in [0, 1], (3, H, W)
+            if isinstance(form, str):
+                pixels = (smooth * 255).astype(np.uint8).transpose(1, 2, 0)
+                Image.fromarray(pixels).save(source / f"{number:03d}.{form}")
+            else:
+                values = smooth[:2] * 65535 if form is np.uint16 else smooth[:2] * 2 - 1
+                np.save(source / f"{number:03d}.npy", values.astype(form))
         keys = [f"source={source}", f"out={out}", "validation=0.2", "workers=1"]
         assert pack.main(keys) == 0
         facts = json.loads((out / "pack.json").read_text())["facts"]

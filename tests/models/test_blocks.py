@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from tests.models.test_vae import away_from_zero, inputs, small
+from tests.models.test_vae import away_from_zero, inputs, small, trained
 from vae_dist.models.blocks import (
     AttentionBlock,
     Downsample,
     ResidualBlock,
     Upsample,
     convolution_of_doubled,
+    zeroed,
 )
 from vae_dist.models.build import build_vae
 from vae_dist.randomness import torch_generator
@@ -22,10 +22,9 @@ def image(*shape):
 
 
 def test_blocks_start_as_the_identity_and_attention_is_softmax_attention():
-    x, block, wider = image(2, 8, 3, 5), AttentionBlock(8, norm_groups=4), ResidualBlock
-    assert torch.equal(block(x), x)
-    assert torch.equal(wider(8, 8, norm_groups=4)(x), x)
-    wide = wider(8, 12, norm_groups=4)
+    x, block = image(2, 8, 3, 5), AttentionBlock(8, norm_groups=4)
+    same, wide = (ResidualBlock(8, channels, norm_groups=4) for channels in (8, 12))
+    assert torch.equal(block(x), x) and torch.equal(same(x), x)
     assert torch.equal(wide(x), wide.conv_shortcut(x))
     away_from_zero(block)
     normed = F.group_norm(x, 4, block.group_norm.weight, block.group_norm.bias, eps=1e-6)
@@ -65,20 +64,17 @@ def test_shortcuts_are_means_of_four_positions_down_and_copies_up():
 
 
 def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none():
-    model = build_vae(small("spatial", dc_shortcuts=True), (16, 16))
+    model, seen = build_vae(small("spatial", dc_shortcuts=True), (16, 16)), []
     assert model.quant_conv is None and model.post_quant_conv is None
-    last = []
-    first = []
-    model.encoder.mid_block.register_forward_hook(lambda *args: last.append(args[-1]))
-    model.decoder.mid_block.register_forward_hook(lambda *args: first.append(args[1][0]))
-    for layer in (model.encoder.conv_out, model.decoder.conv_in):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    model.encoder.mid_block.register_forward_hook(lambda *args: seen.append(args[2]))
+    model.decoder.mid_block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    zeroed(model.encoder.conv_out)
+    zeroed(model.decoder.conv_in)
     mean, log_variance = model.encode(image(2, 3, 16, 16))
-    torch.testing.assert_close(mean, last[0].unflatten(1, (4, 4)).mean(2))
-    torch.testing.assert_close(log_variance, torch.zeros_like(mean), rtol=0, atol=1e-4)
     model.decode(mean, (16, 16))
-    assert torch.equal(first[0], mean.repeat_interleave(4, dim=1))
+    torch.testing.assert_close(mean, seen[0].unflatten(1, (4, 4)).mean(2))
+    torch.testing.assert_close(log_variance, torch.zeros_like(mean), rtol=0, atol=1e-4)
+    assert torch.equal(seen[1], mean.repeat_interleave(4, dim=1))
 
 
 @pytest.mark.parametrize("shortcuts", [False, True])
@@ -86,9 +82,7 @@ def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts):
     gradients, num_bytes = [], []
     for on in (False, True):
         options = {"dc_shortcuts": shortcuts, "gradient_checkpointing": on}
-        model = build_vae(small("spatial", "per_pixel", **options), (32, 32))
-        away_from_zero(model)
-        kept = {}
+        model, kept = trained(small("spatial", "per_pixel", **options), (32, 32)), {}
 
         def keep(tensor, kept=kept):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

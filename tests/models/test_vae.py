@@ -15,6 +15,8 @@ from vae_dist.randomness import torch_generator
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIZE = (9, 10)
 SMALL = {"channels": [8, 8, 16], "blocks": 1, "norm_groups": 4}
+# three groups on two levels, of stride 2 and 4
+LADDER = {"arch": "ladder", "channels": [8, 12], "groups": [2, 1], "factors": 2, "patch": 2}
 KINDS = {
     "bernoulli": LikelihoodConfig(kind="bernoulli"),
     "shared": LikelihoodConfig(variance="shared"),
@@ -23,15 +25,16 @@ KINDS = {
     "mixture": LikelihoodConfig(kind="discretized_logistic_mixture", mixtures=2),
 }
 BOTH = pytest.mark.parametrize("latent", ["spatial", "vector"])
+EACH = pytest.mark.parametrize("latent", ["spatial", "vector", "ladder"])
 
 
-def small(latent, kind="shared", *, seed=0, **model):
-    channels = 1 if kind == "bernoulli" else 3
+def small(latent, kind="shared", *, seed=0, mask="none", **model):
+    form = LADDER if latent == "ladder" else {"latent": latent}
     return TrainConfig(
         config="test",
         seed=seed,
-        data=DataConfig(channels=channels),
-        model=ModelConfig(latent=latent, **{**SMALL, **model}),
+        data=DataConfig(channels=1 if kind == "bernoulli" else 3, mask=mask),
+        model=ModelConfig(**{**SMALL, **form, **model}),
         likelihood=KINDS[kind],
     )
 
@@ -66,6 +69,8 @@ MODELS = [
     ("vector", "per_pixel", {"dc_shortcuts": True, "patch": 2, "num_classes": 3}),
     ("vector", "per_pixel", {"arch": "dense", "channels": [32, 16], "num_classes": 3}),
     ("spatial", "bernoulli", {"num_classes": 3}),
+    ("ladder", "shared", {"num_classes": 3}),
+    ("ladder", "per_pixel", {"aggregate": True}),
 ]
 
 
@@ -76,10 +81,12 @@ def test_shapes_types_and_gradients_of_every_parameter(latent, kind, options):
     model = trained(config, size)
     images, noise = inputs(model, 3, channels, size)
     output = model(images, noise, torch.tensor([0, 2, -1]) if classes else None)
-    stride = stride_of(config.model)
-    latent_shape = (4,) if latent == "vector" else (4, -(-18 // stride), -(-21 // stride))
-    assert model.latent_shape(*size) == latent_shape
-    assert output.log_likelihood.shape == (3,) and output.kl.shape == (3, 4)
+    # a ladder's: 4 channels of one group of 5x6 positions, and of two of 10x12
+    rows, columns = (-(-side // stride_of(config.model)) for side in size)
+    shapes = {"vector": (4,), "spatial": (4, rows, columns), "ladder": (1, 4 * (30 + 2 * 120))}
+    assert model.latent_shape(*size) == shapes[latent]
+    assert output.log_likelihood.shape == (3,)
+    assert output.kl.shape == (3, 3 if latent == "ladder" else 4)
     assert output.mean.shape == output.log_variance.shape == output.z.shape == noise.shape
     assert output.params.shape == (3, model.likelihood.num_params, *size)
     assert all(tensor.dtype == torch.float32 for tensor in output[:6])
@@ -91,27 +98,24 @@ def test_shapes_types_and_gradients_of_every_parameter(latent, kind, options):
 
 @BOTH
 def test_padding_has_no_part_in_the_likelihood(latent):
-    size = (37, 53)
-    model = trained(small(latent), size)
-    images, noise = inputs(model, 2, 3, size)
+    """Replicated by hand to the stride's multiple, then cropped, images have the same posterior and
+    parameters."""
+    model = by_hand = trained(small(latent), (37, 53))
+    images, noise = inputs(model, 2, 3, (37, 53))
     output = model(images, noise)
     assert torch.equal(output.log_likelihood, model.likelihood.log_prob(output.params, images))
-    # replicated by hand to the stride's multiple, then cropped: the same posterior and parameters
-    padded = images[:, :, torch.arange(40).clamp(max=36)][..., torch.arange(56).clamp(max=52)]
-    by_hand = build_vae(small(latent), (40, 56))
-    by_hand.load_state_dict(model.state_dict())
-    torch.testing.assert_close(by_hand.encode(padded)[0], output.mean)
-    params = by_hand.decode(output.mean, (40, 56))[:, :, :37, :53]
-    torch.testing.assert_close(params, model.decode(output.mean, size))
-    if latent == "spatial":
-        other, noise = inputs(model, 1, 3, (20, 28))
-        assert model(other, noise).params.shape == (1, 3, 20, 28)
-    else:
+    if latent == "vector":  # bound to one size
         with pytest.raises(ValueError, match=r"40x56.*model\.latent=vector.*37x53"):
             model.latent_shape(40, 56)
+        by_hand = build_vae(small(latent), (40, 56))
+        by_hand.load_state_dict(model.state_dict())
+    padded = images[:, :, torch.arange(40).clamp(max=36)][..., torch.arange(56).clamp(max=52)]
+    torch.testing.assert_close(by_hand.encode(padded)[0], output.mean)
+    params = by_hand.decode(output.z, (40, 56))[:, :, :37, :53]
+    torch.testing.assert_close(params, output.params)
 
 
-@BOTH
+@EACH
 def test_several_draws_of_an_image_are_those_of_several_forwards(latent):
     model = trained(small(latent, num_classes=3))
     images, _ = inputs(model, 2, 3, SIZE)
@@ -123,12 +127,11 @@ def test_several_draws_of_an_image_are_those_of_several_forwards(latent):
     model.encoder.register_forward_hook(lambda _, args, __: encodings.append(len(args[0])))
     several = model(images, noise, labels, mask)
     assert encodings == [2]  # once for each image
-    for k in range(3):
-        one = model(images, noise[:, k], labels, mask)
-        torch.testing.assert_close(several.kl, one.kl)
-        for field in ("log_likelihood", "z", "params"):
-            found, expected = getattr(several, field)[:, k], getattr(one, field)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    each = [model(images, noise[:, k], labels, mask) for k in range(3)]
+    torch.testing.assert_close(several.kl, torch.stack([one.kl for one in each]).mean(0))
+    for field in ("log_likelihood", "z", "params", *["log_ratio"] * (latent == "ladder")):
+        expected = torch.stack([getattr(one, field) for one in each], 1)
+        torch.testing.assert_close(getattr(several, field), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"dc_shortcuts": True}, {"arch": "dense"}])
@@ -178,10 +181,14 @@ def test_every_shipped_config_builds_on_the_meta_device(path):
 
 
 @BOTH
-def test_a_conditional_model_begins_as_the_unconditional_one(latent):
-    plain, conditional = (build_vae(small(latent, num_classes=n), SIZE) for n in (0, 3))
+def test_weights_are_a_function_of_the_seed_and_labels_begin_without_effect(latent):
+    plain, conditional, other = (
+        build_vae(small(latent, num_classes=n, seed=seed), SIZE)
+        for n, seed in ((0, 1), (3, 1), (0, 2))
+    )
     ours, theirs = conditional.state_dict(), plain.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not torch.equal(plain.encoder.conv_in.weight, other.encoder.conv_in.weight)
     added = ours.keys() - theirs.keys()
     assert added and all("film" in name or name == "label_embedding.weight" for name in added)
     images, noise = inputs(plain, 3, 3, SIZE)
@@ -189,9 +196,11 @@ def test_a_conditional_model_begins_as_the_unconditional_one(latent):
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
 
 
-@pytest.mark.parametrize("arch", ["conv", "dense"])
-def test_both_towers_see_the_label_of_each_image(arch):
-    vae = trained(small("vector" if arch == "dense" else "spatial", arch=arch, num_classes=3))
+@pytest.mark.parametrize(
+    ("latent", "arch"), [("spatial", "conv"), ("vector", "dense"), ("ladder", "ladder")]
+)
+def test_both_towers_see_the_label_of_each_image(latent, arch):
+    vae = trained(small(latent, arch=arch, num_classes=3))
     images, noise = inputs(vae, 3, 3, SIZE)
     output, other = (vae(images, noise, torch.tensor([y, 2, -1])) for y in (0, 1))
     assert not torch.allclose(output.mean[0], other.mean[0])
@@ -202,11 +211,11 @@ def test_both_towers_see_the_label_of_each_image(arch):
     torch.testing.assert_close(by_label[0], vae.decode(z, SIZE))  # none is -1
 
 
-@pytest.mark.parametrize("mask", ["none", "half"])
-def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask):
-    config = small("spatial")
-    config.data.mask = mask
-    vae = trained(config)
+@pytest.mark.parametrize(
+    ("latent", "mask"), [("spatial", "none"), ("spatial", "half"), ("ladder", "half")]
+)
+def test_missing_pixels_are_not_looked_at_and_observed_ones_count(latent, mask):
+    vae = trained(small(latent, mask=mask))
     images, noise = inputs(vae, 2, 3, SIZE)
     observed = torch.zeros(2, 1, *SIZE, dtype=torch.uint8)
     observed[:, :, : SIZE[0] // 2] = 1
@@ -214,19 +223,12 @@ def test_missing_pixels_are_not_looked_at_and_observed_ones_count(mask):
     for fill in (0.7, math.nan):
         other = vae(torch.where(observed > 0, images, fill), noise, mask=observed)
         assert all(torch.equal(*pair) for pair in zip(output[:6], other[:6], strict=True))
-    grey = vae.encode(torch.where(observed > 0, images, 0.0))[0]
     # an ordinary model sees mid-grey pixels, one that was built for masks that they are missing
-    assert torch.allclose(grey, output.mean) == (mask == "none")
+    grey = vae.encode(torch.where(observed > 0, images, 0.0))[0]
+    found = vae.encode(images, mask=observed)[0]
+    assert torch.allclose(grey, found) == (mask == "none")
     parts = [vae.likelihood.log_prob(output.params, images, m) for m in (observed, 1 - observed)]
     torch.testing.assert_close(output.log_likelihood, parts[0])
     torch.testing.assert_close(parts[0] + parts[1], vae.likelihood.log_prob(output.params, images))
     everything = torch.ones_like(observed)
     torch.testing.assert_close(vae(images, noise).mean, vae(images, noise, mask=everything).mean)
-
-
-def test_weights_are_a_function_of_the_seed():
-    one, again, other = (
-        build_vae(small("vector", seed=seed), SIZE).state_dict() for seed in (1, 1, 2)
-    )
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not torch.equal(one["encoder.conv_in.weight"], other["encoder.conv_in.weight"])

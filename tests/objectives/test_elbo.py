@@ -57,15 +57,14 @@ def test_bounds_rise_from_the_elbo_to_the_evidence(error):
     assert bounds[4] == pytest.approx(evidence, abs=0.05)
 
 
-def encoder_gradients(toy, x, draws, repeats, **knobs):
-    """The gradient by the encoder's log-variances and biases of each of `repeats` estimates,
-    (repeats, 6)."""
-    encoder, found = toy.model.encoder, []
-    for seed in range(repeats):
-        toy.model.zero_grad(set_to_none=True)
-        terms_of(toy, x, draws, seed, **knobs).loss_sum.backward()
-        found.append(torch.cat([encoder.log_variance.grad, encoder.bias.grad]))
-    return torch.stack(found)
+def gradients(toy, x, draws, repeats, **knobs):
+    """Of each of `repeats` estimates, by log-variances and biases of the encoder (repeats, 6), and
+    by biases of the decoder (repeats, 12)."""
+    encoder, decoder = toy.model.encoder, toy.model.decoder
+    parameters = encoder.log_variance, encoder.bias, decoder.bias
+    losses = (terms_of(toy, x, draws, seed, **knobs).loss_sum for seed in range(repeats))
+    found = [torch.cat(torch.autograd.grad(loss, parameters)) for loss in losses]
+    return torch.stack(found).split([6, 12], 1)
 
 
 def test_at_the_exact_posterior_bounds_are_equal_and_one_gradient_is_zero():
@@ -76,18 +75,16 @@ def test_at_the_exact_posterior_bounds_are_equal_and_one_gradient_is_zero():
         found = terms_of(toy, x, draws)
         assert -found.neg_bound_sum.item() == pytest.approx(evidence, abs=1e-4)
         assert -found.loss_sum.item() == pytest.approx(evidence, abs=1e-4)
-    standard, doubly = (encoder_gradients(toy, x, 8, 3, doubly=doubly) for doubly in (False, True))
+    standard, doubly = (gradients(toy, x, 8, 3, doubly=doubly)[0] for doubly in (False, True))
     assert doubly.abs().max() < 1e-2 < standard.abs().max()
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_both_gradients_have_one_expectation_and_the_second_less_variance(beta):
     toy = linear_gaussian(encoder_error=0.5)
-    x, decoders, found = toy.prepared(1).expand(32, -1, -1, -1), [], []
-    for doubly in (False, True):
-        found.append(encoder_gradients(toy, x, 16, 300, beta=beta, doubly=doubly))
-        decoders.append(toy.model.decoder.weight.grad.clone())
-    standard, doubly = found
+    x = toy.prepared(1).expand(32, -1, -1, -1)
+    both = [gradients(toy, x, 16, 300, beta=beta, doubly=doubly) for doubly in (False, True)]
+    (standard, doubly), decoders = zip(*both, strict=True)
     error = (standard.var(0) / len(standard) + doubly.var(0) / len(doubly)).sqrt()
     assert ((standard.mean(0) - doubly.mean(0)).abs() < 4 * error).all()
     assert (doubly.mean(0).abs() > 5 * error).any()  # there is a gradient to agree on

@@ -1,6 +1,6 @@
 """The perceptual term: its gradients, its weight files, and the distance without weights."""
 
-import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +9,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vae_dist.config.schema import PerceptualConfig
 from vae_dist.models import networks
-from vae_dist.models.networks import ALEXNET, Lpips, lpips_available
-from vae_dist.objectives.perceptual import (
-    StructureDistance,
-    build_perceptual,
-    gradient_error,
-    num_scales,
-    smallest_side,
-)
+from vae_dist.objectives import perceptual
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -24,19 +17,16 @@ def test_lpips_gives_gradients_to_reconstructions_and_to_nothing_else(
     tmp_path, monkeypatch, channels
 ):
     """With AlexNet's file, of random weights."""
-    folder = str(tmp_path)
-    assert not lpips_available("lpips_alex", folder)
+    path, folder = tmp_path / networks.ALEXNET.name, str(tmp_path)
+    monkeypatch.setattr(perceptual, "fetch", lambda file, folder: Path(folder, file.name))
+    assert not networks.lpips_available("lpips_alex", folder)
     torch.manual_seed(0)
-    state = Lpips("lpips_alex").state_dict()
-    features = {k: v for k, v in state.items() if k.startswith("features")}
-    torch.save(features, tmp_path / ALEXNET.name)
-    digest = hashlib.sha256((tmp_path / ALEXNET.name).read_bytes()).hexdigest()
-    trunk = networks.TRUNKS["lpips_alex"]
-    file = trunk.file._replace(sha256=digest)
-    monkeypatch.setitem(networks.TRUNKS, "lpips_alex", trunk._replace(file=file))
-    assert lpips_available("lpips_alex", folder) and not lpips_available("lpips", folder)
+    state = networks.alexnet_features().state_dict()
+    torch.save({f"features.{name}": tensor for name, tensor in state.items()}, path)
+    available = [networks.lpips_available(kind, folder) for kind in ("lpips_alex", "lpips")]
+    assert available == [True, False]
     config = PerceptualConfig(kind="lpips_alex", weights=folder)
-    term = build_perceptual(config, torch.device("cpu"))
+    term = perceptual.build_perceptual(config, torch.device("cpu"))
     images = torch.rand(2, channels, 40, 40) * 2 - 1
     pictures = (images + 0.1 * torch.randn_like(images)).requires_grad_()
     distances = term(pictures, images)
@@ -61,20 +51,22 @@ def test_ssim_is_that_of_torchmetrics(channels):
         first.double(), second.double(), data_range=2.0, reduction="none", return_full_image=True
     )
     expected = everywhere[..., 5:-5, 5:-5].mean((1, 2, 3))  # where the window is inside
-    found = StructureDistance().ssim(first, second)
+    found = perceptual.StructureDistance().ssim(first, second)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     assert (found < 0.9).all()
 
 
 def test_a_distance_is_zero_for_equal_images_and_grows_with_the_error():
-    (first, second), distance = pair(), StructureDistance()
+    (first, second), distance = pair(), perceptual.StructureDistance()
     assert distance(first, first).abs().max() < 1e-6
     near, far = distance(first, first + 0.1 * (second - first)), distance(first, second)
     assert (far > near).all() and (near > 0).all()
     torch.testing.assert_close(distance(second, first), far)
     error = torch.zeros(1, 1, 3, 4)
     error[0, 0, 1, 2] = 0.6  # two of nine differences across, two of eight down
-    torch.testing.assert_close(gradient_error(error), torch.tensor([0.6 * (2 / 9 + 2 / 8)]))
+    torch.testing.assert_close(
+        perceptual.gradient_error(error), torch.tensor([0.6 * (2 / 9 + 2 / 8)])
+    )
     small, other = (x[:1, :1, :12, :13].double() for x in (first, second))
     exact = distance.double()
     inputs = (small.requires_grad_(),)
@@ -83,6 +75,6 @@ def test_a_distance_is_zero_for_equal_images_and_grows_with_the_error():
 
 def test_scales_are_used_as_long_as_the_window_fits():
     sizes = ((10, 64), (11, 64), (22, 22), (44, 50), (512, 512))
-    assert [num_scales(*size) for size in sizes] == [0, 1, 2, 3, 3]
+    assert [perceptual.num_scales(*size) for size in sizes] == [0, 1, 2, 3, 3]
     kinds = ("structure", "lpips", "lpips_alex")
-    assert [smallest_side(PerceptualConfig(kind=kind)) for kind in kinds] == [11, 16, 31]
+    assert [perceptual.smallest_side(PerceptualConfig(kind=kind)) for kind in kinds] == [11, 16, 31]

@@ -12,11 +12,11 @@ kind of CPU and one version of torch.
 """
 
 import hashlib
-import io
 import json
 import os
 import sys
 import tempfile
+from difflib import unified_diff
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.support.distributed import become_rank, run_ranks
+from tests.support.distributed import run_ranks
 from vae_dist import encode, evaluate, export, pack, train
 from vae_dist.models.vae import VAE
 from vae_dist.tracking.sinks import read_rows
@@ -36,12 +36,12 @@ PHOTOS = (
     "log.num_images=4 evaluation.batch_size=4 data.workers=0"
 )
 BUCKETS = 'data.resolution={"area":4096,"multiple":8,"max_aspect":2.0}'
-ADVERSARIAL = " ".join(
-    f"adversarial.{key}"
-    for key in ("weight=0.5", "start_step=1", "warmup_steps=1", "ramp_steps=1", "channels=16")
+ADVERSARIAL = (
+    "adversarial.weight=0.5 adversarial.start_step=1 adversarial.warmup_steps=1 "
+    "adversarial.ramp_steps=1 adversarial.channels=16"
 )
 # name -> (config, overrides, whether a second run on two processes is written down too)
-TRAININGS: dict[str, tuple[str, str, bool]] = {
+TRAININGS = {
     "debug": ("debug", f"training.steps=20 evaluation.every=10 {WHOLE}", True),
     "conditional": ("mnist_conditional", DIGITS, False),
     "missing": ("mnist_missing", DIGITS, True),
@@ -54,15 +54,11 @@ TRAININGS: dict[str, tuple[str, str, bool]] = {
     "adversarial": ("photos64_kl_f4", f"{PHOTOS} training.steps=5 {ADVERSARIAL}", True),
 }
 FIXED = f"log.every=1 {WHOLE} wandb.mode=disabled training.precision=no runtime.threads=1"
-EQUAL = "golden: all values equal, bit for bit"
 OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
 
 
 def digest(parts):
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part)
-    return sha.hexdigest()[:20]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:20]
 
 
 def tensor_bytes(value):
@@ -74,12 +70,10 @@ def tensor_bytes(value):
 
 def tensors_of(folder):
     """Digests of the tensors of each safetensors file."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(path)
-        parts = (name.encode() + tensor_bytes(tensors[name]) for name in sorted(tensors))
-        found[path.name] = digest(parts)
-    return found
+    return {
+        path.name: digest(k.encode() + tensor_bytes(v) for k, v in sorted(load_file(path).items()))
+        for path in folder.glob("*.safetensors")
+    }
 
 
 def draw_pictures(folder, count=60):
@@ -95,15 +89,12 @@ def draw_pictures(folder, count=60):
         image = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
         path = folder / "abc"[number % 3] / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = io.BytesIO()
-        (image if number % 15 else image.convert("L")).save(file, "JPEG", quality=92)
-        path.write_bytes(file.getvalue())
+        (image if number % 15 else image.convert("L")).save(path, quality=92)
 
 
 def _traced_training(arguments):
     """Train in this process; a digest of each forward's inputs."""
-    seen = []
-    forward = VAE.forward
+    seen, forward = [], VAE.forward
 
     def traced(self, *args, **kwargs):
         given = [*args, *(kwargs[name] for name in sorted(kwargs))]
@@ -111,8 +102,7 @@ def _traced_training(arguments):
         return forward(self, *args, **kwargs)
 
     VAE.forward = traced
-    code = train.main(arguments)
-    assert code == 0, f"exit code {code}"
+    assert train.main(arguments) == 0
     return seen
 
 
@@ -134,20 +124,19 @@ def training(name, world):
 
 def run(command, arguments):
     """In a process of its own, as a launched rank: some settings hold for a whole process."""
-    (code,) = run_ranks(1, command, arguments.split(), timeout_s=500)
-    assert code == 0, f"{arguments}: exit code {code}"
+    assert run_ranks(1, command, arguments.split(), timeout_s=500) == [0], arguments
 
 
-def bytes_of(folder, *, by_path=False):
-    paths = sorted(Path(folder).rglob("*.tar"))
-    return {str(path) if by_path else path.name: digest([path.read_bytes()]) for path in paths}
+def bytes_of(folder):
+    paths = Path(folder).rglob("*.tar")
+    return {str(path.relative_to(folder)): digest([path.read_bytes()]) for path in paths}
 
 
 def everything():
     """All values; writes below the current folder."""
     draw_pictures(Path("pictures"))
     run(pack.main, "source=pictures out=photos validation=12 size=96 workers=1")
-    values = {"packed": bytes_of("photos", by_path=True)}
+    values = {"packed": bytes_of(".")}
     for name, (_, _, on_two) in TRAININGS.items():
         for world in (1, 2) if on_two else (1,):
             values[f"{name}_{world}"] = training(name, world)
@@ -165,30 +154,19 @@ def everything():
     return values | {"encoded": bytes_of("latents")}
 
 
-def leaves(values, place=""):
-    """Each value by its place, as text: floats are equal only when all their bits are."""
-    if not isinstance(values, dict | list):
-        return {place: repr(values)}
-    pairs = values.items() if isinstance(values, dict) else enumerate(values)
-    return {p: v for key, inner in pairs for p, v in leaves(inner, f"{place}/{key}").items()}
-
-
 def main(argv):
     verb, path = argv[0], Path(argv[1]).resolve()
-    become_rank(0, 1, 0)
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(variable, None)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         values = everything()
         os.chdir(path.parent)
+    text = json.dumps(values, indent=1, sort_keys=True)  # floats are equal when all their bits are
     if verb == "write":
-        path.write_text(json.dumps(values, indent=1, sort_keys=True))
+        path.write_text(text)
         return 0
-    before, now = leaves(json.loads(path.read_text())), leaves(json.loads(json.dumps(values)))
-    places = [p for p in sorted(before | now) if before.get(p) != now.get(p)]
-    found = [f"{p}: {before.get(p, 'nothing')} before, {now.get(p, 'nothing')} now" for p in places]
-    print("\n".join([*found[:40], f"{len(found)} differ"] if found else [EQUAL]))
+    before = json.dumps(json.loads(path.read_text()), indent=1, sort_keys=True)
+    found = list(unified_diff(before.splitlines(), text.splitlines(), "before", "now", lineterm=""))
+    print("\n".join(found[:80]) or "golden: all values equal, bit for bit")
     return int(bool(found))
 
 

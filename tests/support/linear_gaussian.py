@@ -8,6 +8,7 @@ covariance S = (I + W'W / s^2)^-1 and lies in the family of `VAE`: the encoder i
 every log-variance by that number of nats. The gap of the ELBO is then known too.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,18 +27,16 @@ SIGMA = 0.15
 
 
 class Linear(nn.Module):
-    """Of images, mean and log-variance (B, 2L) of q(z|x); without a log-variance of z, the means of
-    p(x|z) (B, 1, H, W)."""
+    """Images to mean and log-variance (B, 2L) of q(z|x), or z to means of p(x|z) (B, 1, H, W)."""
 
-    def __init__(self, weight, bias, log_variance=None):
+    def __init__(self, weight, bias, **log_variance):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
-        has_variance = log_variance is not None
-        self.log_variance = nn.Parameter(log_variance.float()) if has_variance else None
+        for name, tensor in {"weight": weight, "bias": bias, **log_variance}.items():
+            self.register_parameter(name, nn.Parameter(tensor.float()))
 
-    def forward(self, inputs, *_, **__):
+    def forward(self, inputs, _):
         mean = inputs.flatten(1) @ self.weight.T + self.bias
-        if self.log_variance is None:
+        if not hasattr(self, "log_variance"):
             return mean.unflatten(1, (1, *IMAGE_SIZE))
         return torch.cat([mean, self.log_variance.expand_as(mean)], 1)
 
@@ -47,23 +46,12 @@ class LinearGaussian:
     model: VAE
     weight: Tensor  # W, float64 (D, L)
     bias: Tensor  # b, float64 (D,)
-    encoder_error: float
-
-    @property
-    def marginal(self):
-        """p(x), over flattened images."""
-        noise = SIGMA**2 * torch.eye(NUM_DIMS, dtype=torch.float64)
-        return MultivariateNormal(self.bias, self.weight @ self.weight.T + noise)
+    marginal: MultivariateNormal  # p(x), over flattened images
+    elbo_gap_nats: float  # log p(x) - ELBO = KL(q(z|x) || p(z|x)), the same for every x
 
     def log_evidence(self, x):
         """log p(x) in nats of prepared images (B, 1, H, W), float64 (B,)."""
         return self.marginal.log_prob(x.double().flatten(1))
-
-    @property
-    def elbo_gap_nats(self):
-        """log p(x) - ELBO = KL(q(z|x) || p(z|x)), the same for every x."""
-        e = torch.tensor(self.encoder_error, dtype=torch.float64)
-        return float(NUM_LATENTS * 0.5 * (e.square() + torch.expm1(e) - e))
 
     def images(self, num_images):
         """Draws of p(x) cut to 8 bits, uint8 (N, 1, H, W)."""
@@ -86,9 +74,12 @@ def linear_gaussian(*, encoder_error=0.0):
     variance = 1 / (1 + weight.square().sum(0) / SIGMA**2)  # S, the exact posterior's
     to_mean = variance.unsqueeze(1) * weight.T / SIGMA**2  # (L, D)
     offset = -to_mean @ bias + encoder_error * variance.sqrt()
-    encoder = Linear(to_mean, offset, variance.log() + encoder_error)
-    decoder = Linear(weight, bias)
+    encoder = Linear(to_mean, offset, log_variance=variance.log() + encoder_error)
     knobs = LikelihoodConfig(kind="gaussian", variance="fixed", sigma=SIGMA)
     likelihood = build_likelihood(knobs, DataConfig(channels=1, dequantize=False))
     sizes = {"latent_channels": NUM_LATENTS, "stride": 1, "image_size": IMAGE_SIZE}
-    return LinearGaussian(VAE(encoder, decoder, likelihood, **sizes), weight, bias, encoder_error)
+    model = VAE(encoder, Linear(weight, bias), likelihood, **sizes)
+    noise = SIGMA**2 * torch.eye(NUM_DIMS, dtype=torch.float64)
+    marginal = MultivariateNormal(bias, weight @ weight.T + noise)
+    gap = NUM_LATENTS * 0.5 * (encoder_error**2 + math.expm1(encoder_error) - encoder_error)
+    return LinearGaussian(model, weight, bias, marginal, gap)
