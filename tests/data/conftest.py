@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vae_dist.config.errors import ConfigError
 from vae_dist.data import loader, sources
 from vae_dist.data.index import index_shard, load_index, write_info, write_sidecar
 from vae_dist.data.order import Order
@@ -39,6 +40,11 @@ def identities(images):
 def load(spec, *, create=False):
     spec = str(spec) if isinstance(spec, Path) else spec
     return load_index(spec, key="data.train", create=create)
+
+
+def refused(spec, message, *, create=False):
+    with pytest.raises(ConfigError, match=message):
+        load(spec, create=create)
 
 
 def written(folder, samples, num_shards=1):

@@ -23,8 +23,6 @@ from vae_dist.config.commands import CheckpointCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import decode_own, decode_sample, kind_of, size_of_sample
 from vae_dist.data.index import index_shard
-from vae_dist.data.loader import TrainingStream
-from vae_dist.data.order import Order
 from vae_dist.data.reader import SampleReader
 from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
 from vae_dist.data.transforms import ImageSettings
@@ -57,22 +55,15 @@ def test_damaged_bytes_have_a_named_outcome(shard, edits, keep):
         data[at : at + len(piece)] = piece[: len(data) - at]
     path = Path(index.paths[0])
     path.write_bytes(bytes(data[: int(keep * len(data))]))
-    reader, is_damaged = SampleReader(index, MARKED, seed=0), False
+    reader = SampleReader(index, MARKED, seed=0)
     for i, sample in enumerate(reader.read(reader.in_order(0, COUNT))):
         try:
             image = reader.load(sample, 0, i, epoch=0).image
         except (DamagedSampleError, ShardError) as error:
-            is_damaged = True  # another size is an error of the set: data.resolution
+            # another size is an error of the set: data.resolution
             assert isinstance(error, DamagedSampleError) or "pixels, but the first" in str(error)
         else:
             assert identities(image) == [(3, i)]  # a PNG has checksums
-    order = Order(index.lengths, lanes=4, window=4, seed=0)
-    try:
-        keys = {"batch_size": 4, "start_step": 0, "stop_step": 3}
-        for batch in TrainingStream(index, order, MARKED, **keys):
-            assert batch.groups[0].images.shape == (4, 1, 1, 3) and len(batch.skipped) <= 4
-    except ShardError:
-        assert is_damaged
     try:
         assert len(index_shard(path)) <= COUNT + 1  # a damaged header is an error, not the end
     except ConfigError as error:

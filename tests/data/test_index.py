@@ -14,8 +14,8 @@ import pytest
 import webdataset as wds
 from webdataset.tariterators import base_plus_ext
 
-from tests.data.conftest import LENGTHS, MARKED, load
-from vae_dist.config.errors import ConfigError
+from tests.data.conftest import LENGTHS, MARKED, load, marked_png, png, refused
+from tests.support.picture_sources import npy
 from vae_dist.data import index
 from vae_dist.data.index import Run, index_shard, write_index
 from vae_dist.data.reader import SampleReader, single_sample
@@ -27,6 +27,8 @@ from vae_dist.data.tar import (
     key_and_suffix,
     sample_starts,
 )
+from vae_dist.data.writer import write_shards
+from vae_dist.index import main
 
 NAMES = [f"set-{i:02d}.tar" for i in range(10)]
 
@@ -61,8 +63,7 @@ def test_wrong_specs_are_named(shards, tmp_path):
         ([], "names no shard"),
     ):
         spec = spec.format(shards=shards, empty=tmp_path) if isinstance(spec, str) else spec
-        with pytest.raises(ConfigError, match=message):
-            load(spec)
+        refused(spec, message)
 
 
 def write_tar(path, names, tar_format=tarfile.USTAR_FORMAT):
@@ -153,24 +154,35 @@ def test_what_a_header_says_is_compared_with_what_is_there(tmp_path):
             single_sample(data, "a.tar")
 
 
-def test_loading_makes_what_is_missing_and_then_reads_it(copied, monkeypatch):
-    (copied / "set-03.tar.idx").unlink()
-    with pytest.raises(ConfigError, match=r"set-03\.tar has no index; .*vae_dist\.index data="):
-        load(copied)
+def test_missing_sidecars_are_made_counted_and_read(copied, monkeypatch, capsys):
+    for sidecar in copied.glob("*.idx"):
+        sidecar.unlink()
+    refused(copied, r"set-00\.tar has no index; .*vae_dist\.index data=")
     with monkeypatch.context() as patch:
         refusal = Mock(side_effect=PermissionError(13, "Permission denied"))
         patch.setattr(index, "write_durably", refusal)
-        with pytest.raises(ConfigError, match=r"cannot be written .*Permission denied.*copy the s"):
-            load(copied, create=True)
-    after, again = load(copied, create=True), load(copied)
-    assert after.lengths.tolist() == list(LENGTHS) and after.fingerprint == again.fingerprint
-    sizes = sum(path.stat().st_size for path in copied.glob("*.tar"))
-    assert after.mean_sample_bytes == pytest.approx(sizes / sum(LENGTHS))
+        refused(copied, r"cannot be written .*Permission denied.*copy the s", create=True)
+    for now, before in ((10, 0), (0, 10)):
+        assert main([f"data={copied}"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].endswith("set-02.tar: samples=7 bytes=20480")
+        counts = f"indexed_now={now} indexed_before={before} damaged=0 samples={sum(LENGTHS)}"
+        assert lines[-1] == f"shards=10 {counts}"
     info = json.loads((copied / "_info.json").read_text())["splits"]["copy"]
     assert info["shard_lengths"] == list(LENGTHS) and info["num_samples"] == sum(LENGTHS)
     assert info["filenames"] == NAMES
-    whole, part = again.offsets([Run(5, 0, 45), Run(5, 10, 14)])
+    loaded, sizes = load(copied), [path.stat().st_size for path in copied.glob("*.tar")]
+    assert loaded.lengths.tolist() == list(LENGTHS)
+    assert loaded.mean_sample_bytes == sum(sizes) / sum(LENGTHS)
+    whole, part = loaded.offsets([Run(5, 0, 45), Run(5, 10, 14)])
     assert len(whole) == LENGTHS[5] + 1 and (part == whole[10:15]).all()
+    os.truncate(copied / "set-05.tar", 1024)
+    assert main([f"data={copied}", "overwrite=true"]) == 1
+    out, err = capsys.readouterr()
+    assert "set-05.tar: byte 1024: the tar ends without its end mark" in err
+    assert out.endswith("indexed_now=9 indexed_before=0 damaged=1 samples=77\n")
+    assert main(["data=nowhere"]) == 2
+    assert "data=nowhere: no such folder" in capsys.readouterr().err
 
 
 def test_what_a_folder_does_not_say_or_says_otherwise(folder, capsys):
@@ -181,8 +193,7 @@ def test_what_a_folder_does_not_say_or_says_otherwise(folder, capsys):
     load(folder)
     assert "compressed shards are left out (set-10.tar.gz)" in capsys.readouterr().err
     (folder / "set-03.tar").unlink()
-    with pytest.raises(ConfigError, match=r"1 of the 10 shards .* are missing: set-03\.tar; copy"):
-        paths(str(folder))
+    refused(folder, r"1 of the 10 shards .* are missing: set-03\.tar; copy")
     rest = paths(f"{folder}/*.tar")
     write_index(rest, overwrite=True)
     assert paths(str(folder)) == rest
@@ -191,17 +202,19 @@ def test_what_a_folder_does_not_say_or_says_otherwise(folder, capsys):
     assert info.read_text() == "theirs"
 
 
-def test_a_data_set_is_its_bytes(folder):
+def test_a_data_set_is_its_bytes_whose_digests_are_taken_anew_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "digests_of", taken := Mock(wraps=index.digests_of))
     whole, shard, info = load(folder).fingerprint, folder / "set-05.tar", folder / "_info.json"
-    os.utime(shard, (4e9, 4e9))  # younger than the index, but the same
-    assert load(folder).fingerprint == whole
+    os.utime(info, (1e9, 1e9))  # the shards are younger, but the same
+    for create, spec, count in ((True, shard, 1), (True, folder, 10), (False, folder, 0)):
+        load(spec, create=create)
+        assert len(taken.call_args.args[0]) == count
     data = bytearray(shard.read_bytes())
     data[int(index_shard(shard)[3]) + 600] ^= 1
     shard.write_bytes(data)
     os.utime(shard, (4e9, 4e9))
     assert load(folder, create=True).fingerprint != whole
     os.utime(shard, (1e9, 1e9))
-    os.utime(info, (2e9, 2e9))
     assert load(folder).fingerprint == whole, "the index is believed where it is younger"
     content = json.loads(info.read_text())
     del content["splits"]["train"]["shard_digests"]  # of an earlier version
@@ -209,15 +222,6 @@ def test_a_data_set_is_its_bytes(folder):
     without = load(folder).fingerprint
     (folder / "set-09.tar").unlink()
     assert len({whole, without, load(f"{folder}/*.tar").fingerprint}) == 3
-
-
-def test_digests_are_of_pieces_and_taken_anew_once(folder, tmp_path, monkeypatch):
-    taken = Mock(wraps=index.digests_of)
-    monkeypatch.setattr(index, "digests_of", taken)
-    os.utime(folder / "_info.json", (1e9, 1e9))
-    for create, shard, count in ((True, "set-05.tar", 1), (True, "", 10), (False, "", 0)):
-        load(folder / shard, create=create)
-        assert len(taken.call_args.args[0]) == count
     path, size = tmp_path / "large.tar", 2 * index.NUM_PIECES * index.PIECE_BYTES
     for at in (0, size - 1):
         path.write_bytes(bytes(size))
@@ -237,8 +241,7 @@ def test_damage_is_reported_with_its_byte(copied):
         (whole[:at] + bytes(512) + whole[at + 512 :], "a block of zeros where a header should be"),
     ):
         path.write_bytes(data)
-        with pytest.raises(ShardError, match=f"set-05.tar: byte {at}: {problem}"):
-            load(copied, create=True)
+        refused(copied, f"set-05.tar: byte {at}: {problem}", create=True)
     for mark in (512, 1024):  # end marks of one block and of two
         path.write_bytes(whole[: end + mark])
         assert index_shard(path)[-1] == end
@@ -249,12 +252,10 @@ def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copie
     whole, loaded = sidecar.read_bytes(), load(copied)
     for data in ((copied / "set-09.tar.idx").read_bytes(), whole[:-24], whole[:-3], b""):
         sidecar.write_bytes(data)
-        with pytest.raises(ShardError, match=misfit):
-            load(copied, create=True)
+        refused(copied, misfit, create=True)
     sidecar.write_bytes(whole)
     shutil.copy(copied / "set-03.tar", copied / "set-05.tar")
-    with pytest.raises(ShardError, match=misfit):
-        load(copied, create=True)
+    refused(copied, misfit, create=True)
     offsets = np.frombuffer(whole, "<u8").copy()
     for value in (0, 2**63 + 5, 2**64 - 1, index.MAX_SAMPLE_BYTES + 2**33):
         offsets[7] = value
@@ -262,3 +263,35 @@ def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copie
         for stop in (7, 9):
             with pytest.raises(ShardError, match=f"offsets 5 to {stop} are damaged"):
                 loaded.offsets([Run(5, 5, stop)])
+
+
+def test_verify_decodes_every_sample(tmp_path, capsys):
+    pixels, mask = np.zeros((3, 4), np.uint8), np.full((3, 4), 255, np.uint8)
+    samples = [
+        {"__key__": "a", "png": png(pixels), "mask.png": png(mask), "cls": b"cat"},
+        {"__key__": "b", "npy": npy(np.full((3, 4), np.nan, np.float32))},
+        {"__key__": "c", "png": marked_png(0, 1), "depth.png": png(pixels)},
+    ]
+
+    def verified(folder, *keys):
+        code = main([f"data={tmp_path / folder}", "verify=true", *keys])
+        return code, *capsys.readouterr()
+
+    write_shards(samples, tmp_path / "whole", num_shards=1)
+    code, out, err = verified("whole")
+    assert (code, "damaged" in err) == (0, False)
+    assert "sizes HxW: 3x4 (2), 1x3 (1); 2 different" in out
+    assert "channels: 1 (3)" in out and out.endswith("damaged=0 samples=3\n")
+    for kind in ("member", "nan"):
+        assert f"incomplete: 1 samples, which data.mask={kind} reads" in out
+    samples[0]["mask.png"], samples[1]["npy"] = png(mask[:2]), b"no picture\x1b[2J"
+    samples[2]["features.safetensors"] = b""
+    write_shards(samples, tmp_path / "damaged", num_shards=2)
+    code, out, err = verified("damaged")
+    assert "shard-000000.tar sample 0: its mask is 2 x 4 pixels, but the image 3 x 4" in err
+    assert "shard-000001.tar sample 0: " in err and "\x1b" not in err
+    assert "no features in .features.safetensors" in err
+    assert code == 1 and out.endswith("damaged=2 samples=3\n")
+    code, out, err = verified("whole", "image_key=depth.png")
+    assert code == 1 and "sizes HxW: 3x4 (1); 1 different" in out
+    assert "this one has no .depth.png" in err
