@@ -102,8 +102,14 @@ def damaged(generator, whole):
     return bytes(data)
 
 
-def peak_megabytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def fuzz(name, whole, read, *, count):
+    """Read the whole, then damaged ones: each is read, or refused by our own errors."""
+    generator, before = random.Random(name), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read(whole)
+    for _ in range(count):
+        with contextlib.suppress(ConfigError, DamagedSampleError):
+            read(damaged(generator, whole))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kilobytes"
 
 
 @pytest.mark.slow
@@ -112,17 +118,12 @@ def peak_megabytes():
 def test_damaged_pictures(name, caplog):
     """A size that is read is kept to; what is accepted, others do not refuse."""
     caplog.set_level(logging.CRITICAL)  # tifffile tells of what it cannot read
-    generator, before = random.Random(name), peak_megabytes()
-    for number in range(301):
-        data = damaged(generator, PICTURES[name]) if number else PICTURES[name]
+
+    def read(data):
         with contextlib.suppress(DamagedSampleError):
             decode_own(name, data, max_pixels=10**5)
-        try:
-            height, width = size_of_sample({name: data}, max_pixels=10**5)
-            pixels = decode_sample({name: data}, ImageSettings(3, (0, 0), False, 10**5))
-        except DamagedSampleError:
-            assert number > 0
-            continue
+        height, width = size_of_sample({name: data}, max_pixels=10**5)
+        pixels = decode_sample({name: data}, ImageSettings(3, (0, 0), False, 10**5))
         assert pixels.dtype == np.uint8 and pixels.shape == (3, height, width)
         assert height * width <= 10**5
         if (kind := kind_of(data)) == "npy":
@@ -130,17 +131,15 @@ def test_damaged_pictures(name, caplog):
         elif kind != "tif":  # of which Pillow refuses whole ones
             Image.open(io.BytesIO(data)).convert("RGB")
         assert kind != "png" or (pixels == PLANES).all()  # it has checksums
-    assert peak_megabytes() - before < 300
+
+    fuzz(name, PICTURES[name], read, count=300)
 
 
 @pytest.mark.slow
 def test_damaged_shards_indexes_latents_and_configs(tmp_path, spatial_run):
-    """Whatever their bytes are, each reader reads, or refuses by our own errors."""
-    shard, before = Path(one_shard(tmp_path)[0].paths[0]), peak_megabytes()
-    run = Path(shutil.copytree(spatial_run, tmp_path / "run"))
+    shard, run = Path(one_shard(tmp_path)[0].paths[0]), tmp_path / "run"
+    shutil.copytree(spatial_run, run)
     manifest = sorted(run.glob("checkpoints/step_*/manifest.json"))[-1]
-    latents = to_bytes({"mean": torch.zeros(4, 2, 2)}, (8, 8))
-    (stored := tmp_path / "latents").write_bytes(latents)
 
     def load_shards():
         index = load(shard.parent)
@@ -162,13 +161,13 @@ def test_damaged_shards_indexes_latents_and_configs(tmp_path, spatial_run):
         (run / "config.yaml", load_run, 30),
         (manifest, load_run, 30),
         (manifest.with_name("ema.safetensors"), load_run, 30),
-        (stored, lambda: from_bytes(stored.read_bytes()), 300),
     ):
-        generator, whole = random.Random(path.name), path.read_bytes()
-        for _ in range(count):
-            path.write_bytes(damaged(generator, whole))
-            with contextlib.suppress(ConfigError, DamagedSampleError):
-                read()
+
+        def write_and_read(data, path=path, read=read):
+            path.write_bytes(data)
+            read()
+
+        fuzz(path.name, whole := path.read_bytes(), write_and_read, count=count)
         path.write_bytes(whole)
-        read()
-    assert peak_megabytes() - before < 500
+    latents = to_bytes({"mean": torch.zeros(4, 2, 2)}, (8, 8))
+    fuzz("latents", latents, from_bytes, count=300)

@@ -20,13 +20,7 @@ from vae_dist.data import index
 from vae_dist.data.index import Run, index_shard, write_index
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.shards import locate
-from vae_dist.data.tar import (
-    DamagedSampleError,
-    ShardError,
-    files_of_tar,
-    key_and_suffix,
-    sample_starts,
-)
+from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar, key_and_suffix
 from vae_dist.data.writer import write_shards
 from vae_dist.index import main
 
@@ -110,7 +104,7 @@ def test_samples_and_metadata_are_what_webdataset_says(tmp_path):
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
 def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path, tar_format):
     write_tar(path := tmp_path / "a.tar", ["a.png", "a.cls", "b.png", "b.cls"], tar_format)
-    (first, second), end = sample_starts(str(path))
+    first, second, end = index_shard(path).tolist()
     for sample in (path.read_bytes()[first:second], path.read_bytes()[second:end]):
         assert single_sample(sample, "a.tar").keys() == {"__key__", "__url__", "png", "cls"}
         for at in range(0, len(sample), 512):
