@@ -1,13 +1,13 @@
 """Small shards whose images say who they are: pixels (shard, index // 256, index % 256)."""
 
-import io
 import shutil
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.support.picture_sources import encoded as png
 from vae_dist.config.errors import ConfigError
 from vae_dist.data import loader, sources
 from vae_dist.data.index import index_shard, load_index, write_info, write_sidecar
@@ -19,13 +19,6 @@ LENGTHS = (0, 1, 7, 30, 2, 45, 19, 5, 1, 12)
 BATCH, WINDOW, SEED = 8, 4, 5
 STEPS = 3 * sum(LENGTHS) // BATCH + 1  # three epochs and a little
 MARKED = ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=100)
-
-Step = list[tuple[int, int]]
-
-
-def png(pixels):
-    Image.fromarray(pixels).save(data := io.BytesIO(), "PNG")
-    return data.getvalue()
 
 
 def marked_png(shard, index):
@@ -114,13 +107,8 @@ class InterleavedPool:
 
     def __iter__(self):
         count = max(1, self.num_workers)
-        turns = [self.work(worker, count) for worker in range(count)]
-        while turns:
-            for turn in list(turns):
-                try:
-                    yield next(turn)
-                except StopIteration:
-                    turns.remove(turn)
+        for parts in zip_longest(*(self.work(worker, count) for worker in range(count))):
+            yield from (part for part in parts if part is not None)
 
 
 @pytest.fixture

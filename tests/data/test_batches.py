@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import damage, load, png, written
+from tests.data.conftest import damage, load, written
 from tests.support.picture_sources import encoded
 from vae_dist.config.schema import DataConfig
 from vae_dist.data import reader as reader_module
@@ -26,7 +26,7 @@ from vae_dist.data.transforms import ImageSettings
 
 BATCH, SIZE = 4, (8, 6)
 KINDS = ("jpg", "large jpg", "grey jpg", "png", "masked", "no image", "cut jpg", "bad label")
-LOST = ("no image", "cut jpg")  # without classes a label that cannot be read is none
+LOST = {"no image", "cut jpg"}  # without classes a label that cannot be read is none
 
 
 def sample_of(kind, number):
@@ -35,17 +35,16 @@ def sample_of(kind, number):
     image = random.integers(0, 256, (height, width, 3), np.uint8)
     suffix = "png" if kind in ("png", "masked") else "jpg"
     image = image[:, :, 0] if kind == "grey jpg" else image
-    data = png(image) if suffix == "png" else encoded(image, "JPEG", quality=90)
+    data = encoded(image) if suffix == "png" else encoded(image, "JPEG", quality=90)
     data = {"no image": b"none", "cut jpg": data[:-40]}.get(kind, data)
-    label = "four" if kind == "bad label" else str(number)
-    mask = png(random.integers(0, 2, (height, width), np.uint8) * 255)
-    return {suffix: data, "cls": label.encode(), **({"mask.png": mask} if kind == "masked" else {})}
+    sample = {suffix: data, "cls": b"four" if kind == "bad label" else b"%d" % number}
+    mask = encoded(random.integers(0, 2, (height, width), np.uint8) * 255)
+    return {**sample, "mask.png": mask} if kind == "masked" else sample
 
 
 def shown(index, images, order, *, world=1, **kwargs):
     """Images, labels and masks of the global batches, and what they say of damage."""
-    skipped = Counter()
-    ranks = []
+    skipped, ranks = Counter(), []
     for rank in range(world):
         keys = {"batch_size": BATCH, "rank": rank, "world": world, **kwargs}
         stream, mine = TrainingStream(index, order, images, **keys), []
@@ -60,7 +59,12 @@ def shown(index, images, order, *, world=1, **kwargs):
     return [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps], skipped
 
 
-def check(draw, *, world, workers):
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("most_workers", [0, pytest.param(3, marks=pytest.mark.slow)])
+@given(data=st.data())
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_batches_do_not_depend_on_cache_world_and_loader_processes(most_workers, data):
+    draw = data.draw
     kinds = draw(st.lists(st.sampled_from(KINDS), min_size=BATCH, max_size=14))
     kinds.append("jpg")  # which can replace what is lost
     start, stop = draw(st.integers(0, 3)), 3 * len(kinds) // BATCH + 2
@@ -71,68 +75,43 @@ def check(draw, *, world, workers):
         images = ImageSettings(3, SIZE, True, 2**16, flip=draw(st.booleans()), mask=mask)
         window, seed = draw(st.integers(1, 5)), draw(st.integers(0, 99))
         order = Order(index.lengths, lanes=BATCH, window=window, seed=seed)
-        steps = {"start_step": start, "stop_step": stop}
-        want, skipped = shown(index, images, order, **steps)
-        layout = {"world": world, "workers": workers}
-        layout["cache_bytes"] = draw(st.sampled_from([0, 3000, 2**20]))
-        found, damaged = shown(index, images, order, **steps, **layout)
-    assert len(found) == len(want) and damaged == skipped
+        keys = {"start_step": start, "stop_step": stop}
+        want, skipped = shown(index, images, order, **keys)
+        keys["cache_bytes"] = draw(st.sampled_from([0, 3000, 2**20]))
+        keys["world"] = draw(st.sampled_from([1, 2, 4]))
+        keys["workers"] = draw(st.integers(min(1, most_workers), most_workers))
+        found, damaged = shown(index, images, order, **keys)
+    assert len(found) == stop - start and damaged == skipped
     for mine, theirs in zip(found, want, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
-    if start == 0:
-        refused = LOST if mask == "member" else (*LOST, "masked")
-        lost, epochs = sum(kind in refused for kind in kinds), stop * BATCH // len(kinds)
-        assert epochs * lost <= skipped.total() <= (epochs + 1) * lost
-
-
-@given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_batches_do_not_depend_on_cache_and_world(data):
-    check(data.draw, world=data.draw(st.sampled_from([1, 2, 4])), workers=0)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@given(data=st.data())
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_nor_on_loader_processes(data):
-    world, workers = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
-    check(data.draw, world=world, workers=workers)
-
-
-NUM = 12
-CACHED = ImageSettings(3, SIZE, True, 2**16, flip=True)
+    refused = LOST if mask == "member" else {*LOST, "masked"}
+    assert bool(skipped) == bool(refused.intersection(kinds))
 
 
 def test_each_image_is_decoded_and_read_once(tmp_path, monkeypatch):
-    kinds = ["no image" if number == 5 else "large jpg" for number in range(NUM)]
+    kinds = ["no image" if number == 5 else "large jpg" for number in range(12)]
     index = written(tmp_path / "set", [sample_of(kind, n) for n, kind in enumerate(kinds)], 2)
-    decoded = Mock(wraps=reader_module.decode_sample)
-    read = Mock(wraps=SampleReader.read_many)
+    order = Order(index.lengths, lanes=BATCH, window=2, seed=3)
+    images, num_read = ImageSettings(3, SIZE, True, 2**16, flip=True), []
+    decoded, read = Mock(wraps=reader_module.decode_sample), Mock(wraps=SampleReader.read_many)
     monkeypatch.setattr(reader_module, "decode_sample", decoded)
     monkeypatch.setattr(SampleReader, "read_many", lambda self, parts: read(self, parts))
-
-    def num_read(epochs):
+    for epochs in (3, 6):
+        keys = {"start_step": 0, "stop_step": epochs * 12 // BATCH, "cache_bytes": 2**20}
+        shown(index, images, order, **keys)
+        found = [call.args[0]["__key__"] for call in decoded.call_args_list]
+        # what replaces a lost sample is decoded as such, too
+        assert 11 <= len([key for key in found if key != "0005"]) <= 14
+        num_read.append(sum(len(call.args[1]) for call in read.call_args_list))
+        decoded.reset_mock()
         read.reset_mock()
-        order = Order(index.lengths, lanes=BATCH, window=2, seed=3)
-        steps = {"start_step": 0, "stop_step": epochs * NUM // BATCH}
-        keys = {"batch_size": BATCH, "cache_bytes": 2**20, **steps}
-        assert len(list(TrainingStream(index, order, CACHED, **keys))) == steps["stop_step"]
-        return sum(len(call.args[1]) for call in read.call_args_list)
-
-    of_three = num_read(epochs=3)
-    keys = [call.args[0]["__key__"] for call in decoded.call_args_list]
-    # what replaces a lost sample is decoded as such, too
-    assert NUM - 1 <= len([key for key in keys if key != "0005"]) <= NUM + 2
     # after an epoch only the window of the damaged sample is read again
-    assert num_read(epochs=6) <= of_three + 3 * 2
+    assert num_read[1] <= num_read[0] + 3 * 2
 
 
 RESOLUTION = {"area": 256, "multiple": 4, "max_aspect": 2.0}
 SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), (17, 20)]
 COUNT, SLOTS, PER_SLOT = 90, 8, 2
-STEPS = 2 * COUNT // (SLOTS * PER_SLOT) + 3
-IN_ORDER = [i for shard in range(3) for i in range(shard, COUNT, 3)]  # as the shards hold them
 
 
 @given(area=st.integers(1, 5000), multiple=st.integers(1, 40), max_aspect=st.floats(1, 6))
@@ -165,30 +144,20 @@ def test_images_of_one_aspect_go_together():
     assert len(orders) == 4, "neighbours vary"
 
 
-def colours():
-    """Images of one colour, which is their number."""
-    for i in range(COUNT):
-        pixels = np.full((*SHAPES[i % len(SHAPES)], 3), (i, i // 2, 7), np.uint8)
-        yield {"png": png(pixels), "cls": str(i).encode()}
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("buckets") / "s", colours(), 3)
-
-
-def bucketed(index):
-    data = DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6)
-    return image_settings(index, data)
-
-
-def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(tmp_path):
-    paths, lost = written(tmp_path / "s", colours(), 3).paths, {3, 40, 41}
+def test_a_slot_has_one_of_the_buckets_and_in_an_evaluation_each_image_its_own(
+    tmp_path, one_process
+):
+    """Images of one colour, their number; what replaces a lost one has the size of its slot."""
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(COUNT)]
+    colours = [np.full((*shape, 3), (i, i // 2, 7), np.uint8) for i, shape in enumerate(shapes)]
+    samples = [{"png": encoded(image), "cls": b"%d" % i} for i, image in enumerate(colours)]
+    paths, lost = written(tmp_path / "s", samples, 3).paths, {3, 40, 41}
     for number in lost:
         damage(paths[number % 3], number // 3, header=number == 40)
-    images, shown = bucketed(index := load(tmp_path / "s")), []
+    data = DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6)
+    images, shown = image_settings(index := load(tmp_path / "s"), data), []
     order = Order(index.lengths, lanes=SLOTS, window=8, seed=3, slot_rows=PER_SLOT)
-    keys = {"batch_size": SLOTS * PER_SLOT, "slots": SLOTS, "start_step": 0, "stop_step": STEPS}
+    keys = {"batch_size": SLOTS * PER_SLOT, "slots": SLOTS, "start_step": 0, "stop_step": 14}
     for batch in TrainingStream(index, order, images, **keys):
         for group in batch.groups:
             numbers = group.images[:, 0, 0, 0]
@@ -198,19 +167,17 @@ def test_a_slot_has_one_of_the_buckets_and_what_replaces_a_lost_sample_its_size(
             shown += [(size, number) for number in numbers.tolist()]
     assert {size for size, _ in shown} == set(images.buckets)
     assert {number for _, number in shown} == {*range(COUNT)} - lost
-    distance = [abs(aspect(size) - aspect(SHAPES[n % len(SHAPES)])) for size, n in shown]
-    assert np.median(distance) < 0.25
+    assert np.median([abs(aspect(size) - aspect(shapes[n])) for size, n in shown]) < 0.25
 
-
-def test_evaluation_shows_each_image_once_at_its_own_bucket(index, one_process):
-    images, seen = bucketed(index).without_augmentation(), {}
+    in_order, seen = [i for shard in range(3) for i in range(shard, COUNT, 3)], {}
     for rank in range(2):
         stream = EvaluationStream(index, images, batch_size=16, rank=rank, world=2, workers=2)
         batches = list(stream)
         assert sum(batch.is_first for batch in batches) == len(stream)
         for batch in batches:
             for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
-                assert int(image[0, 0, 0]) == IN_ORDER[sample] and sample not in seen
-                seen[sample] = (image.shape[1], image.shape[2])
-    own = [nearest(images.buckets, aspect(SHAPES[n % len(SHAPES)])) for n in IN_ORDER]
-    assert seen == dict(enumerate(own))
+                number = int(image[0, 0, 0])
+                assert number == in_order[sample] and number not in seen
+                seen[number] = tuple(image.shape[1:])
+    own = {number: nearest(images.buckets, aspect(shape)) for number, shape in enumerate(shapes)}
+    assert seen == {number: size for number, size in own.items() if number not in lost}

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from tests.support.picture_sources import encoded, jpeg_with, npy, tiff
-from vae_dist.data.decode import decode_own, decode_sample, size_of_sample
+from vae_dist.data.decode import decode_sample, size_of_sample
 from vae_dist.data.tar import DamagedSampleError
 from vae_dist.data.transforms import ImageSettings, fit
 
@@ -82,29 +82,15 @@ def test_lossless_files_are_read_exactly(kind):
 
 
 def test_channels_become_what_is_asked():
-    for data, suffix, bits in (
-        (encoded(GREY), "png", 8),
-        (npy(GREY), "npy", 8),
-        (png_by_hand(DEEP[:, :, :1]), "png", 16),
-    ):
-        grey = decode(data, suffix, bits=bits)
-        np.testing.assert_array_equal(
-            decode(data, suffix, channels=3, bits=bits), np.repeat(grey, 3, 0)
-        )
+    for data, bits in ((encoded(GREY), 8), (npy(GREY), 8), (png_by_hand(DEEP[:, :, :1]), 16)):
+        one, three = (decode(data, channels=channels, bits=bits) for channels in (1, 3))
+        np.testing.assert_array_equal(three, np.repeat(one, 3, 0))
     np.testing.assert_allclose(decode(encoded(COLOUR))[0], COLOUR @ [0.299, 0.587, 0.114], atol=1)
     for mode in ("1", "P", "LA", "RGBA", "CMYK"):
-        image_format = "JPEG" if mode == "CMYK" else "PNG"
-        data = encoded(Image.fromarray(COLOUR).convert(mode), image_format)
-        assert decode(data, channels=3).shape == (3, 5, 7)
+        image, image_format = Image.fromarray(COLOUR), "JPEG" if mode == "CMYK" else "PNG"
+        assert decode(encoded(image.convert(mode), image_format), channels=3).shape == (3, 5, 7)
     opaque = encoded(Image.fromarray(COLOUR).convert("RGBA"))
     np.testing.assert_array_equal(decode(opaque, channels=3), PLANES)
-    deep = np.dstack([DEEP[:, :, :3], np.full((5, 7), 65535, np.uint16)])
-    got = decode(png_by_hand(deep), channels=3, bits=16)
-    np.testing.assert_array_equal(got, DEEP[:, :, :3].transpose(2, 0, 1))
-    for mode, image_format, channels in product(("L", "RGB"), ("PNG", "JPEG", "WEBP"), (2, 4)):
-        data = encoded(Image.fromarray(COLOUR).convert(mode), image_format)
-        with pytest.raises(DamagedSampleError, match="no alpha channel, which"):
-            decode(data, channels=channels)
 
 
 @pytest.mark.parametrize("background", ["white", "black"])
@@ -124,24 +110,21 @@ def test_transparent_pixels_lie_on_the_background(background):
 
 def test_a_jpeg_that_is_made_small_may_be_decoded_at_a_part_of_its_size():
     """Which divides it, and leaves twice the pixels that are wanted: 40 dB."""
+    noise = np.random.default_rng(4).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    settings = ImageSettings(3, (32, 32), True, 10**6)
     for size, decoded in (
         ((512, 768), (64, 96)),
         ((320, 480), (80, 120)),  # 1/8 would leave 40 rows
         ((257, 257), (257, 257)),  # no scale divides both
         ((514, 514), (257, 257)),
-        ((127, 150), (127, 150)),
     ):
-        noise = np.random.default_rng(4).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         picture = Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC)
-        data = encoded(picture, "JPEG", quality=95)
-        small, full = (
-            decode(data, "jpg", channels=3, max_pixels=10**6, at_least=at_least)
-            for at_least in ((32, 32), None)
-        )
+        sample = {"jpg": encoded(picture, "JPEG", quality=95)}
+        full = decode_sample(sample, settings)
+        small = decode_sample(sample, settings, at_least=(32, 32))
         assert small.shape[1:] == decoded and full.shape[1:] == size
-        by_pillow = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+        by_pillow = np.asarray(Image.open(io.BytesIO(sample["jpg"]))).transpose(2, 0, 1)
         np.testing.assert_allclose(full, by_pillow, atol=2)
-        settings = ImageSettings(3, (32, 32), True, 10**6)
         small, full = (fit(x, settings, (32, 32), None) for x in (small, full))
         assert np.square(small.astype(float) - full).mean() < 255**2 / 1e4
 
@@ -151,7 +134,6 @@ def test_damaged_pixels_of_a_jpeg_are_refused():
     image = np.add.outer(3 * np.arange(32), np.arange(48)).astype(np.uint8)
     for options in ({}, {"progressive": True}, {"restart_marker_blocks": 2}):
         whole = encoded(image, "JPEG", **options)
-        right = decode(whole, "jpg")
         for at in range(whole.index(b"\xff\xda") + 12, len(whole) - 2, 5):
             data = whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :]
             try:
@@ -163,7 +145,6 @@ def test_damaged_pixels_of_a_jpeg_are_refused():
         for data in (whole[:-40], whole[:-2]):
             with pytest.raises(DamagedSampleError, match=r"Premature end|truncated"):
                 decode(data, "jpg")
-        assert (decode(whole + b"abc", "jpg") == right).all()
     cmyk = encoded(Image.fromarray(image).convert("CMYK"), "JPEG")
     for at in (-60, -40):  # which Pillow reads without a word
         data = cmyk[:at] + b"\xff\xd9"
@@ -228,95 +209,79 @@ def test_what_the_values_of_a_tiff_mean():
         np.testing.assert_array_equal(got[0], shades * (255 // ((1 << bits) - 1)))
     by_jpeg = tiff(np.full((16, 16, 3), (200, 30, 60), np.uint8), compression="jpeg")
     np.testing.assert_allclose(decode(by_jpeg, "tif", channels=3)[:, 0, 0], (200, 30, 60), atol=2)
-    refused = {
-        "PALETTE": tiff(GREY, photometric="palette", colormap=np.zeros((3, 256), np.uint16)),
-        "SEPARATED": tiff(np.dstack([COLOUR, GREY]), photometric="separated"),
-        "YCBCR": tiff(COLOUR, photometric="ycbcr"),
-        "CIELAB": tiff(COLOUR, photometric="cielab"),
-        "MINISWHITE": tiff(FLOATS[0], photometric="miniswhite"),
-    }
-    for name, data in refused.items():
-        with pytest.raises(DamagedSampleError, match=f"PhotometricInterpretation {name}"):
-            decode_own("tif", data, max_pixels=1000)
 
 
-def test_a_tiff_is_judged_by_its_headers(monkeypatch):
-    """Many pages of few bytes, and the size of a bucket: no pixel is unpacked for either."""
-    bomb = tiff(np.zeros((50, 64, 64), np.uint8), photometric="minisblack", compression="zlib")
-    five = tiff(np.zeros((5, 8, 9), np.uint8), photometric="minisblack")
+def endless(tiff):
+    """Its page is followed by itself."""
+    at = int.from_bytes(tiff[4:8], "little")
+    at += 2 + 12 * int.from_bytes(tiff[at : at + 2], "little")
+    return tiff[:at] + tiff[4:8] + tiff[at + 4 :]
+
+
+OWN = {"channels": 0, "bits": 0}
+TINY = encoded(np.zeros((4, 4), np.uint8))
+NINES = np.full((20, 20, 1), 9, np.uint8)
+PROGRESSIVE = encoded(SMOOTH, "JPEG", progressive=True)
+SCAN = PROGRESSIVE[PROGRESSIVE.rindex(b"\xff\xda") : -2]
+PAGES = tiff(np.zeros((50, 64, 64), np.uint8), photometric="minisblack", compression="zlib")
+PALETTE = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
+
+
+def test_what_must_not_be_decoded_is_refused(monkeypatch):
+    """A TIFF by its headers: they may claim any number of pixels, and none is unpacked."""
     monkeypatch.setattr(tifffile.TiffPage, "asarray", None)
-    with pytest.raises(DamagedSampleError, match=r"4 channels, but data\.channels=3"):
-        decode(bomb, "tif", channels=3)
-    with pytest.raises(DamagedSampleError, match="more than 9 channels of this size"):
-        decode_own("tif", bomb, max_pixels=10_000)
-    assert size_of_sample({"tif": five}, max_pixels=72) == (8, 9)
-    with pytest.raises(DamagedSampleError, match="9 x 8 pixels are more"):
-        size_of_sample({"tif": five}, max_pixels=71)
-
-
-def test_what_must_not_be_decoded_is_refused():
-    for files, bits, reason in (
-        ({"png": encoded(GREY)[:60]}, 8, "damaged PNG|no readable PNG"),
-        ({"png": b"not an image"}, 8, "no readable PNG"),
-        ({"png": b""}, 8, "an empty file"),
-        ({"jpg": encoded(SMOOTH, "JPEG")[:400]}, 8, "JPEG"),
-        ({"jpg": b"<!DOCTYPE html><html>"}, 8, "a web page, no image"),
-        ({"png": b"version https://git-lfs.github.com/spec/v1"}, 8, "a Git LFS pointer, no image"),
-        ({"jpg": b"\0\0\0\x1cftypheic\0\0\0\0"}, 8, "HEIC, which is not decoded"),
-        ({"png": encoded(GREY.astype(np.uint16) * 257)}, 8, "a .png of uint16, but data.bits=8"),
-        ({"png": png_by_hand(DEEP)}, 32, "data.bits=32 reads float32"),
-        ({"png": png_by_hand(DEEP)[:80]}, 16, "damaged PNG"),
-        ({"png": png_by_hand(DEEP)}, 16, r"transparent pixels; set data\.background=white"),
-        ({"png": encoded(GREY)}, 16, "of uint8, but data.bits=16 reads uint16"),
-        ({"png": encoded(CLEAR)}, 8, "transparent pixels; set data.background=white"),
-        ({"png": encoded(GREY, transparency=int(GREY[0, 0]))}, 8, "transparent"),
-        ({"png": encoded(np.zeros((101, 100), np.uint8))}, 8, "data.max_pixels=10000"),
-        ({"npy": npy(np.array([[print]], object))}, 8, "a .npy of object"),
-        ({"npy": npy(GREY.astype(np.float32))}, 8, ".npy of float32, but data.bits=8"),
-        ({"npy": npy(GREY)[:-1]}, 8, "the .npy is cut off"),
-        ({"npy": npy_header((10**6, 10**6))}, 8, "data.max_pixels=10000"),
-        ({"npy": npy_header((10**12, 1, 1))}, 8, "the .npy is cut off"),
-        ({"npy": npy(GREY)[:9]}, 8, "damaged npy"),
-        ({"npy": npy(PLANES)}, 8, "3 channels, but data.channels=1"),
-        ({"npy": npy(GREY[0])}, 8, r".npy of shape \(7,\)"),
+    for files, asked, reason in (
+        ({"png": b"not an image"}, {}, "no readable PNG"),
+        ({"png": b""}, {}, "an empty file"),
+        ({"jpg": encoded(SMOOTH, "JPEG")[:400]}, {}, "JPEG"),
+        ({"jpg": b"<!DOCTYPE html><html>"}, {}, "a web page, no image"),
+        ({"png": b"version https://git-lfs.github.com/spec/v1"}, {}, "a Git LFS pointer, no image"),
+        ({"jpg": b"\0\0\0\x1cftypheic\0\0\0\0"}, {}, "HEIC, which is not decoded"),
+        ({"pyd": b"cos\nsystem\n(S'x'\ntR."}, {}, "no .png"),
+        ({"png": TINY}, {"image_key": "npy"}, r"no \.npy"),
+        ({"a.png": b"", "b.png": b""}, {}, "this one has a.png, b.png"),
+        ({"png": TINY, "jpg": TINY}, {}, r"choose with data\.image_key=png"),
+        ({"png": encoded(GREY.astype(np.uint16) * 257)}, {}, "a .png of uint16, but data.bits=8"),
+        ({"png": png_by_hand(DEEP)}, {"bits": 32}, "data.bits=32 reads float32"),
+        ({"png": TINY}, {"bits": 16}, "of uint8, but data.bits=16 reads uint16"),
+        ({"png": encoded(CLEAR)}, {}, r"transparent pixels; set data\.background=white"),
+        ({"png": encoded(GREY, transparency=int(GREY[0, 0]))}, {}, "transparent"),
+        ({"png": encoded(COLOUR)}, {"channels": 4}, "no alpha channel, which"),
+        ({"jpg": encoded(GREY, "JPEG")}, {"channels": 2}, "no alpha channel, which"),
+        ({"png": encoded(np.zeros((101, 100), np.uint8))}, {}, "data.max_pixels=10000"),
+        ({"png": png_by_hand(NINES[:19], height=20)}, {}, "its pixels end early"),
+        ({"png": png_by_hand(NINES[:9], height=20, interlaced=1)}, {}, "damaged PNG"),
+        ({"jpg": PROGRESSIVE[:-2] + 200 * SCAN + b"\xff\xd9"}, {}, "more than 100 scans"),
+        ({"npy": npy(np.array([[print]], object))}, {}, "a .npy of object"),
+        ({"npy": npy(GREY.astype(np.float32))}, {}, ".npy of float32, but data.bits=8"),
+        ({"npy": npy(GREY)[:-1]}, {}, "the .npy is cut off"),
+        ({"npy": npy_header((10**6, 10**6))}, {}, "data.max_pixels=10000"),
+        ({"npy": npy_header((10**12, 1, 1))}, {}, "the .npy is cut off"),
+        ({"npy": npy_header((True, 5)) + bytes(5)}, {}, r"of shape \(True, 5\)"),
+        ({"npy": npy(GREY)[:9]}, {}, "damaged npy"),
+        ({"npy": npy(PLANES)}, {}, "3 channels, but data.channels=1"),
+        ({"npy": npy(GREY[0])}, {}, r".npy of shape \(7,\)"),
         *(
-            ({"npy": npy(np.full((5, 7), value, np.float32))}, 32, r"float images lie in \[-1, 1\]")
-            for value in (1.5, -1.001, np.nan, np.inf)
+            ({"npy": npy(np.full((4, 4), value, np.float32))}, {"bits": 32, "mask": mask}, "lie in")
+            for value, mask in ((1.1, "none"), (-1.1, "none"), (np.nan, "none"), (np.inf, "nan"))
         ),
-        ({"tif": tiff(GREY.astype(np.uint16))}, 8, "a .tif of uint16, but data.bits=8 reads uint8"),
-        ({"tif": tiff(GREY)[:40]}, 8, "damaged tif"),
-        ({"pyd": b"cos\nsystem\n(S'x'\ntR."}, 8, "no .png"),
-        ({"a.png": b"", "b.png": b""}, 8, "this one has a.png, b.png"),
+        ({"png": TINY}, {"mask": "nan"}, "a .png holds no NaN"),
+        ({"png": TINY, "mask.png": encoded(GREY)}, {"mask": "member"}, "5 x 7 .* 4 x 4"),
+        ({"png": TINY, "mask.png": b"no png"}, {"mask": "member"}, "readable PNG"),
+        ({"png": TINY, "mask.png": b""}, {}, "set data.mask=member"),
+        ({"tif": PAGES}, {"channels": 3}, r"4 channels, but data\.channels=3"),
+        ({"tif": PAGES}, OWN, "more than 9 channels of this size"),
+        ({"tif": tiff(GREY)[:40]}, {}, "damaged tif"),
+        ({"tif": tiff(GREY)[:-1]}, {}, "it is cut off"),
+        ({"tif": endless(tiff(GREY))}, {**OWN, "max_pixels": 10**6}, "more than 1000 channels"),
+        ({"tif": tiff(GREY, **PALETTE)}, OWN, "PhotometricInterpretation PALETTE"),
+        ({"tif": tiff(np.dstack([COLOUR, GREY]), photometric="separated")}, OWN, "SEPARATED"),
+        ({"tif": tiff(COLOUR, photometric="ycbcr")}, OWN, "YCBCR"),
+        ({"tif": tiff(COLOUR, photometric="cielab")}, OWN, "CIELAB"),
+        ({"tif": tiff(FLOATS[0], photometric="miniswhite")}, OWN, "MINISWHITE"),
     ):
         with pytest.raises(DamagedSampleError, match=reason):
-            decode_sample(files, channels=1, max_pixels=10_000, bits=bits)
-
-
-def bare_tiff(height, width, following):
-    """An uncompressed page of a grey TIFF, by hand; `following`: where the next page is."""
-    sizes = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: height}
-    sizes[279] = height * width
-    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sizes.items())
-    head = b"II*\0" + struct.pack("<IH", 8, len(sizes)) + tags + struct.pack("<I", following)
-    return head.ljust(200, b"\0") + bytes(100)
-
-
-def test_what_promises_more_than_it_holds_is_refused():
-    nines = np.full((20, 20, 1), 9, np.uint8)
-    progressive = encoded(SMOOTH, "JPEG", progressive=True)
-    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
-    bombs = {
-        "its pixels end early": ("png", png_by_hand(nines[:19], height=20)),
-        "damaged PNG": ("png", png_by_hand(nines[:9], height=20, interlaced=1)),
-        "more than 100 scans": ("jpg", progressive[:-2] + 200 * scan + b"\xff\xd9"),
-        "more than 1000 channels": ("tif", bare_tiff(2, 2, following=8)),  # a ring of pages
-        "it is cut off": ("tif", bare_tiff(200, 200, following=0)),
-        r"of shape \(True, 5\)": ("npy", npy_header((True, 5)) + bytes(5)),
-    }
-    assert decode_own("tif", bare_tiff(9, 9, 0), max_pixels=99).shape == (1, 9, 9)
-    for reason, (suffix, data) in bombs.items():
-        with pytest.raises(DamagedSampleError, match=reason):
-            decode_own(suffix, data, max_pixels=10**6)
+            decode_sample(files, **{"channels": 1, "max_pixels": 10_000, **asked})
 
 
 def test_one_image_among_several():
@@ -326,7 +291,3 @@ def test_one_image_among_several():
     assert (decode_sample(both, channels=1, max_pixels=99) == GREY).all()
     chosen = decode_sample(both, channels=1, max_pixels=99, image_key="depth.png")
     assert (chosen == 255 - GREY).all()
-    with pytest.raises(DamagedSampleError, match=r"no \.npy"):
-        decode_sample(both, channels=1, max_pixels=99, image_key="npy")
-    with pytest.raises(DamagedSampleError, match=r"choose with data\.image_key=png"):
-        decode_sample({"png": png, "jpg": other}, channels=1, max_pixels=99)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data import conftest as shared
-from tests.data.conftest import identities, load, open_stream
+from tests.data.conftest import MARKED, identities, load, open_stream
 from vae_dist.data.buckets import make_buckets
-from vae_dist.data.index import Run, ShardIndex
+from vae_dist.data.index import ShardIndex
 from vae_dist.data.loader import EvaluationStream, TrainingStream
 from vae_dist.data.order import Order
 from vae_dist.data.reader import LoadedSample, SampleReader
@@ -23,7 +24,6 @@ from vae_dist.data.tar import DamagedSampleError, ShardError
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.data.workers import LoaderDied, deaths_explained
 
-Place = tuple[int, int]  # shard, index in it
 BUCKETS = make_buckets(area=64, multiple=2, max_aspect=2.0)
 
 
@@ -43,11 +43,11 @@ class Memory(SampleReader):
         ]
 
     def load(self, data, shard, index, *, epoch, size=None):
-        if self.is_lost((shard, index)):
+        if (own := self.size_or_none(data, shard)) is None:
             raise DamagedSampleError("lost")
+        size = size or (own if self.settings.any_size else self.settings.size)
         marks = np.frombuffer(data, np.uint8)[:, None, None]
-        own = shape_of((shard, index)) if self.settings.any_size else self.settings.size
-        return LoadedSample(np.broadcast_to(marks, (3, *(size or own))), shard)
+        return LoadedSample(np.broadcast_to(marks, (3, *size)), shard)
 
     def size_or_none(self, data, shard):
         place = (shard, data[2])
@@ -57,6 +57,10 @@ class Memory(SampleReader):
 def shape_of(place):
     number = place[0] * 31 + place[1] * 7
     return 10 + number % 13, 10 + number % 17
+
+
+def places_of(images):
+    return identities(images[:, :, 0, 0].numpy())
 
 
 @pytest.fixture
@@ -74,18 +78,14 @@ def by_the_rule(order, stop, is_lost):
     nearest earlier one, else the nearest later one."""
     lanes = []
     for lane in range(order.lanes):
-        parts = []
-        donors = []
-        row = 0
+        parts, donors, rows, row = [], [], [], 0
         while row < stop or not any(donors):
             window = order.window_at(lane, row)
             row = window.end_row
             parts.append([window.place(int(position))[1:] for position in window.order])
-            donors.append(next((s for s in parts[-1] if not is_lost(s)), None))
-        rows = []
+            donors.append(next((place for place in parts[-1] if not is_lost(place)), None))
         for k, places in enumerate(parts):
-            nearest = [*donors[k::-1], *donors[k:]]
-            donor = next(d for d in nearest if d is not None)
+            donor = next(filter(None, [*donors[k::-1], *donors[k:]]))
             rows += [donor if is_lost(place) else place for place in places]
         lanes.append(rows)
     return [[rows[step] for rows in lanes] for step in range(stop)]
@@ -120,9 +120,7 @@ def test_streams_of_any_shape(in_memory, data):
 
     def shown(world, workers, start):
         """By step and slot the places and the size; by step what was lost, and the shards."""
-        found = {}
-        lost = Counter()
-        shards = set()
+        found, lost, shards = {}, Counter(), set()
         for rank in range(world):
             keys = {"rank": rank, "world": world, "workers": workers, "slots": slots}
             keys |= {"batch_size": batch, "start_step": start, "stop_step": stop}
@@ -130,8 +128,7 @@ def test_streams_of_any_shape(in_memory, data):
                 lost.update((part.step, s.shard, s.index) for s in part.skipped)
                 shards.update((part.step, shard) for shard in part.shards)
                 for group in part.groups:
-                    size = tuple(group.images.shape[2:])
-                    marks = [(s, i) for s, i in group.images[:, [0, 2], 0, 0].tolist()]
+                    size, marks = tuple(group.images.shape[2:]), places_of(group.images)
                     assert group.labels.tolist() == [shard for shard, _ in marks]
                     own = {"buckets": BUCKETS, "any": tuple(map(shape_of, marks))}
                     assert size in own.get(kind, [images.size])
@@ -156,17 +153,6 @@ def test_streams_of_any_shape(in_memory, data):
         assert {k for k in whole[2] if k[0] == step} == {(step, str(s)) for s, _ in places}
 
 
-def test_a_window_without_a_readable_sample_takes_the_nearest_earlier_one(in_memory, monkeypatch):
-    monkeypatch.setattr(Memory, "lost_of", 2)
-    order, images = Order([40], lanes=2, window=1, seed=1), ImageSettings(3, (8, 8), True, 100)
-    keys = {"batch_size": 2, "start_step": 0, "stop_step": 40}
-    parts = [
-        part.groups[0].images for part in TrainingStream(index_of([40]), order, images, **keys)
-    ]
-    got = [[(s, i) for s, i in part[:, [0, 2], 0, 0].tolist()] for part in parts]
-    assert got == by_the_rule(order, 40, Memory.is_lost)
-
-
 @given(data=st.data())
 @IN_MEMORY
 def test_an_evaluation_shows_each_image_once(in_memory, data):
@@ -181,18 +167,17 @@ def test_an_evaluation_shows_each_image_once(in_memory, data):
     index, images = index_of(lengths), ImageSettings(3, (2, 2), True, 100)
     streams = [EvaluationStream(index, images, rank=rank, **keys) for rank in range(world)]
     for _ in range(2):
-        seen = {}
-        skipped = []
         batches = [list(stream) for stream in streams]
         sizes = [[len(batch.images) for batch in of_rank] for of_rank in batches]
         assert all(size == sizes[0] and len(size) == len(streams[0]) for size in sizes)
+        seen, skipped = {}, []
         for batch in (batch for of_rank in batches for batch in of_rank):
             skipped += [(int(sample.shard), sample.index) for sample in batch.skipped]
-            marks = batch.images[:, [0, 2], 0, 0].tolist()
-            for n, mark, weight in zip(batch.samples.tolist(), marks, batch.weights, strict=True):
+            shown = zip(batch.samples.tolist(), places_of(batch.images), batch.weights, strict=True)
+            for n, mark, weight in shown:
                 assert weight == (n >= 0) and n not in seen
                 if weight:
-                    seen[n] = tuple(mark)
+                    seen[n] = mark
         assert sorted(skipped) == [place for place in places if Memory.is_lost(place)]
         assert seen == {n: p for n, p in enumerate(places) if p not in skipped}
 
@@ -210,31 +195,23 @@ def test_loader_processes(index, world, workers):
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
-def test_lost_samples_are_named_each_time_and_replaced(copied):
-    lost = {(3, 4), (5, 41)}
-    for shard, i in lost:
-        shared.damage(str(copied / f"set-{shard:02d}.tar"), i, header=i % 2 == 0)
-    damaged = load(copied)
+def test_lost_samples_are_named_and_replaced_and_a_shard_that_is_gone_stops_the_run(copied):
+    """Damaged ones, and of a shard that was cut its tail only."""
+    index, lost = load(copied), {(3, 4), (8, 0), *((5, i) for i in range(20, 45))}
+    shared.damage(index.paths[3], 4, header=True)
+    shared.damage(index.paths[8], 0, header=False)
+    os.truncate(index.paths[5], int(np.fromfile(index.paths[5] + ".idx", "<u8")[20]) + 100)
     order = Order(shared.LENGTHS, lanes=shared.BATCH, window=shared.WINDOW, seed=shared.SEED)
     rule, undamaged = by_the_rule(order, shared.STEPS, lost.__contains__), shared.expected()
-    skipped = []
-    for batch in open_stream(damaged, start_step=0, stop_step=shared.STEPS):
+    skipped, steps = [], {"start_step": 0, "stop_step": shared.STEPS}
+    for batch in open_stream(index, **steps):
         assert identities(batch.groups[0].images.numpy()) == rule[batch.step]
         assert len(batch.skipped) == sum(sample in lost for sample in undamaged[batch.step])
         skipped += batch.skipped
-    assert {(s.shard, s.index) for s in skipped} == {(damaged.paths[s], i) for s, i in lost}
-    reasons = {s.index: s.reason for s in skipped}
-    assert "tar header" in reasons[4] and "PNG" in reasons[41]
-    assert all(".tar sample " in str(s.replaced_by) for s in skipped)
-
-
-def test_a_cut_shard_loses_its_tail_only_and_one_that_is_gone_stops_the_run(copied):
-    index = load(copied)
-    steps = {"start_step": 0, "stop_step": sum(shared.LENGTHS) // shared.BATCH}
-    os.truncate(index.paths[5], int(index.offsets([Run(5, 20, 21)])[0][0]) + 100)
-    batches = list(open_stream(index, **steps))
-    skipped = [s.index for batch in batches for s in batch.skipped]
-    assert set(skipped) <= set(range(20, 45)) and len(skipped) >= 20
+    reasons = {(sample.shard, sample.index): sample.reason for sample in skipped}
+    assert reasons.keys() == {(index.paths[shard], i) for shard, i in lost}
+    assert "tar header" in reasons[index.paths[3], 4] and "PNG" in reasons[index.paths[8], 0]
+    assert all(".tar sample " in str(sample.replaced_by) for sample in skipped)
     os.remove(index.paths[5])
     problem = r"set-05\.tar: cannot be read \(No such file.*put it back or repair it"
     with pytest.raises(ShardError, match=problem):
@@ -248,50 +225,37 @@ def test_any_error_of_the_reading_thread_reaches_who_waits(index, monkeypatch):
 
 
 def test_data_of_the_wrong_kind_stops_the_run(index, monkeypatch):
+    monkeypatch.setattr("vae_dist.data.windows.MAX_LOST_IN_A_ROW", 20)
+    one_size = r"^\S+ sample \d+: the image is 1x3 .* 2x5; .*share a size.*aspect buckets.*slots="
     for images, message in (
-        (
-            ImageSettings(channels=1, size=(1, 3), resize=False, max_pixels=2),
-            r"20 samples in a row .*data\.max_pixels=2",
-        ),
-        (
-            ImageSettings(channels=1, size=(2, 5), resize=False, max_pixels=100),
-            r"^\S+ sample \d+: the image is 1x3 .* 2x5; .*share a size.*aspect buckets.*slots=",
-        ),
+        (replace(MARKED, max_pixels=2), r"20 samples in a row .*data\.max_pixels=2"),
+        (replace(MARKED, size=(2, 5)), one_size),
     ):
-        monkeypatch.setattr("vae_dist.data.windows.MAX_LOST_IN_A_ROW", 20)
         with pytest.raises(ShardError, match=message):  # as it was raised in the loader process
             next(iter(open_stream(index, images, start_step=0, stop_step=1, workers=1)))
 
 
-def test_workers_ignore_the_signals_of_their_group_and_end_with_close(index):
-    stream = open_stream(index, start_step=0, stop_step=10**6, workers=1)
-    batches = iter(stream)
-    next(batches)
-    (worker,) = torch.multiprocessing.active_children()
-    assert worker.pid is not None
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        os.kill(worker.pid, number)
-    for _ in range(8):
-        next(batches)
-    stream.close()
-    worker.join(60)
-    assert not worker.is_alive()
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_killed_loader_process_is_an_error_and_ends_the_others(index):
-    def children():
-        return {process.pid or 0 for process in multiprocessing.active_children()}
-
-    batches = iter(open_stream(index, workers=2, start_step=0, stop_step=10**6))
-    next(batches)
-    before = children()
-    os.kill(max(before), signal.SIGKILL)
-    with (
-        pytest.raises(LoaderDied, match=r"a loader process died .*: ask for more memory"),
-        deaths_explained("ask for more memory"),
-    ):
-        for _ in batches:
-            pass
-    del batches
-    assert not children() & before
+def test_loader_processes_ignore_the_signals_of_their_group_and_end_together(index):
+    """By close, or when one of them is killed, which is an error."""
+    for ending in ("close", "kill"):
+        stream = open_stream(index, start_step=0, stop_step=1000, workers=2)
+        batches = iter(stream)
+        next(batches)
+        first, second = multiprocessing.active_children()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(first.pid, number)
+        for _ in range(8):
+            next(batches)
+        assert first.is_alive() and second.is_alive()
+        if ending == "close":
+            stream.close()
+        else:
+            os.kill(first.pid, signal.SIGKILL)
+            message = r"a loader process died .*: ask for more memory"
+            with (
+                pytest.raises(LoaderDied, match=message),
+                deaths_explained("ask for more memory"),
+            ):
+                list(batches)
+        assert not multiprocessing.active_children()

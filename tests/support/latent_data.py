@@ -9,6 +9,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
+from tests.support.picture_sources import encoded
 from tests.support.tiny_run import tiny_config, write_run
 from vae_dist.data.writer import write_shards
 
@@ -17,17 +18,15 @@ SIZES = ((20, 16), (16, 16), (12, 24))
 
 def write_photos(folder, count, *, damaged=(), sizes=SIZES):
     """Colour images with .cls, .json and .clip.txt in shards of about 7 samples; what they hold."""
-    generator = np.random.default_rng(0)
-    samples = []
+    generator, samples = np.random.default_rng(0), []
     for number in range(count):
         height, width = sizes[number % len(sizes)]
-        file = io.BytesIO()
         pixels = generator.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((width, height)).save(file, "PNG")
+        image = Image.fromarray(pixels).resize((width, height))
         samples.append(
             {
                 "__key__": f"part{number // 5}/{number:04d}",
-                "png": b"no PNG" if number in damaged else file.getvalue(),
+                "png": b"no PNG" if number in damaged else encoded(image),
                 "cls": str(number % 3).encode(),
                 "json": json.dumps({"number": number}).encode(),
                 "clip.txt": bytes([number % 256, 0, 255]),
@@ -37,9 +36,9 @@ def write_photos(folder, count, *, damaged=(), sizes=SIZES):
     return samples
 
 
-def write_spatial_run(folder, data, *, kind="gaussian"):
+def write_spatial_run(folder, data):
     """A run of random weights with a spatial latent of 3 channels at half the resolution."""
-    config = tiny_config(latent="spatial", kind=kind, channels=3)
+    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     config.data.train = config.data.validation = str(data)
     write_run(folder, config, SIZES[0])
     return folder
