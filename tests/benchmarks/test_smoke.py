@@ -1,7 +1,9 @@
 """Each benchmark runs with small settings and ends with one JSON object."""
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+import benchmarks
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"OMP_NUM_THREADS": "1", "PEERS_PYTHON": "", "SMALL": "1", "BUDGET_S": "3600"}
 
@@ -26,6 +29,12 @@ def last_line(name, *words):
     return json.loads(said.splitlines()[-1])
 
 
+def test_each_benchmark_can_be_imported():
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        importlib.import_module(f"benchmarks.{module.name}")
+
+
+@pytest.mark.slow
 def test_what_a_gpu_is_asked_for_runs_small_on_a_cpu(tmp_path):
     """Each part of benchmarks/gpu.sh, with its own words, so that no minute of a GPU is lost
     (blocks has those of imagenet256, and compiles for minutes)."""
@@ -40,6 +49,7 @@ def test_what_a_gpu_is_asked_for_runs_small_on_a_cpu(tmp_path):
     assert shapes == {"celeba64", "imagenet256_kl_f8", "imagenet256_f16_dc", "celeba256_kl_f8"}
 
 
+@pytest.mark.slow
 def test_scaling():
     words = ["rounds=1", "steps=2", "warmup=2", "images=8", "config=debug", "data.slots=8"]
     found = last_line("scaling", *words)
@@ -47,6 +57,7 @@ def test_scaling():
     assert all(arm["efficiency"] > 0 for arm in found["arms"])
 
 
+@pytest.mark.slow
 def test_peers_that_are_not_there_are_left_out():
     tiny = ["model.channels=[8,8]", "model.norm_groups=4", "model.blocks=1"]
     tiny += ["training.batch_size=8", "data.slots=8"]

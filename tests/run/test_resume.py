@@ -40,20 +40,16 @@ def test_what_is_automatic_stays_that_of_the_run(tmp_path, kind):
         setup._agreed_config(again, folder, world=3)
 
 
-def test_a_perceptual_term_that_the_run_never_had_is_not_taken_away_silently(tmp_path):
+def test_what_the_run_never_had_is_not_taken_away_silently(tmp_path):
     folder, config = folder_of(tmp_path, made("none")), made("auto")
+    old = yaml.safe_load(folder.config_path.read_text())
+    del old["perceptual"], old["adversarial"], old["objective"]["latent_noise"]
+    folder.config_path.write_text(yaml.safe_dump(old))  # from before these keys were there
+    assert as_in_run_folder(made("none"), folder) == made("none")
     with pytest.raises(ConfigError, match=r"perceptual\.kind"):
         as_in_run_folder(config, folder)
     config.resume.allow_changes = True
     assert as_in_run_folder(config, folder).perceptual.kind == "auto"
-
-
-def test_a_run_from_before_some_keys_were_there_goes_on(tmp_path):
-    folder = folder_of(tmp_path, made("none"))
-    old = yaml.safe_load(folder.config_path.read_text())
-    del old["perceptual"], old["adversarial"], old["objective"]["latent_noise"]
-    folder.config_path.write_text(yaml.safe_dump(old))
-    assert as_in_run_folder(made("none"), folder) == made("none")
 
 
 def test_a_run_is_finished_once_its_last_step_is_evaluated():

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
 import pytest
+from PIL import Image
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
 from vae_dist.tracking import wandb as sink_module
+from vae_dist.tracking.images import save_png
 from vae_dist.tracking.sinks import JsonlSink
 from vae_dist.tracking.wandb import WandbSink
 
@@ -128,11 +130,15 @@ def test_what_the_environment_says(fake, tmp_path, monkeypatch):
     for name, value in (("PROJECT", "mine"), ("NAME", "first"), ("DIR", str(tmp_path / "w"))):
         monkeypatch.setenv(f"WANDB_{name}", value)
     config = TrainConfig()
-    for project in (config.wandb.project, "own"):  # the default gives way
-        config.wandb.project = project
-        WandbSink(config, tmp_path).close("finished")
+    for project, given in ((config.wandb.project, ""), ("own", ""), ("own", "sweep123")):
+        config.wandb.project = project  # the default gives way
+        monkeypatch.setenv("WANDB_RUN_ID", given)  # by a sweep's agent
+        WandbSink(config, tmp_path).close("failed")
     asked = [(run.asked["project"], run.asked["name"], run.asked["dir"]) for run in fake.runs]
-    assert asked == [(project, "first", str(tmp_path / "w")) for project in ("mine", "own")]
+    assert asked == [(project, "first", str(tmp_path / "w")) for project in ("mine", "own", "own")]
+    ids = [run.id for run in fake.runs]
+    assert len(set(ids)) == 3 and ids[2] == "sweep123"  # a run from the start is another one
+    fake.runs[2].finish.assert_called_once_with(exit_code=1)
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ConfigError, match="WANDB_MODE=ofline is none of"):
         start(tmp_path)
@@ -159,52 +165,23 @@ def test_a_dead_or_hanging_core_ends_tracking_and_nothing_else(fake, tmp_path, m
     assert fake.teardown.call_count == 2  # takes wandb's exit hook away
 
 
-def record(folder, steps):
-    """As training leaves it: rows, and an image at each tenth step."""
-    log = JsonlSink(folder / "log.jsonl", resume_step=0)
-    (folder / "images").mkdir()
-    for step in steps:
-        log.log(step, {"train/loss": step / 2})
-        if step % 10 == 0:
-            (folder / "images" / f"samples_{step:08d}.png").touch()
-
-
-def test_a_resumed_online_run_sends_what_the_server_lacks(fake, tmp_path, monkeypatch):
-    fake.login.return_value = True
-    lived(tmp_path, range(0), "interrupted")
-    record(tmp_path, range(1, 41))
-    fake.summary = {"trainer/step": 39}
-    monkeypatch.setattr(sink_module, "_IMAGES_SENT_AGAIN", 2)
-    assert lived(tmp_path, range(41, 42), resume_step=40) == []
-    first, second = fake.runs
-    assert first.id == second.id == (tmp_path / "wandb_id").read_text()
-    images = [20, 30, 40]  # two that the server may have without their files
-    expected = [(step, "train/loss") for step in (39, 40)] + [(s, "images/samples") for s in images]
-    assert sent(second) == [*expected, (41, "train/loss")]
-    assert rows(second)[2]["images/samples"][2] == "step 20"
-
-
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(fake, tmp_path, is_whole):
     lived(tmp_path, range(0), "interrupted")
-    record(tmp_path, range(1, 21))
+    log = JsonlSink(tmp_path / "log.jsonl", resume_step=0)
+    for step in range(1, 21):
+        log.log(step, {"train/loss": step / 2})
+    save_png(Image.new("L", (8, 8)), tmp_path / "images" / "samples_00000010.png")
     sink, said = start(tmp_path, resume_step=20)
-    part = fake.runs[1].settings.sync_dir
+    first, second = fake.runs
     if not is_whole:
-        fake.runs[1].finish.side_effect = OSError("No space left on device")
+        second.finish.side_effect = OSError("No space left on device")
     sink.close("finished")
+    part = second.settings.sync_dir
     assert said[0].endswith(f"wandb sync {part}")
-    assert [step for step, _ in sent(fake.runs[1])] == [*range(1, 21), 10, 20]
+    assert sent(second) == [(s, "train/loss") for s in range(1, 21)] + [(10, "images/samples")]
     assert len(list((tmp_path / "wandb").iterdir())) == 2 - is_whole and Path(part).exists()
-
-
-def test_a_run_from_the_start_is_another_wandb_run(fake, tmp_path, monkeypatch):
-    for given in ("", "", "sweep123"):  # by a sweep's agent
-        monkeypatch.setenv("WANDB_RUN_ID", given)
-        lived(tmp_path, range(0), "failed")
-    ids = [run.id for run in fake.runs]
-    assert len(set(ids)) == 3 and ids[2] == "sweep123"
-    fake.runs[2].finish.assert_called_once_with(exit_code=1)
+    assert first.id == second.id == (tmp_path / "wandb_id").read_text()
 
 
 def test_a_preempted_trial_goes_back_to_its_sweep(fake, tmp_path, monkeypatch):
