@@ -1,4 +1,4 @@
-"""`pack` through its entry point, resumed too, and what the trainer reads of its shards."""
+"""`pack` through its entry point, resumed too, and what its shards hold."""
 
 import errno
 import json
@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vae_dist.packing.pack as packing
 from tests.support.latent_data import samples_of
-from tests.support.picture_sources import contents, encoded, png, write
+from tests.support.picture_sources import contents, decoded, encoded, png, write
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.schema import DataConfig
 from vae_dist.data.index import load_index
-from vae_dist.data.reader import SampleReader
-from vae_dist.data.settings import image_settings
 from vae_dist.data.writer import ShardWriter
 from vae_dist.pack import main
-from vae_dist.packing.items import Item, Place
 from vae_dist.packing.jobs import ShardJob, cut
 from vae_dist.packing.picture import KEPT
 
@@ -53,25 +48,16 @@ def pack_all(source, out, *more):
     return pack(source, out, "validation=0", "shuffle=false", "shard_mb=1", *more)
 
 
-def loaded(folder, **keys):
-    """Images and labels, as the trainer reads them."""
-    index = load_index(str(folder), key="data.train", create=False)
-    config = DataConfig(**{"channels": 3, "resolution": "native", "max_pixels": 1000, **keys})
-    reader = SampleReader(index, image_settings(index, config), seed=0)
-    return [
-        reader.load(data, run.shard, i, epoch=0)[:2]
-        for run in reader.in_order(0, index.num_samples)
-        for i, data in enumerate(reader.read([run]), run.start)
-    ]
-
-
 def levels(folder):
-    return [(int(image[0, 0, 0]), label) for image, label in loaded(folder)]
+    """Those of each picture, and its label."""
+    samples = samples_of(folder)
+    return [(int(decoded(sample["png"])[0, 0, 0]), int(sample["cls"])) for sample in samples]
 
 
-def test_the_trainer_reads_each_picture_once(whole):
+def test_each_picture_is_packed_once(whole):
     train, validation = levels(whole / "train"), levels(whole / "validation")
     assert len(validation) == 6
+    assert load_index(str(whole / "train"), key="data.train", create=False).num_samples == 54
     assert sorted(train + validation) == [(i, int(not i % 3)) for i in range(COUNT)]
     assert train != sorted(train)
     names = [line.split("\t") for line in (whole / "names.txt").read_text().splitlines()]
@@ -144,7 +130,7 @@ def test_what_ends_early_goes_on(
     with pytest.raises(ConfigError, match=r"not finished; give it, with out=.*, again: it goes on"):
         load_index(str(out / "train"), key="data.train", create=True)
     monkeypatch.setattr(ShardWriter, "write", write_one)
-    more = write(shutil.copytree(pictures, tmp_path / "more"), {"cat/x.png": png()})
+    more = write(shutil.copytree(pictures, tmp_path / "more"), {"cat/001.mask.png": png()})
     for source, key, changed in ((pictures, "seed=1", "seed"), (more, "seed=0", "pictures")):
         assert pack(source, out, key) == 2
         assert f"another {changed}" in capsys.readouterr().err
@@ -188,15 +174,7 @@ def test_what_is_refused(pictures, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_what_a_sample_says_is_part_of_the_plan():
-    item = Item("a.png", Place("x", 0, 10), None, 3, {"age": 4})
-    same, mask = item._replace(place=Place("y", 7, 10)), item._replace(name="a.mask.png")
-    for keys in ({"extra": {"age": 5}}, {"category": 4}, {"companions": (("mask.png", mask),)}):
-        other = item._replace(**keys)
-        assert packing._digest([item]) == packing._digest([same]) != packing._digest([other])
-
-
-def test_the_trainer_reads_packed_masks(tmp_path, capsys):
+def test_masks_are_packed_with_their_pictures(tmp_path, capsys):
     mask = np.full((12, 20), 255, np.uint8)
     mask[:, :10] = 0
     files = {f"{i}.heic": encoded(np.full((12, 20), 40 * i, np.uint8)) for i in range(3)}
@@ -207,8 +185,9 @@ def test_the_trainer_reads_packed_masks(tmp_path, capsys):
     assert "with missing pixels (set data.mask=member): 1" in said.out
     assert ".heic, decoded by content: 2" in said.out
     assert "its mask is 3 x 20 pixels, but the image 12 x 20" in said.err
-    images = [image for image, _ in loaded(out / "train", channels=1, mask="member")]
-    assert images[0][1].all() and not images[1][1, :, :5].any() and images[1][1, :, 7:].all()
+    first, second = samples_of(out / "train")
+    observed = decoded(second["mask.png"])
+    assert "mask.png" not in first and not observed[:, :5].any() and observed[:, 7:].all()
 
 
 def test_fields_of_a_tar_are_kept_and_joined_with_those_of_a_table(tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from tests.support.picture_sources import encoded, jpeg_with, npy
+from tests.support.picture_sources import decoded, encoded, jpeg_with, npy
 from vae_dist.config.commands import PackCommand
 from vae_dist.data.decode import decode_own
 from vae_dist.data.tar import DamagedSampleError
@@ -19,10 +19,6 @@ JPEG = encoded(np.kron(COLOUR, np.ones((8, 8, 1), np.uint8)), "JPEG")
 WIDE = encoded(GREY.astype(np.uint16) * 255)
 CLEAR = encoded(np.zeros((4, 4, 4), np.uint8))
 MASK = np.pad(np.zeros((3, 4), np.uint8), ((5, 4), (9, 7)), constant_values=255)
-
-
-def decoded(data):
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def test_what_needs_no_change_is_kept_byte_for_byte():

@@ -1,21 +1,15 @@
 """Data sets that come as rows of a file: idx, CIFAR-10, parquet, and those of the hub."""
 
 import gzip
-import io
 
 import huggingface_hub
 import numpy as np
 import pyarrow
-from PIL import Image
 from pyarrow import parquet
 
-from tests.support.picture_sources import opened, png, refused, write
+from tests.support.picture_sources import decoded, opened, png, refused, write
 
 RANDOM = np.random.default_rng(0)
-
-
-def pixels(data):
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def idx(array):
@@ -35,7 +29,7 @@ def test_mnist_idx_files_packed_or_not(tmp_path):
     listing, pictures = opened(write(tmp_path / "in", files), tmp_path / "work")
     want = [(f"{s} {i}", s, i) for s, count in (("train", 5), ("test", 2)) for i in range(count)]
     assert [(i.name, i.split, i.category) for i in listing.items] == want
-    np.testing.assert_array_equal([pixels(p) for p in pictures], [*images, *images[:2]])
+    np.testing.assert_array_equal([decoded(p) for p in pictures], [*images, *images[:2]])
     assert not listing.left_out
     for k, (name, data, message) in enumerate(
         (
@@ -65,7 +59,7 @@ def test_the_binary_archive_of_cifar(tmp_path):
         assert [i.split for i in listing.items] == ["train"] * 10 + ["test"] * 2
         want = [label for i in range(6) for label in (i, 9 - i)]
         assert [i.category for i in listing.items] == want
-        found = np.stack([pixels(p) for p in pictures])
+        found = np.stack([decoded(p) for p in pictures])
         np.testing.assert_array_equal(found, np.concatenate(images).transpose(0, 2, 3, 1))
     torn = write(tmp_path / "torn", {"test_batch.bin": bytes(3000)})
     refused(torn, tmp_path / "work", "is cut off")

@@ -81,29 +81,26 @@ def test_pictures_masks_and_what_is_neither(tmp_path, kind):
     assert listing.left_out == [f"{kind}: 1 files that are not packed" for kind in kinds]
 
 
-@pytest.mark.parametrize(
-    ("image_key", "kind", "want"),
-    [
-        ("", "in.tar", {"0.jpg": 0, "img.1.jpg": 3, "img.2.jpg": 4}),
-        ("depth.png", "in.tar", {"0.depth.png": 1}),
-        ("PNG", "in.tar", {"0.png": 2}),
-        ("depth.png", "in", {"0.depth.png": 1}),
-    ],
-)
-def test_one_picture_of_a_sample_is_packed(tmp_path, image_key, kind, want):
+def test_one_picture_of_a_sample_is_packed(tmp_path):
     files = {
         "0.jpg": png(0), "0.depth.png": png(1), "0.png": png(2), "img.1.jpg": png(3),
         "img.2.jpg": png(4), "0.json": b"{}", "0.cls": b"7", "0.npz": b"x", "notes.txt": b"",
     }  # fmt: skip
-    source = write(tmp_path / kind, files)
-    listing, data = opened(source, tmp_path / "work", image_key=image_key)
-    assert [i.name for i in listing.items] == list(want)
-    assert data == [png(seed) for seed in want.values()]
-    if kind == "in.tar":
-        assert listing.items[0].category == 7
-        assert [member for member, _ in listing.items[0].companions] == ["json"]
-    left_out = {text.partition(":")[0] for text in listing.left_out}
-    assert {"*.npz", "*.depth.png" if not image_key else "*.jpg"} <= left_out
+    for image_key, kind, want in (
+        ("", "in.tar", {"0.jpg": 0, "img.1.jpg": 3, "img.2.jpg": 4}),
+        ("depth.png", "in.tar", {"0.depth.png": 1}),
+        ("PNG", "in.tar", {"0.png": 2}),
+        ("depth.png", "in", {"0.depth.png": 1}),
+    ):
+        source = write(tmp_path / kind, files)
+        listing, data = opened(source, tmp_path / "work", image_key=image_key)
+        assert [i.name for i in listing.items] == list(want)
+        assert data == [png(seed) for seed in want.values()]
+        if kind == "in.tar":
+            assert listing.items[0].category == 7
+            assert [member for member, _ in listing.items[0].companions] == ["json"]
+        left_out = {text.partition(":")[0] for text in listing.left_out}
+        assert {"*.npz", "*.depth.png" if not image_key else "*.jpg"} <= left_out
 
 
 def test_folders_that_are_links_are_followed_once_and_devices_never(tmp_path):
@@ -210,52 +207,47 @@ def test_archives_that_cannot_be_opened_are_named(tmp_path):
     refused(tmp_path / "nowhere", tmp_path / "work", nowhere)
 
 
-def labelled(folder, text, names, **keys):
+def test_celeba_after_its_lists(tmp_path):
+    names = [f"{i:06d}.jpg" for i in range(1, 5)]
+    pictures = {f"img_align_celeba/{name}": png(i) for i, name in enumerate(names, 1)}
+    write(tmp_path / "img_align_celeba.zip", pictures)
+    partition = "".join(f"{name} {split}\n" for split, name in enumerate(names[:3]))
+    attributes = "4\nSmiling Young \n" + "".join(f"{name}  1 -1\n" for name in names)
+    (tmp_path / "list_eval_partition.txt").write_text(partition)
+    (tmp_path / "list_attr_celeba.txt").write_text(attributes)
+    for path in (tmp_path, tmp_path / "img_align_celeba.zip"):
+        listing, files = opened(path, tmp_path / "work")
+        assert [item.split for item in listing.items] == ["train", "validation", "test"]
+        assert listing.items[1].extra == {"attributes": {"Smiling": 1, "Young": -1}}
+        assert files == [png(1), png(2), png(3)]
+        (left_out,) = listing.left_out
+        assert left_out.startswith("img_align_celeba/000004.jpg: not in ")
+
+
+def labelled(folder, text, **keys):
+    names = ("0.png", "0.mask.png", "1.png", "2.png", "bus/3.png", "car/3.png")
     source = write(folder / "in", dict.fromkeys(names, png()))
     (folder / "labels.csv").write_text(text)
     return opened(source, folder / "work", labels=str(folder / "labels.csv"), **keys)[0]
 
 
-def test_celeba_after_its_lists(tmp_path):
-    names = [f"{i:06d}.jpg" for i in range(1, 5)]
-    pictures = {f"img_align_celeba/{name}": png(i) for i, name in enumerate(names, 1)}
-    write(tmp_path / "img_align_celeba.zip", pictures)
-    partition = [f"{name} {split}\n" for split, name in enumerate(names[:3])]
-    (tmp_path / "list_eval_partition.txt").write_text("".join(partition))
-    attributes = ["4\nSmiling Young \n"] + [f"{name}  1 -1\n" for name in names]
-    (tmp_path / "list_attr_celeba.txt").write_text("".join(attributes))
-    for path in (tmp_path, tmp_path / "img_align_celeba.zip"):
-        listing, files = opened(path, tmp_path / "work")
-        assert [item.split for item in listing.items] == ["train", "validation", "test"]
-        assert listing.items[1].extra == {"attributes": {"Smiling": 1, "Young": -1}}
-        assert files[0] == png(1)
-        (left_out,) = listing.left_out
-        assert left_out.startswith("img_align_celeba/000004.jpg: not in ")
-
-
 def test_labels_from_a_csv_file(tmp_path, capsys):
     text = "file,label,split,age\n0.png,tabby,train,3\n1.png,siam,val,4\n"
-    listing = labelled(tmp_path, text, ["0.png", "1.png", "2.png", "0.mask.png"])
+    listing = labelled(tmp_path, text)
     assert summary(listing) == {"0.png": ("train", "tabby"), "1.png": ("validation", "siam")}
     assert listing.items[0].extra == {"age": "3"} and len(listing.items[0].companions) == 1
-    assert listing.left_out == [f"2.png: not in labels={tmp_path / 'labels.csv'}"]
-    species = "path,species\n0.png,4\n"
-    assert labelled(tmp_path, species, ["0.png"]).items[0].category is None
-    assert "hold no label or class or category: no classes" in capsys.readouterr().err
-    (found,) = labelled(tmp_path, species, ["0.png"], label_column="species").items
-    assert found.category == 4 and not found.extra
-    for labels, want in (  # numbers where all are
-        (["5", "", "7"], [5, None, 7]),
-        (["b", " ", "a"], ["b", None, "a"]),
-        (["10.0", "", "3.0"], [10, None, 3]),
-        (["1.5", "2.0"], ["1.5", "2.0"]),
+    assert listing.left_out[0] == f"2.png: not in labels={tmp_path / 'labels.csv'}"
+    for text, keys, want in (
+        ("path,label\n0.png,5\n1.png,\n2.png,7\n", {}, [5, None, 7]),  # numbers where all are
+        ("path,label\n0.png,b\n1.png, \n2.png,a\n", {}, ["b", None, "a"]),
+        ("path,label\n0.png,10.0\n1.png,\n2.png,3.0\n", {}, [10, None, 3]),
+        ("path,label\n0.png,1.5\n1.png,2.0\n", {}, ["1.5", "2.0"]),
+        ("path,label\nbus/3.png,1\nbus/3.png,1\n3.png,2\n", {}, [1, 2]),  # a path wins
+        ("path,species\n0.png,4\n", {"label_column": "species"}, [4]),
+        ("path,species\n0.png,4\n", {}, [None]),
     ):
-        text = "path,label\n" + "\n".join(f"{i}.png,{label}" for i, label in enumerate(labels))
-        listing = labelled(tmp_path / "a", text, [f"{i}.png" for i in range(len(labels))])
-        assert [item.category for item in listing.items] == want
-    text = "path,label\nbus/0.png,1\nbus/0.png,1\n0.png,2\n"  # a path wins over a name
-    listing = labelled(tmp_path / "b", text, ["bus/0.png", "car/0.png"])
-    assert [item.category for item in listing.items] == [1, 2]
+        assert [item.category for item in labelled(tmp_path, text, **keys).items] == want
+    assert "hold no label or class or category: no classes" in capsys.readouterr().err
 
 
 def test_wrong_csv_files_are_refused(tmp_path):
@@ -263,9 +255,9 @@ def test_wrong_csv_files_are_refused(tmp_path):
         ("a,b\n1,2\n", r"hold none of path, file"),
         ("path,label\nx.png\n", "line 2 has another number of columns"),
         ("path,split\n0.png,holdout\n", "line 2: split 'holdout' is unknown"),
-        ("path,label\nx.png,1\n", r"none of the 2 pictures: it has x\.png, the source bus/0\."),
-        ("path,label\n0.png,1\n", r"0\.png fits bus/0\.png and car/0\.png; name each picture by"),
+        ("path,label\nx.png,1\n", r"none of the 5 pictures: it has x\.png, the source 0\.png"),
+        ("path,label\n3.png,1\n", r"3\.png fits bus/3\.png and car/3\.png; name each picture by"),
         ("path,label\n0.png,1\n0.png,2\n", r"line 3: 0\.png was there with other fields"),
     ):
         with pytest.raises(ConfigError, match=message):
-            labelled(tmp_path, text, ["bus/0.png", "car/0.png"])
+            labelled(tmp_path, text)

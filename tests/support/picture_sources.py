@@ -24,6 +24,10 @@ def encoded(image, image_format="PNG", **options):
     return file.getvalue()
 
 
+def decoded(data):
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
 def png(seed=0):
     return encoded(np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8))
 
