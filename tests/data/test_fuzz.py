@@ -33,27 +33,26 @@ COUNT = 12
 EDIT = st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=600))
 
 
-def one_shard(folder):
-    """Its index and its bytes."""
-    index = written(folder / "set", ({"png": marked_png(3, i), "cls": b"3"} for i in range(COUNT)))
-    return index, Path(index.paths[0]).read_bytes()
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    samples = ({"png": marked_png(3, i), "cls": b"3"} for i in range(COUNT))
+    return written(tmp_path_factory.mktemp("fuzz") / "set", samples)
 
 
 @pytest.fixture(scope="module")
-def shard(tmp_path_factory):
-    return one_shard(tmp_path_factory.mktemp("fuzz"))
+def whole(index):
+    return Path(index.paths[0]).read_bytes()
 
 
 @given(edits=st.lists(EDIT, max_size=4), keep=st.just(1.0) | st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
-def test_damaged_bytes_have_a_named_outcome(shard, edits, keep):
+def test_damaged_bytes_have_a_named_outcome(index, whole, edits, keep):
     """Whatever happens to a shard after it was indexed: an image is either the one that was packed
     at its place, or it is named as damaged; nothing else is raised."""
-    index, data = shard[0], bytearray(shard[1])
+    path, data = Path(index.paths[0]), bytearray(whole)
     for place, piece in edits:
         at = int(place * len(data))
         data[at : at + len(piece)] = piece[: len(data) - at]
-    path = Path(index.paths[0])
     path.write_bytes(bytes(data[: int(keep * len(data))]))
     reader = SampleReader(index, MARKED, seed=0)
     for i, sample in enumerate(reader.read(reader.in_order(0, COUNT))):
@@ -136,9 +135,9 @@ def test_damaged_pictures(name, caplog):
 
 
 @pytest.mark.slow
-def test_damaged_shards_indexes_latents_and_configs(tmp_path, spatial_run):
-    shard, run = Path(one_shard(tmp_path)[0].paths[0]), tmp_path / "run"
-    shutil.copytree(spatial_run, run)
+def test_damaged_shards_indexes_latents_and_configs(index, whole, tmp_path, spatial_run):
+    (shard := Path(index.paths[0])).write_bytes(whole)
+    run = Path(shutil.copytree(spatial_run, tmp_path / "run"))
     manifest = sorted(run.glob("checkpoints/step_*/manifest.json"))[-1]
 
     def load_shards():
@@ -167,7 +166,7 @@ def test_damaged_shards_indexes_latents_and_configs(tmp_path, spatial_run):
             path.write_bytes(data)
             read()
 
-        fuzz(path.name, whole := path.read_bytes(), write_and_read, count=count)
-        path.write_bytes(whole)
+        fuzz(path.name, before := path.read_bytes(), write_and_read, count=count)
+        path.write_bytes(before)
     latents = to_bytes({"mean": torch.zeros(4, 2, 2)}, (8, 8))
     fuzz("latents", latents, from_bytes, count=300)

@@ -14,14 +14,13 @@ import pytest
 import webdataset as wds
 from webdataset.tariterators import base_plus_ext
 
-from tests.data.conftest import LENGTHS, MARKED, load, marked_png, png, refused
+from tests.data.conftest import LENGTHS, MARKED, load, marked_png, png, refused, written
 from tests.support.picture_sources import npy
 from vae_dist.data import index
 from vae_dist.data.index import Run, index_shard, write_index
 from vae_dist.data.reader import SampleReader, single_sample
 from vae_dist.data.shards import locate
 from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar, key_and_suffix
-from vae_dist.data.writer import write_shards
 from vae_dist.index import main
 
 NAMES = [f"set-{i:02d}.tar" for i in range(10)]
@@ -260,32 +259,25 @@ def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copie
 
 
 def test_verify_decodes_every_sample(tmp_path, capsys):
-    pixels, mask = np.zeros((3, 4), np.uint8), np.full((3, 4), 255, np.uint8)
+    pixels = png(np.zeros((3, 4), np.uint8))
     samples = [
-        {"__key__": "a", "png": png(pixels), "mask.png": png(mask), "cls": b"cat"},
-        {"__key__": "b", "npy": npy(np.full((3, 4), np.nan, np.float32))},
-        {"__key__": "c", "png": marked_png(0, 1), "depth.png": png(pixels)},
+        {"png": pixels, "mask.png": pixels, "cls": b"cat"},
+        {"npy": npy(np.full((3, 4), np.nan, np.float32))},
+        {"png": marked_png(0, 1), "depth.png": pixels},
+        {"png": pixels, "mask.png": marked_png(0, 1)},
+        {"png": b"no picture\x1b[2J"},
+        {"png": pixels, "features.safetensors": b""},
     ]
-
-    def verified(folder, *keys):
-        code = main([f"data={tmp_path / folder}", "verify=true", *keys])
-        return code, *capsys.readouterr()
-
-    write_shards(samples, tmp_path / "whole", num_shards=1)
-    code, out, err = verified("whole")
-    assert (code, "damaged" in err) == (0, False)
+    written(folder := tmp_path / "set", samples)
+    assert main([f"data={folder}", "verify=true"]) == 1
+    out, err = capsys.readouterr()
     assert "sizes HxW: 3x4 (2), 1x3 (1); 2 different" in out
-    assert "channels: 1 (3)" in out and out.endswith("damaged=0 samples=3\n")
+    assert "channels: 1 (3)" in out and out.endswith("damaged=1 samples=6\n")
     for kind in ("member", "nan"):
         assert f"incomplete: 1 samples, which data.mask={kind} reads" in out
-    samples[0]["mask.png"], samples[1]["npy"] = png(mask[:2]), b"no picture\x1b[2J"
-    samples[2]["features.safetensors"] = b""
-    write_shards(samples, tmp_path / "damaged", num_shards=2)
-    code, out, err = verified("damaged")
-    assert "shard-000000.tar sample 0: its mask is 2 x 4 pixels, but the image 3 x 4" in err
-    assert "shard-000001.tar sample 0: " in err and "\x1b" not in err
-    assert "no features in .features.safetensors" in err
-    assert code == 1 and out.endswith("damaged=2 samples=3\n")
-    code, out, err = verified("whole", "image_key=depth.png")
-    assert code == 1 and "sizes HxW: 3x4 (1); 1 different" in out
-    assert "this one has no .depth.png" in err
+    assert "shard-000000.tar sample 3: its mask is 1 x 3 pixels, but the image 3 x 4" in err
+    assert "sample 4: " in err and "\x1b" not in err
+    assert "sample 5: no features in .features.safetensors" in err
+    assert main([f"data={folder}", "verify=true", "image_key=depth.png"]) == 1
+    out, err = capsys.readouterr()
+    assert "sizes HxW: 3x4 (1); 1 different" in out and "this one has no .depth.png" in err
