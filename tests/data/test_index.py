@@ -82,7 +82,7 @@ def test_files_and_offsets_are_those_of_tarfile(tmp_path, tar_format):
 
 
 ODD = ["__meta__", "__meta__/a.json", "__meta__.json", "__MACOSX/a.png", "__a.png", "__.png"]
-ODD += ["._a.png", ".DS_Store", "../../evil.png", "/evil.png"]
+ODD += ["._a.png", ".DS_Store", "../../evil.png", "/evil.png", f"{'x/' * 60}a.png"]
 PARTS = ["a.png", "x/y/a.seg.png", "x.y/a.png", "x.y/a", ".hidden", "x/.png", "a.", "", "a/"]
 
 

@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -228,9 +229,9 @@ def _parsed(block: bytes, at: int, begin: int, facts: dict[bytes, bytes]) -> Mem
         raise _DamagedTarError("the tar ends inside a header", at)
     kind, field = block[156:157], block[124:136]
     try:
-        # the sum of all bytes, with blanks for its own eight
-        total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-        is_damaged = total != int(block[148:156].rstrip(b" \0"), 8)
+        # adler32's low half is the sum of all bytes mod 65521, here with blanks for its own eight
+        total = zlib.adler32(block[:148] + b" " * 8 + block[156:], 0) & 0xFFFF
+        is_damaged = total != int(block[148:156].rstrip(b" \0"), 8) % 65521
         # GNU tar writes sizes from 8 GiB on in base 256, marked by the first bit
         size = int.from_bytes(field[1:], "big") if field[0] == 128 else int(field.rstrip(b" \0"), 8)
         if facts and kind not in SPECIAL:
