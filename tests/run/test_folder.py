@@ -1,19 +1,18 @@
 import contextlib
 import errno
+import functools
 import os
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 from tests.support.distributed import run_ranks
+from tests.support.training import arguments
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.resolve import Facts
-from vae_dist.config.schema import RuntimeConfig, TrainConfig
-from vae_dist.distributed import Runtime
 from vae_dist.run import folder as folder_module
 from vae_dist.run.folder import RunFolder, RunLock
-from vae_dist.training import setup
-from vae_dist.training.stop import StopSignals
+from vae_dist.train import main
 
 
 @pytest.fixture
@@ -72,28 +71,17 @@ def test_a_full_disk_does_not_keep_a_status_of_running(folder, monkeypatch):
     assert (folder.status()["status"], folder.status()["step"]) == ("failed", 3)
 
 
-# on several ranks
+def test_a_run_folder_that_is_another_one_on_another_node_is_refused(
+    tmp_path, digits, monkeypatch, capfd
+):
+    wait = functools.partialmethod(RunFolder.is_held_by, timeout_s=0.2)
+    monkeypatch.setattr(RunFolder, "is_held_by", wait)
 
+    def begin():
+        (tmp_path / os.environ["RANK"]).mkdir()
+        os.chdir(tmp_path / os.environ["RANK"])
+        return main(arguments(Path("run"), digits))
 
-def open_folders(paths):
-    runtime = Runtime.start(RuntimeConfig(threads=1), precision="no")
-    folder = RunFolder(paths[runtime.rank])
-    folder.create()
-    is_held_by = folder.is_held_by
-    folder.is_held_by = lambda holder: is_held_by(holder, timeout_s=0.2)
-    try:
-        session = setup.Session(TrainConfig(), Facts(), runtime, folder, StopSignals())
-        with session.held:
-            session.take_folder()
-            assert session.holds_folder
-            return "opened"
-    except ConfigError as error:
-        return str(error)
-
-
-def test_a_run_folder_that_is_another_one_on_another_node_is_refused(tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    assert run_ranks(2, open_folders, [one, one]) == ["opened"] * 2
-    assert not one.exists()  # nothing was trained
-    for message in run_ranks(2, open_folders, [one, other]):
-        assert "is not the same folder on all nodes" in message
+    assert run_ranks(2, begin) == [2, 2]
+    assert "run=run is not the same folder on all nodes" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*/run"))  # nothing was trained

@@ -10,13 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.support.tiny_run import tiny_config
 from vae_dist.report import main
 from vae_dist.run.folder import RunFolder
-from vae_dist.tracking.environment import add_session, describe_environment
 from vae_dist.tracking.images import save_png
 from vae_dist.tracking.report import MAX_POINTS, Run, evenly, thinned, write_report
 from vae_dist.tracking.sinks import JsonlSink
@@ -42,8 +40,6 @@ def write_run(path, *, level=90.0):
                 picture = Image.new("L", (8, 8), step // 4)
                 save_png(picture, folder.images / f"{name}_{step:08d}.png")
         log.log(step, row)
-    session = describe_environment(first_step=0, world=1, device=torch.device("cpu"))
-    add_session(path / "environment.json", session)
     folder.write_status("finished", step=400, reason="all steps are done")
     results = {"step": 400, "weights": "ema", "data": "shards", "figures": {"neg_elbo_nats": level}}
     (path / "results.json").write_text(json.dumps(results))
@@ -120,14 +116,16 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&\x
 def test_a_folder_from_anywhere(tmp_path):
     """Texts are escaped; pictures and files of other forms and sizes are left out."""
     folder = write_run(tmp_path / "a<b>")
-    results = {"data": HOSTILE, "source": "https://me:s3cret@host/x", "figures": {HOSTILE: 1.0}}
-    folder.path.joinpath("results.json").write_text(json.dumps(results))
-    folder.path.joinpath("results_x.json").write_text("[" * 10**5)
-    folder.path.joinpath("results_y.json").write_text('{"figures": 3}')
-    os.mkfifo(folder.path / "results_z.json")
     session = {"host": HOSTILE, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
-    (folder.path / "environment.json").write_text(json.dumps({"sessions": [session]}))
-    folder.status_path.write_text(json.dumps({"status": HOSTILE, "step": "x"}))
+    for name, content in {
+        "results": {"data": HOSTILE, "at": "https://me:s3cret@host/x", "figures": {HOSTILE: 1.0}},
+        "results_y": {"figures": 3},
+        "environment": {"sessions": [session]},
+        "status": {"status": HOSTILE, "step": "x"},
+    }.items():
+        (folder.path / f"{name}.json").write_text(json.dumps(content))
+    (folder.path / "results_x.json").write_text("[" * 10**5)
+    os.mkfifo(folder.path / "results_z.json")
     with folder.log_path.open("a") as log:
         for value in ("1e999", "1" + "0" * 400, "5e-324", '[1, "x", null, {}]', '{"a": 1}', '"x"'):
             log.write('{"step": 404, "eval/neg_elbo_nats": ' + value + "}\n")
@@ -146,12 +144,12 @@ def test_a_folder_from_anywhere(tmp_path):
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    folder = write_run(tmp_path / "a")
-    for name in ("log.jsonl", "status.json", "results.json", "environment.json"):
-        (folder.path / name).unlink()
-    run = Run(folder.path, "a")
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.write_config(tiny_config())
+    run = Run(tmp_path, "a")
     assert (run.curves, run.status, run.sessions, run.results) == ({}, {}, [], [])
-    Page(write_report([folder.path]))
+    Page(write_report([tmp_path]))
 
 
 def test_long_curves_are_thinned_to_means_and_few_steps_of_many_are_shown():
