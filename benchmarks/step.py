@@ -48,12 +48,11 @@ from benchmarks.setting import (
 )
 from vae_dist.data.loader import Batch
 from vae_dist.models.build import build_vae
-from vae_dist.objectives.elbo import loss_terms, noise_shape
-from vae_dist.objectives.schedules import beta_at, lr_at
+from vae_dist.objectives.elbo import beta_at, loss_terms, noise_shape
 from vae_dist.training.compile import compile_towers
 from vae_dist.training.data import training_stream
 from vae_dist.training.loop import Trainer
-from vae_dist.training.optimizer import build_optimizer
+from vae_dist.training.optimizer import build_optimizer, lr_at
 from vae_dist.training.plan import peak_images_per_second
 
 GOAL = 0.97

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from vae_dist.config.errors import ConfigError
-from vae_dist.objectives.alignment import alignment_distance, feature_width, load_features
+from vae_dist.objectives.alignment import (
+    alignment_distance,
+    feature_width,
+    load_features,
+    weight_at,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -15,7 +20,7 @@ def distance(projected, features, m1=0.0, m2=0.0):
     return alignment_distance(projected, features, cosine_margin=m1, distance_margin=m2)
 
 
-def test_distances_of_vectors_at_known_angles():
+def test_distances_of_vectors_at_known_angles_and_the_weight():
     """Two positions: p at 0 and 90 degrees, f at 0 and 60."""
     p = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 2, 1, 2)
     third = math.pi / 3
@@ -31,6 +36,8 @@ def test_distances_of_vectors_at_known_angles():
     p.requires_grad_()
     (gradient,) = torch.autograd.grad(distance(p, f).sum(), p)
     assert gradient.abs().sum() > 0
+    weights = [weight_at(0.5, 0.1, step=step, num_steps=5) for step in (0, 1, 2, 4, 9)]
+    assert weights == pytest.approx([0.5, 0.4, 0.3, 0.1, 0.1])
 
 
 def test_features_are_those_of_the_model_at_whole_patches(vision, tmp_path):

@@ -1,4 +1,4 @@
-"""Losses as sums over images, on a VAE whose log p(x) is known; gradients of its encoder."""
+"""Losses as sums over images, on a VAE whose log p(x) is known; gradients of its encoder; beta."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.support.linear_gaussian import linear_gaussian
 from vae_dist.config.schema import ObjectiveConfig
 from vae_dist.models.latent import log_ratio_to_prior
 from vae_dist.models.vae import VAEOutput
-from vae_dist.objectives.elbo import log_mean_exp, loss_terms, noise_shape
+from vae_dist.objectives.elbo import beta_at, log_mean_exp, loss_terms, noise_shape
 from vae_dist.randomness import torch_generator
 
 
@@ -22,6 +22,17 @@ def test_loss_is_distortion_plus_beta_rate_above_the_free_bits(beta):
         assert terms.loss_sum.item() == pytest.approx(8.0 + beta * rate)
     terms.loss_sum.backward()
     assert kl.grad[0].tolist() == [beta, 0.0] and kl.grad[1, 1] == 0.0
+
+
+def test_beta_rises_to_its_value_in_cycles():
+    rise, up = [0.0, 0.25, 0.5, 0.75], [1.0] * 4
+    for knobs, steps, expected in (
+        ({"beta": 0.5}, [0], [0.5]),
+        ({"beta": 4.0, "beta_warmup_steps": 10}, [0, 5, 10, 11, 10**6], [0.0, 2.0] + [4.0] * 3),
+        ({"beta_warmup_steps": 4, "beta_cycles": 3}, range(40), (rise + up) * 2 + rise + 5 * up),
+    ):
+        config = ObjectiveConfig(**knobs)
+        assert [beta_at(config, step) for step in steps] == pytest.approx(expected)
 
 
 # several draws of z

@@ -1,5 +1,6 @@
 """The step of two networks: its gradients are those of the sum of all terms, however it is cut."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -13,11 +14,11 @@ from tests.support.adversarial import (
     start,
 )
 from tests.support.distributed import reset_accelerate
+from vae_dist.config.schema import AdversarialConfig
 from vae_dist.models.build import build_vae
-from vae_dist.objectives.adversarial import hinge_loss
 from vae_dist.objectives.elbo import loss_terms
 from vae_dist.training import adversarial
-from vae_dist.training.adversarial import LastLayer
+from vae_dist.training.adversarial import LastLayer, adaptive_weight, hinge_loss, ramp_at
 
 
 @pytest.fixture
@@ -137,3 +138,23 @@ def test_structure_is_compared_in_exact_float32(runtime, monkeypatch):
     step.losses.perceptual.distance.register_forward_hook(see)
     step(picture_batch(runtime, 0), 0)
     assert seen == [True, True]
+
+
+def test_hinge_loss_of_each_pair():
+    on_real = torch.tensor([[2.0, 0.5], [-1.0, 1.0]]).view(2, 1, 1, 2)
+    on_fake = torch.tensor([[-3.0, 0.0], [0.5, -0.5]]).view(2, 1, 1, 2)
+    expected = torch.tensor([0.5 * 0.25 + 0.5 * 0.5, 0.5 * 1.0 + 0.5 * 1.0])
+    torch.testing.assert_close(hinge_loss(on_real, on_fake), expected)
+
+
+def test_the_weight_rises_after_a_warm_up_and_follows_a_clamped_ratio_of_norms():
+    config = AdversarialConfig(start_step=10, warmup_steps=5, ramp_steps=4)
+    ramp = [ramp_at(config, step) for step in range(14, 21)]
+    assert ramp == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert ramp_at(AdversarialConfig(start_step=0, warmup_steps=0, ramp_steps=0), 0) == 1.0
+    main, other = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    assert float(adaptive_weight(main, other, largest=100.0)) == pytest.approx(2.5)
+    assert float(adaptive_weight(main, other, largest=2.0)) == 2.0
+    assert float(adaptive_weight(main, 0 * other, largest=7.0)) == 7.0
+    assert float(adaptive_weight(0 * main, other, largest=7.0)) == 0.0
+    assert math.isnan(float(adaptive_weight(main * math.nan, other, largest=7.0)))

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from vae_dist.training.optimizer import (
     Ema,
     build_optimizer,
     load_optimizer_tensors,
+    lr_at,
     optimizer_tensors,
     scale_and_clip,
     update,
@@ -95,3 +97,20 @@ def test_the_average_follows_its_recurrence_and_a_skipped_step_moves_nothing():
         expected = decay * expected + (1 - decay) * layer.weight.detach().double()
     torch.testing.assert_close(ema.module.weight.double(), expected, rtol=1e-5, atol=1e-6)
     assert not any(p.requires_grad for p in ema.module.parameters())
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_the_rate_rises_linearly_and_stays_or_falls_as_a_cosine(final):
+    config = OptimizerConfig(lr=0.01, warmup_steps=100, final_lr_fraction=final)
+    rates = [lr_at(config, 1000, step) for step in range(1000)]
+    assert rates[:100] == pytest.approx([0.0001 * (step + 1) for step in range(100)])
+    assert rates[99] == 0.01 and rates[99:] == sorted(rates[99:], reverse=True)
+    for step, fraction in ((324, 0.25), (549, 0.5), (999, 1.0), (1050, 1.0)):
+        fall = 0.5 * (1 + math.cos(math.pi * fraction))
+        expected = 0.01 * (final + (1 - final) * fall)
+        assert lr_at(config, 1000, step) == pytest.approx(expected, abs=1e-12)
+    config.schedule = "constant"
+    assert [lr_at(config, 1000, step) for step in (49, 99, 500, 5000)] == [0.005] + [0.01] * 3
+    for warmup, steps in ((0, 1), (1, 1), (5, 5)):
+        config = OptimizerConfig(lr=0.01, warmup_steps=warmup, final_lr_fraction=final)
+        assert all(0 <= lr_at(config, steps, step) <= 0.01 for step in range(steps))

@@ -22,6 +22,9 @@ the log-ratio as it does the KL of the ELBO. With u_k = w_k / sum w, the two gra
 Both have the same expectation. The first one's signal-to-noise ratio for the encoder falls with K
 (Rainforth et al. 2018), the second one's rises.
 
+beta is `objective.beta` times r: in `beta_cycles` cycles (Fu et al. 2019) r rises from 0 to 1 in
+`beta_warmup_steps` and stays up as long before it starts again; after the last rise it stays.
+
 Nats, summed and not averaged: the caller divides by the batch size of the whole step.
 """
 
@@ -46,6 +49,16 @@ class LossTerms(NamedTuple):
     distortion_sum: Tensor  # of a mean draw of z, where there are several
     rate_sum: Tensor
     neg_bound_sum: Tensor  # what -log p(x) is at most: -ELBO, or the importance-weighted one
+
+
+def beta_at(config: ObjectiveConfig, step: int) -> float:
+    """At step `step`, from 0: no state, exact at a resume."""
+    warmup = config.beta_warmup_steps
+    last_rise = 2 * warmup * (config.beta_cycles - 1)  # the step that it begins with
+    since = step - last_rise if step >= last_rise else step % (2 * warmup)
+    if since >= warmup:
+        return config.beta
+    return config.beta * since / warmup
 
 
 def noise_shape(

@@ -2,9 +2,18 @@
 
 In: the forward of a microbatch. Out: what to add to its loss, and one update of the discriminator
 per step, beside the generator's and skipped with it. Reconstructions are means of p(x|z), compared
-with images without the noise of dequantisation. The wrapped forward stays that of a VAE:
+with images without the noise of dequantisation. For each image, with r = mean of p(x|z):
 
-    r = mean of p(x|z), a leaf;  g = d (perceptual + w adversarial) / dr;   loss += sum(r * g)
+    discriminator   1/2 mean relu(1 - D(x)) + 1/2 mean relu(1 + D(r))          means over logits
+    generator       w(k) * C*H*W * (-mean D(r))         w(k) = weight * ramp(k) * lambda(k)
+    lambda(k + 1) = min(|G_main(k)| / |G_adv(k)|, max_weight)
+
+G_main and G_adv are the gradients of distortion and perceptual term, and of the generator's term at
+w = 1, at the weights of the decoder's last layer (Esser et al. 2021), each summed over all images
+of step k and all ranks. The ratio is used from the next step on, so that microbatches and ranks do
+not change it. The wrapped forward stays that of a VAE:
+
+    r is a leaf;   g = d (perceptual + w adversarial) / dr;   loss += sum(r * g)
 
 so the backward of these networks is done, and their memory free, before the VAE's backward begins,
 and each graph is walked once. Both updates use what both networks were at the start of the step.
@@ -26,18 +35,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.grad import conv2d_weight
 
-from vae_dist.config.schema import OptimizerConfig, TrainConfig
+from vae_dist.config.schema import AdversarialConfig, OptimizerConfig, TrainConfig
 from vae_dist.distributed import Runtime, full_value, load_full
 from vae_dist.models.discriminator import build_discriminator
 from vae_dist.models.towers import Decoder
 from vae_dist.models.vae import VAE, VAEOutput
-from vae_dist.objectives.adversarial import (
-    adaptive_weight,
-    first_step_of_generator,
-    hinge_loss,
-    mean_logits,
-    ramp_at,
-)
 from vae_dist.objectives.perceptual import PerceptualTerm
 from vae_dist.training.compile import exact_float32
 from vae_dist.training.optimizer import (
@@ -56,6 +58,37 @@ class Sums(dict[str, Tensor]):
 
     def add(self, name: str, value: Tensor) -> None:
         self[name] = self[name] + value.detach() if name in self else value.detach()
+
+
+def first_step_of_generator(config: AdversarialConfig) -> int:
+    """The step from which the generator's term counts."""
+    return config.start_step + config.warmup_steps
+
+
+def ramp_at(config: AdversarialConfig, step: int) -> float:
+    """Part of the weight that counts at step `step`: 0, then a linear rise, then 1."""
+    since = step - first_step_of_generator(config)
+    if since < 0:
+        return 0.0
+    return min(1.0, (since + 1) / max(config.ramp_steps, 1))
+
+
+def mean_logits(logits: Tensor) -> Tensor:
+    """(B, 1, H', W') -> (B,)."""
+    return logits.flatten(1).mean(1)
+
+
+def hinge_loss(on_real: Tensor, on_fake: Tensor) -> Tensor:
+    """Of the discriminator, for each pair of a picture and its reconstruction, (B,)."""
+    return 0.5 * (mean_logits(F.relu(1.0 - on_real)) + mean_logits(F.relu(1.0 + on_fake)))
+
+
+def adaptive_weight(main: Tensor, adversarial: Tensor, *, largest: float) -> Tensor:
+    """Ratio of the norms of two gradients, 0-dim; not finite where they are not."""
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = torch.linalg.vector_norm(main) / (torch.linalg.vector_norm(adversarial) + tiny)
+    # a comparison, not clamp: an infinite ratio of finite gradients is the largest one
+    return torch.where(ratio > largest, largest, ratio)
 
 
 class Adversary:

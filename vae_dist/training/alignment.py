@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from vae_dist.config.schema import TrainConfig
 from vae_dist.distributed import Runtime, full_value
 from vae_dist.models.vae import VAE, VAEOutput
-from vae_dist.objectives.adversarial import adaptive_weight
 from vae_dist.objectives.alignment import (
     VisionFeatures,
     alignment_distance,
     load_features,
     weight_at,
 )
-from vae_dist.training.adversarial import Sums
+from vae_dist.training.adversarial import Sums, adaptive_weight
 
 MAX_RATIO = 1e4  # of the two gradients, where the term's is nearly zero
 

@@ -1,5 +1,11 @@
-"""AdamW over a module's parameters, what becomes of gradients before it, its state by name, and
-the average of the weights.
+"""AdamW over a module's parameters, its learning rate, what becomes of gradients before it, its
+state by name, and the average of the weights.
+
+    lr(k) = lr * (k + 1) / warmup                              steps k < warmup, from 0
+          = lr * (f + (1 - f) * (1 + cos(pi * t)) / 2)         after it, schedule=cosine
+
+with t = (k + 1 - warmup) / (steps - warmup) and f = final_lr_fraction: the rate is lr at the end of
+the warm-up and f * lr at the last step.
 
 Fused on every device: the fused kernel takes `found_inf`, a device tensor that turns the update of
 a non-finite gradient into nothing without a host synchronisation.
@@ -7,6 +13,7 @@ a non-finite gradient into nothing without a host synchronisation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -27,6 +34,19 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
     ]
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def lr_at(config: OptimizerConfig, num_steps: int, step: int) -> float:
+    """Learning rate of step `step` of a run of `num_steps` steps; past its end, that of the last
+    one."""
+    done = step + 1
+    if done < config.warmup_steps:
+        return config.lr * done / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min((done - config.warmup_steps) / max(num_steps - config.warmup_steps, 1), 1.0)
+    final = config.final_lr_fraction
+    return config.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def freeze_encoder(vae: nn.Module) -> None:

@@ -15,8 +15,8 @@ from vae_dist.distributed import Runtime, computes_bf16
 from vae_dist.files import printable
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import VAE
-from vae_dist.objectives.adversarial import first_step_of_generator
 from vae_dist.tracking.throughput import peak_flops
+from vae_dist.training.adversarial import first_step_of_generator
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.data import Data
 from vae_dist.training.memory import microbatch_size, step_cost

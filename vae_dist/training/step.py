@@ -25,9 +25,8 @@ from vae_dist.data.loader import Batch, Group
 from vae_dist.distributed import Runtime, load_full
 from vae_dist.models.build import build_vae
 from vae_dist.models.vae import NO_LABEL
-from vae_dist.objectives.elbo import loss_terms, noise_shape
+from vae_dist.objectives.elbo import beta_at, loss_terms, noise_shape
 from vae_dist.objectives.perceptual import build_perceptual, fetch_weights
-from vae_dist.objectives.schedules import beta_at, lr_at
 from vae_dist.randomness import derive_seed
 from vae_dist.training.adversarial import Adversary, ReconstructionLosses, Sums
 from vae_dist.training.alignment import Alignment
@@ -38,6 +37,7 @@ from vae_dist.training.optimizer import (
     build_optimizer,
     freeze_encoder,
     load_optimizer_tensors,
+    lr_at,
     optimizer_tensors,
     scale_and_clip,
     update,
