@@ -1,11 +1,13 @@
-"""`sample` and `reconstruct` through their entry points: pictures, labels, sizes, refusals."""
+"""`sample` and `reconstruct` through their entry points; what they and `evaluate` refuse."""
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vae_dist
 from tests.support.tiny_run import random_pixels, tiny_config, write_run
-from vae_dist import reconstruct, sample
+from vae_dist import evaluate, reconstruct, sample
 
 
 def pixels(path):
@@ -28,41 +30,33 @@ def test_grids(plain_run, conditional_run, tmp_path):
     assert rows.shape == (3 * (height + 2) + 2, 5 * (width + 2) + 2)  # a row for each class
 
 
-def test_single_images_hold_every_channel_and_level(spatial_run, tmp_path, capsys):
-    found = written(sample, spatial_run, tmp_path / "out", "num_images=3", "resolution=[25,32]")
-    assert [image.shape for image in found] == [(25, 32, 3)] * 3
+def test_single_images_hold_every_channel_and_level(tmp_path, capsys):
     config = tiny_config(latent="spatial", kind="gaussian", channels=7)
     config.data.bits = 16
-    write_run(tmp_path / "run", config, (32, 32))
-    keys = [f"run={tmp_path / 'run'}", "num_images=2", "device=cpu"]
-    assert sample.main([*keys, f"out={tmp_path / 'single'}"]) == 0
-    files = sorted((tmp_path / "single").iterdir())
-    assert [path.name for path in files] == ["000000.npy", "000001.npy"]
-    images = [np.load(path) for path in files]
-    assert [(one.shape, one.dtype) for one in images] == [((7, 32, 32), np.uint16)] * 2
-    assert sample.main([*keys, f"out={tmp_path / 'grid.png'}"]) == 0
+    write_run(run := tmp_path / "run", config, (32, 32))
+    for out in ("images", "grid.png"):
+        keys = ("num_images=2", "resolution=[25,32]", f"out={tmp_path / out}")
+        assert sample.main([f"run={run}", "device=cpu", *keys]) == 0
     assert "pictures show channels 1 to 3 of 7 and 8 of 16 bits" in capsys.readouterr().out
+    for number, image in enumerate(vae_dist.load(run, device="cpu").sample(2, size=(25, 32))):
+        found = np.load(tmp_path / "images" / f"{number:06d}.npy")
+        assert found.dtype == np.uint16 and np.abs(found - 65535 * image.numpy()).max() <= 1
 
 
 def test_labels(conditional_run, tmp_path, capsys):
-    """Image i has the same latent for every class; `all` is a row of each; `auto` draws them."""
-
-    def drawn(label, *keys):
-        out = tmp_path / f"{label}{keys}"
-        return np.stack(written(sample, conditional_run, out, f"label={label}", *keys))
-
-    of = {label: drawn(label, "num_images=12") for label in ("0", "1", "2", "none")}
-    for label in ("1", "none"):
-        assert (of["0"] != of[label]).any((1, 2)).all()
-    every = drawn("all", "num_images=6")  # two of each
-    assert np.abs(every - np.concatenate([of[c][:2] for c in "012"])).max() <= 1
-    capsys.readouterr()
-    auto = drawn("auto", "num_images=12")
-    assert "12 samples, label=auto, step 20" in capsys.readouterr().out
-    is_drawn = np.stack([(of[label] == auto).all((1, 2)) for label in "012"])
-    assert (is_drawn.sum(0) == 1).all() and is_drawn.any(1).all()
-    fewer = drawn("auto", "num_images=5", "batch_size=2")
-    assert np.abs(fewer - auto[:5]).max() <= 1
+    """`all` is a row of each, `auto` draws them."""
+    vae = vae_dist.load(conditional_run, device="cpu")
+    expected = {
+        "1": vae.sample(4, label=1),
+        "none": vae.sample(4, label=-1),
+        "all": torch.cat([vae.sample(2, label=label) for label in range(3)]),
+        "auto": vae.sample(4),
+    }
+    for label, images in expected.items():
+        keys = (f"label={label}", f"num_images={len(images)}", "batch_size=3")
+        found = np.stack(written(sample, conditional_run, tmp_path / label, *keys))
+        assert np.abs(found - 255 * images[:, 0].numpy()).max() <= 1
+    assert "4 samples, label=auto, step 20" in capsys.readouterr().out
 
 
 def test_reconstruct(plain_run, spatial_run, tmp_path):
@@ -91,6 +85,10 @@ def test_reconstruct(plain_run, spatial_run, tmp_path):
         (sample, "spatial_run", "prior=gmm:2", "spatial one; train with model.latent=vector"),
         (reconstruct, "spatial_run", "tile=4", "give at least tile=16"),
         (reconstruct, "plain_run", "tile=512", "a vector latent holds the whole image"),
+        (evaluate, "plain_run", "max_skipped_fraction=0.1", "1 of 8 images to evaluate on cannot"),
+        (evaluate, "plain_run", "prior=gmm:50", "7 training images could be read, fewer than"),
+        (evaluate, "plain_run", "out=/proc/no/r.json", "out=/proc/no/r.json: cannot be written"),
+        (evaluate, "conditional_run", "metrics=psnr,viv", "psnr compare whole images, and data.m"),
     ],
 )
 def test_refusals(request, tmp_path, capsys, verb, run, key, reason):

@@ -1,8 +1,9 @@
 """The bound against torch.distributions, what it may not depend on, and results.json."""
 
-import functools
 import json
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.support.distributed import run_ranks
 from tests.support.evaluated import (
     CPU,
     IMAGES,
+    NUM_IMAGES,
     SIZE,
     all_metrics,
     batch_of,
@@ -22,13 +24,28 @@ from tests.support.evaluated import (
     start,
     tiny_model,
 )
+from tests.support.tiny_run import random_pixels
 from vae_dist.config.errors import ConfigError
+from vae_dist.data.loader import EvaluationBatch
 from vae_dist.data.reader import SkippedSample
+from vae_dist.evaluation import run
+from vae_dist.evaluation.frechet import FrechetMetric, frechet_distance
 from vae_dist.evaluation.importance import ImportanceMetric
-from vae_dist.evaluation.metrics import PriorMetric, ReconstructionMetric, comparisons
-from vae_dist.evaluation.run import COUNTS, SAME, as_json, evaluate, merged_with_earlier
+from vae_dist.evaluation.metrics import (
+    EvaluatedBatch,
+    Inputs,
+    LatentSums,
+    PriorMetric,
+    ReconstructionMetric,
+    comparisons,
+    in_colour,
+    mutual_information_nats,
+    psnr_db,
+)
 from vae_dist.inference.mixture import GaussianMixture
-from vae_dist.randomness import torch_generator
+from vae_dist.inference.sampling import BatchedVAE
+from vae_dist.models.likelihoods.base import Levels
+from vae_dist.tracking.images import to_uint8
 from vae_dist.training.compile import use_tensor_float_32
 
 
@@ -80,7 +97,7 @@ def test_batches_padding_and_ranks_do_not_matter(kind):
     whole = measured(kind, 13)
     others = [measured(kind, 4)]
     if kind == "bernoulli":
-        ranks = run_ranks(2, functools.partial(measured, kind, 2))
+        ranks = run_ranks(2, partial(measured, kind, 2))
         assert ranks[0] == ranks[1]
         others.append(ranks[0])
     for other in others:
@@ -91,26 +108,24 @@ def test_batches_padding_and_ranks_do_not_matter(kind):
 def test_it_stops_between_batches_when_asked():
     answers, model = iter([False, True]), tiny_model().train()
     options = {"runtime": start(), "seed": 3, "stop_requested": answers.__next__}
-    assert evaluate(model, batches(4), **options) is None
+    assert run.evaluate(model, batches(4), **options) is None
     assert model.training and next(answers, None) is None
 
 
 def test_too_many_lost_images_are_an_error():
     """As in training: above data.max_skipped_fraction, or where there is none at all."""
 
-    def measured_without(num_lost, limit):
-        def damaged(batch):
-            lost = batch.samples < num_lost
-            skipped = [SkippedSample("a.tar", int(n), "no PNG", None) for n in batch.samples[lost]]
-            return batch._replace(weights=torch.where(lost, 0.0, batch.weights), skipped=skipped)
-
-        return result_of(tiny_model(), change=damaged, max_skipped_fraction=limit).figures
+    def found_without(num_lost, limit):
+        lost = [SkippedSample("a.tar", number, "no PNG", None) for number in range(num_lost)]
+        weights = (torch.arange(NUM_IMAGES) >= num_lost).float()
+        change = partial(EvaluationBatch._replace, weights=weights, skipped=lost)
+        return result_of(tiny_model(), change=change, max_skipped_fraction=limit).figures
 
     for num_lost, limit in ((4, 0.3), (13, 1.0)):
         sentence = f"{num_lost} of 13 images .* a.tar sample 0: no PNG"
         with pytest.raises(ConfigError, match=sentence):
-            measured_without(num_lost, limit)
-    found = measured_without(4, 0.31)
+            found_without(num_lost, limit)
+    found = found_without(4, 0.31)
     assert (found["num_images"], found["skipped_samples"]) == (9, 4)
 
 
@@ -119,17 +134,14 @@ def test_images_of_two_shapes_count_by_their_values():
     images are left out of what needs larger ones."""
     model = tiny_model(latent="spatial", kind="gaussian")
 
-    def of_shape(height, width, samples):
-        shape, generator = (len(samples), 1, height, width), torch_generator(0, "shapes", height)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return batch_of(images, samples)
+    small = batch_of(torch.from_numpy(random_pixels(3, 1, 6, 5)), [0, 3, 4])
+    large = batch_of(torch.from_numpy(random_pixels(2, 1, 12, 13)), [1, 2])
 
     def measured_of(*shares):
         compare = ReconstructionMetric(comparisons(["psnr", "ssim"]), CPU)
         metrics = [ImportanceMetric(model, CPU, num_samples=3, seed=3), compare]
-        return evaluate(model, shares, runtime=start(), seed=3, metrics=metrics)
+        return run.evaluate(model, shares, runtime=start(), seed=3, metrics=metrics)
 
-    small, large = of_shape(6, 5, [0, 3, 4]), of_shape(12, 13, [1, 2])
     result = measured_of(small, large)
     both, first, second = result.figures, measured_of(small).figures, measured_of(large).figures
     for one, two, names in (
@@ -152,7 +164,7 @@ def test_an_evaluation_is_that_of_the_cpu(device, latent, kind):
             use_tensor_float_32(runtime.device, "bf16")  # as training may have set it
             model = tiny_model(latent=latent, kind=kind).to(runtime.device)
             options = {"runtime": runtime, "metrics": all_metrics(model, runtime.device)}
-            results.append(evaluate(model, batches(4), seed=3, **options))
+            results.append(run.evaluate(model, batches(4), seed=3, **options))
             use_tensor_float_32(runtime.device, "no")
     expected, found = results
     for name, value in expected.figures.items():
@@ -163,33 +175,131 @@ def test_an_evaluation_is_that_of_the_cpu(device, latent, kind):
     assert stds[0] == pytest.approx(stds[1], rel=1e-4)
 
 
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_original_of_5_bits_is_the_image_that_the_model_was_given():
+    stored, levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), Levels(5)
+    images = levels.centers(stored)
+    likelihood = SimpleNamespace(levels=levels, mean=lambda params: params)
+    model = SimpleNamespace(likelihood=likelihood, num_levels=0, decode=lambda *_: images)
+    batch = EvaluatedBatch(model, Inputs(stored, images, [0]), images, SimpleNamespace(mean=0))
+    assert psnr_db(*batch.pictures).tolist() == [100]  # of no error, and not infinity
+
+
+def test_ssim_of_constant_images_is_the_luminance_term():
+    compare, shape = comparisons(["ssim", "ms_ssim"]), (1, 1, 176, 180)
+    luminance = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)  # c1 for a data range of 1
+    # the luminance counts at the coarsest scale alone, whose exponent is 0.1333
+    for name, expected in (("ssim", luminance), ("ms_ssim", luminance**0.1333)):
+        found = compare[name].function(torch.full(shape, 0.2), torch.full(shape, 0.6))
+        assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+# latents
+
+
+def latent_report(*groups):
+    """Of groups of (mean, log variance, z, numbers)."""
+    sums = LatentSums(3, CPU)
+    for mean, log_variance, z, numbers in groups:
+        for rows in torch.arange(len(mean)).split(3):
+            output = SimpleNamespace(mean=mean[rows], log_variance=log_variance[rows], z=z[rows])
+            sums.update(output, [numbers[row] for row in rows])
+    return sums.compute(start())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4, 4)])
+def test_latents_against_torch_distributions(shape):
+    mean, log_variance = randn(10, *shape).float(), randn(10, *shape, seed=1).float()
+    mean[:, 1] *= 0.05  # of standard deviation 0.05: not active
+    found = latent_report((mean, log_variance, mean, range(10)))
+    kl = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0))
+    expected = kl.reshape(10, 3, -1).sum(2).mean(0).tolist()
+    assert found.kl_nats_per_unit == pytest.approx(expected, rel=1e-5)
+    assert (found.active_units, found.active_fraction) == (2, pytest.approx(2 / 3))
+    assert found.posterior_variance == pytest.approx(log_variance.exp().mean().item())
+
+
+@pytest.mark.parametrize("sigma", [2.0, 0.5])
+def test_mutual_information_of_a_gaussian_channel(sigma):
+    """x ~ N(0, 1) and q(z|x) = N(x, sigma^2) in each of 2 dimensions: I = log(1 + 1/sigma^2)."""
+    found = []
+    for seed in range(8):
+        mean = randn(512, 2, seed=seed)
+        z = mean + sigma * randn(512, 2, seed=seed + 8)
+        log_variance = torch.full_like(mean, 2 * math.log(sigma))
+        found.append(mutual_information_nats(mean, log_variance, z))
+    # of 4,096 draws the standard error is below 0.02
+    assert sum(found) / 8 == pytest.approx(math.log1p(1 / sigma**2), abs=0.05)
+
+
+def test_mutual_information_is_at_most_the_log_of_the_images_of_one_shape():
+    few, many = torch.randn(2, 3, 2, 2), torch.randn(5, 3, 4, 2)
+    found = latent_report((few, 0 * few - 20, few, [5, 6]), (many, 0 * many - 20, many, range(5)))
+    assert found.mutual_information_nats == pytest.approx(math.log(5))
+
+
+# the Frechet distance
+
+
+def test_distance_of_gaussians_with_commuting_covariances():
+    """Then d^2 = |m_1 - m_2|^2 + sum (sqrt(a) - sqrt(b))^2 over the eigenvalues."""
+    basis, shift = torch.linalg.qr(randn(5, 5))[0], randn(5, seed=3)
+    a, b = randn(5, seed=1).square(), randn(5, seed=2).square()
+    exact = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    cov_a, cov_b = ((basis * values) @ basis.T for values in (a, b))
+    found = frechet_distance(shift, cov_a, torch.zeros(5, dtype=torch.float64), cov_b)
+    assert found == pytest.approx(float(exact), rel=1e-9)
+
+
+def pixels(images):
+    """A feature network for tests: (b, 3, H, W) in [0, 1] -> (b, 4)."""
+    assert images.shape[1] == 3
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    return images[:, 0, :2, :2].flatten(1)
+
+
+def test_fid_is_of_the_samples_that_sample_draws():
+    one = torch.ones(1, 3, dtype=torch.float64)
+    mixture = GaussianMixture(torch.zeros(1, dtype=torch.float64), 2 * one, one)
+    model, priors = tiny_model(), {"fid": None, "fid_gmm": mixture}
+    metric = FrechetMetric(pixels, 4, model, CPU, of_reconstructions=False, priors=priors, seed=3)
+    result = result_of(model, metric)
+    assert "of 13 images: biased" in result.notes["frechet"]
+
+    def moments(shown):
+        features = pixels(in_colour(shown.float() / 255)).double()
+        return features.mean(0), torch.cov(features.T)
+
+    for name, prior in priors.items():
+        samples = to_uint8(BatchedVAE(model).sample(NUM_IMAGES, SIZE, seed=3, prior=prior))
+        exact = frechet_distance(*moments(IMAGES), *moments(samples))
+        assert result.figures[name] == pytest.approx(exact, rel=1e-5), name
+
+
 # results.json
 
 
 def record(**figures):
     figures = {"num_images": 4, "skipped_samples": 0, **figures}
-    conditions = {name: {"importance_samples": 7} for name in figures if name[:3] == "is_"}
-    same = {key: f"this {key}" for key in SAME}
-    return same | {"figures": figures, "conditions": conditions, "notes": {}, "metric_weights": {}}
+    same = {key: f"this {key}" for key in run.SAME}
+    return same | {"figures": figures, "conditions": {}, "notes": {}, "metric_weights": {}}
 
 
-def test_what_was_not_measured_again_stays_of_the_same_evaluation(tmp_path):
-    path, earlier = tmp_path / "r.json", record(is_nll_nats=2.0, psnr_db=20.0)
-    earlier |= {"notes": {"psnr_db": "of 8 bits", "is_nll_nats": "few"}}
-    path.write_bytes(as_json(earlier))
-    now = record(psnr_db=21.0, ssim=0.5)
-    merged = merged_with_earlier(now, path)
-    assert merged["figures"] == {**earlier["figures"], **now["figures"]}
-    assert merged["conditions"] == {"is_nll_nats": {"importance_samples": 7}}
-    assert merged["notes"] == {"is_nll_nats": "few"}
-    for key in (*SAME, *COUNTS):
-        other = record(psnr_db=20.0, lpips=0.3)
-        (other["figures"] if key in COUNTS else other)[key] = "another"
-        path.write_bytes(as_json(other))
-        assert merged_with_earlier(now, path) == now, key
+def test_what_another_evaluation_or_a_damaged_file_holds_does_not_stay(tmp_path):
+    path, now, earlier = tmp_path / "r.json", record(psnr_db=21.0), record(lpips=0.3)
+    path.write_bytes(run.as_json(earlier))
+    assert run.merged_with_earlier(now, path)["figures"]["lpips"] == 0.3
+    for key in (*run.SAME, *run.COUNTS):
+        other = earlier | {"figures": dict(earlier["figures"])}
+        (other["figures"] if key in run.COUNTS else other)[key] = "another"
+        path.write_bytes(run.as_json(other))
+        assert run.merged_with_earlier(now, path) == now, key
     for text in ("", "[]", "null", '{"figures": 3}', "{", "[" * 10**5):
         path.write_text(text)
-        assert merged_with_earlier(now, path) == now
-    assert merged_with_earlier(now, tmp_path / "none.json") == now
-    data = as_json({"a": [1.0, float("nan"), float("inf")]})  # numbers that JSON does not know
+        assert run.merged_with_earlier(now, path) == now
+    assert run.merged_with_earlier(now, tmp_path / "none.json") == now
+    data = run.as_json({"a": [1.0, float("nan"), float("inf")]})  # numbers that JSON does not know
     assert json.loads(data, parse_constant=pytest.fail) == {"a": [1.0, None, None]}

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from tests.support.linear_gaussian import IMAGE_SIZE, SIGMA, linear_gaussian
-from tests.support.tiny_run import tiny_config
-from vae_dist.config.commands import ImputeCommand
+from vae_dist.config.commands import ImputeCommand, RunCommand
 from vae_dist.inference.impute import impute
-from vae_dist.models.build import build_vae
-from vae_dist.randomness import torch_generator
+from vae_dist.inference.load import load_model
 
 NUM_IMAGES = 5
 MASK = torch.ones(NUM_IMAGES, 1, *IMAGE_SIZE, dtype=torch.uint8)
@@ -81,14 +79,9 @@ def test_neither_batch_nor_chunk_nor_missing_values_matter(method):
 
 
 @METHODS
-def test_labels_and_masks_reach_the_model(method):
-    config = tiny_config(num_classes=2)
-    config.data.mask = "half"
-    model, images = build_vae(config, (8, 8)).eval(), torch.ones(2, 1, 8, 8)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch_generator(0, "t")))
-    mask = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+def test_labels_and_masks_reach_the_model(conditional_run, method):
+    model, images = load_model(RunCommand(run=str(conditional_run))).model, torch.ones(2, 1, 12, 10)
+    mask = torch.zeros(2, 1, 12, 10, dtype=torch.uint8)
     mask[:, :, :4] = 1
     how = ImputeCommand(method=method, samples=4, draws=2)
     same, different = (

@@ -1,15 +1,16 @@
-"""`BatchedVAE`: what each image depends on, and what it is the mean of, on every device."""
+"""`BatchedVAE`: paths through latents, pictures on every device, and large images in tiles."""
 
 import pytest
 import torch
+from torch import nn
 
+from tests.models.test_vae import small, trained
 from tests.support.devices import CUDA
 from tests.support.evaluated import SIZE, tiny_model
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.inference import tiles
 from vae_dist.inference.impute import impute
 from vae_dist.inference.sampling import BatchedVAE
-from vae_dist.models.latent import kl_to_standard_normal, prior_latents
 from vae_dist.randomness import torch_generator
 from vae_dist.training.compile import use_tensor_float_32
 
@@ -21,36 +22,6 @@ def model(request):
 
 def pixels(count):
     return torch.randint(0, 256, (count, 1, *SIZE), generator=torch_generator(0, "x")).byte()
-
-
-def test_sample_i_depends_on_seed_and_i_alone(model):
-    images = BatchedVAE(model, 7).sample(7, SIZE, seed=1)
-    assert (images.dtype, tuple(images.shape)) == (torch.float32, (7, 1, *SIZE))
-    assert -1 <= images.min() < images.max() <= 1
-    assert len({tuple(image.flatten().tolist()) for image in images}) == 7
-    for num_images, batch_size in ((7, 1), (4, 3)):
-        again = BatchedVAE(model, batch_size).sample(num_images, SIZE, seed=1)
-        torch.testing.assert_close(again, images[:num_images], rtol=0, atol=1e-5)
-    assert (BatchedVAE(model).sample(7, SIZE, seed=2) - images).abs().max() > 0.01
-    cold = BatchedVAE(model).sample(3, SIZE, seed=0, temperature=0.0)
-    torch.testing.assert_close(cold[0], cold[2])
-    shape = model.latent_shape(*SIZE)
-    z = prior_latents(shape, 500, seed=0)
-    assert z.mean().abs() < 0.1 and z.std() == pytest.approx(1.0, abs=0.05)
-    assert torch.equal(prior_latents(shape, 500, seed=0, temperature=0.5), 0.5 * z)
-
-
-@pytest.mark.parametrize("kind", ["bernoulli", "gaussian", "laplace", "discretized_gaussian"])
-def test_a_posterior_and_its_reconstruction_are_of_the_very_image(kind):
-    """Without the noise of training, as diffusers encodes it; black and white are cut at half."""
-    model, images = tiny_model(latent="spatial", kind=kind).eval(), pixels(5)
-    shown = torch.where(images > 127, 1.0, -1.0) if kind == "bernoulli" else images / 127.5 - 1
-    vae = BatchedVAE(model, 2)
-    with torch.no_grad():
-        expected = model.encode(shown)
-        means = model.likelihood.mean(model.decode(expected[0], SIZE))
-    torch.testing.assert_close(vae.encode(images), expected)
-    torch.testing.assert_close(vae.reconstruct(images), means)
 
 
 def test_paths_between_latents_and_traversals(model):
@@ -71,10 +42,10 @@ def test_paths_between_latents_and_traversals(model):
     torch.testing.assert_close(rows, vae.decode(torch.stack(expected), SIZE))
 
 
-def pictures_of(model):
-    stored, vae, device = pixels(4), BatchedVAE(model), next(model.parameters()).device
-    mean, log_variance = vae.encode(stored)
-    unit = int(kl_to_standard_normal(mean, log_variance).mean(0).argmax())
+def pictures_of(latent, kind, device):
+    model, stored = tiny_model(latent=latent, kind=kind).eval().to(device), pixels(4)
+    vae = BatchedVAE(model)
+    mean, _ = vae.encode(stored)
     mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
     half = torch.full(stored.shape, 0.5, device=device)
     prepared = model.likelihood.prepare(stored.to(device), half)
@@ -82,32 +53,57 @@ def pictures_of(model):
         "samples": BatchedVAE(model, 2).sample(5, SIZE, seed=1),
         "reconstructions": vae.reconstruct(stored),
         "interpolations": vae.interpolate(mean[:2], mean[2:], SIZE, num_points=3),
-        "traversals": vae.traverse(mean[0], SIZE, units=[unit], values=torch.linspace(-3, 3, 4)),
+        "traversals": vae.traverse(mean[0], SIZE, units=[0], values=torch.linspace(-3, 3, 4)),
     }
-    for method in ("single", "importance", "gibbs"):
+    if latent == "spatial":
+        found["tiles"] = BatchedVAE(model, tile=16).reconstruct(stored.repeat(1, 1, 7, 7))
+    for method in ("single", "importance"):  # draws of gibbs are of the device
         how = ImputeCommand(method=method, samples=8, draws=2, seed=1, batch_size=3)
-        found[f"{method} mean"] = impute(model, prepared, mask, how).mean
+        found[method] = impute(model, prepared, mask, how).mean
     return {name: 127.5 * tensor for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize(("latent", "kind"), [("vector", "bernoulli"), ("spatial", "laplace")])
-def test_pictures_and_tiles_are_those_of_the_cpu(device, latent, kind):
-    model = tiny_model(latent=latent, kind=kind).eval()
-    image = 2 * torch.rand((1, 1, 40, 36), generator=torch.Generator().manual_seed(0)) - 1
-
-    def tiled():
-        if latent == "vector":
-            return []
-        with torch.inference_mode():
-            mean, _ = tiles.encode(model, image.to(next(model.parameters()).device), tile=16)
-            return [mean.cpu(), tiles.decode(model, mean, (40, 36), tile=16).cpu()]
-
-    expected, expected_tiles = pictures_of(model), tiled()
+def test_pictures_are_those_of_the_cpu(device, latent, kind):
     use_tensor_float_32(torch.device(device), "no")  # as load_model does
-    model.to(device)
-    torch.testing.assert_close(tiled(), expected_tiles, rtol=1e-4, atol=1e-4)
-    for name, tensor in pictures_of(model).items():
+    expected, found = (pictures_of(latent, kind, place) for place in ("cpu", device))
+    for name, tensor in found.items():
         assert tensor.device.type == "cpu", name
-        if name != "gibbs mean":  # draws of its chains are of the device
-            assert float((tensor - expected[name]).abs().max()) <= 1.0, name
+        assert float((tensor - expected[name]).abs().max()) <= 1.0, name
+
+
+# tiles
+
+# 208 positions of a latent of stride 2; a quarter of the overlap, 13, is not used, and no layer
+# of `near` looks further
+TILE = 416
+
+
+@pytest.fixture(scope="module")
+def near():
+    """Of random weights, and layers that look at few positions around."""
+    model = trained(small("spatial", attention=False, channels=[8, 8]), (16, 16)).eval()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.GroupNorm):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+    return model
+
+
+@pytest.mark.parametrize("size", [(24, 900), (901, 23), (420, 424)])
+@torch.no_grad()
+def test_layers_that_look_near_give_the_untiled_result(near, size):
+    """At sizes that the stride does not divide, with a mask, too; bit for bit in a single tile."""
+    coarse, mask = torch.randn(1, 3, 6, 6, generator=torch_generator(0, "images")), None
+    images = torch.tanh(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
+    if size[0] % 2:
+        mask = (torch.arange(size[1]) % 5 > 0).expand(1, 1, *size).to(torch.uint8)
+    moments = near.encode(images, None, mask)
+    decoded = near.decode(moments[0], size)
+    assert moments[0].std() > 0.01 and decoded.std() > 0.01
+    for tile, error in ((TILE, 1e-5), (902, 0.0)):
+        found = tiles.encode(near, images, tile=tile, mask=mask)
+        torch.testing.assert_close(found, moments, rtol=0, atol=error)
+        found = tiles.decode(near, moments[0], size, tile=tile)
+        torch.testing.assert_close(found, decoded, rtol=0, atol=error)
