@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.training import arguments
 from vae_dist import train
 from vae_dist.train import launch_problem
 
@@ -68,15 +69,21 @@ assert train.main(["config=mnist", "no.such=key"]) == 2
 assert os.environ["GOMP_SPINCOUNT"] == "1000"  # it is read when torch is loaded
 light = sorted({"torch", "accelerate", "wandb", "webdataset", "sympy"} & sys.modules.keys())
 assert vae_dist.load.__doc__ and vae_dist.write_shards.__doc__
-assert train.main(["config=debug", "dry_run=true", *sys.argv[1:]]) == 0
+assert train.main(sys.argv[1:]) == 0
 print(json.dumps([light, sorted({"torch", "wandb", "torchvision"} & sys.modules.keys())]))
 """
 
 
-def test_help_refusals_and_the_api_need_no_torch_and_a_dry_run_no_tracker(request, digits):
+def test_help_refusals_and_the_api_need_no_torch_and_a_dry_run_no_tracker(
+    request, digits, tmp_path
+):
     environment = {**os.environ, "PYTHONPATH": str(request.config.rootpath)}
-    words = (f"data.train={digits}/train", f"data.validation={digits}/validation")
-    argv = [sys.executable, "-c", CODE, *words, "data.bundled=none"]
+    words = arguments(tmp_path / "run", digits, "dry_run=true", "optimizer.warmup_steps=70")
+    argv = [sys.executable, "-c", CODE, *words]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [[], ["torch"]]
+    assert "last step, 60, comes before optimizer.warmup_steps=70 is reached" in done.stdout
+    for part in ("parameters", "512 images", "MiB", "1, 2, 4, 8", "nothing was trained"):
+        assert part in done.stdout
+    assert not (tmp_path / "run").exists()

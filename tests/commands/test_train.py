@@ -1,5 +1,6 @@
 """`vae_dist.train` as a user meets it: what it refuses, what it survives, what it leaves behind."""
 
+import functools
 import json
 import os
 import resource
@@ -16,15 +17,16 @@ import torch
 
 import vae_dist
 from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
-from tests.support.faults import Ranks, at_place, in_the_middle_of_a_write, last_step
+from tests.support.faults import at_place, in_the_middle_of_a_write, run_command, signal_oneself
+from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import arguments, losses, rows, same_weights, status, weights
-from vae_dist.data.index import Run, load_index
 from vae_dist.data.tar import ShardError
 from vae_dist.evaluate import main as evaluate
 from vae_dist.evaluation.run import EvaluationResult
 from vae_dist.models.build import build_vae
+from vae_dist.run.checkpoint import load_checkpoint
 from vae_dist.run.resume import initial_weights
-from vae_dist.tracking.sinks import JsonlSink
+from vae_dist.tracking.sinks import JsonlSink, read_rows
 from vae_dist.train import main
 from vae_dist.training import loop
 from vae_dist.training.images import ImageLogger
@@ -33,7 +35,16 @@ from vae_dist.training.optimizer import Ema
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ("evaluation.every=0", "checkpoint.every=2", "optimizer.schedule=constant")
+DEEP = "model.latent=spatial likelihood.kind=gaussian model.channels=[8,8,8,8]"
 LONG = (*QUIET, "training.steps=100000")
+SPATIAL = (
+    *("training.steps=4", "optimizer.warmup_steps=1", "evaluation.every=0"),
+    *("model.latent=spatial", "model.latent_channels=3", "likelihood.kind=gaussian"),
+)
+ADVERSARIAL = (
+    *("adversarial.weight=0.5", "adversarial.warmup_steps=1"),
+    *("adversarial.channels=8", "adversarial.layers=2"),
+)
 
 
 def trained(run, digits, steps, *overrides):
@@ -85,6 +96,8 @@ def begun(four_steps, tmp_path):
         ("data.train={tmp}", "", "holds no *.tar"),
         ("run=/proc/run", "", "cannot be written"),
         ("init_from={tmp}/none", "", "no run folder, checkpoint folder, .safetensors file"),
+        (f"{DEEP} adversarial.weight=0.5 adversarial.layers=4", "", "layers=4 needs images of 48"),
+        (f"{DEEP} objective.scale_equivariance=0.5", "", "scale_equivariance needs images of 32"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -120,42 +133,24 @@ def test_changes_under_a_run_are_refused_with_the_differences(begun, digits, tmp
 # damage
 
 
-def damage_pngs(folder, shard, samples):
-    """Zero the middle of their PNGs, under the header, so that only decoding notices."""
-    index = load_index(str(folder), key="data", create=False)
-    for sample in samples:
-        start, end = index.offsets([Run(shard, sample, sample + 1)])[0]
-        with open(index.paths[shard], "r+b") as file:
-            data = file.read(int(end))
-            file.seek(data.index(b"IDAT", int(start)) + 8)
-            file.write(bytes(60))
-
-
 def test_corrupt_samples_are_replaced_counted_and_named_up_to_a_limit(tmp_path, digits, capfd):
-    copy, run = shutil.copytree(digits, tmp_path / "digits"), tmp_path / "run"
-    damage_pngs(copy / "train", 2, range(10, 22))
-    damage_pngs(copy / "validation", 0, range(2))
+    run, damaged, pixels = tmp_path / "run", tmp_path / "damaged", random_pixels(512, 28, 28)
+    pixels[138:150] = 0  # written as no PNG
+    write_images(damaged / "train", pixels, num_shards=8)
+    write_images(damaged / "validation", pixels[136:200])
     epoch = 512 // 16 + 1  # steps, in which each of them comes up
-    assert trained(run, copy, epoch, "data.max_skipped_fraction=0.05") == 0
+    assert trained(run, damaged, epoch, "data.max_skipped_fraction=0.2") == 0
     assert rows(run)[epoch]["data/skipped_samples"] == 12
-    assert rows(run)[epoch]["eval/num_images"] == 62
+    assert rows(run)[epoch]["eval/num_images"] == 52
     output = capfd.readouterr().out
     assert "images-000002.tar sample 17" in output and "in its place" in output
-    assert trained(run, copy, epoch + 1, "data.max_skipped_fraction=0.05") == 0
+    assert trained(run, damaged, epoch + 1, "data.max_skipped_fraction=0.2") == 0
     assert rows(run)[epoch + 1]["data/skipped_samples"] >= 12  # those before it stopped count
-    assert trained(tmp_path / "other", copy, epoch, "data.max_skipped_fraction=0.02") == 1
+    assert trained(tmp_path / "other", damaged, epoch, "data.max_skipped_fraction=0.02") == 1
     assert "data.max_skipped_fraction" in status(tmp_path / "other")["reason"]
-    shutil.copytree(digits, copy, dirs_exist_ok=True)  # repaired: it counts anew
+    shutil.copytree(digits, damaged, dirs_exist_ok=True)  # repaired: it counts anew
     options = ("data.max_skipped_fraction=0.02", "resume.allow_changes=true")
-    assert trained(tmp_path / "other", copy, epoch, *options) == 0
-
-
-def test_images_that_cannot_be_drawn_do_not_stop_a_run(tmp_path, digits, capfd, monkeypatch):
-    error = torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(ImageLogger, "__call__", raising(error))
-    assert trained(tmp_path / "run", digits, 1) == 0
-    assert "no images (CUDA out of memory)" in capfd.readouterr().out
-    assert "eval/neg_elbo_nats" in rows(tmp_path / "run")[1]
+    assert trained(tmp_path / "other", damaged, epoch, *options) == 0
 
 
 def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, monkeypatch):
@@ -193,8 +188,7 @@ def test_a_disk_that_takes_no_checkpoint_leaves_the_run_alive(begun, whole, digi
 def test_a_run_folder_that_is_renamed_is_saved_under_its_new_name(tmp_path, digits):
     run, away = tmp_path / "run", tmp_path / "away"
     rename = at_place("step", lambda: run.rename(away), visit=4)
-    with Ranks(1, arguments(run, digits, *LONG), output=tmp_path / "out", prepare=rename) as group:
-        assert group.wait() == [75], group.text()
+    assert run_command(1, arguments(run, digits, *LONG), prepare=rename) == [75]
     found = status(away)
     assert not run.exists() and found["status"] == "interrupted" and str(away) in found["reason"]
     assert found["step"] == steps_of(away)[-1] == max(rows(away)) >= 4
@@ -203,29 +197,33 @@ def test_a_run_folder_that_is_renamed_is_saved_under_its_new_name(tmp_path, digi
 # runs that end by themselves
 
 
-@pytest.mark.parametrize("error", [ShardError("gone"), MemoryError("no")], ids=repr)
-def test_what_is_done_is_saved_where_a_run_ends_by_itself(begun, whole, digits, monkeypatch, error):
-    next_batch = Trainer._next
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "saved"),
+    [
+        (Trainer, "_next", ShardError("gone"), 5),
+        (Trainer, "_next", MemoryError("no"), 5),
+        (Ema, "update", RuntimeError("amid an update"), 4),  # its step is half done
+    ],
+)
+def test_what_is_done_is_saved_where_a_run_ends_by_itself(
+    begun, whole, digits, monkeypatch, owner, name, error, saved
+):
+    function, calls = getattr(owner, name), []
 
-    def failing(self, stream):
-        if self.step == 5:
+    def failing(*arguments, **options):
+        calls.append(name)
+        if len(calls) == 2:
             raise error
-        return next_batch(self, stream)
+        return function(*arguments, **options)
 
+    monkeypatch.setattr(loop, "UPDATE_S", 0.1)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_next", failing)
+        patch.setattr(owner, name, failing)
         assert trained(begun, digits, 8) in (1, 2)
     found = status(begun)
-    assert (steps_of(begun)[-1], found["status"], found["step"]) == (5, "failed", 5)
+    assert (steps_of(begun)[-1], found["status"], found["step"]) == (saved, "failed", saved)
     assert str(error) in found["reason"]
     assert trained(begun, digits, 8) == 0 and same_weights(begun, whole, 8)
-
-
-def test_what_an_update_has_left_half_done_is_not_saved(begun, digits, monkeypatch):
-    monkeypatch.setattr(loop, "UPDATE_S", 0.1)
-    monkeypatch.setattr(Ema, "update", raising(RuntimeError("amid an update")))
-    assert trained(begun, digits, 8) == 1
-    assert steps_of(begun) == [2, 4] and "amid an update" in status(begun)["reason"]
 
 
 def test_a_run_of_which_every_update_was_skipped_has_failed(tmp_path, digits):
@@ -237,17 +235,15 @@ def test_a_run_of_which_every_update_was_skipped_has_failed(tmp_path, digits):
 # kills and launchers
 
 
-def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(whole, tmp_path, digits):
+def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(whole, tmp_path, digits, capfd):
     run = tmp_path / "run"
-    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    kill = functools.partial(signal_oneself, signal.SIGKILL)
     argv = arguments(run, digits, "training.steps=8", *QUIET)
     for prepare in (at_place("step", kill, visit=6), in_the_middle_of_a_write(kill, after_step=4)):
-        with Ranks(1, argv, output=tmp_path / "killed", prepare=prepare) as group:
-            assert group.wait() == [-signal.SIGKILL], group.text()
+        assert run_command(1, argv, prepare=prepare) == [-signal.SIGKILL]
         assert 2 in steps_of(run) or 4 in steps_of(run)
     assert list((run / "checkpoints").glob(".step*"))
-    with Ranks(1, argv, output=tmp_path / "last") as group:
-        assert group.wait() == [0] and "going on at step" in group.text()
+    assert run_command(1, argv) == [0] and "going on at step" in capfd.readouterr().out
     assert same_weights(run, whole, 8) and torch.equal(losses(run), losses(whole))
     assert not list((run / "checkpoints").glob(".*"))
 
@@ -273,7 +269,7 @@ def test_a_signal_to_a_launcher(tmp_path, digits, launcher, number, code):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     argv = [*words, *arguments(run, digits, *LONG)]
     with subprocess.Popen(argv, env=environment, cwd=ROOT, **pipes) as process:
-        while last_step(run) < 3 and process.poll() is None:
+        while len(list(read_rows(run / "log.jsonl"))) < 4 and process.poll() is None:
             time.sleep(0.02)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
@@ -306,12 +302,16 @@ def test_a_run_begins_from_the_averaged_weights_of_another(four_steps, tmp_path,
     assert "decoder.linear_in.weight: 784x8 -> 784x4" in errors
 
 
-def test_the_best_checkpoint_is_kept_and_can_be_used(tmp_path, digits, monkeypatch):
+def test_the_best_checkpoint_is_kept_where_images_cannot_be_drawn(
+    tmp_path, digits, capfd, monkeypatch
+):
     run, best, row = tmp_path / "run", 4, EvaluationResult.row
     figures = iter([5.0, 3.0, 4.0, 6.0])
     better = lambda self: row(self) | {"eval/neg_elbo_nats": next(figures)}  # noqa: E731
     monkeypatch.setattr(EvaluationResult, "row", better)
+    monkeypatch.setattr(ImageLogger, "__call__", raising(torch.OutOfMemoryError("no memory")))
     assert trained(run, digits, 8, "evaluation.every=2", "checkpoint.keep_last=1") == 0
+    assert "no images (no memory)" in capfd.readouterr().out
     monkeypatch.undo()
     assert steps_of(run) == [best, 8]
     assert (run / "checkpoints" / "best").read_text() == f"step_{best:08d}"
@@ -337,11 +337,43 @@ def test_a_checkpoint_is_written_before_its_evaluation_and_then_names_it(
     assert "train/loss" in rows(run)[2] and "eval/neg_elbo_nats" in rows(run)[2]
 
 
-def test_dry_run_shows_the_plan_and_leaves_no_folder(tmp_path, digits, capfd):
-    words = ("dry_run=true", "optimizer.warmup_steps=70")
-    assert main(arguments(tmp_path / "run", digits, *words)) == 0
-    output = capfd.readouterr().out
-    assert "the last step, 60, comes before optimizer.warmup_steps=70 is reached" in output
-    for part in ("parameters", "512 images", "MiB", "1, 2, 4, 8", "nothing was trained"):
-        assert part in output
-    assert not (tmp_path / "run").exists()
+# a discriminator, and a frozen encoder
+
+
+def test_a_discriminator_that_joins_a_run_learns_before_it_is_heard(tmp_path, digits, capfd):
+    run = tmp_path / "run"
+    assert main(arguments(run, digits, *SPATIAL)) == 0
+    more = (*ADVERSARIAL, "adversarial.warmup_steps=2", "resume.allow_changes=true")
+    keys = arguments(run, digits, *SPATIAL, *more, "training.steps=8")
+    assert main(keys) == 2
+    words = "step 4 has no discriminator, and adversarial.start_step=0 lies before it"
+    assert words in capfd.readouterr().err
+    assert main([*keys, "adversarial.start_step=4"]) == 0
+    assert "train/discriminator_loss" in rows(run)[5]
+    assert rows(run)[6]["optim/adversarial_weight"] == 0 < rows(run)[8]["optim/adversarial_weight"]
+
+
+def test_a_decoder_is_fine_tuned_with_the_discriminator_of_the_first_stage(tmp_path, digits, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    both = (*SPATIAL, *ADVERSARIAL, "training.steps=2")
+    assert main(arguments(first, digits, *both)) == 0
+    fine_tuned = (*both, f"init_from={first}", "training.train_only=decoder")
+    assert main(arguments(second, digits, *fine_tuned)) == 0
+    assert f"discriminator: that of {first}" in capfd.readouterr().out
+    before, after = weights(first, 2, "ema"), weights(second, 2)
+    for name, value in before.items():
+        is_kept = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(value, after[name]) == is_kept, name
+    assert before.keys() == after.keys() and rows(second)[2]["train/adversarial"] != 0
+    stored = load_checkpoint(first / "checkpoints", "latest").tensors["discriminator"]
+
+    def begun_with(*keys):
+        config = vae_dist.config(*arguments(second, digits, *SPATIAL, f"init_from={first}", *keys))
+        weights = initial_weights(config, build_vae(config, (28, 28)))
+        return {k: v for k, v in weights.items() if k.startswith("discriminator/")}
+
+    found = begun_with(*ADVERSARIAL)
+    assert found and found.keys() == {f"discriminator/{name}" for name in stored}
+    assert all(torch.equal(found[f"discriminator/{name}"], v) for name, v in stored.items())
+    for keys in ((*ADVERSARIAL, "adversarial.channels=16"), ()):  # of another shape, or none
+        assert not begun_with(*keys)

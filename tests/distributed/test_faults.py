@@ -6,19 +6,20 @@ import time
 
 import pytest
 
-from tests.support.faults import Ranks, at_place, in_the_middle_of_a_write, signal_oneself
+from tests.support.faults import at_place, in_the_middle_of_a_write, run_command, signal_oneself
 from tests.support.training import arguments, rows, status, train
 from vae_dist.run.checkpoint import Checkpoints
 from vae_dist.training import stop
 
 LONG = ("training.steps=100000", "evaluation.every=0", "checkpoint.every=5")
 CONSTANT = "optimizer.schedule=constant"
+STALL = "no step for 5 s (runtime.timeout_s)"
 SLOW = pytest.mark.slow
 
 
-def ranks(tmp_path, digits, *overrides, prepare, world=2):
+def run_long(tmp_path, digits, *overrides, prepare, world=2, but=None):
     argv = arguments(tmp_path / "run", digits, CONSTANT, *LONG, *overrides)
-    return Ranks(world, argv, output=tmp_path / "output", prepare=prepare)
+    return run_command(world, argv, prepare=prepare, but=but)
 
 
 # one is lost
@@ -29,8 +30,7 @@ def test_a_lost_loader_process_is_named_with_its_rank_and_a_remedy(tmp_path, dig
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     prepare = at_place("data", lose_a_loader, ranks=(1,), visit=8)
-    with ranks(tmp_path, digits, prepare=prepare) as group:
-        assert group.wait() == [1, 1], group.text()
+    assert run_long(tmp_path, digits, prepare=prepare) == [1, 1]
     found = status(tmp_path / "run")
     assert found["status"] == "failed" and "rank 1" in found["reason"]
     assert "a loader process died (DataLoader worker (pid 7) is killed" in found["reason"]
@@ -38,51 +38,53 @@ def test_a_lost_loader_process_is_named_with_its_rank_and_a_remedy(tmp_path, dig
 
 
 @pytest.mark.parametrize(
-    ("place", "lost"),
-    [("step", 1), pytest.param("shards", 1, marks=SLOW), pytest.param("step", 0, marks=SLOW)],
+    ("place", "number", "lost"),
+    [
+        ("step", signal.SIGKILL, 0),
+        ("step", signal.SIGKILL, 1),
+        ("step", signal.SIGSTOP, 1),
+        pytest.param("step", signal.SIGSTOP, 0, marks=SLOW),
+        pytest.param("shards", signal.SIGSTOP, 1, marks=SLOW),
+    ],
 )
-def test_a_frozen_rank_is_named_by_the_others_in_time(tmp_path, digits, place, lost):
-    def freeze():
+def test_a_rank_that_is_killed_or_frozen_is_named_by_the_other(
+    tmp_path, digits, place, number, lost
+):
+    def lose():
         time.sleep(1)  # in which it publishes where it is
-        signal_oneself(signal.SIGSTOP)
+        signal_oneself(number)
 
-    prepare = at_place(place, freeze, ranks=(lost,), visit=1 if place == "shards" else 2)
-    with ranks(tmp_path, digits, "runtime.timeout_s=5", prepare=prepare) as group:
-        assert group.wait(1 - lost) == [1], group.text()
-        assert "no step for 5 s (runtime.timeout_s): " in group.text()
+    is_killed = number == signal.SIGKILL
+    limit_s, visit = (10, 12) if is_killed else (5, 2 if place == "step" else 1)
+    prepare = at_place(place, lose, ranks=(lost,), visit=visit)
+    limit = f"runtime.timeout_s={limit_s}"  # which a rank that is gone need not wait for
+    assert run_long(tmp_path, digits, limit, prepare=prepare, but=lost)[1 - lost] == 1
     found = status(tmp_path / "run")
-    assert found["status"] == "failed" and f"rank {lost}" in found["reason"]
-    assert "frozen or gone" in found["reason"]
-    if (place, lost) == ("step", 1):  # a frozen rank 0 cannot say where it is
-        assert "frozen or gone, last at step 1 in step" in found["reason"]
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_rank_is_named_by_the_other_at_once(tmp_path, digits, lost):
-    kill = functools.partial(signal_oneself, signal.SIGKILL)
-    prepare = at_place("step", kill, ranks=(lost,), visit=12)  # checkpoint 5 is on the disk
-    with ranks(tmp_path, digits, "runtime.timeout_s=6", prepare=prepare) as group:
-        assert group.wait(1 - lost) == [1], group.text()
-    found = status(tmp_path / "run")
-    assert found["status"] == "failed" and found["step"] >= 5
+    assert found["status"] == "failed" and found["step"] >= 5 * is_killed
     assert f"rank {lost}" in found["reason"] and "frozen or gone" in found["reason"]
-    assert "noticed as" in found["reason"]
+    assert ("noticed as" if is_killed else STALL) in found["reason"]
+    if (place, lost) == ("step", 1):  # rank 0 cannot say where it was
+        assert f"frozen or gone, last at step {visit - 1} in step" in found["reason"]
+
+
+def test_a_rank_that_stands_still_ends_all_but_a_first_step_may_last(tmp_path, digits, capfd):
+    """As compilation does."""
+
+    def prepare(rank):
+        for visit, seconds in ((1, 6), (2, 1000)):
+            stall = functools.partial(time.sleep, seconds)
+            at_place("step", stall, ranks=(1,), visit=visit)(rank)
+
+    assert run_long(tmp_path, digits, "runtime.timeout_s=5", prepare=prepare) == [1, 1]
+    assert f"{STALL}: rank 0 (process " in capfd.readouterr().err
+    assert "at step 1 in step" in status(tmp_path / "run")["reason"]
 
 
 @SLOW
-def test_a_first_step_and_the_last_write_may_take_long(tmp_path, digits):
-    """As compilation does, and a slow disk; start-up, where shards are indexed, counts neither."""
-    linger = functools.partial(time.sleep, 4)
-    at_first = at_place("step", linger, ranks=(1,))
-    at_last = in_the_middle_of_a_write(linger, after_step=2)
-
-    def prepare(rank):
-        at_first(rank)
-        at_last(rank)
-
+def test_the_last_write_may_take_long(tmp_path, digits):
+    prepare = in_the_middle_of_a_write(functools.partial(time.sleep, 4), after_step=2)
     argv = arguments(tmp_path / "run", digits, "training.steps=3", "runtime.timeout_s=3")
-    with Ranks(2, argv, output=tmp_path / "output", prepare=prepare) as group:
-        assert group.wait() == [0, 0], group.text()
+    assert run_command(2, argv, prepare=prepare) == [0, 0]
 
 
 # requests to stop
@@ -102,9 +104,7 @@ def test_a_signal_stops_all_ranks_at_one_step_whenever_it_comes(
 ):
     run, prepare = tmp_path / "run", at_place(place, signal_oneself, ranks=who, visit=visit)
     options = ("evaluation.every=8", "evaluation.batch_size=4", "data.workers=1")
-    with ranks(tmp_path, digits, *options, prepare=prepare) as group:
-        assert group.wait() == [75, 75], group.text()
-        assert group.orphans() == []
+    assert run_long(tmp_path, digits, *options, prepare=prepare) == [75, 75]
     found = status(run)
     assert found["status"] == "interrupted"
     # of the step at hand, or the one after it: ranks act on a request one step later
@@ -124,8 +124,7 @@ def test_a_signal_stops_all_ranks_at_one_step_whenever_it_comes(
 def test_a_stop_file_stops_all_ranks_and_the_next_start_clears_it(tmp_path, digits):
     run = tmp_path / "run"
     prepare = at_place("step", (run / "STOP").touch, visit=4)
-    with ranks(tmp_path, digits, prepare=prepare) as group:
-        assert group.wait() == [75, 75], group.text()
+    assert run_long(tmp_path, digits, prepare=prepare) == [75, 75]
     found = status(run)
     assert found["status"] == "interrupted" and found["reason"] == f"{run / 'STOP'} exists"
     assert Checkpoints(run / "checkpoints").load(found["step"])
@@ -137,7 +136,9 @@ def test_a_second_signal_during_a_write_harms_no_checkpoint(tmp_path, digits):
     """The disk takes for ever; a user who asks twice is not made to wait for it."""
 
     def never():
-        signal_oneself()
+        for _ in range(4):  # as schedulers and agents repeat one request
+            signal_oneself(signal.SIGUSR1)
+            time.sleep(0.005)
         time.sleep(0.4)  # past the burst
         signal_oneself()
         time.sleep(1000)
@@ -146,8 +147,7 @@ def test_a_second_signal_during_a_write_harms_no_checkpoint(tmp_path, digits):
         stop.BURST_S = 0.2
         in_the_middle_of_a_write(never, after_step=5)(rank)
 
-    with ranks(tmp_path, digits, world=1, prepare=prepare) as group:
-        assert group.wait() == [128 + signal.SIGTERM], group.text()
+    assert run_long(tmp_path, digits, world=1, prepare=prepare) == [128 + signal.SIGTERM]
     run, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.steps() == [5] and checkpoints.load(5).step == 5
     assert [path.name for path in checkpoints.folder.glob(".step*")] == [".step_00000010.tmp"]

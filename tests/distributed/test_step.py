@@ -1,37 +1,31 @@
 """Steps over ranks equal those of one process, however batch and weights are cut."""
 
 import functools
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed.fsdp  # a second that the forked ranks need not spend each
 
-from tests.support import adversarial
 from tests.support.distributed import run_ranks
-from tests.support.steps import IWAE, SIZE, batch, config, first_step, poison
-from vae_dist.config.schema import RuntimeConfig
-from vae_dist.distributed import Runtime, full_value, local_part
-from vae_dist.training.step import TrainingStep
+from tests.support.steps import (
+    IWAE,
+    adversarial_config,
+    batch,
+    config,
+    first_step,
+    make_step,
+    one_process,
+    size_of,
+)
+from vae_dist.distributed import full_value, local_part
 
 assert torch.distributed.fsdp
 STEPS, SLOW = 4, pytest.mark.slow
 
 
-class Outcome(NamedTuple):
-    rows: list  # of each step, means over all ranks by name
-    gradients: dict  # of the first step, as the optimizer sees them
-    weights: dict  # this rank's after the last step, whole
-    held: float  # part of the elements that this rank holds
-
-
-def start(parallel="ddp", precision="no"):
-    return Runtime.start(RuntimeConfig(threads=1, parallel=parallel), precision=precision)
-
-
 def settings_of(kind):
     if kind.startswith(("adversarial", "decoder")):
-        made = adversarial.adversarial_config()
+        made = adversarial_config()
         made.training.train_only = "decoder" if kind == "decoder alone" else "all"
         return made
     made = config(objective=IWAE if kind == "importance-weighted" else None)
@@ -40,16 +34,19 @@ def settings_of(kind):
 
 
 def steps(kind, microbatch, parallel="ddp"):
-    runtime, settings = start(parallel), settings_of(kind)
+    """Rows of the steps, means over all ranks by name; gradients of the first one, as the optimizer
+    sees them; weights after the last one, whole; the part of the elements that this rank holds."""
+    runtime, settings = one_process(parallel=parallel), settings_of(kind)
     settings.training.microbatch_size = microbatch
-    is_adversarial, mixed = bool(settings.adversarial.weight), kind.endswith("two shapes")
-    step = TrainingStep(settings, runtime, adversarial.SIZE if is_adversarial else SIZE)
-    make = adversarial.picture_batch if is_adversarial else batch
-    gradients, report = first_step(step, make(runtime, 0, mixed=mixed))
+    sizes = [size_of(settings)] * settings.data.slots
+    if kind.endswith("two shapes"):  # of two ranks the first one has a microbatch more
+        sizes[1] = (32, 24) if settings.adversarial.weight else (4, 12)
+    step = make_step(settings, runtime)
+    gradients, report = first_step(step, batch(step, 0, sizes))
     gradients, rows = {name: full_value(value) for name, value in gradients.items()}, []
     for number in range(STEPS):
         if number:
-            report = step(make(runtime, number, mixed=mixed), number)
+            report = step(batch(step, number, sizes), number)
         totals = runtime.sum_numbers(list(report.sums.values()))
         shared = {k: float(v) for k, v in report.shared.items()}
         rows.append({**dict(zip(report.sums, totals, strict=True)), **shared})
@@ -58,7 +55,7 @@ def steps(kind, microbatch, parallel="ddp"):
     sizes = [(local_part(p).numel(), p.numel()) for p in step.vae.parameters()]
     held = sum(mine for mine, _ in sizes) / sum(whole for _, whole in sizes)
     whole = {name: full_value(value.detach()).clone() for name, value in found.items()}
-    return Outcome(rows, gradients, whole, held)
+    return rows, gradients, whole, held
 
 
 @functools.cache
@@ -85,29 +82,30 @@ def alone(kind):
 def test_ranks_microbatches_and_sharding_change_steps_by_rounding(
     kind, world, microbatch, parallel
 ):
-    expected = alone(kind)
+    expected_rows, expected_gradients, expected_weights, _ = alone(kind)
     outcomes = run_ranks(world, steps, kind, microbatch, parallel)
-    for found in outcomes:
-        for number, (row, theirs) in enumerate(zip(found.rows, expected.rows, strict=True)):
-            assert row == pytest.approx(theirs, rel=1e-5), number
-        assert found.gradients.keys() == expected.gradients.keys()
-        for name, gradient in expected.gradients.items():
-            error = (found.gradients[name] - gradient).abs().max()
+    for rows, gradients, weights, held in outcomes:
+        for number, (row, expected) in enumerate(zip(rows, expected_rows, strict=True)):
+            assert row == pytest.approx(expected, rel=1e-5), number
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in expected_gradients.items():
+            error = (gradients[name] - gradient).abs().max()
             assert error <= 1e-4 * gradient.abs().max(), name
-        assert found.weights.keys() == expected.weights.keys()
-        for name, value in outcomes[0].weights.items():
-            assert torch.equal(found.weights[name], value), name
+        assert weights.keys() == expected_weights.keys()
+        for name, value in outcomes[0][2].items():
+            assert torch.equal(weights[name], value), name
             is_frozen = kind == "decoder alone" and name.removeprefix("ema/").startswith("encoder.")
-            assert not is_frozen or torch.equal(value, expected.weights[name]), name
-        assert 0.4 < found.held < 0.6 if parallel == "fsdp" else found.held == 1
+            assert not is_frozen or torch.equal(value, expected_weights[name]), name
+        assert 0.4 < held < 0.6 if parallel == "fsdp" else held == 1
     if "adversarial" in kind:
-        assert expected.rows[-1]["optim/adversarial_weight"] > 0
+        assert expected_rows[-1]["optim/adversarial_weight"] > 0
 
 
 def weighed(kind, precision):
-    runtime, settings = start(precision=precision), config(objective=IWAE, precision=precision)
+    runtime, settings = one_process(precision), config(objective=IWAE, precision=precision)
     settings.objective.gradient = kind
-    gradients, _ = first_step(TrainingStep(settings, runtime, SIZE), batch(runtime, 0))
+    step = make_step(settings, runtime)
+    gradients, _ = first_step(step, batch(step, 0))
     return gradients["encoder.conv_out.bias"]
 
 
@@ -124,14 +122,23 @@ def test_the_gradient_of_z_is_weighed_through_the_wrappers(world):
 def poisoned(bad, parallel):
     """Flags of four steps, of which the last rank's gradient is bad in the third; whether each step
     changed any weight; the optimizer's count."""
-    runtime = start(parallel)
-    step = adversarial.adversarial_step(adversarial.adversarial_config(), runtime)
-    if runtime.rank == runtime.world - 1:
-        poison(step, 2, discriminator=bad == "discriminator")
+    runtime = one_process(parallel=parallel)
+    step = make_step(adversarial_config(), runtime)
+
+    def spoiled(gradient):
+        is_bad = number == 2 and runtime.rank == runtime.world - 1
+        return gradient * torch.nan if is_bad else gradient
+
+    if bad == "discriminator":
+        step.adversary.network.conv_out.weight.register_hook(spoiled)
+    else:
+        step.vae.decoder.conv_out.register_full_backward_hook(
+            lambda _, gradients, __: tuple(map(spoiled, gradients))
+        )
     flags, changed = [], []
     for number in range(4):
         before = {k: v.detach().clone() for k, v in step.weights_of_every_rank().items()}
-        report = step(adversarial.picture_batch(runtime, number), number)
+        report = step(batch(step, number), number)
         after = step.weights_of_every_rank()
         flags.append(float(report.found_inf))
         changed.append(any(not torch.equal(before[name], after[name]) for name in before))

@@ -48,46 +48,36 @@ def submit(tmp_path, **variables):
     return done, (run / "scontrol").exists()
 
 
+REQUEUED = "requeued"
 WARNED, PREEMPTED = {"WARNED": "1"}, {"PREEMPTED": "2026-01-02T03:04:05"}
+OFTEN = {"MAX_RESTARTS": "3", "SLURM_RESTART_COUNT": "3"}
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "signs", "is_requeued"),
+    ("status", "code", "signs", "words"),
     [
-        ("interrupted", "75", {}, True),
-        ("interrupted", "1", {}, True),  # an elastic agent
-        ("", "75", {}, True),  # while it waited for the lock of a host that died
-        ("", "143", {}, False),  # srun ends the other tasks when one fails
-        ("running", "143", {}, False),
-        ("failed", "143", {}, False),
-        ("", "2", {}, False),
-        ("failed", "1", {}, False),
+        ("interrupted", "75", {}, REQUEUED),
+        ("interrupted", "1", {}, REQUEUED),  # an elastic agent
+        ("", "75", {}, REQUEUED),  # while it waited for the lock of a host that died
+        ("", "143", {}, ""),  # srun ends the other tasks when one fails
+        ("running", "143", {}, ""),
+        ("failed", "143", {}, ""),
+        ("", "2", {}, ""),
+        ("failed", "1", {}, ""),
         # a task that a signal ended after a warning
-        ("", "143", WARNED, True),
-        ("", "138", PREEMPTED, True),
-        ("running", "143", PREEMPTED, True),
-        ("failed", "143", WARNED, False),
+        ("", "143", WARNED, REQUEUED),
+        ("", "138", PREEMPTED, REQUEUED),
+        ("running", "143", PREEMPTED, REQUEUED),
+        ("failed", "143", WARNED, ""),
+        ("interrupted", "75", OFTEN, "restarted 3 times (MAX_RESTARTS)"),
+        ("interrupted", "75", {"REASON": "runs/a/STOP exists"}, "not requeued; submit it again"),
     ],
 )
-def test_who_is_requeued(tmp_path, status, code, signs, is_requeued):
+def test_who_is_requeued(tmp_path, status, code, signs, words):
     more = {"SLURM_NTASKS_PER_NODE": "1", "STATUS": status, "CODE": code}
-    done, asked = submit(tmp_path, **more, **signs)
-    assert asked == is_requeued, done.stdout + done.stderr
-    assert is_requeued or done.returncode == int(code)
-
-
-@pytest.mark.parametrize(
-    ("variables", "words"),
-    [
-        ({"MAX_RESTARTS": "3", "SLURM_RESTART_COUNT": "3"}, "restarted 3 times (MAX_RESTARTS)"),
-        ({"REASON": "runs/a/STOP exists"}, "not requeued; submit it again to go on"),
-    ],
-)
-def test_an_interrupted_run_that_is_not_requeued_ends_with_75(tmp_path, variables, words):
-    ended = {"STATUS": "interrupted", "CODE": "75", "SLURM_NTASKS_PER_NODE": "1"}
-    done, is_requeued = submit(tmp_path, **ended, **variables)
-    assert done.returncode == 75 and words in done.stdout, done.stdout + done.stderr
-    assert not is_requeued
+    done, is_requeued = submit(tmp_path, **more, **signs)
+    assert is_requeued == (words == REQUEUED), done.stdout + done.stderr
+    assert is_requeued or (done.returncode == int(code) and words in done.stdout)
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -11,6 +11,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -37,17 +38,8 @@ def run_ranks(world, function, *args, timeout_s=60):
     The function makes its own Runtime (or Accelerator). Raises with the first rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port, paths = free_port(), [Path(folder) / str(rank) for rank in range(world)]
-        ranks = [
-            FORK.Process(target=_rank, args=(rank, world, port, path, timeout_s, function, args))
-            for rank, path in enumerate(paths)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout_s + 10)
-            process.kill()
-            process.join()
+        paths = [Path(folder) / str(rank) for rank in range(world)]
+        fork_ranks(world, _rank, paths, timeout_s, function, args, timeout_s=timeout_s + 10)
         outcomes = [pickle.loads(path.read_bytes()) for path in paths if path.exists()]
     failures = [text for is_good, text in outcomes if not is_good]
     failures += ["a rank ended without a result (killed, or timed out)"] * (world - len(outcomes))
@@ -56,10 +48,36 @@ def run_ranks(world, function, *args, timeout_s=60):
     return [result for _, result in outcomes]
 
 
-def _rank(rank, world, port, path, timeout_s, function, args):
+def fork_ranks(world, function, *args, but=None, timeout_s):
+    """Exit codes of `function(rank, *args)` on `world` ranks, None for one that still runs after
+    the timeout. `but`: the rank that is not waited for. None of them lives on."""
+    port = free_port()
+    processes = [
+        FORK.Process(target=_become, args=(rank, world, port, function, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout_s
+    for rank, process in enumerate(processes):
+        if rank != but:
+            process.join(max(0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def _become(rank, world, port, function, args):
     faulthandler.enable()
-    faulthandler.dump_traceback_later(timeout_s, exit=True)
     become_rank(rank, world, port)
+    function(rank, *args)
+
+
+def _rank(rank, paths, timeout_s, function, args):
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    path = paths[rank]
     try:
         outcome = (True, function(*args))
     except BaseException:

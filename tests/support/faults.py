@@ -5,16 +5,12 @@ Nothing inside the package knows of this: what happens at a chosen point is wrap
 functions in the forked process.
 """
 
-import contextlib
-import faulthandler
 import os
 import signal
 import sys
-import time
 
-from tests.support.distributed import FORK, become_rank, free_port
+from tests.support.distributed import fork_ranks
 from vae_dist.run import checkpoint
-from vae_dist.tracking.sinks import read_rows
 from vae_dist.train import main
 from vae_dist.training import setup  # imported before any fork
 from vae_dist.training.stop import RankWatch
@@ -22,77 +18,17 @@ from vae_dist.training.stop import RankWatch
 assert setup  # what the command would import in each process
 
 
-class Ranks:
-    """`world` processes of one training; use as a context manager, which leaves none behind.
-    `prepare` is called with its rank in each of them before the command."""
-
-    def __init__(self, world, argv, *, output, prepare=lambda rank: None):
-        port = free_port()
-        output.mkdir(parents=True, exist_ok=True)
-        self.output = [output / f"rank{rank}.log" for rank in range(world)]
-        self._processes = [
-            FORK.Process(target=_rank, args=(rank, world, port, log, argv, prepare))
-            for rank, log in enumerate(self.output)
-        ]
-        for process in self._processes:
-            process.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        for process in self._processes:
-            process.kill()
-            process.join()
-
-    @property
-    def pids(self):
-        return [process.pid for process in self._processes]
-
-    def signal(self, number, *ranks):
-        """To these ranks alone; none given: to all."""
-        for rank in ranks or range(len(self._processes)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pids[rank], number)
-
-    def wait(self, *ranks, timeout_s=60):
-        """Exit codes of these ranks, or of all; None for one that still runs after the timeout."""
-        end = time.monotonic() + timeout_s
-        chosen = [self._processes[rank] for rank in ranks or range(len(self._processes))]
-        for process in chosen:
-            process.join(max(0, end - time.monotonic()))
-        return [process.exitcode for process in chosen]
-
-    def wait_until(self, is_so, *, timeout_s=60):
-        """Or until a rank has ended."""
-        end = time.monotonic() + timeout_s
-        while not is_so() and all(p.is_alive() for p in self._processes):
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.01)
-
-    def text(self):
-        return "\n".join(log.read_text() for log in self.output if log.exists())
-
-    def orphans(self, *, timeout_s=20):
-        """Ended ranks of which a process that they started lives: they are of one group."""
-        end = time.monotonic() + timeout_s
-        left = [process.pid for process in self._processes if not process.is_alive()]
-        while left and time.monotonic() < end:
-            time.sleep(0.02)
-            left = [group for group in left if _has_members(group)]
-        return left
+def run_command(world, argv, *, prepare=lambda rank: None, but=None):
+    """Exit codes of the ranks of one training, but of one that is not waited for. `prepare` is
+    called with its rank in each of them before the command."""
+    return fork_ranks(world, _command, argv, prepare, but=but, timeout_s=120)
 
 
-def _has_members(group):
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, 0)
-        return True
-    return False
-
-
-def last_step(run):
-    """Step of the last row of the log; -1 when there is none."""
-    return max((step for step, _ in read_rows(run / "log.jsonl")), default=-1)
+def _command(rank, argv, prepare):
+    prepare(rank)
+    code = main(argv)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 # faults at a chosen point, from inside a rank
@@ -143,22 +79,3 @@ def in_the_middle_of_a_write(action, *, after_step):
 def signal_oneself(number=signal.SIGTERM):
     """As from outside: to the process, whichever thread it is in."""
     os.kill(os.getpid(), number)
-
-
-def _rank(rank, world, port, log, argv, prepare):
-    os.setpgid(0, 0)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115  (pytest has its own)
-    faulthandler.enable()
-    become_rank(rank, world, port)
-    code = 1
-    try:
-        prepare(rank)
-        code = main(argv)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

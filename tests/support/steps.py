@@ -8,72 +8,86 @@ from vae_dist.distributed import Runtime
 from vae_dist.training.compile import compile_towers
 from vae_dist.training.step import TrainingStep
 
-BATCH_SIZE, SLOTS, SIZE = 16, 8, (8, 8)
 IWAE = ObjectiveConfig(
     importance_samples=4, gradient="doubly_reparameterized", free_bits=0.3, beta=0.7
 )
-SHAPES = ((8, 8), (8, 8), (4, 12), *((8, 8),) * 5)  # of each slot of a mixed batch
 
 
 def config(*, microbatch_size=0, objective=None, precision="no"):
     made = TrainConfig(objective=objective or ObjectiveConfig())
-    made.data.channels, made.data.slots = 3, SLOTS
+    made.data.channels, made.data.slots = 3, 8
     made.model.channels, made.model.blocks = [8, 8], 1
     made.model.norm_groups, made.model.attention = 4, False
-    made.training.batch_size, made.training.microbatch_size = BATCH_SIZE, microbatch_size
+    made.training.batch_size, made.training.microbatch_size = 16, microbatch_size
     made.training.precision = precision
     return made
 
 
-def one_process(precision="no"):
-    return Runtime.start(RuntimeConfig(threads=1), precision=precision)
+def adversarial_config():
+    """Every term that is added to the bound: a discriminator from step 0, heard from step 1."""
+    made = config()
+    made.data.slots, made.training.batch_size = 4, 8
+    made.model.channels = [8, 16]
+    made.likelihood.kind = "gaussian"  # smooth: a rounding turns no sign of an absolute error
+    made.optimizer.warmup_steps = 0
+    made.perceptual.kind = "structure"
+    adversarial = made.adversarial
+    adversarial.weight, adversarial.warmup_steps, adversarial.ramp_steps = 0.5, 1, 2
+    adversarial.channels, adversarial.layers = 8, 2
+    made.objective.scale_equivariance, made.objective.latent_noise = 0.25, 0.1
+    return made
 
 
-def make_step(settings, runtime, size):
-    """`size`: (H, W) of its images, pixels; its weights come from the config's seed. Compiled where
-    runtime.compile says so."""
-    step = TrainingStep(settings, runtime, size)
+def one_process(precision="no", parallel="ddp"):
+    return Runtime.start(RuntimeConfig(threads=1, parallel=parallel), precision=precision)
+
+
+def size_of(settings):
+    """(H, W) of images."""
+    return (24, 32) if settings.objective.scale_equivariance else (8, 8)
+
+
+def make_step(settings, runtime=None, size=None):
+    """Its weights come from the config's seed. Compiled where runtime.compile says so."""
+    step = TrainingStep(settings, runtime or one_process(), size or size_of(settings))
     compile_towers(step.vae, settings)
     return step
 
 
-def batch(runtime, step, *, mixed=False):
-    """This rank's share of a step; `mixed`: slots of two shapes, so that on two ranks the first has
-    one group more than the second."""
-    generator = torch.Generator().manual_seed(step)
-    width = 12 if mixed else 8
-    images = torch.randint(256, (BATCH_SIZE, 3, 8, width), generator=generator, dtype=torch.uint8)
-    shapes = SHAPES if mixed else [SIZE] * SLOTS
-    return batch_of(
-        runtime, step, shapes, lambda k, size: images[2 * k : 2 * k + 2, :, : size[0], : size[1]]
-    )
-
-
-def batch_of(runtime, step, shapes, draw):
-    """This rank's share of slots of these (H, W); `draw(slot, size)` gives a slot's images."""
-    share, groups = len(shapes) // runtime.world, {}
+def batch(step, number, sizes=()):
+    """This rank's share of a batch: of each slot two smooth random pictures; `sizes`: their (H, W)
+    by slot."""
+    runtime, sizes = step.runtime, sizes or [size_of(step.config)] * step.config.data.slots
+    share, groups = len(sizes) // runtime.world, {}
     for slot in range(runtime.rank * share, (runtime.rank + 1) * share):
-        groups.setdefault(shapes[slot], []).append(slot)
+        height, width = sizes[slot]
+        generator = torch.Generator().manual_seed(1000 * number + slot)
+        coarse = 255 * torch.rand(2, 3, height // 4, width // 4, generator=generator)
+        images = torch.nn.functional.interpolate(coarse, size=(height, width)).to(torch.uint8)
+        groups.setdefault(sizes[slot], {})[slot] = images
     parts = []
-    for size, slots in groups.items():
-        images = torch.cat([draw(slot, size) for slot in slots])
-        parts.append(Group(tuple(slots), images, torch.zeros(len(images), dtype=torch.int64)))
-    return Batch(step, tuple(parts), ("a.tar",), ())
+    for by_slot in groups.values():
+        images = torch.cat([*by_slot.values()])
+        parts.append(Group(tuple(by_slot), images, torch.zeros(len(images), dtype=torch.int64)))
+    return Batch(number, tuple(parts), ("a.tar",), ())
+
+
+def kept_gradients(network, optimizer):
+    """Those of the optimizer's next step by name, once it is done."""
+    found = {}
+
+    def keep(*_):
+        if not found:
+            gradients = {name: p.grad for name, p in network.named_parameters()}
+            found.update({name: g.clone() for name, g in gradients.items() if g is not None})
+
+    optimizer.register_step_pre_hook(keep)
+    return found
 
 
 def first_step(step, batch):
     """The gradients that it leaves to the optimizer, and its report."""
-    found = {}
-
-    def keep(*_):
-        for name, parameter in step.vae.named_parameters():
-            if parameter.grad is not None:
-                found[name] = parameter.grad.clone()
-
-    handle = step.optimizer.register_step_pre_hook(keep)
-    report = step(batch, 0)
-    handle.remove()
-    return found, report
+    return kept_gradients(step.vae, step.optimizer), step(batch, 0)
 
 
 def wrong_gradients(found, expected, *, rounding):
@@ -83,24 +97,3 @@ def wrong_gradients(found, expected, *, rounding):
     least = 1e-3 * max(norms.values())
     errors = {name: float((found.get(name, 0.0) - g).norm()) for name, g in expected.items()}
     return [name for name in norms if errors[name] > rounding * max(norms[name], least)]
-
-
-def poison(step, at, *, discriminator=False):
-    """A gradient of step `at` of this rank is not finite: of the VAE, or of the discriminator."""
-    drawn, number = step._drawn, -1
-
-    def poisoned(purpose, group, step_number, *args, **kwargs):
-        nonlocal number
-        number = step_number
-        noise = drawn(purpose, group, step_number, *args, **kwargs)
-        is_bad = purpose == "posterior" and number == at and not discriminator
-        return noise * float("nan") if is_bad else noise
-
-    step._drawn = poisoned
-    if discriminator:
-        assert step.adversary is not None
-        step.adversary.network.conv_out.register_full_backward_hook(
-            lambda _, gradients, __: tuple(
-                g * float("nan") if number == at and g is not None else g for g in gradients
-            )
-        )

@@ -56,8 +56,7 @@ def losses(run):
 
 
 def status(run):
-    found = json.loads((run / "status.json").read_text())
-    return found
+    return json.loads((run / "status.json").read_text())
 
 
 def weights(run, step, name="model"):

@@ -1,58 +1,33 @@
 """The step of two networks: its gradients are those of the sum of all terms, however it is cut."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from tests.support.adversarial import (
-    SIZE,
-    adversarial_config,
-    adversarial_step,
-    picture_batch,
-    start,
-)
-from tests.support.distributed import reset_accelerate
+from tests.support.steps import adversarial_config, batch, kept_gradients, make_step
 from vae_dist.config.schema import AdversarialConfig
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms
-from vae_dist.training import adversarial
 from vae_dist.training.adversarial import LastLayer, adaptive_weight, hinge_loss, ramp_at
 
 
-@pytest.fixture
-def runtime():
-    reset_accelerate()
-    torch.set_num_threads(1)
-    return start()
-
-
-def kept_gradients(network, optimizer):
-    """Those of the next step, by name, once it is done."""
-    found, parameters = {}, {n: p for n, p in network.named_parameters() if p.requires_grad}
-    optimizer.register_step_pre_hook(
-        lambda *_: found.update({name: p.grad.clone() for name, p in parameters.items()})
-    )
-    return found
-
-
-def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms(runtime):
+def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms():
     """Term by term at a leaf, and one backward through the VAE: the same as one loss. That of the
     discriminator, which reconstructions do not pass on, is clipped by itself."""
     config = adversarial_config()
     config.adversarial.ramp_steps, config.adversarial.clip_grad_norm = 1, 0.1
-    step = adversarial_step(config, runtime)
-    step(picture_batch(runtime, 0), 0)
+    step = make_step(config)
+    step(batch(step, 0), 0)
     critic, weight = step.adversary.network, 0.5 * float(step.adversary.weight)
     found = kept_gradients(step.vae, step.optimizer)
     found_of_critic = kept_gradients(critic, step.adversary.optimizer)
-    batch = picture_batch(runtime, 1)
-    (group,) = batch.groups
+    second = batch(step, 1)
+    (group,) = second.groups
     (images, noise, *_), more = step._inputs(group, group.images, 1)
     output, half_size = step.vae(images, noise, **more)
     pictures, means = group.images.float() / 127.5 - 1, step.vae.likelihood.mean(output.params)
-    dims = 3 * SIZE[0] * SIZE[1]
+    dims = means[0].numel()
     assert weight > 0
     loss = loss_terms(output, config.objective, beta=1.0, half_size=half_size).loss_sum
     loss = loss + dims * step.losses.perceptual(means, pictures).sum()
@@ -61,7 +36,7 @@ def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms(run
     expected = torch.autograd.grad(loss / len(images), list(step.vae.parameters()))
     trained = [p for p in critic.parameters() if p.requires_grad]
     of_critic = torch.autograd.grad(own / len(images), trained)
-    report = step(batch, 1)
+    report = step(second, 1)
     assert float(report.sums["train/loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     for (name, gradient), value in zip(found.items(), expected, strict=True):
         assert (gradient - value).abs().max() <= 1e-4 * value.abs().max() + 1e-4, name
@@ -71,21 +46,6 @@ def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms(run
     )
     for gradient, value in zip(found_of_critic.values(), of_critic, strict=True):
         torch.testing.assert_close(gradient, 0.1 / norm * value, rtol=1e-3, atol=1e-6)
-
-
-def test_before_its_first_step_the_discriminator_rests(runtime):
-    config = adversarial_config()
-    config.adversarial.start_step = 1
-    step = adversarial_step(config, runtime)
-    before = {k: v.clone() for k, v in step.tensors()["discriminator"].items()}
-    report = step(picture_batch(runtime, 0), 0)
-    after = step.tensors()["discriminator"]
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert "train/discriminator_loss" not in report.sums
-    report = step(picture_batch(runtime, 1), 1)
-    assert "train/discriminator_loss" in report.sums
-    assert float(report.shared["optim/adversarial_weight"]) == 0
-    assert float(step.adversary.weight) > 0  # for the step in which the decoder hears of it
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -103,41 +63,20 @@ def test_last_layers_gradient_is_that_of_autograd(patch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_checkpointing_changes_nothing(runtime):
-    def some_steps():
-        step, found = adversarial_step(config, runtime), []
-        for number in range(3):
-            report = step(picture_batch(runtime, number), number)
-            found += [float(report.sums["train/loss"]), float(step.adversary.weight)]
-        return found
-
-    config = adversarial_config()
-    config.training.microbatch_size = 4
-    config.adversarial.warmup_steps = 0  # the first step is watched
-    expected = some_steps()
-    config.model.gradient_checkpointing = True
-    assert some_steps() == pytest.approx(expected, rel=1e-5)
-
-
-def test_structure_is_compared_in_exact_float32(runtime, monkeypatch):
+def test_structure_is_compared_in_exact_float32():
     """Forward and gradient, whatever the rest of the step is computed in."""
-    inside, seen = [False], []
-
-    @contextmanager
-    def exact():
-        inside[0] = True
-        yield
-        inside[0] = False
+    seen, products = [], torch.backends.cuda.matmul
+    products.allow_tf32 = True
 
     def see(_, inputs, __):
-        seen.append(inside[0])
-        inputs[0].register_hook(lambda _: seen.append(inside[0]))
+        seen.append(products.allow_tf32)
+        inputs[0].register_hook(lambda _: seen.append(products.allow_tf32))
 
-    monkeypatch.setattr(adversarial, "exact_float32", exact)
-    step = adversarial_step(adversarial_config(), runtime)
+    step = make_step(adversarial_config())
     step.losses.perceptual.distance.register_forward_hook(see)
-    step(picture_batch(runtime, 0), 0)
-    assert seen == [True, True]
+    step(batch(step, 0), 0)
+    products.allow_tf32 = False  # as torch has it
+    assert seen == [False, False]
 
 
 def test_hinge_loss_of_each_pair():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vae_dist
-from tests.support.steps import batch, config, make_step, one_process
+from tests.support.steps import batch, config, make_step
 from tests.support.training import arguments, losses, rows, same_weights, stop_after, train
 from vae_dist import encode
 from vae_dist.train import main
@@ -46,39 +46,38 @@ def straight(keys, tmp_path_factory, stored):
     return run
 
 
-def test_the_latent_comes_nearer_to_the_features(straight):
+def test_the_latent_comes_nearer_to_the_features_and_is_used_without_them(
+    straight, tmp_path, digits
+):
     logged = [rows(straight)[step] for step in range(1, 9)]
     distances = [row["train/alignment"] for row in logged]
     assert sum(distances[-3:]) < sum(distances[:3])
     weights = [row["optim/alignment_weight"] for row in logged]
     assert weights[0] == 0 and all(weight > 0 for weight in weights[1:])
+    assert vae_dist.load(straight, device="cpu").sample(2, seed=0).shape == (2, 1, 28, 28)
+    second = ("training.steps=3", f"init_from={straight}")
+    assert train(tmp_path / "run", digits, *SPATIAL, *second) == [0]
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("world", "more", "is_stored"),
     [
-        "training.microbatch_size=4",
-        pytest.param("runtime.parallel=fsdp", marks=pytest.mark.slow),
+        (2, "training.microbatch_size=4", False),
+        (1, "data.workers=2", True),
+        (2, "data.cache_bytes=0", True),
+        pytest.param(2, "runtime.parallel=fsdp", False, marks=pytest.mark.slow),
     ],
 )
-def test_ranks_and_microbatches_change_nothing(more, keys, straight, tmp_path, stored, monkeypatch):
-    look_for_none(monkeypatch)
+def test_ranks_microbatches_and_stored_features_change_nothing(
+    world, more, is_stored, keys, straight, tmp_path, stored, monkeypatch
+):
     run = tmp_path / "run"
-    assert train(run, stored, *keys, more, world=2) == [0, 0]
-    check_same(run, straight)
-
-
-@pytest.mark.parametrize(("world", "more"), [(1, "data.workers=2"), (2, "data.cache_bytes=0")])
-def test_stored_features_change_nothing(world, more, keys, straight, tmp_path, stored, monkeypatch):
-    """Nor is the vision model looked for."""
-    monkeypatch.setattr(alignment, "load_features", None)
-    monkeypatch.setattr(data, "feature_width", None)
-    run = tmp_path / "run"
+    if is_stored:  # the vision model is not looked for
+        monkeypatch.setattr(alignment, "load_features", None)
+        monkeypatch.setattr(data, "feature_width", None)
+    else:
+        look_for_none(monkeypatch)
     assert train(run, stored, *keys, more, world=world) == [0] * world
-    check_same(run, straight)
-
-
-def check_same(run, straight):
     torch.testing.assert_close(losses(run), losses(straight), rtol=1e-4, atol=0)
     found, expected = rows(run), rows(straight)
     name = "train/alignment"
@@ -87,14 +86,13 @@ def check_same(run, straight):
         assert found[6][name] == pytest.approx(expected[6][name], rel=1e-2)
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(keys, tmp_path, stored, monkeypatch):
-    """With stored features, mirrored as their images are."""
-    run, straight, flipped = tmp_path / "run", tmp_path / "straight", [*keys, "data.flip=true"]
-    assert train(straight, stored, *flipped) == [0]
+def test_a_resumed_run_is_the_same_bit_for_bit(keys, straight, tmp_path, stored, monkeypatch):
+    run = tmp_path / "run"
+    look_for_none(monkeypatch)
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
-        train(run, stored, *flipped)
-    assert train(run, stored, *flipped) == [0]
+        train(run, stored, *keys)
+    assert train(run, stored, *keys) == [0]
     assert torch.equal(losses(run), losses(straight)) and same_weights(run, straight, 8)
 
 
@@ -109,21 +107,14 @@ def test_the_plan_says_where_features_come_from(keys, digits, stored, tmp_path, 
     assert "'28x28'" in said(stored, 2, "objective.alignment=other")
 
 
-def test_the_run_is_used_without_its_vision_model(straight, tmp_path, digits):
-    vae = vae_dist.load(straight, device="cpu")
-    assert vae.sample(2, seed=0).shape == (2, 1, 28, 28)
-    second = ("training.steps=3", f"init_from={straight}")
-    assert train(tmp_path / "run", digits, *SPATIAL, *second) == [0]
-
-
 def test_masked_channels_are_the_last_ones_of_some_images():
-    settings, runtime, seen = config(), one_process(), []
+    settings, seen = config(), []
     settings.objective.channel_masking = 0.5
-    step = make_step(settings, runtime, (8, 8))
+    step = make_step(settings)
     draws = torch.tensor([[0.9, 0.0], [0.4, 0.0], [0.4, 0.5], [0.4, 0.99]])
     mask = step._channel_mask(draws, 4).squeeze()
     assert mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     step.vae.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    step(batch(runtime, 0), 0)
+    step(batch(step, 0), 0)
     is_hidden = (seen[0] == 0).flatten(2).all(2)  # (B, C)
     assert not is_hidden[:, 0].any() and 0 < is_hidden[:, -1].sum() < 16

@@ -6,50 +6,15 @@ import torch
 from torch import nn
 
 from vae_dist.config.schema import OptimizerConfig
-from vae_dist.training.optimizer import (
-    Ema,
-    build_optimizer,
-    load_optimizer_tensors,
-    lr_at,
-    optimizer_tensors,
-    scale_and_clip,
-    update,
-)
-
-
-def made(**options):
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2)
-    model = nn.Sequential(*layers)
-    return model, build_optimizer(model, OptimizerConfig(lr=0.1, **options))
-
-
-def train(model, optimizer, seed, skip=0.0):
-    torch.manual_seed(seed)
-    model(torch.randn(5, 1, 4, 4)).square().sum().backward()
-    update(optimizer, 0.1, skip=torch.tensor(skip))
+from vae_dist.training.optimizer import Ema, build_optimizer, lr_at, scale_and_clip
 
 
 def test_only_kernels_decay():
-    groups = made(weight_decay=0.5)[1].param_groups
+    layers = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2)
+    optimizer = build_optimizer(nn.Sequential(*layers), OptimizerConfig(weight_decay=0.5))
+    groups = optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert [len(group["params"]) for group in groups] == [2, 4]
-
-
-def test_restored_state_continues_bit_for_bit_and_a_skipped_step_leaves_all():
-    (model, optimizer), (other, restored) = made(), made()
-    train(model, optimizer, 1)
-    saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, model).items()}
-    assert "exp_avg/0.weight" in saved and "step/3.bias" in saved
-    other.load_state_dict(model.state_dict())
-    load_optimizer_tensors(restored, other, saved)
-    for seed in (2, 3):
-        train(model, optimizer, seed)
-        train(other, restored, seed - 100, skip=1.0)
-        train(other, restored, seed)
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert optimizer_tensors(restored, other)["step/0.weight"] == 3
 
 
 def gradients_of_many_sizes():
@@ -74,14 +39,10 @@ def test_the_norm_is_of_all_gradients_together(largest):
     factor = min(1.0, largest / expected) / 4 if largest else 1 / 4
     for gradient, value in zip(gradients, before, strict=True):
         torch.testing.assert_close(gradient.double(), factor * value, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("place", range(6))
-def test_a_gradient_of_any_size_that_is_not_finite_shows_in_the_norm(place):
-    gradients = gradients_of_many_sizes()
-    gradients[place].view(-1)[-1] = torch.nan
-    norm = norm_of(gradients, 1.0, 0.0)
-    assert norm != norm
+    for bad in range(len(gradients)):
+        gradients = gradients_of_many_sizes()
+        gradients[bad].view(-1)[-1] = torch.nan
+        assert math.isnan(norm_of(gradients, 1.0, largest))
 
 
 def test_the_average_follows_its_recurrence_and_a_skipped_step_moves_nothing():

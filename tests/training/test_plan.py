@@ -3,11 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from vae_dist.config.schema import TrainConfig
-from vae_dist.training import plan
-from vae_dist.training.plan import arithmetic, notes
+from vae_dist.training.plan import notes
 
 
 @pytest.mark.parametrize(
@@ -31,20 +29,3 @@ def test_what_was_hardly_meant_is_noted(steps, num_samples, weights, note):
     train = SimpleNamespace(parts=[(1, weight) for weight in weights], num_samples=num_samples)
     data = SimpleNamespace(train=train, settings=SimpleNamespace(buckets=()))
     assert list(notes(config, data)) == ([note] if note else [])
-
-
-@pytest.mark.parametrize(
-    ("device", "compiled", "problem", "said"),
-    [
-        ("cuda:0", "false", "there is no Triton", ", not compiled (there is no Triton)"),
-        ("cpu", "false", "there is no Triton", ""),
-        ("cuda:0", "false", None, ""),
-        ("cuda:0", "blocks", None, ", compiled block by block"),
-    ],
-)
-def test_how_a_run_is_compiled_is_said(monkeypatch, device, compiled, problem, said):
-    config = TrainConfig()
-    config.training.precision, config.runtime.compile = "no", compiled
-    monkeypatch.setattr(plan, "compiler_problem", lambda device: problem)
-    runtime = SimpleNamespace(device=torch.device(device))
-    assert ", ".join(arithmetic(config, runtime, 0)) == f"precision no{said}"

@@ -1,31 +1,50 @@
-"""A real two-node SLURM inside this machine, for tests of the launch scripts.
+"""A real two-node SLURM inside this machine, and real training on it under launch/*.sbatch.
 
-`lacking()` says what the machine lacks for it. The cluster starts in a second, is reachable only
-through the commands in its folder, and is stopped by the numbers of the processes that it started.
+The cluster starts in a second, is reachable only through the commands in its folder, and is stopped
+by the numbers of the processes that it started.
 """
 
 import os
 import re
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.training import arguments, losses, same_weights, status
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+STEPS = 250  # seconds: a signal finds the run still training
+OPTIONS = ("data.slots=16", f"training.steps={STEPS}", "evaluation.every=0", "checkpoint.every=0")
 
 
-def lacking():
-    """What this machine lacks for a cluster, or an empty string."""
-    return subprocess.run(
-        ["bash", HERE / "lacks.sh"], capture_output=True, text=True
-    ).stdout.strip()
+def started(proctrack):
+    """A cluster; `proctrack` says whom signals reach (up.sh). For fixtures."""
+    done = subprocess.run(["bash", HERE / "lacks.sh"], capture_output=True, text=True)
+    if lacks := done.stdout.strip():
+        pytest.skip(f"needs a SLURM cluster, but this machine lacks {lacks}")
+    if proctrack == "cgroup" and not os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK):
+        pytest.skip("needs the cgroup v1 freezer")
+    # Not under pytest's own folder: a socket's path is at most 108 characters long.
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder:
+        Path(folder).chmod(0o755)  # munge asks for it
+        lab = Path(folder) / Path(folder).name  # its name also names the network namespaces
+        with Cluster(lab, PROCTRACK=proctrack, KILL_WAIT="30") as cluster:
+            yield cluster
 
 
-def has_freezer():
-    """Whether SLURM can follow a job's processes by cgroup (version 1) here."""
-    return os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK)
+def wait_until(is_so, timeout_s, said):
+    end = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < end, said()
+        time.sleep(0.05)
 
 
 class Cluster:
@@ -83,3 +102,42 @@ class Cluster:
 
     def boot(self, node):
         self._script("boot.sh", str(self.folder), node)
+
+
+class Job:
+    """A submitted run, its folder, and what the batch script and the trainer said."""
+
+    def __init__(self, cluster, digits, run, *options, script="slurm", overrides=(), **variables):
+        self.cluster, self.run, self.output = cluster, run, run.with_suffix(".out")
+        fixed = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        options = ("--cpus-per-task=2", "--time=10", f"--output={self.output}", *options)
+        words = [*options, f"launch/{script}.sbatch", *arguments(run, digits, *OPTIONS)]
+        words += overrides
+        self.number = cluster.run("sbatch", "--parsable", *words, **fixed | variables).strip()
+
+    def said(self):
+        paths = [self.output, *sorted((self.run / "logs").glob("*"))]
+        return "".join(path.read_text() for path in paths if path.exists())
+
+    def reached(self, step):
+        def has_row():
+            state = self.cluster.job(self.number)["JobState"]
+            assert state in ("PENDING", "RUNNING"), self.said()
+            log = self.run / "log.jsonl"
+            return log.exists() and f'"step": {step},' in log.read_text()
+
+        wait_until(has_row, 180, self.said)
+
+    def ended(self, state):
+        fields = self.cluster.wait(self.number)
+        assert fields["JobState"] == state, self.said()
+        return fields
+
+    def ended_as(self, alone):
+        """Bit for bit as the run folder `alone` did; how often the job was started again."""
+        restarts = int(self.ended("COMPLETED")["Restarts"])
+        assert ("going on at step" in self.said()) == (restarts > 0)
+        assert (status(self.run)["status"], status(self.run)["step"]) == ("finished", STEPS)
+        assert torch.equal(losses(self.run), losses(alone))
+        assert same_weights(self.run, alone, STEPS)
+        return restarts
