@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -162,6 +163,7 @@ class Session:
         self.holds_folder = False  # before, its status is that of another trainer
         self.trainer: Trainer | None = None  # once it trains
         self.ended = ""  # how, once that is recorded
+        self._records = threading.Lock()
 
     def run(self) -> Ending:
         """Take the folder and train in it; a failure of any rank is reported by those that live."""
@@ -181,18 +183,20 @@ class Session:
         self, status: str, reason: str, *, step: int | None = None, main_is_gone: bool = False
     ) -> None:
         """`step`: of the newest checkpoint, unless it is given. What fails after the end costs
-        nothing, so the first end that is recorded stays."""
-        if self.ended or not self.holds_folder:
-            return
-        folder, self.ended = self.folder, status if status != "running" else ""
-        if self.runtime.is_main or (
-            main_is_gone and folder.status().get("status", "running") == "running"
-        ):
-            step = folder.newest_step() if step is None else step
-            try:
-                folder.write_status(status, step=step, reason=reason)
-            except OSError as error:
-                say(f"warning: cannot write {folder.status_path}: {error}", sys.stderr)
+        nothing, so the first end that is recorded stays; no thread leaves while another records."""
+        folder = self.folder
+        with self._records:
+            if self.ended or not self.holds_folder:
+                return
+            self.ended = status if status != "running" else ""
+            if self.runtime.is_main or (
+                main_is_gone and folder.status().get("status", "running") == "running"
+            ):
+                step = folder.newest_step() if step is None else step
+                try:
+                    folder.write_status(status, step=step, reason=reason)
+                except OSError as error:
+                    say(f"warning: cannot write {folder.status_path}: {error}", sys.stderr)
 
     def _failed(self, error: Exception) -> str:
         """Save, tell the other ranks, and record why. Raises a ConfigError again."""
