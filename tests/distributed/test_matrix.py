@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.fsdp  # a second that the forked ranks need not spend each
 
-from tests.support.training import losses, rows, same_weights, status, stop_after, train
+from tests.support.training import losses, rows, same_weights, stop_after, train
 from vae_dist.run.checkpoint import CheckpointWriter
 
 assert torch.distributed.fsdp
@@ -57,9 +57,6 @@ def run_legs(run, digits, kind, legs, monkeypatch):
                 stop_after(patch, leg.stop)
             codes = train(run, digits, *options, world=leg.world)
         assert codes == [75 if leg.stop else 0] * leg.world
-        if leg.stop:  # ranks agree one step after the first of them was asked
-            assert status(run)["step"] == leg.stop + (leg.world > 1)
-            assert status(run)["status"] == "interrupted"
 
 
 @pytest.fixture(scope="module")

