@@ -40,7 +40,7 @@ class Run:
         self.id, self.given = run_id, {}  # given: project, displayName, groupName, tags, config
         self.lines = {HISTORY: {}, SUMMARY: {}}  # stream -> offset -> line
         self.files = {}  # uploaded path -> content
-        self.complete, self.exit_code, self.preempting = False, None, False
+        self.complete, self.exit_code = False, None
 
     @property
     def history(self):
@@ -216,7 +216,6 @@ class WandbServer:
         for name, chunk in (request.get("files") or {}).items():
             lines = run.lines.setdefault(name, {})
             lines.update(enumerate(chunk["content"], chunk["offset"]))
-        run.preempting |= bool(request.get("preempting"))
         if request.get("complete"):
             run.complete, run.exit_code = True, request.get("exitcode")
         return {"stopped": run.id in self.stopped}
