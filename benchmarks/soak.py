@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from tests.support.faults import Ranks
+from benchmarks.ranks import Prepare, Ranks
 from tests.support.training import arguments, rows, same_weights, status
 from vae_dist.config.schema import DataConfig
 from vae_dist.data.digits import make_digits
@@ -44,7 +44,6 @@ from vae_dist.run.folder import RunFolder
 from vae_dist.training.step import StepReport, TrainingStep
 
 BATCH_SIZE, CHECKPOINT_EVERY = 64, 10
-SESSION_LIMIT_S = 600.0
 DURING_STARTUP = 0.15  # of the signals
 DISK_BYTES = 6000  # that a file may have on the full disk: status.json fits
 
@@ -157,12 +156,12 @@ class Soak:
             self.worlds.append(self.random.choice(worlds))
             argv = options(self.run, self.digits, self.steps, *(fault.options if fault else ()))
             output = self.output / str(session)
-            with Ranks(self.worlds[-1], argv, output=output, prepare=record(keys)) as ranks:
+            with Ranks(self.worlds[-1], argv, output, record(keys)) as ranks:
                 if fault is not None:
                     # what acts at the next evaluation must not come after the last one
                     target = 0.9 * self.steps * (session + self.random.random()) / (kills + 1)
                     self.end(ranks, name, fault, keys, target=target)
-                elif any(codes := ranks.wait(timeout_s=SESSION_LIMIT_S)):
+                elif any(codes := ranks.wait()):
                     self.problem(f"the last session ended with {codes}: {ranks.text()}")
             if left := ranks.orphans():
                 self.problem(f"session {session}, {name}: processes left behind: {left}")
@@ -172,11 +171,11 @@ class Soak:
         if name.startswith("SIG") and self.random.random() < DURING_STARTUP:
             time.sleep(self.random.uniform(0, 1.5))
         else:
-            ranks.wait_until(lambda: steps_done(keys) >= target, timeout_s=SESSION_LIMIT_S)
+            ranks.wait_until(lambda: steps_done(keys) >= target)
             time.sleep(self.random.uniform(0, 0.03))
         before = newest(self.run)
         undo = fault.cause(Scene(ranks, self.run, self.digits, self.random))
-        codes = ranks.wait(timeout_s=SESSION_LIMIT_S)
+        codes = ranks.wait()
         undo()
         done, kept, found = steps_done(keys), newest(self.run), RunFolder(self.run).status()
         place = f"{self.name} {keys.name}: {len(codes)} processes, {name} at step {done}"
@@ -263,8 +262,8 @@ def newest(run: Path) -> int:
 # which images each step used
 
 
-def record(folder: Path) -> Callable[[int], None]:
-    """For `prepare`: a file per step and rank with a digest of each image, in order; it is empty
+def record(folder: Path) -> Prepare:
+    """A file per step and rank with a digest of each image, in order; it is empty
     where an image is not the one that was asked for."""
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -306,8 +305,8 @@ def main(argv: list[str]) -> int:
     ):
         reference, world = folder / f"{name}-reference", worlds[0]
         words, output = options(reference, digits, steps), folder / f"{name}-reference-output"
-        with Ranks(world, words, output=output) as ranks:
-            assert ranks.wait(timeout_s=SESSION_LIMIT_S) == [0] * world, ranks.text()
+        with Ranks(world, words, output, lambda rank: None) as ranks:
+            assert ranks.wait() == [0] * world, ranks.text()
         soak = Soak(folder, digits, name, steps=steps, seed=seed)
         soak(kills=int(given.get(key, default)), worlds=worlds, faults=faults)
         soak.judge(reference)
