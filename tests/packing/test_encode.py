@@ -138,8 +138,7 @@ def test_a_vector_latent_with_labels(tmp_path, capsys):
     pictures = np.stack(decoded_by(run, latents, tmp_path / "decoded"))
     assert np.abs(pictures - to_uint8(vae.reconstruct(images, labels)).numpy()[:, 0]).max() <= 1
     assert decode.main([f"run={run}", f"data={latents}", "tile=8"]) == 2
-    assert encode.main(keys(run, tmp_path / "tiled", "tile=8")) == 2
-    assert capsys.readouterr().err.count("a vector latent holds the whole image") == 2
+    assert "a vector latent holds the whole image" in capsys.readouterr().err
 
 
 def test_large_images_in_tiles_and_kept(tmp_path):
@@ -236,7 +235,7 @@ def test_any_number_of_processes_writes_the_same(run, straight, tmp_path):
         assert contents(out) == contents(want)
 
 
-def test_what_is_refused(run, straight, tmp_path, capsys):
+def test_what_is_refused(run, straight, plain_run, tmp_path, capsys):
     long = write(tmp_path / "long/s.tar", {"k" * 90 + ".png": png()}).parent
     outside = write(tmp_path / "outside/s.tar", {"../../x.png": png()}).parent
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
@@ -246,6 +245,7 @@ def test_what_is_refused(run, straight, tmp_path, capsys):
         (
             (encode, ["resolution=big"], "resolution=big"),
             (encode, ["tile=4"], "give at least tile=16"),
+            (encode, [f"run={plain_run}", "tile=8"], "a vector latent holds the whole image"),
             (encode, [f"data={long}"], "give it a shorter key"),
             (encode, [f"data={outside}"], "is no relative path"),
             (encode, ["run="], "run= is missing; give the run's folder, or features=MODEL"),

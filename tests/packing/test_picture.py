@@ -42,7 +42,7 @@ def test_formats_and_background():
     assert prepare(encoded(COLOUR), PackCommand(format="jpg")).suffix == "jpg"
     white = prepare(CLEAR, PackCommand(background="white"))
     assert (decoded(white.data) == 255).all() and white.shape == (3, 4, 4)
-    assert prepare(CLEAR, PackCommand()).shape == (4, 4, 4)
+    assert prepare(CLEAR, PackCommand(size=2)).shape == (4, 2, 2)
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.picture_sources import opened, png, refused, write
 from vae_dist.config.errors import ConfigError
-from vae_dist.packing.items import Item, Listing, Place, read, split_of
+from vae_dist.packing.items import Item, Listing, Place, read
 from vae_dist.packing.sources import number_classes, with_splits_and_categories
 
 
@@ -33,13 +33,6 @@ def test_splits_and_categories_are_read_off_the_paths():
     ):
         found = with_splits_and_categories(list(map(item, paths.split())), ())
         assert [(i.split, i.category) for i in found] == want
-    for name, split in (
-        ("train.zip", "train"),
-        ("imagenet-val-000012.tar", "validation"),
-        ("crash-test-dummies.tar", None),
-        ("0000.parquet", None),
-    ):
-        assert split_of(name) == split
 
 
 def test_numbers_of_classes():
@@ -84,7 +77,7 @@ def test_pictures_masks_and_what_is_neither(tmp_path, kind):
 def test_one_picture_of_a_sample_is_packed(tmp_path):
     files = {
         "0.jpg": png(0), "0.depth.png": png(1), "0.png": png(2), "img.1.jpg": png(3),
-        "img.2.jpg": png(4), "0.json": b"{}", "0.cls": b"7", "0.npz": b"x", "notes.txt": b"",
+        "img.2.jpg": png(4), "0.json": b"{}", "0.cls": b"cat", "0.npz": b"x", "notes.txt": b"",
     }  # fmt: skip
     for image_key, kind, want in (
         ("", "in.tar", {"0.jpg": 0, "img.1.jpg": 3, "img.2.jpg": 4}),
@@ -97,7 +90,7 @@ def test_one_picture_of_a_sample_is_packed(tmp_path):
         assert [i.name for i in listing.items] == list(want)
         assert data == [png(seed) for seed in want.values()]
         if kind == "in.tar":
-            assert listing.items[0].category == 7
+            assert listing.items[0].category == "cat"
             assert [member for member, _ in listing.items[0].companions] == ["json"]
         left_out = {text.partition(":")[0] for text in listing.left_out}
         assert {"*.npz", "*.depth.png" if not image_key else "*.jpg"} <= left_out
@@ -122,10 +115,12 @@ def test_folders_that_are_links_are_followed_once_and_devices_never(tmp_path):
 
 def test_archives_and_shards_in_folders_and_parts_of_a_download(tmp_path):
     write(tmp_path / "a", {"pics/0.png": png(0)})
-    write(tmp_path / "a/extra.tar", {"x.png": png(1)})
-    write(tmp_path / "a/more.tar.gz", {"y.png": png(2)}, "w:gz")
-    write(tmp_path / "last.zip", {"z.png": png(3)}).rename(tmp_path / "a/last.ZIP")
-    assert opened(tmp_path / "a", tmp_path / "work")[1] == [png(0), png(1), png(3), png(2)]
+    write(tmp_path / "a/crash-test-dummies.tar", {"x.png": png(1)})
+    write(tmp_path / "a/my-val-000012.tar.gz", {"y.png": png(2)}, "w:gz")
+    write(tmp_path / "last.zip", {"z.png": png(3)}).rename(tmp_path / "a/train.ZIP")
+    listing, data = opened(tmp_path / "a", tmp_path / "work")
+    assert [item.split for item in listing.items] == [None, None, "validation", "train"]
+    assert data == [png(k) for k in range(4)]
     ours = {"pack.json": b"{}", "names.txt": b"", "contact-sheet.png": png(), "_info.json": b""}
     write(tmp_path / "b", ours)
     for split in ("train", "val"):
@@ -254,10 +249,11 @@ def test_wrong_csv_files_are_refused(tmp_path):
     for text, message in (
         ("a,b\n1,2\n", r"hold none of path, file"),
         ("path,label\nx.png\n", "line 2 has another number of columns"),
-        ("path,split\n0.png,holdout\n", "line 2: split 'holdout' is unknown"),
+        ("path,age\n0.png,4\n", "hold no label; correct label_column=label"),
+        ("path,label,split\n0.png,1,holdout\n", "line 2: split 'holdout' is unknown"),
         ("path,label\nx.png,1\n", r"none of the 5 pictures: it has x\.png, the source 0\.png"),
         ("path,label\n3.png,1\n", r"3\.png fits bus/3\.png and car/3\.png; name each picture by"),
         ("path,label\n0.png,1\n0.png,2\n", r"line 3: 0\.png was there with other fields"),
     ):
         with pytest.raises(ConfigError, match=message):
-            labelled(tmp_path, text)
+            labelled(tmp_path, text, label_column="label")
