@@ -6,7 +6,7 @@ import vae_dist  # noqa: F401  (before torch: tests run beside each other)
 import numpy as np
 import pytest
 
-from tests.support import tiny_run
+from tests.support.tiny_run import random_pixels, run_with_images, tiny_config, write_images
 from vae_dist.data.digits import load_digits
 
 
@@ -21,27 +21,33 @@ def digits(tmp_path_factory):
     """`train`: 512 in 8 shards, `validation`: 64, with ten labels. Not to be changed."""
     folder = tmp_path_factory.mktemp("data") / "digits"
     pixels = load_digits()[0][np.random.default_rng(0).permutation(10_000)]
-    tiny_run.write_images(folder / "train", pixels[:512], num_classes=10, num_shards=8)
-    tiny_run.write_images(folder / "validation", pixels[512:576], num_classes=10)
+    write_images(folder / "train", pixels[:512], num_classes=10, num_shards=8)
+    write_images(folder / "validation", pixels[512:576], num_classes=10)
     return folder
 
 
 @pytest.fixture(scope="session")
 def plain_run(tmp_path_factory):
     """A vector latent, grey images of 28x28, one of the 8 validation images damaged."""
-    return tiny_run.plain_run(tmp_path_factory.mktemp("plain"))
+    pixels = random_pixels(8, 28, 28)
+    pixels[2] = 0
+    return run_with_images(tmp_path_factory.mktemp("plain"), tiny_config(), pixels)
 
 
 @pytest.fixture(scope="session")
 def conditional_run(tmp_path_factory):
     """Three classes, and of each grey image of 12x10 one half is missing."""
-    return tiny_run.conditional_run(tmp_path_factory.mktemp("conditional"))
+    config = tiny_config(num_classes=3)
+    config.data.mask = "half"
+    folder = tmp_path_factory.mktemp("conditional")
+    return run_with_images(folder, config, random_pixels(6, 12, 10))
 
 
 @pytest.fixture(scope="session")
 def spatial_run(tmp_path_factory):
     """A spatial latent of stride 2, three colour images of 20x16."""
-    return tiny_run.spatial_run(tmp_path_factory.mktemp("spatial"))
+    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
+    return run_with_images(tmp_path_factory.mktemp("spatial"), config, random_pixels(3, 20, 16, 3))
 
 
 @pytest.fixture(scope="session")

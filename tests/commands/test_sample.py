@@ -7,7 +7,7 @@ from PIL import Image
 
 import vae_dist
 from tests.support.tiny_run import random_pixels, tiny_config, write_run
-from vae_dist import evaluate, reconstruct, sample
+from vae_dist import evaluate, impute, reconstruct, sample
 
 
 def pixels(path):
@@ -89,6 +89,7 @@ def test_reconstruct(plain_run, spatial_run, tmp_path):
         (evaluate, "plain_run", "prior=gmm:50", "7 training images could be read, fewer than"),
         (evaluate, "plain_run", "out=/proc/no/r.json", "out=/proc/no/r.json: cannot be written"),
         (evaluate, "conditional_run", "metrics=psnr,viv", "psnr compare whole images, and data.m"),
+        (impute, "spatial_run", "samples=40 out=no", "trained on complete images"),
     ],
 )
 def test_refusals(request, tmp_path, capsys, verb, run, key, reason):

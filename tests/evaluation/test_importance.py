@@ -86,11 +86,10 @@ def test_missing_pixels_are_integrated_out():
     assert found["is_effective_samples"] > 300
 
 
-@pytest.mark.parametrize("offset", [0.0, -1e5, 1e5])
-def test_parts_sum_up_to_the_whole_and_survive_extremes(offset):
+def test_parts_sum_up_to_the_whole_and_survive_extremes():
     log_weights = 300 * torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).double()
-    log_weights += offset
     log_weights[0, 0] -= 1e5
+    log_weights[1, 1] += 1e5
     log_weights[1, 2, :9] = -torch.inf  # whole parts without weight, first ones and others
     log_weights[0, 1, 12:18] = -torch.inf
     streamed = StreamedWeights(2, 3, device=CPU)

@@ -28,20 +28,9 @@ from tests.support.tiny_run import random_pixels
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.loader import EvaluationBatch
 from vae_dist.data.reader import SkippedSample
-from vae_dist.evaluation import run
+from vae_dist.evaluation import metrics, run
 from vae_dist.evaluation.frechet import FrechetMetric, frechet_distance
 from vae_dist.evaluation.importance import ImportanceMetric
-from vae_dist.evaluation.metrics import (
-    EvaluatedBatch,
-    Inputs,
-    LatentSums,
-    PriorMetric,
-    ReconstructionMetric,
-    comparisons,
-    in_colour,
-    mutual_information_nats,
-    psnr_db,
-)
 from vae_dist.inference.mixture import GaussianMixture
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.likelihoods.base import Levels
@@ -69,8 +58,8 @@ def test_figures_against_torch_distributions():
         found.append([float(one) for one in (distortion, rate, rate_gmm, psnr)])
     distortion, rate, rate_gmm, psnr = torch.tensor(found).mean(0).tolist()
     halves, of_two = torch.full((2,), 0.5).double().log(), torch.ones(2, 3).double()
-    prior = PriorMetric("gmm", GaussianMixture(halves, 0.7 * of_two, 1.3 * of_two), CPU)
-    metrics = prior, ReconstructionMetric(comparisons(["psnr"]), CPU)
+    prior = metrics.PriorMetric("gmm", GaussianMixture(halves, 0.7 * of_two, 1.3 * of_two), CPU)
+    compare = metrics.ReconstructionMetric(metrics.comparisons(["psnr"]), CPU)
     expected = {
         "distortion_nats": distortion,
         "rate_nats": rate,
@@ -80,7 +69,7 @@ def test_figures_against_torch_distributions():
         "neg_elbo_gmm_nats": distortion + rate_gmm,
         "psnr_db": psnr,
     }
-    figures = result_of(model, *metrics).figures
+    figures = result_of(model, prior, compare).figures
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert rate > 1e-3 and figures["neg_elbo_gmm_se_nats"] > 0
     names = "neg_elbo_nats rate_nats distortion_nats bits_per_dim num_images skipped_samples"
@@ -138,9 +127,9 @@ def test_images_of_two_shapes_count_by_their_values():
     large = batch_of(torch.from_numpy(random_pixels(2, 1, 12, 13)), [1, 2])
 
     def measured_of(*shares):
-        compare = ReconstructionMetric(comparisons(["psnr", "ssim"]), CPU)
-        metrics = [ImportanceMetric(model, CPU, num_samples=3, seed=3), compare]
-        return run.evaluate(model, shares, runtime=start(), seed=3, metrics=metrics)
+        compare = metrics.ReconstructionMetric(metrics.comparisons(["psnr", "ssim"]), CPU)
+        both = [ImportanceMetric(model, CPU, num_samples=3, seed=3), compare]
+        return run.evaluate(model, shares, runtime=start(), seed=3, metrics=both)
 
     result = measured_of(small, large)
     both, first, second = result.figures, measured_of(small).figures, measured_of(large).figures
@@ -184,12 +173,13 @@ def test_the_original_of_5_bits_is_the_image_that_the_model_was_given():
     images = levels.centers(stored)
     likelihood = SimpleNamespace(levels=levels, mean=lambda params: params)
     model = SimpleNamespace(likelihood=likelihood, num_levels=0, decode=lambda *_: images)
-    batch = EvaluatedBatch(model, Inputs(stored, images, [0]), images, SimpleNamespace(mean=0))
-    assert psnr_db(*batch.pictures).tolist() == [100]  # of no error, and not infinity
+    inputs = metrics.Inputs(stored, images, [0])
+    batch = metrics.EvaluatedBatch(model, inputs, images, SimpleNamespace(mean=0))
+    assert metrics.psnr_db(*batch.pictures).tolist() == [100]  # of no error, and not infinity
 
 
 def test_ssim_of_constant_images_is_the_luminance_term():
-    compare, shape = comparisons(["ssim", "ms_ssim"]), (1, 1, 176, 180)
+    compare, shape = metrics.comparisons(["ssim", "ms_ssim"]), (1, 1, 176, 180)
     luminance = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)  # c1 for a data range of 1
     # the luminance counts at the coarsest scale alone, whose exponent is 0.1333
     for name, expected in (("ssim", luminance), ("ms_ssim", luminance**0.1333)):
@@ -202,7 +192,7 @@ def test_ssim_of_constant_images_is_the_luminance_term():
 
 def latent_report(*groups):
     """Of groups of (mean, log variance, z, numbers)."""
-    sums = LatentSums(3, CPU)
+    sums = metrics.LatentSums(3, CPU)
     for mean, log_variance, z, numbers in groups:
         for rows in torch.arange(len(mean)).split(3):
             output = SimpleNamespace(mean=mean[rows], log_variance=log_variance[rows], z=z[rows])
@@ -230,7 +220,7 @@ def test_mutual_information_of_a_gaussian_channel(sigma):
         mean = randn(512, 2, seed=seed)
         z = mean + sigma * randn(512, 2, seed=seed + 8)
         log_variance = torch.full_like(mean, 2 * math.log(sigma))
-        found.append(mutual_information_nats(mean, log_variance, z))
+        found.append(metrics.mutual_information_nats(mean, log_variance, z))
     # of 4,096 draws the standard error is below 0.02
     assert sum(found) / 8 == pytest.approx(math.log1p(1 / sigma**2), abs=0.05)
 
@@ -270,7 +260,7 @@ def test_fid_is_of_the_samples_that_sample_draws():
     assert "of 13 images: biased" in result.notes["frechet"]
 
     def moments(shown):
-        features = pixels(in_colour(shown.float() / 255)).double()
+        features = pixels(metrics.in_colour(shown.float() / 255)).double()
         return features.mean(0), torch.cov(features.T)
 
     for name, prior in priors.items():

@@ -63,10 +63,6 @@ def test_a_run_folder_names_local_paths_and_http_alone():
 
 
 def test_damaged_latents_are_named():
-    good = to_bytes({"mean": torch.zeros(2, 3)}, (4, 5))
-    assert from_bytes(good)[1] == (4, 5)
-    infinite = to_bytes({"mean": torch.full((2,), torch.inf)}, (4, 5))
-    whole = to_bytes({"mean": torch.zeros(2, dtype=torch.int64)}, (4, 5))
-    for data in (b"", good[:-1], good[:9], infinite, whole):
+    for tensor in (torch.full((2,), torch.inf), torch.zeros(2, dtype=torch.int64)):
         with pytest.raises(DamagedSampleError, match="no latents in"):
-            from_bytes(data)
+            from_bytes(to_bytes({"mean": tensor}, (4, 5)))

@@ -47,8 +47,7 @@ def pictures_of(latent, kind, device):
     vae = BatchedVAE(model)
     mean, _ = vae.encode(stored)
     mask = (torch.arange(SIZE[1]) < 3).to(torch.uint8).expand(4, 1, *SIZE).contiguous()
-    half = torch.full(stored.shape, 0.5, device=device)
-    prepared = model.likelihood.prepare(stored.to(device), half)
+    shown = model.likelihood.noise_free(stored.to(device))
     found = {
         "samples": BatchedVAE(model, 2).sample(5, SIZE, seed=1),
         "reconstructions": vae.reconstruct(stored),
@@ -59,7 +58,7 @@ def pictures_of(latent, kind, device):
         found["tiles"] = BatchedVAE(model, tile=16).reconstruct(stored.repeat(1, 1, 7, 7))
     for method in ("single", "importance"):  # draws of gibbs are of the device
         how = ImputeCommand(method=method, samples=8, draws=2, seed=1, batch_size=3)
-        found[method] = impute(model, prepared, mask, how).mean
+        found[method] = impute(model, shown, mask, how).mean
     return {name: 127.5 * tensor for name, tensor in found.items()}
 
 

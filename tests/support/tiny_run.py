@@ -26,28 +26,11 @@ def tiny_config(*, latent="vector", kind="bernoulli", channels=1, num_classes=0)
     return config
 
 
-def plain_run(folder):
-    pixels = random_pixels(8, 28, 28)
-    pixels[2] = 0  # written as no PNG
-    return _run(folder, tiny_config(), pixels)
-
-
-def conditional_run(folder):
-    config = tiny_config(num_classes=3)
-    config.data.mask = "half"
-    return _run(folder, config, random_pixels(6, 12, 10))
-
-
-def spatial_run(folder):
-    config = tiny_config(latent="spatial", kind="gaussian", channels=3)
-    return _run(folder, config, random_pixels(3, 20, 16, 3))
-
-
 def random_pixels(*shape):
     return np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
 
 
-def _run(folder, config, pixels):
+def run_with_images(folder, config, pixels):
     """`folder/run`, and `folder/images` for training and validation."""
     write_images(folder / "images", pixels, num_classes=config.model.num_classes)
     config.data.train = config.data.validation = str(folder / "images")
