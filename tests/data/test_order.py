@@ -89,16 +89,8 @@ def test_lanes_change_windows_in_turn_share_few_shards_and_mix_sorted_classes():
     assert {epoch for epoch, _, _ in places} == {7} and len({s for _, s, _ in places}) > 900
 
 
-@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(6, 300))
-@settings(max_examples=60, deadline=None)
-def test_quotas_follow_the_weights(weights, lanes):
-    counts = quotas(weights, lanes)
-    assert sum(counts) == lanes and min(counts) >= 1
-    for weight, count in zip(weights, counts, strict=True):
-        assert count <= max(1, weight / sum(weights) * lanes + 1)
-
-
 def test_every_data_set_has_its_share_and_the_weights_belong_to_the_identity(tmp_path):
+    assert quotas([1, 2, 4], 9) == [1, 3, 5] and quotas([1, 1, 1, 1000], 9) == [1, 1, 1, 6]
     with pytest.raises(ConfigError, match=r"mixes 3 data sets, but training.batch_size=2 is less"):
         quotas([1, 1, 1], 2)
     for name, lengths in (("a", (5, 0, 9)), ("b", (3, 20, 1, 4))):
