@@ -45,9 +45,9 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def read_json(
-    source: str | os.PathLike[str] | bytes, limit: int, *, name: str = "", kind: type = dict
-) -> Any:
-    """What a small JSON file, or its bytes, called `name` in messages, hold: a `kind`.
+    source: str | os.PathLike[str] | bytes, limit: int, *, name: str = ""
+) -> dict[str, Any]:
+    """The object that a small JSON file, or its bytes, called `name` in messages, hold.
 
     Raises OSError where the file cannot be opened, and ValueError, which names it, for all else.
     """
@@ -59,8 +59,8 @@ def read_json(
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON ({printable(error)})") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{where}: holds a {type(value).__name__}, not a {kind.__name__}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: holds a {type(value).__name__}, not a dict")
     return value
 
 
@@ -73,11 +73,6 @@ def printable(text: object) -> str:
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(text)
     )
-
-
-def printable_lines(text: str) -> str:
-    """The text with its line ends; all else as `printable` and `redacted` show it."""
-    return "\n".join(printable(redacted(line)) for line in text.split("\n"))
 
 
 def redacted(value: Any) -> Any:

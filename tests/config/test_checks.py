@@ -43,6 +43,7 @@ REFUSED = {
     "sample": "run is missing: run folder, for example runs/mnist; give run=...",
     # types
     "training.steps=1.5": "training.steps=1.5 is not a whole number",
+    "model.norm_groups=x model.channels=[64,80]": "model.norm_groups=x is not a whole number",
     "optimizer.lr=.nan": "optimizer.lr=.nan is not a number",
     "data.flip=on": "data.flip=on is not true or false",
     "model.channels=3": "model.channels=3 is not a list, as in [1, 2]",

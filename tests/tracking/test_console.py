@@ -30,12 +30,13 @@ def test_numbers_durations_and_rows_without_what_goes_without_saying():
 def test_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     sink = ConsoleSink(start_step=0, stop_step=300, stream=stream)
-    sink.say("output runs/mnist")
+    sink.say("output runs/\x1b[2J\n  s3://me:pw@b")
     sink.log(200, {**ROW, "eval/neg_elbo_nats": 95.5})
     sink.close("finished")
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert re.sub(f"(?m)^{time}", "T ", stream.getvalue()).splitlines() == [
-        "T output runs/mnist",
+        r"T output runs/\x1b[2J",
+        "  s3://...@b",
         "T step=200 loss=104.2 images_per_second=1834 left=1m32s",
         "T step=200 eval/neg_elbo_nats=95.5",
     ]

@@ -8,7 +8,7 @@ from vae_dist.tracking.images import grid, save_png, single, to_uint8
 
 def flat(levels, *, size=28):
     """Images of one level each, uint8."""
-    values = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1)
+    values = torch.tensor(list(levels), dtype=torch.uint8).view(-1, 1, 1, 1)
     return values.expand(-1, 1, size, size)
 
 
@@ -38,9 +38,9 @@ def test_grids_place_images_row_by_row_enlarged_without_blending():
 
 
 def test_reconstructions_stand_directly_below_their_inputs():
-    picture = module.side_by_side(flat([1, 2, 3]), flat([101, 102, 103]), columns=2)
+    picture = module.side_by_side(flat(range(1, 7)), flat(range(101, 107)))  # 4 columns
     column = np.asarray(picture)[:, 44]
-    starts = [int(np.argmax(column == level)) for level in (1, 101, 3, 103)]
+    starts = [int(np.argmax(column == level)) for level in (1, 101, 5, 105)]
     within, between, again = np.diff(starts) - 84
     assert 0 < within == again < between
 

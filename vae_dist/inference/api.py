@@ -6,7 +6,6 @@ off inside a call and as it was after it, and draws come from generators of thei
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.diffusers import local_source
 from vae_dist.models.latent import drawn_labels
 from vae_dist.models.vae import NO_LABEL
+from vae_dist.run.checkpoint import named_checkpoint
 from vae_dist.training.compile import exact_float32
 
 ImagesLike = Tensor | np.ndarray | Image.Image | Sequence[Any]
@@ -33,7 +33,6 @@ Size = int | tuple[int, int] | None
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
 STORED_TYPES = {16: torch.uint16, 32: torch.float32}  # by bits, else uint8
-STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
 def load(
@@ -66,11 +65,11 @@ def load(
     chosen = choose_device(str(device))
     name = str(path)
     folder = local_source(name)
-    step = STEP_FOLDER.fullmatch(folder.name)
-    if step and folder.parent.name == "checkpoints":
+    checkpoints, step = named_checkpoint(folder)
+    if step != "latest" and checkpoints.name == "checkpoints":
         if checkpoint != "latest":
             raise ConfigError(f"checkpoint={checkpoint}: {path} is a checkpoint; leave it out")
-        folder, checkpoint = folder.parent.parent, int(step[1])
+        folder, checkpoint = checkpoints.parent, int(step)
     if not (folder / "config.yaml").is_file() and (found := load_published(folder, chosen)):
         return TrainedVAE(found, has_likelihood=False)
     command = CheckpointCommand(run=str(folder), checkpoint=str(checkpoint), weights=weights)

@@ -41,6 +41,7 @@ from vae_dist.models.diffusers import (
     to_diffusers,
 )
 from vae_dist.models.latent import STATISTICS_FILE
+from vae_dist.run.checkpoint import named_checkpoint
 from vae_dist.run.folder import RunFolder
 
 PLAIN_NAME = "model.safetensors"
@@ -133,6 +134,5 @@ def _published_origin(config: TrainConfig) -> Published | None:
         source = local_source(config.init_from)
         if (published := read_published(source)) is not None:
             return published
-        is_step = source.name.startswith("step_")
-        config = RunFolder(source.parent.parent if is_step else source).config()
+        config = RunFolder(named_checkpoint(source)[0].parent).config()
     return None

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -55,6 +56,13 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def named_checkpoint(path: Path) -> tuple[Path, str]:
+    """The folder of checkpoints and the step that a path to one of these names; of a run folder
+    "latest"."""
+    match = re.fullmatch(r"step_(\d+)", path.name)
+    return (path.parent, match[1]) if match else (path / "checkpoints", "latest")
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
@@ -77,7 +85,7 @@ class Checkpoints:
         *,
         keep_last: int,
         best_step: int | None = None,
-    ) -> Path:
+    ) -> None:
         """Write a checkpoint durably, point `latest` at it, keep the `keep_last` newest ones (0:
         all). `best_step` is kept as well, and `best` names it.
 
@@ -102,7 +110,6 @@ class Checkpoints:
         self.name_best(best_step)
         if keep_last:
             self._remove_old(step, keep_last)
-        return target
 
     def amend(self, step: int, state: Mapping[str, Any], *, best_step: int | None) -> None:
         """Replace the state of a checkpoint, whose tensors stay."""
@@ -188,7 +195,7 @@ def _write_manifest(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
+        manifest = read_json(folder / "manifest.json", MAX_MANIFEST_BYTES)
         manifest["files"].items()
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, KeyError) as error:
         raise TornCheckpoint(f"{folder} has no sound manifest.json ({error!r})") from None
@@ -296,15 +303,14 @@ def load_weights(source: Path) -> Tensors:
 
     Raises ConfigError, blaming `init_from`.
     """
-    is_step = source.name.startswith("step_")
-    if not is_step and (source / "model.safetensors").is_file():
+    folder, which = named_checkpoint(source)
+    if which == "latest" and (source / "model.safetensors").is_file():
         source = source / "model.safetensors"  # as `export format=safetensors` names it
-    folder, which = (source.parent, source.name[5:]) if is_step else (source / "checkpoints", "")
     try:
         if source.suffix == ".safetensors":
             return safetensors.torch.load_file(source)
         if folder.is_dir():
-            tensors = load_checkpoint(folder, which or "latest").tensors
+            tensors = load_checkpoint(folder, which).tensors
             others = tensors.get("discriminator", {})
             return tensors["ema"] | {DISCRIMINATOR + name: v for name, v in others.items()}
     except (OSError, safetensors.SafetensorError) as error:

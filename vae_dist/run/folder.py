@@ -94,7 +94,7 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """What `write_status` wrote; empty where it cannot be read."""
         try:
-            return dict(read_json(self.status_path, MAX_STATUS_BYTES))
+            return read_json(self.status_path, MAX_STATUS_BYTES)
         except (OSError, ValueError):
             return {}
 

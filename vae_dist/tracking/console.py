@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vae_dist.files import printable_lines
+from vae_dist.files import printable, redacted
 from vae_dist.tracking.metrics import Value, format_row
 
 _BAR_KEYS = (
@@ -31,10 +31,11 @@ _BAR_KEYS = (
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line, by default to stdout; it is lost where it cannot be written."""
+    """Print lines, by default to stdout; they are lost where they cannot be written."""
     with contextlib.suppress(OSError):
         stream = stream or sys.stdout
-        stream.write(printable_lines(text) + "\n")  # in one call: ranks share the terminal
+        lines = [printable(redacted(line)) + "\n" for line in text.split("\n")]
+        stream.write("".join(lines))  # in one call: ranks share the terminal
         stream.flush()
 
 

@@ -56,11 +56,9 @@ def grid(images: Images, *, columns: int | None = None) -> Image.Image:
     return _canvas([cells], columns or _square_columns(len(cells)))
 
 
-def side_by_side(
-    inputs: Images, reconstructions: Images, *, columns: int | None = None
-) -> Image.Image:
+def side_by_side(inputs: Images, reconstructions: Images) -> Image.Image:
     """Rows of inputs, each directly above the row of their reconstructions."""
-    columns = min(columns or _square_columns(2 * len(inputs)), len(inputs))
+    columns = min(_square_columns(2 * len(inputs)), len(inputs))
     return _canvas([_cells(inputs), _cells(reconstructions)], columns)
 
 
