@@ -7,16 +7,7 @@ import torch
 import torch.distributed.fsdp  # a second that the forked ranks need not spend each
 
 from tests.support.distributed import run_ranks
-from tests.support.steps import (
-    IWAE,
-    adversarial_config,
-    batch,
-    config,
-    first_step,
-    make_step,
-    one_process,
-    size_of,
-)
+from tests.support.steps import IWAE, adversarial_config, batch, config, first_step, make_step
 from vae_dist.distributed import full_value, local_part
 
 assert torch.distributed.fsdp
@@ -36,18 +27,17 @@ def settings_of(kind):
 def steps(kind, microbatch, parallel="ddp"):
     """Rows of the steps, means over all ranks by name; gradients of the first one, as the optimizer
     sees them; weights after the last one, whole; the part of the elements that this rank holds."""
-    runtime, settings = one_process(parallel=parallel), settings_of(kind)
+    settings = settings_of(kind)
     settings.training.microbatch_size = microbatch
-    sizes = [size_of(settings)] * settings.data.slots
-    if kind.endswith("two shapes"):  # of two ranks the first one has a microbatch more
-        sizes[1] = (32, 24) if settings.adversarial.weight else (4, 12)
-    step = make_step(settings, runtime)
-    gradients, report = first_step(step, batch(step, 0, sizes))
+    step, other = make_step(settings, parallel=parallel), None
+    if kind.endswith("two shapes"):
+        other = (32, 24) if settings.adversarial.weight else (4, 12)
+    gradients, report = first_step(step, batch(step, 0, other))
     gradients, rows = {name: full_value(value) for name, value in gradients.items()}, []
     for number in range(STEPS):
         if number:
-            report = step(batch(step, number, sizes), number)
-        totals = runtime.sum_numbers(list(report.sums.values()))
+            report = step(batch(step, number, other), number)
+        totals = step.runtime.sum_numbers(list(report.sums.values()))
         shared = {k: float(v) for k, v in report.shared.items()}
         rows.append({**dict(zip(report.sums, totals, strict=True)), **shared})
         rows[-1]["grad_norm"] = float(report.grad_norm)
@@ -102,9 +92,9 @@ def test_ranks_microbatches_and_sharding_change_steps_by_rounding(
 
 
 def weighed(kind, precision):
-    runtime, settings = one_process(precision), config(objective=IWAE, precision=precision)
+    settings = config(objective=IWAE, precision=precision)
     settings.objective.gradient = kind
-    step = make_step(settings, runtime)
+    step = make_step(settings)
     gradients, _ = first_step(step, batch(step, 0))
     return gradients["encoder.conv_out.bias"]
 
@@ -122,8 +112,8 @@ def test_the_gradient_of_z_is_weighed_through_the_wrappers(world):
 def poisoned(bad, parallel):
     """Flags of four steps, of which the last rank's gradient is bad in the third; whether each step
     changed any weight; the optimizer's count."""
-    runtime = one_process(parallel=parallel)
-    step = make_step(adversarial_config(), runtime)
+    step = make_step(adversarial_config(), parallel=parallel)
+    runtime = step.runtime
 
     def spoiled(gradient):
         is_bad = number == 2 and runtime.rank == runtime.world - 1

@@ -38,26 +38,25 @@ def adversarial_config():
     return made
 
 
-def one_process(precision="no", parallel="ddp"):
+def one_process(settings=None, parallel="ddp"):
+    precision = settings.training.precision if settings else "no"
     return Runtime.start(RuntimeConfig(threads=1, parallel=parallel), precision=precision)
 
 
-def size_of(settings):
-    """(H, W) of images."""
-    return (24, 32) if settings.objective.scale_equivariance else (8, 8)
-
-
-def make_step(settings, runtime=None, size=None):
+def make_step(settings, runtime=None, size=None, parallel="ddp"):
     """Its weights come from the config's seed. Compiled where runtime.compile says so."""
-    step = TrainingStep(settings, runtime or one_process(), size or size_of(settings))
+    size = size or ((24, 32) if settings.objective.scale_equivariance else (8, 8))
+    step = TrainingStep(settings, runtime or one_process(settings, parallel), size)
     compile_towers(step.vae, settings)
+    step.size = size
     return step
 
 
-def batch(step, number, sizes=()):
-    """This rank's share of a batch: of each slot two smooth random pictures; `sizes`: their (H, W)
-    by slot."""
-    runtime, sizes = step.runtime, sizes or [size_of(step.config)] * step.config.data.slots
+def batch(step, number, other=None):
+    """This rank's share of a batch: two smooth random pictures a slot. `other`: (H, W) of those of
+    slot 1, so that of two ranks the first one has a group more."""
+    runtime, sizes = step.runtime, [step.size] * step.config.data.slots
+    sizes[1] = other or step.size
     share, groups = len(sizes) // runtime.world, {}
     for slot in range(runtime.rank * share, (runtime.rank + 1) * share):
         height, width = sizes[slot]

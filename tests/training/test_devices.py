@@ -22,7 +22,7 @@ from tests.support.steps import (
 from vae_dist.data.loader import split_mask
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 from vae_dist.training.guards import SkipGuard
-from vae_dist.training.memory import largest_that_runs, microbatch_size, step_cost
+from vae_dist.training.memory import largest_that_fits, largest_that_runs, step_cost
 
 KINDS = ("bound", "discriminator")
 
@@ -192,7 +192,7 @@ def test_compiled_towers_in_bf16_have_the_gradients_of_plain_ones(device, compil
         settings.model.num_classes, settings.data.mask = 0, "none"
         size = (32, 32)
         plain = make_step(settings, runtime, size)
-        made = pinned(batch(plain, 0, [size] * 8), device)
+        made = pinned(batch(plain, 0), device)
         expected, _ = first_step(plain, made)
         settings.runtime.compile = compiled
         step = make_step(settings, runtime, size)
@@ -207,11 +207,12 @@ def test_the_estimate_is_near_what_a_step_takes(device):
     with runtime_on(device, "bf16") as runtime:
         settings, size = config(microbatch_size="auto", precision="bf16"), (128, 128)
         settings.model.channels, settings.model.attention = [64, 128], True
-        assert microbatch_size(settings, size, runtime) == settings.training.batch_size
-        estimate = step_cost(settings, size, runtime.device).peak_bytes(16)
+        cost = step_cost(settings, size, runtime.device)
+        assert largest_that_fits(settings, runtime, cost) == settings.training.batch_size
+        estimate = cost.peak_bytes(16)
         settings.training.microbatch_size = 0
         step = make_step(settings, runtime, size)
-        made = batch(step, 0, [size] * 8)
+        made = batch(step, 0)
         torch.cuda.reset_peak_memory_stats()
         for number in range(2):
             step(made, number)
