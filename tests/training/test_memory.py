@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.support.steps import adversarial_config, batch, config, make_step, one_process, size_of
+from tests.support.steps import adversarial_config, batch, config, make_step, one_process
 from vae_dist.config.errors import ConfigError
-from vae_dist.training.memory import candidates, largest_that_runs, microbatch_size, step_cost
+from vae_dist.training.memory import candidates, largest_that_fits, largest_that_runs, step_cost
 from vae_dist.training.step import TrainingStep
 
 CPU, SIZE = torch.device("cpu"), (8, 8)
@@ -37,23 +37,18 @@ def test_the_estimate_is_near_the_worst_moment_of_a_step(is_checkpointed):
     made = batch(step, 3)
     peak = peak_of(lambda: step(made, 3))
     there = 4 * 4 * sum(p.numel() for p in step.vae.parameters())  # weights, moments, average
-    estimate = step_cost(settings, size_of(settings), CPU).peak_bytes(settings.training.batch_size)
+    estimate = step_cost(settings, step.size, CPU).peak_bytes(settings.training.batch_size)
     assert estimate - there == pytest.approx(peak, rel=0.3)
 
 
-@pytest.mark.parametrize(
-    ("asked", "fitting", "found"),
-    [("auto", (20, 16), 16), ("auto", (6, 16), 6), ("auto", (16, 1), 2), (4, (16, 16), 4)],
-)
-def test_the_largest_microbatch_that_fits_on_every_rank_is_chosen(
-    monkeypatch, asked, fitting, found
-):
+@pytest.mark.parametrize(("fitting", "found"), [((20, 16), 16), ((6, 16), 6), ((16, 1), 2)])
+def test_the_largest_microbatch_that_fits_on_every_rank_is_chosen(monkeypatch, fitting, found):
     """By the estimate, of even cuts of a rank's share: 16 images in 8 slots."""
-    settings, runtime = config(microbatch_size=asked), one_process()
+    settings, runtime = config(), one_process()
     assert candidates(settings, 1) == [16, 8, 6, 4, 2] and candidates(settings, 4) == [4, 2]
     cost = step_cost(settings, SIZE, CPU)
     monkeypatch.setattr(runtime, "gather", lambda free: [cost.peak_bytes(n) for n in fitting])
-    assert microbatch_size(settings, SIZE, runtime) == found
+    assert largest_that_fits(settings, runtime, cost) == found
 
 
 def test_a_trial_without_memory_halves_and_leaves_no_trace(monkeypatch):

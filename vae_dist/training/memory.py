@@ -152,13 +152,8 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available * CPU_FRACTION / local)
 
 
-def microbatch_size(config: TrainConfig, image_size: tuple[int, int], runtime: Runtime) -> int:
-    """Images of one forward, 0: all of a rank. For `auto` the largest candidate whose estimate, of
-    images of (H, W) pixels, every rank has memory for. Every rank takes part."""
-    asked = config.training.microbatch_size
-    if asked != "auto":
-        return int(asked)
-    cost = step_cost(config, image_size, runtime.device)
+def largest_that_fits(config: TrainConfig, runtime: Runtime, cost: StepCost) -> int:
+    """The largest candidate whose estimate every rank has memory for. Every rank takes part."""
     available = min(runtime.gather(free_bytes(runtime.device)))
     sizes = candidates(config, runtime.world)
     return next((size for size in sizes if cost.peak_bytes(size) <= available), sizes[-1])
@@ -216,9 +211,7 @@ def memory_explained(knob: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and "allocate memory" not in str(
-            error
-        ):  # torch's and fork's word of a CPU
+        if not is_memory and "allocate memory" not in str(error):  # torch's and fork's on a CPU
             raise
         words = str(error).partition("\n")[0] or "MemoryError"
         raise CommandFailed(

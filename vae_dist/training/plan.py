@@ -19,7 +19,7 @@ from vae_dist.tracking.throughput import peak_flops
 from vae_dist.training.adversarial import first_step_of_generator
 from vae_dist.training.compile import compiler_problem
 from vae_dist.training.data import Data
-from vae_dist.training.memory import microbatch_size, step_cost
+from vae_dist.training.memory import largest_that_fits, step_cost
 
 MANY_EPOCHS = 1000  # the shipped configs take 10 to 135 epochs of their data
 ROUNDING = 0.05  # of a data set's share in a batch, that is not worth a note
@@ -64,7 +64,8 @@ def dry_run(config: TrainConfig, data: Data, runtime: Runtime) -> list[str]:
     with torch.device("meta"):
         vae = build_vae(config, data.image_size)
     cost = step_cost(config, data.largest_size, runtime.device)
-    size = microbatch_size(config, data.largest_size, runtime)
+    asked = config.training.microbatch_size
+    size = largest_that_fits(config, runtime, cost) if asked == "auto" else int(asked)
     sizes = {name: _num_parameters(part) for name, part in vae.named_children()}
     parts = ", ".join(f"{name} {number:,}" for name, number in sizes.items() if number)
     share = config.training.batch_size // runtime.world

@@ -46,7 +46,7 @@ from vae_dist.training.compile import compile_towers, compiler_problem
 from vae_dist.training.data import Data, resolved_with_data, training_stream
 from vae_dist.training.images import ImageLogger
 from vae_dist.training.loop import Row, Trainer
-from vae_dist.training.memory import largest_that_runs, microbatch_size
+from vae_dist.training.memory import largest_that_fits, largest_that_runs, step_cost
 from vae_dist.training.plan import dry_run, plan
 from vae_dist.training.step import TrainingStep
 from vae_dist.training.stop import (
@@ -308,7 +308,7 @@ class Session:
         lines = plan(config, data, runtime, vae, first_step=start_step, microbatch=size)
         if weights and any(name.startswith(DISCRIMINATOR) for name in weights):
             lines.append(f"discriminator: that of {printable(config.init_from)}")
-        lines += [*runtime.hosts(), f"output {self.folder.path}"]
+        lines += [*runtime.hosts(), f"output {self.folder.path}", "training: the first step ..."]
         for line in lines if runtime.is_main else ():
             trainer.say(line)
         return trainer
@@ -357,17 +357,15 @@ def build_trainer(
     config: TrainConfig, runtime: Runtime, folder: RunFolder, data: Data, trackers: Trackers
 ) -> Trainer:
     """Model, step and validation; at the weights of the config's seed. Every rank takes part."""
+    size, largest = config.training.microbatch_size, data.largest_size
     # a trial of one rank must not wait for others
     can_try = runtime.device.type == "cuda" and runtime.strategy.forward_is_local
-    tries = can_try and config.training.microbatch_size == "auto"
-    # by the estimate while the memory is free
-    size = 0 if tries else microbatch_size(config, data.largest_size, runtime)
+    if size == "auto" and not can_try:  # by the estimate, while the memory is free
+        size = largest_that_fits(config, runtime, step_cost(config, largest, runtime.device))
     has_features = bool(data.settings.vision)
     step = TrainingStep(config, runtime, data.image_size, has_features=has_features)
-    if tries:
-        features = data.settings.features if has_features else ()
-        size = largest_that_runs(step, data.largest_size, features)
-    step.microbatch_size = size
+    features = data.settings.features if has_features else ()
+    step.microbatch_size = largest_that_runs(step, largest, features) if size == "auto" else size
     compile_towers(step.vae, config)
 
     def evaluator(model: VAE, at_step: int, must_stop: Callable[[], bool]) -> Row | None:

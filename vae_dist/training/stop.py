@@ -201,8 +201,9 @@ class RankWatch:
         self._ended.set()
 
     def at(self, step: int, phase: str, shape: Hashable = None) -> None:
-        """This rank is now at this step (-1: start-up) and phase, with data of this shape."""
-        is_timed = step >= 0 and (phase, shape) in self._seen
+        """This rank is now at this step (-1: start-up) and phase, with data of this shape. Each
+        phase of start-up comes once."""
+        is_timed = (phase, shape) in self._seen
         self._seen.add((phase, shape))
         self._state = self._state | {"step": step, "phase": phase, "is_timed": is_timed}
         self._idle = 0
