@@ -88,8 +88,6 @@ def test_a_shape_through_all_commands(packed, tmp_path, config, kind, overrides,
     assert figures["neg_elbo_nats"] == pytest.approx(last["eval/neg_elbo_nats"], rel=1e-5)
     validation = load_index(f"{data}/validation", key="k", create=False)
     assert figures["num_images"] == statistics["num_images"] == validation.num_samples
-    again = json.loads((run / "latents.json").read_text())["per_channel"]
-    torch.testing.assert_close(again, statistics["per_channel"], rtol=1e-4, atol=1e-4)
     out = tmp_path / "r.png"
     assert reconstruct.main([f"run={run}", "device=cpu", "num_images=6", f"out={out}"]) == 0
     Image.open(out).load()

@@ -168,8 +168,11 @@ def test_last_layers_are_float32_under_autocast(latent):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_every_shipped_config_builds_on_the_meta_device(path):
+def test_every_shipped_config_is_short_and_builds_on_the_meta_device(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
     config = load_train_config([f"config={path}"])
+    assert config.run == f"runs/{path.stem}"
     resolution = config.data.resolution
     size = (resolution, resolution) if isinstance(resolution, int) else (28, 36)
     with torch.device("meta"):

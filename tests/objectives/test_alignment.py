@@ -33,9 +33,6 @@ def test_distances_of_vectors_at_known_angles_and_the_weight():
     column = torch.randn(2, 5, 1, 1)  # equal directions, whatever their length and grid
     found = distance(column.expand(-1, -1, 4, 6), 7 * column.expand(-1, -1, 3, 3))
     torch.testing.assert_close(found, torch.zeros(2), rtol=0, atol=1e-5)
-    p.requires_grad_()
-    (gradient,) = torch.autograd.grad(distance(p, f).sum(), p)
-    assert gradient.abs().sum() > 0
     weights = [weight_at(0.5, 0.1, step=step, num_steps=5) for step in (0, 1, 2, 4, 9)]
     assert weights == pytest.approx([0.5, 0.4, 0.3, 0.1, 0.1])
 
@@ -52,9 +49,8 @@ def test_features_are_those_of_the_model_at_whole_patches(vision, tmp_path):
         tokens = model(pixel_values=((images + 1) / 2 - mean) / std).last_hidden_state
     torch.testing.assert_close(found[:, :, 1, 2], tokens[:, 1 + 1 * 3 + 2])
     assert features(images[:, :1, :26, :18]).shape == (2, 16, 4, 3)  # 26 -> 28, 18 -> 21
-    # the width is known without the weights
-    assert feature_width(str(vision)) == 16
     (tmp_path / "config.json").write_bytes((vision / "config.json").read_bytes())
+    # the width is known without the weights
     assert feature_width(str(tmp_path)) == 16
     with pytest.raises(ConfigError, match="no vision model can be loaded"):
         load_features(str(tmp_path), torch.device("cpu"))
