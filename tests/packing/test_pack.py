@@ -163,7 +163,6 @@ def test_what_is_refused(pictures, tmp_path, capsys):
         (pictures, "size=big", "size=big is none of"),
         (pictures, "size=[8]", "size=[8] is none of"),
         (pictures, "validation=60", "sets 60 of 60 pictures aside"),
-        (pictures, "quality=101", "quality=101 must be at most 100"),
         (pictures, "shard_mb=0", "shard_mb=0 must be more than 0"),
         (mixed, "seed=0", "1 pictures belong to a split (train/a.png: train) and 1 to none (bus/"),
         (tests, "seed=0", "pictures are of validation or test; add some to train"),

@@ -104,9 +104,8 @@ class ShardJob:
         with self.writing():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                writer = ShardWriter(partial)
-                yield writer, report
-                writer.close()
+                with contextlib.closing(ShardWriter(partial)) as writer:
+                    yield writer, report
                 write_durably(self.work / f"{target.name}.json", json.dumps(report).encode())
                 write_sidecar(target, index_shard(partial))
                 os.replace(partial, target)

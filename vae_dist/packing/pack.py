@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,12 @@ from PIL import ImageOps
 from vae_dist.config.commands import PackCommand
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown
-from vae_dist.data.decode import MASK_MEMBER, decode_own
+from vae_dist.data.decode import MASK_MEMBER, SUFFIXES, decode_own
 from vae_dist.data.index import write_info
-from vae_dist.data.tar import DamagedSampleError
+from vae_dist.data.tar import DamagedSampleError, files_of_tar, key_and_suffix
 from vae_dist.files import printable, progress_bar, read_json, write_durably
 from vae_dist.packing import jobs, labels
-from vae_dist.packing.items import BY_CONTENT, MAX_FILE_BYTES, Item, Listing, read, suffix_of
+from vae_dist.packing.items import BY_CONTENT, Item, Listing, Place, read, suffix_of
 from vae_dist.packing.jobs import Report, ShardJob
 from vae_dist.packing.picture import prepare
 from vae_dist.packing.sources import list_source, number_classes
@@ -206,7 +206,7 @@ def _members(item: Item) -> dict[str, bytes]:
         members["cls"] = str(item.category).encode()
     if item.extra:
         try:
-            fields = read_json(members.get("json", b"{}"), MAX_FILE_BYTES, name="its .json")
+            fields = read_json(members.get("json", b"{}"), jobs.MAX_JSON_BYTES, name="its .json")
         except ValueError as error:
             raise DamagedSampleError(f"{error}; labels= could not add to it") from None
         members["json"] = json.dumps({**fields, **item.extra}, sort_keys=True).encode()
@@ -237,7 +237,7 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         for i, name in enumerate(report["names"])
     ]
     write_durably(job.out / "names.txt", "".join(lines).encode())
-    _save_contact_sheet(job.out / SHEET, plan, command)
+    _save_contact_sheet(job.out / SHEET, [job.out / name for name in plan if "train/" in name])
     facts = sum((Counter(report["facts"]) for report in reports.values()), Counter[str]())
     return {
         "splits": splits,
@@ -248,21 +248,19 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
     }
 
 
-def _save_contact_sheet(path: Path, plan: Plan, command: PackCommand) -> None:
-    """Pictures from the beginning of each shard to train on, cropped to squares."""
-    shards = [pictures for shard, pictures in plan.items() if shard.startswith("train/")]
-    first = [one for pictures in shards for one in pictures[: -(-SHEET_PICTURES // len(shards))]]
+def _save_contact_sheet(path: Path, shards: Sequence[Path]) -> None:
+    """Pictures from the beginning of each shard, cropped to squares."""
     cells: list[torch.Tensor] = []
-    for _, item in first[:SHEET_PICTURES]:
-        with contextlib.suppress(DamagedSampleError):
-            stored = prepare(read(item.place), command)
-            limit = math.prod(stored.shape)
-            levels = np.nan_to_num(decode_own(stored.suffix, stored.data, max_pixels=limit))
+    for shard in map(str, shards[:SHEET_PICTURES]):
+        files = (file for file in files_of_tar(shard) if key_and_suffix(file[0])[1] in SUFFIXES)
+        for name, at, size in islice(files, -(-SHEET_PICTURES // len(shards))):
+            data = read(Place(shard, at, size))
+            levels = np.nan_to_num(decode_own(suffix_of(name), data, max_pixels=sys.maxsize))
             image = single(torch.from_numpy(np.ascontiguousarray(levels))).convert("RGB")
             image = ImageOps.fit(image, (SHEET_PIXELS, SHEET_PIXELS))
             cells.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     if cells:
-        save_png(grid(cells), path)
+        save_png(grid(cells[:SHEET_PICTURES]), path)
 
 
 def _print(out: Path, summary: Report) -> None:

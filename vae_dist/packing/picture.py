@@ -77,7 +77,7 @@ def prepare(data: bytes, command: PackCommand, *, mask: bytes | None = None) -> 
         # with a mask it is decoded in full, then resized: blocks of a reduced JPEG would leak
         picture, have = _prepared(kind, data, command, exact=mask is not None)
     if mask is not None:
-        picture = picture._replace(mask=_resized_mask(mask, have, picture.shape[1:], command))
+        picture = picture._replace(mask=_mask_as_packed(mask, have, picture.shape[1:], command))
     return picture
 
 
@@ -164,7 +164,7 @@ def _box(have: Size, size: Any) -> tuple[float, float, float, float]:
     return (left, top, left + crop_width, top + crop_height)
 
 
-def _resized_mask(data: bytes, have: Size, want: Size, command: PackCommand) -> bytes:
+def _mask_as_packed(data: bytes, have: Size, want: Size, command: PackCommand) -> bytes:
     """have, want: (H, W) of the picture in source and shard. Kept byte for byte where they are the
     same. Raises DamagedSampleError."""
     try:
