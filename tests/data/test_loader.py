@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -182,19 +183,6 @@ def test_an_evaluation_shows_each_image_once(in_memory, data):
         assert seen == {n: p for n, p in enumerate(places) if p not in skipped}
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 3)])
-def test_loader_processes(index, world, workers):
-    """They change nothing, nor does what they draw."""
-    torch.manual_seed(0)
-    np.random.seed(0)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    got = shared.global_batches(index, world=world, workers=workers, start_step=7, stop_step=12)
-    assert got == shared.expected(7, 12)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()
-
-
 def test_lost_samples_are_named_and_replaced_and_a_shard_that_is_gone_stops_the_run(copied):
     """Damaged ones, and of a shard that was cut its tail only."""
     index, lost = load(copied), {(3, 4), (8, 0), *((5, i) for i in range(20, 45))}
@@ -236,26 +224,28 @@ def test_data_of_the_wrong_kind_stops_the_run(index, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_loader_processes_ignore_the_signals_of_their_group_and_end_together(index):
-    """By close, or when one of them is killed, which is an error."""
-    for ending in ("close", "kill"):
-        stream = open_stream(index, start_step=0, stop_step=1000, workers=2)
-        batches = iter(stream)
-        next(batches)
-        first, second = multiprocessing.active_children()
+@pytest.mark.parametrize("ending", ["close", "kill"])
+def test_loader_processes(index, ending):
+    """They change nothing, nor does what they draw; they ignore the signals of their group, and end
+    together, by close or when one of them is killed, which is an error."""
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    stream = open_stream(index, start_step=7, stop_step=1000, workers=3)
+    batches, shown = iter(stream), {}
+    while len(shown) < 9:
+        batch = next(batches)
+        shown[batch.step] = identities(batch.groups[0].images.numpy())
+        first, *others = multiprocessing.active_children()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(first.pid, number)
-        for _ in range(8):
-            next(batches)
-        assert first.is_alive() and second.is_alive()
-        if ending == "close":
-            stream.close()
-        else:
-            os.kill(first.pid, signal.SIGKILL)
-            message = r"a loader process died .*: ask for more memory"
-            with (
-                pytest.raises(LoaderDied, match=message),
-                deaths_explained("ask for more memory"),
-            ):
-                list(batches)
-        assert not multiprocessing.active_children()
+    assert shown == shared.expected(7, 16)
+    assert len(others) == 2 and all(worker.is_alive() for worker in (first, *others))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    if ending == "close":
+        stream.close()
+    else:
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(LoaderDied) as died, deaths_explained("ask for more memory"):
+            list(batches)
+        assert re.search("a loader process died .*: ask for more memory", str(died.value))
+    assert not multiprocessing.active_children()
