@@ -82,14 +82,6 @@ def folder(copied):
     return copied
 
 
-def damage(path, index, *, header):
-    offset = int(np.fromfile(path + ".idx", "<u8")[index])
-    with open(path, "r+b") as file:
-        # the second member is the PNG: cls header and data take two blocks, its header the third
-        file.seek(offset if header else offset + 3 * 512)
-        file.write(b"\xff" * 64)
-
-
 @pytest.fixture
 def pauses(monkeypatch):
     """The pauses between attempts, which no test waits for: its clock has only them."""

