@@ -16,12 +16,6 @@ from vae_dist.distributed import RankFailed, Runtime
 HOST = socket.gethostname()
 
 
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
