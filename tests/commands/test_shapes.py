@@ -88,17 +88,16 @@ def test_a_shape_through_all_commands(packed, tmp_path, config, kind, overrides,
     assert figures["neg_elbo_nats"] == pytest.approx(last["eval/neg_elbo_nats"], rel=1e-5)
     validation = load_index(f"{data}/validation", key="k", create=False)
     assert figures["num_images"] == statistics["num_images"] == validation.num_samples
-    out = tmp_path / "r.png"
-    assert reconstruct.main([f"run={run}", "device=cpu", "num_images=6", f"out={out}"]) == 0
-    Image.open(out).load()
+    keys = [f"run={run}", "device=cpu"]
+    assert reconstruct.main([*keys, "num_images=6", f"out={tmp_path / 'r.png'}"]) == 0
+    Image.open(tmp_path / "r.png").load()
     for resolution, size in (("trained", shape), ("[24, 40]", (24, 40))):
-        folder = tmp_path / f"samples {resolution}"
-        keys = [f"run={run}", "device=cpu", "num_images=1", f"out={folder}"]
-        assert sample.main([*keys, f"resolution={resolution}"]) == 0
+        out = tmp_path / f"samples {resolution}"
+        assert sample.main([*keys, "num_images=1", f"out={out}", f"resolution={resolution}"]) == 0
         if config == "science16":  # two channels, which no PNG holds
-            written = np.load(folder / "000000.npy").shape[1:]
+            written = np.load(out / "000000.npy").shape[1:]
         else:
-            written = Image.open(folder / "000000.png").size[::-1]
+            written = Image.open(out / "000000.png").size[::-1]
         assert size in (None, written)
 
 

@@ -26,6 +26,8 @@ KINDS = {
     "perceptual.kind=structure adversarial.weight=0.5 adversarial.start_step=2 "
     "adversarial.warmup_steps=2 adversarial.ramp_steps=20 adversarial.channels=8 "
     "adversarial.layers=1 objective.latent_noise=0.1 objective.scale_equivariance=0.2",
+    "ladder": "model.arch=ladder model.latent=spatial model.channels=[8,16] model.patch=4 "
+    "model.factors=7 model.groups=[2,1]",
 }
 FIXED = f"training.steps={STEPS} evaluation.every=6 checkpoint.every=0 evaluation.batch_size=8"
 SLOW = pytest.mark.slow
@@ -79,6 +81,8 @@ def whole(tmp_path_factory, digits):
         ("bound", [Leg(2, 4, parallel="fsdp", stop=3), Leg(1, 4)]),
         ("importance-weighted, labels and masks", [Leg(2, 4)]),
         ("adversarial", [Leg(2, 4, stop=5), Leg(1, 8)]),
+        ("ladder", [Leg(2, 4, stop=5), Leg(1, 8)]),
+        pytest.param("ladder", [Leg(2, 4, parallel="fsdp")], marks=SLOW),
         pytest.param("bound", [Leg(1, stop=4), Leg(2, 0, 2, "fsdp")], marks=SLOW),
         pytest.param("bound", [Leg(4, stop=4), Leg(2)], marks=SLOW),
         pytest.param("adversarial", [Leg(2, 8, 2, "fsdp")], marks=SLOW),

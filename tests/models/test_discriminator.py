@@ -19,8 +19,8 @@ def test_the_default_one_has_the_weights_of_the_published_network():
 
 @pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70)])
 def test_a_logit_sees_a_patch_of_its_own_image(layers, pixels):
-    config = AdversarialConfig(channels=4, layers=layers)
-    model, side = build_discriminator(config, image_channels=3, seed=3), smallest_side(layers)
+    config, side = AdversarialConfig(channels=4, layers=layers), smallest_side(layers)
+    model = build_discriminator(config, image_channels=3, seed=3)
     assert model(torch.zeros(1, 3, side, side)).numel() >= 1
     images = torch.randn(4, 3, 32, 40)
     alone = torch.cat([model(image[None]) for image in images])  # no batch statistics
@@ -28,8 +28,7 @@ def test_a_logit_sees_a_patch_of_its_own_image(layers, pixels):
     for i in range(len(model.norms)):  # a norm's mean is of the whole map
         model.norms[i] = torch.nn.Identity()
     images = torch.randn(1, 3, 160, 160, requires_grad=True)
-    logits = model(images)
-    middle = logits.shape[-1] // 2
-    (gradient,) = torch.autograd.grad(logits[0, 0, middle, middle], images)
+    logits = model(images)[0, 0]
+    (gradient,) = torch.autograd.grad(logits[len(logits) // 2, len(logits) // 2], images)
     rows = gradient.abs().sum((0, 1, 3)).nonzero()
     assert int(rows.max() - rows.min()) + 1 == pixels

@@ -90,7 +90,6 @@ def test_temperature_0_is_one_picture_and_each_level_has_its_own():
     z = drawn(0, [1.0, 0])
     changed = z + torch.cat([torch.zeros(2, 1, top), torch.ones(2, 1, shape[1] - top)], 2)
     torch.testing.assert_close(model.decode(changed, SIZE, levels=1), model.decode(z, SIZE))
-    # by label
     one, two = (model.from_prior(noise(2, *shape), SIZE, torch.tensor([y, 1])) for y in (0, 2))
     assert torch.isclose(one, two).all(-1).flatten().tolist() == [False, True]
 

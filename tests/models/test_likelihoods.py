@@ -251,7 +251,7 @@ def test_binarisation_is_a_draw_one_draw_a_threshold_or_soft():
 # the normal distribution function
 
 
-@pytest.mark.parametrize("half_width", [1e-5, 1e-3, 0.05, 0.25, 0.31, 0.33, 1.0, 4.0, 60.0])
+@pytest.mark.parametrize("half_width", [1e-5, 1e-3, 0.05, 0.2, 0.25, 0.31, 0.33, 1.0, 4.0, 60.0])
 def test_bins_are_differences_of_the_distribution_function(half_width):
     """In float64, of the tail where log Phi has its digits."""
     centers = torch.tensor([0.0, 0.3, 0.99, 1.0, 1.2, 2.0, 5.0, 12.0, 40.0, 300.0, 2e4])

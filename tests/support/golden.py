@@ -3,12 +3,10 @@
     python -m tests.support.golden write FILE       what this tree computes, as JSON
     python -m tests.support.golden compare FILE     the differences; exit code 1 if there are any
 
-Six short trainings (on one process and on two), an evaluation, an importance-sampled one, an
-export, a packed and an encoded shard run through the commands, in a temporary folder, on pictures
-that the script draws. Written down are, for each training, a digest of what reaches the model in
-each forward (images, noise, labels, masks), every logged number that is a function of the step,
-and a digest of the weights; of files, the digests of their bytes or tensors. Values hold for one
-kind of CPU and one version of torch.
+Six short trainings on one process and on two, evaluations, an export, a packed and an encoded shard
+run through the commands, on pictures that the script draws. Written down are digests of what
+reaches the model in each forward, of weights and of files, and every logged number that is a
+function of the step. Values hold for one kind of CPU and one version of torch.
 """
 
 import hashlib

@@ -50,7 +50,7 @@ class PatchDiscriminator(nn.Module):
         assert self.conv_out.bias is not None
         self.conv_out.bias.requires_grad_(False)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+            if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, INITIAL_STD)
 
     def forward(self, images: Tensor) -> Tensor:

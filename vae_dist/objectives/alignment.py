@@ -21,6 +21,7 @@ state ends with the patches. It stays float32 and is not trained, saved or expor
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,7 @@ class VisionFeatures(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, model: nn.Module, *, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD
-    ) -> None:
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         config: Any = model.config
@@ -125,13 +124,12 @@ def load_features(name: str, device: torch.device) -> VisionFeatures:
     """The frozen model, float32 on `device`; safetensors only. Raises ConfigError."""
     model = _from_transformers("AutoModel", name, use_safetensors=True, dtype=torch.float32)
     model = getattr(model, "vision_model", model)
-    constants = {}
     try:
         processor = json.loads((Path(name) / "preprocessor_config.json").read_bytes())
-        constants = {"mean": processor["image_mean"], "std": processor["image_std"]}
+        constants = processor["image_mean"], processor["image_std"]
     except (OSError, ValueError, KeyError):
-        pass  # ImageNet's, as DINO's
-    return VisionFeatures(model, **constants).to(device)
+        constants = IMAGENET_MEAN, IMAGENET_STD  # as DINO's
+    return VisionFeatures(model, *constants).to(device)
 
 
 def weight_at(weight: float, final_weight: float, *, step: int, num_steps: int) -> float:
