@@ -30,4 +30,5 @@ def test_the_page_of_keys_is_current_and_the_readme_fits_two_screens(capsys):
     assert train.main(["--help"]) == 0
     page = (ROOT / "docs" / "config.md").read_text().partition("```text\n")[2]
     assert page == f"{capsys.readouterr().out}```\n", "paste what train --help prints"
+    assert max(map(len, page.splitlines())) <= 100
     assert len((ROOT / "README.md").read_text().splitlines()) <= 170

@@ -6,7 +6,7 @@ import pytest
 
 from tests.config.conftest import DATA, load, write
 from vae_dist.config.errors import ConfigError
-from vae_dist.config.keys import flatten, help_text, keys, wants_help
+from vae_dist.config.keys import flatten
 from vae_dist.config.load import from_yaml, to_yaml
 from vae_dist.config.schema import TrainConfig
 
@@ -117,14 +117,3 @@ def test_yaml_gives_back_the_same_config_and_is_checked():
     said = r"old: colour: there is no .*\nold: model\.patch=0 must be at.*\ndata\.train is missing"
     with pytest.raises(ConfigError, match=said):
         from_yaml(b"config: a\ncolour: blue\nmodel: {patch: 0}\n", origin="old")
-
-
-def test_help_lists_every_key_with_default_and_description():
-    assert all(wants_help([word]) for word in ("-h", "--help", "help")) and not wants_help(["a=-h"])
-    text = help_text(TrainConfig, usage="train config=NAME", intro="Trains.")
-    assert max(map(len, text.splitlines())) <= 100
-    words = " ".join(text.split())
-    known = keys(TrainConfig).items()
-    assert all(f"  {name}=" in text and key.help in words for name, key in known)
-    assert "training.precision=auto" in text and "[auto | no | bf16 | fp16]" in words
-    assert "data.train=... required:" in words

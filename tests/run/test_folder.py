@@ -65,9 +65,9 @@ def test_what_killed_sessions_left_half_written_is_removed(folder):
 
 
 def test_a_full_disk_does_not_keep_a_status_of_running(folder, monkeypatch):
-    folder.write_status("running", step=0, reason="")
+    folder.write_status("running", step=0, reason="longer than the one that follows")
     monkeypatch.setattr(folder_module, "write_durably", failing(errno.ENOSPC))
-    folder.write_status("failed", step=3, reason="a reason that is longer than the one before")
+    folder.write_status("failed", step=3, reason="")
     assert (folder.status()["status"], folder.status()["step"]) == ("failed", 3)
 
 

@@ -9,7 +9,7 @@ from vae_dist.tracking.environment import add_session, describe_environment, rea
 
 
 def test_what_a_session_records(monkeypatch):
-    for name, value in (("SLURM_JOB_ID", "77"), ("WANDB_API_KEY", "s3cret"), ("SLURM_JWT", "s3c")):
+    for name, value in (("SLURM_JOB_ID", "77"), ("WANDB_API_KEY", "s3c"), ("SLURM_JWT", "s3c")):
         monkeypatch.setenv(name, value)
     words = ["/usr/bin/python3", "-m", "vae_dist.train", "config=mnist", "x.api_key=s3cret"]
     monkeypatch.setattr(sys, "orig_argv", [*words, "data.train=https://me:s3cret@host/a.tar"])

@@ -35,6 +35,10 @@ def test_grids_place_images_row_by_row_enlarged_without_blending():
     second = picture[2:62, 64:124]
     assert picture.shape == (64, 2 * 62 + 2) and (picture[2:62, 2:62] == 10).all()
     assert (second[20:40, 16:44] == 20).all() and (second == 20).sum() == 20 * 28
+    # two channels are magenta and green, and of many the first three are shown
+    levels = torch.tensor([10, 200, 30, 40], dtype=torch.uint8).view(4, 1, 1)
+    assert np.asarray(single(levels[:2]))[0, 0].tolist() == [10, 200, 10]
+    assert np.asarray(grid([levels.expand(4, 50, 50)]))[10, 10].tolist() == [10, 200, 30]
 
 
 def test_reconstructions_stand_directly_below_their_inputs():
@@ -43,12 +47,6 @@ def test_reconstructions_stand_directly_below_their_inputs():
     starts = [int(np.argmax(column == level)) for level in (1, 101, 5, 105)]
     within, between, again = np.diff(starts) - 84
     assert 0 < within == again < between
-
-
-def test_two_channels_are_magenta_and_green_and_of_many_the_first_three_are_shown():
-    levels = torch.tensor([10, 200, 30, 40], dtype=torch.uint8).view(4, 1, 1)
-    assert np.asarray(single(levels[:2]))[0, 0].tolist() == [10, 200, 10]
-    assert np.asarray(grid([levels.expand(4, 50, 50)]))[10, 10].tolist() == [10, 200, 30]
 
 
 def test_a_png_is_found_by_name_and_step_and_what_its_caption_says(tmp_path):
