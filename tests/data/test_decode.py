@@ -34,13 +34,6 @@ def with_header(png, *, height, interlaced=0):
     return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
 
 
-def npy_header(shape):
-    """A .npy that claims a shape and has no pixels."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(data := io.BytesIO(), header)
-    return data.getvalue()
-
-
 def files_of(kind, array):
     """All ways to write (H, W, C) without loss."""
     planes, squeezed = array.transpose(2, 0, 1), array[:, :, 0] if array.shape[2] == 1 else array
@@ -247,9 +240,8 @@ def test_what_must_not_be_decoded_is_refused(monkeypatch):
         ({"npy": npy(np.array([[print]], object))}, {}, "a .npy of object"),
         ({"npy": npy(GREY.astype(np.float32))}, {}, ".npy of float32, but data.bits=8"),
         ({"npy": npy(GREY)[:-1]}, {}, "the .npy is cut off"),
-        ({"npy": npy_header((10**6, 10**6))}, {}, "data.max_pixels=10000"),
-        ({"npy": npy_header((10**12, 1, 1))}, {}, "the .npy is cut off"),
-        ({"npy": npy_header((True, 5)) + bytes(5)}, {}, r"of shape \(True, 5\)"),
+        ({"npy": npy(np.zeros((101, 100), np.uint8))}, {}, "data.max_pixels=10000"),
+        ({"npy": npy(GREY).replace(b"(5, 7), } ", b"(True,7),}")}, {}, r"of shape \(True, 7\)"),
         ({"npy": npy(GREY)[:9]}, {}, "damaged npy"),
         ({"npy": npy(PLANES)}, {}, "3 channels, but data.channels=1"),
         ({"npy": npy(GREY[0])}, {}, r".npy of shape \(7,\)"),

@@ -186,8 +186,7 @@ def open_by_pillow(data: bytes, image_format: str, max_pixels: int) -> Image.Ima
     """An image of 8 bits a channel before its pixels are decoded. Raises DamagedSampleError."""
     with damage_named(image_format):
         image = _opened(data, image_format, max_pixels)
-    # Pillow narrows 16-bit colour to 8 bits without a word
-    if image.mode.startswith("I") or image.mode == "F" or is_png16(data):
+    if image.mode.startswith("I") or image.mode == "F":
         raise DamagedSampleError(
             "more than 8 bits a channel: set data.bits=16, or convert it to 8 bits"
         )
