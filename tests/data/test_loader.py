@@ -141,7 +141,7 @@ def test_streams_of_any_shape(in_memory, data):
 
     stop = start + 3
     worlds = st.sampled_from([w for w in (1, 2, 4, 8) if slots % w == 0])
-    got, lost, shards = shown(draw(worlds), draw(st.integers(0, 5)), start)
+    got, lost, shards = shown(draw(worlds), draw(st.sampled_from([0, 2, 3])), start)
     assert got.keys() == {(step, slot) for step in range(start, stop) for slot in range(slots)}
     whole = shown(1, 0, 0)
     assert got == {k: v for k, v in whole[0].items() if k[0] >= start}
