@@ -17,7 +17,7 @@ import torch
 
 from vae_dist.config.commands import RunCommand
 from vae_dist.inference import tiles
-from vae_dist.inference.load import first_examples, load_model, open_images
+from vae_dist.inference.load import first_examples_by_shape, load_model, open_images
 
 
 def psnr_db(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -31,9 +31,8 @@ def main() -> None:
     loaded = load_model(RunCommand(run=options["run"], device="cpu"))
     model, config = loaded.model, loaded.config
     config.data.resolution, config.data.crop, config.data.flip = "native", "center", False
-    examples = first_examples(
-        open_images(config, "", create=True), int(options.get("num_images", 16))
-    )
+    found, num_images = open_images(config, "", create=True), int(options.get("num_images", 16))
+    examples = first_examples_by_shape(found.at_one_size(), num_images)[0]
     images = examples.images.float() / 127.5 - 1
     size = images.shape[-2], images.shape[-1]
     mean, _ = model.encode(images)

@@ -1,12 +1,11 @@
 """The mixture prior: known mixtures are found; what it is fitted to, when it is fitted again."""
 
-import shutil
-
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
 from tests.support.evaluated import NUM_IMAGES, batches, tiny_model
+from tests.support.tiny_run import random_pixels, run_with_images, tiny_config
 from vae_dist.config.commands import SampleCommand
 from vae_dist.inference.load import load_model
 from vae_dist.inference.mixture import (
@@ -15,7 +14,6 @@ from vae_dist.inference.mixture import (
     fit_mixture,
     fitted_prior,
 )
-from vae_dist.models.latent import prior_latents
 
 
 def known(covariance):
@@ -61,17 +59,11 @@ def test_a_known_mixture_is_found(covariance):
     assert torch.isfinite(draws(degenerate, 20)).all()
 
 
-def test_draws_are_a_function_of_seed_and_number_and_temperature_scales_components():
-    mixture = known("diagonal")
-    some = prior_latents((2,), 7, seed=1, prior=mixture)
-    assert torch.equal(some[3:], prior_latents((2,), 4, seed=1, first=3, prior=mixture))
-    cold = prior_latents((2,), 7, seed=1, temperature=0.0, prior=mixture)
+def test_temperature_scales_components_and_not_their_distance():
+    mixture, noise, uniform = known("diagonal"), torch.randn(7, 2), torch.rand(7)
+    some, half, cold = (mixture.sample(noise, uniform, temperature=t) for t in (1.0, 0.5, 0.0))
     components = [int((mixture.means.float() == z).all(1).nonzero()) for z in cold]
-    noise = prior_latents((2,), 7, seed=1)  # the same, moved
     torch.testing.assert_close(some, cold + mixture.factors[components].float() * noise)
-    assert torch.equal(prior_latents((2,), 7, seed=1, temperature=0.5), noise / 2)
-    assert prior_latents((2,), 500, seed=1).std() == pytest.approx(1, abs=0.05)
-    half = prior_latents((2,), 7, seed=1, temperature=0.5, prior=mixture)
     torch.testing.assert_close(half, (cold + some) / 2)
 
 
@@ -83,9 +75,8 @@ def test_one_draw_of_each_image_whatever_the_batch():
     assert not torch.allclose(aggregate_posterior(model, batches(4), seed=5), z)
 
 
-def test_a_fit_is_kept_for_what_it_belongs_to(plain_run, tmp_path):
-    ignore = shutil.ignore_patterns("priors")  # of other tests
-    run = shutil.copytree(plain_run, tmp_path / "run", ignore=ignore)
+def test_a_fit_is_kept_for_what_it_belongs_to(tmp_path):
+    run = run_with_images(tmp_path, tiny_config(), random_pixels(8, 28, 28))
     command = SampleCommand(run=str(run), device="cpu", prior="gmm:2")
     loaded = load_model(command)
     first = fitted_prior(loaded, command)

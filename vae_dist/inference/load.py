@@ -233,12 +233,6 @@ def images_to_show(loaded: LoadedModel, data: Any, *, runtime: Runtime | None = 
     return images
 
 
-def first_examples(images: Images, num_images: int) -> EvaluationBatch:
-    """The readable ones among the first `num_images`; where images differ in size, they are resized
-    and cropped to a typical one. Raises ConfigError when there is none."""
-    return first_examples_by_shape(images.at_one_size(), num_images)[0]
-
-
 def first_examples_by_shape(
     images: Images, num_images: int, *, names: Sequence[str] | None = None
 ) -> list[EvaluationBatch]:

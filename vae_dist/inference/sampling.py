@@ -29,8 +29,9 @@ from vae_dist.data.loader import EvaluationBatch
 from vae_dist.evaluation.run import forward
 from vae_dist.inference import tiles
 from vae_dist.models.ladder import LadderVAE
-from vae_dist.models.latent import LatentPrior, prior_latents
+from vae_dist.models.latent import LatentPrior
 from vae_dist.models.vae import NO_LABEL, VAE
+from vae_dist.randomness import draws
 
 Size = tuple[int, int]  # (H, W) in pixels
 
@@ -112,9 +113,13 @@ class BatchedVAE:
                 f"temperature has {len(temperature)} values, and this model {model.num_levels} "
                 "levels; give one number, or one for each level of a ladder from the top"
             )
-        z = prior_latents(
-            shape, num_images, seed=seed, first=first, temperature=factor, prior=prior
-        )
+        samples = range(first, first + num_images)
+        noise = draws(torch.randn, seed, "prior", samples, shape)
+        if prior is None:
+            z = factor * noise
+        else:
+            uniform = draws(torch.rand, seed, "prior-component", samples, (1,)).flatten()
+            z = prior.sample(noise, uniform, temperature=factor)
         if classes:
             z = z.repeat(len(classes), *[1] * len(shape))
             labels = torch.tensor(classes).repeat_interleave(num_images)

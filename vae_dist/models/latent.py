@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae_dist.files import write_durably
-from vae_dist.randomness import draws, torch_generator
+from vae_dist.randomness import torch_generator
 
 # exp(20) and exp(-30), and their squares, are finite and normal in float32
 MIN_LOG_VARIANCE = -30.0
@@ -81,25 +81,6 @@ class LatentPrior(Protocol):
 
     def sample(self, noise: Tensor, uniform: Tensor, *, temperature: float = 1.0) -> Tensor:
         """z from normal noise (N, *latent) and uniform draws (N,) in [0, 1), float32."""
-
-
-def prior_latents(
-    latent_shape: tuple[int, ...],
-    num_images: int,
-    *,
-    seed: int,
-    first: int = 0,
-    temperature: float = 1.0,
-    prior: LatentPrior | None = None,
-) -> Tensor:
-    """Latents first, ..., first + num_images - 1 of the prior, float32 (N, *latent_shape) on the
-    CPU: of N(0, I), or of `prior` from the same normal noise."""
-    samples = range(first, first + num_images)
-    noise = draws(torch.randn, seed, "prior", samples, latent_shape)
-    if prior is None:
-        return temperature * noise
-    uniform = draws(torch.rand, seed, "prior-component", samples, (1,)).flatten()
-    return prior.sample(noise, uniform, temperature=temperature)
 
 
 def drawn_labels(num_classes: int, num_images: int, *, seed: int, first: int = 0) -> Tensor | None:

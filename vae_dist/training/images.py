@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vae_dist.config.schema import TrainConfig
 from vae_dist.data.loader import EvaluationBatch
-from vae_dist.inference.load import Images, first_examples
+from vae_dist.inference.load import Images, first_examples_by_shape
 from vae_dist.inference.sampling import BatchedVAE
 from vae_dist.models.latent import drawn_labels, kl_to_standard_normal
 from vae_dist.models.vae import VAE
@@ -73,7 +73,7 @@ class ImageLogger:
         wanted = max(1, self._config.log.num_images // 2, min(NUM_SEARCHED, fitting))
         settings = self._data.settings.at_one_size()
         images = Images(self._data.validation, settings, self._config.data.retry_s)
-        return first_examples(images, wanted)
+        return first_examples_by_shape(images, wanted)[0]
 
     def _grids(self, model: VAE) -> Iterator[tuple[str, Image.Image, str]]:
         """Name, grid and what to say of it."""
