@@ -11,8 +11,7 @@ from tests.config.conftest import load
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown, value_of
 from vae_dist.config.load import from_yaml, to_yaml
-from vae_dist.config.resolve import Facts, default_slots, resolve, world_size_problem
-from vae_dist.config.schema import DataConfig, TrainConfig
+from vae_dist.config.resolve import Facts, default_slots, resolve
 
 BUCKETS = "data.resolution={'area':65536,'multiple':16,'max_aspect':2.0}"
 CPU, GPU = Facts(mean_sample_bytes=300), Facts(True, True, mean_sample_bytes=300)
@@ -26,17 +25,6 @@ def test_default_slots_is_the_largest_divisor_up_to_64(batch_size):
     assert not any(batch_size % other == 0 for other in range(slots + 1, 65))
     buckets = default_slots(batch_size, buckets=True)  # of 4 images where there are as many
     assert batch_size % buckets == 0 and (buckets == 1 or batch_size // buckets >= 4)
-
-
-@given(st.integers(1, 256), st.integers(1, 300))
-def test_a_refused_world_size_lists_the_counts_that_work(slots, world):
-    problem = world_size_problem(TrainConfig(data=DataConfig(slots=slots)), world)
-    assert (problem is None) == (slots % world == 0)
-    if problem is not None:
-        listed = problem.split("work are ")[1].split(".")[0]
-        fitting = [count for count in range(1, slots + 1) if slots % count == 0]
-        assert [int(count) for count in listed.split(", ")] == fitting
-        assert f"data.slots={slots}" in problem and f"multiple of {world}" in problem
 
 
 def test_automatic_windows_hold_so_many_bytes():

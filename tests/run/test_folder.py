@@ -1,4 +1,3 @@
-import contextlib
 import errno
 import functools
 import os
@@ -26,34 +25,27 @@ def failing(number):
     return Mock(side_effect=OSError(number, os.strerror(number)))
 
 
-@contextlib.contextmanager
-def held(folder, **options):
-    lock = RunLock(folder, **options)
-    assert lock.attempt()
-    yield lock
-    lock.release()
-
-
 def test_a_second_trainer_is_refused_with_the_name_of_the_first(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(folder_module, "WAIT_S", 0.0)
+    first = RunLock(folder)
+    assert first.attempt()
     message = rf"run=.* in use by process {os.getpid()} on .*, job 4711, since .*run=FOLDER"
-    with held(folder), pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         RunLock(folder).attempt()
-    if (child := os.fork()) == 0:  # it has been given back
+    first.release()
+    if (child := os.fork()) == 0:
         RunLock(folder).attempt()
         os._exit(0)
     os.waitpid(child, 0)
     assert f"process {child} on" in folder.holder()
-    with held(folder):  # that of a killed process is free
-        pass
+    assert RunLock(folder).attempt()  # that of a killed process is free
 
 
-def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch):
+def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
-    lines = []
-    with held(folder, say=lines.append):
-        assert "its file system has no locks (No locks available)" in lines[0]
+    assert RunLock(folder).attempt()
+    assert "its file system has no locks (No locks available)" in capsys.readouterr().out
 
 
 def test_what_killed_sessions_left_half_written_is_removed(folder):
