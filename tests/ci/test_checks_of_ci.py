@@ -1,20 +1,16 @@
 """The checks that CI runs catch a wrong sample of what they are there for."""
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 pytest_plugins = ["pytester"]
 CI = Path(__file__).resolve().parents[2] / ".ci"
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_imports, check_skips, check_smoke = map(load, ("check_imports", "check_skips", "check_smoke"))
+sys.path.append(str(CI))
+check_imports, check_skips, check_smoke = (
+    importlib.import_module(f"check_{name}") for name in ("imports", "skips", "smoke")
+)
 
 
 def test_imports_go_downward_alone(tmp_path):

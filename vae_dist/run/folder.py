@@ -150,8 +150,12 @@ class RunLock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._refuse_after_a_while()
-                return False
+                if time.monotonic() - self._begun < WAIT_S:
+                    return False
+                raise ConfigError(
+                    f"run={path.parent}: in use by {self._folder.holder().strip()}; wait for it, "
+                    "stop it, or choose another folder with run=FOLDER"
+                ) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -183,11 +187,3 @@ class RunLock:
 
     def release(self) -> None:
         os.close(self._descriptor)
-
-    def _refuse_after_a_while(self) -> None:
-        holder = self._folder.holder().strip() or "an unknown process"
-        if time.monotonic() - self._begun > WAIT_S:
-            raise ConfigError(
-                f"run={self._folder.path}: in use by {holder}; wait for it, stop it, or choose "
-                "another folder with run=FOLDER"
-            )

@@ -33,7 +33,7 @@ from vae_dist.tracking.sinks import read_rows
 
 MAX_POINTS = 150  # of a curve
 MAX_FRAMES = 12  # of a grid
-_MAX_BYTES, _MAX_PIXELS = 2**28, 10**8  # of a PNG file
+_MAX_BYTES = 2**28  # of a PNG file
 _MAX_SIDE = 1400  # pixels of a grid on the page
 _COLORS = ("#2f6fde", "#e07b1a", "#1a9a72", "#b5449b", "#8c6d1f", "#5b5fc7", "#c9372c", "#3f8fa8")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 300, 180, 52, 14, 8, 22  # pixels of a chart
@@ -167,12 +167,11 @@ def evenly(steps: list[int], count: int) -> list[int]:
 
 
 def _data_uri(path: Path) -> str:
-    """Empty for what is no PNG of a moderate size: it may be half written, or not ours."""
+    """Empty for what is no PNG of a moderate size (of pixels Pillow's limit): it may be half
+    written, or not ours."""
     buffer = io.BytesIO()
     try:
         image = Image.open(io.BytesIO(read_bounded(path, _MAX_BYTES)), formats=["PNG"])
-        if image.width * image.height > _MAX_PIXELS:
-            return ""
         image.thumbnail((_MAX_SIDE, _MAX_SIDE))
         image.convert("RGB").save(buffer, "WEBP", quality=80)
     except Exception:  # a decoder raises almost anything
