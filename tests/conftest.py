@@ -5,6 +5,7 @@ import vae_dist  # noqa: F401  (before torch: tests run beside each other)
 # isort: split
 import numpy as np
 import pytest
+import torch
 
 from tests.support.tiny_run import random_pixels, run_with_images, tiny_config, write_images
 from vae_dist.data.digits import load_digits
@@ -14,6 +15,11 @@ def pytest_collection_modifyitems(items):
     """The folders whose slow files take longest come first, so that processes end together."""
     folders = ["launch", "tracking", "benchmarks"]
     items.sort(key=lambda item: [*folders, item.path.parent.name].index(item.path.parent.name))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +60,6 @@ def spatial_run(tmp_path_factory):
 def vision(tmp_path_factory):
     """A DINOv2 of random weights, with patches of 7 pixels and 16 values."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    import torch
-
     folder = tmp_path_factory.mktemp("vision") / "dinov2"
     torch.manual_seed(0)
     config = transformers.Dinov2Config(

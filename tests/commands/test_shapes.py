@@ -1,4 +1,4 @@
-"""Images of every kind of shape through train, resume, evaluate, reconstruct and sample."""
+"""Images of every kind of shape through pack, train, evaluate, reconstruct and sample."""
 
 import functools
 import json
@@ -10,9 +10,8 @@ from PIL import Image
 
 from tests.support.distributed import run_ranks
 from tests.support.training import losses, rows
-from vae_dist import evaluate, pack, reconstruct, sample
+from vae_dist import evaluate, pack, reconstruct, sample, train
 from vae_dist.data.index import load_index
-from vae_dist.train import main as train
 
 KINDS = {  # how many, their sizes in turn, how they are stored
     "photos": (24, ((20, 14), (14, 21), (17, 17), (30, 10), (12, 26)), "png"),
@@ -29,7 +28,7 @@ SMALL = (
     "model.latent_channels=2",
 )
 BUCKETS = ("data.resolution={area: 256, multiple: 4, max_aspect: 2.0}", "data.slots=4")
-NATIVE = ("data.resolution=native", "data.crop=center")
+NATIVE = ("data.resolution=native", "data.crop=center", "data.slots=8")
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +60,6 @@ def packed(tmp_path_factory):
     return get
 
 
-def run_train(config, run, data, *overrides, world=1):
-    shards = (f"data.train={data}/train", f"data.validation={data}/validation")
-    return run_ranks(world, train, [f"config={config}", f"run={run}", *shards, *SMALL, *overrides])
-
-
 @pytest.mark.parametrize(
     ("config", "kind", "overrides", "shape"),
     [
@@ -73,12 +67,14 @@ def run_train(config, run, data, *overrides, world=1):
         ("celeba_native", "faces", ("training.batch_size=2", "training.steps=2"), (218, 178)),
         ("science16", "sensors", (), (37, 53)),
         ("science16", "floats", ("data.bits=32", "data.dequantize=true"), (11, 13)),
-        ("photos_buckets", "photos", (*NATIVE, "data.slots=8"), None),
+        ("photos_buckets", "photos", NATIVE, None),
     ],
 )
 def test_a_shape_through_all_commands(packed, tmp_path, config, kind, overrides, shape):
     run, data = tmp_path / "run", packed(kind)
-    assert run_train(config, run, data, *overrides) == [0]
+    shards = (f"data.train={data}/train", f"data.validation={data}/validation")
+    keys = [f"config={config}", f"run={run}", *shards, *SMALL, *overrides]
+    assert run_ranks(1, train.main, keys) == [0]
     found, statistics = losses(run), json.loads((run / "latents.json").read_text())
     assert torch.isfinite(found).all() and found[-1] < found[0]
     last = rows(run)[len(found)]
@@ -99,14 +95,3 @@ def test_a_shape_through_all_commands(packed, tmp_path, config, kind, overrides,
         else:
             written = Image.open(out / "000000.png").size[::-1]
         assert size in (None, written)
-
-
-def test_buckets_do_not_depend_on_ranks_microbatches_or_interruptions(packed, tmp_path):
-    data, whole, cut = packed("photos"), tmp_path / "whole", tmp_path / "cut"
-    assert run_train("photos_buckets", whole, data, *BUCKETS) == [0]
-    keys = (*BUCKETS, "training.microbatch_size=2")
-    assert run_train("photos_buckets", cut, data, *keys, "training.steps=2", world=2) == [0, 0]
-    assert run_train("photos_buckets", cut, data, *keys) == [0]
-    torch.testing.assert_close(losses(cut), losses(whole), rtol=1e-4, atol=0)
-    bits = [rows(run)[4]["eval/bits_per_dim"] for run in (whole, cut)]
-    assert bits[0] == pytest.approx(bits[1], rel=1e-4)

@@ -5,25 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.test_vae import away_from_zero, inputs, small, trained
-from vae_dist.models.blocks import (
-    AttentionBlock,
-    Downsample,
-    ResidualBlock,
-    Upsample,
-    convolution_of_doubled,
-    zeroed,
-)
+from vae_dist.models import blocks
 from vae_dist.models.build import build_vae
-from vae_dist.randomness import torch_generator
-
-
-def image(*shape):
-    return torch.randn(*shape, generator=torch_generator(0, "test"))
 
 
 def test_blocks_start_as_the_identity_and_attention_is_softmax_attention():
-    x, block = image(2, 8, 3, 5), AttentionBlock(8, norm_groups=4)
-    same, wide = (ResidualBlock(8, channels, norm_groups=4) for channels in (8, 12))
+    x, block = torch.randn(2, 8, 3, 5), blocks.AttentionBlock(8, norm_groups=4)
+    same, wide = (blocks.ResidualBlock(8, channels, norm_groups=4) for channels in (8, 12))
     assert torch.equal(block(x), x) and torch.equal(same(x), x)
     assert torch.equal(wide(x), wide.conv_shortcut(x))
     away_from_zero(block)
@@ -37,10 +25,11 @@ def test_blocks_start_as_the_identity_and_attention_is_softmax_attention():
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
 def test_convolution_of_doubled_is_that_of_the_enlarged_map(size):
-    x, weight, bias = image(2, 3, *size).double(), image(4, 3, 3, 3).double(), image(4).double()
-    tensors = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    shapes = (2, 3, *size), (4, 3, 3, 3), (4,)
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    x, weight, bias = tensors
     expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
-    found = convolution_of_doubled(x, weight, bias)
+    found = blocks.convolution_of_doubled(x, weight, bias)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(expected)
     gradients = (torch.autograd.grad(output, tensors, upstream) for output in (found, expected))
@@ -48,7 +37,7 @@ def test_convolution_of_doubled_is_that_of_the_enlarged_map(size):
 
 
 def test_shortcuts_are_means_of_four_positions_down_and_copies_up():
-    x, down = image(1, 2, 4, 6), Downsample(2, 4, shortcut=True)
+    x, down = torch.randn(1, 2, 4, 6), blocks.Downsample(2, 4, shortcut=True)
     h = down(x)
     for channel in range(4):  # of 8 = 2 channels x 4 positions, two by two: one row of a square
         rows = x[:, channel // 2, channel % 2 :: 2]
@@ -56,10 +45,10 @@ def test_shortcuts_are_means_of_four_positions_down_and_copies_up():
     away_from_zero(down)
     beside = F.conv2d(F.pad(x, (0, 1, 0, 1)), down.conv.weight, down.conv.bias, stride=2)
     torch.testing.assert_close(down(x), h + beside)
-    there, back = Downsample(2, 8, shortcut=True), Upsample(8, 2, shortcut=True)
+    there, back = blocks.Downsample(2, 8, shortcut=True), blocks.Upsample(8, 2, shortcut=True)
     assert torch.equal(back(there(x)), x)  # before training, where convolutions are zero
-    h = image(1, 8, 1, 1)
-    wide = Upsample(8, 4, shortcut=True)
+    h = torch.randn(1, 8, 1, 1)
+    wide = blocks.Upsample(8, 4, shortcut=True)
     assert torch.equal(wide(h)[0, 1].flatten(), h[0, [2, 2, 3, 3], 0, 0])  # two copies of each
 
 
@@ -68,9 +57,9 @@ def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none():
     assert model.quant_conv is None and model.post_quant_conv is None
     model.encoder.mid_block.register_forward_hook(lambda *args: seen.append(args[2]))
     model.decoder.mid_block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    zeroed(model.encoder.conv_out)
-    zeroed(model.decoder.conv_in)
-    mean, log_variance = model.encode(image(2, 3, 16, 16))
+    blocks.zeroed(model.encoder.conv_out)
+    blocks.zeroed(model.decoder.conv_in)
+    mean, log_variance = model.encode(torch.randn(2, 3, 16, 16))
     model.decode(mean, (16, 16))
     torch.testing.assert_close(mean, seen[0].unflatten(1, (4, 4)).mean(2))
     torch.testing.assert_close(log_variance, torch.zeros_like(mean), rtol=0, atol=1e-4)
@@ -81,6 +70,7 @@ def test_the_means_of_z_have_a_shortcut_and_the_log_variances_none():
 def test_checkpointing_gives_the_same_gradients_in_less_memory(shortcuts):
     gradients, num_bytes = [], []
     for on in (False, True):
+        torch.manual_seed(0)
         options = {"dc_shortcuts": shortcuts, "gradient_checkpointing": on}
         model, kept = trained(small("spatial", "per_pixel", **options), (32, 32)), {}
 

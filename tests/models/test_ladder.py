@@ -12,7 +12,6 @@ from vae_dist.models.build import build_vae
 from vae_dist.models.ladder import draw
 from vae_dist.models.latent import kl_to_standard_normal, log_ratio_to_prior, sample_posterior
 from vae_dist.objectives.elbo import log_mean_exp, loss_terms
-from vae_dist.randomness import torch_generator
 from vae_dist.tracking.images import to_uint8
 
 SIZE = (20, 28)
@@ -20,10 +19,6 @@ SIZE = (20, 28)
 
 def ladder(**model):
     return trained(small("ladder", **model), SIZE)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch_generator(seed, "noise"))
 
 
 def test_one_group_of_a_fresh_ladder_is_the_flat_vae():
@@ -43,7 +38,7 @@ def test_one_group_of_a_fresh_ladder_is_the_flat_vae():
 
 def test_a_group_costs_what_torch_distributions_say():
     """KL and log ratio of a draw, whatever prior and posterior; and of a z that is given."""
-    value, *sizes = noise(5, 4, 3, 2, 2).double()
+    value, *sizes = torch.randn(5, 4, 3, 2, 2, dtype=torch.float64)
     p, q = Normal(sizes[0], sizes[1].exp()), Normal(sizes[2], (0.5 * sizes[3]).exp())
     for is_latent in (False, True):
         z = value if is_latent else q.mean + q.stddev * value
@@ -65,7 +60,7 @@ def test_a_ladder_of_one_level_is_none_the_less_one():
     _, found = weighted_draws(model, images, e.unsqueeze(1), output.mean, output.log_variance)
     expected = (output.log_likelihood - output.log_ratio).double()
     torch.testing.assert_close(found[0, :, 0], expected)
-    several = model(images, noise(2, 3, *model.latent_shape(*SIZE)))
+    several = model(images, torch.randn(2, 3, *model.latent_shape(*SIZE)))
     terms = loss_terms(several, ObjectiveConfig(importance_samples=3), beta=1.0)
     bound = log_mean_exp(several.log_likelihood - several.log_ratio).sum()
     torch.testing.assert_close(-terms.neg_bound_sum, bound)
@@ -77,10 +72,11 @@ def test_a_ladder_of_one_level_is_none_the_less_one():
 
 def test_temperature_0_is_one_picture_and_each_level_has_its_own():
     model = ladder(num_classes=3)
-    shape, top = model.latent_shape(*SIZE), model._sizes(SIZE)[0]
+    top, (_, size) = model._sizes(SIZE)[0], model.latent_shape(*SIZE)
+    noise = torch.randn(2, 2, 1, size)
 
-    def drawn(seed, temperature):
-        return model.from_prior(noise(2, *shape, seed=seed), SIZE, temperature=temperature)
+    def drawn(number, temperature):
+        return model.from_prior(noise[number], SIZE, temperature=temperature)
 
     torch.testing.assert_close(drawn(0, 0), drawn(1, 0))
     first, other = drawn(0, [0, 1.0]), drawn(1, [0, 1.0])
@@ -88,9 +84,9 @@ def test_temperature_0_is_one_picture_and_each_level_has_its_own():
     assert not torch.isclose(first[..., top:], other[..., top:]).any(-1).all()
     # the top level alone: the rest at the means of their priors
     z = drawn(0, [1.0, 0])
-    changed = z + torch.cat([torch.zeros(2, 1, top), torch.ones(2, 1, shape[1] - top)], 2)
+    changed = z + torch.cat([torch.zeros(2, 1, top), torch.ones(2, 1, size - top)], 2)
     torch.testing.assert_close(model.decode(changed, SIZE, levels=1), model.decode(z, SIZE))
-    one, two = (model.from_prior(noise(2, *shape), SIZE, torch.tensor([y, 1])) for y in (0, 2))
+    one, two = (model.from_prior(noise[0], SIZE, torch.tensor([y, 1])) for y in (0, 2))
     assert torch.isclose(one, two).all(-1).flatten().tolist() == [False, True]
 
 

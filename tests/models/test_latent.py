@@ -5,22 +5,19 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from vae_dist.models import latent
-from vae_dist.randomness import torch_generator
-
-
-def randn(*shape):
-    return torch.randn(*shape, generator=torch_generator(0, "test"))
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (5, 4, 3, 2)])
 def test_kl_and_log_ratio_are_those_of_torch_distributions(shape):
-    mean, log_variance = latent.diagonal_gaussian(2 * randn(shape[0], 2 * shape[1], *shape[2:]))
+    mean, log_variance = latent.diagonal_gaussian(
+        2 * torch.randn(shape[0], 2 * shape[1], *shape[2:])
+    )
     q, p = Normal(mean.double(), torch.exp(0.5 * log_variance.double())), Normal(0.0, 1.0)
     expected = kl_divergence(q, p).reshape(*shape[:2], -1).sum(2)  # of each unit
     kl = latent.kl_to_standard_normal(mean, log_variance)
     assert kl.shape == shape[:2] and kl.dtype == torch.float32
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-6)
-    noise = randn(shape[0], 3, *shape[1:])
+    noise = torch.randn(shape[0], 3, *shape[1:])
     draws = latent.sample_posterior(mean, log_variance, noise)
     z = draws[:, 1].double()
     torch.testing.assert_close(z, q.loc + q.scale * noise[:, 1], rtol=1e-5, atol=1e-5)
@@ -60,9 +57,9 @@ def test_scaled_draws_have_mean_0_and_variance_1():
     offset, draws = torch.tensor([300.0, -2.0]).view(1, 2, 1, 1), []
     moments, constant = latent.LatentMoments(2), latent.LatentMoments(4)
     for size in ((8, 8), (12, 4), (5, 1)):
-        mean, log_variance = offset + 0.5 * randn(13, 2, *size), randn(13, 2, *size).flip(0) - 1
+        mean, log_variance = offset + 0.5 * torch.randn(13, 2, *size), torch.randn(13, 2, *size) - 1
         moments.add(mean, log_variance)
-        z = mean + (0.5 * log_variance).exp() * randn(200, 13, 2, *size)
+        z = mean + (0.5 * log_variance).exp() * torch.randn(200, 13, 2, *size)
         draws.append(z.transpose(0, 2).flatten(1).double())
     found, z = moments.statistics(), torch.cat(draws, 1)  # (2, draws)
     of_channels = found["per_channel"]

@@ -9,7 +9,6 @@ from torch.distributions import Bernoulli, Laplace, Normal
 from vae_dist.config.schema import DataConfig, LikelihoodConfig
 from vae_dist.models.likelihoods import Levels, build_likelihood
 from vae_dist.models.likelihoods.gaussian import log_ndtr, log_probability_of_bin
-from vae_dist.randomness import torch_generator
 
 VARIANCES = ("fixed", "shared", "per_channel", "per_pixel")
 GAUSSIANS = [{"kind": "discretized_gaussian", "variance": v} for v in VARIANCES]
@@ -20,8 +19,7 @@ BINARY, SOFT = {"kind": "bernoulli"}, {"kind": "bernoulli", "binarization": "sof
 
 
 def of_each(*cases):
-    names = ["-".join(map(str, knobs.values())) for knobs in cases]
-    return pytest.mark.parametrize("knobs", cases, ids=names)
+    return pytest.mark.parametrize("knobs", cases, ids=str)
 
 
 EVERY = of_each(*DISCRETE, *DENSITIES, BINARY, SOFT)
@@ -33,25 +31,16 @@ def likelihood(knobs, *, bits=8, channels=3, **data):
     )
 
 
-def outputs(model, *, size=2, scale=1.0):
-    shape = (1, model.num_params, size, size)
-    return scale * torch.randn(shape, generator=torch_generator(1, "test"))
-
-
-def levels_of(channels, size=2, batch=1):
-    shape = (batch, channels, size, size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch_generator(0, "test"))
-
-
 def prepared(model, stored):
-    return model.prepare(stored, torch.rand(stored.shape, generator=torch_generator(2, "test")))
+    return model.prepare(stored, torch.rand(stored.shape))
 
 
 def case(knobs, *, size=2):
     """A likelihood, outputs of a decoder and an image."""
     channels = 1 if knobs["kind"] == "bernoulli" else 3
     model = likelihood(knobs, channels=channels)
-    return model, outputs(model, size=size), prepared(model, levels_of(channels, size))
+    stored = torch.randint(256, (1, channels, size, size), dtype=torch.uint8)
+    return model, torch.randn(1, model.num_params, size, size), prepared(model, stored)
 
 
 def every_level(bits):
@@ -90,7 +79,8 @@ def test_what_torch_distributions_say(knobs):
 def test_the_mixture_is_that_of_its_definition():
     """Salimans et al. 2017, equations 1 to 3, written out in float64."""
     model = likelihood({**MIXTURE, "min_sigma": 1e-9})
-    params, stored = outputs(model).double(), levels_of(3)
+    params = torch.randn(1, model.num_params, 2, 2, dtype=torch.float64)
+    stored = torch.randint(256, (1, 3, 2, 2), dtype=torch.uint8)
     stored[0, 0, 0, 0], stored[0, 2, 1] = 0, 255  # whose bins are open to infinity
     x = Levels(8).centers(stored).double()[0]
     weights, rest = torch.softmax(params[0, :3], 0), params[0, 3:].unflatten(0, (3, 9))
@@ -113,7 +103,7 @@ def test_probabilities_of_levels_sum_to_one(knobs, bits):
     floor = {} if knobs.get("variance") == "fixed" else {"min_sigma": 1e-3}
     model, images = likelihood({**knobs, **floor}, bits=bits, channels=1), every_level(bits)
     for scale in (0.3, 3.0):
-        params = outputs(model, scale=scale, size=1)
+        params = scale * torch.randn(1, model.num_params, 1, 1)
         if params.shape[1] > 1:  # some scales far below a level, some far above the range
             params[:, params.shape[1] // 2 :] *= 4.0
         log_p = model.log_prob(params.expand(len(images), -1, -1, -1), images)
@@ -145,8 +135,8 @@ def test_gradients_against_finite_differences(knobs):
 @EVERY
 def test_only_observed_values_count(knobs):
     model, params, _ = case(knobs, size=4)
-    images = model.sample(params, torch_generator(0, "draws"))
-    mask = (torch.rand(1, 1, 4, 4, generator=torch_generator(0, "mask")) < 0.5).to(torch.uint8)
+    images = model.sample(params, torch.default_generator)
+    mask = (torch.rand(1, 1, 4, 4) < 0.5).to(torch.uint8)
     broken = torch.where(mask > 0, images, math.nan)
     found = model.log_prob(params.requires_grad_(), broken, mask)
     expected = (model.log_prob_of_values(params, images) * mask).flatten(1).sum(1)
@@ -159,8 +149,8 @@ def test_only_observed_values_count(knobs):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_draws_of_levels_follow_the_probabilities(knobs, channels):
     model = likelihood(knobs, bits=5, channels=channels)
-    params = outputs(model, scale=0.3, size=1).expand(-1, -1, 300, 300)
-    draws = model.sample(params, torch_generator(0, "draws"))
+    params = 0.3 * torch.randn(1, model.num_params, 1, 1).expand(-1, -1, 300, 300)
+    draws = model.sample(params, torch.default_generator)
     levels = ((draws + 1) * 15.5).round()
     torch.testing.assert_close(draws, levels / 15.5 - 1)
     assert levels.min() >= 0 and levels.max() <= 31
@@ -177,7 +167,7 @@ def test_draws_of_levels_follow_the_probabilities(knobs, channels):
 def test_draws_of_the_others_follow_their_distributions():
     def draws(knobs, value):
         model, params = likelihood(knobs, channels=1), torch.full((1, 1, 300, 300), value)
-        return model.sample(params, torch_generator(0, "draws")).flatten()
+        return model.sample(params, torch.default_generator).flatten()
 
     oracles = {"gaussian": Normal(0.25, 0.1), "laplace": Laplace(0.25, 0.1 / math.sqrt(2))}
     for kind, oracle in oracles.items():
@@ -238,7 +228,7 @@ def test_binarisation_is_a_draw_one_draw_a_threshold_or_soft():
         assert share.tolist() == pytest.approx([0, 0.2, 0.498, 0.502, 0.8, 1], abs=0.015)
         assert share[0] == 0 and share[5] == 1
     # the static draw is that of the image, in any batch
-    images = levels_of(1, 16, batch=4)
+    images = torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8)
     assert torch.equal(static.prepare(images[2:3], None), static.prepare(images, None)[2:3])
     first, second = (
         static.prepare(torch.tensor([128, 127]).expand(1, 64, 64, 2).permute(3, 0, 1, 2), None) > 0

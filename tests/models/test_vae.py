@@ -10,7 +10,6 @@ from vae_dist.config.load import load_train_config
 from vae_dist.config.schema import DataConfig, LikelihoodConfig, ModelConfig, TrainConfig
 from vae_dist.models.build import build_vae, stride_of
 from vae_dist.objectives.elbo import noise_shape
-from vae_dist.randomness import torch_generator
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SIZE = (9, 10)
@@ -41,11 +40,10 @@ def small(latent, kind="shared", *, seed=0, mask="none", **model):
 
 def away_from_zero(model):
     """Noise on the layers that start at zero, as training would leave them."""
-    generator = torch_generator(0, "test")
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape))
 
 
 def trained(config, size=SIZE):
@@ -55,11 +53,9 @@ def trained(config, size=SIZE):
 
 
 def inputs(model, batch, channels, size):
-    generator = torch_generator(0, "test")
-    levels = torch.randint(0, 256, (batch, channels, *size), dtype=torch.uint8, generator=generator)
-    uniform = torch.rand(levels.shape, generator=generator)
-    noise = torch.randn(batch, *model.latent_shape(*size), generator=generator)
-    return model.likelihood.prepare(levels, uniform), noise
+    levels = torch.randint(256, (batch, channels, *size), dtype=torch.uint8)
+    images = model.likelihood.prepare(levels, torch.rand(levels.shape))
+    return images, torch.randn(batch, *model.latent_shape(*size))
 
 
 MODELS = [
@@ -120,8 +116,7 @@ def test_several_draws_of_an_image_are_those_of_several_forwards(latent):
     model = trained(small(latent, num_classes=3))
     (images, _), labels = inputs(model, 2, 3, SIZE), torch.tensor([2, -1])
     mask = (torch.arange(2 * 90).view(2, 1, *SIZE) % 5 > 0).to(torch.uint8)
-    shape = (2, 3, *model.latent_shape(*SIZE))
-    noise = torch.randn(shape, generator=torch_generator(0, "draws"))
+    noise = torch.randn(2, 3, *model.latent_shape(*SIZE))
     encodings = []
     model.encoder.register_forward_hook(lambda _, args, __: encodings.append(len(args[0])))
     several = model(images, noise, labels, mask)
@@ -135,7 +130,7 @@ def test_several_draws_of_an_image_are_those_of_several_forwards(latent):
 
 @pytest.mark.parametrize("options", [{}, {"dc_shortcuts": True}, {"arch": "dense"}])
 def test_the_posterior_begins_as_wide_as_it_is_told(options):
-    images = torch.randn(2, 3, 16, 16, generator=torch_generator(0, "test"))
+    images = torch.randn(2, 3, 16, 16)
     latent = "vector" if "arch" in options else "spatial"
     (mean, usual), (same, narrow) = (
         build_vae(small(latent, initial_sigma=sigma, **options), (16, 16)).encode(images)

@@ -9,7 +9,8 @@ Parameters carry torchvision's names.
 
     d = sum over 5 layers of mean over pixels of w_l . (u_l(x) - u_l(y))^2
 
-with w_l >= 0 fitted to human judgements. In: pairs of images (B, 3, H, W) in [-1, 1]; out: (B,).
+with w_l >= 0 fitted to human judgements. In: pairs of images (B, 3 or 1, H, W) in [-1, 1]; out:
+(B,).
 
 `FidInception` is the InceptionV3 of the TensorFlow graph of December 2015, up to its last pooling:
 average pools do not count their padding, and the last block has a maximum in their place. In:
@@ -175,7 +176,7 @@ class Lpips(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        h = (torch.cat([first, second]) - self.shift) / self.scale
+        h = (torch.cat([first, second]) - self.shift) / self.scale  # grey to three channels
         distance = first.new_zeros(len(first))
         for number, layer in enumerate(self.features):
             h = layer(h)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_dist.config.schema import PerceptualConfig
-from vae_dist.models.networks import TRUNKS, Lpips, fetch, load_lpips
+from vae_dist.models.networks import TRUNKS, fetch, load_lpips
 
 WINDOW = 11  # pixels, of the structure distance
 SIGMA = 1.5  # pixels
@@ -91,9 +91,7 @@ class PerceptualTerm:
         self.needs_exact_float32 = isinstance(distance, StructureDistance)
 
     def __call__(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        channels = 3 if isinstance(self.distance, Lpips) else -1  # grey is repeated
-        pair = (x.float().expand(-1, channels, -1, -1) for x in (reconstructions, images))
-        distances: Tensor = self.distance(*pair)
+        distances: Tensor = self.distance(reconstructions.float(), images.float())
         return distances
 
 
