@@ -35,16 +35,15 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return _read_idx("digits-images-idx3-ubyte.gz"), _read_idx("digits-labels-idx1-ubyte.gz")
 
 
-def make_digits(folder: str | Path) -> bool:
-    """Write the digit shards into `folder`, unless it holds them; True when they were written.
+def make_digits(folder: Path) -> None:
+    """Write the digit shards into `folder`, unless it holds them.
 
     They appear at once, by the rename of a finished folder. Raises ConfigError when something else
     is in the way.
     """
-    folder = Path(folder)
     splits = folder / "train", folder / "validation"
     if all(split.is_dir() for split in splits):
-        return False
+        return
     images, labels = load_digits()
     counts = NUM_TRAIN_SHARDS, 1
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
@@ -57,14 +56,13 @@ def make_digits(folder: str | Path) -> bool:
     except OSError as error:
         # another run may have finished the same folder first; its shards are these, byte for byte
         if all(split.is_dir() for split in splits):
-            return False
+            return
         raise ConfigError(
             f"data.bundled=digits: cannot write the digits to {folder} ({error}); run from a "
             "folder that you can write to, or set data.train and data.validation"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return True
 
 
 def idx_shape(head: bytes) -> tuple[tuple[int, ...], int]:
