@@ -1,7 +1,6 @@
 """The command line on a CUDA device: train, go on, evaluate, sample, encode, decode."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from tests.support.devices import CUDA, fresh_accelerate
-from tests.support.distributed import LAUNCHER_VARIABLES
 from tests.support.training import arguments, rows, status
 from vae_dist import decode, encode, evaluate, reconstruct, sample
 
@@ -20,10 +18,8 @@ ON_CUDA = ("training.precision=bf16", "runtime.compile=true", "runtime.channels_
 
 def train(*words, launcher=()):
     """In a process of its own, as compilers and launchers want it; what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     command = [sys.executable, *launcher, "-m", "vae_dist.train", *words]
-    pipes = {"capture_output": True, "text": True, "timeout": 200}
-    ended = subprocess.run(command, env=environment, **pipes)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     printed = ended.stdout + ended.stderr
     assert ended.returncode == 0, printed[-5000:]
     return printed

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import vae_dist
-from tests.support.distributed import LAUNCHER_VARIABLES, run_ranks
+from tests.support.distributed import run_ranks
 from tests.support.faults import at_place, in_the_middle_of_a_write, run_command, signal_oneself
 from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import arguments, losses, rows, same_weights, status, weights
@@ -264,11 +264,10 @@ def test_a_signal_to_a_launcher(tmp_path, digits, launcher, number, code):
     if launcher == "accelerate":
         words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         words += ["--num_processes", "2", "--main_process_port", "0", "-m", "vae_dist.train"]
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PROCESSES": "2"}
+    more = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PROCESSES": "2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     argv = [*words, *arguments(run, digits, *LONG)]
-    with subprocess.Popen(argv, env=environment, cwd=ROOT, **pipes) as process:
+    with subprocess.Popen(argv, env=os.environ | more, cwd=ROOT, **pipes) as process:
         while len(list(read_rows(run / "log.jsonl"))) < 4 and process.poll() is None:
             time.sleep(0.02)
         family = psutil.Process(process.pid).children(recursive=True)

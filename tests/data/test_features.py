@@ -40,7 +40,7 @@ def index(tmp_path_factory):
 
 
 def with_those_of(index, settings, vision="model"):
-    return with_features(index, settings, vision=vision, key="data.train")
+    return with_features(index, settings, vision=vision)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

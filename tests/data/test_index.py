@@ -241,7 +241,7 @@ def test_a_sidecar_that_does_not_fit_or_offsets_that_cannot_be_are_refused(copie
     shutil.copy(copied / "set-03.tar", copied / "set-05.tar")
     refused(copied, misfit, create=True)
     offsets = np.frombuffer(whole, "<u8").copy()
-    for value in (0, 2**63 + 5, 2**64 - 1, index.MAX_SAMPLE_BYTES + 2**33):
+    for value in (0, 2**30, 2**63 + 5, 2**64 - 1, index.MAX_SAMPLE_BYTES + 2**33):
         offsets[7] = value
         offsets.tofile(sidecar)
         for stop in (7, 9):

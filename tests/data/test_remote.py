@@ -256,17 +256,13 @@ def test_a_wids_index_names_no_command_and_no_place_elsewhere(folder, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_names_of_files_and_run_folders_name_no_command(tmp_path, monkeypatch):
-    """But the command line does: `data=`."""
+def test_files_and_run_folders_name_no_command_but_the_user_may(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe:touch made; cat x.tar").touch()
     refused(".", "rename it", create=True)
     config, command = tiny_config(), "pipe:touch made"
-    for spec in (command, {"path": command, "index": "."}, {"path": "x", "index": command}):
-        config.data.validation, config.data.train = spec, [{"path": spec, "weight": 1}]
-        for data, keys in (("", {}), (config.data.train, {"key": "data.train"})):
-            with pytest.raises(ConfigError, match="only local paths and http"):
-                open_images(config, data, create=True, **keys)
+    with pytest.raises(ConfigError, match="only local paths and http"):
+        open_images(config, [{"path": command, "weight": 1}], create=True, key="data.train")
     with pytest.raises(ConfigError, match="has no index"):
         open_images(config, command, create=True)
     assert not (tmp_path / "made").exists()

@@ -30,11 +30,8 @@ def settings_of(index, keys=None, **options):
 
 def check(train, validation, limit=0.01, **options):
     settings = settings_of(train, **options)
-    sets = [
-        DataSet("data.train", train, settings),
-        DataSet("data.validation", validation, settings),
-    ]
-    check_data_sets(sets, max_skipped_fraction=limit)
+    sets = [("data.train", train, settings), ("data.validation", validation, settings)]
+    check_data_sets([DataSet(*one) for one in sets], max_skipped_fraction=limit)
 
 
 def test_two_images_that_differ_are_named_with_the_ways_out(tmp_path):

@@ -44,7 +44,6 @@ def encoded_by(run, out, *more):
 
 
 def decoded_by(run, latents, out, *more):
-    """uint8 (H, W, C), or (H, W), in order."""
     assert decode.main([f"run={run}", f"data={latents}", f"out={out}", "device=cpu", *more]) == 0
     paths = sorted(out.glob("*.png")) if out.is_dir() else [out]
     return [np.array(Image.open(path)).astype(int) for path in paths]

@@ -48,14 +48,13 @@ def pack_all(source, out, *more):
     return pack(source, out, "validation=0", "shuffle=false", "shard_mb=1", *more)
 
 
-def levels(folder):
-    """Those of each picture, and its label."""
+def stored(folder):
     samples = samples_of(folder)
     return [(int(decoded(sample["png"])[0, 0, 0]), int(sample["cls"])) for sample in samples]
 
 
 def test_each_picture_is_packed_once(whole):
-    train, validation = levels(whole / "train"), levels(whole / "validation")
+    train, validation = stored(whole / "train"), stored(whole / "validation")
     assert len(validation) == 6
     assert load_index(str(whole / "train"), key="data.train", create=False).num_samples == 54
     assert sorted(train + validation) == [(i, int(not i % 3)) for i in range(COUNT)]
@@ -151,7 +150,7 @@ def test_every_loss_counts_and_is_named(pictures, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "left out: dog/000.png: damaged PNG" in said
     assert "left out: cat/empty\\x1b[2J.png: an empty file" in said
-    assert len(levels(tmp_path / "out/train")) + len(levels(tmp_path / "out/validation")) == 58
+    assert len(stored(tmp_path / "out/train")) + len(stored(tmp_path / "out/validation")) == 58
 
 
 def test_what_is_refused(pictures, tmp_path, capsys):

@@ -80,8 +80,6 @@ def test_ranks_microbatches_and_stored_features_change_nothing(
     assert train(run, stored, *keys, more, world=world) == [0] * world
     torch.testing.assert_close(losses(run), losses(straight), rtol=1e-4, atol=0)
     found, expected = rows(run), rows(straight)
-    name = "train/alignment"
-    assert found[1][name] == pytest.approx(expected[1][name], rel=1e-3)
     for name in ("train/alignment", "optim/alignment_weight"):
         assert found[6][name] == pytest.approx(expected[6][name], rel=1e-2)
 

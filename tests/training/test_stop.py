@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from vae_dist.config.launcher import LAUNCHER_VARIABLES
 from vae_dist.training.stop import SIGNALS, StopSignals
 
 
@@ -40,8 +39,6 @@ def test_the_first_signal_sets_a_reason_and_handlers_are_put_back(number, is_ign
     ],
 )
 def test_a_launcher_that_is_gone_is_a_request(monkeypatch, variable, is_launched):
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "no")
     reason = f"the launcher, process {os.getppid()}, is gone" if is_launched else ""
     with StopSignals() as signals:

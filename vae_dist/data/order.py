@@ -227,7 +227,6 @@ def _dealt(counts: Sequence[int]) -> np.ndarray:
     dealt = np.empty(total, np.int64)
     for lane in range(total):
         behind = np.array(counts) * (lane + 1) / total - given
-        behind[given >= counts] = -np.inf
         dealt[lane] = int(np.argmax(behind))
         given[dealt[lane]] += 1
     return dealt

@@ -75,9 +75,7 @@ def image_settings(
     return replace(common, size=size, resize=False, any_size=any_size, needs=needs)
 
 
-def with_features(
-    index: ShardIndex, settings: ImageSettings, *, vision: str, key: str
-) -> ImageSettings:
+def with_features(index: ShardIndex, settings: ImageSettings, *, vision: str) -> ImageSettings:
     """The settings that read the features of the model `vision`, if the first readable sample has
     any. Raises ConfigError where they would not be those of the images that are shown."""
     for _, sample in _Probe(index, settings).parsed():
@@ -88,7 +86,7 @@ def with_features(
             if settings.buckets or settings.draws_crop:
                 choice = "aspect buckets" if settings.buckets else "data.crop=random"
                 raise ConfigError(
-                    f"{key}: the stored features are of whole images or centres, and {choice} "
+                    f"data.train: the stored features are of whole images or centres, and {choice} "
                     "shows other parts; set data.crop=center, or give the shards without"
                 )
             return replace(settings, vision=vision, features=shape)

@@ -155,7 +155,7 @@ def _passed_over(member: Member) -> PassedOver:
 
 def is_metadata(name: str) -> bool:
     """Whether a file of that name belongs to no sample, after webdataset's rule."""
-    return name.startswith("__") and METADATA.match(name) is not None
+    return METADATA.match(name) is not None
 
 
 def key_and_suffix(name: str) -> tuple[str | None, str]:

@@ -86,9 +86,8 @@ class Encoder(ABC):
         }
         self.job = ShardJob(Path(self.command.out), "encode.json", identity | self.facts)
         self.num_samples, self.reader = index.num_samples, self.images.reader()
-        is_in_order = any(map(is_pipe, index.paths))  # a command gives its bytes once
-        self.threads = 1 if is_in_order else NUM_THREADS
-        self.keeps_images = self.command.keep_images or bool(self.command.features)
+        # a command gives its bytes once, in order
+        self.threads = 1 if any(map(is_pipe, index.paths)) else NUM_THREADS
 
     @abstractmethod
     def num_bytes(self, sample: Sample) -> int:
@@ -160,7 +159,7 @@ class Encoder(ABC):
         """The members that are written again, by suffix. Raises DamagedSampleError."""
         if self.member in sample:
             raise DamagedSampleError(f"it has a .{self.member} already")
-        left_out = () if self.keeps_images else SUFFIXES
+        left_out = () if self.command.keep_images or self.command.features else SUFFIXES
         return {
             name: bytes(content)
             for name, content in sample.items()

@@ -110,7 +110,7 @@ def _loaded(config: TrainConfig, *, create: bool) -> Data:
         needs=needs,
     )
     if vision := config.objective.alignment:
-        settings = with_features(train, settings, vision=vision, key="data.train")
+        settings = with_features(train, settings, vision=vision)
     side = min(min(size) for size in settings.buckets or (settings.size,))
     if problems := [
         f"{need.key} needs images of {need.shorter} pixels on the shorter side, and these have "

@@ -263,13 +263,12 @@ class Trainer:
         self._watch.at(self.step, "last checkpoint")  # comes once, so the watch does not time it
         for _ in range(2):
             self.save()
-            if self.runtime.on_main(self._is_written):
+            if self.runtime.on_main(
+                lambda: self.writer.wait() and self.writer.written_step == self.step
+            ):
                 return True
             self._saved = (-1, -1)
         return False
-
-    def _is_written(self) -> bool:
-        return self.writer.wait() and self.writer.written_step == self.step
 
     def save_what_is_whole(self, agreed: bool) -> None:
         """Save the last step that is done, after whatever has ended the run. Not where its weights

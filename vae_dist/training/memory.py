@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -76,7 +76,8 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
     is_float32 = config.training.precision == "no"
     part = 1.0 if is_float32 else PART_OF_16_BITS[device.type]
     copies = 0.0 if is_float32 else 0.5  # of the weights, for autocast
-    state_bytes = int((2 + copies) * _num_bytes(vae)) + 3 * sum(4 * p.numel() for p in trained)
+    num_values = sum(tensor.numel() for tensor in (*vae.parameters(), *vae.buffers()))
+    state_bytes = int(4 * (2 + copies) * num_values) + 12 * sum(p.numel() for p in trained)
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     more = {"half_size": True} if config.objective.scale_equivariance else {}
@@ -93,10 +94,6 @@ def step_cost(config: TrainConfig, image_size: tuple[int, int], device: torch.de
         state_bytes=state_bytes,
         image_bytes=int(part * meter.peak_bytes / num),
     )
-
-
-def _num_bytes(module: nn.Module) -> int:
-    return 4 * sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 class _Meter(TorchDispatchMode):
