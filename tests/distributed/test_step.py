@@ -7,28 +7,23 @@ import torch
 import torch.distributed.fsdp  # a second that the forked ranks need not spend each
 
 from tests.support.distributed import run_ranks
-from tests.support.steps import IWAE, adversarial_config, batch, config, first_step, make_step
+from tests.support.steps import IWAE, batch, config, first_step, make_step
 from vae_dist.distributed import full_value, local_part
 
 assert torch.distributed.fsdp
 STEPS, SLOW = 4, pytest.mark.slow
 
 
-def settings_of(kind):
-    if kind.startswith(("adversarial", "decoder")):
-        made = adversarial_config()
-        made.training.train_only = "decoder" if kind == "decoder alone" else "all"
-        return made
-    made = config(objective=IWAE if kind == "importance-weighted" else None)
-    made.optimizer.clip_grad_norm = 500.0 if kind == "clipped" else 0.0
-    return made
-
-
 def steps(kind, microbatch, parallel="ddp"):
     """Rows of the steps, means over all ranks by name; gradients of the first one, as the optimizer
     sees them; weights after the last one, whole; the part of the elements that this rank holds."""
-    settings = settings_of(kind)
-    settings.training.microbatch_size = microbatch
+    settings = config(
+        adversarial=kind.startswith(("adversarial", "decoder")),
+        microbatch_size=microbatch,
+        objective=IWAE if kind == "importance-weighted" else None,
+    )
+    settings.training.train_only = "decoder" if kind == "decoder alone" else "all"
+    settings.optimizer.clip_grad_norm = 500.0 if kind == "clipped" else 0.0
     step, other = make_step(settings, parallel=parallel), None
     if kind.endswith("two shapes"):
         other = (32, 24) if settings.adversarial.weight else (4, 12)
@@ -112,7 +107,7 @@ def test_the_gradient_of_z_is_weighed_through_the_wrappers(world):
 def poisoned(bad, parallel):
     """Flags of four steps, of which the last rank's gradient is bad in the third; whether each step
     changed any weight; the optimizer's count."""
-    step = make_step(adversarial_config(), parallel=parallel)
+    step = make_step(config(adversarial=True), parallel=parallel)
     runtime = step.runtime
 
     def spoiled(gradient):

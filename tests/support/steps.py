@@ -13,27 +13,24 @@ IWAE = ObjectiveConfig(
 )
 
 
-def config(*, microbatch_size=0, objective=None, precision="no"):
+def config(*, adversarial=False, microbatch_size=0, objective=None, precision="no"):
+    """adversarial: with every term that is added to the bound, a discriminator from step 0, heard
+    from step 1."""
     made = TrainConfig(objective=objective or ObjectiveConfig())
     made.data.channels, made.data.slots = 3, 8
     made.model.channels, made.model.blocks = [8, 8], 1
     made.model.norm_groups, made.model.attention = 4, False
     made.training.batch_size, made.training.microbatch_size = 16, microbatch_size
     made.training.precision = precision
-    return made
-
-
-def adversarial_config():
-    """Every term that is added to the bound: a discriminator from step 0, heard from step 1."""
-    made = config()
+    if not adversarial:
+        return made
     made.data.slots, made.training.batch_size = 4, 8
     made.model.channels = [8, 16]
     made.likelihood.kind = "gaussian"  # smooth: a rounding turns no sign of an absolute error
     made.optimizer.warmup_steps = 0
     made.perceptual.kind = "structure"
-    adversarial = made.adversarial
-    adversarial.weight, adversarial.warmup_steps, adversarial.ramp_steps = 0.5, 1, 2
-    adversarial.channels, adversarial.layers = 8, 2
+    own = made.adversarial
+    own.weight, own.warmup_steps, own.ramp_steps, own.channels, own.layers = 0.5, 1, 2, 8, 2
     made.objective.scale_equivariance, made.objective.latent_noise = 0.25, 0.1
     return made
 

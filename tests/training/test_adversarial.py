@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.support.steps import adversarial_config, batch, kept_gradients, make_step
+from tests.support.steps import batch, config, kept_gradients, make_step
 from vae_dist.config.schema import AdversarialConfig
 from vae_dist.models.build import build_vae
 from vae_dist.objectives.elbo import loss_terms
@@ -15,9 +15,9 @@ from vae_dist.training.adversarial import LastLayer, adaptive_weight, hinge_loss
 def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms():
     """Term by term at a leaf, and one backward through the VAE: the same as one loss. That of the
     discriminator, which reconstructions do not pass on, is clipped by itself."""
-    config = adversarial_config()
-    config.adversarial.ramp_steps, config.adversarial.clip_grad_norm = 1, 0.1
-    step = make_step(config)
+    settings = config(adversarial=True)
+    settings.adversarial.ramp_steps, settings.adversarial.clip_grad_norm = 1, 0.1
+    step = make_step(settings)
     step(batch(step, 0), 0)
     critic, weight = step.adversary.network, 0.5 * float(step.adversary.weight)
     found = kept_gradients(step.vae, step.optimizer)
@@ -29,7 +29,7 @@ def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms():
     pictures, means = group.images.float() / 127.5 - 1, step.vae.likelihood.mean(output.params)
     dims = means[0].numel()
     assert weight > 0
-    loss = loss_terms(output, config.objective, beta=1.0, half_size=half_size).loss_sum
+    loss = loss_terms(output, settings.objective, beta=1.0, half_size=half_size).loss_sum
     loss = loss + dims * step.losses.perceptual(means, pictures).sum()
     loss = loss - weight * dims * critic(means).flatten(1).mean(1).sum()
     own = hinge_loss(critic(pictures), critic(means.detach())).sum()
@@ -49,9 +49,9 @@ def test_the_gradients_of_both_networks_are_those_of_the_sums_of_their_terms():
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_last_layers_gradient_is_that_of_autograd(patch):
-    config = adversarial_config()
-    config.model.patch = patch
-    vae = build_vae(config, (22, 30))  # padded to the stride
+    settings = config(adversarial=True)
+    settings.model.patch = patch
+    vae = build_vae(settings, (22, 30))  # padded to the stride
     last = LastLayer(vae)
     last.watch(wanted=True)
     images, noise = torch.rand(3, 3, 22, 30), torch.randn(3, *vae.latent_shape(22, 30))
@@ -71,7 +71,7 @@ def test_structure_is_compared_in_exact_float32():
         seen.append(products.allow_tf32)
         inputs[0].register_hook(lambda _: seen.append(products.allow_tf32))
 
-    step = make_step(adversarial_config())
+    step = make_step(config(adversarial=True))
     step.losses.perceptual.distance.register_forward_hook(see)
     step(batch(step, 0), 0)
     products.allow_tf32 = False  # as torch has it

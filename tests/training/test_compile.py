@@ -6,15 +6,7 @@ import pytest
 import torch
 
 from tests.support.distributed import run_ranks
-from tests.support.steps import (
-    IWAE,
-    adversarial_config,
-    batch,
-    config,
-    first_step,
-    make_step,
-    wrong_gradients,
-)
+from tests.support.steps import IWAE, batch, config, first_step, make_step, wrong_gradients
 from vae_dist.models.blocks import Block
 from vae_dist.models.towers import Decoder, Encoder
 from vae_dist.training.compile import compiler_problem
@@ -65,10 +57,11 @@ def test_what_is_compiled_is_what_was_asked_for(monkeypatch):
 def numbers(kind, compiled):
     """Losses and norms of three steps, and the lambda of an adversary; graphs, and their breaks."""
     has_adversary = kind.startswith("discriminator")
-    settings = config(objective=IWAE if kind == "importance-weighted" else None)
-    if has_adversary:
-        settings = adversarial_config()
-        settings.training.microbatch_size = 4
+    settings = config(
+        adversarial=has_adversary,
+        microbatch_size=4 * has_adversary,
+        objective=IWAE if kind == "importance-weighted" else None,
+    )
     if kind.startswith("blocks"):
         settings.model.blocks, settings.model.attention = 3, True
     settings.model.gradient_checkpointing = kind.endswith("checkpointed")

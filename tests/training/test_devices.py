@@ -11,14 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.support.devices import CUDA, DEVICES, runtime_on
-from tests.support.steps import (
-    adversarial_config,
-    batch,
-    config,
-    first_step,
-    make_step,
-    wrong_gradients,
-)
+from tests.support.steps import batch, config, first_step, make_step, wrong_gradients
 from vae_dist.data.loader import split_mask
 from vae_dist.run.checkpoint import Checkpoints, CheckpointWriter
 from vae_dist.training.guards import SkipGuard
@@ -66,15 +59,15 @@ def no_waiting(device):
 
 def settings_of(kind, precision="no"):
     """Clipping, guard, microbatches; in `bound` labels of which some are hidden, and holes."""
-    settings = adversarial_config() if kind == "discriminator" else config(microbatch_size=8)
-    settings.training.precision = precision
+    is_bound = kind == "bound"
+    settings = config(adversarial=not is_bound, microbatch_size=8 * is_bound, precision=precision)
     settings.training.spike_factor = 100.0
     settings.optimizer.clip_grad_norm = 1.0
     settings.optimizer.eps = 1e-3  # Adam does not divide by the root of rounding errors
     settings.optimizer.warmup_steps = 2
     settings.data.dequantize = False  # these draws are made on the device, by its own generator
     settings.likelihood.kind = "gaussian"
-    if kind == "bound":
+    if is_bound:
         settings.model.num_classes, settings.model.label_dropout = 3, 0.3
         settings.model.attention = True
         settings.likelihood.variance = "fixed"

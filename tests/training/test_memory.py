@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.steps import adversarial_config, batch, config, make_step, one_process
+from tests.support.steps import batch, config, make_step, one_process
 from vae_dist.config.errors import ConfigError
 from vae_dist.training.memory import candidates, largest_that_fits, largest_that_runs, step_cost
 from vae_dist.training.step import TrainingStep
@@ -29,7 +29,7 @@ def peak_of(run):
     ("is_checkpointed", "trained"), [(False, "all"), (True, "all"), (False, "decoder")]
 )
 def test_the_estimate_is_near_the_worst_moment_of_a_step(is_checkpointed, trained):
-    settings = adversarial_config()
+    settings = config(adversarial=True)
     settings.adversarial.weight, settings.perceptual.kind = 0.0, "none"
     settings.objective.latent_noise = 0.0
     settings.model.gradient_checkpointing, settings.training.train_only = is_checkpointed, trained

@@ -69,13 +69,8 @@ class Cluster:
 
     def run(self, tool, *args, **variables):
         """A command on the login node, in the checkout; its standard output."""
-        done = subprocess.run(
-            [self.folder / "bin" / tool, *args],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | variables,
-        )
+        command, pipes = [self.folder / "bin" / tool, *args], {"capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, **pipes)
         assert done.returncode == 0, f"{tool} {' '.join(args)}: {done.stdout}{done.stderr}"
         return done.stdout
 
