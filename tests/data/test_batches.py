@@ -108,15 +108,12 @@ SHAPES = [(30, 20), (20, 30), (16, 16), (24, 23), (60, 12), (12, 50), (20, 29), 
 COUNT, SLOTS, PER_SLOT = 90, 8, 2
 
 
-def test_buckets_are_the_largest_sizes_that_fit():
+def test_buckets_are_the_largest_sizes_that_fit_and_images_of_one_aspect_go_together():
     upright = [(96, 40), (80, 48), (72, 56)]
     lying = [(width, height) for height, width in reversed(upright)]
     assert make_buckets(area=4096, multiple=8, max_aspect=3.0) == (*upright, (64, 64), *lying)
     assert make_buckets(area=5000, multiple=33, max_aspect=1.5) == ((66, 66),)
     assert make_buckets(area=1000, multiple=32, max_aspect=1.5) == ()
-
-
-def test_images_of_one_aspect_go_together():
     buckets = make_buckets(area=65536, multiple=16, max_aspect=2.0)
     assert nearest(buckets, 0.0) == (256, 256) and len(buckets) == 11
     sizes = [(10, 20), (20, 10), None, (16, 14)] * 2
