@@ -27,9 +27,8 @@ def test_blocks_start_as_the_identity_and_attention_is_softmax_attention():
 def test_convolution_of_doubled_is_that_of_the_enlarged_map(size):
     shapes = (2, 3, *size), (4, 3, 3, 3), (4,)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    x, weight, bias = tensors
-    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
-    found = blocks.convolution_of_doubled(x, weight, bias)
+    found, (x, *layer) = blocks.convolution_of_doubled(*tensors), tensors
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), *layer, padding=1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(expected)
     gradients = (torch.autograd.grad(output, tensors, upstream) for output in (found, expected))

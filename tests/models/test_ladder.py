@@ -45,10 +45,8 @@ def test_a_group_costs_what_torch_distributions_say():
         found = draw(value, (p.mean, p.stddev), (q.mean, q.stddev), is_latent=is_latent)
         torch.testing.assert_close(found.z, z.flatten(1))
         torch.testing.assert_close(found.log_variance, q.variance.log().flatten(1))
-        for part, expected in (
-            (found.kl, kl_divergence(q, p)),
-            (found.log_ratio, q.log_prob(z) - p.log_prob(z)),
-        ):
+        parts = kl_divergence(q, p), q.log_prob(z) - p.log_prob(z)
+        for part, expected in zip((found.kl, found.log_ratio), parts, strict=True):
             torch.testing.assert_close(part[:, 0], expected.flatten(1).sum(1))
 
 

@@ -13,14 +13,12 @@ from vae_dist.config.errors import ConfigError
 from vae_dist.models import networks
 
 
-def shapes(network):
-    return {name: tuple(p.shape) for name, p in network.named_parameters()}
-
-
 def test_parameters_are_those_of_the_published_files():
+    kinds = networks.vgg16_features, networks.alexnet_features, networks.FidInception
     with torch.device("meta"):
-        vgg, alex = shapes(networks.vgg16_features()), shapes(networks.alexnet_features())
-        inception = shapes(networks.FidInception())
+        vgg, alex, inception = (
+            {name: tuple(p.shape) for name, p in kind().named_parameters()} for kind in kinds
+        )
     numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     assert list(vgg) == [f"{i}.{kind}" for i in numbers for kind in ("weight", "bias")]
     assert list(alex) == [f"{i}.{kind}" for i in (0, 3, 6, 8, 10) for kind in ("weight", "bias")]

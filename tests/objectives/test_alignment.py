@@ -1,6 +1,7 @@
 """Alignment with a vision model: closed forms, features of a tiny DINOv2, errors."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -38,16 +39,22 @@ def test_distances_of_vectors_at_known_angles_and_the_weight():
 
 
 def test_features_are_those_of_the_model_at_whole_patches(vision, tmp_path):
-    features = load_features(str(vision), torch.device("cpu"))
-    images = torch.rand(2, 3, 28, 21) * 2 - 1
-    found = features(images)
-    assert found.shape == (2, 16, 4, 3) and not found.requires_grad
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    images, own = torch.rand(2, 3, 28, 21) * 2 - 1, shutil.copytree(vision, tmp_path / "own")
+    (own / "preprocessor_config.json").write_text(
+        '{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
+    )
     model = transformers.AutoModel.from_pretrained(vision).eval()
-    with torch.no_grad():
-        tokens = model(pixel_values=((images + 1) / 2 - mean) / std).last_hidden_state
-    torch.testing.assert_close(found[:, :, 1, 2], tokens[:, 1 + 1 * 3 + 2])
+    for folder, mean, std in (
+        (own, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        (vision, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ):
+        features = load_features(str(folder), torch.device("cpu"))
+        found = features(images)
+        assert found.shape == (2, 16, 4, 3) and not found.requires_grad
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        with torch.no_grad():
+            tokens = model(pixel_values=((images + 1) / 2 - mean) / std).last_hidden_state
+        torch.testing.assert_close(found[:, :, 1, 2], tokens[:, 1 + 1 * 3 + 2])
     assert features(images[:, :1, :26, :18]).shape == (2, 16, 4, 3)  # 26 -> 28, 18 -> 21
     (tmp_path / "config.json").write_bytes((vision / "config.json").read_bytes())
     # the width is known without the weights

@@ -109,7 +109,6 @@ def training(name, world):
     run = f"runs/{name}_{world}"
     arguments = [f"config={config}", f"run={run}", *FIXED.split(), *overrides.split()]
     inputs = run_ranks(world, _traced_training, arguments, timeout_s=500)
-    print(f"{name} on {world}: done", file=sys.stderr, flush=True)
     logged = {
         f"{step}:{key}": value
         for step, row in read_rows(Path(run, "log.jsonl"))
