@@ -28,9 +28,7 @@ EACH_SECOND = (
     *("FILE_STREAM_RETRY_WAIT_MAX_SECONDS", "GRAPHQL_RETRY_WAIT_MAX_SECONDS"),
     "FILE_TRANSFER_RETRY_WAIT_MAX_SECONDS",
 )
-VIEWER = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "email": "t@example.com"}
-VIEWER |= {"flags": "{}", "teams": {"edges": []}}
-VERSIONS = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None}
+VIEWER = {"id": "VXNlcg==", "entity": ENTITY, "username": ENTITY, "teams": {"edges": []}}
 
 
 class Run:
@@ -72,11 +70,11 @@ class Run:
             "project": _project(self.given.get("project", "")),
             "summaryMetrics": json.dumps(self.summary),
             "historyLineCount": len(self.history),
-            "eventsLineCount": len(self.lines.get("wandb-events.jsonl", {})),
+            "eventsLineCount": 0,
             "logLineCount": 0,
             "historyTail": json.dumps([json.dumps(row) for row in self.history[-1:]]),
             "eventsTail": "[]",
-            "wandbConfig": json.dumps({"t": 1}),
+            "wandbConfig": json.dumps({"t": 1}),  # it has begun
         }
 
 
@@ -128,16 +126,14 @@ class WandbServer:
         self.stopped = set()  # ids of runs whose stop button was pressed
         self.fault = ""
         self._port, self._lock, self._listener = 0, threading.RLock(), None
-        server_info = {"serverInfo": {"features": [], **VERSIONS}}
         self.answers = {
-            **dict.fromkeys(("Viewer", "GetDefaultEntity"), lambda _: {"viewer": VIEWER}),
-            **dict.fromkeys(("ServerFeaturesQuery", "ServerInfo"), lambda _: server_info),
+            "Viewer": lambda _: {"viewer": VIEWER},
+            "ServerFeaturesQuery": lambda _: {"serverInfo": {"features": []}},
             "UpsertBucket": self._upsert,
             "RunResumeStatus": self._resume_status,
-            **dict.fromkeys(("RunStoppedStatus", "Stopped"), self._stopped_status),
+            "RunStoppedStatus": self._stopped_status,
             "CreateRunFiles": self._create_files,
             "MarkRunFilesUploaded": lambda _: {"markRunFilesUploaded": {"success": True}},
-            "OrganizationCoreWeaveOrganizationID": lambda _: {},
         }
 
     def start(self):
