@@ -26,6 +26,7 @@ from vae_dist.data.reader import SampleReader
 from vae_dist.data.transforms import ImageSettings
 from vae_dist.inference.load import load_model
 from vae_dist.inference.sampling import BatchedVAE
+from vae_dist.models.likelihoods.base import Levels
 from vae_dist.objectives.alignment import load_features
 from vae_dist.tracking.images import to_uint8
 
@@ -158,21 +159,24 @@ def test_large_images_in_tiles_and_kept(tmp_path):
 
 def test_draws_belong_to_seed_and_sample(run, wide, tmp_path):
     """They have the posterior's mean and variance, and neither batch nor shards change them."""
-    more, whitened = ("dtype=fp32", "content=sample"), []
+    more, whitened = ("dtype=fp32", "content=sample", "flip=true"), []
     first = encoded_by(run, tmp_path / "a", *more)
     second = encoded_by(run, tmp_path / "b", *more, "seed=1")
     again = encoded_by(run, tmp_path / "c", *more, "batch_size=5", "shard_mb=1")
     for a, b, c, moments in zip(first, second, again, tensors_of(wide), strict=True):
         torch.testing.assert_close(a["sample"], c["sample"])
         assert not torch.allclose(a["sample"], b["sample"])
-        assert set(a) == {"sample", "image_size"}
-        deviation = (0.5 * moments["log_variance"]).exp()
-        whitened.append(((a["sample"] - moments["mean"]) / deviation).flatten())
+        assert set(a) == {"sample", "sample_flip", "image_size"}
+        for end in ("", "_flip"):
+            deviation = (0.5 * moments[f"log_variance{end}"]).exp()
+            centered = a[f"sample{end}"] - moments[f"mean{end}"]
+            whitened.append((centered / deviation).flatten())
+    assert not torch.allclose(whitened[0], whitened[1], atol=1e-2)
     noise = torch.cat(whitened)
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5 and noise.std() == pytest.approx(1, abs=0.05)
 
 
-def test_aspect_buckets(photos, tmp_path):
+def test_aspect_buckets_and_another_resolution(photos, run, tmp_path):
     """Each image at its bucket, in the order of the index, whatever shapes go together."""
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     config.data.resolution = {"area": 256, "multiple": 4, "max_aspect": 2.0}
@@ -184,26 +188,29 @@ def test_aspect_buckets(photos, tmp_path):
         assert (number, latents["image_size"].tolist()) == (want, [height, width])
         assert latents["mean"].shape == (3, height // 2, width // 2)
         assert latents["mean"].dtype == torch.bfloat16
+    sizes = [one["image_size"] for one in encoded_by(run, tmp_path / "b", "resolution=[8,12]")]
+    assert torch.stack(sizes).unique(dim=0).tolist() == [[8, 12]]
 
 
 def test_sixteen_bits_and_masks(tmp_path):
     """Missing pixels are hidden from the encoder; the mask is carried over, the image is not."""
-    files = {}
-    for number, seen in enumerate((255, 255, 0)):
-        image = np.random.default_rng(number).integers(0, 2**16, (1, 16, 16), dtype=np.uint16)
-        files[f"{number}.npy"] = npy(image)
-        files[f"{number}.mask.png"] = encoded(np.full((16, 16), seen, np.uint8))
-    write(tmp_path / "photos/s.tar", files)
+    image = np.random.default_rng(0).integers(0, 2**16, (1, 16, 16), dtype=np.uint16)
+    mask = np.pad(np.full((16, 8), 255, np.uint8), ((0, 0), (8, 0)))  # the right half was observed
+    write(tmp_path / "photos/s.tar", {"0.npy": npy(image), "0.mask.png": encoded(mask)})
     config = tiny_config(latent="spatial", kind="gaussian")
     config.data.bits, config.data.mask = 16, "member"
     write_run(tmp_path / "run", config, (16, 16))
     more = ("content=mean", "dtype=fp32", "flip=true")
-    *_, hidden = encoded_by(tmp_path / "run", tmp_path / "out", *more)
-    assert all(set(s) >= {"mask.png"} and "npy" not in s for s in samples_of(tmp_path / "out"))
-    nothing = torch.zeros(1, 1, 16, 16)
-    mean, _ = model_of(tmp_path / "run").encode(nothing, None, nothing)
-    for name in ("mean", "mean_flip"):
-        torch.testing.assert_close(hidden[name], mean[0].detach(), rtol=1e-4, atol=1e-5)
+    (found,) = encoded_by(tmp_path / "run", tmp_path / "out", *more)
+    (sample,) = samples_of(tmp_path / "out")
+    assert "mask.png" in sample and "npy" not in sample
+    observed = torch.from_numpy(mask / 255).float()[None, None]
+    seen = Levels(16).centers(torch.from_numpy(image.astype(np.int64))[None]) * observed
+    for name, dims in (("mean", []), ("mean_flip", [3])):
+        mean, _ = model_of(tmp_path / "run").encode(seen.flip(dims), None, observed.flip(dims))
+        torch.testing.assert_close(found[name], mean[0].detach(), rtol=1e-4, atol=1e-5)
+    record = json.loads((tmp_path / "out/latents.json").read_text())  # of means alone
+    assert record["scaling_factor"] == pytest.approx(1 / float(found["mean"].std(correction=0)))
 
 
 def test_an_encode_that_ends_early_goes_on(run, straight, tmp_path, capsys):

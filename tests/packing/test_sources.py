@@ -168,7 +168,7 @@ def test_a_zip_of_double_names_backslashes_encryption_and_bombs(tmp_path):
 def test_a_tar_of_every_compression_with_links_and_what_follows_its_end(tmp_path, mode):
     files = {
         "./x/a.png": png(0), "./x/a.cls": b"7", "./x/b.png": png(1),
-        "b.png": (tarfile.LNKTYPE, "x/b.png"), "x/c.png": (tarfile.SYMTYPE, "b.png"),
+        "b.png": (tarfile.LNKTYPE, "./x/b.png"), "x/c.png": (tarfile.SYMTYPE, "b.png"),
         "d.png": (tarfile.SYMTYPE, "/etc/passwd"), "e.png": (tarfile.FIFOTYPE, ""),
     }  # fmt: skip
     path = write(tmp_path / f"in.tar{mode[1:].replace(':', '.')}", files, mode)

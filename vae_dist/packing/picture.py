@@ -137,7 +137,7 @@ def _target(have: Size, size: Any) -> Size:
     if not isinstance(size, int):
         return tuple(size)
     scale = size / min(have)
-    return tuple(max(size, round(side * scale)) for side in have) if 0 < scale < 1 else have
+    return tuple(round(side * scale) for side in have) if 0 < scale < 1 else have
 
 
 def _resized(image: Image.Image, size: Any) -> Image.Image:
