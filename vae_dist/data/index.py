@@ -31,13 +31,13 @@ from vae_dist.data.shards import NUM_NAMED, Shard, locate, read_list
 from vae_dist.data.sources import (
     START_RETRY_S,
     Range,
-    exists,
     is_pipe,
     is_remote,
     name_of,
     read_range,
     read_ranges,
     size_of,
+    size_or_none,
 )
 from vae_dist.data.tar import ShardError, Source, end_of_samples, sample_starts
 from vae_dist.files import write_durably
@@ -164,20 +164,21 @@ def _length_and_bytes(shard: Shard, key: str, command: str) -> tuple[int, int]:
     believed, and a window that is not there as the index says stops the run."""
     path, sidecar, length, size, _ = shard
     is_here = not is_remote(path)
-    if not sidecar or ((is_here or length is None) and not exists(sidecar)):
-        remedy = "`" if is_here else " out=FOLDER` and give {path: SHARDS, index: FOLDER}"
-        raise ConfigError(f"{key}: {path} has no index; make it with `{command}{remedy}")
-    if is_here:
-        num_bytes, length, size = size_of(sidecar), size_of(sidecar) // 8 - 1, size_of(path)
-        end = int.from_bytes(read_range(sidecar, max(0, num_bytes - 8), 8), "little")
-        if num_bytes % 8 or num_bytes == 0 or not end_of_samples(path, end):
-            raise ShardError(
-                f"{key}: {sidecar} does not fit {path} ({size} bytes; the index ends at {end}); "
-                f"if the shard was replaced, run `{command} overwrite=true`, if it was cut off, "
-                "copy it again"
-            )
-    elif length is None:
-        length = size_of(sidecar) // 8 - 1
+    if is_here or length is None:
+        num_bytes = size_or_none(sidecar) if sidecar else None
+        if num_bytes is None:
+            remedy = "`" if is_here else " out=FOLDER` and give {path: SHARDS, index: FOLDER}"
+            raise ConfigError(f"{key}: {path} has no index; make it with `{command}{remedy}")
+        length = num_bytes // 8 - 1
+        if is_here:
+            size = size_of(path)
+            end = int.from_bytes(read_range(sidecar, max(0, num_bytes - 8), 8), "little")
+            if num_bytes % 8 or num_bytes == 0 or not end_of_samples(path, end):
+                raise ShardError(
+                    f"{key}: {sidecar} does not fit {path} ({size} bytes; the index ends at "
+                    f"{end}); if the shard was replaced, run `{command} overwrite=true`, if it was "
+                    "cut off, copy it again"
+                )
     if size is None and is_pipe(path):
         size = int.from_bytes(read_range(sidecar, 8 * length, 8), "little")
     return length, size_of(path) if size is None else size

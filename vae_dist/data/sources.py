@@ -137,15 +137,14 @@ def size_of(place: str) -> int:
     return int(_with_retries([Range(place, 0, 0)], _sizes, START_RETRY_S)[0])
 
 
-def exists(place: str) -> bool:
-    """Whether a file is there; an unreachable server is no answer, but an UnreadableError."""
+def size_or_none(place: str) -> int | None:
+    """`size_of`, None where nothing is; an unreachable server is an UnreadableError."""
     try:
-        size_of(place)
+        return size_of(place)
     except UnreadableError as error:
         if error.is_missing:
-            return False
+            return None
         raise
-    return True
 
 
 @contextlib.contextmanager
