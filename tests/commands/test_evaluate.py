@@ -91,9 +91,8 @@ def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
 
 
 def test_two_ranks_find_the_same_figures(plain_run, conditional_run, spatial_run, tmp_path):
-    of_prior = "samples=7 prior=gmm:1:diagonal"
     for run, keys, names in (
-        (plain_run, of_prior, {"neg_elbo_gmm_nats", "is_nll_gmm_nats", "is_nll_nats"}),
+        (plain_run, "samples=7 prior=gmm:1:diagonal", {"neg_elbo_gmm_nats", "is_nll_gmm_nats"}),
         (conditional_run, "metrics=lnc", {"lnc"}),
         (spatial_run, "metrics=viv,sec,lattice,lnc", {"viv", "sec", "lattice"}),
     ):

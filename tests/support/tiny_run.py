@@ -11,8 +11,6 @@ from vae_dist.data.writer import write_shards
 from vae_dist.models.build import build_vae
 from vae_dist.run.folder import RunFolder
 
-STEPS = (10, 20)
-
 
 def tiny_config(*, latent="vector", kind="bernoulli", channels=1, num_classes=0):
     config = TrainConfig(config="tiny")
@@ -58,7 +56,7 @@ def write_run(folder, config, image_size):
     run.create()
     config.run = str(folder)
     run.write_config(config)
-    for step in STEPS:
+    for step in (10, 20):
         tensors = {}
         for offset, name in enumerate(("model", "ema")):
             config.seed = step + offset

@@ -44,11 +44,10 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """`model.encode` in tiles of about `tile` x `tile` pixels, whole with tile=0: mean and
     log-variance of q(z|x), each float32 (B, *latent_shape). Raises ConfigError as `tile_side`."""
-    height, width = images.shape[-2:]
     side, stride = tile_side(model, tile), model.stride
-    if not tile or max(height, width) <= side * stride:
+    if not tile:
         return model.encode(images, labels, mask)
-    padding = (0, -width % stride, 0, -height % stride)
+    padding = (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride)
     images = F.pad(images, padding, mode="replicate")
     mask = None if mask is None else F.pad(mask.float(), padding, mode="replicate")
 
@@ -74,9 +73,8 @@ def decode(
 ) -> Tensor:
     """`model.decode` in tiles of about `tile` x `tile` pixels, whole with tile=0: float32
     parameters of p(x|z) for images of (H, W). Raises ConfigError as `tile_side`."""
-    height, width = image_size
     side, stride = tile_side(model, tile), model.stride
-    if not tile or max(height, width) <= side * stride:
+    if not tile:
         return model.decode(z, image_size, labels)
 
     def params(rows: slice, columns: slice) -> Tensor:
@@ -84,7 +82,7 @@ def decode(
         return model.decode(part, (part.shape[-2] * stride, part.shape[-1] * stride), labels)
 
     size = z.shape[-2], z.shape[-1]
-    return _blended(params, size, side, scale=stride)[..., :height, :width]
+    return _blended(params, size, side, scale=stride)[..., : image_size[0], : image_size[1]]
 
 
 def tile_side(model: VAE, tile: int) -> int:
