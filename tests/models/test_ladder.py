@@ -17,10 +17,6 @@ from vae_dist.tracking.images import to_uint8
 SIZE = (20, 28)
 
 
-def ladder(**model):
-    return trained(small("ladder", **model), SIZE)
-
-
 def test_one_group_of_a_fresh_ladder_is_the_flat_vae():
     """Its prior is N(0, I) before training: rate, draws and log ratios are the flat ones."""
     model = build_vae(small("ladder", channels=[8], groups=[1]), (8, 12))
@@ -52,7 +48,7 @@ def test_a_group_costs_what_torch_distributions_say():
 
 def test_a_ladder_of_one_level_is_none_the_less_one():
     """Its prior is learned and its second group depends on the first."""
-    model = ladder(channels=[8], groups=[2])
+    model = trained(small("ladder", channels=[8], groups=[2]), SIZE)
     images, e = inputs(model, 2, 3, SIZE)
     output, stored = model(images, e), (127.5 * (images + 1)).round().clamp(0, 255).byte()
     _, found = weighted_draws(model, images, e.unsqueeze(1), output.mean, output.log_variance)
@@ -69,7 +65,7 @@ def test_a_ladder_of_one_level_is_none_the_less_one():
 
 
 def test_temperature_0_is_one_picture_and_each_level_has_its_own():
-    model = ladder(num_classes=3)
+    model = trained(small("ladder", num_classes=3), SIZE)
     top, (_, size) = model._sizes(SIZE)[0], model.latent_shape(*SIZE)
     noise = torch.randn(2, 2, 1, size)
 
@@ -90,7 +86,7 @@ def test_temperature_0_is_one_picture_and_each_level_has_its_own():
 
 @pytest.mark.parametrize("options", [{}, {"aggregate": True}, {"num_classes": 3}])
 def test_towers_are_one_graph_and_decode_what_was_drawn(options):
-    model, size = ladder(**options), (33, 47)
+    model, size = trained(small("ladder", **options), SIZE), (33, 47)
     images, e = inputs(model, 2, 3, size)
     expected = model(images, e)
     torch.testing.assert_close(model.decode(expected.z, size), expected.params)

@@ -181,14 +181,15 @@ def test_draws_of_the_others_follow_their_distributions():
 # what is stored
 
 
-@pytest.mark.parametrize("bits", [5, 8, 16])
-def test_bits_per_dim_of_what_is_known(bits):
+def test_bits_per_dim_of_what_is_known():
     """Equal probabilities have as many bits as the data; so has a density of 1/2 on [-1, 1)."""
-    for knobs, nats in ((GAUSSIANS[0], bits * math.log(2)), ({"kind": "gaussian"}, math.log(2))):
-        assert likelihood(knobs, bits=bits).bits_per_dim(7 * nats, 7) == pytest.approx(bits)
-    # of centers, the range has one level less
-    centers = likelihood({}, bits=bits, dequantize=False).bits_per_dim(0.0, 7)
-    assert centers == pytest.approx(math.log2((2**bits - 1) / 2))
+    for bits in (5, 8, 16):
+        levels, density = likelihood(GAUSSIANS[0], bits=bits), likelihood({}, bits=bits)
+        assert levels.bits_per_dim(7 * bits * math.log(2), 7) == pytest.approx(bits)
+        assert density.bits_per_dim(7 * math.log(2), 7) == pytest.approx(bits)
+        # of centers, the range has one level less
+        centers = likelihood({}, bits=bits, dequantize=False).bits_per_dim(0.0, 7)
+        assert centers == pytest.approx(math.log2((2**bits - 1) / 2))
     assert likelihood(BINARY).bits_per_dim(0.0, 0) is None  # all pixels are missing
     for none in (likelihood({}, bits=32), likelihood(SOFT)):
         assert not none.has_levels and none.bits_per_dim(3.0, 4) is None
