@@ -128,6 +128,8 @@ def test_what_a_header_says_is_compared_with_what_is_there(tmp_path):
         (header(b"00010000000\0", b"x"), "the tar ends inside a file"),
         (header(b"00000000005\0", b"x") + b"9 a=b" + bytes(507), "damaged pax header"),
         (header(b"00000000005\0", b"x") + b"0 a=b" + bytes(507), "damaged pax header"),
+        (header(b"00000000005\0", b"x") + bytes(512), "attribute of zeros"),
+        (header(b"00000000005\0", b"L") + bytes(512), "name or an attribute of zeros"),
         (header(b"00000000020\0", b"x") + large, "the tar ends inside a file"),
     ):
         path.write_bytes(data + bytes(1024))

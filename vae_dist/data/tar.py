@@ -255,10 +255,13 @@ def _parsed(block: bytes, at: int, begin: int, facts: dict[bytes, bytes]) -> Mem
 
 def _facts(kind: bytes, content: bytes, at: int) -> dict[bytes, bytes]:
     """What a special member says of the next one, by pax's words."""
+    content = content.rstrip(b"\0")
+    if kind in (PAX, *NAMES) and not content:
+        raise _DamagedTarError("a name or an attribute of zeros", at)
     if kind in NAMES:
-        return {NAMES[kind]: content.rstrip(b"\0")}
+        return {NAMES[kind]: content}
     found: dict[bytes, bytes] = {}
-    start, end = 0, len(content.rstrip(b"\0")) if kind == PAX else 0
+    start, end = 0, len(content) if kind == PAX else 0
     while start < end:  # records: "LENGTH KEY=VALUE\n"
         length = content[start : start + 20].partition(b" ")[0]
         stop = start + int(length) if length.isdigit() else 0
