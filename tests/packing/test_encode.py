@@ -55,16 +55,11 @@ def model_of(run):
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Samples of three sizes, two of them damaged."""
-    folder = tmp_path_factory.mktemp("work") / "photos"
-    write_photos(folder, COUNT, damaged=DAMAGED)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(photos):
-    return write_spatial_run(photos.parent / "run", photos)
+def run(tmp_path_factory):
+    """A spatial model, and beside it `photos`: samples of three sizes, two of them damaged."""
+    work = tmp_path_factory.mktemp("work")
+    write_photos(work / "photos", COUNT, damaged=DAMAGED)
+    return write_spatial_run(work / "run", work / "photos")
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +75,10 @@ def wide(run):
     return run.parent / "wide"
 
 
-def test_latents_are_those_of_the_model_and_decoded_to_reconstructions(photos, run, wide, tmp_path):
+def test_latents_are_those_of_the_model_and_decoded_to_reconstructions(run, wide, tmp_path):
     """Each sample once, in order, with what it carried; each image by itself."""
-    model, pictures = model_of(run), decoded_by(run, wide, tmp_path / "out")
+    model, photos = model_of(run), run.parent / "photos"
+    pictures = decoded_by(run, wide, tmp_path / "out")
     stored = zip(tensors_of(wide), samples_of(wide), pictures, NUMBERS, strict=True)
     for found, sample, picture, number in stored:
         names = ("__key__", "cls", "json", "clip.txt")
@@ -176,12 +172,14 @@ def test_draws_belong_to_seed_and_sample(run, wide, tmp_path):
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5 and noise.std() == pytest.approx(1, abs=0.05)
 
 
-def test_aspect_buckets_and_another_resolution(photos, run, tmp_path):
+def test_aspect_buckets_and_another_resolution(run, tmp_path):
     """Each image at its bucket, in the order of the index, whatever shapes go together."""
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     config.data.resolution = {"area": 256, "multiple": 4, "max_aspect": 2.0}
     write_run(tmp_path / "run", config, (16, 16))
-    found = encoded_by(tmp_path / "run", tmp_path / "out", f"data={photos}", "dtype=bf16")
+    found = encoded_by(
+        tmp_path / "run", tmp_path / "out", f"data={run.parent}/photos", "dtype=bf16"
+    )
     numbers = [json.loads(sample["json"])["number"] for sample in samples_of(tmp_path / "out")]
     for number, latents, want in zip(numbers, found, NUMBERS, strict=True):
         height, width = (12, 20) if want % 3 == 2 else (16, 16)  # 20x16 is nearer to a square
@@ -267,7 +265,8 @@ def features_keys(vision, data, out, *more):
 
 
 @pytest.mark.parametrize("resolution", ["native", "[14,21]"])
-def test_features_of_what_training_shows(resolution, photos, vision, tmp_path):
+def test_features_of_what_training_shows(resolution, run, vision, tmp_path):
+    photos = run.parent / "photos"
     words = features_keys(vision, photos, tmp_path / "out", f"resolution={resolution}")
     assert encode.main(words) == 0
     summary = json.loads((tmp_path / "out/encode.json").read_text())
@@ -284,8 +283,8 @@ def test_features_of_what_training_shows(resolution, photos, vision, tmp_path):
         of_image = Features.from_bytes(found[MEMBER])
         height, width = size or SIZES[number % 3]
         assert of_image[1:] == (str(vision), f"{height}x{width}", "")
-        (run,) = reader.in_order(number, number + 1)
-        image = reader.load(reader.read([run])[0], run.shard, run.start, epoch=0).image
+        (place,) = reader.in_order(number, number + 1)
+        image = reader.load(reader.read([place])[0], place.shard, place.start, epoch=0).image
         values = model(torch.from_numpy(image.copy())[None] / 127.5 - 1)[0]
         np.testing.assert_allclose(of_image.values, values, rtol=2e-3, atol=2e-3)
 
