@@ -59,7 +59,7 @@ def step_name(step: int) -> str:
 def named_checkpoint(path: Path) -> tuple[Path, str]:
     """The folder of checkpoints and the step that a path to one of these names; of a run folder
     "latest"."""
-    match = re.fullmatch(r"step_(\d+)", path.name)
+    match = re.fullmatch(r"step_(\d{8})", path.name)
     return (path.parent, match[1]) if match else (path / "checkpoints", "latest")
 
 
