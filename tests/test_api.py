@@ -23,16 +23,6 @@ def plain(plain_run):
     return vae_dist.load(plain_run, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def spatial(spatial_run):
-    return vae_dist.load(spatial_run, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def conditional(conditional_run):
-    return vae_dist.load(conditional_run, device="cpu")
-
-
 def test_the_example_of_the_documentation(plain):
     images = plain.sample(5, seed=0)
     assert (images.shape, images.dtype) == ((5, 1, 28, 28), torch.float32)
@@ -76,10 +66,10 @@ def pillow(pixels):
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def test_images_in_every_form(spatial):
-    pixels = stored(2, 3, 8, 6)
+def test_images_in_every_form(spatial_run):
+    vae, pixels = vae_dist.load(spatial_run, device="cpu"), stored(2, 3, 8, 6)
     with torch.no_grad():  # of the very image, as diffusers encodes it
-        expected, _ = spatial.model.encode(pixels / 127.5 - 1)
+        expected, _ = vae.model.encode(pixels / 127.5 - 1)
     for images in (
         pixels / 255,
         pixels.double().numpy() / 255,
@@ -88,30 +78,30 @@ def test_images_in_every_form(spatial):
         [pillow(image) for image in pixels],
         (pixels.int() * 257).to(torch.uint16),
     ):
-        torch.testing.assert_close(spatial.encode(images)[0], expected)
+        torch.testing.assert_close(vae.encode(images)[0], expected)
     for single in (pillow(pixels[0]), pixels[0]):
-        torch.testing.assert_close(spatial.encode(single)[0], expected[:1])
-    assert spatial.decode(expected.numpy()).shape == pixels.shape
-    odd, _ = spatial.encode(pixels[..., :7, :5])
-    assert odd.shape[1:] == spatial.latent_shape((7, 5)) == (3, 4, 3)
-    assert spatial.decode(odd, size=(7, 5)).shape == spatial.sample(2, size=(7, 5)).shape
+        torch.testing.assert_close(vae.encode(single)[0], expected[:1])
+    assert vae.decode(expected.numpy()).shape == pixels.shape
+    odd, _ = vae.encode(pixels[..., :7, :5])
+    assert odd.shape[1:] == vae.latent_shape((7, 5)) == (3, 4, 3)
+    assert vae.decode(odd, size=(7, 5)).shape == vae.sample(2, size=(7, 5)).shape
 
 
-def test_labels(conditional):
-    images = stored(2, 1, 12, 10)
+def test_labels(conditional_run):
+    vae, images = vae_dist.load(conditional_run, device="cpu"), stored(2, 1, 12, 10)
     one, two, ones, none = (
-        conditional.encode(images, labels=labels)[0] for labels in (1, [1, 2], [1, 1], None)
+        vae.encode(images, labels=labels)[0] for labels in (1, [1, 2], [1, 1], None)
     )
     torch.testing.assert_close(one, ones)
     torch.testing.assert_close(one[0], two[0])
     assert not torch.allclose(one[1], two[1])
-    torch.testing.assert_close(none, conditional.encode(images, labels=-1)[0])
-    of = torch.stack([conditional.sample(12, label=label) for label in range(3)])
-    is_drawn = (of == conditional.sample(12)).flatten(2).all(2)  # (3, 12)
+    torch.testing.assert_close(none, vae.encode(images, labels=-1)[0])
+    of = torch.stack([vae.sample(12, label=label) for label in range(3)])
+    is_drawn = (of == vae.sample(12)).flatten(2).all(2)  # (3, 12)
     assert (is_drawn.sum(0) == 1).all() and is_drawn.any(1).all()
     for wrong, fragment in ((3, "classes 0 to 2, and -1 for none"), ([0, 1, 2], "for 2 images")):
         with pytest.raises(ValueError, match=fragment):
-            conditional.encode(images, labels=wrong)
+            vae.encode(images, labels=wrong)
 
 
 ONES, SHAPES = torch.ones(1, 1, 28, 28), r"give \(N, 1, H, W\)"
