@@ -31,14 +31,11 @@ def decode(command: DecodeCommand) -> None:
         )
         with writing(out):
             if is_grid:
-                images = [image for _, image in decoded]
-                save_png(grid(images), out)
-                count = len(images)
+                save_png(grid([image for _, image in decoded]), out)
             else:
-                count = 0
                 for sample, image in decoded:
                     save_image(image, out / file_name(sample.number, sample.key), bits=data.bits)
-                    count += 1
+    count = min(command.num_images, latents.index.num_samples)
     print(
         f"{count} images of latents, at step {loaded.step} ({command.weights} weights): "
         f"{out}{left_out(data.channels, data.bits) if is_grid else ''}"
