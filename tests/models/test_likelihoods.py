@@ -31,16 +31,13 @@ def likelihood(knobs, *, bits=8, channels=3, **data):
     )
 
 
-def prepared(model, stored):
-    return model.prepare(stored, torch.rand(stored.shape))
-
-
 def case(knobs, *, size=2):
     """A likelihood, outputs of a decoder and an image."""
     channels = 1 if knobs["kind"] == "bernoulli" else 3
     model = likelihood(knobs, channels=channels)
     stored = torch.randint(256, (1, channels, size, size), dtype=torch.uint8)
-    return model, torch.randn(1, model.num_params, size, size), prepared(model, stored)
+    images = model.prepare(stored, torch.rand(stored.shape))
+    return model, torch.randn(1, model.num_params, size, size), images
 
 
 def every_level(bits):
@@ -224,8 +221,10 @@ def test_binarisation_is_a_draw_one_draw_a_threshold_or_soft():
         likelihood({**BINARY, "binarization": kind}, channels=1)
         for kind in ("dynamic", "static", "threshold", "soft")
     )
+    uniform = torch.rand(6, 1, 200, 200)
     for model in (dynamic, static):
-        share = (prepared(model, levels.expand(6, 1, 200, 200)) > 0).float().mean((1, 2, 3))
+        drawn = model.prepare(levels.expand(uniform.shape), uniform)
+        share = (drawn > 0).float().mean((1, 2, 3))
         assert share.tolist() == pytest.approx([0, 0.2, 0.498, 0.502, 0.8, 1], abs=0.015)
         assert share[0] == 0 and share[5] == 1
     # the static draw is that of the image, in any batch

@@ -33,24 +33,20 @@ PHOTOS = (
     "data.train=photos/train data.validation=photos/validation training.batch_size=8 "
     "log.num_images=4 evaluation.batch_size=4 data.workers=0"
 )
-BUCKETS = 'data.resolution={"area":4096,"multiple":8,"max_aspect":2.0}'
+BUCKETS = 'data.resolution={"area":4096,"multiple":8,"max_aspect":2.0} model.channels=[32,32,32]'
 ADVERSARIAL = (
     "adversarial.weight=0.5 adversarial.start_step=1 adversarial.warmup_steps=1 "
     "adversarial.ramp_steps=1 adversarial.channels=16"
 )
-# name -> (config, overrides, whether a second run on two processes is written down too)
 TRAININGS = {
-    "debug": ("debug", f"training.steps=20 evaluation.every=10 {WHOLE}", True),
-    "conditional": ("mnist_conditional", DIGITS, False),
-    "missing": ("mnist_missing", DIGITS, True),
-    "photos64": ("photos64", f"{PHOTOS} training.steps=2 model.channels=[32,32,64]", False),
-    "buckets": (
-        "photos_buckets",
-        f"{PHOTOS} data.slots=4 training.steps=3 model.channels=[32,32,32] {BUCKETS}",
-        True,
-    ),
-    "adversarial": ("photos64_kl_f4", f"{PHOTOS} training.steps=5 {ADVERSARIAL}", True),
+    "debug": f"config=debug training.steps=20 evaluation.every=10 {WHOLE}",
+    "conditional": f"config=mnist_conditional {DIGITS}",
+    "missing": f"config=mnist_missing {DIGITS}",
+    "photos64": f"config=photos64 {PHOTOS} training.steps=2 model.channels=[32,32,64]",
+    "buckets": f"config=photos_buckets {PHOTOS} data.slots=4 training.steps=3 {BUCKETS}",
+    "adversarial": f"config=photos64_kl_f4 {PHOTOS} training.steps=5 {ADVERSARIAL}",
 }
+ON_TWO_RANKS = ("debug", "missing", "buckets", "adversarial")
 FIXED = f"log.every=1 {WHOLE} wandb.mode=disabled training.precision=no runtime.threads=1"
 OF_THE_STEP = ("train/", "eval/", "optim/", "latent/", "data/")
 
@@ -105,9 +101,8 @@ def _traced_training(arguments):
 
 
 def training(name, world):
-    config, overrides, _ = TRAININGS[name]
     run = f"runs/{name}_{world}"
-    arguments = [f"config={config}", f"run={run}", *FIXED.split(), *overrides.split()]
+    arguments = [f"run={run}", *FIXED.split(), *TRAININGS[name].split()]
     inputs = run_ranks(world, _traced_training, arguments, timeout_s=500)
     logged = {
         f"{step}:{key}": value
@@ -134,8 +129,8 @@ def everything():
     draw_pictures(Path("pictures"))
     run(pack.main, "source=pictures out=photos validation=12 size=96 workers=1")
     values = {"packed": bytes_of(".")}
-    for name, (_, _, on_two) in TRAININGS.items():
-        for world in (1, 2) if on_two else (1,):
+    for name in TRAININGS:
+        for world in (1, 2) if name in ON_TWO_RANKS else (1,):
             values[f"{name}_{world}"] = training(name, world)
     one = "threads=1 device=cpu"
     for name in ("debug", "missing", "buckets"):
