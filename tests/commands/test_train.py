@@ -130,9 +130,6 @@ def test_changes_under_a_run_are_refused_with_the_differences(begun, digits, tmp
     assert trained(begun, digits, 6, *allowed) == 0 and status(begun)["step"] == 6
 
 
-# damage
-
-
 def test_corrupt_samples_are_replaced_counted_and_named_up_to_a_limit(tmp_path, digits, capfd):
     run, damaged, pixels = tmp_path / "run", tmp_path / "damaged", random_pixels(512, 28, 28)
     pixels[138:150] = 0  # written as no PNG
@@ -162,9 +159,6 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
     assert closed == ["failed"] and status(tmp_path / "run")["reason"] == "ValueError: no model"
 
 
-# the disk
-
-
 def train_on_a_full_disk(argv):
     """The kernel refuses to let a file grow beyond the limit, as a full disk does."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
@@ -192,9 +186,6 @@ def test_a_run_folder_that_is_renamed_is_saved_under_its_new_name(tmp_path, digi
     found = status(away)
     assert not run.exists() and found["status"] == "interrupted" and str(away) in found["reason"]
     assert found["step"] == steps_of(away)[-1] == max(rows(away)) >= 4
-
-
-# runs that end by themselves
 
 
 @pytest.mark.parametrize(
@@ -334,9 +325,6 @@ def test_a_checkpoint_is_written_before_its_evaluation_and_then_names_it(
     assert manifest["scalars"]["evaluated_step"] == 2
     assert trained(run, digits, 4, "evaluation.every=2") == 0
     assert "train/loss" in rows(run)[2] and "eval/neg_elbo_nats" in rows(run)[2]
-
-
-# a discriminator, and a frozen encoder
 
 
 def test_a_discriminator_that_joins_a_run_learns_before_it_is_heard(tmp_path, digits, capfd):

@@ -70,7 +70,6 @@ def fork_ranks(world, function, *args, but=None, timeout_s):
 
 
 def _become(rank, world, port, function, args):
-    faulthandler.enable()
     become_rank(rank, world, port)
     function(rank, *args)
 

@@ -1,6 +1,5 @@
 """Faults from outside: ranks of the real `train` command that can be killed, signalled and frozen.
 
-The ranks are forked from a parent that has imported everything, so that one starts in a moment.
 Nothing inside the package knows of this: what happens at a chosen point is wrapped around its
 functions in the forked process.
 """

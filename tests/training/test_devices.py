@@ -1,7 +1,4 @@
-"""What a CUDA device computes is what the CPU computes, without waiting for it, and exactly again.
-
-Each body is a function of the device, so that the CPU runs all of them in every test run.
-"""
+"""What a CUDA device computes is what the CPU computes, without waiting, and exactly again."""
 
 import contextlib
 import os
