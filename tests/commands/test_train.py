@@ -84,9 +84,6 @@ def begun(four_steps, tmp_path):
     return shutil.copytree(four_steps, tmp_path / "begun")
 
 
-# what is refused, before anything is trained
-
-
 @pytest.mark.parametrize(
     ("overrides", "environment", "messages"),
     [
@@ -223,9 +220,6 @@ def test_a_run_of_which_every_update_was_skipped_has_failed(tmp_path, digits):
     assert "for 3 steps in a row" in status(tmp_path / "run")["reason"]
 
 
-# kills and launchers
-
-
 def test_kill_9_costs_at_most_one_interval_and_changes_no_bit(whole, tmp_path, digits, capfd):
     run = tmp_path / "run"
     kill = functools.partial(signal_oneself, signal.SIGKILL)
@@ -270,9 +264,6 @@ def test_a_signal_to_a_launcher(tmp_path, digits, launcher, number, code):
     if code < 0:
         assert found["reason"] == f"the launcher, process {process.pid}, is gone"
     assert psutil.wait_procs(family, timeout=20)[1] == []
-
-
-# what a run begins from, and leaves
 
 
 def test_a_run_begins_from_the_averaged_weights_of_another(four_steps, tmp_path, digits, capfd):

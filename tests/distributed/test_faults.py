@@ -22,9 +22,6 @@ def run_long(tmp_path, digits, *overrides, prepare, world=2, but=None):
     return run_command(world, argv, prepare=prepare, but=but)
 
 
-# one is lost
-
-
 def test_a_lost_loader_process_is_named_with_its_rank_and_a_remedy(tmp_path, digits):
     def lose_a_loader():  # as torch's handler of SIGCHLD does
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -85,9 +82,6 @@ def test_the_last_write_may_take_long(tmp_path, digits):
     prepare = in_the_middle_of_a_write(functools.partial(time.sleep, 4), after_step=2)
     argv = arguments(tmp_path / "run", digits, "training.steps=3", "runtime.timeout_s=3")
     assert run_command(2, argv, prepare=prepare) == [0, 0]
-
-
-# requests to stop
 
 
 @pytest.mark.parametrize(

@@ -88,15 +88,14 @@ def test_cancelled_it_saves_and_is_not_requeued(cgroup_cluster, digits, tmp_path
 def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
     cluster, digits, tmp_path, alone
 ):
-    node = "n1"  # runs the batch script and rank 0
     often = ("checkpoint.every=5",)
     job = Job(cluster, digits, tmp_path / "run", *TWO_BY_ONE, overrides=often)
     job.reached(7)
     # a thread writes the checkpoint; without one it rightly begins anew
     wait_until((job.run / "checkpoints" / "latest").exists, 60, job.said)
-    cluster.kill_node(node)
+    cluster.kill_node("n1")  # which runs the batch script and rank 0
     cluster.wait(job.number, ["PENDING"])
-    cluster.boot(node)
+    cluster.boot("n1")
     assert job.ended_as(alone) >= 1
 
 
@@ -133,8 +132,6 @@ def test_a_preempted_trial_of_a_sweep_saves_and_goes_on(cgroup_cluster, digits, 
     assert "asking the trial to save" in job.said() and "going on at step" in job.said()
     assert status(run)["status"] == "finished" and sorted(rows(run)) == [*range(1, STEPS + 1)]
 
-
-# what costs seconds and trains nothing
 
 WRONG = [
     ("", "optimizer.lrr=1", "", "did you mean optimizer.lr"),

@@ -30,9 +30,6 @@ def _command(rank, argv, prepare):
     os._exit(code)
 
 
-# faults at a chosen point, from inside a rank
-
-
 def at_place(place, action, *, ranks=(0,), visit=1):
     """These ranks do something when they come to a place for the nth time.
 
