@@ -1,6 +1,5 @@
 """Readers of small files that others may have written, and texts that are safe to print or keep."""
 
-import json
 import os
 from unittest.mock import Mock
 
@@ -44,9 +43,8 @@ def test_json_of_a_file_or_bytes(tmp_path):
         for source in (path, data):
             with pytest.raises(ValueError, match=f"some.json: {reason}"):
                 read_json(source, 100_000, name="some.json")
-    value = {"a": [1, None, {"b": "\u00e9"}], "c": {}}
-    path.write_text(json.dumps(value), "utf-8")
-    assert read_json(path, 1000) == read_json(path.read_bytes(), 1000) == value
+    path.write_text('{"a": [1, null, "\u00e9"]}', "utf-8")
+    assert read_json(path, 99) == read_json(path.read_bytes(), 99) == {"a": [1, None, "\u00e9"]}
 
 
 def test_what_does_not_show_is_escaped():

@@ -50,7 +50,6 @@ REFUSED = {
     "training.precision=bf17": "is not one of auto, no, bf16, fp16; did you mean bf16?",
     # numbers and forms
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9] is none of two numbers",
-    "optimizer.betas=[0.9,1]": "optimizer.betas=[0.9, 1] must be less than 1",
     "data.validation=[null]": "data.validation=[null] is none of a path",
     "data.train=[{'path':a,'weight':-1}]": "weight: -1}] is none of a path",
     "data.resolution=28.0": "data.resolution=28.0 is none of native, N or [H, W] in pixels, aspect",
@@ -60,7 +59,6 @@ REFUSED = {
     "model.blocks=[1,0,1]": "model.blocks=[1, 0, 1] is none of a count",
     "sample run=r prior=gmm": "prior=gmm is none of normal, gmm:K, gmm:K:full, gmm:K:diagonal; try",
     "sample run=r temperature=-1": "temperature=-1 is none of a number of at least 0, a list of",
-    "evaluate run=r max_skipped_fraction=2": "max_skipped_fraction=2 must be at most 1",
     "evaluate run=r metrics=psnr,fidd": "metrics=psnr,fidd is none of one or several of",
     # without effect
     "impute run=r method=single samples=9": "samples=9 has no effect with method=single",

@@ -4,27 +4,16 @@ import copy
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.config.conftest import load
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.keys import shown, value_of
 from vae_dist.config.load import from_yaml, to_yaml
-from vae_dist.config.resolve import Facts, default_slots, resolve
+from vae_dist.config.resolve import Facts, resolve
 
 BUCKETS = "data.resolution={'area':65536,'multiple':16,'max_aspect':2.0}"
 CPU, GPU = Facts(mean_sample_bytes=300), Facts(True, True, mean_sample_bytes=300)
 BROKEN = replace(GPU, compiler_problem="no compiler")
-
-
-@given(st.integers(1, 4096))
-def test_default_slots_is_the_largest_divisor_up_to_64(batch_size):
-    slots = default_slots(batch_size)
-    assert batch_size % slots == 0 and slots <= 64
-    assert not any(batch_size % other == 0 for other in range(slots + 1, 65))
-    buckets = default_slots(batch_size, buckets=True)  # of 4 images where there are as many
-    assert batch_size % buckets == 0 and (buckets == 1 or batch_size // buckets >= 4)
 
 
 def test_automatic_windows_hold_so_many_bytes():
@@ -46,6 +35,9 @@ def test_automatic_windows_hold_so_many_bytes():
     [
         ("", CPU, "training.precision=no data.slots=64 runtime.compile=false "
                   "runtime.channels_last=false evaluation.batch_size=256"),
+        ("training.batch_size=100", CPU, "data.slots=50"),  # the largest divisor up to 64
+        ("training.batch_size=97", CPU, "data.slots=1"),
+        (f"{BUCKETS} training.batch_size=36", CPU, "data.slots=9"),  # of 4 images
         ("", GPU, "training.precision=bf16 runtime.compile=true runtime.channels_last=true"),
         ("", replace(CPU, has_bf16=True), "training.precision=bf16"),
         ("", replace(CPU, world=4), "evaluation.batch_size=64"),
