@@ -45,8 +45,9 @@ def test_observed_pixels_stay_and_missing_ones_are_filled(conditional_run, tmp_p
         assert mean.min() >= 0 and mean.max() <= 255
         pictures = {path.stem: path for path in (out / record["folder"]).glob("*.png")}
         assert set(pictures) == {"input", "mean", "std", "draw_0", "draw_1", "draw_2"}
-        png = np.asarray(Image.open(pictures["mean"]))
+        png, spread = (np.asarray(Image.open(pictures[name])) for name in ("mean", "std"))
         assert (png[kept] == truth[kept]).all() and (np.abs(png - mean[0]) <= 0.51).all()
+        assert (np.abs(spread - 2 * std[0]) <= 0.51).all()  # white is half the range
     # truth, input, mean, three draws, deviation, each of 10x12 pixels enlarged eight times
     assert Image.open(out / "overview.png").size == (7 * 82 + 2, 3 * 98 + 2)
 

@@ -11,6 +11,7 @@ from vae_dist.evaluation.frechet import FrechetMetric
 from vae_dist.evaluation.importance import ImportanceMetric
 from vae_dist.evaluation.metrics import Comparison, ReconstructionMetric, psnr_db
 from vae_dist.evaluation.run import evaluate
+from vae_dist.inference.mixture import GaussianMixture
 from vae_dist.models.build import build_vae
 from vae_dist.randomness import torch_generator
 
@@ -19,6 +20,8 @@ NUM_IMAGES, SIZE = 13, (6, 5)
 IMAGES = torch.randint(
     0, 256, (NUM_IMAGES, 1, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
 )
+HALVES, SIDES = torch.full((2,), 0.5).double().log(), torch.tensor([[-2.0], [2.0]]).expand(2, 3)
+TWO_GAUSSIANS = GaussianMixture(HALVES, SIDES.double(), torch.ones(2, 3).double())
 
 
 def start():
@@ -73,7 +76,8 @@ def result_of(
 
 
 def all_metrics(model, device=CPU):
-    options = {"of_reconstructions": True, "priors": {"fid": None}, "seed": 3}
+    priors = {"fid": None} | ({"fid_gmm": TWO_GAUSSIANS} if model.image_size else {})
+    options = {"of_reconstructions": True, "priors": priors, "seed": 3}
     return [
         ImportanceMetric(model, device, num_samples=60, seed=3),
         ReconstructionMetric({"psnr_db": Comparison(psnr_db, 1)}, device),
