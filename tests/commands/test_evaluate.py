@@ -21,9 +21,7 @@ def results(run, out, *more):
     return json.loads(out.read_text())
 
 
-def test_figures_and_what_they_rest_on_and_those_of_an_earlier_evaluation(
-    plain_run, tmp_path, capsys
-):
+def test_figures_and_those_of_an_earlier_evaluation(plain_run, tmp_path, capsys):
     out = tmp_path / "r.json"
     found = results(plain_run, out, "samples=20", "checkpoint=10")
     figures = found["figures"]

@@ -52,9 +52,7 @@ def test_observed_pixels_stay_and_missing_ones_are_filled(conditional_run, tmp_p
     assert Image.open(out / "overview.png").size == (7 * 82 + 2, 3 * 98 + 2)
 
 
-def test_pictures_with_masks_or_alpha_are_called_by_their_names(
-    conditional_run, tmp_path, capsys, monkeypatch
-):
+def test_pictures_with_masks_or_alpha(conditional_run, tmp_path, capsys, monkeypatch):
     first, second = PIXELS[:2]
     observed = np.ones(SIZE, bool)
     observed[2:9, 3:8] = False
