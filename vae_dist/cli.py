@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from vae_dist.config.errors import CommandFailed, ConfigError
@@ -62,6 +63,12 @@ def print_error(error: ConfigError | CommandFailed) -> None:
     lines = error.problems if isinstance(error, ConfigError) else [f"failed: {error}"]
     for line in lines:
         print(printable(redacted(line)), file=sys.stderr)
+
+
+def check_empty(folder: Path) -> None:
+    """Raises ConfigError where the files of an earlier command would stay among those of this."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"out={folder} is not empty: empty it, or choose another folder")
 
 
 @contextlib.contextmanager

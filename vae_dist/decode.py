@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vae_dist.cli import run_command, writing
+from vae_dist.cli import check_empty, run_command, writing
 from vae_dist.config.commands import DecodeCommand
 
 USAGE = "python -m vae_dist.decode run=FOLDER data=SHARDS [key=value ...]"
@@ -22,6 +22,7 @@ def decode(command: DecodeCommand) -> None:
 
     out = Path(command.out)
     is_grid = out.suffix == ".png"
+    check_empty(out)
     with open_run(command, device=command.device) as loaded:
         data = loaded.config.data
         latents = open_latents(loaded.config, command.data)

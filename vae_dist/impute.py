@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from vae_dist.cli import run_command, writing
+from vae_dist.cli import check_empty, run_command, writing
 from vae_dist.config.commands import ImputeCommand
 from vae_dist.config.errors import ConfigError
 
@@ -39,8 +39,7 @@ def impute(command: ImputeCommand) -> None:
     from vae_dist.tracking.images import grid, left_out, save_png, single, to_uint8
 
     out = Path(command.out)
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"out={out} exists already: remove it, or choose another folder")
+    check_empty(out)
     with open_run(command, device=command.device) as loaded, TemporaryDirectory() as scratch:
         if loaded.model.num_levels and command.method != "importance":
             raise ConfigError(f"method={command.method}: a ladder is filled by method=importance")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_dist.cli import run_command, writing
+from vae_dist.cli import check_empty, run_command, writing
 from vae_dist.config.commands import SampleCommand
 from vae_dist.config.errors import ConfigError
 
@@ -33,6 +33,7 @@ def sample(command: SampleCommand) -> None:
         raise ConfigError(f"out={out}: give a name that ends in .png, or a folder for images")
     if command.compare and not is_grid:
         raise ConfigError(f"compare=true writes one picture; out={out} must end in .png")
+    check_empty(out)
     with open_run(command, device=command.device) as loaded:
         vae, what = BatchedVAE(loaded.model, command.batch_size), _what_to_draw(command, loaded)
         columns = what["num_images"] if what["classes"] else None

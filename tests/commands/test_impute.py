@@ -79,7 +79,7 @@ def test_pictures_with_masks_or_alpha(conditional_run, tmp_path, capsys, monkeyp
 
 def test_what_impute_refuses(conditional_run, spatial_run, tmp_path, capsys):
     save(PIXELS[0], tmp_path / "whole" / "cat.png")
-    for key, reason in (("out", "exists already"), ("data", "whole is missing: give pictures a")):
+    for key, reason in (("out", "not empty"), ("data", "whole is missing: give pictures a")):
         keys = (f"out={tmp_path}/new", f"{key}={tmp_path}/whole")
         assert main([f"run={conditional_run}", "device=cpu", *keys]) == 2
         assert reason in capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_reconstruct(plain_run, spatial_run, tmp_path):
         (sample, "nowhere", "seed=1", "no run folder"),
         (sample, "plain_run", "resolution=32", "resolution=32: images of 32x32 pixels"),
         (sample, "plain_run", "out=/proc/a.png", "cannot be written"),
+        (sample, "plain_run", "out=/proc", "out=/proc is not empty"),
         (sample, "plain_run", "out=a.jpg", "a name that ends in .png"),
         (sample, "plain_run", "out=a prior=gmm:2 compare=true", "out=a must end in .png"),
         (sample, "plain_run", "label=2", "label=2 has no effect"),

@@ -252,6 +252,7 @@ def test_what_is_refused(run, straight, plain_run, tmp_path, capsys):
             (encode, [f"data={long}"], "give it a shorter key"),
             (encode, [f"data={outside}"], "is no relative path"),
             (decode, [], "it has no .latent.safetensors"),
+            (decode, ["out=/proc"], "out=/proc is not empty"),
             (decode, [f"run={tmp_path}/other", f"data={straight}"], "does not fit this model"),
         )
     ):
