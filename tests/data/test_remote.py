@@ -48,9 +48,7 @@ def blob(tmp_path):
         ("file:///etc/passwd", "passwd|redirect"),
     ],
 )
-def test_trouble_is_tried_again_with_growing_pauses_unless_it_lasts(
-    tmp_path, blob, pauses, trouble, message
-):
+def test_trouble_is_tried_again_unless_it_lasts(tmp_path, blob, pauses, trouble, message):
     passes = trouble not in (404, 403, "file:///etc/passwd")
     if passes:
         with serving(tmp_path, lambda path, n: trouble if n < 3 else None) as server:
@@ -182,6 +180,11 @@ def test_addresses_with_a_signature_and_wrong_ones(folder):
                 refused(f"{server.url}/{ALL}", "HTTP 500")
             else:
                 assert load(f"{server.url}/{ALL}").lengths.tolist() == list(LENGTHS)
+                assert server.asked["set-00.tar.idx"] == 1
+    with serving(folder, lambda p, n: 404 if p == "_info.json" else 500) as server:
+        refused(f"{server.url}/{ALL}", "HTTP 500")  # which does not mean that there is no index
+        with pytest.raises(ShardError, match=r"json: cannot be read \(no such"):  # what lasts
+            read_ranges([Range(f"{server.url}/{name}", 0, 9) for name in ("x", "_info.json")])
     with serving(folder) as server:
         missing = r"set-10\.tar has no index; .*index data='http.*out=FOLDER"
         refused(f"{server.url}/set-{{08..11}}.tar", missing)

@@ -188,7 +188,8 @@ def _with_retries(
         left = [n for n in left if isinstance(found[n], Exception)]
         if not left:
             return found
-        place, (reason, is_lasting, is_missing) = pieces[left[0]].place, _diagnosis(found[left[0]])
+        first = next((n for n in left if _diagnosis(found[n])[1]), left[0])  # a lasting one
+        place, (reason, is_lasting, is_missing) = pieces[first].place, _diagnosis(found[first])
         if is_lasting:
             raise UnreadableError(f"{place}: cannot be read ({reason})", is_missing)
         if clock() - begun + pause > retry_s:
