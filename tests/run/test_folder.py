@@ -25,13 +25,16 @@ def failing(number):
     return Mock(side_effect=OSError(number, os.strerror(number)))
 
 
-def test_a_second_trainer_is_refused_with_the_name_of_the_first(folder, monkeypatch):
+def test_one_trainer_holds_the_lock_and_others_are_told_who_it_is(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(folder_module, "WAIT_S", 0.0)
     first = RunLock(folder)
     assert first.attempt()
     message = rf"run=.* in use by process {os.getpid()} on .*, job 4711, since .*run=FOLDER"
     with pytest.raises(ConfigError, match=message):
+        RunLock(folder).attempt()
+    folder.lock_path.write_text("")
+    with pytest.raises(ConfigError, match="in use by another process; wait for it"):
         RunLock(folder).attempt()
     first.release()
     if (child := os.fork()) == 0:
@@ -40,6 +43,10 @@ def test_a_second_trainer_is_refused_with_the_name_of_the_first(folder, monkeypa
     os.waitpid(child, 0)
     assert f"process {child} on" in folder.holder()
     assert RunLock(folder).attempt()  # that of a killed process is free
+    folder.lock_path.unlink()
+    folder.lock_path.symlink_to(folder.path / "other")
+    with pytest.raises(OSError, match="symbolic links"):
+        RunLock(folder).attempt()
 
 
 def test_a_file_system_without_locks_costs_a_warning(folder, monkeypatch, capsys):
@@ -63,9 +70,7 @@ def test_a_full_disk_does_not_keep_a_status_of_running(folder, monkeypatch):
     assert (folder.status()["status"], folder.status()["step"]) == ("failed", 3)
 
 
-def test_a_run_folder_that_is_another_one_on_another_node_is_refused(
-    tmp_path, digits, monkeypatch, capfd
-):
+def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path, digits, monkeypatch, capfd):
     wait = functools.partialmethod(RunFolder.is_held_by, timeout_s=0.2)
     monkeypatch.setattr(RunFolder, "is_held_by", wait)
 

@@ -152,9 +152,10 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() - self._begun < WAIT_S:
                     return False
+                holder = self._folder.holder().strip() or "another process"
                 raise ConfigError(
-                    f"run={path.parent}: in use by {self._folder.holder().strip()}; wait for it, "
-                    "stop it, or choose another folder with run=FOLDER"
+                    f"run={path.parent}: in use by {holder}; wait for it, stop it, or choose "
+                    "another folder with run=FOLDER"
                 ) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
