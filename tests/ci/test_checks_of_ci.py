@@ -57,8 +57,8 @@ def test_a_skip_needs_a_reason_that_holds_on_this_machine(pytester):
 def test_the_last_evaluation_counts_and_all_files_must_be_there(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(f'{{"eval/neg_elbo_nats": {value}}}\n' for value in (200, 95.9)))
-    lacking = check_smoke.problems(tmp_path, 96)
-    assert ["no pictures" in lacking[0], "no latest checkpoint" in lacking[1]] == [True, True]
+    pictures, checkpoint = check_smoke.problems(tmp_path, 96)
+    assert "no pictures" in pictures and "no latest checkpoint" in checkpoint
     assert "is 95.9 in the last evaluation" in check_smoke.problems(tmp_path, 95)[0]
     log.write_text('{"eval/neg_elbo_nats": NaN}\n')
     assert len(check_smoke.problems(tmp_path, 96)) == 3

@@ -26,10 +26,7 @@ def test_grids(plain_run, conditional_run, tmp_path):
     both = written(sample, plain_run, tmp_path / "both.png", *keys)
     assert both.shape == (2 * 86 + 2, 2 * (2 * 86 + 2) + 10)
     rows = written(sample, conditional_run, tmp_path / "rows.png", "label=all", "num_images=13")
-    assert rows.shape == (
-        3 * 98 + 2,
-        5 * 82 + 2,
-    )  # enlarged eight times, a row for each class
+    assert rows.shape == (3 * 98 + 2, 5 * 82 + 2)  # a row for each class, enlarged eight times
 
 
 def test_single_images_hold_every_channel_and_level(tmp_path, capsys):

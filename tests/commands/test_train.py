@@ -85,7 +85,7 @@ def begun(four_steps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "environment", "messages"),
+    ("keys", "env", "said"),
     [
         ("", "WORLD_SIZE=3 RANK=0", "3 processes|1, 2, 4, 8."),
         ("", "EXPECTED_WORLD_SIZE=2", "WORLD_SIZE=1"),
@@ -97,15 +97,13 @@ def begun(four_steps, tmp_path):
         (f"{DEEP} objective.scale_equivariance=0.5", "", "scale_equivariance needs images of 32"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(
-    tmp_path, digits, capfd, monkeypatch, overrides, environment, messages
-):
-    for setting in environment.split():
+def test_what_cannot_be_trained_is_refused(tmp_path, digits, capfd, monkeypatch, keys, env, said):
+    for setting in env.split():
         monkeypatch.setenv(*setting.split("="))
-    words = overrides.format(digits=digits, tmp=tmp_path).split()
+    words = keys.format(digits=digits, tmp=tmp_path).split()
     assert main(arguments(tmp_path / "run", digits, *words)) == 2
     errors = capfd.readouterr().err
-    assert all(message in errors for message in messages.split("|")), errors
+    assert all(part in errors for part in said.split("|")), errors
     assert not (tmp_path / "run").exists()
 
 
@@ -131,14 +129,14 @@ def test_corrupt_samples_are_replaced_counted_and_named_up_to_a_limit(tmp_path, 
     run, damaged, pixels = tmp_path / "run", tmp_path / "damaged", random_pixels(512, 28, 28)
     pixels[138:150] = 0  # written as no PNG
     write_images(damaged / "train", pixels, num_shards=8)
-    write_images(damaged / "validation", pixels[136:200])
+    write_images(damaged / "validation", pixels[:256])
     epoch = 512 // 16 + 1  # steps, in which each of them comes up
-    assert trained(run, damaged, epoch, "data.max_skipped_fraction=0.2") == 0
+    assert trained(run, damaged, epoch, "data.max_skipped_fraction=0.05") == 0
     assert rows(run)[epoch]["data/skipped_samples"] == 12
-    assert rows(run)[epoch]["eval/num_images"] == 52
+    assert rows(run)[epoch]["eval/num_images"] == 244
     output = capfd.readouterr().out
     assert "images-000002.tar sample 17" in output and "in its place" in output
-    assert trained(run, damaged, epoch + 1, "data.max_skipped_fraction=0.2") == 0
+    assert trained(run, damaged, epoch + 1, "data.max_skipped_fraction=0.05") == 0
     assert rows(run)[epoch + 1]["data/skipped_samples"] >= 12  # those before it stopped count
     assert trained(tmp_path / "other", damaged, epoch, "data.max_skipped_fraction=0.02") == 1
     assert "data.max_skipped_fraction" in status(tmp_path / "other")["reason"]
@@ -283,9 +281,7 @@ def test_a_run_begins_from_the_averaged_weights_of_another(four_steps, tmp_path,
     assert "decoder.linear_in.weight: 784x8 -> 784x4" in errors
 
 
-def test_the_best_checkpoint_is_kept_where_images_cannot_be_drawn(
-    tmp_path, digits, capfd, monkeypatch
-):
+def test_the_best_checkpoint_is_kept_and_grids_may_fail(tmp_path, digits, capfd, monkeypatch):
     run, best, row = tmp_path / "run", 4, EvaluationResult.row
     figures = iter([5.0, 3.0, 4.0, 6.0])
     better = lambda self: row(self) | {"eval/neg_elbo_nats": next(figures)}  # noqa: E731
@@ -301,9 +297,7 @@ def test_the_best_checkpoint_is_kept_where_images_cannot_be_drawn(
     assert figures["rate_nats"] == pytest.approx(rows(run)[best]["eval/rate_nats"], rel=1e-5)
 
 
-def test_a_checkpoint_is_written_before_its_evaluation_and_then_names_it(
-    tmp_path, digits, monkeypatch
-):
+def test_a_checkpoint_is_written_before_its_evaluation_and_names_it(tmp_path, digits, monkeypatch):
     run, error = tmp_path / "run", RuntimeError("can't allocate memory")
     with monkeypatch.context() as patch:
         patch.setattr("vae_dist.training.setup.evaluate", raising(error))
@@ -314,7 +308,9 @@ def test_a_checkpoint_is_written_before_its_evaluation_and_then_names_it(
         assert trained(run, digits, 4, "evaluation.every=2") == 1
     manifest = json.loads((run / "checkpoints" / "step_00000002" / "manifest.json").read_text())
     assert manifest["scalars"]["evaluated_step"] == 2
-    assert trained(run, digits, 4, "evaluation.every=2") == 0
+    monkeypatch.setattr(Trainer, "summary", raising(error))
+    assert trained(run, digits, 4, "evaluation.every=2") == 1
+    assert status(run)["status"] == "finished"  # what fails after the end does not change it
     assert "train/loss" in rows(run)[2] and "eval/neg_elbo_nats" in rows(run)[2]
 
 

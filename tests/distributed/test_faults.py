@@ -44,9 +44,7 @@ def test_a_lost_loader_process_is_named_with_its_rank_and_a_remedy(tmp_path, dig
         pytest.param("shards", signal.SIGSTOP, 1, marks=SLOW),
     ],
 )
-def test_a_rank_that_is_killed_or_frozen_is_named_by_the_other(
-    tmp_path, digits, place, number, lost
-):
+def test_a_killed_or_frozen_rank_is_named_by_the_other(tmp_path, digits, place, number, lost):
     def lose():
         time.sleep(1)  # in which it publishes where it is
         signal_oneself(number)
@@ -93,9 +91,7 @@ def test_the_last_write_may_take_long(tmp_path, digits):
         pytest.param("checkpoint", 3, (0,), 10, marks=SLOW),
     ],
 )
-def test_a_signal_stops_all_ranks_at_one_step_whenever_it_comes(
-    tmp_path, digits, place, visit, who, step
-):
+def test_a_signal_stops_all_ranks_at_one_step(tmp_path, digits, place, visit, who, step):
     run, prepare = tmp_path / "run", at_place(place, signal_oneself, ranks=who, visit=visit)
     options = ("evaluation.every=8", "evaluation.batch_size=4", "data.workers=1")
     assert run_long(tmp_path, digits, *options, prepare=prepare) == [75, 75]

@@ -65,7 +65,6 @@ def test_last_layers_gradient_is_that_of_autograd(patch):
 def test_structure_is_compared_in_exact_float32():
     """Forward and gradient, whatever the rest of the step is computed in."""
     seen, products = [], torch.backends.cuda.matmul
-    products.allow_tf32 = True
 
     def see(_, inputs, __):
         seen.append(products.allow_tf32)
@@ -73,8 +72,11 @@ def test_structure_is_compared_in_exact_float32():
 
     step = make_step(config(adversarial=True))
     step.losses.perceptual.distance.register_forward_hook(see)
-    step(batch(step, 0), 0)
-    products.allow_tf32 = False  # as torch has it
+    try:
+        products.allow_tf32 = True
+        step(batch(step, 0), 0)
+    finally:
+        products.allow_tf32 = False  # as torch has it
     assert seen[:2] == [False, False]  # the last one is of the discriminator
 
 

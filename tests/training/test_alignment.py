@@ -46,9 +46,7 @@ def straight(keys, tmp_path_factory, stored):
     return run
 
 
-def test_the_latent_comes_nearer_to_the_features_and_is_used_without_them(
-    straight, tmp_path, digits
-):
+def test_the_latent_nears_the_features_and_is_used_without_them(straight, tmp_path, digits):
     logged = [rows(straight)[step] for step in range(1, 9)]
     distances = [row["train/alignment"] for row in logged]
     assert sum(distances[-3:]) < sum(distances[:3])

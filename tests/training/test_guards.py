@@ -5,7 +5,7 @@ import torch
 
 from tests.support.distributed import run_ranks
 from tests.support.steps import one_process
-from vae_dist.training.guards import SkipGuard, SpikeGuard, check_equal_over_ranks
+from vae_dist.training.guards import DamageGuard, SkipGuard, SpikeGuard, check_equal_over_ranks
 from vae_dist.training.stop import TrainingFailed
 
 CPU = torch.device("cpu")
@@ -51,6 +51,14 @@ def test_a_spike_is_far_above_the_recent_norms():
     assert flags[0] == 1 and flags[-1] == 0 and 20 <= sum(flags) <= 30  # a tenth of the window
     off = SpikeGuard(CPU, factor=0.0)
     assert norms(off, [1.0] * 40 + [1e9]) == [0.0] * 41 and off.state() == {}
+
+
+def test_damage_is_a_fraction_of_all_that_was_seen_and_of_an_epoch_at_least():
+    guard = DamageGuard(limit=0.1, num_samples=100, warn=print)
+    guard.check(10, 16)  # one bad sample in the first batch does not end a run
+    guard.check(11, 110)
+    with pytest.raises(TrainingFailed, match="11 of 109 samples could not be read"):
+        guard.check(11, 109)
 
 
 def compare(cases):

@@ -19,28 +19,22 @@ from vae_dist.training.stop import SIGNALS, StopSignals
 )
 def test_the_first_signal_sets_a_reason_and_handlers_are_put_back(number, is_ignored, is_heard):
     previous = signal.getsignal(number)
-    if is_ignored:
-        signal.signal(number, signal.SIG_IGN)
-    before = [signal.getsignal(one) for one in SIGNALS]
-    with StopSignals() as signals:
-        os.kill(os.getpid(), number)
-        time.sleep(0.01)
-        assert signals.reason == (f"signal {number.name}" if is_heard else "")
-    assert [signal.getsignal(one) for one in SIGNALS] == before
-    signal.signal(number, previous)
+    signal.signal(number, signal.SIG_IGN if is_ignored else previous)
+    try:
+        before = [signal.getsignal(one) for one in SIGNALS]
+        with StopSignals() as signals:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert signals.reason == (f"signal {number.name}" if is_heard else "")
+        assert [signal.getsignal(one) for one in SIGNALS] == before
+    finally:
+        signal.signal(number, previous)
 
 
-@pytest.mark.parametrize(
-    ("variable", "is_launched"),
-    [
-        ("TORCHELASTIC_RUN_ID", True),
-        ("ACCELERATE_MIXED_PRECISION", True),
-        ("NOTHING", False),  # a run under nohup outlives its shell
-    ],
-)
-def test_a_launcher_that_is_gone_is_a_request(monkeypatch, variable, is_launched):
-    monkeypatch.setenv(variable, "no")
-    reason = f"the launcher, process {os.getppid()}, is gone" if is_launched else ""
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", ""])
+def test_a_launcher_that_is_gone_is_a_request(monkeypatch, launcher):
+    monkeypatch.setenv(launcher or "NOTHING", "no")  # a run under nohup outlives its shell
+    reason = f"the launcher, process {os.getppid()}, is gone" if launcher else ""
     with StopSignals() as signals:
         assert signals.reason == ""
         monkeypatch.setattr(os, "getppid", lambda: 1)
