@@ -45,7 +45,7 @@ def test_one_trainer_holds_the_lock_and_others_are_told_who_it_is(folder, monkey
     assert RunLock(folder).attempt()  # that of a killed process is free
     folder.lock_path.unlink()
     folder.lock_path.symlink_to(folder.path / "other")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(ConfigError, match="symbolic links"):
         RunLock(folder).attempt()
 
 

@@ -26,6 +26,7 @@ from vae_dist.run.checkpoint import Checkpoints
 
 MAX_STATUS_BYTES = 2**16
 WAIT_S = 5.0  # for a lock: loader processes of a killed trainer hold it until they end
+OPEN_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # what a link names lies elsewhere
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # of this file system
 
 
@@ -51,7 +52,7 @@ class RunFolder:
         try:
             for folder in (self.path, self.images, self.checkpoints.folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            self.lock_path.touch()
+            os.close(os.open(self.lock_path, OPEN_LOCK, 0o644))
         except OSError as error:
             raise ConfigError(
                 f"run={self.path}: cannot be written ({error.strerror}); "
@@ -144,7 +145,7 @@ class RunLock:
         """
         self._folder.create()
         path = self._folder.lock_path
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(path, OPEN_LOCK, 0o644)
         with contextlib.ExitStack() as opened:
             opened.callback(os.close, descriptor)
             try:
