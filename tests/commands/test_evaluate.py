@@ -1,13 +1,15 @@
 """`evaluate` through its entry point: which figures stand in which file, and on how many ranks."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+import vae_dist
 from tests.support.distributed import run_ranks
-from tests.support.tiny_run import write_images
+from tests.support.tiny_run import random_pixels, write_images
 from vae_dist import encode, evaluate
 from vae_dist.models import networks
 
@@ -63,11 +65,6 @@ def test_what_differs_from_the_run_as_it_stands_is_in_the_name(plain_run, tmp_pa
 
 def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
     """With toys in their place: which files are asked for, and what becomes of the figures."""
-    asked = []
-
-    def fetch(file, folder):
-        asked.append((file.url, folder))
-        return tmp_path / file.name
 
     class Distance(torch.nn.Module):
         def forward(self, first, second):
@@ -75,7 +72,7 @@ def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
             return (first - second).abs().mean((1, 2, 3))
 
     features = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
-    monkeypatch.setattr(networks, "fetch", fetch)
+    monkeypatch.setattr(networks, "fetch", fetch := Mock())
     monkeypatch.setattr(networks, "load_lpips", lambda *_: Distance())
     monkeypatch.setattr(networks, "load_inception", lambda _: features)
     monkeypatch.setattr(networks, "NUM_FEATURES", 12)
@@ -85,10 +82,10 @@ def test_metrics_of_published_networks(plain_run, tmp_path, monkeypatch):
     assert figures["lpips"] > 0 and figures["rfid"] > 0 and {"fid", "fid_gmm"} <= set(figures)
     assert list(found["notes"]) == ["lpips_alex", "frechet"]  # 28 pixels, 7 images
     files = (networks.VGG16, networks.ALEXNET, networks.INCEPTION)
-    assert set(asked) == {(file.url, str(tmp_path)) for file in files}
+    assert {call.args for call in fetch.mock_calls} == {(file, str(tmp_path)) for file in files}
 
 
-def test_two_ranks_find_the_same_figures(plain_run, conditional_run, spatial_run, tmp_path):
+def test_two_ranks_stored_latents_and_a_picture(plain_run, conditional_run, spatial_run, tmp_path):
     for run, keys, names in (
         (plain_run, "samples=7 prior=gmm:1:diagonal", {"neg_elbo_gmm_nats", "is_nll_gmm_nats"}),
         (conditional_run, "metrics=lnc", {"lnc"}),
@@ -106,14 +103,20 @@ def test_two_ranks_find_the_same_figures(plain_run, conditional_run, spatial_run
     assert encode.main(keys_of(spatial_run, f"out={tmp_path}/latents", *stored)) == 0
     keys = ("metrics=sec,viv", f"latents={tmp_path}/latents")
     of_latents = results(spatial_run, tmp_path / "l.json", *keys)["figures"]
-    expected = {name: one["figures"][name] for name in ("viv", "sec")}
-    assert of_latents == pytest.approx(expected, rel=0.05)
+    assert of_latents == pytest.approx({k: one["figures"][k] for k in ("viv", "sec")}, rel=0.05)
 
 
 def test_the_statistics_of_a_spatial_latent_are_of_the_run_as_it_stands(spatial_run, tmp_path):
     assert evaluate.main(keys_of(spatial_run)) == 0
     statistics = json.loads((spatial_run / "latents.json").read_text())
-    assert statistics["num_images"] == 3 == len(statistics["per_channel"]["mean"])
+    pixels = torch.from_numpy(random_pixels(3, 20, 16, 3)).permute(0, 3, 1, 2)
+    mean, std = vae_dist.load(spatial_run, device="cpu").encode(pixels)
+    total = float(mean.var(correction=0) + std.square().mean())
+    of_channels = (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt().tolist()
+    # evaluation encodes dequantised images, as training does
+    assert statistics["scaling_factor"] == pytest.approx(total**-0.5, rel=1e-2)
+    assert statistics["per_channel"]["std"] == pytest.approx(of_channels, rel=1e-2)
+    assert statistics["num_images"] == 3
     for key in ("checkpoint=10", "weights=model", f"out={tmp_path}/r.json"):  # no news of the run
         assert evaluate.main(keys_of(spatial_run, key)) == 0
     assert json.loads((spatial_run / "latents.json").read_text()) == statistics

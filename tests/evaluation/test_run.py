@@ -84,12 +84,10 @@ def test_figures_against_torch_distributions():
 
 @pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
 def test_batches_padding_and_ranks_do_not_matter(kind):
-    whole = measured(kind, 13)
-    others = [measured(kind, 4)]
+    whole, others = measured(kind, 13), [measured(kind, 4)]
     if kind == "bernoulli":
-        ranks = run_ranks(2, partial(measured, kind, 2))
-        assert ranks[0] == ranks[1]
-        others.append(ranks[0])
+        others += run_ranks(2, partial(measured, kind, 2))
+        assert others[1] == others[2]
     for other in others:
         assert other.figures == pytest.approx(whole.figures, rel=1e-5)
         assert other.row().keys() == whole.row().keys()
@@ -112,8 +110,7 @@ def test_too_many_lost_images_are_an_error():
         return result_of(tiny_model(), change=change, max_skipped_fraction=limit).figures
 
     for num_lost, limit in ((4, 0.3), (13, 1.0)):
-        sentence = f"{num_lost} of 13 images .* a.tar sample 0: no PNG"
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises(ConfigError, match=f"{num_lost} of 13 images .* a.tar sample 0: no PNG"):
             found_without(num_lost, limit)
     found = found_without(4, 0.31)
     assert (found["num_images"], found["skipped_samples"]) == (9, 4)
@@ -123,7 +120,6 @@ def test_images_of_two_shapes_count_by_their_values():
     """bits/dim of all is the mean of both weighted by values, nats per image by images; small
     images are left out of what needs larger ones."""
     model = tiny_model(latent="spatial", kind="gaussian")
-
     small = batch_of(torch.from_numpy(random_pixels(3, 1, 6, 5)), [0, 3, 4])
     large = batch_of(torch.from_numpy(random_pixels(2, 1, 12, 13)), [1, 2])
 
