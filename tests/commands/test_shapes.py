@@ -16,6 +16,7 @@ KINDS = {  # their sizes in turn, how they are stored
     "photos": (((20, 14), (14, 21), (17, 17), (30, 10), (12, 26)), "png"),
     "sensors": (((37, 53),), np.uint16),  # these have two channels
     "floats": (((11, 13),), np.float32),
+    "faces": (((218, 178),), "png"),  # as CelebA's
 }
 SMALL = (
     *("data.workers=0", "wandb.mode=disabled", "runtime.threads=1", "runtime.device=cpu"),
@@ -27,6 +28,7 @@ SMALL = (
 )
 BUCKETS = ("data.resolution={area: 256, multiple: 4, max_aspect: 2.0}", "data.slots=4")
 NATIVE = ("data.resolution=native", "data.crop=center", "data.slots=8")
+DEEP = ("model.channels=[4, 4, 4, 4]", "training.steps=2", "training.batch_size=2")
 
 
 def packed(kind, folder):
@@ -45,10 +47,8 @@ def packed(kind, folder):
         else:
             values = smooth[:2] * 65535 if form is np.uint16 else smooth[:2] * 2 - 1
             np.save(source / f"{number:03d}.npy", values.astype(form))
-    keys = [f"source={source}", f"out={out}", "validation=0.2", "workers=1"]
-    assert pack.main(keys) == 0
-    facts = json.loads((out / "pack.json").read_text())["facts"]
-    assert facts["kept byte for byte"] == 24
+    assert pack.main([f"source={source}", f"out={out}", "validation=0.2", "workers=1"]) == 0
+    assert json.loads((out / "pack.json").read_text())["facts"]["kept byte for byte"] == 24
     return out
 
 
@@ -59,6 +59,7 @@ def packed(kind, folder):
         ("science16", "sensors", (), (37, 53)),
         ("science16", "floats", ("data.bits=32", "data.dequantize=true"), (11, 13)),
         ("photos_buckets", "photos", NATIVE, None),
+        ("celeba_native", "faces", DEEP, (218, 178)),
     ],
 )
 def test_a_shape_through_all_commands(tmp_path, config, kind, overrides, shape):
