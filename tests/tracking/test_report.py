@@ -16,7 +16,7 @@ from tests.support.tiny_run import tiny_config
 from vae_dist.report import main
 from vae_dist.run.folder import RunFolder
 from vae_dist.tracking.images import save_png
-from vae_dist.tracking.report import MAX_POINTS, Run, evenly, thinned, write_report
+from vae_dist.tracking.report import MAX_POINTS, Run, _tag, evenly, thinned, write_report
 from vae_dist.tracking.sinks import JsonlSink
 
 EVALUATED = (100, 200, 300, 400)
@@ -37,8 +37,9 @@ def write_run(path, *, level=90.0):
             row |= {"eval/neg_elbo_nats": loss + 1, "eval/bits_per_dim": loss / 543}
             row |= {"latent/kl_nats_per_unit": [3.0, step / 400, 0.01], "latent/active_units": 2}
             for name in ("samples", "reconstructions"):
-                picture = Image.new("L", (8, 8), step // 4)
-                save_png(picture, folder.images / f"{name}_{step:08d}.png")
+                save_png(
+                    Image.new("L", (8, 8), step // 4), folder.images / f"{name}_{step:08d}.png"
+                )
         log.log(step, row)
     folder.write_status("finished", step=400, reason="all steps are done")
     results = {"step": 400, "weights": "ema", "data": "shards", "figures": {"neg_elbo_nats": level}}
@@ -110,12 +111,12 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch, capsys):
         assert wrong.removesuffix(",") in capsys.readouterr().err
 
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&\x1b[31m\u202e"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror='a()'>\" onerror=\"&\x1b[31m\u202e"
 
 
 def test_a_folder_from_anywhere(tmp_path):
     """Texts are escaped; pictures and files of other forms and sizes are left out."""
-    folder = write_run(tmp_path / "a<b>")
+    folder = write_run(tmp_path / 'a<b>" onerror="x')
     session = {"host": HOSTILE, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     for name, content in {
         "results": {"data": HOSTILE, "at": "https://me:s3cret@host/x", "figures": {HOSTILE: 1.0}},
@@ -135,7 +136,7 @@ def test_a_folder_from_anywhere(tmp_path):
     Image.new("1", (20_000, 20_000)).save(folder.images / "bomb_00000100.png", "PNG")
     os.mkfifo(folder.images / "fifo_00000100.png")
     text = write_report([folder.path])
-    page = Page(text)
+    page = Page(text + _tag("p", title=HOSTILE))
     assert len(page.all("script")) == 1 and not page.all("b") and not page.all("i")
     assert all("onerror" not in attributes for _, attributes in page.found)
     assert {str(image["src"])[:10] for image in page.all("img")} == {"data:image"}

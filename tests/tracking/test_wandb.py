@@ -11,6 +11,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 from PIL import Image
+from wandb.sdk.wandb_run import Run
 
 from vae_dist.config.errors import ConfigError
 from vae_dist.config.schema import TrainConfig
@@ -38,7 +39,7 @@ def fake(monkeypatch):
         if fake.refuses and asked["mode"] == "online":
             raise ConnectionError("no way\nsecond line")
         summary = dict(fake.summary)
-        run = MagicMock(asked=asked, id=asked["id"], summary=summary, resumed=bool(summary))
+        run = MagicMock(Run, asked=asked, id=asked["id"], summary=summary, resumed=bool(summary))
         part = Path(asked["dir"]) / "wandb" / f"offline-run-{time.monotonic_ns()}-{run.id}"
         part.mkdir()
         run.settings.sync_dir, run.log.side_effect = str(part), fake.on_log
@@ -174,8 +175,7 @@ def test_the_newest_offline_part_replaces_the_others_once_it_is_whole(fake, tmp_
     save_png(Image.new("L", (8, 8)), tmp_path / "images" / "samples_00000010.png")
     sink, said = start(tmp_path, resume_step=20)
     first, second = fake.runs
-    if not is_whole:
-        second.finish.side_effect = OSError("No space left on device")
+    second.finish.side_effect = None if is_whole else OSError("No space left on device")
     sink.close("finished")
     part = second.settings.sync_dir
     assert said[0].endswith(f"wandb sync {part}")
