@@ -5,7 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from tests.support.evaluated import NUM_IMAGES, batches, tiny_model
-from tests.support.tiny_run import random_pixels, run_with_images, tiny_config
+from tests.support.tiny_run import random_pixels, run_with_images, tiny_config, write_images
 from vae_dist.config.commands import SampleCommand
 from vae_dist.inference.load import load_model
 from vae_dist.inference.mixture import (
@@ -94,6 +94,9 @@ def test_a_fit_is_kept_for_what_it_belongs_to(tmp_path):
         assert file.read_bytes() == whole
     command.prior_images = 5
     assert not torch.equal(fitted_prior(loaded, command).means, first.means)
+    write_images(tmp_path / "other", random_pixels(16, 28, 28)[8:])
+    loaded.config.data.train = f"{tmp_path}/other"
+    assert str(run) not in fitted_prior(loaded, command).description
     next(loaded.model.parameters()).data += 0.1  # other weights at the same step
     assert str(run) not in fitted_prior(loaded, command).description
-    assert len(list((run / "priors").iterdir())) == 3
+    assert len(list((run / "priors").iterdir())) == 4

@@ -40,9 +40,8 @@ def test_distances_of_vectors_at_known_angles_and_the_weight():
 
 def test_features_are_those_of_the_model_at_whole_patches(vision, tmp_path):
     images, own = torch.rand(2, 3, 28, 21) * 2 - 1, shutil.copytree(vision, tmp_path / "own")
-    (own / "preprocessor_config.json").write_text(
-        '{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
-    )
+    constants = '{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
+    (own / "preprocessor_config.json").write_text(constants)
     model = transformers.AutoModel.from_pretrained(vision).eval()
     for folder, mean, std in (
         (own, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -57,14 +56,13 @@ def test_features_are_those_of_the_model_at_whole_patches(vision, tmp_path):
         torch.testing.assert_close(found[:, :, 1, 2], tokens[:, 1 + 1 * 3 + 2])
     assert features(images[:, :1, :26, :18]).shape == (2, 16, 4, 3)  # 26 -> 28, 18 -> 21
     (tmp_path / "config.json").write_bytes((vision / "config.json").read_bytes())
-    # the width is known without the weights
+    # the width is known without the weights, which a pickle does not hold for us
     assert feature_width(str(tmp_path)) == 16
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="no vision model can be loaded"):
         load_features(str(tmp_path), torch.device("cpu"))
-    for content, fragment in (
-        ("{}", "no vision model"),
-        ('{"model_type": "bert"}', "no features of square patches"),
-    ):
+    bert = '{"model_type": "bert"}'
+    for content, fragment in (("{}", "no vision model"), (bert, "no features of square patches")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=fragment):
             feature_width(str(tmp_path))
