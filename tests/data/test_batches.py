@@ -122,9 +122,7 @@ def test_buckets_are_the_largest_sizes_that_fit_and_images_of_one_aspect_go_toge
     assert chosen == [(352, 176), (272, 240), (272, 240), (176, 352)]
 
 
-def test_a_slot_has_one_of_the_buckets_and_in_an_evaluation_each_image_its_own(
-    tmp_path, one_process
-):
+def test_a_slot_has_one_bucket_and_in_an_evaluation_each_image_its_own(tmp_path, one_process):
     """Images of one colour, their number; what replaces a lost one has the size of its slot."""
     shapes = [SHAPES[i % len(SHAPES)] for i in range(COUNT)]
     colours = [np.full((*shape, 3), (i, i // 2, 7), np.uint8) for i, shape in enumerate(shapes)]

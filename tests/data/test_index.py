@@ -122,8 +122,8 @@ def test_what_a_header_says_is_compared_with_what_is_there(tmp_path):
     path, large = tmp_path / "a.tar", b"16 size=9999999\n" + bytes(496) + header(b"")
     for data, problem in (
         (header(b"\x80" + bytes(3) + b"\xff" * 8), "the tar ends inside a file"),  # base 256
+        (header(b"", b"x") + header(b"-0000001000"), "damaged tar header"),  # of no attribute
         (header(b"\xff" * 12), "damaged tar header"),  # base 256, below zero
-        (header(b"-0000001000"), "damaged tar header"),
         (header(b"00010000000\0", b"L") + bytes(2**22), "an attribute of 2097152 bytes"),
         (header(b"00010000000\0", b"x"), "the tar ends inside a file"),
         (header(b"00000000005\0", b"x") + b"9 a=b" + bytes(507), "damaged pax header"),

@@ -33,9 +33,7 @@ def index_of(parts):
     seed=st.integers(0, 2**40),
 )
 @settings(max_examples=40, deadline=None)
-def test_each_sample_once_an_epoch_by_windows_that_can_be_entered_anywhere(
-    parts, lanes, slot_rows, window, seed
-):
+def test_each_sample_once_an_epoch_from_any_window(parts, lanes, slot_rows, window, seed):
     index = index_of(parts)
     keys = {"window": window * max(1, slot_rows), "seed": seed, "slot_rows": slot_rows}
     order = make_order(index, lanes=lanes, **keys)

@@ -52,7 +52,6 @@ def test_small_images_are_lost_and_too_many_of_them_refused(tmp_path):
     with pytest.raises(ConfigError, match=".*".join(parts)):
         check(index, index, limit=0.5, **SMALL)
     check(index, index, limit=0.75, **SMALL)
-
     settings = settings_of(index, **SMALL)
     assert settings.size == (12, 16), "a small image is no example of the others"
     reader = SampleReader(index, settings, seed=0)

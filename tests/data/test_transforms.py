@@ -152,9 +152,7 @@ def sample(kind, pixels, observed):
 @pytest.mark.parametrize("resolution", ["native", [9, 9]])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["member", "alpha", "nan"])
-def test_a_sample_says_what_is_missing_and_its_mask_follows_its_image(
-    tmp_path, kind, channels, resolution
-):
+def test_a_sample_says_what_is_missing_and_its_mask_follows(tmp_path, kind, channels, resolution):
     """Through crop, mirror and resizing: a pixel that counts holds nothing of a missing one."""
     index = written(tmp_path / "s", (sample(kind, *picture) for picture in pictures(channels)))
     keys = {"channels": channels, "bits": 32 if kind == "nan" else 8, "mask": kind, "flip": True}

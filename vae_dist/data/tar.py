@@ -255,8 +255,8 @@ def _parsed(block: bytes, at: int, begin: int, facts: dict[bytes, bytes]) -> Mem
 
 def _facts(kind: bytes, content: bytes, at: int) -> dict[bytes, bytes]:
     """What a special member says of the next one, by pax's words."""
-    content = content.rstrip(b"\0")
-    if kind in (PAX, *NAMES) and not content:
+    is_given, content = bool(content), content.rstrip(b"\0")
+    if kind in (PAX, *NAMES) and is_given and not content:
         raise _DamagedTarError("a name or an attribute of zeros", at)
     if kind in NAMES:
         return {NAMES[kind]: content}
