@@ -10,15 +10,15 @@ import signal
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.support.latent_data import samples_of
-from tests.support.picture_sources import contents, decoded, encoded, png, write
+from tests.support.picture_sources import contents, decoded, encoded, opened, png, write
 from vae_dist.config.errors import ConfigError
 from vae_dist.data.index import load_index
 from vae_dist.data.writer import ShardWriter
 from vae_dist.pack import main
 from vae_dist.packing.jobs import ShardJob, cut
+from vae_dist.packing.pack import _digest
 from vae_dist.packing.picture import KEPT
 
 COUNT = 60
@@ -65,7 +65,8 @@ def test_each_picture_is_packed_once(whole):
     summary = json.loads((whole / "pack.json").read_text())
     assert summary["classes"] == ["cat", "dog"] and summary["splits"]["train"]["samples"] == 54
     assert summary["facts"] == dict.fromkeys((KEPT, "3 channels", "4 x 6 pixels"), COUNT)
-    assert Image.open(whole / "contact-sheet.png").width > 4 * 96
+    cells = decoded((whole / "contact-sheet.png").read_bytes())[2::98, 2::98, 0].ravel()
+    assert cells.tolist() == [*(level for level, _ in train), 112, 112]  # two are empty
     files = {"contact-sheet.png", "names.txt", "pack.json", "train", "validation"}
     assert {path.name for path in whole.iterdir()} == files
 
@@ -128,9 +129,14 @@ def test_what_ends_early_goes_on(error, message, pictures, whole, tmp_path, monk
         load_index(str(out / "train"), key="data.train", create=True)
     monkeypatch.setattr(ShardWriter, "write", write_one)
     more = write(shutil.copytree(pictures, tmp_path / "more"), {"cat/001.mask.png": png()})
-    for source, key, changed in ((pictures, "seed=1", "seed"), (more, "seed=0", "pictures")):
-        assert pack(source, out, key) == 2
+    files = dict(sorted(contents(pictures).items()))  # as the folder is listed
+    moved = write(tmp_path / "moved.tar", files | {"cat/001.cls": b"dog"})
+    split = write(tmp_path / "split/train.tar", files).parent
+    for source, changed in ((pictures, "seed"), *((s, "pictures") for s in (more, moved, split))):
+        assert pack(source, out, "seed=1") == 2
         assert f"another {changed}" in capsys.readouterr().err
+    one = opened(pictures, tmp_path / "work")[0].items[0]
+    assert _digest([one]) != _digest([one._replace(extra={"age": 1})])
     assert pack(pictures, out) == 0
     assert {name: (out / "train" / name).stat().st_mtime_ns for name in done} == done
     assert contents(out) == contents(whole)
@@ -146,11 +152,13 @@ def test_every_loss_counts_and_is_named(pictures, tmp_path, capsys):
     assert "1 of 61 images cannot be read" in error and "3 of 61 images" in error
     assert "max_skipped_fraction=0.01" in error and "cat/001.png: no readable picture" in error
     assert not (tmp_path / "out/pack.json").exists()
+    shard = tmp_path / "out/train/train-000000.tar"  # damaged since: its sheet lacks a picture
+    shard.write_bytes(shard.read_bytes().replace(b"IHDR", b"none", 1))
     assert pack(source, tmp_path / "out", "max_skipped_fraction=1") == 0
     said = capsys.readouterr().err
     assert "left out: dog/000.png: damaged PNG" in said
     assert "left out: cat/empty\\x1b[2J.png: an empty file" in said
-    assert len(stored(tmp_path / "out/train")) + len(stored(tmp_path / "out/validation")) == 58
+    assert sum(len(samples_of(tmp_path / "out" / name)) for name in ("train", "validation")) == 58
 
 
 def test_what_is_refused(pictures, tmp_path, capsys):

@@ -237,7 +237,8 @@ def _describe(job: ShardJob, command: PackCommand, plan: Plan, listing: Listing)
         for i, name in enumerate(report["names"])
     ]
     write_durably(job.out / "names.txt", "".join(lines).encode())
-    _save_contact_sheet(job.out / SHEET, [job.out / name for name in plan if "train/" in name])
+    shown_shards = [job.out / shard for shard in plan if shard.startswith("train/")]
+    _save_contact_sheet(job.out / SHEET, shown_shards)
     facts = sum((Counter(report["facts"]) for report in reports.values()), Counter[str]())
     return {
         "splits": splits,
@@ -254,11 +255,12 @@ def _save_contact_sheet(path: Path, shards: Sequence[Path]) -> None:
     for shard in map(str, shards[:SHEET_PICTURES]):
         files = (file for file in files_of_tar(shard) if key_and_suffix(file[0])[1] in SUFFIXES)
         for name, at, size in islice(files, -(-SHEET_PICTURES // len(shards))):
-            data = read(Place(shard, at, size))
-            levels = np.nan_to_num(decode_own(suffix_of(name), data, max_pixels=sys.maxsize))
-            image = single(torch.from_numpy(np.ascontiguousarray(levels))).convert("RGB")
-            image = ImageOps.fit(image, (SHEET_PIXELS, SHEET_PIXELS))
-            cells.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            with contextlib.suppress(DamagedSampleError):
+                data = read(Place(shard, at, size))
+                levels = np.nan_to_num(decode_own(suffix_of(name), data, max_pixels=sys.maxsize))
+                image = single(torch.from_numpy(np.ascontiguousarray(levels))).convert("RGB")
+                image = ImageOps.fit(image, (SHEET_PIXELS, SHEET_PIXELS))
+                cells.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     if cells:
         save_png(grid(cells[:SHEET_PICTURES]), path)
 
