@@ -177,10 +177,9 @@ def test_aspect_buckets_and_another_resolution(run, tmp_path):
     config = tiny_config(latent="spatial", kind="gaussian", channels=3)
     config.data.resolution = {"area": 256, "multiple": 4, "max_aspect": 2.0}
     write_run(tmp_path / "run", config, (16, 16))
-    found = encoded_by(
-        tmp_path / "run", tmp_path / "out", f"data={run.parent}/photos", "dtype=bf16"
-    )
-    numbers = [json.loads(sample["json"])["number"] for sample in samples_of(tmp_path / "out")]
+    out, photos = tmp_path / "out", f"data={run.parent}/photos"
+    found = encoded_by(tmp_path / "run", out, photos, "dtype=bf16")
+    numbers = [json.loads(sample["json"])["number"] for sample in samples_of(out)]
     for number, latents, want in zip(numbers, found, NUMBERS, strict=True):
         height, width = (12, 20) if want % 3 == 2 else (16, 16)  # 20x16 is nearer to a square
         assert (number, latents["image_size"].tolist()) == (want, [height, width])
@@ -218,6 +217,9 @@ def test_an_encode_that_ends_early_goes_on(run, straight, tmp_path, capsys):
         ("max_skipped_fraction=0.05", "2 of 23 images cannot be read"),
         ("content=mean", "another content (moments there, mean here)"),
         ("checkpoint=10", "another step (20 there, 10 here)"),
+        ("tile=16", "another tile (0 there, 16 here)"),
+        ("dtype=bf16", "another dtype (fp16 there, bf16 here)"),
+        ("flip=true", "another flip (false there, true here)"),
     ):
         assert encode.main(keys(run, out, key)) == 2
         assert message in capsys.readouterr().err

@@ -47,13 +47,12 @@ def test_formats_and_background():
 
 def test_what_cannot_be_packed_is_refused():
     for data, mask, keys, reason in (
-        (b"", None, {}, "an empty file"),
         (b"no picture", None, {}, "no readable picture"),
         (encoded(np.zeros((400, 300), np.uint8)), None, {}, "more than data.max_pixels=100000"),
         (npy(np.array([print], object)), None, {}, "object"),
-        (b"\0\0\0\x1cftypheic", None, {}, "which is not decoded; convert it to"),
         (b"\xff\x0a", None, {}, "which is not decoded; convert it to"),
         (encoded(COLOUR)[:-30], None, {}, "PNG"),
+        (b"P5 2 2 65535 " + bytes(8), None, {}, "more than 8 bits a channel"),
         (CLEAR, None, {"format": "jpg"}, "set background=white"),
         (WIDE, None, {"size": 8}, "16-bit PNG is kept as it is; leave size"),
         (encoded(COLOUR), encoded(MASK.T), {}, "its mask is 20 x 12 pixels, but the image 12 x 20"),
