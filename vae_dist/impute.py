@@ -28,6 +28,7 @@ USAGE = "python -m vae_dist.impute run=FOLDER [key=value ...]"
 INTRO = (
     "Fill the missing pixels of images: their mean, draws and uncertainty under a trained model."
 )
+FEW = 10  # effective draws: the mean is hardly one
 
 
 def impute(command: ImputeCommand) -> None:
@@ -76,6 +77,8 @@ def impute(command: ImputeCommand) -> None:
         print(
             f"effective draws of z, of {command.samples}: {effective[0]:.1f} in the worst image, "
             f"{effective[len(effective) // 2]:.1f} in the median"
+            + "; with so few, raise samples= or take method=gibbs"
+            * (effective[0] < FEW)
         )
 
 

@@ -90,7 +90,7 @@ def begun(four_steps, tmp_path):
         ("", "WORLD_SIZE=3 RANK=0", "3 processes|1, 2, 4, 8."),
         ("", "EXPECTED_WORLD_SIZE=2", "WORLD_SIZE=1"),
         ("data.train={digits}/train/images-{{000000..000009}}.tar", "", "2 of 10 shards are"),
-        ("data.train={tmp}", "", "holds no *.tar"),
+        ("data.train={digits}", "", "holds no *.tar|there are some in|/train, "),
         ("run=/proc/run", "", "cannot be written"),
         ("init_from={tmp}/none", "", "no run folder, checkpoint folder, .safetensors file"),
         (f"{DEEP} adversarial.weight=0.5 adversarial.layers=4", "", "layers=4 needs images of 48"),

@@ -215,11 +215,11 @@ def test_an_encode_that_ends_early_goes_on(run, straight, tmp_path, capsys):
     out = tmp_path / "out"
     for key, message in (
         ("max_skipped_fraction=0.05", "2 of 23 images cannot be read"),
-        ("content=mean", "another content (moments there, mean here)"),
-        ("checkpoint=10", "another step (20 there, 10 here)"),
-        ("tile=16", "another tile (0 there, 16 here)"),
-        ("dtype=bf16", "another dtype (fp16 there, bf16 here)"),
-        ("flip=true", "another flip (false there, true here)"),
+        ("content=mean", "other content (moments there, mean here)"),
+        ("checkpoint=10", "other step (20 there, 10 here)"),
+        ("tile=16", "other tile (0 there, 16 here)"),
+        ("dtype=bf16", "other dtype (fp16 there, bf16 here)"),
+        ("flip=true", "other flip (false there, true here)"),
     ):
         assert encode.main(keys(run, out, key)) == 2
         assert message in capsys.readouterr().err

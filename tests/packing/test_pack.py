@@ -80,7 +80,7 @@ def test_a_finished_folder_is_left_alone(pictures, whole, tmp_path, capsys):
         pass
     (tmp_path / "pack.json").write_bytes(b"[" * 10**5)
     for out, key, message in (
-        (whole, "validation=0.2", "another validation (0.1 there, 0.2 here)"),
+        (whole, "validation=0.2", "other validation (0.1 there, 0.2 here)"),
         (whole / "train", "seed=0", "in use; give another folder"),
         (whole / "names.txt", "seed=0", "in use; give another folder"),
         (tmp_path, "seed=0", "pack.json: no JSON"),
@@ -134,7 +134,7 @@ def test_what_ends_early_goes_on(error, message, pictures, whole, tmp_path, monk
     split = write(tmp_path / "split/train.tar", files).parent
     for source, changed in ((pictures, "seed"), *((s, "pictures") for s in (more, moved, split))):
         assert pack(source, out, "seed=1") == 2
-        assert f"another {changed}" in capsys.readouterr().err
+        assert f"other {changed}" in capsys.readouterr().err
     one = opened(pictures, tmp_path / "work")[0].items[0]
     assert _digest([one]) != _digest([one._replace(extra={"age": 1})])
     assert pack(pictures, out) == 0
@@ -206,4 +206,4 @@ def test_fields_of_a_tar_are_kept_and_joined_with_those_of_a_table(tmp_path, cap
     (joined,) = samples_of(tmp_path / "joined/train")
     assert json.loads(joined["json"]) == {"label": 3, "age": "4"}
     out, err = capsys.readouterr()
-    assert "finished already" in out and "another labels" in err
+    assert "finished already" in out and "other labels" in err

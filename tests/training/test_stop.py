@@ -19,7 +19,7 @@ from vae_dist.training.stop import SIGNALS, StopSignals
 )
 def test_the_first_signal_sets_a_reason_and_handlers_are_put_back(number, is_ignored, is_heard):
     previous = signal.getsignal(number)
-    signal.signal(number, signal.SIG_IGN if is_ignored else previous)
+    signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
     try:
         before = [signal.getsignal(one) for one in SIGNALS]
         with StopSignals() as signals:

@@ -107,6 +107,8 @@ def _local_paths(text: str, blamed: str) -> list[str]:
     if place.is_dir():
         _check_folder(place, blamed, text)
         paths, problem = [*map(str, Path(text).glob("*.tar"))], "the folder holds no *.tar file"
+        if below := sorted({str(path.parent) for path in Path(text).glob("*/*.tar")}):
+            problem += f", but there are some in {first(below)}"
     elif glob.has_magic(text) and not place.exists():
         paths = [path for path in glob.glob(text, recursive=True) if path.endswith(".tar")]
         problem = "no *.tar file matches"

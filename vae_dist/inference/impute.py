@@ -35,6 +35,7 @@ from vae_dist.data.decode import MASK_MEMBER, SUFFIXES
 from vae_dist.data.reader import single_sample
 from vae_dist.data.writer import write_shards
 from vae_dist.evaluation.importance import StreamedWeights, weighted_draws
+from vae_dist.files import progress_bar
 from vae_dist.inference.load import Images, first_examples_by_shape
 from vae_dist.models.latent import sample_posterior
 from vae_dist.models.vae import NO_LABEL, VAE, each
@@ -94,11 +95,13 @@ def impute(
     is_weighted = how.method == "importance"
     at_once = min(BLOCK, how.samples) if is_weighted else how.draws
     parts = []
-    for start in range(0, len(images), group := max(1, how.batch_size // at_once)):
-        part = slice(start, start + group)
-        shown, observed, known = (tensor[part].to(device) for tensor in (images, mask, labels))
-        task = _Task(model, shown, observed, known, numbers[part], how)
-        parts.append(_summed(task, _importance(task) if is_weighted else _chains(task)))
+    with progress_bar("filled", len(images), unit="images") as progress:
+        for start in range(0, len(images), group := max(1, how.batch_size // at_once)):
+            part = slice(start, start + group)
+            shown, observed, known = (tensor[part].to(device) for tensor in (images, mask, labels))
+            task = _Task(model, shown, observed, known, numbers[part], how)
+            parts.append(_summed(task, _importance(task) if is_weighted else _chains(task)))
+            progress(start + len(shown))
     imputed = Imputed(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if how.method == "single":
         one = torch.ones_like(imputed.effective_samples)

@@ -134,10 +134,10 @@ class ShardJob:
             if theirs.get(key) != value
         }
         if differ:
-            texts = [f"another {k}{v if len(v) < MAX_SHOWN else ''}" for k, v in differ.items()]
+            texts = [f"other {k}{v if len(v) < MAX_SHOWN else ''}" for k, v in differ.items()]
             raise ConfigError(
-                f"out={self.out}: made with {', '.join(texts)}; repeat that command, or choose "
-                "another folder"
+                f"out={self.out}: made with {', '.join(texts)}; repeat that command on the same "
+                "input, or remove the folder to begin anew"
             )
 
 

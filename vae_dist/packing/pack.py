@@ -61,7 +61,9 @@ def pack(command: PackCommand) -> None:
     identity["labels"] = hashlib.blake2b(table, digest_size=16).hexdigest()
     job = ShardJob(Path(command.out), "pack.json", identity)
     if job.is_finished():
-        print(f"{job.out}: finished already; nothing is left to do")
+        print(
+            f"{job.out}: finished already; pictures that are new in the source want another folder"
+        )
         return
     listing = list_source(command, work=job.work / "source")
     number_classes(listing)
@@ -97,7 +99,7 @@ def _check(command: PackCommand, listing: Listing) -> None:
     split and others have none: which one is meant by a folder `train` between folders of classes?
     """
     if not listing.items:
-        found = "; ".join([*listing.lost, *listing.left_out][: jobs.NUM_NAMED])
+        found = "; ".join([*listing.lost, *listing.left_out][: jobs.NUM_NAMED]) or "it is empty"
         raise ConfigError(f"source={shown(command.source)}: no picture can be packed; {found}")
     inside = [item for item in listing.items if item.split is not None]
     outside = [item for item in listing.items if item.split is None]
