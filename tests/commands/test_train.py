@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import vae_dist
-from tests.support.distributed import run_ranks
 from tests.support.faults import at_place, in_the_middle_of_a_write, run_command, signal_oneself
 from tests.support.tiny_run import random_pixels, write_images
 from tests.support.training import arguments, losses, rows, same_weights, status, weights
@@ -154,15 +153,10 @@ def test_trackers_are_closed_where_the_model_cannot_be_built(tmp_path, digits, m
     assert closed == ["failed"] and status(tmp_path / "run")["reason"] == "ValueError: no model"
 
 
-def train_on_a_full_disk(argv):
-    """The kernel refuses to let a file grow beyond the limit, as a full disk does."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    return main(argv)
-
-
 def test_a_disk_that_takes_no_checkpoint_leaves_the_run_alive(begun, whole, digits, capfd):
     argv = arguments(begun, digits, "training.steps=8", *QUIET)
-    assert run_ranks(1, train_on_a_full_disk, argv) == [1]
+    largest = resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)  # file: as of a full disk
+    assert run_command(1, argv, prepare=lambda rank: resource.setrlimit(*largest)) == [1]
     output = capfd.readouterr().out
     assert "warning: cannot write checkpoint step_00000006" in output
     assert "the last good one is step_00000004; training goes on" in output

@@ -8,41 +8,10 @@ import sys
 
 import pytest
 
-from tests.support.slurm.cluster import OPTIONS, ROOT, STEPS, Job, started, wait_until
-from tests.support.training import arguments, rows, status, train
+from tests.support.slurm.cluster import ROOT, TWO_BY_ONE, Job, preempt, wait_until, warn
+from tests.support.training import rows, status
 
 pytestmark = pytest.mark.slow
-TWO_BY_ONE = ("--nodes=2", "--ntasks-per-node=1")
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Signals reach every process of a task."""
-    yield from started("linuxproc")
-
-
-@pytest.fixture(scope="module")
-def cgroup_cluster():
-    """Signals reach the task alone, as on most real clusters."""
-    yield from started("cgroup")
-
-
-@pytest.fixture(scope="module")
-def alone(digits, tmp_path_factory):
-    """The run of two processes of this machine that nothing stops."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    assert train(run, digits, *OPTIONS, world=2) == [0, 0]
-    return run
-
-
-def warn(job):
-    """As --signal=B:USR1@N does before the time limit."""
-    job.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-
-
-def preempt(job):
-    """A job of the higher partition takes both nodes for a moment."""
-    job.cluster.run("srun", "--partition=main", "--nodes=2", "--ntasks=16", "sleep", "1")
 
 
 def test_a_run_on_two_nodes_finishes(cluster, digits, tmp_path, alone):
@@ -53,36 +22,16 @@ def test_a_run_on_two_nodes_finishes(cluster, digits, tmp_path, alone):
     assert "on n1: rank 0 cpu" in job.said() and "on n2: rank 1 cpu" in job.said()
 
 
-@pytest.mark.parametrize(
-    ("name", "stop", "partition", "launcher"),
-    [
-        ("cluster", warn, "main", "tasks"),
-        ("cluster", preempt, "spot", "tasks"),
-        ("cgroup_cluster", preempt, "spot", "accelerate"),
-    ],
-)
+@pytest.mark.parametrize(("stop", "partition"), [(warn, "main"), (preempt, "spot")])
 def test_stopped_from_outside_it_saves_goes_on_and_ends_the_same(
-    request, digits, tmp_path, alone, name, stop, partition, launcher
+    cluster, digits, tmp_path, alone, stop, partition
 ):
-    options = (f"--partition={partition}", *TWO_BY_ONE)
-    cluster = request.getfixturevalue(name)
-    job = Job(cluster, digits, tmp_path / "run", *options, LAUNCHER=launcher)
+    job = Job(cluster, digits, tmp_path / "run", f"--partition={partition}", *TWO_BY_ONE)
     job.reached(5)
     stop(job)
     assert job.ended_as(alone) >= 1
     if stop is warn:
         assert "asking the trainer to save" in job.said() and "interrupted: requeued" in job.said()
-
-
-def test_cancelled_it_saves_and_is_not_requeued(cgroup_cluster, digits, tmp_path):
-    job = Job(cgroup_cluster, digits, tmp_path / "run", "--nodes=2", LAUNCHER="accelerate")
-    job.reached(2)
-    cgroup_cluster.run("scancel", job.number)
-    assert job.ended("CANCELLED")["Restarts"] == "0"
-    wait_until(lambda: status(job.run)["status"] != "running", 30, job.said)
-    assert status(job.run)["status"] == "interrupted", job.said()
-    assert status(job.run)["step"] >= 2 and (job.run / "checkpoints" / "latest").exists()
-    assert "ended from outside: not requeued" in job.said()
 
 
 def test_a_dead_node_gives_the_job_back_to_the_queue_and_it_ends_the_same(
@@ -109,28 +58,6 @@ def test_an_array_trains_one_run_a_seed(cluster, digits, tmp_path):
         assert status(run)["status"] == "finished", job.said()
         first_losses.add(rows(run)[1]["train/loss"])
     assert len(first_losses) == 2
-
-
-AGENT = """#!/bin/sh
-# stands for Python, as the agent of a sweep: `-m wandb agent --count 1 SWEEP` starts the trial
-shift 5
-{python} -m vae_dist.train {overrides}
-"""
-
-
-def test_a_preempted_trial_of_a_sweep_saves_and_goes_on(cgroup_cluster, digits, tmp_path):
-    agent, run = tmp_path / "agent", tmp_path / "run"
-    overrides = " ".join(arguments(run, digits, *OPTIONS))
-    agent.write_text(AGENT.format(python=sys.executable, overrides=overrides))
-    agent.chmod(0o755)
-    sweep = {"PYTHON": str(agent), "SWEEP": "team/project/id"}
-    job = Job(cgroup_cluster, digits, run, "--array=7", script="sweep", **sweep)
-    job.number += "_7"
-    job.reached(5)
-    warn(job)
-    assert job.ended("COMPLETED")["Restarts"] == "1"
-    assert "asking the trial to save" in job.said() and "going on at step" in job.said()
-    assert status(run)["status"] == "finished" and sorted(rows(run)) == [*range(1, STEPS + 1)]
 
 
 WRONG = [

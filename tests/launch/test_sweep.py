@@ -29,10 +29,8 @@ def answer_agents(server, yaml):
     commands = [{"id": "end", "type": "exit"}, trial]  # the last one first
 
     def heartbeat(variables):
-        is_busy = json.loads(variables["runState"])
-        now = [] if is_busy else [commands.pop()]
-        answer = {"agent": {"id": variables["id"]}, "commands": json.dumps(now)}
-        return {"agentHeartbeat": answer}
+        now = [] if json.loads(variables["runState"]) else [commands.pop()]  # busy, or not
+        return {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(now)}}
 
     server.answers |= {
         "SweepWithRuns": lambda variables: {"project": {"sweep": sweep}},

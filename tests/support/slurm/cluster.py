@@ -23,6 +23,7 @@ ROOT = HERE.parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 STEPS = 250  # seconds: a signal finds the run still training
 OPTIONS = ("data.slots=16", f"training.steps={STEPS}", "evaluation.every=0", "checkpoint.every=0")
+TWO_BY_ONE = ("--nodes=2", "--ntasks-per-node=1")
 
 
 def started(proctrack):
@@ -136,3 +137,13 @@ class Job:
         assert torch.equal(losses(self.run), losses(alone))
         assert same_weights(self.run, alone, STEPS)
         return restarts
+
+
+def warn(job):
+    """As --signal=B:USR1@N does before the time limit."""
+    job.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+
+
+def preempt(job):
+    """A job of the higher partition takes both nodes for a moment."""
+    job.cluster.run("srun", "--partition=main", "--nodes=2", "--ntasks=16", "sleep", "1")
