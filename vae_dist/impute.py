@@ -77,9 +77,10 @@ def impute(command: ImputeCommand) -> None:
         print(
             f"effective draws of z, of {command.samples}: {effective[0]:.1f} in the worst image, "
             f"{effective[len(effective) // 2]:.1f} in the median"
-            + "; with so few, raise samples= or take method=gibbs"
-            * (effective[0] < FEW)
         )
+        if effective[0] < FEW:
+            others = "" if loaded.model.num_levels else " or take method=gibbs"
+            print(f"these are few: raise samples={others}")
 
 
 def _filled(command: ImputeCommand, loaded: LoadedModel, scratch: Path) -> list[FilledImage]:
